@@ -1,0 +1,76 @@
+"""Our side of the training-speed benchmark: the library's own loop over the rows, order and schedule of the peer.
+
+The clock runs over the optimiser steps alone, as on the peer's side.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, kind in {"--base": str, "--rows": Path, "--out": Path, "--steps": int}.items():
+        parser.add_argument(name, type=kind, required=True)
+    numbers = {"--batch-rows": 8, "--threads": 1, "--seed": 0, "--warmup-steps": 3, "--r": 16, "--alpha": 32.0}
+    for name, default in (numbers | {"--learning-rate": 5e-4, "--pack-tokens": 1024}).items():
+        parser.add_argument(name, type=type(default), default=default)
+    args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
+
+    import numpy as np
+    import torch
+    import transformers
+
+    import graftlm
+    from graftlm.data.pack import Example, pack
+    from graftlm.model.attach import trainable
+    from graftlm.training.loop import steps
+    from graftlm.training.optim import adamw, warmup_cosine
+
+    torch.set_num_threads(args.threads)
+    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
+    examples = [
+        Example(np.array(row["input_ids"], np.int32), np.array(row["completion_mask"], np.float32), str(number))
+        for number, row in enumerate(rows[: args.steps * args.batch_rows])
+    ]
+    batches = [examples[i : i + args.batch_rows] for i in range(0, len(examples), args.batch_rows)]
+    model, _ = graftlm.load_base(args.base, store="bf16")
+    graftlm.attach(model, graftlm.LoraConfig(r=args.r, alpha=args.alpha), seed=args.seed)
+    done = list(
+        steps(
+            model,
+            (pack(batch, args.pack_tokens) for batch in batches),
+            loss="supervised",
+            optimiser=adamw(trainable(model).values(), learning_rate=args.learning_rate, weight_decay=0.0),
+            schedule=warmup_cosine(steps=args.steps, warmup_steps=args.warmup_steps),
+            clip=1.0,
+        )
+    )
+    wall, tokens = sum(step.wall_s for step in done), sum(step.tokens for step in done)
+    result = {
+        "shape": "ours",
+        "threads": args.threads,
+        "tokens": tokens,
+        "supervised_tokens": sum(step.supervised_tokens for step in done),
+        "steps": len(done),
+        "train_wall_s": wall,
+        "tokens_per_s": tokens / wall,
+        "step_wall_s": [step.wall_s for step in done],
+        "losses": [step.loss for step in done],
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": {
+            "graftlm": graftlm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""graftlm: teach a frozen language model new behaviour through a small, removable delta.
+
+The public names, on one screen. Each is imported when it is first used, so `import graftlm` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from graftlm.data.source import DataConfig as DataConfig
+    from graftlm.data.source import SourceConfig as SourceConfig
+    from graftlm.deltas import METHODS as METHODS
+    from graftlm.deltas.lora import LoraConfig as LoraConfig
+    from graftlm.model.attach import activate as activate
+    from graftlm.model.attach import attach as attach
+    from graftlm.model.attach import deltas_off as deltas_off
+    from graftlm.model.attach import detach as detach
+    from graftlm.model.attach import merged_state as merged_state
+    from graftlm.model.load import BaseConfig as BaseConfig
+    from graftlm.model.load import load_base as load_base
+    from graftlm.model.store import load_adapter as load_adapter
+    from graftlm.model.store import save_adapter as save_adapter
+    from graftlm.training.answer import answer as answer
+    from graftlm.training.loop import TrainConfig as TrainConfig
+    from graftlm.training.recipe import Recipe as Recipe
+    from graftlm.training.recipe import ReportConfig as ReportConfig
+    from graftlm.training.run import train as train
+
+_HOME = {
+    "BaseConfig": "graftlm.model.load",
+    "DataConfig": "graftlm.data.source",
+    "LoraConfig": "graftlm.deltas.lora",
+    "METHODS": "graftlm.deltas",
+    "Recipe": "graftlm.training.recipe",
+    "ReportConfig": "graftlm.training.recipe",
+    "SourceConfig": "graftlm.data.source",
+    "TrainConfig": "graftlm.training.loop",
+    "activate": "graftlm.model.attach",
+    "answer": "graftlm.training.answer",
+    "attach": "graftlm.model.attach",
+    "deltas_off": "graftlm.model.attach",
+    "detach": "graftlm.model.attach",
+    "load_adapter": "graftlm.model.store",
+    "load_base": "graftlm.model.load",
+    "merged_state": "graftlm.model.attach",
+    "save_adapter": "graftlm.model.store",
+    "train": "graftlm.training.run",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'graftlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,211 @@
+"""Frozen dataclasses <-> YAML and `key=value`, read by pydantic.
+
+A config class stands beside the class that it configures and carries `@config`. It checks itself wherever it is
+made: from YAML, from the command line or in Python. Reading is strict: an unknown key, a key given twice, a wrong
+type or a value out of range is an error that names file, line, key and what is near.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from graftlm.errors import RecipeError, nearest
+
+Tree = dict[str, Any]
+Key = tuple[str | int, ...]
+T = TypeVar("T")
+
+Flag = Annotated[bool, Strict()]
+Count = Annotated[int, Strict(), Field(ge=0)]
+PositiveCount = Annotated[int, Strict(), Field(gt=0)]
+Rate = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+PositiveRate = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys, wrong types and values out of range."""
+    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+
+
+def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """The config that a YAML file and then `key=value` strings describe; raises RecipeError with file and line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        there = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+        raise RecipeError(f"{path}: no such recipe. {nearest(str(path), there)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from None
+    tree, lines = parse_yaml(text, str(path))
+    for key, value in map(_parse_override, overrides):
+        _put(tree, key, value)
+        lines[key] = 0
+    return build(cls, tree, source=str(path), lines=lines)
+
+
+def build(cls: type[T], tree: Tree, *, source: str, lines: Mapping[Key, int] | None = None) -> T:
+    """A config from a plain tree. Errors name `source`, the line of the key in `lines`, and the nearest known key."""
+    try:
+        return TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        problems = [_explain(cls, tree, e, source, lines or {}) for e in error.errors(include_url=False)]
+        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+
+
+def to_tree(value: object) -> Tree:
+    """The plain tree (dicts, lists, strings, numbers) that `build` reads back to an equal config."""
+    tree: Tree = TypeAdapter(type(value)).dump_python(value, mode="json")
+    return tree
+
+
+def to_yaml(value: object) -> str:
+    """The written form of a config: every key, defaults included, in the order of its class."""
+    return yaml.safe_dump(to_tree(value), sort_keys=False, allow_unicode=True)
+
+
+def json_schema(cls: type) -> str:
+    """The JSON Schema of a config class, from which editors complete and check recipes."""
+    return json.dumps(TypeAdapter(cls).json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+# YAML ------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-4 as a string, for want of a dot; people who write a learning rate mean a number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _first in "-+0123456789":
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).append(
+        ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"))
+    )
+
+
+def parse_yaml(text: str, source: str) -> tuple[Tree, dict[Key, int]]:
+    """A mapping and the line (from 1) of each of its keys. A key that is given twice is an error, not the last one."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        tree = loader.construct_document(node) if node is not None else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping of keys to values, this is a {type(tree).__name__}")
+    lines: dict[Key, int] = {}
+    for key, line in _key_lines(node, ()):
+        if key in lines:
+            raise RecipeError(f"{source}:{line}: {_dotted(key)} was already given in line {lines[key]}")
+        lines[key] = line
+    return tree, lines
+
+
+def _key_lines(node: yaml.Node | None, prefix: Key) -> Iterator[tuple[Key, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*prefix, key.value), key.start_mark.line + 1
+            yield from _key_lines(value, (*prefix, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _key_lines(value, (*prefix, index))
+
+
+def _parse_override(text: str) -> tuple[Key, object]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{text!r}: write an override as key=value, for example train.steps=100")
+    try:
+        return tuple(key.split(".")), yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{text!r}: the value is not valid YAML: {error}") from None
+
+
+def _put(tree: Tree, key: Key, value: object) -> None:
+    for depth, part in enumerate(key[:-1], start=1):
+        node = tree.setdefault(str(part), {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"{_dotted(key)}: {_dotted(key[:depth])} is {node!r}, so it has no keys inside")
+        tree = node
+    tree[str(key[-1])] = value
+
+
+# Errors ----------------------------------------------------------------------------------------------------------
+
+
+def _explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, int]) -> str:
+    """One pydantic error as `file:line: key: what, what is near`."""
+    key, owner = _locate(cls, tree, error["loc"])
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    where = source if line is None else "command line" if line == 0 else f"{source}:{line}"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
+        return f"{where}: {_dotted(key)}: unknown key. {nearest(str(key[-1]), known)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{where}: {_dotted(key)}: this key has no default and must be given"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (given: {given!r})" if not isinstance(given, dict | list | tuple) else ""
+    return f"{where}: {_dotted(key) or 'the recipe'}: {message}{shown}"
+
+
+def _locate(cls: type, tree: Tree, loc: Sequence[str | int]) -> tuple[Key, object]:
+    """Split pydantic's location into keys that the user wrote and the class that owns the last of them.
+
+    Pydantic mixes the names of union members into its locations; a part that is no key of the tree is one of those.
+    """
+    key: list[str | int] = []
+    owner: object = cls
+    node: object = tree
+    for index, part in enumerate(loc):
+        is_key = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+        if is_key or (index == len(loc) - 1 and is_dataclass(_member(owner, part) or owner) and _is_field(owner, part)):
+            key.append(part)
+            node = node[part] if is_key else None  # type: ignore[index]
+            if index < len(loc) - 1:
+                owner = get_type_hints(owner).get(str(part), owner) if is_dataclass(owner) else owner
+        else:
+            owner = _member(owner, part) or owner
+    return tuple(key), _only_dataclass(owner)
+
+
+def _is_field(owner: object, part: str | int) -> bool:
+    only = _only_dataclass(owner)
+    return is_dataclass(only) and part in {f.name for f in fields(only)}
+
+
+def _members(annotation: object) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _members(argument)
+
+
+def _member(annotation: object, part: str | int) -> type | None:
+    """The dataclass of a union that pydantic calls `part`: by its class name, or by the value of its tag."""
+    for member in _members(annotation):
+        tags = {f.default for f in fields(member) if isinstance(f.default, str)} if is_dataclass(member) else set()
+        if is_dataclass(member) and (member.__name__ == part or part in tags):
+            return member
+    return None
+
+
+def _only_dataclass(annotation: object) -> object:
+    found = [m for m in _members(annotation) if is_dataclass(m)]
+    return found[0] if found else annotation
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))

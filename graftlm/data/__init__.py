@@ -1,0 +1,1 @@
+"""Text to batches: rows -> messages -> ids and roles -> weights -> packs. Torch appears in `pack` only."""

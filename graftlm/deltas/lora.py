@@ -1,0 +1,48 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al. 2021, arXiv:2106.09685, equation 3.
+
+    h = W x + s B A x        A [r, d_in]  B [d_out, r]  W [d_out, d_in], frozen
+    s = alpha / r            section 4.1
+    s = alpha / sqrt(r)      rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, section 4: keeps the size of the
+                             increment the same as r grows
+
+A starts random and B at zero, so that dW = 0. The paper draws A from a Gaussian; the authors' code, PEFT and we draw
+it from U(-1/sqrt(d_in), 1/sqrt(d_in)).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import Flag, PositiveCount, PositiveRate, config
+from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
+
+
+@config
+class LoraConfig(DeltaConfig):
+    method: Literal["lora"] = "lora"
+    r: PositiveCount = 16
+    alpha: PositiveRate = 32
+    rslora: Flag = False
+
+
+class Lora(AdditiveDelta):
+    family = "reparameterisation"
+    paper = "Hu et al. 2021, arXiv:2106.09685"
+    formula = "r * (d_in + d_out)"
+    peft = PeftLayout(
+        type="LORA",
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+        fields={"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
+        patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
+    )
+
+    def __init__(self, site: Site, config: LoraConfig) -> None:
+        super().__init__(site, config)
+        A = torch.rand(config.r, site.d_in, generator=site.generator())
+        self.A = nn.Parameter((2 * A - 1) / site.d_in**0.5)
+        self.B = nn.Parameter(torch.zeros(site.d_out, config.r))
+        self.scale = config.alpha / (config.r**0.5 if config.rslora else config.r)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.scale * self.B

@@ -1,0 +1,1 @@
+"""Plumbing: modules, dtypes, files. Knows no method by name."""

@@ -1,0 +1,72 @@
+"""Prompts -> answers, as ids: greedy or sampled, many at once, or streamed token by token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+Ids = Sequence[int] | np.ndarray[Any, np.dtype[np.int32]]
+
+
+class _EachToken(BaseStreamer):  # type: ignore[misc]
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token = on_token
+        self.seen_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.seen_prompt:
+            self.on_token(int(value.reshape(-1)[0]))
+        self.seen_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Ids],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_rows: int = 16,
+    on_token: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (index of the prompt, new ids without the one that stops), in batches of prompts of similar length.
+
+    temperature 0 is greedy. `on_token` is called with each new id, and needs a single prompt.
+    """
+    assert on_token is None or len(prompts) == 1, "only a single answer can be streamed"
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0] if stop_ids else 0,
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_rows):
+        chosen = order[start : start + batch_rows]
+        width = max(len(prompts[i]) for i in chosen)
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        mask = torch.zeros(len(chosen), width, dtype=torch.long)
+        for row, i in enumerate(chosen):  # on the left, so that every answer begins in the same column
+            ids[row, width - len(prompts[i]) :] = torch.as_tensor(np.asarray(prompts[i], np.int64))
+            mask[row, width - len(prompts[i]) :] = 1
+        torch.manual_seed(seed + start)
+        answered = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            streamer=_EachToken(on_token) if on_token else None,
+        )
+        for row, i in enumerate(chosen):
+            new = answered[row, width:].tolist()
+            stop = next((n for n, token in enumerate(new) if token in stop_ids), len(new))
+            yield i, new[:stop]

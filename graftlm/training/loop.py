@@ -1,0 +1,140 @@
+"""The training loop: a generator of steps that reads top to bottom.
+
+    for step in steps(model, batches, loss, optimiser, schedule):
+        ...                              # logging, evaluating, saving are ordinary statements of the caller
+
+The loss of a step is the sum over the supervised tokens of all its packs, divided by their count: how a batch is split
+into packs changes memory, not the result.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import Count, PositiveCount, PositiveRate, Rate, Share, config
+from graftlm.data.pack import Pack
+from graftlm.errors import TrainingError, numbered
+from graftlm.losses import LOSSES
+from graftlm.model.attach import trainable
+from graftlm.model.forward import log_probs, packed_attention
+
+
+@config
+class TrainConfig:
+    steps: PositiveCount | None = None
+    """Optimiser steps; give these or `epochs`."""
+    epochs: PositiveRate | None = None
+    """Passes over the training rows, 1 if neither is given."""
+    batch_rows: PositiveCount = 8
+    """Rows of one optimiser step."""
+    learning_rate: PositiveRate = 5e-4
+    warmup: Share = 0.05
+    """Share of the steps over which the learning rate rises; it then falls to zero along half a cosine."""
+    weight_decay: Rate = 0.0
+    clip: PositiveRate = 1.0
+    """Largest norm of the gradient of all trainable tensors together."""
+    pack_tokens: PositiveCount = 1024
+    """Tokens of one forward pass: memory grows with it, the result does not change."""
+    seed: Count = 0
+    threads: PositiveCount | None = None
+    """CPU threads; by default torch's own choice."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did. `loss` is in nats per supervised token, before the step."""
+
+    number: int
+    loss: float
+    tokens: int
+    supervised_tokens: float
+    grad_norm: float
+    learning_rate: float
+    wall_s: float
+
+
+def steps(
+    model: nn.Module,
+    batches: Iterable[Sequence[Pack]],
+    *,
+    loss: str,
+    optimiser: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    clip: float,
+    packed: bool = True,
+) -> Iterator[Step]:
+    """Train the model's deltas, one optimiser step for each batch of packs.
+
+    Raises TrainingError, before anything is changed by that step, for a loss or gradient that is not finite (naming
+    the rows) and for a trainable tensor that gets no gradient (naming the tensor).
+    """
+    parameters = trainable(model)
+    unmoved = set(parameters)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    for number, packs in enumerate(batches):
+        started = time.perf_counter()
+        count = sum(pack.weights.sum() for pack in packs)
+        total = 0.0
+        with packed_attention(model) if packed else nullcontext():
+            for pack in packs:
+                policy = log_probs(model, pack.ids, pack.positions, pack.lengths, pack.hidden_rows, pack.targets)
+                part = LOSSES[loss](policy, None, pack.weights)
+                if not torch.isfinite(part.sum):
+                    raise TrainingError(
+                        _not_finite(f"the loss of step {number + 1}", _rows_of(pack, ~policy.isfinite()))
+                    )
+                (part.sum / count).backward()
+                total += float(part.sum.detach())
+        _check_gradients(parameters, unmoved, number)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), clip)
+        if not torch.isfinite(norm):
+            rows = [where for pack in packs for where in pack.where]
+            raise TrainingError(_not_finite(f"a gradient of step {number + 1}", rows))
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(number)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        yield Step(
+            number=number + 1,
+            loss=total / float(count),
+            tokens=sum(pack.ids.numel() for pack in packs),
+            supervised_tokens=float(count),
+            grad_norm=float(norm),
+            learning_rate=optimiser.param_groups[0]["lr"],
+            wall_s=time.perf_counter() - started,
+        )
+
+
+def _check_gradients(parameters: dict[str, nn.Parameter], unmoved: set[str], number: int) -> None:
+    """After the first step every trainable tensor must have a gradient, after the second one that is not all zero.
+
+    (A starts with a zero gradient in LoRA, because B is zero: so two steps.)
+    """
+    missing = [name for name, p in parameters.items() if p.grad is None]
+    if missing:
+        raise TrainingError(f"{len(missing)} trainable tensors got no gradient:\n" + numbered(missing))
+    if number < 2:
+        unmoved -= {name for name, p in parameters.items() if name in unmoved and bool(p.grad.count_nonzero())}  # type: ignore[union-attr]
+    if number == 1 and unmoved:
+        raise TrainingError(
+            f"{len(unmoved)} trainable tensors had a zero gradient in the first two steps, so they learn nothing:\n"
+            + numbered(sorted(unmoved))
+        )
+
+
+def _rows_of(pack: Pack, bad: Tensor) -> list[str]:
+    """The rows of a pack in which the loss triples marked `bad` lie."""
+    ends = torch.tensor(pack.lengths).cumsum(0)
+    segments = torch.bucketize(pack.hidden_rows.cpu()[bad.cpu()], ends, right=True)
+    return [pack.where[i] for i in sorted(set(segments.tolist()))] or pack.where
+
+
+def _not_finite(what: str, rows: list[str]) -> str:
+    return (
+        f"{what} is not finite. It comes from:\n{numbered(rows)}\nLook at these rows; if they are well, lower "
+        "train.learning_rate. The adapter is as it was before this step"
+    )

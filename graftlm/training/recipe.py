@@ -1,0 +1,63 @@
+"""The recipe: everything that a run is, in one tree. YAML and `graftlm.train(Recipe(...))` are the same thing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Union
+
+from pydantic import Field, field_validator, model_validator
+
+from graftlm import config
+from graftlm.config import Count, Flag, PositiveCount
+from graftlm.data.source import DataConfig
+from graftlm.deltas import METHODS
+from graftlm.deltas.base import DeltaConfig
+from graftlm.errors import nearest
+from graftlm.model.load import BaseConfig
+from graftlm.training.loop import TrainConfig
+from graftlm.training.policies import POLICIES
+
+if TYPE_CHECKING:
+    AnyDelta = DeltaConfig
+else:  # whichever configs are in the table, told apart by their `method`
+    _CONFIGS = tuple(method.config for method in METHODS.values())
+    AnyDelta = Annotated[Union[_CONFIGS], Field(discriminator="method")] if len(_CONFIGS) > 1 else _CONFIGS[0]  # noqa: UP007
+
+
+@config.config
+class ReportConfig:
+    samples: Count = 8
+    """Held-out answers shown side by side."""
+    answers: Count = 100
+    """Held-out rows that are answered, before and after, and scored by ROUGE-L; the loss is over all held-out rows."""
+    max_new_tokens: PositiveCount = 48
+
+
+@config.config
+class Recipe:
+    base: str | BaseConfig = "smollm2"
+    data: DataConfig
+    delta: AnyDelta
+    loss: Literal["supervised"] = "supervised"
+    policies: tuple[str, ...] = ()
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
+    network: Flag = False
+    """Allow a base or a data set to be fetched from the hub."""
+
+    @field_validator("policies")
+    @classmethod
+    def _known_policies(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in POLICIES:
+                raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
+        return names
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> "Recipe":
+        if self.train.steps is not None and self.train.epochs is not None:
+            raise ValueError("train: give steps or epochs, not both")
+        return self
+
+
+def read_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key=value` strings laid over it; raises RecipeError with file and line."""
+    return config.read(Recipe, Path(path), overrides)

@@ -1,0 +1,80 @@
+"""report.html: one file, pictures inside, nothing fetched."""
+
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+
+def html(
+    *,
+    title: str,
+    summary: Mapping[str, Any],
+    facts: Mapping[str, str],
+    steps: Sequence[Mapping[str, float]],
+    lengths: Sequence[int],
+    preflight: Sequence[tuple[str, str]],
+    rows: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, str]],
+    recipe: str,
+) -> str:
+    """The report of one run; every text in it is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(
+        files("graftlm.training").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    return template.render(
+        title=title,
+        held_out=summary["held_out"],
+        train=summary["train"],
+        interrupted=summary.get("interrupted", False),
+        facts=facts,
+        loss_curve=_loss_curve(steps),
+        lengths=_lengths(lengths),
+        preflight=preflight,
+        rows=rows,
+        samples=samples,
+        recipe=recipe,
+    )
+
+
+def _loss_curve(steps: Sequence[Mapping[str, float]]) -> str:
+    figure, axis = _figure()
+    numbers, losses = [s["step"] for s in steps], [s["loss"] for s in steps]
+    axis.plot(numbers, losses, color="#2da44e", linewidth=1, alpha=0.4)
+    width = max(1, len(losses) // 20)
+    smooth = [
+        sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1]) for i in range(len(losses))
+    ]
+    axis.plot(numbers, smooth, color="#2da44e", linewidth=2)
+    axis.set(xlabel="step", ylabel="loss, nats per supervised token")
+    rate = axis.twinx()
+    rate.plot(numbers, [s["learning_rate"] for s in steps], color="#8b8f96", linewidth=1, linestyle=":")
+    rate.set_ylabel("learning rate (dotted)")
+    return _svg(figure)
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    figure, axis = _figure(height=2.2)
+    axis.hist(lengths, bins=40, color="#0b6bcb")
+    axis.set(xlabel="tokens of a row", ylabel="rows")
+    return _svg(figure)
+
+
+def _figure(height: float = 3.2) -> tuple[Any, Any]:
+    # The object interface of matplotlib: no pyplot, so no window system and no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,326 @@
+"""A run: the parts that a recipe names, joined. Logging, evaluation and saving are here, as plain statements.
+
+recipe -> rows -> examples -> base -> delta -> steps -> held-out rows -> adapter folder
+"""
+
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from graftlm.config import to_yaml
+from graftlm.data.check import Report, prepare, shown_rows
+from graftlm.data.pack import Example, Pack, batches, collate, pack
+from graftlm.data.render import Renderer
+from graftlm.data.source import Row, load_rows, split
+from graftlm.model.attach import attach, deltas_off, hosts, trainable
+from graftlm.model.forward import check_packing
+from graftlm.model.load import Loaded, fingerprint, load_base, load_tokenizer
+from graftlm.model.store import model_card, new_folder, write_adapter
+from graftlm.training import display, report
+from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
+from graftlm.training.loop import Step, TrainConfig, steps
+from graftlm.training.optim import adamw, warmup_cosine
+from graftlm.training.recipe import Recipe, read_recipe
+
+INTERRUPTED = 130
+"""Exit code of a run that was stopped by Ctrl-C, its adapter saved."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the adapter folder, its summary.json, and the model with the delta on."""
+
+    folder: Path
+    summary: dict[str, Any]
+    model: torch.nn.Module
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run, rendered: what `graft data check` reports and `train` trains on."""
+
+    examples: list[Example]
+    report: Report
+    held_out_rows: list[Row]
+    held_out: list[Example]
+    first_rows: list[dict[str, Any]]
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1) -> Prepared:
+    """Read, split, render and check the rows of a recipe; raises DataError that lists every row that cannot be used."""
+    data = recipe.data
+    rows, name = load_rows(data.train, network=recipe.network)
+    if isinstance(data.held_out, int | float):
+        rows, aside = split(rows, data.held_out, recipe.train.seed)
+    else:
+        aside, _ = load_rows(data.held_out, network=recipe.network)
+    renderer = Renderer(tokenizer)
+    examples, found = prepare(rows, renderer, data, format=name)
+    held_out: list[Example] = []
+    if aside:  # every held-out row counts: one that is too long is cut, not left out
+        held_out, _ = prepare(aside, renderer, replace(data, over_length="truncate"))
+    return Prepared(examples, found, aside, held_out, shown_rows(rows, renderer, data.mask, show))
+
+
+def train(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Train the delta that `recipe` (or the YAML file there) describes, and write the adapter folder `out`.
+
+    Raises a GraftError before anything is loaded where it can. Ctrl-C finishes the step, saves what was learnt and
+    returns; a second one stops at once. `console` shows the run; by default it is silent.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    console = console or Console(quiet=True)
+    out = Path(out) if out is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    with new_folder(out, overwrite=overwrite) as folder:
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        torch.manual_seed(recipe.train.seed)
+        tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+        with console.status("reading rows"):
+            data = prepare_data(recipe, tokenizer)
+        console.print(display.preflight(data.report))
+        console.print(display.tokens(data.first_rows[0]))
+        with console.status("loading the base"):
+            model = load_base(recipe.base, network=recipe.network).model
+        plan = _batches(recipe.train, data.examples)
+        log = _train(recipe, model, data, plan, folder, console)
+        write_adapter(model, folder, tokenizer=tokenizer)
+        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    # From here on the adapter is safe in its place; what is measured is added to it.
+    interrupted = len(log) < len(plan)
+    if interrupted:
+        console.print(f"interrupted after step {len(log)} of {len(plan)}: what was learnt by then is saved in {out}")
+    before, after, samples = (
+        (None, None, []) if interrupted else _measure(recipe, Loaded(model, tokenizer), data, console)
+    )
+    summary = _summary(recipe, model, log, before, after, interrupted)
+    _write_report(recipe, model, data, out, summary, log, samples)
+    if samples:
+        console.print(display.side_by_side(samples))
+    console.print(display.results(summary))
+    console.print(f"wrote {out}: adapter, report.html, summary.json", highlight=False)
+    return Result(out, summary, model, tokenizer)
+
+
+def _train(
+    recipe: Recipe, model: Any, data: Prepared, plan: list[list[int]], folder: Path, console: Console
+) -> list[dict[str, float]]:
+    """Attach the delta and train it; what every step did goes to metrics.jsonl as it happens, and is returned."""
+    if recipe.data.pack:
+        check_packing(model, [collate([e]).ids[0].to(model.device) for e in sorted(data.examples, key=len)[:2]])
+    attach(model, recipe.delta, seed=recipe.train.seed)
+    count = sum(p.numel() for p in trainable(model).values())
+    console.print(f"{recipe.delta.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
+    log: list[dict[str, float]] = []
+    with (
+        stop_on_signal() as stopping,
+        display.progress(console) as bars,
+        open(folder / "metrics.jsonl", "w") as metrics,
+    ):
+        bar = bars.add_task("training", total=len(plan), now="")
+        for step in _steps(recipe, model, data.examples, plan):
+            log.append(_line(step))
+            metrics.write(json.dumps(log[-1]) + "\n")
+            metrics.flush()
+            rate = sum(s["tokens"] for s in log) / sum(s["wall_s"] for s in log)
+            bars.update(bar, advance=1, now=f"loss {step.loss:.3f}  {rate:,.0f} tokens/s")
+            if stopping.requested:
+                break
+    return log
+
+
+def _batches(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]]:
+    """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once."""
+    total = config.steps or max(1, round((config.epochs or 1) * len(examples) / config.batch_rows))
+    plan = batches(len(examples), config.batch_rows, total, config.seed)
+    largest = max(range(total), key=lambda i: sum(len(examples[j]) for j in plan[i]))
+    plan[0], plan[largest] = plan[largest], plan[0]
+    return plan
+
+
+def _steps(recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]) -> Iterator[Step]:
+    config = recipe.train
+
+    def packs() -> Iterator[list[Pack]]:
+        for chosen in plan:
+            rows = [examples[i] for i in chosen]
+            made = pack(rows, config.pack_tokens) if recipe.data.pack else [collate([row]) for row in rows]
+            yield [p.to(model.device) for p in made]
+
+    for host in hosts(model).values():
+        host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
+    return steps(
+        model,
+        packs(),
+        loss=recipe.loss,
+        optimiser=adamw(
+            trainable(model).values(), learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        ),
+        schedule=warmup_cosine(steps=len(plan), warmup_steps=round(config.warmup * len(plan))),
+        clip=config.clip,
+        packed=recipe.data.pack,
+    )
+
+
+def _line(step: Step) -> dict[str, float]:
+    return {
+        "step": step.number,
+        "loss": step.loss,
+        "tokens": step.tokens,
+        "supervised_tokens": step.supervised_tokens,
+        "grad_norm": step.grad_norm,
+        "learning_rate": step.learning_rate,
+        "wall_s": round(step.wall_s, 4),
+    }
+
+
+def _measure(
+    recipe: Recipe, base: Loaded, data: Prepared, console: Console
+) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
+    """Held-out rows with the delta off and on, and some of the answers side by side."""
+    asked = [row for row in data.held_out_rows if can_be_answered(row)][: recipe.report.answers]
+    if not data.held_out:
+        return None, None, []
+    model, tokenizer = base
+    model.eval()
+    renderer = Renderer(tokenizer)
+
+    def measured(name: str, bars: Any) -> HeldOut:
+        bar = bars.add_task(f"{name} answers", total=len(asked), now="")
+        return evaluate(
+            model,
+            renderer,
+            data.held_out,
+            asked,
+            max_new_tokens=recipe.report.max_new_tokens,
+            pack_tokens=recipe.train.pack_tokens,
+            packed=recipe.data.pack,
+            progress=lambda done: bars.update(bar, completed=done),
+        )
+
+    with display.progress(console) as bars:
+        with deltas_off(model):
+            before = measured("base", bars)
+        after = measured("tuned", bars)
+    samples = [
+        {"asked": row.messages[-2].content, "wanted": row.messages[-1].content, "base": b, "tuned": t}
+        for row, b, t in zip(asked, before.answers, after.answers, strict=True)
+    ]
+    return before, after, samples[: recipe.report.samples]
+
+
+def peak_rss_gib() -> float:
+    """The most memory that this process had resident at any time."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _summary(
+    recipe: Recipe,
+    model: Any,
+    log: list[dict[str, float]],
+    before: HeldOut | None,
+    after: HeldOut | None,
+    interrupted: bool,
+) -> dict[str, Any]:
+    wall_s = sum(s["wall_s"] for s in log)
+    summary = {
+        "held_out": {
+            "rouge_l": {"base": before and before.rouge_l, "tuned": after and after.rouge_l},
+            "loss_nats": {"base": before and before.loss_nats, "tuned": after and after.loss_nats},
+        },
+        "train": {
+            "tokens_per_s": sum(s["tokens"] for s in log) / wall_s,
+            "supervised_tokens": int(sum(s["supervised_tokens"] for s in log)),
+            "steps": len(log),
+            "wall_s": wall_s,
+            "peak_rss_gib": peak_rss_gib(),
+        },
+        "base_fingerprint": fingerprint(model).digest,
+        "seed": recipe.train.seed,
+    }
+    return summary | ({"interrupted": True} if interrupted else {})
+
+
+def _write_report(
+    recipe: Recipe,
+    model: Any,
+    data: Prepared,
+    folder: Path,
+    summary: dict[str, Any],
+    log: list[dict[str, float]],
+    samples: list[dict[str, str]],
+) -> None:
+    done = summary["train"]
+    source = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train.path
+    facts = {
+        "training data": f"{source}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
+        "steps": f"{done['steps']} of {recipe.train.batch_rows} rows, seed {recipe.train.seed}",
+        "supervised tokens": f"{done['supervised_tokens']:,}",
+        "speed": f"{done['tokens_per_s']:,.0f} tokens/s",
+        "machine": f"{torch.get_num_threads()} threads, {model.device}, {model.dtype}",
+        "training time": f"{done['wall_s']:.0f} s",
+        "peak memory": f"{done['peak_rss_gib']:.2f} GiB",
+    }
+    for name, label in (("loss_nats", "held-out loss, nats per supervised token"), ("rouge_l", "held-out ROUGE-L F1")):
+        figures = summary["held_out"][name]
+        if figures["tuned"] is not None:
+            facts[label] = f"{figures['base']:.3f} base, {figures['tuned']:.3f} tuned"
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(model, facts=facts), encoding="utf-8")
+    page = report.html(
+        title=f"{recipe.delta.method} on {recipe.base if isinstance(recipe.base, str) else recipe.base.name}: {source}",
+        summary=summary,
+        facts=facts,
+        steps=log,
+        lengths=[len(e) for e in data.examples],
+        preflight=data.report.lines(),
+        rows=data.first_rows,
+        samples=samples,
+        recipe=to_yaml(recipe),
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+class _Stopping:
+    requested = False
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[_Stopping]:
+    """The first Ctrl-C (or SIGTERM) asks for a stop after the step; a second one stops at once."""
+    state = _Stopping()
+
+    def ask(number: int, frame: object) -> None:
+        if state.requested:
+            raise KeyboardInterrupt
+        state.requested = True
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:  # not the main thread: its owner decides about signals
+        pass
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
