@@ -6,6 +6,7 @@ interface, and the head for supervised positions only. `check_packing` proves on
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from graftlm.errors import TrainingError
-from graftlm.model.ops import Plan, head_log_probs, linear_log_probs, segment_attention
+from graftlm.model.ops import Plan, head_log_probs, linear_log_probs, rms_norm, segment_attention
 
 SEGMENTS = "graft_segments"
 AttentionInterface.register(SEGMENTS, segment_attention)
@@ -29,11 +30,48 @@ def packed_attention(model: Any) -> Iterator[None]:
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
     for config, _ in before:
         config._attn_implementation = SEGMENTS
+    norms = _norms(model)
+    for norm, gain, eps in norms:
+        norm.forward = partial(rms_norm, gain=gain, eps=eps)
     try:
         yield
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
+        for norm, _, _ in norms:
+            del norm.forward
+
+
+def _norms(model: Any) -> list[tuple[Any, Tensor, float]]:
+    """The modules that compute `rms_norm` of some gain, found by what they do: (module, gain, eps).
+
+    A candidate is asked for the norm of rows so small that eps matters. Whatever differs by more than rounding, in
+    either of the two ways that a gain is stored, keeps its own code.
+    """
+    found = getattr(model, "graft_norms", None)
+    if found is None:
+        found = [norm for module in model.modules() if (norm := _as_rms_norm(module)) is not None]
+        model.graft_norms = found
+    return found
+
+
+@torch.no_grad()
+def _as_rms_norm(module: Any) -> tuple[Any, Tensor, float] | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or weight.requires_grad:
+        return None
+    probe = torch.linspace(-1, 1, 4 * len(weight), device=weight.device).view(4, -1).sin() * eps**0.5
+    probe = probe.to(weight.dtype)
+    try:
+        wanted = module(probe).float()
+    except (TypeError, RuntimeError):
+        return None
+    for gain in (weight, 1 + weight):
+        error = (rms_norm(probe, gain, eps).float() - wanted).abs().max() / wanted.abs().max()
+        if error <= 4 * torch.finfo(weight.dtype).eps:
+            return module, gain, eps
+    return None
 
 
 def log_probs(

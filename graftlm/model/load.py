@@ -303,7 +303,11 @@ def _fingerprint_file(folder: str | None, dtype: torch.dtype) -> Path | None:
     files = sorted(Path(folder).glob("*.safetensors"))
     stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps([str(Path(folder).resolve()), stamp, str(dtype)]).encode()).hexdigest()[:24]
-    return cache_folder() / "fingerprints" / f"{key}.json"
+    return _fingerprint_folder() / f"{key}.json"
+
+
+def _fingerprint_folder() -> Path:
+    return cache_folder() / "fingerprints"
 
 
 def _write_quietly(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ T tokens of a pack, S supervised positions, V vocabulary, r rank; H query heads,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,60 +50,100 @@ def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
     return y
 
 
+# Root-mean-square norm --------------------------------------------------------------------------------------------
+
+
+class _RmsNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
+        ctx.save_for_backward(x, gain, scale)
+        return (x * scale).to(x.dtype).mul_(gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, scale = ctx.saved_tensors
+        grad = grad * gain
+        along_x = (grad * x).sum(-1, keepdim=True, dtype=torch.float32)
+        out = (grad * scale).sub_(x * (along_x * scale.pow(3)).div_(x.shape[-1]))
+        return out.to(x.dtype), None, None
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, for a frozen gain [d].
+
+    Keeps x and one number a row, where autograd keeps several float32 copies of x and walks over them again.
+    """
+    y: Tensor = _RmsNorm.apply(x, gain, eps)
+    return y
+
+
 # Attention over the segments of a pack ---------------------------------------------------------------------------
 
 
 @dataclass
 class Plan:
-    """Where the segments of a packed row lie. Travels through the model as the keyword argument `plan`.
-
-    `calls` counts the attention layers that honoured it, so that a model that ignores it is found out.
-    """
+    """Where the segments of a packed row lie. Travels through the model as the keyword argument `plan`."""
 
     lengths: list[int]
-    calls: int = 0
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def causal(self, like: Tensor) -> Tensor:
+        """0 for the past and -inf for the future, [L, L], made once a length and used by every layer."""
+        length = like.shape[-1]
+        if length not in self.masks:
+            self.masks[length] = torch.full(
+                (length, length), float("-inf"), dtype=like.dtype, device=like.device
+            ).triu_(1)
+        return self.masks[length]
 
 
 SHORT_SEGMENT = 512
-"""Up to here plain products beat the stock kernel on a CPU (benchmarks/attention); above, its memory is linear."""
+"""Up to here plain products beat the stock kernel on a CPU; above, what they would keep grows too fast."""
+
+KEPT_SEGMENT = 256
+"""Up to here probabilities are kept for the backward pass; above, they are computed again."""
 
 
 class _ShortAttention(Function):
     """softmax(scale q k^T + causal) v for one short segment: q [H, L, D], k and v [G, L, D] -> [L, H, D].
 
     The H / G query heads that share a key head lie under each other in one product, so that k and v are not repeated
-    and their gradients sum by themselves. The probabilities are computed again in the backward pass, not kept.
+    and their gradients sum by themselves.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        H, L, D = q.shape
-        q_ = q.reshape(k.shape[0], -1, D)
-        probabilities = _probabilities(q_, k, L, scale)
-        ctx.save_for_backward(q_, k, v)
-        ctx.scale = scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Plan) -> Tensor:
+        H, L, _ = q.shape
+        q_ = (q * scale).reshape(k.shape[0], -1, q.shape[-1])
+        probabilities = _probabilities(q_, k, plan)
+        ctx.save_for_backward(q_, k, v, probabilities if L <= KEPT_SEGMENT else None)
+        ctx.scale, ctx.plan = scale, plan
         return torch.bmm(probabilities, v).view(H, L, v.shape[-1]).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q_, k, v = ctx.saved_tensors
+        q_, k, v, probabilities = ctx.saved_tensors
+        if probabilities is None:
+            probabilities = _probabilities(q_, k, ctx.plan)
         L, H, D_v = grad.shape
         grad_out = grad.transpose(0, 1).reshape(k.shape[0], -1, D_v)
-        probabilities = _probabilities(q_, k, L, ctx.scale)
         grad_v = torch.bmm(probabilities.transpose(1, 2), grad_out)
         grad_p = torch.bmm(grad_out, v.transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, q_.dtype).mul_(ctx.scale)
-        grad_q = torch.bmm(grad_scores, k).view(H, L, -1)
+        grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, q_.dtype)
+        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale).view(H, L, -1)
         grad_k = torch.bmm(grad_scores.transpose(1, 2), q_)
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None
 
 
-def _probabilities(q_: Tensor, k: Tensor, L: int, scale: float) -> Tensor:
-    """[G, H / G * L, L], causal."""
-    scores = torch.bmm(q_, k.transpose(1, 2)).mul_(scale)
-    future = torch.ones(L, L, dtype=torch.bool, device=k.device).triu_(1)
-    scores.view(k.shape[0], -1, L, L).masked_fill_(future, float("-inf"))
+def _probabilities(q_: Tensor, k: Tensor, plan: Plan) -> Tensor:
+    """[G, H / G * L, L], causal, from scaled queries."""
+    scores = torch.bmm(q_, k.transpose(1, 2))
+    L = scores.shape[-1]
+    scores.view(k.shape[0], -1, L, L).add_(plan.causal(scores))
     return torch.softmax(scores, dim=-1)
 
 
@@ -143,7 +183,6 @@ def segment_attention(
     """
     if s_aux is not None or unused.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__}: packed attention with sinks or a position bias")
-    plan.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for q, k, v in zip(*(t[0].split(plan.lengths, dim=1) for t in (query, key, value)), strict=True):
@@ -151,7 +190,7 @@ def segment_attention(
         if softcap is not None or (sliding_window is not None and sliding_window < length):
             out = _plain_attention(q, k, v, scale, sliding_window, softcap)
         elif length <= SHORT_SEGMENT and q.device.type == "cpu":
-            out = _ShortAttention.apply(q, k, v, scale)
+            out = _ShortAttention.apply(q, k, v, scale, plan)
         else:
             stock = F.scaled_dot_product_attention(
                 q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
@@ -163,8 +202,8 @@ def segment_attention(
 
 # The output head and the loss ------------------------------------------------------------------------------------
 
-LOGITS_AT_ONCE = 2**24
-"""Elements of a chunk of logits: 64 MiB of float32."""
+LOGITS_AT_ONCE = 2**22
+"""Elements of a chunk of logits: 16 MiB of float32."""
 
 
 class _LinearLogProbs(Function):
@@ -175,13 +214,10 @@ class _LinearLogProbs(Function):
         step = max(1, LOGITS_AT_ONCE // W.shape[0])
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            logits = F.linear(hidden[rows], W, b).float()
-            log_normaliser = logits.logsumexp(-1)
-            log_probs[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_normaliser
-            # d log p(target) / d logits = onehot(target) - softmax, in the memory of the logits
-            grad_logits = logits.sub_(log_normaliser[:, None]).exp_().neg_()
-            grad_logits[torch.arange(len(grad_logits)), targets[rows]] += 1
-            grad[rows] = grad_logits.to(W.dtype) @ W
+            chunk = F.linear(hidden[rows], W, b).log_softmax(-1, dtype=torch.float32)
+            log_probs[rows] = chunk.gather(1, targets[rows, None])[:, 0]
+            # d log p(target) / d hidden = (onehot(target) - softmax) W
+            torch.sub(W[targets[rows]], chunk.exp_().to(W.dtype) @ W, out=grad[rows])
         ctx.save_for_backward(grad)
         return log_probs
 
