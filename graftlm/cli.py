@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Teach a frozen language model new behaviour through a small, removable delta.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode=None,
 )
 data_app = typer.Typer(

@@ -33,7 +33,9 @@ Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys, wrong types and values out of range."""
-    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+    return pydantic_dataclass(
+        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    )(cls)  # type: ignore[return-value]
 
 
 def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
@@ -49,6 +51,8 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     for key, value in map(_parse_override, overrides):
         _put(tree, key, value)
         lines[key] = 0
+        for depth in range(1, len(key)):
+            lines.setdefault(key[:depth], 0)
     return build(cls, tree, source=str(path), lines=lines)
 
 
@@ -74,7 +78,7 @@ def to_yaml(value: object) -> str:
 
 def json_schema(cls: type) -> str:
     """The JSON Schema of a config class, from which editors complete and check recipes."""
-    return json.dumps(TypeAdapter(cls).json_schema(), indent=2, sort_keys=True) + "\n"
+    return json.dumps(TypeAdapter(cls).json_schema(), indent=2) + "\n"
 
 
 # YAML ------------------------------------------------------------------------------------------------------------

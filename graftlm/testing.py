@@ -174,7 +174,8 @@ def _by_the_equation(host: Host) -> Callable[[Tensor], Tensor]:
         (delta,) = host.on()
         if isinstance(delta, WeightDelta):
             return host.view.apply(x, *host.effective())
-        return delta(x, host.view(x), host.view)
+        y: Tensor = delta(x, host.view(x), host.view)
+        return y
 
     return forward
 
@@ -237,8 +238,8 @@ def parameters_are_as_declared(name: str) -> None:
             values = {f.name: getattr(delta.config, f.name) for f in fields(delta.config)}
             values |= {"d_in": delta.site.d_in, "d_out": delta.site.d_out}
             declared = eval(delta.formula, {"__builtins__": {}}, values)  # noqa: S307 (a literal of the method's class)
-            counted = sum(p.numel() for p in delta.parameters())
-            assert counted == declared, f"{site}: {counted} parameters, {delta.formula} says {declared}"
+            counted = sum(p.numel() for p in delta.parameters() if p.requires_grad)
+            assert counted == declared, f"{site}: {counted} trainable parameters, {delta.formula} says {declared}"
 
 
 def factors_are_the_matrix(name: str) -> None:
@@ -255,7 +256,7 @@ def factors_are_the_matrix(name: str) -> None:
 
 
 def two_deltas_compose(name: str) -> None:
-    """With every mergeable method as a second delta on the same layers: forward = merged, off = base, detach = alone."""
+    """With every mergeable method as a second delta on the same layers: forward = merged, and detached = alone."""
     for other, method in METHODS.items():
         if not (METHODS[name].mergeable and method.mergeable):
             continue
@@ -330,3 +331,5 @@ def check_method(name: str) -> None:
             clause(name)
         except AssertionError as error:
             raise AssertionError(f"{name}: {title}: {error}") from None
+        except Exception as error:  # whatever else a method breaks, its author is told in which clause
+            raise AssertionError(f"{name}: {title}: {type(error).__name__}: {error}") from error

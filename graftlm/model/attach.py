@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftlm.config import build, to_tree
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, Targets, WeightDelta
 from graftlm.deltas.inits import INITS
@@ -45,13 +46,31 @@ class Host(nn.Module):
         deltas, base = self.on(), self.view
         if not deltas:
             return base(x)
-        if all(isinstance(d, AdditiveDelta) for d in deltas):
-            return self._add(x, [d for d in deltas if isinstance(d, AdditiveDelta)], base)
-        if all(isinstance(d, WeightDelta) for d in deltas):
-            return base.apply(x, *self.effective())
-        y = base(x) if deltas[0].wants_y else x.new_empty(0)
+        # A change of weights acts on the frozen layer, any other delta on an output: so changes of weights come first.
+        weights = [d for d in deltas if isinstance(d, WeightDelta)]
+        others = [d for d in deltas if not isinstance(d, WeightDelta)]
+        if not weights:
+            y = base(x) if others[0].wants_y else x.new_empty(0)
+        elif all(isinstance(d, AdditiveDelta) for d in weights):
+            y = self._add(x, [d for d in weights if isinstance(d, AdditiveDelta)], base)
+        else:
+            y = self._fold(x, weights, base)
+        for delta in others:
+            y = delta(F.dropout(x, delta.config.dropout, training=self._drops(delta)), y, base)
+        return y
+
+    def _fold(self, x: Tensor, deltas: Sequence[WeightDelta], base: LinearBase) -> Tensor:
+        W, b = base.weight, base.bias
+        if not any(self._drops(d) for d in deltas):
+            for delta in deltas:
+                W, b = delta.effective(W, b)
+            return base.apply(x, W, b)
+        y = base(x)  # with dropout, what each delta changes is applied to its own x, and the base to the whole of it
         for delta in deltas:
-            y = delta(x, y, base)
+            W_, b_ = delta.effective(W, b)
+            shift = None if b_ is None else b_ if b is None else b_ - b
+            y = y + base.apply(F.dropout(x, delta.config.dropout, training=self._drops(delta)), W_ - W, shift)
+            W, b = W_, b_
         return y
 
     def _add(self, x: Tensor, deltas: Sequence[AdditiveDelta], base: LinearBase) -> Tensor:
@@ -70,8 +89,7 @@ class Host(nn.Module):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """(W', b') in float32 with the active deltas folded in, in order; TargetError if one is not mergeable."""
-        base = self.view
-        W, b = base.weight, base.bias
+        W, b = self.view.weight, self.view.bias
         for name in self.active:
             delta = self.deltas[name]
             if not isinstance(delta, WeightDelta):
@@ -107,9 +125,15 @@ def hosts(model: nn.Module) -> dict[str, Host]:
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that a delta can sit on, by name, in the order of the model; a host counts as the layer it holds."""
-    held = {f"{name}.base" for name in hosts(model)}
-    layers = {n: m.base if isinstance(m, Host) else m for n, m in model.named_modules() if n not in held}
-    return {name: layer for name, layer in layers.items() if view(layer) is not None}
+    found: dict[str, nn.Module] = {}
+    inside: list[str] = []  # a delta may have layers of its own, on which no other delta sits
+    for name, module in model.named_modules():
+        if isinstance(module, Host):
+            found[name] = module.base
+            inside.append(f"{name}.")
+        elif view(module) is not None and not name.startswith(tuple(inside)):
+            found[name] = module
+    return found
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -173,7 +197,7 @@ def config_at(config: DeltaConfig, name: str) -> DeltaConfig:
     """The config for one site: the fields of the first pattern that matches the end of its name are replaced."""
     for pattern, overrides in config.patterns.items():
         if _pattern_matches(pattern, name):
-            return config.at(**overrides)
+            return build(type(config), to_tree(config) | dict(overrides), source=f"patterns: {pattern!r}")
     return config
 
 
@@ -202,7 +226,8 @@ def attach(
     """Freeze `model` and put a delta on every site of `targets` (default: the config's own); active at once.
 
     The model is changed in place, and returned. `seed` gives every site its own random start, the same in each run.
-    Raises TargetError for targets or patterns that match nothing, and for a name that is taken.
+    Raises TargetError for targets or patterns that match nothing, and for a name that is taken; RecipeError for a
+    value in a pattern that is out of range. The model is then as it was.
     """
     if targets is not None:
         config = replace(config, targets=targets if isinstance(targets, str) else tuple(targets))
@@ -213,31 +238,37 @@ def attach(
         raise TargetError(
             f"{name!r} cannot name a delta: use letters, digits, - and _, beginning with a letter or digit"
         )
-    method = METHODS[config.method]
     if config.init not in INITS:
         raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
     sites = find_sites(model, config.targets)
     if not sites:
         raise TargetError(f"targets: {config.targets!r} matches no layer. {_what_there_is(model)}")
     _check_patterns(config, sites)
+    deltas = {site: _new_delta(model, site, config, seed) for site in sites}  # all are made before the model is touched
     if not record.configs:
         record.trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         model.graft_attachment = record  # type: ignore[assignment]
-    for site_name in sites:
+    for site_name, delta in deltas.items():
         module = model.get_submodule(site_name)
         host = module if isinstance(module, Host) else _put_host(model, site_name, module)
-        base = host.view
-        site = Site(site_name, base.d_in, base.d_out, lambda base=base: base.weight, _site_seed(seed, site_name))  # type: ignore[misc]
-        delta = method.delta(site, config_at(config, site_name))
-        with torch.no_grad():
-            for key, start in INITS[config.init](site, delta).items():
-                delta.get_parameter(key).copy_(start)
-        host.deltas[name] = delta.to(base.stored_weight.device)
+        host.deltas[name] = delta
         host.active = (*host.active, name)
     record.configs[name] = config
     record.sites[name] = tuple(sites)
     return model
+
+
+def _new_delta(model: nn.Module, name: str, config: DeltaConfig, seed: int) -> Delta:
+    module = model.get_submodule(name)
+    base = view(module.base if isinstance(module, Host) else module)
+    assert base is not None, "find_sites() finds supported layers only"
+    site = Site(name, base.d_in, base.d_out, lambda: base.weight, _site_seed(seed, name))
+    delta = METHODS[config.method].delta(site, config_at(config, name))
+    with torch.no_grad():
+        for key, start in INITS[config.init](site, delta).items():
+            delta.get_parameter(key).copy_(start)
+    return delta.to(base.stored_weight.device)
 
 
 def _site_seed(seed: int, name: str) -> int:
@@ -325,8 +356,10 @@ def merged_state(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> dic
         for name, host in found.items():
             if host.active:
                 W, b = host.effective()
-                changed[f"{name}.weight"] = host.view.store(W).to(dtype).contiguous()
-                changed[f"{name}.bias"] = None if b is None else b.to(dtype)
+                # A delta may return the base's own W or b: a copy, so that whoever edits the state edits no model.
+                kept = host.view.store(W)
+                changed[f"{name}.weight"] = kept.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                changed[f"{name}.bias"] = None if b is None else b.to(dtype, copy=True)
         state: dict[str, Tensor] = {}
         converted: dict[tuple[int, torch.Size], Tensor] = {}
         for key, tensor in model.state_dict().items():

@@ -107,39 +107,39 @@ def _is_packed(model: Any) -> bool:
     return bool(model.config._attn_implementation == SEGMENTS)
 
 
-PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
-"""Nats, for the mean difference of a row's log-probabilities: several times what rounding does, far below a leak."""
+PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
+"""Nats, for the mean difference of log-probabilities between two right ways to compute them: several times rounding."""
 
 
 @torch.no_grad()
-def check_packing(model: Any, rows: Sequence[Tensor]) -> None:
-    """Prove on two rows of ids that packing them changes nothing; raise TrainingError with the remedy if it does.
+def check_packing(model: Any, first: Tensor, second: Tensor) -> None:
+    """Prove on two rows of ids that packing them is right; raise TrainingError with the remedy if it is not.
 
-    The reference is the model's own full forward pass on each row alone. It finds architectures that ignore the
-    attention interface, layers that carry a state from row to row, and heads that scale their logits.
+    The second row must not change by one bit when the tokens of the first are replaced: this finds architectures that
+    ignore the attention interface, and layers that carry a state from row to row. And it must be what the model's own
+    forward pass makes of it alone, up to rounding: this finds wrong positions, and heads that scale their logits.
     """
-    lengths = [len(r) for r in rows]
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(rows[0].device)[None]
-    targets = torch.cat([r[1:] for r in rows])
-    kept = torch.ones(sum(lengths), dtype=torch.bool)
-    kept[torch.tensor(lengths).cumsum(0) - 1] = False
-    hidden_rows = kept.nonzero()[:, 0].to(rows[0].device)
-    name = type(model).__name__
-    remedy = "Set `data: {pack: false}` to run one row at a time"
+    name, remedy = type(model).__name__, "Set `data: {pack: false}` to run one row at a time"
+    targets, alone = second[1:], model(input_ids=second[None], use_cache=False).logits[0, :-1].float()
+    wanted = alone.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    lengths = [len(first), len(second)]
+    positions = torch.cat([torch.arange(n, device=second.device) for n in lengths])[None]
+    hidden_rows = torch.arange(len(second) - 1, device=second.device) + len(first)
     try:
         with packed_attention(model):
-            packed = log_probs(model, torch.cat(list(rows))[None], positions, lengths, hidden_rows, targets)
+            packed, packed_after_another = (
+                log_probs(model, torch.cat([before, second])[None], positions, lengths, hidden_rows, targets)
+                for before in (first, first.flip(0))
+            )
     except (KeyError, TypeError, NotImplementedError) as error:
         raise TrainingError(f"{name} cannot be packed ({type(error).__name__}: {error}). {remedy}") from None
-    alone = []
-    for row in rows:
-        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
-        alone.append(logits.log_softmax(-1).gather(1, row[1:, None])[:, 0])
-    difference = float((packed - torch.cat(alone)).abs().mean())
+    if not torch.equal(packed, packed_after_another):
+        leak = float((packed - packed_after_another).abs().max())
+        raise TrainingError(f"{name} cannot be packed: a row changes by {leak:.3g} nats with its neighbour. {remedy}")
+    difference = float((packed - wanted).abs().mean())
     tolerance = PACKING_TOLERANCE.get(next(model.parameters()).dtype, 1e-3)
     if not difference <= tolerance:
         raise TrainingError(
-            f"{name} cannot be packed: two rows laid end to end differ from the same rows alone by {difference:.3g} "
-            f"nats "
-            f"a token (at most {tolerance:g} is rounding), so one row leaks into the next. {remedy}"
+            f"{name} cannot be packed: a row in a pack differs from the same row alone by {difference:.3g} nats "
+            f"a token (rounding is below {tolerance:g}), so its positions or its head are not the usual ones. {remedy}"
         )

@@ -52,8 +52,9 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = Path(os.path.abspath(out)).with_name(f".{out.name}.partial-{os.getpid()}")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same number
         partial.mkdir(parents=True)
         yield partial
         _swap(partial, out)
@@ -81,9 +82,13 @@ def _swap(partial: Path, out: Path) -> None:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     if out.exists():
-        old = out.with_name(f".{out.name}.old-{os.getpid()}")
+        old = partial.with_name(f".{out.name}.old-{os.getpid()}")
         out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     else:
         partial.rename(out)
@@ -280,14 +285,19 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / RECORD).is_file():
         return None
     ours = _read_json(folder / RECORD)
-    for file, expected in ours.get("sha256", {}).items():
+    whole = {"base": ("name", "digest", "config", "tensors"), "config": (), "sha256": (CONFIG, WEIGHTS)}
+    for part, keys in whole.items():
+        if not isinstance(ours.get(part), dict) or not ours[part].keys() >= set(keys):
+            raise AdapterError(
+                f"{folder / RECORD}: {part!r} is incomplete, so nothing can be checked by it. Restore the file, or "
+                "delete it to load the folder as an adapter of another tool"
+            )
+    for file, expected in ours["sha256"].items():
         if file not in (CONFIG, WEIGHTS) or _sha256(folder / file) != expected:
             raise AdapterError(
                 f"{folder / file}: its checksum is not the one that was written. The file is damaged or was edited; "
                 f"restore it, or delete {RECORD} to load it as an adapter of another tool"
             )
-    if not {"base", "config", "sha256"} <= set(ours):
-        raise AdapterError(f"{folder / RECORD}: is incomplete, it holds {sorted(ours)}")
     return ours
 
 

@@ -48,4 +48,7 @@ def answer(
         seed=seed,
         on_token=on_token if on_text is not None else None,
     )
-    return renderer.decode(next(iter(results))[1])
+    said = renderer.decode(next(iter(results))[1])
+    if on_text is not None and len(said) > len(shown):
+        on_text(said[len(shown) :])
+    return said

@@ -113,7 +113,7 @@ def train(
     summary = _summary(recipe, model, log, before, after, interrupted)
     _write_report(recipe, model, data, out, summary, log, samples)
     if samples:
-        console.print(display.side_by_side(samples))
+        console.print(display.side_by_side(samples[: recipe.report.samples]))
     console.print(display.results(summary))
     console.print(f"wrote {out}: adapter, report.html, summary.json", highlight=False)
     return Result(out, summary, model, tokenizer)
@@ -124,7 +124,8 @@ def _train(
 ) -> list[dict[str, float]]:
     """Attach the delta and train it; what every step did goes to metrics.jsonl as it happens, and is returned."""
     if recipe.data.pack:
-        check_packing(model, [collate([e]).ids[0].to(model.device) for e in sorted(data.examples, key=len)[:2]])
+        shortest = (sorted(data.examples, key=len)[:2] * 2)[:2]
+        check_packing(model, *(collate([example]).ids[0].to(model.device) for example in shortest))
     attach(model, recipe.delta, seed=recipe.train.seed)
     count = sum(p.numel() for p in trainable(model).values())
     console.print(f"{recipe.delta.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
@@ -194,7 +195,7 @@ def _line(step: Step) -> dict[str, float]:
 def _measure(
     recipe: Recipe, base: Loaded, data: Prepared, console: Console
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
-    """Held-out rows with the delta off and on, and some of the answers side by side."""
+    """Held-out rows with the delta off and on, and the answers side by side."""
     asked = [row for row in data.held_out_rows if can_be_answered(row)][: recipe.report.answers]
     if not data.held_out:
         return None, None, []
@@ -220,10 +221,16 @@ def _measure(
             before = measured("base", bars)
         after = measured("tuned", bars)
     samples = [
-        {"asked": row.messages[-2].content, "wanted": row.messages[-1].content, "base": b, "tuned": t}
+        {
+            "asked": row.messages[-2].content,
+            "wanted": row.messages[-1].content,
+            "base": b,
+            "tuned": t,
+            "where": row.where,
+        }
         for row, b, t in zip(asked, before.answers, after.answers, strict=True)
     ]
-    return before, after, samples[: recipe.report.samples]
+    return before, after, samples
 
 
 def peak_rss_gib() -> float:
@@ -284,6 +291,7 @@ def _write_report(
         if figures["tuned"] is not None:
             facts[label] = f"{figures['base']:.3f} base, {figures['tuned']:.3f} tuned"
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     (folder / "README.md").write_text(model_card(model, facts=facts), encoding="utf-8")
     page = report.html(
         title=f"{recipe.delta.method} on {recipe.base if isinstance(recipe.base, str) else recipe.base.name}: {source}",
@@ -293,7 +301,7 @@ def _write_report(
         lengths=[len(e) for e in data.examples],
         preflight=data.report.lines(),
         rows=data.first_rows,
-        samples=samples,
+        samples=samples[: recipe.report.samples],
         recipe=to_yaml(recipe),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")

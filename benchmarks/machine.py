@@ -1,0 +1,49 @@
+"""Where and with what a result was measured: every result.json carries this."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("graftlm", "torch", "transformers", "peft", "trl")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, versions and commit."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
+    flags = info.read_text() if info.is_file() else ""
+    return {
+        "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "bf16_products": [name for name in ("avx512_bf16", "amx_bf16") if name in flags],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "commit": commit(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The commit that was measured, with a + where the tree had changes."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def write_result(script: str, result: dict[str, Any]) -> None:
+    """result.json beside the script that measured it."""
+    file = Path(script).parent / "result.json"
+    file.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {file}")

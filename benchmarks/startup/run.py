@@ -1,0 +1,36 @@
+"""How long the command line takes to answer, as whole processes, and whether torch was imported."""
+
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from machine import write_result  # noqa: E402
+
+IMPORTS = "import sys, graftlm.cli; print('torch' in sys.modules)"
+
+
+def main() -> None:
+    config = yaml.safe_load((HERE / "config.yaml").read_text())
+    graft = shutil.which("graft", path=str(Path(sys.executable).parent)) or "graft"
+    seconds = {}
+    for command in config["commands"]:
+        times = []
+        for _ in range(config["runs"]):
+            started = time.perf_counter()
+            subprocess.run([graft, *command.split()[1:]], check=True, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - started)
+        seconds[command] = {"median_s": round(statistics.median(times), 3), "max_s": round(max(times), 3)}
+    torch = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout.strip()
+    write_result(__file__, {"config": config, "seconds": seconds, "imports_torch": torch == "True"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Training speed against TRL + PEFT: the same rows, steps and threads, in alternating runs, a process each.
+
+Every run's result is kept in runs/ and not run again, so that the grid can be stopped and resumed; delete runs/ to
+start over. See peer_trl.py for what "best" and "documented" mean. "its code patched" changes a private function of
+TRL so that its head skips unsupervised tokens on a CPU: no configuration does that, so it is shown and not counted.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from machine import write_result  # noqa: E402
+
+from graftlm.data.check import prepare  # noqa: E402
+from graftlm.data.pack import batches  # noqa: E402
+from graftlm.data.render import Renderer  # noqa: E402
+from graftlm.data.source import DataConfig, load_rows, split  # noqa: E402
+from graftlm.model.load import BaseConfig, load_tokenizer, locate  # noqa: E402
+
+
+def write_rows(config: dict[str, Any], file: Path) -> None:
+    """The rows of every step, in order, as ids and mask: both sides train on exactly these."""
+    rows, _ = load_rows(config["rows"])
+    train, _ = split(rows, 100, config["seed"])
+    examples, _ = prepare(train, Renderer(load_tokenizer(config["base"])), DataConfig(train=config["rows"]))
+    with open(file, "w", encoding="utf-8") as out:
+        for chosen in batches(len(examples), config["batch_rows"], config["steps"], config["seed"]):
+            for example in (examples[i] for i in chosen):
+                row = {"input_ids": example.ids.tolist(), "completion_mask": example.weights.astype(int).tolist()}
+                out.write(json.dumps(row) + "\n")
+
+
+def one_run(config: dict[str, Any], command: list[str], threads: int, rows: Path, out: Path) -> dict[str, Any]:
+    if not out.is_file():
+        print(f"{out.stem} ...", flush=True)
+        options = {"base": locate(BaseConfig(name=config["base"])), "rows": rows, "out": out, "threads": threads}
+        options |= {key: config[key] for key in ("steps", "batch_rows", "seed", "warmup_steps", "learning_rate")}
+        flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        script = [sys.executable, str(HERE / command[0]), *command[1:], *flags]
+        subprocess.run(script, check=True, env=environment, capture_output=True)
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def main() -> None:
+    config = yaml.safe_load((HERE / "config.yaml").read_text())
+    runs, rows = HERE / "runs", HERE / "runs" / "rows.jsonl"
+    runs.mkdir(exist_ok=True)
+    write_rows(config, rows)
+    found: dict[int, dict[str, list[dict[str, Any]]]] = {threads: {} for threads in config["threads"]}
+    for round_ in range(config["rounds"]):
+        for threads in config["threads"]:
+            for name, command in (config["shapes"] | (config["documented"] if round_ == 0 else {})).items():
+                slug = "".join(c if c.isalnum() else "-" for c in name)
+                out = runs / f"{slug}-{threads}t-{round_}.json"
+                found[threads].setdefault(name, []).append(one_run(config, command, threads, rows, out))
+    write_result(__file__, {"config": config, "threads": {str(t): summarise(shapes) for t, shapes in found.items()}})
+
+
+def summarise(shapes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians, the ratio to the fastest peer that is configuration only, and how far the final losses are apart."""
+    table = {
+        name: {
+            "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in runs), 1),
+            "steady_tokens_per_s": round(statistics.median(map(steady, runs)), 1),
+            "all_tokens_per_s": [round(r["tokens_per_s"], 1) for r in runs],
+            "peak_rss_gib": round(statistics.median(r["peak_rss_gib"] for r in runs), 2),
+            "final_loss": round(statistics.mean(runs[0]["losses"][-4:]), 4),
+        }
+        for name, runs in shapes.items()
+    }
+    peers = [name for name in table if name not in ("ours", "peer, its code patched", "peer as documented")]
+    best = max(peers, key=lambda name: table[name]["tokens_per_s"])
+    ours = table["ours"]
+    return {
+        "table": table,
+        "best_peer": best,
+        "ratio_to_best": round(ours["tokens_per_s"] / table[best]["tokens_per_s"], 2),
+        "steady_ratio_to_best": round(
+            ours["steady_tokens_per_s"] / max(table[n]["steady_tokens_per_s"] for n in peers), 2
+        ),
+        "ratio_to_documented": round(ours["tokens_per_s"] / table["peer as documented"]["tokens_per_s"], 2),
+        "ratio_to_patched": round(ours["tokens_per_s"] / table["peer, its code patched"]["tokens_per_s"], 2),
+        "loss_differs_by": round(abs(ours["final_loss"] / table[best]["final_loss"] - 1), 4),
+    }
+
+
+def steady(run: dict[str, Any]) -> float:
+    """Tokens per second without the first three steps, which warm caches and compile kernels on every side."""
+    share = 1 - 3 / run["steps"]  # rows are shuffled: tokens are spread evenly over the steps, on average
+    return float(run["tokens"] * share / sum(run["step_wall_s"][3:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The command line: what scripts rely on, and errors that are one message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from graftlm import cli
+from graftlm.deltas import METHODS
+
+ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
+def recipe(base_folder: Path, rows: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"base: {{name: {base_folder}, store: fp32}}\n"
+        f"data: {{train: {rows}, held_out: 2}}\n"
+        "delta: {method: lora, r: 2, alpha: 64}\n"
+        "train: {steps: 3, batch_rows: 2, learning_rate: 0.05}\n"
+        "report: {max_new_tokens: 4}\n"
+    )
+    return file
+
+
+def graft(*arguments: str, input: str | None = None) -> Any:
+    result = CliRunner().invoke(cli.app, list(arguments), input=input)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_train_generate_and_chat_work_end_to_end(recipe: Path, base_folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    trained = graft("train", str(recipe), "train.steps=20", "--out", out)
+    assert trained.exit_code == 0
+    for shown in ("pre-flight", "supervised", "training", "held-out answers", "ROUGE-L", "wrote"):
+        assert shown in trained.stdout
+    assert json.loads(Path(out, "summary.json").read_text())["train"]["steps"] == 20
+
+    ask = ("generate", "--base", str(base_folder), "--prompt", "question 3", "--max-new-tokens", "8")
+    base, tuned = graft(*ask), graft(*ask, "--adapter", out)
+    assert base.exit_code == tuned.exit_code == 0
+    assert "checksums and base fingerprint match" in tuned.stderr
+    assert base.stdout != tuned.stdout
+
+    talk = ("chat", "--base", str(base_folder), "--adapter", out, "--max-new-tokens", "8")
+    said = graft(*talk, input="question 3\n/new\n/base\nquestion 3\n/new\n/tuned\nquestion 3\n/quit\n").stdout
+    assert said == tuned.stdout + base.stdout + tuned.stdout, "/base and /tuned switch the delta in mid-conversation"
+
+
+def test_chat_names_the_command_that_was_meant(base_folder: Path) -> None:
+    result = graft("chat", "--base", str(base_folder), input="/bse\n/base\n")
+    assert "/bse: no such command. Did you mean '/base'?" in result.stderr
+    assert "start with --adapter" in result.stderr
+
+
+def test_data_check_prints_json_for_scripts(base_folder: Path, rows: Path) -> None:
+    result = graft(
+        "data", "check", str(rows), "--base", str(base_folder), "--mask", "response", "--show", "2", "--json"
+    )
+    report = json.loads(result.stdout)
+    assert report["rows"] == 12
+    assert report["end_of_turn"] == "<|im_end|>"
+    assert report["end_of_turn_trained"] is True
+    assert len(report["shown"]) == 2
+    for row, number in zip(report["shown"], (0, 1), strict=True):
+        assert all(token.keys() == {"id", "text", "role", "weight"} for token in row["tokens"])
+        trained = "".join(token["text"] for token in row["tokens"] if token["weight"])
+        assert trained == f"answer {number}<|im_end|>"
+    assert report["supervised_tokens"] <= report["tokens"]
+
+
+def test_data_check_reads_a_recipe_and_other_masks(recipe: Path) -> None:
+    counts = [
+        json.loads(graft("data", "check", str(recipe), "--mask", mask, "--json").stdout)["supervised_tokens"]
+        for mask in ("response", "instruction", "everything")
+    ]
+    assert counts == sorted(counts)
+    assert len(set(counts)) == 3
+    shown = graft("data", "check", str(recipe)).stdout
+    assert "an answer ends with" in shown
+    assert "10" in shown, "two of the twelve rows are held out"
+
+
+def test_methods_are_listed_as_json() -> None:
+    listed = json.loads(graft("methods", "--json").stdout)
+    assert [m["name"] for m in listed] == list(METHODS)
+    for method in listed:
+        assert method.keys() == {"name", "family", "paper", "parameters", "mergeable", "factors", "peft_type"}
+    assert "lora" in graft("methods").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "no.yaml"), "no.yaml: no such recipe"),
+        (("data", "check", "rows.jsonl", "--mask", "respnse"), "'response'"),
+        (("data", "check", "none.jsonl"), "none.jsonl: no such file"),
+        (("generate", "--base", "./nowhere", "--prompt", "x"), "./nowhere: no such folder"),
+    ],
+)
+def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    command = [sys.executable, "-m", "graftlm", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_printed() -> None:
+    assert graft("--version").stdout.startswith("graftlm ")

@@ -1,0 +1,98 @@
+"""graftlm/config.py: what is read back is what was written, and every mistake is said with file, line and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from graftlm import Recipe
+from graftlm.config import build, parse_yaml, read, to_tree, to_yaml
+from graftlm.errors import RecipeError
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+
+
+def error(text: str, tmp_path: Path, *overrides: str) -> str:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as raised:
+        read(Recipe, file, overrides)
+    return str(raised.value)
+
+
+GOOD = "data: {train: rows.jsonl}\ndelta:\n  method: lora\n"
+
+
+def test_a_recipe_survives_being_written_and_read() -> None:
+    recipe = read(Recipe, QUICKSTART)
+    again = build(Recipe, parse_yaml(to_yaml(recipe), "x")[0], source="x")
+    assert again == recipe
+    assert to_tree(again) == to_tree(recipe)
+
+
+def test_a_number_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD + "train: {learning_rate: 5e-4}\n")
+    assert read(Recipe, file).train.learning_rate == 0.0005
+
+
+def test_overrides_are_laid_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD)
+    recipe = read(Recipe, file, ["delta.r=4", "train.learning_rate=1e-3", "delta.targets=[q_proj, v_proj]"])
+    assert (recipe.delta.r, recipe.train.learning_rate) == (4, 1e-3)  # type: ignore[attr-defined]
+    assert recipe.delta.targets == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD + "train:\n  learnig_rate: 1\n", ["r.yaml:5: train.learnig_rate: unknown key", "'learning_rate'"]),
+        (GOOD + "  rank: 4\n", ["r.yaml:4: delta.rank: unknown key", "There is:", "alpha"]),
+        (GOOD + "trian: {}\n", ["r.yaml:4: trian: unknown key", "'train'"]),
+        (GOOD + "base: {nme: x}\n", ["r.yaml:4: base.nme", "'name'"]),
+        (GOOD + "  r: many\n", ["r.yaml:4: delta.r:", "integer", "'many'"]),
+        (GOOD + "  r: true\n", ["r.yaml:4: delta.r:", "integer"]),
+        (GOOD + "  r: 0\n", ["r.yaml:4: delta.r:", "greater than 0"]),
+        (GOOD + "  dropout: 1.5\n", ["r.yaml:4: delta.dropout:", "less than 1"]),
+        (GOOD + "train: {learning_rate: .nan}\n", ["r.yaml:4: train.learning_rate:", "finite"]),
+        (GOOD + "loss: dpo\n", ["r.yaml:4: loss:", "'supervised'"]),
+        (GOOD + "policies: [galore]\n", ["r.yaml:4: policies:", "no policy"]),
+        (GOOD + "train: {steps: 3, epochs: 1}\n", ["steps or epochs, not both"]),
+        (GOOD + "data: {train: b}\n", ["r.yaml:4: data was already given in line 1"]),
+        ("delta: {method: lora}\n", ["r.yaml: data: this key has no default"]),
+        ("- a\n", ["a recipe is a mapping", "list"]),
+        ("a: [1\n", ["r.yaml:2: not valid YAML"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line_and_what_is_near(text: str, said: list[str], tmp_path: Path) -> None:
+    message = error(text, tmp_path)
+    for part in said:
+        assert part in message
+
+
+def test_a_mistake_on_the_command_line_says_so(tmp_path: Path) -> None:
+    assert "command line: train.stps: unknown key. Did you mean 'steps'?" in error(GOOD, tmp_path, "train.stps=3")
+    assert "write an override as key=value" in error(GOOD, tmp_path, "train.steps")
+    assert "has no keys inside" in error(GOOD + "loss: supervised\n", tmp_path, "loss.name=x")
+    assert "command line: loss:" in error(GOOD, tmp_path, "loss.name=x")
+
+
+def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+    message = error(GOOD + "  r: 0\n  alpha: -1\n", tmp_path)
+    assert "delta.r" in message
+    assert "delta.alpha" in message
+
+
+def test_a_missing_recipe_names_the_ones_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=r"nime\.yaml: no such recipe. Did you mean .*mine\.yaml"):
+        read(Recipe, tmp_path / "nime.yaml")
+
+
+def test_configs_check_themselves_in_python_too() -> None:
+    from graftlm import LoraConfig
+
+    with pytest.raises(ValueError, match="greater than 0"):
+        LoraConfig(r=-1)
+    with pytest.raises(ValueError, match="rr"):
+        LoraConfig(rr=1)  # type: ignore[call-arg]

@@ -1,0 +1,191 @@
+"""The loop: the loss is what it says, splits change nothing, and what must not go on stops with a reason."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import graftlm.training.loop as loop
+from graftlm.data.pack import Example, collate, pack
+from graftlm.deltas.lora import LoraConfig
+from graftlm.errors import TrainingError
+from graftlm.losses import LOSSES, LossSum
+from graftlm.model.attach import attach, trainable
+from graftlm.testing import perturbed, tiny_model
+from graftlm.training.optim import adamw, warmup_cosine
+
+
+def examples(count: int = 8, seed: int = 0) -> list[Example]:
+    random = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        length = int(random.integers(5, 30))
+        weights = np.zeros(length, np.float32)
+        weights[int(random.integers(1, length)) :] = 1
+        made.append(Example(random.integers(3, 300, length).astype(np.int32), weights, f"rows.jsonl:{number + 1}"))
+    return made
+
+
+def run(model: Any, batches: Sequence[Any], *, lr: float = 0.01, packed: bool = True) -> list[loop.Step]:
+    optimiser = adamw(trainable(model).values(), learning_rate=lr, weight_decay=0.0)
+    schedule = warmup_cosine(steps=len(batches), warmup_steps=0)
+    return list(
+        loop.steps(model, batches, loss="supervised", optimiser=optimiser, schedule=schedule, clip=1e9, packed=packed)
+    )
+
+
+def gradients(
+    batch: Any, monkeypatch: pytest.MonkeyPatch, *, packed: bool = True
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and every gradient of one step, caught before the optimiser forgets them."""
+    model = perturbed("lora", tiny_model())
+    kept: dict[str, torch.Tensor] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda self: kept.update(
+            {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+        ))  # fmt: skip
+        (step,) = run(model, [batch], packed=packed)
+    return step.loss, kept
+
+
+def equal(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (ours[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), name
+
+
+def test_one_batch_of_eight_is_eight_accumulated_of_one_and_any_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = examples()
+    whole_loss, whole = gradients([collate(rows)], monkeypatch)
+    for batch in ([collate([r]) for r in rows], pack(rows, 40), [collate(rows[:3]), collate(rows[3:])]):
+        loss, found = gradients(batch, monkeypatch)
+        assert math.isclose(loss, whole_loss, rel_tol=1e-5)
+        equal(found, whole)
+
+
+def test_one_row_at_a_time_without_packed_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = examples()
+    whole_loss, whole = gradients([collate(rows)], monkeypatch)
+    loss, found = gradients([collate([r]) for r in rows], monkeypatch, packed=False)
+    assert math.isclose(loss, whole_loss, rel_tol=1e-5)
+    equal(found, whole)
+
+
+def test_the_loss_and_gradients_are_those_of_transformers_own_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = examples()
+    ours_loss, ours = gradients(pack(rows, 50), monkeypatch)
+    model = perturbed("lora", tiny_model())
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        labels = torch.from_numpy(np.where(row.weights > 0, row.ids, -100).astype(np.int64))[None]
+        ids = torch.from_numpy(row.ids.astype(np.int64))[None]
+        trained = int((labels[:, 1:] != -100).sum())
+        total, count = total + model(input_ids=ids, labels=labels).loss * trained, count + trained
+    (total / count).backward()
+    assert math.isclose(ours_loss, float(total.detach()) / count, rel_tol=1e-5)
+    equal(ours, {name: p.grad for name, p in trainable(model).items() if p.grad is not None})
+
+
+def test_a_delta_learns_what_it_is_shown() -> None:
+    model = tiny_model(initializer_range=0.3)
+    attach(model, LoraConfig(r=8, alpha=16))
+    done = run(model, [pack(examples(4), 64)] * 60, lr=0.02)
+    assert done[-1].loss < 0.2 * done[0].loss
+
+
+def test_steps_count_what_they_did() -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=2))
+    rows = examples(3)
+    (step,) = run(model, [pack(rows, 64)])
+    assert step.tokens == sum(map(len, rows))
+    assert step.supervised_tokens == sum(float(r.weights.sum()) for r in rows)
+    assert step.number == 1
+
+
+def test_a_loss_that_is_not_finite_names_its_rows_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perturbed("lora", tiny_model())
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    rows = examples(4)
+    packs = pack(rows, 10_000)
+    bad = packs[0].where[2]
+    start = sum(packs[0].lengths[:2])
+
+    original = loop.log_probs
+
+    def poisoned(model: Any, ids: Any, positions: Any, lengths: Any, hidden_rows: Any, targets: Any) -> torch.Tensor:
+        found = original(model, ids, positions, lengths, hidden_rows, targets)
+        inside = (hidden_rows >= start) & (hidden_rows < start + packs[0].lengths[2])
+        return torch.where(inside, float("nan"), found)
+
+    monkeypatch.setattr(loop, "log_probs", poisoned)
+    with pytest.raises(TrainingError) as raised:
+        run(model, [packs])
+    message = str(raised.value)
+    assert bad in message
+    assert "learning_rate" in message
+    assert not any(row.where in message for row in rows if row.where != bad)
+    assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perturbed("lora", tiny_model())
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    first = next(iter(trainable(model).values()))
+    first.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(TrainingError, match=r"gradient of step 1 is not finite[\s\S]*rows.jsonl:1"):
+        run(model, [pack(examples(2), 64)])
+    assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
+
+
+def test_a_trainable_tensor_without_gradient_is_named() -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=2))
+    model.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(TrainingError, match=r"1 trainable tensors got no gradient:\n  forgotten"):
+        run(model, [pack(examples(2), 64)])
+
+
+def test_a_tensor_that_only_ever_has_zero_gradients_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=2))
+    dead = torch.nn.Parameter(torch.zeros(()))
+    model.register_parameter("dead", dead)
+
+    def loss(policy: torch.Tensor, reference: Any, weights: torch.Tensor) -> LossSum:
+        return LossSum(-(weights * policy).sum() + 0 * dead, weights.sum(), {})
+
+    monkeypatch.setitem(LOSSES, "supervised", loss)
+    with pytest.raises(TrainingError, match=r"zero gradient in the first two steps[\s\S]*dead"):
+        run(model, [pack(examples(2), 64)] * 3)
+
+
+def test_the_gradient_is_clipped_over_all_tensors_together() -> None:
+    model = perturbed("lora", tiny_model())
+    norms = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            norms.append(
+                float(torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None]).norm())
+            )
+
+    optimiser = Recorder(trainable(model).values(), lr=1.0)
+    batch = [pack(examples(4), 64)]
+    (step,) = loop.steps(model, batch, loss="supervised", optimiser=optimiser, schedule=lambda n: 1.0, clip=1e-3)
+    assert step.grad_norm > 1e-3
+    assert math.isclose(norms[0], 1e-3, rel_tol=1e-3)
+
+
+def test_the_schedule_rises_then_falls_to_zero() -> None:
+    factor = warmup_cosine(steps=100, warmup_steps=10)
+    values = [factor(n) for n in range(100)]
+    assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
+    assert values[10] == 1.0
+    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False))
+    assert values[0] > 0
+    assert math.isclose(values[55], 0.5, abs_tol=1e-9)
+    assert factor(100) == 0.0

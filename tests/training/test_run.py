@@ -1,0 +1,211 @@
+"""A whole run on a tiny base: what it leaves, that it can be repeated, and that nothing is lost when it goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import graftlm
+import graftlm.training.run as run_module
+from graftlm.config import build
+from graftlm.errors import DataError, OutputError, TargetError, TrainingError
+from graftlm.testing import save_tiny_base
+from graftlm.training.recipe import Recipe
+
+SUMMARY = {
+    "held_out": {"rouge_l": {"base", "tuned"}, "loss_nats": {"base", "tuned"}},
+    "train": {"tokens_per_s", "supervised_tokens", "steps", "wall_s", "peak_rss_gib"},
+}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    with open(file, "w") as out:
+        for number in range(24):
+            out.write(
+                json.dumps({"prompt": f"question {number}" * (1 + number % 3), "completion": f"the answer {number}"})
+                + "\n"
+            )
+    return file
+
+
+def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
+    tree = {
+        "base": {"name": str(base), "store": "fp32"},
+        "data": {"train": str(rows), "held_out": 4},
+        "delta": {"method": "lora", "r": 4},
+        "train": {"steps": 4, "batch_rows": 4, "seed": 3},
+        "report": {"samples": 2, "max_new_tokens": 6},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("_")
+        tree[section][name] = value
+    return build(Recipe, tree, source="test")
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_the_whole_folder(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    result = graftlm.train(recipe(base_folder, rows), tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names >= {
+        "adapter_model.safetensors", "adapter_config.json", "graftlm.json", "chat_template.jinja", "tokenizer.json",
+        "recipe.yaml", "metrics.jsonl", "summary.json", "report.html", "README.md", "held_out.jsonl",
+    }  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == result.summary
+    for section, keys in SUMMARY.items():
+        assert summary[section].keys() >= set(keys)
+    assert summary["seed"] == 3
+    assert summary["base_fingerprint"].startswith("sha256:")
+    assert summary["train"]["steps"] == 4
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert sum(line["supervised_tokens"] for line in lines) == summary["train"]["supervised_tokens"]
+    assert not list(tmp_path.glob(".*partial*")), "no temporary folder is left"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<svg" in page
+    for fetching in ("src=", "<link", "<script", "url(http", "@import"):
+        assert fetching not in page, "the report fetches nothing"
+
+
+def test_the_delta_learns_and_the_summary_says_so(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    trained = recipe(base_folder, rows, train_steps=30, train_learning_rate=0.02)
+    summary = graftlm.train(trained, tmp_path / "out").summary
+    loss = summary["held_out"]["loss_nats"]
+    assert loss["tuned"] < loss["base"] - 0.05
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        graftlm.train(recipe(base_folder, rows, train_seed=seed, delta_dropout=0.1), tmp_path / name)
+    assert adapter(tmp_path / "a") == adapter(tmp_path / "b")
+    assert adapter(tmp_path / "a") != adapter(tmp_path / "c")
+
+
+def test_the_recipe_in_the_folder_repeats_the_run(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    graftlm.train(recipe(base_folder, rows), tmp_path / "a")
+    graftlm.train(tmp_path / "a" / "recipe.yaml", tmp_path / "b")
+    assert adapter(tmp_path / "a") == adapter(tmp_path / "b")
+    assert (tmp_path / "a" / "recipe.yaml").read_text() == (tmp_path / "b" / "recipe.yaml").read_text()
+
+
+def test_pack_size_and_packing_itself_change_nothing(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    adapters = []
+    for name, changes in (("a", {}), ("b", {"train_pack_tokens": 60}), ("c", {"data_pack": False})):
+        graftlm.train(recipe(base_folder, rows, **changes), tmp_path / name)
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    for other in adapters[1:]:
+        for key, tensor in adapters[0].items():
+            # Adam divides by the size of the gradient, so an element whose gradient is rounding noise moves freely.
+            assert torch.allclose(other[key], tensor, rtol=1e-3, atol=2e-5), key
+
+
+def test_the_batch_with_the_most_tokens_comes_first(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    graftlm.train(recipe(base_folder, rows, train_steps=5), tmp_path / "out")
+    tokens = [json.loads(line)["tokens"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert tokens[0] == max(tokens)
+
+
+def test_an_existing_folder_is_kept_unless_overwrite(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    graftlm.train(recipe(base_folder, rows), out)
+    (out / "precious").write_text("x")
+    with pytest.raises(OutputError, match="--overwrite"):
+        graftlm.train(recipe(base_folder, rows), out)
+    assert (out / "precious").read_text() == "x"
+    graftlm.train(recipe(base_folder, rows), out, overwrite=True)
+    assert not (out / "precious").exists()
+    assert adapter(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"delta_targets": ("nothing",)}, TargetError),
+        ({"data_held_out": 1000}, DataError),
+        ({"data_train": "no.jsonl"}, DataError),
+    ],
+)
+def test_bad_input_loses_nothing_that_was_there(
+    changes: dict[str, Any], error: type[Exception], base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    graftlm.train(recipe(base_folder, rows), tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(error):
+        graftlm.train(recipe(base_folder, rows, **changes), tmp_path / "out", overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+def test_a_failure_while_measuring_leaves_the_adapter(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(run_module, "evaluate", fails)
+    with pytest.raises(RuntimeError):
+        graftlm.train(recipe(base_folder, rows), tmp_path / "out")
+    model, _ = graftlm.load_base(str(base_folder), store="fp32")
+    graftlm.load_adapter(model, tmp_path / "out")
+
+
+def test_a_model_that_cannot_be_packed_is_refused_with_the_remedy(rows: Path, tmp_path: Path) -> None:
+    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    base = save_tiny_base(tmp_path / "bloom", **config)
+    with pytest.raises(TrainingError, match="pack: false"):
+        graftlm.train(recipe(base, rows), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    summary = graftlm.train(recipe(base, rows, data_pack=False), tmp_path / "out").summary
+    assert summary["train"]["steps"] == 4
+
+
+def test_ctrl_c_in_mid_training_saves_what_was_done_and_says_so(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(Path(__file__).parent.parent.parent.joinpath("recipes/quickstart.yaml").read_text())
+    tree |= {"base": str(base_folder), "data": {"train": str(rows), "held_out": 2}}
+    tree["train"] = {"steps": 100_000, "batch_rows": 2}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "graftlm", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"GRAFT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not any(
+        f.stat().st_size > 200 for f in tmp_path.glob(".out.partial-*/metrics.jsonl")
+    ):
+        pass
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted after step" in output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    assert summary["train"]["steps"] == len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    model, _ = graftlm.load_base(str(base_folder))
+    graftlm.load_adapter(model, tmp_path / "out")
+
+
+def test_held_out_questions_are_not_trained_on(base_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "doubles.jsonl"
+    lines = [json.dumps({"prompt": f"q{n % 6}", "completion": f"a {n}"}) for n in range(24)]
+    file.write_text("\n".join(lines))
+    data = run_module.prepare_data(recipe(base_folder, file), graftlm.load_base(str(base_folder)).tokenizer)
+    trained = {example.where for example in data.examples}
+    held_out = {row.messages[0].content for row in data.held_out_rows}
+    for number, line in enumerate(lines, start=1):
+        assert not (f"{file}:{number}" in trained and json.loads(line)["prompt"] in held_out)
+    assert len(data.held_out_rows) == 4
