@@ -38,7 +38,9 @@ def _version(name: str) -> str | None:
 def commit() -> str:
     """The commit that was measured, with a + where the tree had changes."""
     here = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=False
+    )
     return found.stdout.strip() or "unknown"
 
 

@@ -1,11 +1,12 @@
-"""Write the pages that are facts of the code: cli.md, recipe.md, methods.md and recipe.schema.json.
+"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, recipe.schema.json, and the
+figures in README.md.
 
 `python docs/generate.py` writes them; with `--check` it fails where one is stale, and says which.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from graftlm.deltas import METHODS
 from graftlm.training.recipe import Recipe
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 MADE = "<!-- made by docs/generate.py: do not edit -->\n\n"
 
 
@@ -78,7 +80,68 @@ def methods() -> str:
     return "\n".join(lines).replace("True", "yes").replace("False", "no") + "\n"
 
 
-PAGES = {
+def readme() -> str:
+    """README.md with the figures of benchmarks/*/result.json between its two marks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    lines = [make(json.loads(file.read_text())) for name, make in FIGURES.items() if (file := _result(name)).is_file()]
+    table = ["| measured | figure | |", "|---|---|---|", *lines]
+    return before + MARKS[0] + "\n" + "\n".join(table) + "\n" + MARKS[1] + after
+
+
+def _result(name: str) -> Path:
+    return ROOT / "benchmarks" / name / "result.json"
+
+
+def _quickstart(result: dict[str, Any]) -> str:
+    runs, where = result["runs"], _where("quickstart", result)
+    rouge, loss = ([run["held_out"][key] for run in runs] for key in ("rouge_l", "loss_nats"))
+    walls, memory = [r["command_wall_s"] for r in runs], [r["train"]["peak_rss_gib"] for r in runs]
+    figures = {
+        "held-out ROUGE-L F1, base -> tuned (the first run's, over 100 functions)": _both(rouge[0]),
+        "the worst of three seeds": _both(min(rouge, key=lambda r: float(r["tuned"]))),
+        "held-out loss, nats per supervised token": _both(loss[0]),
+        "the whole demo after its install part": f"{walls[0]:.0f} s, {min(walls[1:]):.0f} s once the base is cached",
+        "peak memory of the process": f"{max(memory):.2f} GiB",
+    }
+    return "\n".join(f"| {name} | {figure} | {where} |" for name, figure in figures.items())
+
+
+def _both(figures: dict[str, float]) -> str:
+    return f"{figures['base']:.3f} -> {figures['tuned']:.3f}"
+
+
+def _train_speed(result: dict[str, Any]) -> str:
+    one, where = result["threads"]["1"], _where("train_speed", result)
+    best, ours = one["table"][one["best_peer"]]["tokens_per_s"], one["table"]["ours"]["tokens_per_s"]
+    speed = f"{one['ratio_to_best']:.2f} times ({ours:.0f} against {best:.0f} tokens/s)"
+    rows = {
+        "training, one thread, against TRL + PEFT at its best": speed,
+        "against the same as documented": f"{one['ratio_to_documented']:.1f} times",
+        "against it with its code patched and its allocator tuned": f"{one['ratio_to_tuned']:.2f} times",
+    }
+    return "\n".join(f"| {name} | {figure} | {where} |" for name, figure in rows.items())
+
+
+def _startup(result: dict[str, Any]) -> str:
+    figure = result["seconds"]["graft --help"]["median_s"]
+    return f"| `graft --help` | {figure:.2f} s | {_where('startup', result)} |"
+
+
+def _where(name: str, result: dict[str, Any]) -> str:
+    return f"[{name}](benchmarks/{name}/result.json), {result['machine']['cores']} cores"
+
+
+MARKS = ("<!-- figures -->", "<!-- /figures -->")
+FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quickstart": _quickstart,
+    "train_speed": _train_speed,
+    "startup": _startup,
+}
+
+PAGES: dict[str, Callable[[], str]] = {
+    "../README.md": readme,
     "cli.md": cli,
     "recipe.md": recipe,
     "methods.md": methods,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from graftlm.deltas import METHODS
@@ -187,11 +187,20 @@ def merged_is_the_model(name: str) -> None:
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     wanted, state = logits(model), merged_state(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), "merging changed it"
+    close(logits(plain_with(state)), wanted, "the merged model against the model with its delta")
+
+
+def plain_with(state: Mapping[str, Tensor]) -> Any:
+    """A model without deltas that has a merged state for its weights, new biases included."""
     plain = tiny_model(seed=5)
+    for key, tensor in state.items():
+        layer, _, kind = key.rpartition(".")
+        if kind == "bias" and plain.get_submodule(layer).bias is None:
+            plain.get_submodule(layer).bias = nn.Parameter(torch.empty_like(tensor), requires_grad=False)
     missing, unexpected = plain.load_state_dict(state, strict=False)
     assert not missing, f"merged state lacks {missing}"
     assert not unexpected, f"merged state has {unexpected}, which the base has not"
-    close(logits(plain), wanted, "the merged model against the model with its delta")
+    return plain
 
 
 def save_load_save_is_stable(name: str) -> None:
@@ -266,9 +275,7 @@ def two_deltas_compose(name: str) -> None:
         with torch.no_grad():
             for parameter in trainable(model).values():
                 parameter.add_(0.05)
-        both, plain = logits(model), tiny_model()
-        plain.load_state_dict(merged_state(model))
-        close(logits(plain), both, f"{name} and {other} merged against both on")
+        close(logits(plain_with(merged_state(model))), logits(model), f"{name} and {other} merged against both on")
         with torch.no_grad():
             for parameter in trainable(model).values():
                 parameter.sub_(0.05)

@@ -4,6 +4,7 @@ The first seed is run twice: the second run must write the same adapter, byte fo
 """
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
+
+from graftlm.training.display import side_by_side  # noqa: E402
 
 
 def demo(recipe: str, seed: int, folder: Path, cache: Path) -> dict[str, Any]:
@@ -34,6 +38,17 @@ def demo(recipe: str, seed: int, folder: Path, cache: Path) -> dict[str, Any]:
     )
 
 
+def draw(held_out: Path, file: Path) -> None:
+    """The picture in README: the first held-out functions of at most five lines, as the first run answered them."""
+    samples = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    short = [s for s in samples if s["asked"].count("\n") < 5 and len(s["asked"]) < 200][:5]
+    for sample in short:
+        sample["base"] = sample["base"] if len(sample["base"]) < 160 else sample["base"][:160] + " ..."
+    console = Console(record=True, width=132, file=io.StringIO())
+    console.print(side_by_side(short))
+    file.write_text(console.export_svg(title="make demo"), encoding="utf-8")
+
+
 def main() -> None:
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     runs = []
@@ -42,6 +57,7 @@ def main() -> None:
         for number, seed in enumerate([*config["seeds"], config["seeds"][0]]):
             print(f"seed {seed} ...", flush=True)
             runs.append(demo(config["recipe"], seed, Path(temporary, f"run-{number}"), cache))
+        draw(Path(temporary, "run-0", "held_out.jsonl"), ROOT / "docs" / "demo.svg")
     same = runs[0]["adapter_sha256"] == runs[-1]["adapter_sha256"]
     write_result(__file__, {"config": config, "same_bytes_again": same, "runs": runs})
 

@@ -252,7 +252,7 @@ def attach(
     for site_name, delta in deltas.items():
         module = model.get_submodule(site_name)
         host = module if isinstance(module, Host) else _put_host(model, site_name, module)
-        host.deltas[name] = delta
+        host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
         host.active = (*host.active, name)
     record.configs[name] = config
     record.sites[name] = tuple(sites)

@@ -202,8 +202,11 @@ def segment_attention(
 
 # The output head and the loss ------------------------------------------------------------------------------------
 
-LOGITS_AT_ONCE = 2**22
-"""Elements of a chunk of logits: 16 MiB of float32."""
+LOGITS_AT_ONCE = 2**23
+"""Elements of a chunk of logits: 16 MiB of bf16. The head's weight is read once a chunk, so it should not be small."""
+
+SOFTMAX_AT_ONCE = 2**19
+"""Elements that are exponentiated together, in float32: 2 MiB, which stays in the processor's cache."""
 
 
 class _LinearLogProbs(Function):
@@ -211,13 +214,14 @@ class _LinearLogProbs(Function):
     def forward(ctx: Any, hidden: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)
-        step = max(1, LOGITS_AT_ONCE // W.shape[0])
-        for start in range(0, len(targets), step):
-            rows = slice(start, start + step)
-            chunk = F.linear(hidden[rows], W, b).log_softmax(-1, dtype=torch.float32)
-            log_probs[rows] = chunk.gather(1, targets[rows, None])[:, 0]
+        for rows in _slices(len(targets), LOGITS_AT_ONCE // W.shape[0]):
+            logits = F.linear(hidden[rows], W, b)
+            for inner in _slices(len(logits), SOFTMAX_AT_ONCE // W.shape[0]):
+                chunk = logits[inner].log_softmax(-1, dtype=torch.float32)
+                log_probs[rows][inner] = chunk.gather(1, targets[rows][inner, None])[:, 0]
+                logits[inner] = chunk.exp_()
             # d log p(target) / d hidden = (onehot(target) - softmax) W
-            torch.sub(W[targets[rows]], chunk.exp_().to(W.dtype) @ W, out=grad[rows])
+            torch.sub(W[targets[rows]], logits @ W, out=grad[rows])
         ctx.save_for_backward(grad)
         return log_probs
 
@@ -226,6 +230,11 @@ class _LinearLogProbs(Function):
     def backward(ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grad_log_probs[:, None].to(grad.dtype), None, None, None
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    """0 .. count in steps of `size`, at least 1."""
+    return [slice(start, start + max(1, size)) for start in range(0, count, max(1, size))]
 
 
 def linear_log_probs(hidden: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:

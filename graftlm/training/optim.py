@@ -10,7 +10,7 @@ from torch import nn
 def adamw(parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with betas 0.9 and 0.999; state in float32."""
     return torch.optim.AdamW(
-        list(parameters), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8
+        list(parameters), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8, fused=True
     )
 
 

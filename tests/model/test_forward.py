@@ -1,0 +1,243 @@
+"""A packed forward pass is the rows one at a time, on many architectures; and what cannot be packed is refused."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from graftlm.deltas.lora import LoraConfig
+from graftlm.errors import TrainingError
+from graftlm.model import ops
+from graftlm.model.attach import attach, trainable
+from graftlm.model.forward import SEGMENTS, check_packing, log_probs, packed_attention
+from graftlm.testing import tiny_model
+
+LENGTHS = [5, 1, 12, 9, 2]
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, untied, biases": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {}),
+    "mistral, sliding window": ("mistral", {"sliding_window": 4}),
+    "gemma2": ("gemma2", {"sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}),
+    "gemma3": ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "phi3": ("phi3", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {"tie_word_embeddings": False}),
+    "olmo2": ("olmo2", {}),
+}
+
+
+def family(name: str) -> Any:
+    """A tiny model of that family, attending as written in its paper, with LoRA away from its start on every layer."""
+    kind, changes = FAMILIES[name]
+    model = tiny_model(kind, attn_implementation="eager", initializer_range=0.1, **changes)
+    attach(model, LoraConfig(r=3, alpha=6))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def rows(vocabulary: int = 300, lengths: list[int] = LENGTHS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randint(3, vocabulary, (n,), generator=generator) for n in lengths]
+
+
+def pack(of: list[Tensor]) -> dict[str, Any]:
+    """Rows laid end to end, with the next token of each position as its target."""
+    lengths = [len(r) for r in of]
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist()
+    return {
+        "ids": torch.cat(of)[None],
+        "positions": torch.cat([torch.arange(n) for n in lengths])[None],
+        "lengths": lengths,
+        "hidden_rows": torch.cat([s + torch.arange(n - 1) for s, n in zip(starts, lengths, strict=True)]),
+        "targets": torch.cat([r[1:] for r in of]),
+    }
+
+
+def weighted_sum(found: Tensor) -> Tensor:
+    """A loss in which every token counts otherwise, so that no two tokens can be mixed up."""
+    return (found * torch.linspace(0.5, 2, len(found))).sum()
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in trainable(model).items()}
+    model.zero_grad()
+    return found
+
+
+def reference(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """By the model's own code alone: every row by itself, its full logits, their log-softmax."""
+    found = []
+    for row in rows():
+        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
+        found.append(logits.log_softmax(-1).gather(1, row[1:, None])[:, 0])
+    together = torch.cat(found)
+    weighted_sum(together).backward()
+    return together.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_is_one_row_at_a_time_in_log_probs_and_in_every_gradient(name: str) -> None:
+    model = family(name)
+    wanted, wanted_gradients = reference(model)
+    with packed_attention(model):
+        found = log_probs(model, **pack(rows()))
+        weighted_sum(found).backward()
+    assert float((found.detach() - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    largest = max(float(g.abs().max()) for g in wanted_gradients.values())
+    for key, gradient in gradients(model).items():
+        assert float((gradient - wanted_gradients[key]).abs().max()) <= 1e-5 * largest, key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_check_packing_lets_every_family_pass(name: str) -> None:
+    check_packing(family(name), *rows()[2:4])
+
+
+def test_one_row_without_packed_attention_is_the_models_own_forward_pass() -> None:
+    model, row = family("llama"), rows()[2]
+    with torch.no_grad():
+        found = log_probs(model, **pack([row]))
+        wanted = model(row[None]).logits[0, :-1].log_softmax(-1).gather(1, row[1:, None])[:, 0]
+    assert float((found.detach() - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+def test_a_delta_on_the_head_counts_and_learns() -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    attach(model, LoraConfig(r=3), targets=("lm_head", "q_proj"))
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1)
+    wanted, wanted_gradients = reference(model)
+    with packed_attention(model):
+        found = log_probs(model, **pack(rows()))
+        weighted_sum(found).backward()
+    assert float((found.detach() - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    largest = max(float(g.abs().max()) for g in wanted_gradients.values())
+    for key, gradient in gradients(model).items():
+        assert float((gradient - wanted_gradients[key]).abs().max()) <= 1e-5 * largest, key
+
+
+# Memory ----------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation makes, the model's own weights and views of them left out."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, at_once = 5000, 8  # rows of logits
+    monkeypatch.setattr(ops, "LOGITS_AT_ONCE", at_once * vocabulary)
+    model = tiny_model(kind, vocab_size=vocabulary)
+    attach(model, LoraConfig(r=2))
+    packed = pack(rows(vocabulary, [40, 30, 30]))
+    with Largest(model) as made, packed_attention(model):
+        weighted_sum(log_probs(model, **packed)).backward()
+    assert at_once * vocabulary <= made.elements, "the logits of a chunk must have been seen, or this proves nothing"
+    assert made.elements < len(packed["targets"]) * vocabulary / 5
+
+
+# What is put back ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Afterwards the model attends, and its modules compute, by what they did before."""
+    configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
+    implementations = [c._attn_implementation for c in configs]
+    forwards = {name: "forward" in vars(m) for name, m in model.named_modules()}
+    with torch.no_grad():
+        before = model(rows()[2][None]).logits
+    yield
+    assert [c._attn_implementation for c in configs] == implementations
+    assert {name: "forward" in vars(m) for name, m in model.named_modules()} == forwards
+    with torch.no_grad():
+        assert torch.equal(model(rows()[2][None]).logits, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_attention_and_norms_are_restored(name: str) -> None:
+    model = family(name)
+    with unchanged(model):
+        with packed_attention(model):
+            assert model.config._attn_implementation == SEGMENTS
+            log_probs(model, **pack(rows()))
+        check_packing(model, *rows()[2:4])
+
+
+def test_attention_and_norms_are_restored_after_an_exception() -> None:
+    model = family("llama")
+    with unchanged(model), pytest.raises(ZeroDivisionError), packed_attention(model):
+        raise ZeroDivisionError
+
+
+def test_the_norms_of_a_llama_are_found_and_those_of_a_gpt2_are_left_alone() -> None:
+    for name, count in (("llama", 2 * 2 + 1), ("gemma2", 2 * 4 + 1), ("qwen3", 2 * 4 + 1), ("gpt2", 0)):
+        model = family(name)
+        with packed_attention(model):
+            assert sum("forward" in vars(m) for m in model.modules()) == count, name
+
+
+def test_packing_one_model_leaves_another_of_the_same_kind_alone() -> None:
+    one, other = family("llama"), family("llama")
+    with unchanged(other), packed_attention(one):
+        pass
+    with packed_attention(one), torch.no_grad():
+        assert other(rows()[2][None]).logits.isfinite().all()
+
+
+# What cannot be packed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("bloom", {}), ("mamba", {}), ("gptj", {"rotary_dim": 8})])
+def test_a_model_that_ignores_or_lacks_the_attention_interface_is_refused_with_the_remedy(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    model = tiny_model(kind, initializer_range=0.5, **changes)
+    with pytest.raises(TrainingError, match=r"cannot be packed.*\n?.*pack: false") as raised:
+        check_packing(model, *rows()[2:4])
+    assert type(model).__name__ in str(raised.value)
+
+
+def test_a_head_that_scales_its_logits_is_found_out() -> None:
+    model = tiny_model("granite", logits_scaling=8.0, initializer_range=0.5)
+    with pytest.raises(TrainingError, match="cannot be packed"):
+        check_packing(model, *rows()[2:4])
+
+
+def test_a_layer_that_carries_a_state_from_row_to_row_is_found_out() -> None:
+    model = tiny_model()
+    layer = model.model.layers[0].mlp
+    original = layer.forward
+
+    def leaking(x: Tensor) -> Tensor:
+        out: Tensor = original(x)
+        return out + x.cumsum(1)
+
+    layer.forward = leaking
+    with pytest.raises(TrainingError, match=r"changes by .* nats with its neighbour"):
+        check_packing(model, *rows()[2:4])

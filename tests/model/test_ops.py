@@ -1,0 +1,307 @@
+"""Each hand-written operation against the plain equation in its docstring: outputs and all gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftlm.model import ops
+from graftlm.model.ops import Plan, head_log_probs, linear_log_probs, low_rank_linear, rms_norm, segment_attention
+from tests.peers import relative_error
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def same(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], *, tolerance: float = 1e-5
+) -> None:
+    """Outputs and the gradient of every input are equal; the upstream gradient is random, so nothing can cancel."""
+    results = []
+    for function in (ours, plain):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        out = function(*leaves)
+        out.backward(normal(*out.shape, seed=99, dtype=out.dtype))
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for number, (a, b) in enumerate(zip(*results, strict=True)):
+        assert a is not None, f"input {number - 1} got no gradient"
+        assert b is not None
+        assert a.dtype == b.dtype
+        if not b.any():  # where nothing can be learnt, nothing may be learnt
+            assert not a.any(), f"gradient of input {number - 1}"
+            continue
+        assert relative_error(a, b) <= tolerance, "output" if number == 0 else f"gradient of input {number - 1}"
+
+
+# Low-rank linear -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4), ()])
+def test_low_rank_linear_is_its_equation(shape: tuple[int, ...], bias: bool) -> None:
+    W, b = normal(10, 6, seed=0), normal(10, seed=1) if bias else None
+    x, A, B = normal(*shape, 6, seed=2), normal(3, 6, seed=3), normal(10, 3, seed=4)
+    same(
+        lambda x, A, B: low_rank_linear(x, W, b, A, B),
+        lambda x, A, B: F.linear(x, W, b) + x @ A.T @ B.T,
+        [x, A, B],
+    )
+
+
+def test_low_rank_linear_takes_a_transposed_weight_and_rows_that_are_not_contiguous() -> None:
+    W, A, B = normal(6, 10, seed=0).T, normal(3, 6, seed=3), normal(10, 3, seed=4)
+    same(
+        lambda x, A, B: low_rank_linear(x.transpose(0, 1), W, None, A, B),
+        lambda x, A, B: x.transpose(0, 1) @ W.T + x.transpose(0, 1) @ A.T @ B.T,
+        [normal(4, 5, 6, seed=2), A, B],
+    )
+
+
+def test_low_rank_linear_of_the_first_layer_needs_no_gradient_of_x() -> None:
+    x, W = normal(5, 6, seed=2), normal(10, 6, seed=0)
+    same(
+        lambda A, B: low_rank_linear(x, W, None, A, B),
+        lambda A, B: x @ W.T + x @ A.T @ B.T,
+        [normal(3, 6, seed=3), normal(10, 3, seed=4)],
+    )
+    assert x.grad is None
+
+
+def test_low_rank_linear_gives_no_gradient_to_the_frozen_weight_and_changes_no_argument() -> None:
+    arguments = [
+        normal(5, 6, seed=2),
+        normal(10, 6, seed=0),
+        normal(10, seed=1),
+        normal(3, 6, seed=3),
+        normal(10, 3, seed=4),
+    ]
+    before = [t.clone() for t in arguments]
+    for number in (0, 3, 4):
+        arguments[number].requires_grad_()
+    low_rank_linear(*arguments).sum().backward()
+    assert all(torch.equal(a.detach(), b) for a, b in zip(arguments, before, strict=True))
+    assert arguments[1].grad is None
+    assert arguments[2].grad is None
+
+
+def test_low_rank_linear_in_bf16_keeps_float32_gradients_for_the_factors() -> None:
+    x, W = normal(50, 6, seed=2), normal(10, 6, seed=0)
+    factors = [normal(3, 6, seed=3).requires_grad_(), normal(10, 3, seed=4).requires_grad_()]
+    out = low_rank_linear(x.bfloat16(), W.bfloat16(), None, *factors)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    A, B = (f.detach() for f in factors)
+    # bf16 has 8 bits of mantissa: one part in 2**8 for each of the few roundings on the way
+    assert relative_error(out.float(), x @ W.T + x @ A.T @ B.T) <= 2**-6
+    for factor, wanted in zip(factors, (B.sum(0)[:, None] * x.sum(0), (x @ A.T).sum(0).expand(10, 3)), strict=True):
+        assert factor.grad is not None
+        assert factor.grad.dtype == torch.float32
+        assert relative_error(factor.grad, wanted) <= 2**-5
+
+
+# Root-mean-square norm -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e3])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (1, 4, 3, 8)])
+def test_rms_norm_is_its_equation(shape: tuple[int, ...], size: float) -> None:
+    gain = normal(8, seed=1)
+    same(
+        lambda x: rms_norm(x, gain, 1e-6),
+        lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain,
+        [size * normal(*shape, seed=0)],
+    )
+
+
+def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient() -> None:
+    x = torch.zeros(2, 8, requires_grad=True)
+    rms_norm(x, torch.ones(8), 1e-6).sum().backward()
+    assert x.grad is not None
+    assert relative_error(x.grad, torch.full((2, 8), 1e3)) <= 1e-5  # 1 / sqrt(eps)
+
+
+# Attention over segments -----------------------------------------------------------------------------------------
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """One full [T, T] matrix with a block-diagonal causal mask, by autograd."""
+    total, groups = sum(lengths), q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position = torch.arange(total)
+    distance = position[:, None] - position[None, :]
+    seen = (segment[:, None] == segment[None, :]) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "own scale": {"scaling": 0.31},
+    "window": {"sliding_window": 4},
+    "window of one": {"sliding_window": 1},
+    "window wider than all": {"sliding_window": 100},
+    "softcap": {"softcap": 2.0},
+    "window and softcap": {"sliding_window": 3, "softcap": 5.0, "scaling": 0.5},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("lengths", [[9], [5, 1, 7, 7, 1], [1], [1, 1, 1]], ids=str)
+def test_segment_attention_is_a_block_diagonal_causal_mask(
+    lengths: list[int], heads: tuple[int, int], settings: dict[str, Any]
+) -> None:
+    H, G = heads
+    total, D = sum(lengths), 8
+    inputs = [normal(1, h, total, D, seed=s) for s, h in enumerate((H, G, G))]
+    same(
+        lambda q, k, v: segment_attention(nn.Module(), q, k, v, plan=Plan(lengths), **settings)[0],
+        lambda q, k, v: plain_attention(
+            q,
+            k,
+            v,
+            lengths,
+            scale=settings.get("scaling", D**-0.5),
+            window=settings.get("sliding_window"),
+            softcap=settings.get("softcap"),
+        ),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("limits", [(0, 0), (6, 3), (20, 3)], ids=["stock kernel", "both kernels", "recomputed"])
+def test_segment_attention_is_the_same_on_every_path(limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "SHORT_SEGMENT", limits[0])
+    monkeypatch.setattr(ops, "KEPT_SEGMENT", limits[1])
+    lengths = [9, 2, 5, 9]
+    same(
+        lambda q, k, v: segment_attention(nn.Module(), q, k, v, plan=Plan(lengths))[0],
+        lambda q, k, v: plain_attention(q, k, v, lengths, scale=8**-0.5, window=None, softcap=None),
+        [normal(1, h, sum(lengths), 8, seed=s) for s, h in enumerate((4, 2, 2))],
+    )
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    lengths = [3, 6]
+    same(
+        lambda q, k, v: segment_attention(nn.Module(), q, k, v, plan=Plan(lengths))[0],
+        lambda q, k, v: plain_attention(q, k, v, lengths, scale=8**-0.5, window=None, softcap=None),
+        [normal(1, 4, 9, 8, seed=0), normal(1, 2, 9, 8, seed=1), normal(1, 2, 9, 5, seed=2)],
+    )
+
+
+def test_nothing_of_one_segment_reaches_another() -> None:
+    q, k, v = (normal(1, 2, 10, 8, seed=s) for s in range(3))
+    before = segment_attention(nn.Module(), q, k, v, plan=Plan([4, 6]))[0]
+    for tensor in (q, k, v):
+        tensor[:, :, 4:] = 100.0
+    after = segment_attention(nn.Module(), q, k, v, plan=Plan([4, 6]))[0]
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+@pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1)}])
+def test_attention_that_is_not_computed_here_is_refused(extra: dict[str, Any]) -> None:
+    q, k, v = (normal(1, 2, 4, 8, seed=s) for s in range(3))
+    with pytest.raises(NotImplementedError, match="Linear"):
+        segment_attention(nn.Linear(1, 1), q, k, v, plan=Plan([4]), **extra)
+
+
+# The head --------------------------------------------------------------------------------------------------------
+
+
+def chunked(monkeypatch: pytest.MonkeyPatch, rows: int | None, vocabulary: int) -> None:
+    """Let `rows` rows be one chunk of logits."""
+    for name in ("LOGITS_AT_ONCE", "SOFTMAX_AT_ONCE"):
+        if rows is not None and hasattr(ops, name):
+            monkeypatch.setattr(ops, name, rows * vocabulary)
+
+
+def plain_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3, 4, 11])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_log_probs_is_log_softmax_in_chunks_of_any_size(
+    rows: int | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked(monkeypatch, rows, 50)
+    W, b = normal(50, 6, seed=0), normal(50, seed=1) if bias else None
+    targets = torch.randint(50, (11,), generator=torch.Generator().manual_seed(2))
+    same(
+        lambda h: linear_log_probs(h, W, b, targets),
+        lambda h: plain_log_probs(F.linear(h, W, b), targets),
+        [normal(11, 6, seed=3)],
+    )
+
+
+def test_a_vocabulary_wider_than_a_chunk_still_goes_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "LOGITS_AT_ONCE", 7)
+    W, targets = normal(50, 6, seed=0), torch.tensor([0, 49, 7])
+    same(
+        lambda h: linear_log_probs(h, W, None, targets),
+        lambda h: plain_log_probs(h @ W.T, targets),
+        [normal(3, 6, seed=3)],
+    )
+
+
+def test_log_probs_of_large_logits_are_finite_and_right() -> None:
+    W, targets = 300 * normal(50, 6, seed=0), torch.tensor([0, 49, 7])
+    hidden = normal(3, 6, seed=3)
+    wanted = plain_log_probs(hidden.double() @ W.double().T, targets)
+    assert relative_error(linear_log_probs(hidden, W, None, targets).double(), wanted) <= 1e-5
+
+
+def test_linear_log_probs_in_bf16_are_float32_and_change_neither_hidden_nor_head() -> None:
+    W, hidden = normal(50, 6, seed=0).bfloat16(), normal(9, 6, seed=3).bfloat16()
+    before = W.clone(), hidden.clone()
+    targets = torch.randint(50, (9,), generator=torch.Generator().manual_seed(2))
+    found = linear_log_probs(hidden, W, None, targets)
+    assert found.dtype == torch.float32
+    wanted = plain_log_probs(hidden.float() @ W.float().T, targets)
+    assert relative_error(found, wanted) <= 2**-6  # logits are rounded to bf16
+    assert torch.equal(W, before[0])
+    assert torch.equal(hidden, before[1])
+
+
+def test_no_rows_at_all_give_no_log_probs() -> None:
+    assert linear_log_probs(torch.zeros(0, 6), torch.zeros(50, 6), None, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3, 11])
+def test_head_log_probs_gives_gradients_to_the_hidden_states_and_to_what_the_head_learns(
+    rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked(monkeypatch, rows, 50)
+    targets = torch.randint(50, (11,), generator=torch.Generator().manual_seed(2))
+
+    def logits(h: Tensor, W: Tensor) -> Tensor:
+        return 3 * torch.tanh(h @ W.T / 3)
+
+    same(
+        lambda h, W: head_log_probs(lambda x: logits(x, W), h, targets, 50),
+        lambda h, W: plain_log_probs(logits(h, W), targets),
+        [normal(11, 6, seed=3), normal(50, 6, seed=0)],
+    )
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_short_attention_passes_gradcheck_in_float64(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kept:
+        monkeypatch.setattr(ops, "KEPT_SEGMENT", 0)
+    inputs = [normal(1, h, 6, 4, seed=s, dtype=torch.float64).requires_grad_() for s, h in enumerate((4, 2, 2))]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: segment_attention(nn.Module(), q, k, v, plan=Plan([4, 2]))[0], inputs
+    )
