@@ -115,9 +115,10 @@ PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.
 def check_packing(model: Any, first: Tensor, second: Tensor) -> None:
     """Prove on two rows of ids that packing them is right; raise TrainingError with the remedy if it is not.
 
-    The second row must not change by one bit when the tokens of the first are replaced: this finds architectures that
-    ignore the attention interface, and layers that carry a state from row to row. And it must be what the model's own
-    forward pass makes of it alone, up to rounding: this finds wrong positions, and heads that scale their logits.
+    The second row, of two tokens at least, must not change by one bit when the tokens of the first are replaced: this
+    finds architectures that ignore the attention interface, and layers that carry a state from row to row. And it must
+    be what the model's own forward pass makes of it alone, up to rounding: this finds wrong positions, and heads that
+    scale their logits.
     """
     name, remedy = type(model).__name__, "Set `data: {pack: false}` to run one row at a time"
     targets, alone = second[1:], model(input_ids=second[None], use_cache=False).logits[0, :-1].float()
@@ -129,7 +130,7 @@ def check_packing(model: Any, first: Tensor, second: Tensor) -> None:
         with packed_attention(model):
             packed, packed_after_another = (
                 log_probs(model, torch.cat([before, second])[None], positions, lengths, hidden_rows, targets)
-                for before in (first, first.flip(0))
+                for before in (first, (first + 1) % model.config.get_text_config().vocab_size)
             )
     except (KeyError, TypeError, NotImplementedError) as error:
         raise TrainingError(f"{name} cannot be packed ({type(error).__name__}: {error}). {remedy}") from None

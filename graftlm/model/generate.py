@@ -1,6 +1,7 @@
 """Prompts -> answers, as ids: greedy or sampled, many at once, or streamed token by token."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,16 @@ class _EachToken(BaseStreamer):  # type: ignore[misc]
         pass
 
 
+@contextmanager
+def _nothing_shipped(model: Any) -> Iterator[None]:
+    """Inside, the settings that came with the model (a penalty for repetition, say) do not fill in ours."""
+    shipped, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -40,7 +51,8 @@ def generate(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (index of the prompt, new ids without the one that stops), in batches of prompts of similar length.
 
-    temperature 0 is greedy. `on_token` is called with each new id, and needs a single prompt.
+    temperature 0 is greedy, whatever settings the model came with. `on_token` is called with each new id, and needs a
+    single prompt.
     """
     assert on_token is None or len(prompts) == 1, "only a single answer can be streamed"
     settings = GenerationConfig(
@@ -60,12 +72,13 @@ def generate(
             ids[row, width - len(prompts[i]) :] = torch.as_tensor(np.asarray(prompts[i], np.int64))
             mask[row, width - len(prompts[i]) :] = 1
         torch.manual_seed(seed + start)
-        answered = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-            streamer=_EachToken(on_token) if on_token else None,
-        )
+        with _nothing_shipped(model):
+            answered = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+                streamer=_EachToken(on_token) if on_token else None,
+            )
         for row, i in enumerate(chosen):
             new = answered[row, width:].tolist()
             stop = next((n for n, token in enumerate(new) if token in stop_ids), len(new))

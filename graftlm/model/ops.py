@@ -57,9 +57,10 @@ class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
+        scale: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, scale)
-        return (x * scale).to(x.dtype).mul_(gain)
+        y: Tensor = (x * scale).to(x.dtype).mul_(gain)
+        return y
 
     @staticmethod
     @once_differentiable

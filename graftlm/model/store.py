@@ -46,34 +46,46 @@ PREFIX = "base_model.model."
 def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not.
 
-    Raises OutputError if `out` exists (unless `overwrite`), cannot be written, or the disk is full. What was there
-    before stays until the new folder is complete.
+    Raises OutputError if `out` exists (with `overwrite`: if it is anything but an adapter or an empty folder), cannot
+    be written, or the disk is full. What was there before stays until the new folder is complete.
     """
     out = Path(out)
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
+    if out.exists() and not (out / CONFIG).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} is no adapter folder, so even --overwrite does not replace it: choose another folder")
     partial = Path(os.path.abspath(out)).with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same number
-        partial.mkdir(parents=True)
-        yield partial
-        _swap(partial, out)
+        with writing(out):
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same number
+            partial.mkdir(parents=True)
+            yield partial
+            _swap(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Inside, a full disk or a place that cannot be written is an OutputError that names it; other errors pass."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
-            raise OutputError(
-                f"{out}: no room on the disk ({needed:,} bytes were written when it filled up). Nothing that was there "
-                "is lost: free some space, or choose another folder"
-            ) from None
+            raise OutputError(_no_room(out)) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
         raise
     except SafetensorError as error:  # how safetensors reports a full disk
         if "No space left" in str(error):
-            raise OutputError(f"{out}: no room on the disk. Nothing that was there is lost") from None
+            raise OutputError(_no_room(out)) from None
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _no_room(out: Path) -> str:
+    there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    return f"{out}: no room on the disk ({free:,} bytes are free). Nothing that was there is lost: make some room"
 
 
 def _swap(partial: Path, out: Path) -> None:
@@ -231,7 +243,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     finiteness are checked, and the sentence says so. `trust_base` loads in spite of another base.
     """
     folder = Path(folder)
-    stored, ours = _read_config(folder), _read_record(folder)
+    _check_folder(folder)
+    ours = _read_record(folder)  # checksums first: of a damaged file they say more than a parser does
+    stored = _read_json(folder / CONFIG)
     method_name, method = _method(stored, folder)
     tensors = _read_tensors(folder)
     if ours is not None:
@@ -266,7 +280,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         near = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         raise AdapterError(f"{folder}: no such adapter folder. {nearest(str(folder), near)}")
@@ -278,7 +292,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         pickled = (folder / "adapter_model.bin").is_file()
         why = "its weights are pickled (adapter_model.bin), which may run code: save them as safetensors with PEFT"
         raise AdapterError(f"{folder}: {why if pickled else f'no {WEIGHTS}'}")
-    return _read_json(folder / CONFIG)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -362,7 +375,7 @@ def _from_peft(
             )
         if value not in NEUTRAL[key]:
             raise AdapterError(f"{file}: {key}={value!r} changes what the adapter computes, and is not supported here")
-    if stored.get("init_lora_weights") not in (True, False, None, "gaussian", "eva"):
+    if stored.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise AdapterError(
             f"{file}: init_lora_weights={stored['init_lora_weights']!r} means that the stored factors do not belong to "
             "the untouched base: save it with path_initial_model_for_weight_conversion in PEFT"

@@ -25,12 +25,15 @@ from graftlm.data.source import Row, load_rows, split
 from graftlm.model.attach import attach, deltas_off, hosts, trainable
 from graftlm.model.forward import check_packing
 from graftlm.model.load import Loaded, fingerprint, load_base, load_tokenizer
-from graftlm.model.store import model_card, new_folder, write_adapter
+from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, report
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.optim import adamw, warmup_cosine
 from graftlm.training.recipe import Recipe, read_recipe
+
+PROBE_TOKENS = 256
+"""Packing is proved on a row of this length, if there is one: long enough to matter, a second's work."""
 
 INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, its adapter saved."""
@@ -111,7 +114,8 @@ def train(
         (None, None, []) if interrupted else _measure(recipe, Loaded(model, tokenizer), data, console)
     )
     summary = _summary(recipe, model, log, before, after, interrupted)
-    _write_report(recipe, model, data, out, summary, log, samples)
+    with writing(out):
+        _write_report(recipe, model, data, out, summary, log, samples)
     if samples:
         console.print(display.side_by_side(samples[: recipe.report.samples]))
     console.print(display.results(summary))
@@ -124,8 +128,9 @@ def _train(
 ) -> list[dict[str, float]]:
     """Attach the delta and train it; what every step did goes to metrics.jsonl as it happens, and is returned."""
     if recipe.data.pack:
-        shortest = (sorted(data.examples, key=len)[:2] * 2)[:2]
-        check_packing(model, *(collate([example]).ids[0].to(model.device) for example in shortest))
+        probes = (min(data.examples, key=len), max(data.examples, key=len))
+        short, long = (collate([example]).ids[0].to(model.device) for example in probes)
+        check_packing(model, short, long[:PROBE_TOKENS])
     attach(model, recipe.delta, seed=recipe.train.seed)
     count = sum(p.numel() for p in trainable(model).values())
     console.print(f"{recipe.delta.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
