@@ -112,18 +112,22 @@ def data_check(
 
 
 def _recipe_for(source: str, base: str | None, mask: str | None, template: str | None, network: bool) -> "Recipe":
-    from graftlm.config import build
+    """The recipe there, or one for a file of rows, with what the command line says laid over it."""
+    from graftlm.config import build, to_tree
     from graftlm.training.recipe import Recipe, read_recipe
 
-    overrides: dict[str, Any] = {}
-    if base is not None or template is not None:
-        overrides["base"] = {"name": base or "smollm2", **({"template": template} if template else {})}
     if Path(source).suffix in (".yaml", ".yml"):
-        flat = [f"data.mask={mask}"] if mask else []
-        flat += [f"base={json.dumps(overrides['base'])}"] if overrides else []
-        return read_recipe(source, [*flat, *(["network=true"] if network else [])])
-    data = {"train": source, **({"mask": mask} if mask else {})}
-    tree = {"data": data, "delta": {"method": "lora"}, "network": network, **overrides}
+        recipe = read_recipe(source)
+    else:
+        recipe = build(Recipe, {"data": {"train": source}}, source="command line")
+    tree = to_tree(recipe)
+    if isinstance(tree["base"], str):
+        tree["base"] = {"name": tree["base"]}
+    laid_over = {"base.name": base, "base.template": template, "data.mask": mask, "network": network or None}
+    for key, value in laid_over.items():
+        section, _, name = key.rpartition(".")
+        if value is not None:
+            (tree[section] if section else tree)[name] = value
     return build(Recipe, tree, source="command line")
 
 

@@ -138,8 +138,7 @@ def _count(report: Report, rendered: Rendered, example: Example, row: Row, rende
     report.supervised_tokens += int(np.count_nonzero(example.weights))
     if len(example) > report.longest_tokens:
         report.longest_tokens, report.longest_row = len(example), row.where
-    in_text = (rendered.roles >= Role.SYSTEM) & (rendered.roles <= Role.TOOL)
-    if any(int(i) in renderer.special_ids for i in rendered.ids[in_text]):
+    if any(special in message.content for message in row.messages for special in renderer.special_texts):
         report.rows_with_special_text.append(row.where)
     bos = renderer.tokenizer.bos_token_id
     if bos is not None and len(rendered.ids) > 1:
@@ -163,7 +162,7 @@ def _first_run(ending: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
 
 
 def shown_rows(rows: Sequence[Row], renderer: Renderer, mask: str, count: int) -> list[dict[str, Any]]:
-    """The first rows token by token: {where, tokens: [{id, text, role, weight}]}."""
+    """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}."""
     shown = []
     for row in rows[:count]:
         rendered = renderer.conversation(row.messages)

@@ -59,5 +59,9 @@ def _without_docstring(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef
     if len(node.body) == 1 or node.end_lineno - node.lineno not in LINES or docstring.lineno == node.lineno:
         return ""
     kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
-    indent = node.col_offset
-    return "\n".join(line[indent:].rstrip() for line in kept if line.strip())
+    return "\n".join(_outdented(line, node.col_offset).rstrip() for line in kept if line.strip())
+
+
+def _outdented(line: str, indent: int) -> str:
+    """The line without its indent; a line of a string may have less of it."""
+    return line[min(indent, len(line) - len(line.lstrip())) :]

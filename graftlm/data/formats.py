@@ -100,11 +100,15 @@ def _text(row: Fields, key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if value is None:
-        found = "it is null" if key in row else f"found {sorted(map(str, row))}. {nearest(key, map(str, row))}"
-        raise RowError(f"field {key!r} is needed, {found}")
+        raise _missing(row, key)
     if not isinstance(value, str):
         raise RowError(f"field {key!r} must be text, this is a {type(value).__name__}: {value!r:.60}")
     return value
+
+
+def _missing(row: Fields, key: str) -> RowError:
+    found = "it is null" if key in row else f"found {sorted(map(str, row))}. {nearest(key, map(str, row))}"
+    return RowError(f"field {key!r} is needed, {found}")
 
 
 def _system(row: Fields) -> list[Message]:
@@ -120,6 +124,8 @@ def _turn(row: Fields, key: str, role: str) -> list[Message]:
 
 def _messages(row: Fields, key: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> list[Message]:
     turns = row.get(key)
+    if turns is None:
+        raise _missing(row, key)
     if not isinstance(turns, list) or not turns:
         raise RowError(f"field {key!r} must be a list of at least one message, this is {turns!r:.60}")
     found = []
@@ -127,13 +133,13 @@ def _messages(row: Fields, key: str, role_key: str, text_key: str, roles: Mappin
         where = f"{key}[{index}]"
         if not isinstance(turn, Mapping):
             raise RowError(f"{where} must be a mapping with {role_key!r} and {text_key!r}, this is {turn!r:.60}")
-        role = turn.get(role_key)
-        if role not in roles:
-            raise RowError(f"{where}.{role_key} is {role!r}, which is no role. {nearest(str(role), roles)}")
         if turn.get("tool_calls"):
             raise RowError(f"{where} holds tool_calls, which this version does not render: leave such rows out")
         try:
-            found.append(Message(roles[str(role)], _text(turn, text_key)))
+            role = _text(turn, role_key)
+            if role not in roles:
+                raise RowError(f"{role_key} is {role!r}, which is no role. {nearest(role, roles)}")
+            found.append(Message(roles[role], _text(turn, text_key)))
         except RowError as error:
             raise RowError(f"{where}: {error}") from None
     return found

@@ -77,6 +77,7 @@ def pack(examples: Sequence[Example], tokens: int) -> list[Pack]:
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
     """The rows of each step: `steps` lists of `size` indices, epoch after epoch, each epoch in an order of its own."""
+    assert count > 0
     generator = np.random.default_rng(seed)
     order: list[int] = []
     while len(order) < steps * size:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ class Renderer:
         def within(start: int, end: int) -> NDArray[np.bool_]:
             # A control token may swallow white space around it, of a text too: it is part of the text only if inside.
             overlap, inside = (starts < end) & (ends > start), (starts >= start) & (ends <= end)
-            return np.where(control, inside, overlap)
+            return overlap
 
         for index, span in spans.items():
             if index not in turns:
@@ -133,7 +133,8 @@ class Renderer:
     def prompt(self, messages: Sequence[Message]) -> NDArray[np.int32]:
         """The ids after which the model should answer: int32 [n]."""
         text = self._render(messages, answer_next=True)
-        begins = [self._begin(messages, i) for i, m in enumerate(messages) if m.role == "assistant"]
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
+        begins = [self._render(messages[:i], answer_next=True) for i in answers]
         return self._encode(text, cuts=[len(begin) for begin in begins if text.startswith(begin)])[0]
 
     @cached_property
@@ -183,7 +184,7 @@ class Renderer:
         marks = _free_characters(2 * len(messages), messages)
         wrong = ""
         for place in (_mark_outside, _mark_inside):
-            marked = [place(m, marks[2 * i], marks[2 * i + 1]) for i, m in enumerate(messages)]
+            marked = [place(m, marks[2 * i], marks[2 * i + 1]) if i in written else m for i, m in enumerate(messages)]
             plain, places = _remove_marks(self._render(marked), marks)
             counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in written]
             odd = [
@@ -192,7 +193,10 @@ class Renderer:
                 if n != [1, 1]
             ]
             if plain == text and not odd:
-                return {i: _Span(places[2 * i][0], places[2 * i + 1][0], ROLE_OF[messages[i].role]) for i in written}
+                spans = {i: _Span(places[2 * i][0], places[2 * i + 1][0], ROLE_OF[messages[i].role]) for i in written}
+                answers = [(s, messages[i].content) for i, s in spans.items() if s.role is Role.ASSISTANT]
+                if all(text[s.start : s.end].strip() == content.strip() for s, content in answers):
+                    return spans
             wrong = odd[0] if odd else "rewrites the text of a message"
         raise DataError(
             f"the chat template {wrong}, so it cannot be said which tokens are the answer. If it treats earlier turns "
@@ -203,6 +207,8 @@ class Renderer:
 
     def _turn(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
         """For the answer at `index`: where generation would begin it, and where its turn is over."""
+        if index == 0:
+            raise DataError("the conversation begins with an answer, and to what? Begin the row with a user message")
         until = self._render(messages[: index + 1])
         if not text.startswith(until):
             raise DataError(
@@ -210,7 +216,7 @@ class Renderer:
                 "generation would never see what training does. Split the conversation so that every answer is the "
                 "last message of its row"
             )
-        begin = self._begin(messages, index)
+        begin = self._render(messages[:index], answer_next=True)
         if not text.startswith(begin):
             raise DataError(
                 f"the chat template begins the answer of message {index + 1} with {_ending(begin)} when it is to be "
@@ -218,18 +224,6 @@ class Renderer:
                 "does. Give a template that does the same in both with `base: {template: FILE.jinja}`"
             )
         return len(begin), len(until)
-
-    def _begin(self, messages: Sequence[Message], index: int) -> str:
-        """The text after which generation would write the answer at `index`."""
-        if index > 0:
-            return self._render(messages[:index], answer_next=True)
-        try:
-            return self._render([], answer_next=True)
-        except DataError:  # many templates look at the first message
-            raise DataError(
-                "the conversation begins with an answer, and the chat template cannot render a prompt of no messages: "
-                "begin the row with a user message"
-            ) from None
 
     # The tokenizer -----------------------------------------------------------------------------------------------
 
@@ -244,7 +238,7 @@ class Renderer:
         start = 0
         bounds = [*sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
         head = self._piece(text, 0, bounds[0])
-        for cut, until in zip(bounds, bounds[1:], strict=False):
+        for cut, until in pairwise(bounds):
             whole = self._piece(text, start, until)
             same = np.array_equal(whole[0][: len(head[0])], head[0])
             across = ((whole[1][:, 0] < cut) & (whole[1][:, 1] > cut)).any()
@@ -302,7 +296,7 @@ def _mark_outside(message: Message, before: str, after: str) -> Message:
 def _mark_inside(message: Message, before: str, after: str) -> Message:
     """For templates that trim: the marks stand within the white space, which then is not part of the span."""
     core = message.content.strip()
-    head, _, tail = message.content.partition(core) if core else (message.content, "", "")
+    head, _, tail = message.content.partition(core)
     return Message(message.role, f"{head}{before}{core}{after}{tail}")
 
 

@@ -3,12 +3,14 @@
 Files are read strictly and in one pass: every row that cannot be used is reported as `file:line: reason`.
 """
 
+import codecs
 import csv
 import hashlib
 import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,20 +82,19 @@ def load_rows(source: str | SourceConfig, *, network: bool = False) -> tuple[lis
 def _group(fields: dict[str, Any], messages: list[Message]) -> str:
     """The row's own `group`, or else its first question: the same question must not be both trained and held out."""
     given = fields.get("group")
-    return (
-        given
-        if isinstance(given, str)
-        else next((m.content for m in messages if m.role == "user"), messages[0].content)
-    )
+    if given is None or given == "":
+        return next((m.content for m in messages if m.role == "user"), messages[0].content)
+    return str(given)
 
 
 def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, held out): whole groups in an order drawn from the seed are held out until there are enough rows.
 
-    Exactly `held_out` rows (or that share) are kept; the rest of the last group is on neither side. Groups of more
-    than a tenth of what is wanted come last, so that the held-out rows are not all of one kind.
+    Exactly `held_out` rows (or that share, and then at least one) are kept; chosen rows that are too many are on
+    neither side. Groups of more than a tenth of what is wanted come last, so that the held-out rows are not all of one
+    kind.
     """
-    wanted = held_out if isinstance(held_out, int) else round(held_out * len(rows))
+    wanted = held_out if isinstance(held_out, int) else max(1, round(held_out * len(rows))) if held_out else 0
     if wanted == 0:
         return list(rows), []
     sizes = Counter(row.group for row in rows)
@@ -108,7 +109,10 @@ def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[R
         count += sizes[group]
     train = [row for row in rows if row.group not in chosen]
     if count < wanted or not train:
-        raise DataError(f"held_out: {wanted} rows of {len(rows)} in {len(sizes)} groups leave nothing to train on")
+        raise DataError(
+            f"held_out: {wanted} of {len(rows)} rows in {len(sizes)} groups leave nothing to train on: hold out fewer, "
+            "or make smaller groups (a row's `group`, or else its first question, is never on both sides)"
+        )
     return train, [row for row in rows if row.group in chosen][:wanted]
 
 
@@ -125,8 +129,9 @@ def _records(path: str, problems: list[str], network: bool) -> Iterator[tuple[st
         return _hub(name, network)
     file = Path(path).expanduser()
     if not file.is_file():
-        siblings = [str(p) for p in file.parent.iterdir() if p.suffix in READERS] if file.parent.is_dir() else []
-        what = "is a folder" if file.is_dir() else "no such file"
+        folder = file if file.is_dir() else file.parent
+        siblings = [str(p) for p in folder.iterdir() if p.suffix in READERS] if folder.is_dir() else []
+        what = "is a folder, a file of rows is needed" if file.is_dir() else "no such file"
         raise DataError(f"{path}: {what}. {nearest(path, siblings)}")
     if file.suffix not in READERS:
         raise DataError(f"{path}: cannot read {file.suffix or 'files without an ending'}. Known: {', '.join(READERS)}")
@@ -137,14 +142,18 @@ def _records(path: str, problems: list[str], network: bool) -> Iterator[tuple[st
 
 def _decode(file: Path) -> str:
     """The file's text, without a byte-order mark; raises DataError with the line of the first byte that is no UTF-8."""
-    raw = file.read_bytes()
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     try:
         decoded = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        guess = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}:{line}: byte {raw[error.start]:#04x} is not UTF-8. Convert the file, for example with "
-            f"iconv -f latin1 -t utf-8"
+            f"{file}:{line}: byte {error.object[error.start]:#04x} is not UTF-8. Convert the file, for example with "
+            f"iconv -f {guess} -t utf-8"
         ) from None
     if "\0" in decoded:
         line = decoded.count("\n", 0, decoded.index("\0")) + 1
@@ -159,7 +168,7 @@ def _jsonl(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{file}:{number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.append(f"{file}:{number}: not valid JSON: {error}")
 
 
@@ -170,32 +179,41 @@ def _json(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
         raise DataError(
             f"{file}:{error.lineno}: not valid JSON: {error.msg}. One row a line belongs in .jsonl"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(tree, list):
         raise DataError(f"{file}: a .json file of rows holds a list, this holds a {type(tree).__name__}")
     return ((f"{file}: row {index}", row) for index, row in enumerate(tree, start=1))
 
 
 def _csv(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_decode(file), newline=""), restkey="(too many)", strict=True)
+    reader = csv.reader(io.StringIO(_decode(file), newline=""), strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # the limit of 128 KiB would refuse a long document
     try:
-        for fields in reader:
-            where = f"{file}:{reader.line_num}"
-            if "(too many)" in fields or None in fields.values():
-                problems.append(f"{where}: has not as many columns as the header, {reader.fieldnames}")
-            else:
-                yield where, fields
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{file}:1: two columns have the same name: {header}")
+        line = reader.line_num + 1  # where a row begins; with line breaks in quotes it ends further down
+        for cells in reader:
+            if len(cells) == len(header):
+                yield f"{file}:{line}", dict(zip(header, cells, strict=True))
+            elif cells:
+                problems.append(f"{file}:{line}: has {len(cells)} columns, the header has {len(header)}: {header}")
+            line = reader.line_num + 1
     except csv.Error as error:
-        problems.append(f"{file}:{reader.line_num}: not valid CSV: {error}")
+        problems.append(f"{file}:{reader.line_num}: not valid CSV: {error}. The rows after it were not read")
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    import datasets
+    import pyarrow.parquet  # type: ignore[import-untyped] # comes with datasets, whose own reader fills a cache
 
     try:
-        table = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
+        rows = pyarrow.parquet.read_table(file).to_pylist()
     except Exception as error:
         raise DataError(f"{file}: not a readable parquet file: {error}") from None
-    return ((f"{file}: row {index}", row) for index, row in enumerate(table, start=1))
+    return ((f"{file}: row {index}", row) for index, row in enumerate(rows, start=1))
 
 
 def _hub(name: str, network: bool) -> Iterator[tuple[str, Any]]:
@@ -203,15 +221,30 @@ def _hub(name: str, network: bool) -> Iterator[tuple[str, Any]]:
 
     name, _, part = name.partition(":")
     part = part or "train"
-    config = datasets.DownloadConfig(local_files_only=not network)
     try:
-        table = datasets.load_dataset(name, split=part, download_config=config)
+        with nullcontext() if network else _offline():
+            table = datasets.load_dataset(name, split=part)
     except Exception as error:
-        hint = (
-            "" if network else " It is not in the local cache, and the network is off: set `network: true` to fetch it."
-        )
-        raise DataError(f"hub:{name}: cannot be loaded: {error}.{hint}") from None
+        off = "" if network else " It is not in the local cache, and the network is off: `network: true` fetches it."
+        raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}") from None
     return ((f"hub:{name}:{part}: row {index}", row) for index, row in enumerate(table, start=1))
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Inside, the hub's libraries make no request: their own arguments leave some that are made all the same."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 READERS: dict[str, Callable[[Path, list[str]], Iterator[tuple[str, Any]]]] = {

@@ -206,8 +206,10 @@ def _pattern_matches(pattern: str, name: str) -> bool:
 
 
 def _check_patterns(config: DeltaConfig, sites: Sequence[str]) -> None:
-    fixed = {"method", "init", "targets", "patterns"}
-    allowed = {f.name for f in fields(config)} - fixed
+    peft = METHODS[config.method].delta.peft  # what PEFT's format cannot say would be lost when the adapter is read
+    allowed = (
+        set(peft.patterns) if peft else {f.name for f in fields(config)} - {"method", "init", "targets", "patterns"}
+    )
     for pattern, overrides in config.patterns.items():
         _compile(pattern)
         if not any(_pattern_matches(pattern, name) for name in sites):

@@ -26,6 +26,9 @@ def packed_attention(model: Any) -> Iterator[None]:
 
     Held over the backward pass too, where recomputation may run the forward pass again.
     """
+    if _is_packed(model):
+        yield
+        return
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
     for config, _ in before:

@@ -356,7 +356,7 @@ def _check_base(model: nn.Module, ours: dict[str, Any], folder: Path, trust_base
         )
         raise BaseModelError(
             f"{folder} was trained on {theirs['name']!r} ({theirs['digest'][:19]}), this model is "
-            f"{base_record(model).name!r} ({here.digest[:19]}): {what}"
+            f"{base_record(model).name!r} ({here.digest[:19]}): {what}. Load that base, or train again"
         )
 
 

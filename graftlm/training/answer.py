@@ -1,11 +1,14 @@
 """Messages -> answer: the render function of training and the generator of the model, joined."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
 from graftlm.model.generate import generate
+
+_renderer = lru_cache(maxsize=4)(Renderer)
 
 
 def answer(
@@ -24,7 +27,7 @@ def answer(
     `on_text` is called with each new piece of text as it comes.
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
-    renderer = Renderer(tokenizer)
+    renderer = _renderer(tokenizer, tokenizer.chat_template)
     new: list[int] = []
     shown = ""
 

@@ -10,6 +10,7 @@ from graftlm.config import Count, Flag, PositiveCount
 from graftlm.data.source import DataConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
+from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import nearest
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
@@ -35,7 +36,7 @@ class ReportConfig:
 class Recipe:
     base: str | BaseConfig = "smollm2"
     data: DataConfig
-    delta: AnyDelta
+    delta: AnyDelta = Field(default_factory=LoraConfig)
     loss: Literal["supervised"] = "supervised"
     policies: tuple[str, ...] = ()
     train: TrainConfig = Field(default_factory=TrainConfig)

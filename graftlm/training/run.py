@@ -149,6 +149,8 @@ def _train(
             bars.update(bar, advance=1, now=f"loss {step.loss:.3f}  {rate:,.0f} tokens/s")
             if stopping.requested:
                 break
+    for host in hosts(model).values():
+        host.deltas.eval()
     return log
 
 
@@ -205,7 +207,6 @@ def _measure(
     if not data.held_out:
         return None, None, []
     model, tokenizer = base
-    model.eval()
     renderer = Renderer(tokenizer)
 
     def measured(name: str, bars: Any) -> HeldOut:

@@ -1,0 +1,461 @@
+"""Messages -> ids and roles: every shape of template, on conversations that try to break it."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from graftlm.data.formats import TEXT, Message
+from graftlm.data.mask import weights
+from graftlm.data.render import Rendered, Renderer, Role, read_template
+from graftlm.errors import BaseModelError, DataError
+from graftlm.testing import tiny_tokenizer
+
+from .shapes import SHAPES, chat, tokenizer_for
+
+CONVERSATIONS = {
+    "plain": chat("the user asks", "the assistant answers"),
+    "with a system": chat("the user asks", "one line", system="  a system tells"),
+    "several turns": chat("one", "two", "three", "four", "five", "six"),
+    "ends with a user": chat("one", "two", "three"),
+    "system and several turns": chat("one", "two", "three", "four", system="be brief"),
+    "the same text everywhere": chat("the", "the", "the", "the", system="the"),
+    "spaces around the answer": chat("one", "  two  ", " three ", "\tfour\t"),
+    "line breaks around the answer": chat("one\n\n", "\n\ntwo\n\n", "\nthree", "\nfour\n"),
+    "line break, then spaces": chat("one", "\n  two", "three", "  \n\nfour"),
+    "emoji": chat("\U0001f600", "\U0001f469\u200d\U0001f680 and \U0001f1ea\U0001f1fa\u00df\u4e2d\u6587"),
+    "combining characters": chat("e\u0301", "\u0301e\u0301 n\u0303 a", "x", "\u0302"),
+    "icons for private use": chat("\U000f0000 \U000f0001", "\U000f0000\U0010fffd \U00100000"),
+    "markers of templates": chat(
+        "<|im_start|>assistant\nthe user<|im_end|>\n[/INST] </s><end_of_turn>\n<|eot_id|>",
+        "one</s><|im_end|>\n<|im_start|>user\n### Response:\ntwo<|eot_id|><end_of_turn> [INST] three",
+    ),
+    "an end of turn as the whole answer": chat("one", "<|im_end|></s><|eot_id|><end_of_turn>"),
+    "an empty question": chat("", "one", "  ", "two"),
+}
+
+
+def text_of(renderer: Renderer, ids: Any) -> str:
+    return str(renderer.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def runs(renderer: Renderer, rendered: Rendered, keep: Any) -> list[str]:
+    """The text of each unbroken run of tokens that are kept."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(keep, int), [0]])))
+    return [text_of(renderer, rendered.ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def supervised(renderer: Renderer, rendered: Rendered) -> list[str]:
+    return runs(renderer, rendered, weights(rendered.roles, "response") == 1)
+
+
+def check_everything(name: str, renderer: Renderer, messages: list[Message]) -> None:
+    """All that is promised of a rendered conversation."""
+    shape, rendered = SHAPES[name], renderer.conversation(messages)
+    answers = [m.content for m in messages if m.role == "assistant"]
+    assert supervised(renderer, rendered) == [shape.trained(a) for a in answers], "what is trained"
+
+    chat_of_dicts = [{"role": m.role, "content": m.content} for m in messages]
+    text = renderer.tokenizer.apply_chat_template(chat_of_dicts, tokenize=False)
+    assert text_of(renderer, rendered.ids) == rendered.text == text, "what is fed"
+    assert rendered.ids.dtype == np.int32
+    assert rendered.roles.dtype == np.uint8
+    assert len(rendered.roles) == len(rendered.ids)
+
+    for role, kind in ((Role.SYSTEM, "system"), (Role.USER, "user")):
+        wanted = [m.content.strip() for m in messages if m.role == kind and m.content.strip()]
+        found = runs(renderer, rendered, rendered.roles == role)
+        assert len(found) == len(wanted), f"a run of {kind} for each of its messages"
+        assert all(w in f for w, f in zip(wanted, found, strict=True)), f"the text of {kind} messages"
+
+    for index, message in enumerate(messages):
+        if message.role == "assistant":
+            prompt = renderer.prompt(messages[:index])
+            assert prompt.tolist() == rendered.ids[: len(prompt)].tolist(), f"prompt of message {index + 1}"
+            assert rendered.roles[len(prompt)] in (Role.ASSISTANT, Role.END_OF_TURN), "the answer begins there"
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def named(request: pytest.FixtureRequest) -> tuple[str, Renderer]:
+    return request.param, Renderer(tokenizer_for(request.param))
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_what_is_trained_is_each_answer_with_its_end_and_prompts_are_prefixes(
+    named: tuple[str, Renderer], conversation: str
+) -> None:
+    name, renderer = named
+    messages = CONVERSATIONS[conversation]
+    if messages[0].role == "system" and not SHAPES[name].system:
+        with pytest.raises(DataError, match="refuses a conversation of system, user, assistant.*not supported"):
+            renderer.conversation(messages)
+    else:
+        check_everything(name, renderer, messages)
+
+
+PIECES = [
+    *(
+        "the user",
+        "asks",
+        " answers",
+        "a",
+        "e\u0301",
+        "\u0301",
+        "\U0001f600",
+        "\u4e2d",
+        "1",
+        ".",
+        "'s",
+        "#",
+        "\U000f0001",
+    ),
+    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2028"),
+    *("<|im_start|>", "<|im_end|>\n", "</s>", "<s>", "[INST]", "[/INST]", "### Response:\n", "<|eot_id|>"),
+    *("<end_of_turn>\n", "<start_of_turn>model\n", "<|assistant|>\n", "<|end_header_id|>\n\n", "{{ x }}", "{% y %}"),
+]
+
+
+def random_conversation(seed: int, system: bool) -> list[Message]:
+    draw = random.Random(seed)
+
+    def content() -> str:
+        return "".join(draw.choices(PIECES, k=draw.randint(1, 7)))
+
+    def answer() -> str:
+        text = content()
+        return text if text.strip() else text + draw.choice(["b", "\u00e9"]) + content()
+
+    turns = [answer() if i % 2 else content() for i in range(draw.randint(2, 7))]
+    return chat(*turns, system=content() if system and draw.random() < 0.4 else None)
+
+
+def test_random_conversations_hold_every_promise(named: tuple[str, Renderer]) -> None:
+    name, renderer = named
+    for seed in range(200):
+        messages = random_conversation(seed, SHAPES[name].system)
+        try:
+            check_everything(name, renderer, messages)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {messages}") from error
+
+
+def test_the_roles_of_a_conversation_are_the_ones_a_person_would_write() -> None:
+    renderer = Renderer(tokenizer_for("chatml"))
+    rendered = renderer.conversation(chat("X", "Y", system="Z"))
+    golden = [
+        ("<|im_start|>", Role.SPECIAL),
+        ("system", Role.BOILERPLATE),
+        ("\n", Role.BOILERPLATE),
+        ("Z", Role.SYSTEM),
+        ("<|im_end|>", Role.SPECIAL),
+        ("\n", Role.BOILERPLATE),
+        ("<|im_start|>", Role.SPECIAL),
+        ("user", Role.BOILERPLATE),
+        ("\n", Role.BOILERPLATE),
+        ("X", Role.USER),
+        ("<|im_end|>", Role.SPECIAL),
+        ("\n", Role.BOILERPLATE),
+        ("<|im_start|>", Role.SPECIAL),
+        ("assistant", Role.BOILERPLATE),
+        ("\n", Role.BOILERPLATE),
+        ("Y", Role.ASSISTANT),
+        ("<|im_end|>", Role.END_OF_TURN),
+        ("\n", Role.BOILERPLATE),
+    ]
+    joined: list[tuple[str, Role]] = []  # "assistant" is several tokens
+    for text, role in zip(renderer.token_texts(rendered.ids.tolist()), rendered.roles, strict=True):
+        if joined and joined[-1][1] == role == Role.BOILERPLATE and text.isalpha() and joined[-1][0].isalpha():
+            joined[-1] = (joined[-1][0] + text, Role.BOILERPLATE)
+        else:
+            joined.append((text, Role(role)))
+    assert joined == golden
+
+
+def test_an_answer_that_begins_with_a_line_break_is_fed_as_generation_feeds_it() -> None:
+    renderer = Renderer(tokenizer_for("chatml"))
+    one, two = (renderer.tokenizer.convert_tokens_to_ids(t) for t in ("\u010a", "\u010a\u010a"))
+    assert two != renderer.tokenizer.unk_token_id, "this test needs a tokenizer that knows a double line break"
+    prompt = renderer.prompt(chat("a"))
+    rendered = renderer.conversation(chat("a", "\nb"))
+    assert prompt[-1] == one
+    assert rendered.ids[len(prompt) - 1 : len(prompt) + 1].tolist() == [one, one], "not the one token of both"
+
+
+def test_what_follows_an_answer_does_not_change_the_prompt_before_it() -> None:
+    """This tokenizer looks ahead: a double line break is one token at the end of a text and two before a letter."""
+    renderer = Renderer(tokenizer_for("llama-3"))
+    two = renderer.tokenizer.convert_tokens_to_ids("\u010a\u010a")
+    prompt = renderer.prompt(chat("a"))
+    assert prompt[-1] == two
+    assert renderer.conversation(chat("a", "b")).ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+def test_an_icon_of_a_private_plane_in_the_text_is_no_mark() -> None:
+    renderer = Renderer(tokenizer_for("chatml"))
+    icons = "".join(chr(0xF0000 + i) for i in range(8))
+    assert supervised(renderer, renderer.conversation(chat(icons, icons))) == [icons + "<|im_end|>"]
+
+
+def test_what_the_template_writes_between_prompt_and_answer_is_trained_with_it() -> None:
+    thinking = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if m['role'] == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    renderer = Renderer(tiny_tokenizer(thinking))
+    trained = supervised(renderer, renderer.conversation(chat("a", "b")))
+    assert trained == ["<think>\n\n</think>\n\nb<|im_end|>"]
+
+
+def test_what_the_prompt_already_holds_of_an_answer_is_not_trained() -> None:
+    opened = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    renderer = Renderer(tiny_tokenizer(opened))
+    assert supervised(renderer, renderer.conversation(chat("a", "<think>\nb"))) == ["b<|im_end|>"]
+    with pytest.raises(DataError, match=r"begins the answer of message 2 with .*<think>.*\n?.*generated"):
+        renderer.conversation(chat("a", "b"))
+
+
+def test_an_end_of_turn_that_is_not_called_special_is_still_where_an_answer_ends() -> None:
+    template = SHAPES["chatml"].template.replace("<|im_end|>", "<|stop|>")
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.add_tokens([AddedToken("<|stop|>", special=False)])
+    renderer = Renderer(tokenizer)
+    assert supervised(renderer, renderer.conversation(chat("a", "b", "c", "d"))) == ["b<|stop|>", "d<|stop|>"]
+    assert renderer.stop_ids[0] == tokenizer.convert_tokens_to_ids("<|stop|>")
+
+
+def test_a_control_token_that_swallows_white_space_keeps_its_role() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(template)
+    names = ("<|user|>", "<|assistant|>")
+    tokenizer.add_tokens([AddedToken(n, rstrip=True, special=True) for n in names], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<|end|>", lstrip=True, rstrip=True, special=True)], special_tokens=True)
+    renderer = Renderer(tokenizer)
+    end, answer = tokenizer.convert_tokens_to_ids(["<|end|>", "<|assistant|>"])
+    for said in ("b", "\nb", "b \n"):
+        rendered = renderer.conversation(chat("a", said))
+        assert rendered.ids[rendered.roles == Role.END_OF_TURN].tolist() == [end], repr(said)
+        assert rendered.roles[rendered.ids == answer].tolist() == [Role.SPECIAL], repr(said)
+        assert text_of(renderer, rendered.ids[rendered.roles == Role.ASSISTANT]) == said.rstrip(), repr(said)
+
+
+def sentencepiece_like(template: str) -> Any:
+    """A tokenizer that puts a space before every text, as Llama 2 has it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    backend.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["the user asks the assistant answers QA: yes no"] * 3, trainer)
+    vocabulary = backend.get_vocab()
+    known = {**vocabulary, **{b: len(vocabulary) + i for i, b in enumerate(bytes_)}}
+    merges = [tuple(m) for m in __import__("json").loads(backend.to_str())["model"]["merges"]]
+    backend.pre_tokenizer = None
+    backend.model = models.BPE(vocab=known, merges=merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_puts_none_before_an_answer() -> None:
+    template = (
+        "{% for m in messages %}{{ ('Q: ' if m['role'] == 'user' else 'A: ') + m['content'] }}"
+        "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    )
+    renderer = Renderer(sentencepiece_like(template))
+    messages = chat("the user", "yes", "asks", "no the answers")
+    rendered = renderer.conversation(messages)
+    tokens = renderer.tokenizer.convert_ids_to_tokens(rendered.ids[rendered.roles == Role.ASSISTANT].tolist())
+    assert "".join(tokens) == "yesno\u2581the\u2581answers", "the space before an answer is in the prompt already"
+    for index in (1, 3):
+        prompt = renderer.prompt(messages[:index])
+        assert prompt.tolist() == rendered.ids[: len(prompt)].tolist()
+
+
+def test_a_space_before_the_answer_that_the_template_writes_stays_joined_to_its_word() -> None:
+    renderer = Renderer(sentencepiece_like(SHAPES["llama-2"].template))
+    messages = chat("the user", "answers", "asks", "yes")
+    rendered = renderer.conversation(messages)
+    tokens = renderer.tokenizer.convert_ids_to_tokens(rendered.ids[rendered.roles == Role.ASSISTANT].tolist())
+    assert "".join(tokens) == "\u2581answers\u2581yes"
+    for index in (1, 3):
+        prompt = renderer.prompt(messages[:index])
+        assert prompt.tolist() == rendered.ids[: len(prompt)].tolist()
+
+
+def test_a_tokenizer_that_composes_characters_keeps_spans() -> None:
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    renderer = Renderer(tokenizer)
+    rendered = renderer.conversation(chat("e\u0301", "n\u0303 e\u0301", "x", "y"))
+    assert supervised(renderer, rendered) == ["\u00f1 \u00e9<|im_end|>", "y<|im_end|>"]
+
+
+# Templates that cannot be trained with -------------------------------------------------------------------------------
+
+ONE = "{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}"
+TURNS = "{% for m in messages %}" + ONE + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+BROKEN = {
+    "forgets": (TURNS.replace("in messages", "in messages[-2:]"), "drops message 1 .user."),
+    "rewrites": (TURNS.replace("m['content']", "m['content'] | upper"), "rewrites the text of a message"),
+    "repeats": (TURNS.replace(ONE, ONE + ONE), "repeats message 1 .user."),
+    "shortens": (TURNS.replace("m['content']", "m['content'][:2]"), "drops message 1 .user."),
+    "thinks only at the end": (
+        TURNS.replace("m['content']", "(('<think>' if loop.last and m['role'] == 'assistant' else '') + m['content'])"),
+        "changes what it wrote before when message 3 follows",
+    ),
+    "counts": ("{{ messages | length }}" + TURNS, "changes what it wrote before when message 3 follows"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_template_that_changes_what_it_is_given_is_refused_with_advice(name: str) -> None:
+    template, what = BROKEN[name]
+    with pytest.raises(DataError, match=what) as caught:
+        Renderer(tiny_tokenizer(template)).conversation(chat("one", "two", "three", "four"))
+    assert "split the conversation so that every answer is the last message" in str(caught.value).lower()
+
+
+def test_a_template_that_drops_the_system_message_says_which_message_it_drops() -> None:
+    template = TURNS.replace(ONE, "{% if m['role'] != 'system' %}" + ONE + "{% endif %}")
+    with pytest.raises(DataError, match=r"drops message 1 \(system\).*leave such messages out"):
+        Renderer(tiny_tokenizer(template)).conversation(chat("one", "two", system="be brief"))
+
+
+def test_what_a_template_says_when_it_refuses_is_passed_on() -> None:
+    with pytest.raises(DataError, match="refuses a conversation of user, user: user and assistant take turns"):
+        Renderer(tokenizer_for("llama-2")).conversation([Message("user", "a"), Message("user", "b")])
+
+
+def test_a_conversation_that_begins_with_an_answer_cannot_be_trained_but_can_be_talked_on() -> None:
+    messages = [Message("assistant", "hello"), *chat("one", "two")]
+    renderer = Renderer(tokenizer_for("chatml"))
+    with pytest.raises(DataError, match="begins with an answer.*Begin the row with a user message"):
+        renderer.conversation(messages)
+    assert text_of(renderer, renderer.prompt(messages)).startswith("<|im_start|>assistant\nhello<|im_end|>\n")
+
+
+def test_an_answer_after_a_system_message_alone_and_two_in_a_row_are_each_trained() -> None:
+    renderer = Renderer(tokenizer_for("chatml"))
+    messages = [Message("system", "be brief"), *(Message("assistant", text) for text in ("\nhello", "\n\nagain"))]
+    assert supervised(renderer, renderer.conversation(messages)) == ["\nhello<|im_end|>", "\n\nagain<|im_end|>"]
+
+
+def test_a_tool_message_has_a_role_of_its_own() -> None:
+    renderer = Renderer(tokenizer_for("chatml"))
+    rendered = renderer.conversation([Message("user", "A"), Message("tool", "42"), Message("assistant", "B")])
+    assert runs(renderer, rendered, rendered.roles == Role.TOOL) == ["42"]
+
+
+# Raw text, stops, templates ------------------------------------------------------------------------------------------
+
+
+def test_raw_text_is_trained_whole_and_ends_with_the_end_of_text() -> None:
+    renderer = Renderer(tiny_tokenizer())
+    rendered = renderer.conversation([Message(TEXT, " the user\n")])
+    assert text_of(renderer, rendered.ids) == " the user\n<|im_end|>"
+    assert set(rendered.roles[:-1]) == {Role.ASSISTANT}
+    assert rendered.roles[-1] == Role.END_OF_TURN
+
+
+def test_raw_text_begins_as_the_tokenizer_begins_a_text() -> None:
+    tokenizer = tokenizer_for("llama-3")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]
+    )
+    rendered = Renderer(tokenizer).conversation([Message(TEXT, "a")])
+    assert rendered.ids.tolist() == [bos, tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id]
+    assert rendered.roles.tolist() == [Role.SPECIAL, Role.ASSISTANT, Role.END_OF_TURN]
+
+
+def test_raw_text_needs_no_chat_template() -> None:
+    rendered = Renderer(tiny_tokenizer(template=None)).conversation([Message(TEXT, "a")])
+    assert len(rendered.ids) == 2
+
+
+STOPS = {
+    "chatml": ["<|im_end|>"],
+    "llama-2": ["</s>"],
+    "llama-3": ["<|eot_id|>", "<|im_end|>"],  # what ends a turn, then the tokenizer's own end of text
+    "gemma": ["<end_of_turn>", "<|im_end|>"],
+    "zephyr": ["</s>"],
+    "alpaca": ["</s>"],
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_generation_stops_at_what_training_ends_an_answer_with(name: str) -> None:
+    tokenizer = tokenizer_for(name)
+    assert tokenizer.convert_ids_to_tokens(list(Renderer(tokenizer).stop_ids)) == STOPS[name]
+
+
+def test_a_base_without_template_or_with_one_that_cannot_be_trained_stops_at_its_end_of_text() -> None:
+    for template in (None, BROKEN["rewrites"][0]):
+        tokenizer = tiny_tokenizer(template)
+        assert Renderer(tokenizer).stop_ids == (tokenizer.eos_token_id,)
+
+
+def test_a_tokenizer_with_no_chat_template_is_refused_with_how_to_give_one() -> None:
+    renderer = Renderer(tiny_tokenizer(template=None))
+    for ask in (renderer.conversation, renderer.prompt):
+        with pytest.raises(BaseModelError, match=r"no chat template.*chat_template\.jinja.*template: FILE\.jinja"):
+            ask(chat("a", "b"))
+
+
+def test_a_tokenizer_without_offsets_is_refused_with_what_to_do() -> None:
+    with pytest.raises(BaseModelError, match=r"object has no character offsets.*tokenizer\.json"):
+        Renderer(object())
+
+
+def test_a_given_template_stands_before_the_tokenizers_own() -> None:
+    tokenizer = tiny_tokenizer()
+    renderer = Renderer(tokenizer, "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    assert renderer.conversation(chat("a", "b")).text == "a<|im_end|>b<|im_end|>"
+    assert renderer.template_hash != Renderer(tokenizer).template_hash
+
+
+def test_of_several_templates_of_a_tokenizer_the_default_is_taken() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": TURNS, "tool_use": "nothing"}
+    assert Renderer(tokenizer).conversation(chat("a", "b")).text == "user: a<|im_end|>assistant: b<|im_end|>"
+
+
+def test_the_tokenizer_itself_is_not_changed_by_a_renderer() -> None:
+    tokenizer = tokenizer_for("llama-3")
+    before = tokenizer.backend_tokenizer.to_str()
+    Renderer(tokenizer).conversation(chat("a", "b"))
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_long_text_is_not_cut_by_a_truncation_that_came_with_the_tokenizer() -> None:
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    rendered = Renderer(tokenizer).conversation(chat("X" * 50, "Y" * 50))
+    assert np.count_nonzero(rendered.roles == Role.USER) == 50
+
+
+def test_decode_leaves_out_special_tokens_and_tidies_nothing() -> None:
+    renderer = Renderer(tiny_tokenizer())
+    ids = renderer.conversation([Message(TEXT, " it 's , so .\n")]).ids.tolist()
+    assert renderer.decode(ids) == " it 's , so .\n"
+
+
+def test_a_template_is_read_from_a_file_and_a_missing_one_named(tmp_path: Any) -> None:
+    (tmp_path / "t.jinja").write_text("caf\u00e9 {{ x }}", encoding="utf-8")
+    assert read_template(tmp_path / "t.jinja") == "caf\u00e9 {{ x }}"
+    with pytest.raises(BaseModelError, match=r"none\.jinja: cannot be read as a chat template"):
+        read_template(tmp_path / "none.jinja")

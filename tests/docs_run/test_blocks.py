@@ -1,0 +1,128 @@
+"""The blocks of README and docs/: Python runs, YAML is a recipe, commands exist.
+
+Nothing is changed in a block. Pages say `smollm2`; here that name leads to a tiny random base, so that they run in
+seconds and need nothing installed. README's blocks take rows.jsonl for granted, so it lies in the folder.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from graftlm.cli import app
+from graftlm.data.formats import FORMATS
+from graftlm.data.source import load_rows
+from graftlm.errors import RecipeError
+from graftlm.model import load
+from graftlm.training.recipe import read_recipe
+from tests.docs_run.names import PAGES, ROOT, blocks, title
+
+TEXTS = {title(page): page.read_text(encoding="utf-8") for page in PAGES}
+SCRIPTS = [name for name, text in TEXTS.items() if blocks(text, "python")]
+RECIPES = [(name, line, block) for name, text in TEXTS.items() for line, block in blocks(text, "yaml")]
+LINES = [
+    (name, command)
+    for name, text in TEXTS.items()
+    for _, block in blocks(text, "sh")
+    for command in block.replace("\\\n", " ").splitlines()
+    if command.strip() and not command.startswith("#")
+]
+
+
+@pytest.fixture
+def smollm2_is_tiny(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name `smollm2` means the tiny base."""
+    locate = load.locate
+
+    def found(base: load.BaseConfig, *, network: bool = False) -> str:
+        return str(base_folder) if base.name == "smollm2" else locate(base, network=network)
+
+    monkeypatch.setattr(load, "locate", found)
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
+@pytest.mark.usefixtures("smollm2_is_tiny")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_python_of_a_page_runs_from_top_to_bottom(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"Where is parcel {n}?", "completion": f"Parcel {n} is on its way."} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for line, block in blocks(TEXTS[page], "python"):
+        exec(compile("\n" * (line - 1) + block, str(ROOT / page), "exec"), namespace)  # errors name the page's line
+    assert namespace.keys() - {"__name__", "__builtins__"}, "the blocks did something"
+
+
+@pytest.mark.parametrize(("page", "line", "block"), RECIPES, ids=[f"{page}:{line}" for page, line, _ in RECIPES])
+def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Path) -> None:
+    assert block.startswith("base:"), f"{page}:{line}: show whole recipes, so that they can be tried and tested"
+    (tmp_path / "recipe.yaml").write_text(block)
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert recipe.base == yaml.safe_load(block)["base"]
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line}" for page, line in LINES])
+def test_a_command_exists_with_its_options(page: str, line: str, tmp_path: Path) -> None:
+    program, *words = shlex.split(line, comments=True)
+    if program == "make":
+        targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+        assert targets is not None
+        assert words[0] in targets[1].split()
+    else:
+        assert program == "graft", f"{page}: {line}: no test for {program}"
+        given = parse(words)
+        (tmp_path / "recipe.yaml").write_text("data: {train: rows.jsonl}\ndelta: {method: lora}\n")
+        overrides = given.get("overrides") or []
+        changed = read_recipe(tmp_path / "recipe.yaml", overrides) != read_recipe(tmp_path / "recipe.yaml")
+        assert changed == bool(overrides), "every key=value is a key of a recipe, and says something new"
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """The parameters of a `graft` command line, by name; raises for a command or an option that does not exist."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, f"no command {words[0]!r}"
+        command, words = command.commands[words[0]], words[1:]
+    parameters: dict[str, Any] = command.make_context(command.name, words).params
+    return parameters
+
+
+@pytest.mark.parametrize("line", ["generate --promt x", "data look rows.jsonl", "train", "generate --prompt"])
+def test_a_command_that_does_not_exist_would_be_found_out(line: str) -> None:
+    with pytest.raises(Exception, match=r"no command|promt|[Mm]issing|requires"):
+        parse(line.split())
+
+
+def test_a_misspelt_override_would_be_found_out(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: {train: rows.jsonl}\ndelta: {method: lora}\n")
+    with pytest.raises(RecipeError, match="learning_rate"):
+        read_recipe(tmp_path / "recipe.yaml", ["train.learning_rat=1"])
+
+
+def test_the_guide_shows_every_format_with_a_row_that_is_told_as_such(tmp_path: Path) -> None:
+    shown = re.findall(r"^`([\w-]+)`[^\n]*\n\n```jsonl\n(.*?)```", TEXTS["docs/guide.md"], re.M | re.S)
+    assert {name for name, _ in shown} == set(FORMATS)
+    for name, text in shown:
+        (tmp_path / "rows.jsonl").write_text(text)
+        rows, found = load_rows(tmp_path.joinpath("rows.jsonl").as_posix())
+        assert found == name
+        assert len(rows) == 1
+
+
+def test_the_guide_names_every_mask_and_every_error() -> None:
+    from graftlm import errors
+    from graftlm.data.mask import MASKS
+
+    for mask in MASKS:
+        assert f"| `{mask}`" in TEXTS["docs/guide.md"]
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.GraftError)]
+    for kind in kinds:
+        assert kind is errors.GraftError or f"| {kind.__name__} |" in TEXTS["docs/guide.md"]
+    assert len(kinds) > 5

