@@ -114,7 +114,7 @@ class Renderer:
         def within(start: int, end: int) -> NDArray[np.bool_]:
             # A control token may swallow white space around it, of a text too: it is part of the text only if inside.
             overlap, inside = (starts < end) & (ends > start), (starts >= start) & (ends <= end)
-            return overlap
+            return np.where(control, inside, overlap)
 
         for index, span in spans.items():
             if index not in turns:

@@ -46,10 +46,13 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_rows: int = 16,
+    batch_tokens: int = 2048,
     on_token: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (index of the prompt, new ids without the one that stops), in batches of prompts of similar length.
+
+    A batch is at most `batch_tokens` of prompts, padding included (a longer one is a batch of its own): memory grows
+    with it.
 
     temperature 0 is greedy, whatever settings the model came with. `on_token` is called with each new id, and needs a
     single prompt.
@@ -63,15 +66,18 @@ def generate(
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_rows):
-        chosen = order[start : start + batch_rows]
-        width = max(len(prompts[i]) for i in chosen)
+    while order:
+        size = 1
+        while size < len(order) and (size + 1) * len(prompts[order[size]]) <= batch_tokens:
+            size += 1
+        chosen, order = order[:size], order[size:]
+        width = len(prompts[chosen[-1]])
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         mask = torch.zeros(len(chosen), width, dtype=torch.long)
         for row, i in enumerate(chosen):  # on the left, so that every answer begins in the same column
             ids[row, width - len(prompts[i]) :] = torch.as_tensor(np.asarray(prompts[i], np.int64))
             mask[row, width - len(prompts[i]) :] = 1
-        torch.manual_seed(seed + start)
+        torch.manual_seed(seed + len(order))
         with _nothing_shipped(model):
             answered = model.generate(
                 ids.to(model.device),

@@ -29,7 +29,8 @@ class ReportConfig:
     """Held-out answers shown side by side."""
     answers: Count = 100
     """Held-out rows that are answered, before and after, and scored by ROUGE-L; the loss is over all held-out rows."""
-    max_new_tokens: PositiveCount = 48
+    max_new_tokens: PositiveCount = 96
+    """The longest of those answers, in tokens; one that does not end by then is cut."""
 
 
 @config.config

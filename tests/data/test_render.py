@@ -174,6 +174,14 @@ def test_the_roles_of_a_conversation_are_the_ones_a_person_would_write() -> None
     assert joined == golden
 
 
+def test_white_space_around_a_text_is_part_of_it_unless_the_template_trims_it() -> None:
+    kept, trimmed = (Renderer(tokenizer_for(name)) for name in ("chatml", "llama-3"))
+    for renderer, asked, said in ((kept, " X\t", "\tY "), (trimmed, "X", "Y")):
+        rendered = renderer.conversation(chat(" X\t", "\tY "))
+        assert runs(renderer, rendered, rendered.roles == Role.USER) == [asked]
+        assert runs(renderer, rendered, rendered.roles == Role.ASSISTANT) == [said]
+
+
 def test_an_answer_that_begins_with_a_line_break_is_fed_as_generation_feeds_it() -> None:
     renderer = Renderer(tokenizer_for("chatml"))
     one, two = (renderer.tokenizer.convert_tokens_to_ids(t) for t in ("\u010a", "\u010a\u010a"))
@@ -247,6 +255,17 @@ def test_a_control_token_that_swallows_white_space_keeps_its_role() -> None:
         assert rendered.ids[rendered.roles == Role.END_OF_TURN].tolist() == [end], repr(said)
         assert rendered.roles[rendered.ids == answer].tolist() == [Role.SPECIAL], repr(said)
         assert text_of(renderer, rendered.ids[rendered.roles == Role.ASSISTANT]) == said.rstrip(), repr(said)
+
+
+def test_an_end_of_turn_that_swallows_the_beginning_of_the_next_turn_is_trained() -> None:
+    template = (
+        "{% for m in messages %}{{ '\\n<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n<|assistant|>' }}{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)
+    renderer = Renderer(tokenizer)
+    assert supervised(renderer, renderer.conversation(chat("a", "b", "c", "d"))) == ["b<|end|>", "d<|end|>"]
 
 
 def sentencepiece_like(template: str) -> Any:

@@ -1,0 +1,205 @@
+"""The pre-flight report, counted by hand."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftlm.data.check import prepare, shown_rows
+from graftlm.data.formats import TEXT, Message
+from graftlm.data.render import Renderer
+from graftlm.data.source import DataConfig, Row
+from graftlm.errors import BaseModelError, DataError
+from graftlm.testing import tiny_tokenizer
+
+from .shapes import chat, tokenizer_for
+
+# One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.
+LETTERS = (
+    "{% for m in messages %}{{ 'U' if m['role'] == 'user' else 'A' }}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}A{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(tiny_tokenizer(LETTERS))
+
+
+def row(*contents: str, where: str = "f:1") -> Row:
+    return Row(chat(*contents), where, contents[0])
+
+
+def data(**changes: Any) -> DataConfig:
+    return DataConfig(train="rows.jsonl", **changes)
+
+
+ROWS = [row("XYZ", "PQ", where="f:1"), row("X", "P" * 10, "Y", "Q", where="f:2"), row("X", "P", where="f:3")]
+LENGTHS = [1 + 3 + 1 + 1 + 2 + 1, (1 + 1 + 1) + (1 + 10 + 1) + (1 + 1 + 1) + (1 + 1 + 1), 3 + 3]
+
+
+def test_the_report_counts_what_a_person_counts(renderer: Renderer) -> None:
+    examples, report = prepare(ROWS, renderer, data(), format="prompt-completion")
+    assert [len(e) for e in examples] == LENGTHS
+    assert [int(e.weights.sum()) for e in examples] == [3, 11 + 2, 2]
+    assert [e.where for e in examples] == ["f:1", "f:2", "f:3"]
+    assert (report.rows, report.tokens, report.supervised_tokens) == (3, sum(LENGTHS), 18)
+    assert report.supervised_share == pytest.approx(18 / sum(LENGTHS))
+    assert (report.longest_tokens, report.longest_row) == (LENGTHS[1], "f:2")
+    assert (report.format, report.mask, report.max_tokens) == ("prompt-completion", "response", 1024)
+    assert report.dropped_over_length == report.truncated_over_length == report.rows_with_special_text == []
+    assert report.template_hash == renderer.template_hash
+    assert re.fullmatch("[0-9a-f]{16}", report.template_hash)
+
+
+def test_a_row_longer_than_the_limit_is_dropped_and_named(renderer: Renderer) -> None:
+    examples, report = prepare(ROWS, renderer, data(max_tokens=LENGTHS[1] - 1))
+    assert [e.where for e in examples] == ["f:1", "f:3"]
+    assert report.dropped_over_length == ["f:2"]
+    assert (report.rows, report.tokens) == (2, LENGTHS[0] + LENGTHS[2])
+    assert report.longest_row == "f:1"
+    assert prepare(ROWS, renderer, data(max_tokens=LENGTHS[1]))[1].dropped_over_length == []
+
+
+def test_a_row_longer_than_the_limit_is_truncated_and_what_lost_its_end_is_counted(renderer: Renderer) -> None:
+    cut_in_the_answer = 3 + 1 + 5
+    examples, report = prepare(ROWS, renderer, data(max_tokens=cut_in_the_answer, over_length="truncate"))
+    assert [len(e) for e in examples] == [9, cut_in_the_answer, 6]
+    assert int(examples[1].weights.sum()) == 5
+    assert (report.truncated_over_length, report.truncated_without_end) == (["f:2"], 1)
+    assert (report.tokens, report.supervised_tokens) == (9 + 9 + 6, 3 + 5 + 2)
+    assert report.dropped_over_length == []
+
+
+def test_a_row_that_is_truncated_after_its_last_answer_has_lost_no_end(renderer: Renderer) -> None:
+    _, report = prepare([row("X", "P", "Y" * 20)], renderer, data(max_tokens=8, over_length="truncate"))
+    assert (report.truncated_over_length, report.truncated_without_end) == (["f:1"], 0)
+    assert dict(report.lines())["over 8 tokens"] == "1 truncated, 0 lost their ending"
+
+
+def test_under_error_every_row_longer_than_the_limit_is_listed(renderer: Renderer) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare(ROWS, renderer, data(max_tokens=8, over_length="error"))
+    first, *said = str(caught.value).split("\n")
+    assert first == "2 of 3 rows cannot be trained on:"
+    assert [s.split(" are more")[0] for s in said] == [f"  f:1: {LENGTHS[0]} tokens", f"  f:2: {LENGTHS[1]} tokens"]
+    assert all("max_tokens=8" in s and "drop or truncate" in s for s in said)
+
+
+def test_where_every_row_is_too_long_it_is_said_what_to_raise(renderer: Renderer) -> None:
+    with pytest.raises(DataError, match=r"all 3 are longer than max_tokens=2\. Raise data\.max_tokens"):
+        prepare(ROWS, renderer, data(max_tokens=2))
+
+
+def test_rows_with_nothing_to_supervise_are_listed_by_line(renderer: Renderer) -> None:
+    long_question = row("X" * 20, "P", where="f:8")
+    no_answer = row("X", where="f:9")
+    with pytest.raises(DataError) as caught:
+        prepare([*ROWS, long_question, no_answer], renderer, data(max_tokens=10, over_length="truncate"))
+    assert str(caught.value).split("\n") == [
+        "2 of 5 rows cannot be trained on:",
+        "  f:8: no token of this row is supervised (the first 10 tokens hold no answer): it would teach nothing",
+        "  f:9: no token of this row is supervised (mask 'response'): it would teach nothing",
+    ]
+
+
+def test_a_row_that_the_template_refuses_is_named_and_the_others_are_still_looked_at() -> None:
+    renderer = Renderer(tokenizer_for("gemma"))
+    told = [Row(chat("a", "b", system="s"), f"f:{i}", "a") for i in (4, 6)]
+    with pytest.raises(DataError) as caught:
+        prepare([told[0], row("a", "b"), told[1]], renderer, data())
+    first, *said = str(caught.value).split("\n")
+    assert first == "2 of 3 rows cannot be trained on:"
+    assert [s.split(": the chat template refuses")[0] for s in said] == ["  f:4", "  f:6"]
+
+
+def test_a_base_without_a_template_is_said_once_and_not_for_every_row() -> None:
+    with pytest.raises(BaseModelError, match="no chat template"):
+        prepare(ROWS, Renderer(tiny_tokenizer(template=None)), data())
+
+
+@pytest.mark.parametrize("mask", ["response", "instruction", "everything"])
+@pytest.mark.parametrize(
+    ("name", "ending"), [("chatml", "<|im_end|>"), ("llama-2", " </s>"), ("gemma", "<end_of_turn>"), ("alpaca", "</s>")]
+)
+def test_what_ends_an_answer_is_said_and_trained_under_every_mask(name: str, ending: str, mask: str) -> None:
+    _, report = prepare([row("a", "b")], Renderer(tokenizer_for(name)), data(mask=mask))
+    assert (report.end_of_turn, report.end_of_turn_trained) == (ending, True)
+    assert dict(report.lines())["an answer ends with"] == f"{ending!r}, trained"
+
+
+def test_a_template_that_ends_no_answer_is_told_on() -> None:
+    endless = LETTERS.replace(" + '<|im_end|>'", "")
+    _, report = prepare([row("X", "P")], Renderer(tiny_tokenizer(endless)), data())
+    assert (report.end_of_turn, report.end_of_turn_trained) == ("", False)
+    assert "NOT trained" in dict(report.lines())["an answer ends with"]
+
+
+def test_one_begin_of_text_token_is_counted_and_two_are_refused() -> None:
+    renderer = Renderer(tokenizer_for("llama-3"))
+    assert prepare([row("a", "b"), row("c", "d")], renderer, data())[1].most_bos == 1
+    assert prepare([row("a", "b")], Renderer(tokenizer_for("zephyr"), LETTERS), data())[1].most_bos == 0
+    doubled = Renderer(tokenizer_for("llama-3"), "{{ bos_token }}" + renderer.template)
+    with pytest.raises(DataError, match="f:1: the row begins with two begin-of-text tokens"):
+        prepare([row("a", "b")], doubled, data())
+
+
+def test_rows_whose_own_text_holds_control_tokens_are_named(renderer: Renderer) -> None:
+    rows = [row("X", "P"), row("X<|im_end|>", "P", where="f:5"), row("X", "<|endoftext|>", where="f:6")]
+    _, report = prepare(rows, renderer, data())
+    assert report.rows_with_special_text == ["f:5", "f:6"]
+    assert dict(report.lines())["control tokens in text"] == "2 rows: f:5, f:6"
+    assert "control tokens in text" not in dict(prepare(ROWS, renderer, data())[1].lines())
+
+
+def test_the_mask_decides_what_is_supervised(renderer: Renderer) -> None:
+    counts = {
+        mask: int(prepare([row("XYZ", "PQ")], renderer, data(mask=mask))[0][0].weights.sum())
+        for mask in ("response", "instruction", "everything")
+    }
+    assert counts == {"response": 3, "instruction": 3 + 3, "everything": LENGTHS[0] - 1}
+
+
+def test_raw_text_is_supervised_to_its_end(renderer: Renderer) -> None:
+    examples, report = prepare([Row([Message(TEXT, "XYZ")], "f:1", "XYZ")], renderer, data())
+    assert examples[0].weights.tolist() == [0, 1, 1, 1]
+    assert (report.end_of_turn, report.end_of_turn_trained) == ("<|im_end|>", True)
+
+
+def test_the_lines_and_the_json_of_a_report_hold_the_same_figures(renderer: Renderer) -> None:
+    _, report = prepare(ROWS, renderer, data(max_tokens=20), format="alpaca")
+    lines = dict(report.lines())
+    assert lines["rows"] == "2"
+    assert lines["tokens"] == str(LENGTHS[0] + LENGTHS[2])
+    assert lines["supervised"].startswith("5 (33.3%)")
+    assert lines["longest row"] == "9 tokens (f:1)"
+    assert lines["over 20 tokens"] == "1 dropped"
+    tree = json.loads(json.dumps(report.to_json()))
+    assert tree["supervised_share"] == pytest.approx(1 / 3)
+    assert (tree["rows"], tree["dropped_over_length"]) == (2, ["f:2"])
+
+
+def test_progress_is_told_of_every_row(renderer: Renderer) -> None:
+    told: list[int] = []
+    prepare(ROWS, renderer, data(max_tokens=20), progress=told.append)
+    assert told == [1, 2, 3]
+
+
+def test_shown_rows_carry_id_text_role_and_weight_of_every_token(renderer: Renderer, tmp_path: Path) -> None:
+    raw = Row([Message(TEXT, "X")], "f:4", "X")
+    shown = shown_rows([ROWS[2], raw, ROWS[0]], renderer, "response", 2)
+    to_id = renderer.tokenizer.convert_tokens_to_ids
+    wanted = [
+        ("U", "boilerplate", 0.0),
+        ("X", "user", 0.0),
+        ("<|im_end|>", "special", 0.0),
+        ("A", "boilerplate", 0.0),
+        ("P", "assistant", 1.0),
+        ("<|im_end|>", "end-of-turn", 1.0),
+    ]
+    assert [(r["where"], r["raw"]) for r in shown] == [("f:3", False), ("f:4", True)]
+    assert shown[0]["tokens"] == [{"id": to_id(t), "text": t, "role": r, "weight": w} for t, r, w in wanted]
+    assert [t["weight"] for t in shown[1]["tokens"]] == [0.0, 1.0]
+    assert json.loads(json.dumps(shown)) == shown

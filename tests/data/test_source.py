@@ -1,0 +1,344 @@
+"""Files -> rows, and the split: every bad row is named by file and line, and nothing is changed on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftlm.data.formats import Message
+from graftlm.data.source import Row, SourceConfig, load_rows, split
+from graftlm.errors import DataError
+
+GOOD = {"prompt": "q", "completion": "a"}
+
+
+def line(**changes: Any) -> str:
+    return json.dumps({**GOOD, **changes})
+
+
+def written(folder: Path, content: str | bytes, name: str = "rows.jsonl") -> str:
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return str(file)
+
+
+def refused(source: str | SourceConfig) -> str:
+    with pytest.raises(DataError) as caught:
+        load_rows(source)
+    return str(caught.value)
+
+
+def contents(rows: list[Row]) -> list[list[str]]:
+    return [[m.content for m in row.messages] for row in rows]
+
+
+# What can be read ----------------------------------------------------------------------------------------------------
+
+
+def test_a_jsonl_file_gives_its_rows_with_their_lines_and_its_format(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line()}\n\n  \n{line(prompt='r', completion=' b ')}\n")
+    rows, name = load_rows(path)
+    assert name == "prompt-completion"
+    assert rows == [
+        Row([Message("user", "q"), Message("assistant", "a")], f"{path}:1", "q"),
+        Row([Message("user", "r"), Message("assistant", " b ")], f"{path}:4", "r"),
+    ]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path) -> None:
+    plain = f"{line()}\n{line(completion='b')}\n"
+    odd = b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode()
+    assert contents(load_rows(written(tmp_path, odd))[0]) == [["q", "a"], ["q", "b"]]
+    csv = b"\xef\xbb\xbfprompt,completion\r\nq,a\r\nq,b\r\n"
+    assert contents(load_rows(written(tmp_path, csv, "rows.csv"))[0]) == [["q", "a"], ["q", "b"]]
+    listed = b"\xef\xbb\xbf" + json.dumps([GOOD]).encode()
+    assert contents(load_rows(written(tmp_path, listed, "rows.json"))[0]) == [["q", "a"]]
+
+
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three\x0bfour"
+    row = json.dumps({**GOOD, "completion": text}, ensure_ascii=False)
+    rows, _ = load_rows(written(tmp_path, f"{row}\n{line()}\n"))
+    assert contents(rows) == [["q", text], ["q", "a"]]
+    assert rows[1].where.endswith(":2")
+
+
+def test_an_escaped_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
+    rows, _ = load_rows(written(tmp_path, '{"prompt": "q", "completion": "\\ud83d\\ude00"}\n'))
+    assert contents(rows) == [["q", "\U0001f600"]]
+
+
+def test_a_json_list_gives_its_rows_by_number(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps([GOOD, {**GOOD, "prompt": "r"}], indent=1), "rows.json")
+    rows, _ = load_rows(path)
+    assert [(r.messages[0].content, r.where) for r in rows] == [("q", f"{path}: row 1"), ("r", f"{path}: row 2")]
+
+
+def test_csv_values_stay_the_text_that_they_are(tmp_path: Path) -> None:
+    table = 'prompt,completion\nNA,null\n007,1e3\n"a ""quoted"", word","two\nlines"\nTrue, nan \n'
+    rows, _ = load_rows(written(tmp_path, table, "rows.csv"))
+    assert contents(rows) == [["NA", "null"], ["007", "1e3"], ['a "quoted", word', "two\nlines"], ["True", " nan "]]
+
+
+def test_a_csv_row_is_named_by_the_line_on_which_it_begins(tmp_path: Path) -> None:
+    path = written(tmp_path, 'prompt,completion\n"one\ntwo\nthree",a\nq,b\n', "rows.csv")
+    assert [row.where for row in load_rows(path)[0]] == [f"{path}:2", f"{path}:5"]
+
+
+def test_a_csv_field_may_be_a_long_document(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    rows, name = load_rows(written(tmp_path, f'text\n"{text}"\n', "rows.csv"))
+    assert (contents(rows), name) == ([[text]], "text")
+
+
+def test_a_parquet_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    conversations = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\u00e9\U0001f600"}],
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "r"}, {"role": "assistant", "content": "NA"}],
+    ]
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"messages": conversations, "group": [1, 2]}), path)
+    rows, name = load_rows(path)
+    assert name == "messages"
+    assert [[(m.role, m.content) for m in r.messages] for r in rows] == [
+        [(m["role"], m["content"]) for m in c] for c in conversations
+    ]
+    assert [(r.where, r.group) for r in rows] == [(f"{path}: row 1", "1"), (f"{path}: row 2", "2")]
+
+    pq.write_table(pa.table({"text": ["another file of the same name"]}), path)
+    assert contents(load_rows(path)[0]) == [["another file of the same name"]]
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, b"PAR1 and then nothing", "rows.parquet")
+    assert refused(path).startswith(f"{path}: not a readable parquet file: ")
+
+
+def test_the_format_can_be_said_and_then_nothing_is_guessed(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps({"text": "raw", "prompt": "q", "completion": "a"}))
+    assert load_rows(path)[1] == "prompt-completion"
+    rows, name = load_rows(SourceConfig(path=path, format="text"))
+    assert (contents(rows), name) == ([["raw"]], "text")
+    assert "field 'messages' is needed" in refused(SourceConfig(path=path, format="messages"))
+
+
+def test_the_built_in_rows_are_loaded_by_name() -> None:
+    rows, name = load_rows("builtin:docstrings")
+    assert name == "prompt-completion"
+    assert len(rows) > 3000
+    assert rows[0].where == "builtin:docstrings:1"
+    assert all(row.group.endswith(".py") for row in rows)
+
+
+# What cannot ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    near = written(tmp_path, line(), "train.jsonl")
+    written(tmp_path, "x", "train.txt")
+    path = str(tmp_path / "trian.jsonl")
+    assert refused(path) == f"{path}: no such file. Did you mean {near!r}?"
+
+
+def test_a_missing_folder_or_a_folder_is_refused_too(tmp_path: Path) -> None:
+    assert "no such file" in refused(str(tmp_path / "none" / "rows.jsonl"))
+    path = written(tmp_path, line())
+    said = refused(str(tmp_path))
+    assert "is a folder" in said
+    assert path in said
+
+
+def test_an_unknown_built_in_set_is_refused_with_the_nearest_name() -> None:
+    assert refused("builtin:docstring") == ("builtin:docstring: no such built-in data set. Did you mean 'docstrings'?")
+
+
+def test_an_ending_that_cannot_be_read_is_refused_with_those_that_can(tmp_path: Path) -> None:
+    path = written(tmp_path, "q a", "rows.txt")
+    assert refused(path) == f"{path}: cannot read .txt. Known: .jsonl, .json, .csv, .parquet"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, b"", name)
+    assert refused(path) == f"{path}: the file is empty"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("r.jsonl", "\n \n"), ("r.json", "[]"), ("r.csv", "prompt,completion\n")]
+)
+def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    path = written(tmp_path, content, name)
+    assert refused(path).startswith(f"{path}: holds no rows")
+
+
+def test_all_bad_lines_are_reported_in_one_go(tmp_path: Path) -> None:
+    bad = [
+        line(),
+        '{"prompt": "q", "completion": ',
+        line(completion=""),
+        "[1, 2]",
+        '{"prompt": "q"}',
+        '{"prompt": "q", "completion": "\\ud800x"}',
+        '{"prompt": "q", "completion": "a\\u0000b"}',
+        line(completion=3),
+        "{'prompt': 'q'}",
+    ]
+    path = written(tmp_path, "\n".join(bad))
+    first, *said = refused(path).split("\n")
+    assert first == f"8 rows of {path} cannot be used (1 can; the format is prompt-completion):"
+    wanted = [
+        (2, "not valid JSON: Expecting value"),
+        (3, "message 2 (assistant) is empty"),
+        (4, "a row is a mapping of fields to values, this is a list"),
+        (5, "field 'response' is needed, found ['prompt']"),
+        (6, "message 2 (assistant) contains a lone surrogate"),
+        (7, "message 2 (assistant) contains a NUL character"),
+        (8, "field 'completion' must be text, this is a int: 3"),
+        (9, "not valid JSON: Expecting property name"),
+    ]
+    assert len(said) == len(wanted)
+    for text, (number, what) in zip(said, wanted, strict=True):
+        assert text.startswith(f"  {path}:{number}: {what}"), text
+
+
+def test_of_very_many_bad_lines_the_first_twenty_and_their_number_are_said(tmp_path: Path) -> None:
+    said = refused(written(tmp_path, "no\n" * 50)).split("\n")
+    assert len(said) == 1 + 20 + 1
+    assert said[0].startswith("50 rows")
+    assert said[-1] == "  and 30 more"
+
+
+def test_a_first_line_that_fits_no_format_does_not_hide_the_others(tmp_path: Path) -> None:
+    path = written(tmp_path, f'{{"question": "q"}}\n{line()}\n{line(completion="")}')
+    said = refused(path)
+    assert f"{path}:1: fields ['question'] fit no known format" in said
+    assert f"{path}:3: message 2 (assistant) is empty" in said
+
+
+def test_json_nested_beyond_reason_is_a_bad_line_and_no_crash(tmp_path: Path) -> None:
+    path = written(tmp_path, "[" * 200_000)
+    assert f"{path}:1: not valid JSON" in refused(path)
+    assert "not valid JSON" in refused(written(tmp_path, "[" * 200_000, "rows.json"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path: Path, name: str) -> None:
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path = written(tmp_path, mark + b'["a",\n"b",\n"caf\xe9"]', name)
+        assert refused(path).startswith(f"{path}:3: byte 0xe9 is not UTF-8. Convert the file")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_utf16_file_is_refused_and_utf16_is_named(tmp_path: Path, encoding: str) -> None:
+    path = written(tmp_path, f"{line()}\n".encode(encoding))
+    said = refused(path)
+    assert said.startswith(f"{path}:1: ")
+    assert "utf-16" in said.lower()
+
+
+def test_nul_bytes_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line()}\n{line()}\n\0\0\0".encode())
+    assert refused(path).startswith(f"{path}:3: the file contains NUL bytes")
+
+
+def test_bad_json_is_refused_with_its_line_and_the_ending_it_should_have(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line()}\n{line()}\n", "rows.json")
+    assert refused(path).startswith(f"{path}:2: not valid JSON: Extra data. One row a line belongs in .jsonl")
+    path = written(tmp_path, json.dumps({"data": [GOOD]}), "rows.json")
+    assert refused(path) == f"{path}: a .json file of rows holds a list, this holds a dict"
+
+
+def test_csv_rows_with_another_number_of_columns_are_all_reported(tmp_path: Path) -> None:
+    path = written(tmp_path, "prompt,completion\nq,a\nq,a,b\nq\n\nq,b\n", "rows.csv")
+    first, *said = refused(path).split("\n")
+    assert "2 rows" in first
+    assert "(2 can" in first
+    assert said == [
+        f"  {path}:3: has 3 columns, the header has 2: ['prompt', 'completion']",
+        f"  {path}:4: has 1 columns, the header has 2: ['prompt', 'completion']",
+    ]
+
+
+def test_csv_with_an_open_quote_or_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, 'prompt,completion\nq,a\nq,"open\n', "rows.csv")
+    assert "not valid CSV: unexpected end of data" in refused(path)
+    path = written(tmp_path, "prompt,completion,prompt\nq,a,r\n", "rows.csv")
+    assert refused(path) == f"{path}:1: two columns have the same name: ['prompt', 'completion', 'prompt']"
+
+
+# Groups and the split ------------------------------------------------------------------------------------------------
+
+
+def test_the_group_of_a_row_is_its_own_or_its_first_question(tmp_path: Path) -> None:
+    turns = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "one"), ("assistant", "a"))]
+    table = [{**GOOD, "group": "g"}, {**GOOD, "group": 7}, {**GOOD, "group": ""}, {**GOOD, "group": None}]
+    lines = "\n".join(json.dumps(row) for row in table)
+    assert [r.group for r in load_rows(written(tmp_path, lines))[0]] == ["g", "7", "q", "q"]
+    assert load_rows(written(tmp_path, json.dumps({"messages": turns})))[0][0].group == "one"
+    assert load_rows(written(tmp_path, '{"text": "raw"}'))[0][0].group == "raw"
+
+
+def made(sizes: list[int]) -> list[Row]:
+    """Rows of len(sizes) groups, the rows of a group apart from each other."""
+    messages = [Message("user", "q"), Message("assistant", "a")]
+    rows = [Row(messages, f"f:{g}:{i}", f"g{g}") for g, size in enumerate(sizes) for i in range(size)]
+    return sorted(rows, key=lambda row: row.where.split(":")[2])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 50, [3] * 20, [1, 2, 3, 4, 5] * 6, [40, *[1] * 30]])
+@pytest.mark.parametrize("wanted", [1, 7, 20])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_split_holds_out_exactly_so_many_rows_and_no_group_is_on_both_sides(
+    sizes: list[int], wanted: int, seed: int
+) -> None:
+    rows = made(sizes)
+    train, held_out = split(rows, wanted, seed)
+    assert len(held_out) == wanted
+    assert train
+    assert not {r.group for r in train} & {r.group for r in held_out}
+    places = [r.where for r in (*train, *held_out)]
+    assert len(set(places)) == len(places)
+    assert set(places) <= {r.where for r in rows}
+    order = [r.where for r in rows]
+    assert train == sorted(train, key=lambda r: order.index(r.where)), "rows stay in the order of the file"
+    if set(sizes) == {1}:
+        assert len(train) + len(held_out) == len(rows), "nothing is lost where groups are single rows"
+
+
+def test_a_split_follows_from_its_seed() -> None:
+    rows = made([1] * 50)
+    assert split(rows, 10, 3) == split(rows, 10, 3)
+    assert split(rows, 10, 3) != split(rows, 10, 4)
+
+
+def test_rows_that_are_added_do_not_reorder_the_draw_of_the_others() -> None:
+    few, many = made([1] * 50), made([1] * 60)
+    before, after = ({r.group for r in split(rows, 10, 0)[1]} for rows in (few, many))
+    assert after - before <= {f"g{i}" for i in range(50, 60)}
+
+
+def test_a_share_is_rounded_to_rows_and_is_at_least_one() -> None:
+    rows = made([1] * 50)
+    assert [len(split(rows, share, 0)[1]) for share in (0.1, 0.5, 0.05, 0.001)] == [5, 25, 2, 1]
+
+
+def test_nothing_is_held_out_where_nothing_is_asked_for() -> None:
+    rows = made([2, 3])
+    assert split(rows, 0, 0) == (rows, [])
+    assert split(rows, 0.0, 0) == (rows, [])
+
+
+def test_large_groups_are_held_out_last() -> None:
+    rows = made([30, *[1] * 30])
+    assert "g0" not in {r.group for r in split(rows, 20, 0)[1]}
+
+
+@pytest.mark.parametrize(("sizes", "wanted"), [([1] * 5, 5), ([1] * 5, 6), ([10], 2), ([5, 5], 6)])
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(sizes: list[int], wanted: int) -> None:
+    said = rf"held_out: {wanted} of {sum(sizes)} rows in {len(sizes)} groups leave nothing to train on: hold out fewer"
+    with pytest.raises(DataError, match=said):
+        split(made(sizes), wanted, 0)
