@@ -100,7 +100,6 @@ def _quickstart(result: dict[str, Any]) -> str:
     walls, memory = [r["command_wall_s"] for r in runs], [r["train"]["peak_rss_gib"] for r in runs]
     figures = {
         "held-out ROUGE-L F1, base -> tuned (the first run's, over 100 functions)": _both(rouge[0]),
-        "the worse of two seeds": _both(min(rouge, key=lambda r: float(r["tuned"]))),
         "held-out loss, nats per supervised token": _both(loss[0]),
         "the whole demo after its install part": f"{walls[0]:.0f} s, {min(walls[1:]):.0f} s once the base is cached",
         "peak memory of the process": f"{max(memory):.2f} GiB",

@@ -107,9 +107,14 @@ def _swap(partial: Path, out: Path) -> None:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, *, name: str = "default", tokenizer: Any = None, overwrite: bool = False
+    model: nn.Module, folder: str | Path, *, name: str | None = None, tokenizer: Any = None, overwrite: bool = False
 ) -> Path:
-    """Write one delta of the model as an adapter folder; with a tokenizer, its files and chat template too."""
+    """Write one delta of the model as an adapter folder; with a tokenizer, its files and chat template too.
+
+    `name` may be left out where there is only one delta.
+    """
+    known = attachment(model).configs
+    name = next(iter(known)) if name is None and len(known) == 1 else name or "default"
     with new_folder(folder, overwrite=overwrite) as partial:
         write_adapter(model, partial, name=name, tokenizer=tokenizer)
         (partial / "README.md").write_text(model_card(model, name), encoding="utf-8")

@@ -568,3 +568,13 @@ def test_a_moved_adapter_still_loads(adapter: Path, tmp_path: Path) -> None:
     model = tiny_model()
     load_adapter(model, tmp_path / "elsewhere")
     assert len(hosts(model)) == 14
+
+
+def test_the_only_delta_needs_no_name_to_be_saved(tmp_path: Path) -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=2), name="mine")
+    save_adapter(model, tmp_path / "a")
+    attach(model, LoraConfig(r=2), name="yours")
+    with pytest.raises(AdapterError, match="no delta 'default'"):
+        save_adapter(model, tmp_path / "b")
+    save_adapter(model, tmp_path / "b", name="yours")
