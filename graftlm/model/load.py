@@ -189,7 +189,7 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "bases" / f"{gguf.stem}-{key}"
     if folder.is_dir():
         return folder
-    if find_spec("gguf") is None:
+    if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise BaseModelError(f"{gguf.name}: reading GGUF needs an extra: pip install 'graftlm[gguf]'")
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     bars = transformers_logging.is_progress_bar_enabled()

@@ -160,7 +160,6 @@ def _train(
 def _return_freed_memory() -> None:
     """Give the memory of the activations back to the system: glibc keeps it for more of the kind, and none come.
 
-
     Without this the peak of a run is training plus evaluation, with it the larger of the two.
     """
     gc.collect()
