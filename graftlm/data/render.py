@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -317,11 +316,3 @@ def _remove_marks(marked: str, marks: str) -> tuple[str, list[list[int]]]:
         else:
             plain.append(character)
     return "".join(plain), places
-
-
-def read_template(path: str | Path) -> str:
-    """A chat template from a .jinja file."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BaseModelError(f"{path}: cannot be read as a chat template: {error}") from None

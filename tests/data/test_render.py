@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.mask import weights
-from graftlm.data.render import Rendered, Renderer, Role, read_template
+from graftlm.data.render import Rendered, Renderer, Role
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
 
@@ -471,10 +471,3 @@ def test_decode_leaves_out_special_tokens_and_tidies_nothing() -> None:
     renderer = Renderer(tiny_tokenizer())
     ids = renderer.conversation([Message(TEXT, " it 's , so .\n")]).ids.tolist()
     assert renderer.decode(ids) == " it 's , so .\n"
-
-
-def test_a_template_is_read_from_a_file_and_a_missing_one_named(tmp_path: Any) -> None:
-    (tmp_path / "t.jinja").write_text("caf\u00e9 {{ x }}", encoding="utf-8")
-    assert read_template(tmp_path / "t.jinja") == "caf\u00e9 {{ x }}"
-    with pytest.raises(BaseModelError, match=r"none\.jinja: cannot be read as a chat template"):
-        read_template(tmp_path / "none.jinja")

@@ -295,3 +295,11 @@ def test_the_packaged_base_answers() -> None:
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.eos_token == "<|im_end|>"
     assert "Paris" in answer(model, tokenizer, "What is the capital of France?", max_new_tokens=24)
+
+
+def test_a_template_is_read_from_its_file_as_it_stands(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("caf\u00e9 {{ x }}", encoding="utf-8")
+    given = BaseConfig(name=str(base_folder), template=str(tmp_path / "t.jinja"))
+    assert load.load_tokenizer(given).chat_template == "caf\u00e9 {{ x }}"
+    with pytest.raises(BaseModelError, match="none.jinja"):
+        load.load_tokenizer(BaseConfig(name=str(base_folder), template=str(tmp_path / "none.jinja")))
