@@ -16,9 +16,23 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import AdditiveDelta, DeltaConfig, WeightDelta
-from graftlm.model.attach import Host, attach, deltas_off, detach, hosts, merged_state, trainable
-from graftlm.model.store import load_adapter, save_adapter
+from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, WeightDelta
+from graftlm.model.attach import (
+    activate,
+    attach,
+    by_row,
+    deltas_off,
+    detach,
+    hosts,
+    merged_state,
+    needed_statistics,
+    shared_of,
+    trainable,
+)
+from graftlm.model.collect import collect
+from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.hosts import Host, LayerHost
+from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -80,23 +94,41 @@ def save_tiny_base(folder: Path, *, seed: int = 0, template: str | None = CHATML
 # The contract ----------------------------------------------------------------------------------------------------
 
 
-def tiny_config(name: str) -> DeltaConfig:
+SMALL: dict[str, Any] = {
+    "alpha": 6.0,
+    "p": 5,
+    "r": 4,
+}
+"""Values for fields of these names at which every method fits the tiny model."""
+
+
+def tiny_config(name: str, **changes: Any) -> DeltaConfig:
     """The config of a method with sizes that fit the tiny model."""
     config: Any = METHODS[name].config
-    small = {"r": 4, "alpha": 6.0}
-    made: DeltaConfig = config(
-        **{key: value for key, value in small.items() if key in {f.name for f in fields(config)}}
-    )
+    known = {f.name for f in fields(config)}
+    made: DeltaConfig = config(**{key: value for key, value in SMALL.items() if key in known} | changes)
     return made
+
+
+def attach_tiny(name: str, model: Any, *, seed: int = 0, delta: str = "default", **changes: Any) -> Any:
+    """Attach the method with its small config, statistics included where it wants them."""
+    config = tiny_config(name, **changes)
+    needs = needed_statistics(config)
+    statistics = collect(model, config, needs, [lambda: model(ids(), labels=ids()).loss]) if needs else None
+    return attach(model, config, name=delta, seed=seed, statistics=statistics)
 
 
 def ids(seed: int = 0, rows: int = 2, length: int = 12) -> Tensor:
     return torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def perturbed(name: str, model: Any, *, scale: float = 0.1, seed: int = 1) -> Any:
+def perturbed(name: str, model: Any, *, scale: float = 0.1, seed: int = 1, **changes: Any) -> Any:
     """The model with the method on it, and every trainable tensor moved away from its start, so that no-ops show."""
-    attach(model, tiny_config(name))
+    return move(attach_tiny(name, model, **changes), scale=scale, seed=seed)
+
+
+def move(model: Any, *, scale: float = 0.1, seed: int = 1) -> Any:
+    """Move every trainable tensor of the model by noise."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable(model).values():
@@ -120,7 +152,10 @@ def close(ours: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5) -> N
 def identity_at_start(name: str) -> None:
     model = tiny_model()
     before = logits(model)
-    attach(model, tiny_config(name))
+    attach_tiny(name, model)
+    if METHODS[name].delta.starts_away:
+        assert not torch.allclose(logits(model), before), "starts_away says that the fresh delta changes the model"
+        return
     close(logits(model), before, "the model with a fresh delta against its base")
 
 
@@ -156,7 +191,8 @@ def fast_path_is_the_equation(name: str) -> None:
     """Outputs and all gradients of the model as it runs, against W' and b' applied by plain autograd."""
     fast, plain = perturbed(name, tiny_model()), perturbed(name, tiny_model())
     for host in hosts(plain).values():
-        object.__setattr__(host, "forward", _by_the_equation(host))
+        if isinstance(host, LayerHost):
+            object.__setattr__(host, "forward", _by_the_equation(host))
     outputs = []
     for model in (fast, plain):
         out = model(ids()).logits
@@ -170,6 +206,8 @@ def fast_path_is_the_equation(name: str) -> None:
 
 
 def _by_the_equation(host: Host) -> Callable[[Tensor], Tensor]:
+    assert isinstance(host, LayerHost)
+
     def forward(x: Tensor) -> Tensor:
         (delta,) = host.on()
         if isinstance(delta, WeightDelta):
@@ -181,9 +219,10 @@ def _by_the_equation(host: Host) -> Callable[[Tensor], Tensor]:
 
 
 def merged_is_the_model(name: str) -> None:
-    model = perturbed(name, tiny_model())
     if not METHODS[name].mergeable:
+        assert METHODS[name].delta.not_mergeable, "a method that cannot be merged must say why (not_mergeable)"
         return
+    model = perturbed(name, tiny_model())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     wanted, state = logits(model), merged_state(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), "merging changed it"
@@ -192,20 +231,33 @@ def merged_is_the_model(name: str) -> None:
 
 def plain_with(state: Mapping[str, Tensor]) -> Any:
     """A model without deltas that has a merged state for its weights, new biases included."""
-    plain = tiny_model(seed=5)
+    return _plain_with(state, tiny_model(seed=5))
+
+
+def _plain_with(state: Mapping[str, Tensor], plain: Any) -> Any:
     for key, tensor in state.items():
         layer, _, kind = key.rpartition(".")
         if kind == "bias" and plain.get_submodule(layer).bias is None:
             plain.get_submodule(layer).bias = nn.Parameter(torch.empty_like(tensor), requires_grad=False)
+    if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"], _embeddings(state)):
+        plain.lm_head.weight = nn.Parameter(torch.empty_like(state["lm_head.weight"]), requires_grad=False)  # untied
     missing, unexpected = plain.load_state_dict(state, strict=False)
     assert not missing, f"merged state lacks {missing}"
     assert not unexpected, f"merged state has {unexpected}, which the base has not"
     return plain
 
 
+def _embeddings(state: Mapping[str, Tensor]) -> Tensor:
+    return next(tensor for key, tensor in state.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
+
+
 def save_load_save_is_stable(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = perturbed(name, tiny_model())
+        layout = METHODS[name].delta.peft
+        if layout is not None:
+            lost = why_not_peft(model)
+            assert not lost, f"the method has a PEFT layout, but {lost}"
         save_adapter(model, f"{folder}/a")
         other = tiny_model()
         load_adapter(other, f"{folder}/a")
@@ -218,7 +270,7 @@ def save_load_save_is_stable(name: str) -> None:
 def detach_returns_the_very_modules(name: str) -> None:
     model = tiny_model()
     modules, before = dict(model.named_modules()), logits(model)
-    attach(model, tiny_config(name))
+    attach_tiny(name, model)
     detach(model)
     after = dict(model.named_modules())
     assert modules.keys() == after.keys(), "detach must leave no module behind"
@@ -230,7 +282,7 @@ def same_seed_same_start(name: str) -> None:
     starts: list[Mapping[str, Tensor]] = []
     for seed in (7, 7, 8):
         model = tiny_model()
-        attach(model, tiny_config(name), seed=seed)
+        attach_tiny(name, model, seed=seed)
         starts.append(trainable(model))
     assert all(torch.equal(starts[0][key], starts[1][key]) for key in starts[0]), (
         "the same seed must give the same start"
@@ -240,22 +292,41 @@ def same_seed_same_start(name: str) -> None:
 
 
 def parameters_are_as_declared(name: str) -> None:
-    model = tiny_model()
-    attach(model, tiny_config(name))
+    model = attach_tiny(name, tiny_model())
+    shapes = set()
     for site, host in hosts(model).items():
         for delta in host.on():
-            values = {f.name: getattr(delta.config, f.name) for f in fields(delta.config)}
-            values |= {"d_in": delta.site.d_in, "d_out": delta.site.d_out}
-            declared = eval(delta.formula, {"__builtins__": {}}, values)  # noqa: S307 (a literal of the method's class)
+            values = facts_of(delta)
+            shapes.add((delta.site.d_in, delta.site.d_out))
             counted = sum(p.numel() for p in delta.parameters() if p.requires_grad)
+            declared = evaluate(delta.formula, values)
             assert counted == declared, f"{site}: {counted} trainable parameters, {delta.formula} says {declared}"
+    shared = shared_of(model, "default")
+    counted = sum(p.numel() for p in shared.parameters() if p.requires_grad) if shared is not None else 0
+    declared = evaluate(METHODS[name].delta.shared_formula, values | {"shapes": shapes})
+    assert counted == declared, f"shared: {counted} trainable parameters, shared_formula says {declared}"
+
+
+def facts_of(delta: Delta) -> dict[str, Any]:
+    """What a formula may speak of: the config's fields and the site's sizes."""
+    values = {f.name: getattr(delta.config, f.name) for f in fields(delta.config)}
+    values |= {key: value for key, value in vars(delta).items() if isinstance(value, bool | int)}
+    layers, groups, size = delta.site.heads or (0, 0, 0)
+    site = {key: getattr(delta.site, key) for key in ("d_in", "d_out", "has_bias", "kind", "name")}
+    return values | site | {"layers": layers, "kv_heads": groups, "head_dim": size}
+
+
+def evaluate(formula: str, values: Mapping[str, Any]) -> int:
+    """The number that a formula of a method's class means."""
+    allowed = {"__builtins__": {}, "int": int, "min": min, "max": max, "sum": sum, "len": len}
+    return int(eval(formula, allowed | dict(values)))  # noqa: S307 (a literal of the method's class)
 
 
 def factors_are_the_matrix(name: str) -> None:
     model = perturbed(name, tiny_model())
     for site, host in hosts(model).items():
         for delta in host.on():
-            if isinstance(delta, AdditiveDelta):
+            if isinstance(delta, AdditiveDelta) and isinstance(host, LayerHost) and host.view.kind == "linear":
                 x = torch.randn(5, delta.site.d_in, generator=torch.Generator().manual_seed(2))
                 matrix = delta.matrix()
                 assert matrix.shape == (delta.site.d_out, delta.site.d_in), f"{site}: matrix() has shape {matrix.shape}"
@@ -264,23 +335,109 @@ def factors_are_the_matrix(name: str) -> None:
                     close(factors[1] @ factors[0], matrix, f"{site}: B A against matrix()")
 
 
+class OneLayer(nn.Module):
+    """The smallest model that a mergeable delta can sit on: one linear layer with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(32, 48)
+        self.norm = nn.LayerNorm(48)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.layer(x))
+        return y
+
+
 def two_deltas_compose(name: str) -> None:
-    """With every mergeable method as a second delta on the same layers: forward = merged, and detached = alone."""
+    """With every mergeable method as a second delta on the same layer: forward = merged, and detached = alone."""
+    if not METHODS[name].mergeable or not set(METHODS[name].delta.kinds) & {"linear", "norm"}:
+        return
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
     for other, method in METHODS.items():
-        if not (METHODS[name].mergeable and method.mergeable):
+        if not method.mergeable or not set(method.delta.kinds) & {"linear", "norm"}:
             continue
-        model = perturbed(name, tiny_model())
-        alone = logits(model)
-        attach(model, tiny_config(other), name="second", seed=3)
+        model = OneLayer()
+        for number, each in enumerate((name, other)):
+            kinds = METHODS[each].delta.kinds
+            config = tiny_config(each, targets=("layer",) if "linear" in kinds else ("norm",), init="zero")
+            attach(model, config, name=f"d{number}", start=not METHODS[each].delta.needs)
+            move(model, scale=0.1, seed=number)
         with torch.no_grad():
-            for parameter in trainable(model).values():
-                parameter.add_(0.05)
-        close(logits(plain_with(merged_state(model))), logits(model), f"{name} and {other} merged against both on")
-        with torch.no_grad():
-            for parameter in trainable(model).values():
-                parameter.sub_(0.05)
-        detach(model, "second")
-        close(logits(model), alone, f"{name} after {other} was taken off again")
+            both = model(x)
+            plain = OneLayer()
+            plain.load_state_dict(merged_state(model))
+            close(plain(x), both, f"{name} and {other} merged against both on")
+            activate(model, "d0")
+            alone = model(x)
+            detach(model, "d1")
+            assert torch.equal(model(x), alone), f"{name} must be itself after {other} was taken off again"
+
+
+def rows_of_a_batch(name: str) -> None:
+    """Each row of a batch with its own deltas computes what it computes in a batch of its own."""
+    model = attach_tiny(name, perturbed("lora", tiny_model()), delta="other")
+    move(model, seed=3)
+    rows: list[tuple[str, ...]] = [("other",), (), ("default",), ("other", "default"), ("other",)]
+    batch = ids(rows=len(rows))
+    with torch.no_grad():
+        with by_row(model, rows):
+            together = model(batch).logits
+        for number, names in enumerate(rows):
+            activate(model, *names)
+            alone = model(batch[number : number + 1]).logits
+            close(together[number : number + 1], alone, f"row {number} with {names or 'the bare base'}")
+
+
+def packed_is_unpacked(name: str) -> None:
+    """Several rows in one packed pass give the hidden states that each gives alone, deltas on."""
+    model = perturbed(name, tiny_model())
+    rows = [ids(seed=n, rows=1, length=length) for n, length in enumerate((5, 9, 3))]
+    lengths = [row.shape[1] for row in rows]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    targets = torch.cat([row[0] for row in rows])
+    with torch.no_grad():
+        with packed_attention(model):
+            packed = log_probs(model, torch.cat(rows, 1), positions, lengths, torch.arange(sum(lengths)), targets)
+        wanted = [model(row).logits[0].log_softmax(-1).gather(1, row[0][:, None])[:, 0] for row in rows]
+    close(packed, torch.cat(wanted), "log-probabilities of packed rows against the rows alone")
+
+
+def generating_is_forward(name: str) -> None:
+    """With a cache, token by token, the logits are those of one pass over the whole row."""
+    model = perturbed(name, tiny_model())
+    row = ids(rows=1, length=7)
+    with torch.no_grad():
+        whole = model(row).logits
+        cache: Any = None
+        pieces: list[Tensor] = []
+        for piece in (row[:, :4], *row[:, 4:].split(1, dim=1)):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache, pieces = out.past_key_values, [*pieces, out.logits]
+    close(torch.cat(pieces, dim=1), whole, "logits with a cache against one pass", tolerance=1e-4)
+
+
+def other_kinds_of_layer(name: str) -> None:
+    """Conv1D, which stores W transposed, and embeddings, whose x are ids, where the method has a meaning there."""
+    if "linear" in METHODS[name].delta.kinds:
+        model = perturbed(name, tiny_gpt2())
+        if METHODS[name].mergeable:
+            plain = _plain_with(merged_state(model), tiny_gpt2(seed=5))
+            close(logits(plain), logits(model), "GPT-2 merged against GPT-2 with its delta")
+    if "embedding" in METHODS[name].delta.kinds:
+        model = tiny_model(tie_word_embeddings=False)
+        before = logits(model)
+        perturbed(name, model, targets=("embed_tokens",))
+        assert not torch.equal(logits(model), before), "a delta on the embeddings must change the logits"
+        plain = _plain_with(merged_state(model), tiny_model(seed=5, tie_word_embeddings=False))
+        close(logits(plain), logits(model), "merged embeddings against embeddings with their delta")
+
+
+def tiny_gpt2(*, seed: int = 0) -> Any:
+    return tiny_model(
+        "gpt2", seed=seed, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, num_key_value_heads=4
+    )
 
 
 def bf16_base(name: str) -> None:
@@ -325,6 +482,10 @@ CONTRACT: dict[str, Callable[[str], None]] = {
         parameters_are_as_declared,
         factors_are_the_matrix,
         two_deltas_compose,
+        rows_of_a_batch,
+        packed_is_unpacked,
+        generating_is_forward,
+        other_kinds_of_layer,
         bf16_base,
         checkpointing_changes_nothing,
     )

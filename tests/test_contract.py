@@ -149,7 +149,7 @@ MISTAKES: dict[type[Lora], str] = {
     StartsAwayFromZero: "identity_at_start",
     MatrixForgetsTheScale: "fast_path_is_the_equation",
     MatrixIsTransposedWhereItIsSquare: "fast_path_is_the_equation",
-    IncrementIsHalf: "factors_are_the_matrix",
+    IncrementIsHalf: "fast_path_is_the_equation",
     FrozenA: "parameters_are_as_declared",
     GradientOfAIsCut: "only_the_delta_learns",
     GradientOfBIsZero: "only_the_delta_learns",

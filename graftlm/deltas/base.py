@@ -1,15 +1,18 @@
 """What a method is: up to three faces of one equation, and all that it may know about its place.
 
     Delta.forward(x, y, base) -> y'          x [.. d_in], y = base(x) [.. d_out]
-     `- WeightDelta.effective(W, b)          -> (W', b'): mergeable
-         `- AdditiveDelta.matrix()           -> dW with W' = W + dW
-             .factors()                      -> (A, B) with dW = B A exactly, scale folded in, or None
+     |- WeightDelta.effective(W, b)          -> (W', b'): mergeable
+     |   `- AdditiveDelta.matrix()           -> dW with W' = W + dW
+     |       .factors()                      -> (A, B) with dW = B A exactly, scale folded in, or None
+     `- InputDelta.prompt() / .prefix()      what every sequence sees in front of it
 
-A method file overrides the most special face that its equation has and nothing else; the others are derived here.
+A method file overrides the most special face that its equation has and nothing else; the others are derived here. A
+faster form of the same equation may stand beside it (`increment`, `forward` of a WeightDelta): the contract compares.
 Tensors are float32 and dense: dtype, device, quantiser and dropout are the plumbing's (`graftlm/model/`).
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, final
 
@@ -25,8 +28,9 @@ Targets = str | tuple[str, ...]
 class Site:
     """A place in the model where a delta sits.
 
-    `weight()` is W, float32 [d_out, d_in], or None at a sub-layer. `rows=(a, b)` is a part of a fused projection,
-    `expert=e` one expert of a fused stack. `seed` differs from site to site and is the same in every run.
+    `weight()` is W, float32 [d_out, d_in], or None at a sub-layer; [d] at a norm; the embeddings' [d_model, vocabulary]
+    at the model. `rows=(a, b)` is a part of a fused projection, `expert=e` one expert of a fused stack. `seed` differs
+    from site to site and is the same in every run.
     """
 
     name: str
@@ -34,12 +38,36 @@ class Site:
     d_out: int
     weight: Callable[[], Tensor | None]
     seed: int
+    kind: str = "linear"
+    """linear, embedding, norm, sublayer or model"""
+    has_bias: bool = False
+    layer: int | None = None
+    """The number of the transformer layer that it lies in, None outside of all."""
     rows: tuple[int, int] | None = None
     expert: int | None = None
+    heads: tuple[int, int, int] | None = None
+    """At the model: (layers, key/value heads, size of a head)."""
+    shared: "Shared | None" = None
+    """What `DeltaConfig.share` made for all sites. Deltas hold it through here, so no state dict repeats it."""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """What was gathered for `Delta.needs` or an init: `gradient` [d_out, d_in], `second_moment` [d_in, d_in]."""
 
     def generator(self) -> torch.Generator:
         """Random numbers that depend on the run's seed and on this site's name alone."""
         return torch.Generator().manual_seed(self.seed)
+
+    def W(self) -> Tensor:
+        """`weight()` where there must be one."""
+        weight = self.weight()
+        assert weight is not None, f"{self.name} is no layer with a weight"
+        return weight
+
+
+class Shared(nn.Module):
+    """What all sites of a delta hold in common. A tape of activations must keep the groups of rows apart."""
+
+    group: tuple[str, ...] = ()
+    """While a site computes: the deltas of the rows that it computes for, where rows differ."""
 
 
 class Base(Protocol):
@@ -62,6 +90,15 @@ class Base(Protocol):
     def take(self, x: Tensor, A: Tensor) -> Tensor:
         """x A^T for A [r, d_in] (a look-up, where the layer is an embedding)."""
 
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
+        """gain * x (W + B A)^T + b in one operation: A [r, d_in], B [d_out, r], gain [d_out]."""
+
+    def product(self, A: Tensor) -> Tensor:
+        """W A^T [d_out, r], float32, without a float copy of W."""
+
+    def row_squares(self) -> Tensor:
+        """The sum of the squares of each row of W, float32 [d_out]; computed once."""
+
 
 @config
 class DeltaConfig:
@@ -70,7 +107,8 @@ class DeltaConfig:
     method: str
     init: str = "zero"
     targets: Targets = "all-linear"
-    """`all-linear` (every linear layer but the output head), a regular expression for the whole name, or suffixes."""
+    """`all-linear` (every linear layer but the output head), `all-norms`, `all-embeddings`, `all-attention`, `all-mlp`,
+    `all-sublayers`, `all`, a regular expression for the whole name, or suffixes."""
     dropout: Share = 0.0
     """Probability of zeroing an element of x on its way into the delta (the base always sees the whole x)."""
     patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -80,6 +118,21 @@ class DeltaConfig:
         """This config with other values for some fields; used for the sites of one pattern."""
         return replace(self, **overrides)
 
+    def select(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """Which of the targeted sites (in the model's order) the method takes; by default all of them."""
+        return sites
+
+    def share(self, sites: Sequence[Site]) -> "Shared | None":
+        """What all sites hold in common (projections, a vector bank, a tape), or None; registered once, at the root."""
+        return None
+
+
+def matches(targets: Targets, name: str) -> bool:
+    """Whether a site's name is meant: a text is a regular expression for all of it, a tuple holds ends of names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == suffix or name.endswith("." + suffix) for suffix in targets)
+
 
 @dataclass(frozen=True)
 class PeftLayout:
@@ -87,8 +140,24 @@ class PeftLayout:
 
     type: str
     tensors: Mapping[str, str]
-    fields: Mapping[str, str]
+    """Name in the delta's state dict -> what follows `base_model.model.<site>.` in PEFT's file."""
+    fields: Mapping[str, str] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
+    """Our field -> PEFT's key for a mapping from patterns to values of that field."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that have this value wherever PEFT means what we mean; PEFT's adapters with another value are refused."""
+    harmless: tuple[str, ...] = ()
+    """Keys of PEFT that do not change what an adapter computes."""
+    embedding: Mapping[str, str] = field(default_factory=dict)
+    """The same as `tensors` for a delta on an embedding, where PEFT has other names there."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Name in the shared module's state dict -> what follows `base_model.` in PEFT's file."""
+    facts: Callable[[Site, Any], Mapping[str, Any]] | None = None
+    """Keys that PEFT wants and that follow from (the first site, config)."""
+    translate: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+    """PEFT's whole config -> our fields that no single key says, for what `fields` cannot express."""
+    why_not: Callable[[Any], str] | None = None
+    """Our config -> why PEFT has no word for it, or an empty text."""
 
 
 class Delta(nn.Module):
@@ -98,15 +167,41 @@ class Delta(nn.Module):
     """addition, specification or reparameterisation"""
     paper: ClassVar[str]
     formula: ClassVar[str]
-    """The number of trainable parameters at a site, as an expression over the config's fields, d_in and d_out."""
+    """The number of trainable parameters at a site: an expression over the config's fields and the site's sizes."""
+    shared_formula: ClassVar[str] = "0"
+    """The same for what the sites share, over the config's fields and `shapes`, the distinct (d_in, d_out) of them."""
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    """The kinds of site where the equation has a meaning."""
     peft: ClassVar[PeftLayout | None] = None
     wants_y: ClassVar[bool] = True
     """False where the method ignores y, so that the base product is not computed for nothing."""
+    not_mergeable: ClassVar[str] = ""
+    """Why no change of weights is equal to it; needed of every delta that is no WeightDelta."""
+    starts_away: ClassVar[str] = ""
+    """Why the fresh delta is not the identity, for the few methods whose paper wants that."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Statistics that `start` reads from `site.statistics`: gradient, second_moment."""
+    learning_rate: ClassVar[float] = 5e-4
+    """The default, as found by benchmarks/methods (docs/methods.md)."""
+    scale: float = 1.0
+    """The factor in front of B A, for the inits."""
+    offset_A: Tensor | None
+    offset_B: Tensor | None
 
     def __init__(self, site: Site, config: DeltaConfig) -> None:
         super().__init__()
         self.site = site
         self.config = config
+        # Where an init splits W, the delta acts on W - offset_B offset_A; see docs/decisions/003. Set by the plumbing.
+        self.register_buffer("offset_A", None)
+        self.register_buffer("offset_B", None)
+
+    def start(self) -> None:
+        """Starting values that are dear to compute (an SVD of W); not called when the tensors come from a file."""
+
+    def penalty(self) -> Tensor | None:
+        """What the paper adds to the loss for this site, in nats a token, or None."""
+        return None
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """The layer's output y' with this delta on: x [.. d_in], y = base(x) [.. d_out]."""
@@ -128,8 +223,6 @@ class WeightDelta(Delta):
 
 class AdditiveDelta(WeightDelta):
     """W' = W + dW."""
-
-    wants_y = True
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(A [r, d_in], B [d_out, r]) with dW = B A exactly and every scale folded in, or None where there are none.
@@ -153,19 +246,29 @@ class AdditiveDelta(WeightDelta):
         if factors is None:
             return base.apply(x, self.matrix(), None)
         A, B = factors
-        return base.take(x, A.to(x.dtype)) @ B.to(x.dtype).T
+        return base.take(x, A) @ B.T
 
     @final
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.matrix(), b
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return y + self.increment(x, base)
+        return base(x) + self.increment(x, base)
 
 
-class InputDelta(nn.Module):
-    """A delta on what goes into the model (prompt, prefix): attached to the model, not to a layer."""
+class InputDelta(Delta):
+    """A delta on what the model attends to (prompt, prefix): attached to the model, not to a layer.
 
-    def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The model's keyword arguments, changed."""
-        raise NotImplementedError
+    Where positions, packs, masks and caches come in is the plumbing's (`graftlm/model/hosts.py`).
+    """
+
+    kinds = ("model",)
+    not_mergeable = "it adds positions to attend to, and no weight of the base does"
+
+    def prompt(self) -> Tensor | None:
+        """Embeddings [p, d_model] that stand before every sequence."""
+        return None
+
+    def prefix(self) -> Tensor | None:
+        """Keys and values [layers, 2, key/value heads, p, size of a head] that every token attends to."""
+        return None

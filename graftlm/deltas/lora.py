@@ -30,11 +30,14 @@ class Lora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Hu et al. 2021, arXiv:2106.09685"
     formula = "r * (d_in + d_out)"
+    kinds = ("linear", "embedding")
     peft = PeftLayout(
         type="LORA",
         tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+        embedding={"A": "lora_embedding_A", "B": "lora_embedding_B"},
         fields={"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
         patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
+        constants={"use_dora": False},
     )
 
     def __init__(self, site: Site, config: LoraConfig) -> None:

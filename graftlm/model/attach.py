@@ -1,103 +1,37 @@
-"""Surgery: find the sites, put deltas on them, switch them on and off, take them away again.
+"""Surgery: put deltas on their sites, switch them on and off, take them away again, fold them into weights.
 
-A `Host` stands where the frozen layer stood and holds it untouched. With no active delta it calls that very layer, so
-"deltas off" is the base bit for bit. Attaching changes the model in place and no weight of it.
+Attaching changes the model in place and no weight of it; with no delta on, the model is its base bit for bit.
 """
 
-import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.config import build, to_tree
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, Targets, WeightDelta
+from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, Targets
 from graftlm.deltas.inits import INITS
 from graftlm.errors import TargetError, nearest
-from graftlm.model.bases import KINDS, LinearBase, view
-from graftlm.model.ops import low_rank_linear
+from graftlm.model import prefix
+from graftlm.model.bases import LinearBase, view
+from graftlm.model.hosts import Host, LayerHost, ModelHost, SubLayerHost, Switch
+from graftlm.model.sites import (
+    CHILD,
+    check_patterns,
+    config_at,
+    decoder_of,
+    find_sites,
+    layer_number,
+    site_seed,
+)
 
-
-class Host(nn.Module):
-    """A frozen layer and the deltas on it. Dtype, dropout and the choice of the fast path live here, once."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.deltas = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
-
-    @property
-    def view(self) -> LinearBase:
-        made = view(self.base)
-        assert made is not None, "attach() puts hosts on supported layers only"
-        return made
-
-    def on(self) -> list[Delta]:
-        """The active deltas, in the order in which they act."""
-        return [d for name in self.active if isinstance(d := self.deltas[name], Delta)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        deltas, base = self.on(), self.view
-        if not deltas:
-            return base(x)
-        # A change of weights acts on the frozen layer, any other delta on an output: so changes of weights come first.
-        weights = [d for d in deltas if isinstance(d, WeightDelta)]
-        others = [d for d in deltas if not isinstance(d, WeightDelta)]
-        if not weights:
-            y = base(x) if others[0].wants_y else x.new_empty(0)
-        elif all(isinstance(d, AdditiveDelta) for d in weights):
-            y = self._add(x, [d for d in weights if isinstance(d, AdditiveDelta)], base)
-        else:
-            y = self._fold(x, weights, base)
-        for delta in others:
-            y = delta(F.dropout(x, delta.config.dropout, training=self._drops(delta)), y, base)
-        return y
-
-    def _fold(self, x: Tensor, deltas: Sequence[WeightDelta], base: LinearBase) -> Tensor:
-        W, b = base.weight, base.bias
-        if not any(self._drops(d) for d in deltas):
-            for delta in deltas:
-                W, b = delta.effective(W, b)
-            return base.apply(x, W, b)
-        y = base(x)  # with dropout, what each delta changes is applied to its own x, and the base to the whole of it
-        for delta in deltas:
-            W_, b_ = delta.effective(W, b)
-            shift = None if b_ is None else b_ if b is None else b_ - b
-            y = y + base.apply(F.dropout(x, delta.config.dropout, training=self._drops(delta)), W_ - W, shift)
-            W, b = W_, b_
-        return y
-
-    def _add(self, x: Tensor, deltas: Sequence[AdditiveDelta], base: LinearBase) -> Tensor:
-        factors = [f for d in deltas if not self._drops(d) and (f := d.factors()) is not None]
-        if len(factors) == len(deltas):  # the fast path: one operation, however many deltas there are
-            A = torch.cat([a for a, _ in factors]) if len(factors) > 1 else factors[0][0]
-            B = torch.cat([b for _, b in factors], dim=1) if len(factors) > 1 else factors[0][1]
-            return low_rank_linear(x, base.stored_weight, base.stored_bias, A, B)
-        y = base(x)
-        for delta in deltas:
-            y = y + delta.increment(F.dropout(x, delta.config.dropout, training=self._drops(delta)), base)
-        return y
-
-    def _drops(self, delta: Delta) -> bool:
-        return delta.training and delta.config.dropout > 0
-
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """(W', b') in float32 with the active deltas folded in, in order; TargetError if one is not mergeable."""
-        W, b = self.view.weight, self.view.bias
-        for name in self.active:
-            delta = self.deltas[name]
-            if not isinstance(delta, WeightDelta):
-                raise TargetError(
-                    f"delta {name!r} ({type(delta).__name__}) is no change of weights: it cannot be merged"
-                )
-            W, b = delta.effective(W, b)
-        return W, b
+SHARED = "graft_shared"
+Statistics = Mapping[str, Mapping[str, Tensor]]
+"""Site -> what was gathered there: see graftlm/model/collect.py."""
 
 
 @dataclass
@@ -106,7 +40,10 @@ class Attachment:
 
     configs: dict[str, DeltaConfig] = field(default_factory=dict)
     sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
     trainable_before: set[str] = field(default_factory=set)
+    kernel_before: str | None = None
+    switch: Switch = field(default_factory=Switch)
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -116,120 +53,39 @@ def attachment(model: nn.Module) -> Attachment:
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:
-    """Every host by the name of the site, which is the name that the frozen layer has in the base."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Host)}
+    """Every host by the name of its site, which is the name that the layer or sub-layer has in the base."""
+    return {_site_name(name): module for name, module in model.named_modules() if isinstance(module, Host)}
 
 
-# Finding sites ---------------------------------------------------------------------------------------------------
+def _site_name(name: str) -> str:
+    return name.removesuffix(f".{CHILD}")
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that a delta can sit on, by name, in the order of the model; a host counts as the layer it holds."""
-    found: dict[str, nn.Module] = {}
-    inside: list[str] = []  # a delta may have layers of its own, on which no other delta sits
-    for name, module in model.named_modules():
-        if isinstance(module, Host):
-            found[name] = module.base
-            inside.append(f"{name}.")
-        elif view(module) is not None and not name.startswith(tuple(inside)):
-            found[name] = module
-    return found
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits, or None for a model without one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
-    return head.base if isinstance(head, Host) else head
-
-
-def find_sites(model: nn.Module, targets: Targets) -> list[str]:
-    """The names of the layers that `targets` means; raises TargetError for anything that matches no layer.
-
-    `all-linear`: every linear layer but the output head. Another string: a regular expression for the whole name.
-    A tuple: each entry the end of a name, from a dot on (the rules of PEFT, so that its adapters mean the same here).
-    """
-    layers = candidates(model)
-    if targets == "all-linear":
-        head = output_head(model)
-        return [name for name, layer in layers.items() if layer is not head]
-    if isinstance(targets, str):
-        pattern = _compile(targets)
-        found = [name for name in layers if pattern.fullmatch(name)]
-        if not found:
-            raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {_what_there_is(model)}")
-        return found
-    for suffix in targets:
-        if not any(_ends_with(name, suffix) for name in layers):
-            others = [n for n, m in model.named_modules() if _ends_with(n, suffix)]
-            if others:
-                kind = type(model.get_submodule(others[0])).__name__
-                raise TargetError(
-                    f"targets: {suffix!r} is a {kind} ({others[0]}); a delta can sit on "
-                    f"{', '.join(k.__name__ for k in KINDS)}. {_what_there_is(model)}"
-                )
-            near = nearest(suffix, [n.rpartition(".")[2] for n in layers])
-            raise TargetError(f"targets: {suffix!r} matches no layer. {near}\n{_what_there_is(model)}")
-    return [name for name in layers if any(_ends_with(name, suffix) for suffix in targets)]
-
-
-def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise TargetError(f"{pattern!r} is no regular expression: {error}") from None
-
-
-def _what_there_is(model: nn.Module) -> str:
-    """The kinds of name among the layers, with how many there are of each: the list a user needs to mend targets."""
-    counts: dict[str, int] = {}
-    for name in candidates(model):
-        generic = re.sub(r"\.\d+\.", ".*.", name)
-        counts[generic] = counts.get(generic, 0) + 1
-    return "This model has: " + ", ".join(f"{name} ({n})" for name, n in counts.items())
-
-
-def config_at(config: DeltaConfig, name: str) -> DeltaConfig:
-    """The config for one site: the fields of the first pattern that matches the end of its name are replaced."""
-    for pattern, overrides in config.patterns.items():
-        if _pattern_matches(pattern, name):
-            return build(type(config), to_tree(config) | dict(overrides), source=f"patterns: {pattern!r}")
-    return config
-
-
-def _pattern_matches(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _check_patterns(config: DeltaConfig, sites: Sequence[str]) -> None:
-    peft = METHODS[config.method].delta.peft  # what PEFT's format cannot say would be lost when the adapter is read
-    allowed = (
-        set(peft.patterns) if peft else {f.name for f in fields(config)} - {"method", "init", "targets", "patterns"}
-    )
-    for pattern, overrides in config.patterns.items():
-        _compile(pattern)
-        if not any(_pattern_matches(pattern, name) for name in sites):
-            raise TargetError(f"patterns: {pattern!r} matches none of the {len(sites)} sites, such as {sites[0]}")
-        for key in overrides:
-            if key not in allowed:
-                raise TargetError(f"patterns: {pattern!r} sets {key!r}, which no pattern can. {nearest(key, allowed)}")
+def shared_of(model: nn.Module, name: str) -> nn.Module | None:
+    """What the sites of a delta hold in common, or None."""
+    everything = getattr(model, SHARED, None)
+    return everything[name] if everything is not None and name in everything else None
 
 
 # Attaching and detaching -----------------------------------------------------------------------------------------
 
 
 def attach(
-    model: nn.Module, config: DeltaConfig, *, targets: Targets | None = None, name: str = "default", seed: int = 0
+    model: nn.Module,
+    config: DeltaConfig,
+    *,
+    targets: Targets | None = None,
+    name: str = "default",
+    seed: int = 0,
+    statistics: Statistics | None = None,
+    start: bool = True,
 ) -> nn.Module:
     """Freeze `model` and put a delta on every site of `targets` (default: the config's own); active at once.
 
     The model is changed in place, and returned. `seed` gives every site its own random start, the same in each run.
-    Raises TargetError for targets or patterns that match nothing, and for a name that is taken; RecipeError for a
-    value in a pattern that is out of range. The model is then as it was.
+    `statistics` (`collect`) are needed by some inits and methods. `start=False` leaves out what a file will fill.
+    Raises TargetError for targets or patterns that match nothing, for a name that is taken and for an init that the
+    method does not admit; RecipeError for a value in a pattern that is out of range. The model is then as it was.
     """
     if targets is not None:
         config = replace(config, targets=targets if isinstance(targets, str) else tuple(targets))
@@ -240,52 +96,187 @@ def attach(
         raise TargetError(
             f"{name!r} cannot name a delta: use letters, digits, - and _, beginning with a letter or digit"
         )
-    if config.init not in INITS:
-        raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
-    sites = find_sites(model, config.targets)
-    if not sites:
-        raise TargetError(f"targets: {config.targets!r} matches no layer. {_what_there_is(model)}")
-    _check_patterns(config, sites)
-    deltas = {site: _new_delta(model, site, config, seed) for site in sites}  # all are made before the model is touched
+    places = sites_of(model, config, seed=seed, statistics=statistics)
+    _check_statistics(config, places, start)
+    shared = config.share(places)
+    places = [replace(site, shared=shared) for site in places]
+    deltas = {site.name: _new_delta(model, site, config, start) for site in places}  # all, before the model is touched
     if not record.configs:
         record.trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         model.graft_attachment = record  # type: ignore[assignment]
     for site_name, delta in deltas.items():
-        module = model.get_submodule(site_name)
-        host = module if isinstance(module, Host) else _put_host(model, site_name, module)
+        host = _host_at(model, site_name, delta.site, record)
         host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
         host.active = (*host.active, name)
+    if shared is not None:
+        if not hasattr(model, SHARED):
+            model.add_module(SHARED, nn.ModuleDict())
+        model.get_submodule(SHARED).add_module(name, shared.to(next(model.parameters()).device).train(model.training))
     record.configs[name] = config
-    record.sites[name] = tuple(sites)
+    record.sites[name] = tuple(deltas)
+    record.seeds[name] = seed
     return model
 
 
-def _new_delta(model: nn.Module, name: str, config: DeltaConfig, seed: int) -> Delta:
+def sites_of(
+    model: nn.Module, config: DeltaConfig, *, seed: int = 0, statistics: Statistics | None = None
+) -> list[Site]:
+    """The sites that a config means on this model, in the model's order; TargetError where there is none."""
+    if config.init not in INITS:
+        raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
+    names = find_sites(model, config.targets, METHODS[config.method].delta.kinds)
+    chosen = config.select([_site(model, name, seed, statistics or {}) for name in names])
+    if not chosen:
+        kinds = " or ".join(METHODS[config.method].delta.kinds)
+        raise TargetError(f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}")
+    check_patterns(config, [site.name for site in chosen])
+    if config.dropout and any(site.kind in ("embedding", "model") for site in chosen):
+        raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
+    return list(chosen)
+
+
+def _site(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Site:
     module = model.get_submodule(name)
-    base = view(module.base if isinstance(module, Host) else module)
-    assert base is not None, "find_sites() finds supported layers only"
-    site = Site(name, base.d_in, base.d_out, lambda: base.weight, _site_seed(seed, name))
-    delta = METHODS[config.method].delta(site, config_at(config, name))
-    with torch.no_grad():
-        for key, start in INITS[config.init](site, delta).items():
-            delta.get_parameter(key).copy_(start)
-    return delta.to(base.stored_weight.device)
+    layer = module.base if isinstance(module, LayerHost) else module
+    seen: dict[str, Any] = {
+        "seed": site_seed(seed, name),
+        "layer": layer_number(name),
+        "statistics": statistics.get(name, {}),
+    }
+    if (base := view(layer)) is not None:
+        has_bias = base.stored_bias is not None
+        return Site(name, base.d_in, base.d_out, lambda: base.weight, kind=base.kind, has_bias=has_bias, **seen)
+    settings: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    d = settings.hidden_size
+    if module is not decoder_of(model):
+        return Site(name, d, d, lambda: None, kind="sublayer", **seen)
+    embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
+    table = view(embeddings.base if isinstance(embeddings, LayerHost) else embeddings)
+    groups = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    size = getattr(settings, "head_dim", None) or d // settings.num_attention_heads
+    return Site(
+        name,
+        table.d_in if table else settings.vocab_size,
+        d,
+        lambda: table.weight if table else None,
+        kind="model",
+        heads=(settings.num_hidden_layers, groups, size),
+        **seen,
+    )
 
 
-def _site_seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+def _check_statistics(config: DeltaConfig, sites: Sequence[Site], start: bool) -> None:
+    wanted = needed_statistics(config) if start else ()
+    for what in wanted:
+        lacking = [site.name for site in sites if what not in site.statistics]
+        if lacking:
+            raise TargetError(
+                f"{config.method} with init {config.init!r} starts from the {what} of each layer, which "
+                f"{len(lacking)} of {len(sites)} sites lack: give `statistics=collect(...)` "
+                "(`graft train` gathers them from the training rows by itself)"
+            )
 
 
-def _put_host(model: nn.Module, name: str, layer: nn.Module) -> Host:
-    host = Host(layer).train(layer.training)
-    _replace(model, name, host)
+def needed_statistics(config: DeltaConfig) -> tuple[str, ...]:
+    """What a delta with this config wants to know of the data before it starts: gradient, second_moment."""
+    return tuple(dict.fromkeys((*METHODS[config.method].delta.needs, *INITS[config.init].needs)))
+
+
+@torch.no_grad()
+def _new_delta(model: nn.Module, site: Site, config: DeltaConfig, start: bool) -> Delta:
+    delta = METHODS[config.method].delta(site, config_at(config, site.name))
+    if start:
+        delta.start()
+        _initialise(site, delta, config.init)
+    return delta.to(next(model.parameters()).device)
+
+
+def _initialise(site: Site, delta: Delta, name: str) -> None:
+    """Lay the init's tensors over the delta's own; where dW is then not zero, record an offset that makes it so."""
+    init = INITS[name]
+    if init.tensors:
+        part = _part_with(delta, init.tensors, name)
+        for key, value in init.make(site, part).items():
+            own = part.get_parameter(key) if key in dict(part.named_parameters(recurse=False)) else part.get_buffer(key)
+            if own.shape != value.shape:
+                raise TargetError(
+                    f"init {name!r} does not fit {delta.config.method!r} at {site.name}: {key} is {list(own.shape)}, "
+                    f"the init makes {list(value.shape)}"
+                )
+            own.copy_(value)
+        if init.starts_at_base and isinstance(part, AdditiveDelta) and (factors := part.factors()) is not None:
+            A, B = (factor.detach().clone() for factor in factors)
+            if bool(B.any()) and bool(A.any()):
+                delta.offset_A, delta.offset_B = A, B
+
+
+def _part_with(delta: Delta, tensors: Sequence[str], name: str) -> Delta:
+    """The delta itself or the one inside of it that has all these tensors: what an init starts."""
+    having = [
+        part
+        for part in delta.modules()
+        if isinstance(part, Delta) and all(isinstance(getattr(part, key, None), Tensor) for key in tensors)
+    ]
+    if len(having) == 1:
+        return having[0]
+    own = ", ".join(sorted(key for key, _ in delta.named_parameters())) or "nothing"
+    raise TargetError(
+        f"init: {name!r} sets {' and '.join(tensors)} of one low-rank product; {delta.config.method!r} has "
+        f"{'several' if having else own}, so the pair has no meaning. `init: zero` is the method's own start"
+    )
+
+
+def _host_at(model: nn.Module, name: str, site: Site, record: Attachment) -> Host:
+    module = model.get_submodule(name)
+    if isinstance(module, LayerHost):
+        return module
+    if site.kind not in ("sublayer", "model"):
+        layer_host = LayerHost(module, record.switch).train(module.training)
+        _replace(model, name, layer_host)
+        return layer_host
+    there = getattr(module, CHILD, None)
+    if isinstance(there, Host):
+        return there
+    if site.kind == "sublayer":
+        host: Host = SubLayerHost(module, site.d_in, record.switch)
+    else:
+        host = ModelHost(module, site.d_out, record.switch)
+        _use_prefix_kernel(model, module, host, record)
+    module.add_module(CHILD, host.train(module.training))
     return host
+
+
+def _use_prefix_kernel(model: Any, decoder: nn.Module, host: ModelHost, record: Attachment) -> None:
+    kernel, layers = model.config._attn_implementation, prefix.attention_layers(decoder)
+    if kernel != "sdpa" or len(layers) != model.config.get_text_config().num_hidden_layers:
+        raise TargetError(
+            f"{type(model).__name__}: prefix and prompt need a model whose {model.config.num_hidden_layers} layers "
+            f"attend through transformers' interface with sdpa; this has {len(layers)} such layers and runs {kernel!r}"
+        )
+    record.kernel_before = kernel
+    model.config._attn_implementation = prefix.NAME
+    for layer in layers:
+        layer.__dict__["graft_before"] = host
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
+
+
+def _remove_host(model: Any, name: str, host: Host, record: Attachment) -> None:
+    if isinstance(host, LayerHost):
+        _replace(model, name, host.base)
+        return
+    module = model.get_submodule(name)
+    assert isinstance(host, SubLayerHost | ModelHost)
+    host.hook.remove()
+    delattr(module, CHILD)
+    if isinstance(host, ModelHost):
+        model.config._attn_implementation = record.kernel_before
+        for layer in prefix.attention_layers(module):
+            del layer.__dict__["graft_before"]
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -299,20 +290,28 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 del host.deltas[gone]
                 host.active = tuple(n for n in host.active if n != gone)
             if not host.deltas:
-                _replace(model, site_name, host.base)
-        del record.configs[gone], record.sites[gone]
+                _remove_host(model, site_name, host, record)
+        if shared_of(model, gone) is not None:
+            delattr(model.get_submodule(SHARED), gone)
+            if not len(list(model.get_submodule(SHARED).children())):
+                delattr(model, SHARED)
+        del record.configs[gone], record.sites[gone], record.seeds[gone]
     if not record.configs:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)
     return model
 
 
-def activate(model: nn.Module, *names: str) -> None:
-    """Switch on exactly these deltas, in this order; none for the bare base."""
+def _check_names(model: nn.Module, names: Sequence[str]) -> None:
     known = attachment(model).configs
     for name in names:
         if name not in known:
             raise TargetError(f"no delta {name!r} on this model. {nearest(name, known)}")
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Switch on exactly these deltas, in this order; none for the bare base."""
+    _check_names(model, names)
     for host in hosts(model).values():
         host.active = tuple(n for n in names if n in host.deltas)
 
@@ -331,6 +330,18 @@ def deltas_off(model: nn.Module) -> Iterator[nn.Module]:
             host.active = active
 
 
+@contextmanager
+def by_row(model: nn.Module, rows: Sequence[Sequence[str]]) -> Iterator[nn.Module]:
+    """Inside, each row of a batch has the deltas that `rows` names for it, in that order; () is the bare base."""
+    _check_names(model, [name for names in rows for name in names])
+    switch = attachment(model).switch
+    before, switch.rows = switch.rows, [tuple(names) for names in rows]
+    try:
+        yield model
+    finally:
+        switch.rows = before
+
+
 # Reading weights out ---------------------------------------------------------------------------------------------
 
 
@@ -339,33 +350,59 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters that one delta trains, what its sites share included."""
+    modules = [host.deltas[name] for host in hosts(model).values() if name in host.deltas]
+    shared = shared_of(model, name)
+    modules += [] if shared is None else [shared]
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """What the active deltas add to the loss (`Delta.penalty`), summed over their sites; None where none does."""
+    parts = [p for host in hosts(model).values() for delta in host.on() if (p := delta.penalty()) is not None]
+    return torch.stack(parts).sum() if parts else None
+
+
+def _ours(model: nn.Module) -> set[str]:
+    """The beginnings of the names of all tensors in the model that do not belong to the base."""
+    names = {f"{name}.deltas." for name, module in model.named_modules() if isinstance(module, Host)}
+    return names | {f"{SHARED}."}
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The frozen base's own parameters by the names that they have without any host; tied ones once."""
-    found = hosts(model)
-    of_deltas = {id(p) for host in found.values() for p in host.deltas.parameters()}
-    return {_without_host(name, found): p for name, p in model.named_parameters() if id(p) not in of_deltas}
+    found, ours = hosts(model), tuple(_ours(model))
+    return {_without_host(name, found): p for name, p in model.named_parameters() if not name.startswith(ours)}
 
 
-def merged_state(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def merged_state(model: nn.Module, *, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
     """The state dict of the base with the active deltas folded in: new tensors under the base's own names.
 
-    Nothing in the model is changed. Tensors that share memory in the model (a tied head) share it here too, unless a
-    delta sits on one of them. Raises TargetError where an active delta is no change of weights.
+    `dtype=None` keeps the base's own. Nothing in the model is changed. Tensors that share memory in the model (a tied
+    head) share it here too, unless a delta sits on one of them. Raises TargetError where an active delta is no change
+    of weights, or would need a bias where the layer can have none.
     """
-    found = hosts(model)
+    found, ours = hosts(model), tuple(_ours(model))
     changed: dict[str, Tensor | None] = {}
     with torch.no_grad():
         for name, host in found.items():
-            if host.active:
+            if host.active and isinstance(host, LayerHost):
                 W, b = host.effective()
+                to = dtype or host.view.stored_weight.dtype
                 # A delta may return the base's own W or b: a copy, so that whoever edits the state edits no model.
                 kept = host.view.store(W)
-                changed[f"{name}.weight"] = kept.to(dtype, copy=True, memory_format=torch.contiguous_format)
-                changed[f"{name}.bias"] = None if b is None else b.to(dtype, copy=True)
+                changed[f"{name}.weight"] = kept.to(to, copy=True, memory_format=torch.contiguous_format)
+                changed[f"{name}.bias"] = None if b is None else b.to(to, copy=True)
+            elif host.active:
+                delta = host.on()[0]
+                raise TargetError(
+                    f"delta {host.active[0]!r} ({type(delta).__name__}) cannot be merged: {delta.not_mergeable}"
+                )
         state: dict[str, Tensor] = {}
         converted: dict[tuple[int, torch.Size], Tensor] = {}
         for key, tensor in model.state_dict().items():
-            if ".deltas." in key and key.partition(".deltas.")[0] in found:
+            if key.startswith(ours):
                 continue
             name = _without_host(key, found)
             if (new := changed.pop(name, None)) is not None:
@@ -373,12 +410,19 @@ def merged_state(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> dic
                 continue
             identity = (tensor.data_ptr(), tensor.shape)
             if identity not in converted:
-                converted[identity] = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+                to = dtype or tensor.dtype
+                converted[identity] = tensor.to(to, copy=True) if tensor.is_floating_point() else tensor.clone()
             state[name] = converted[identity]
         state.update({name: tensor for name, tensor in changed.items() if tensor is not None})  # a bias that is new
     return state
 
 
-def _without_host(key: str, found: dict[str, Host]) -> str:
+def _without_host(key: str, found: Mapping[str, Host]) -> str:
     site, dot, rest = key.rpartition(".base.")
     return f"{site}.{rest}" if dot and site in found else key
+
+
+def base_view(host: Host) -> LinearBase:
+    """The view of the frozen layer under a host."""
+    assert isinstance(host, LayerHost)
+    return host.view

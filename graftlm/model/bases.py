@@ -1,18 +1,27 @@
-"""The kinds of frozen layer that a delta can sit on, each as one view: read W and b, apply others in their place."""
+"""The kinds of frozen layer that a delta can sit on, each as one view: read W and b, apply others in their place.
+
+All that the plumbing and the methods know of a frozen layer is the interface `Base` of `graftlm/deltas/base.py`.
+"""
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from graftlm.model.ops import low_rank_linear
 
 
 class LinearBase:
     """A view of nn.Linear: W [d_out, d_in]."""
 
+    kind = "linear"
+
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.d_out, self.d_in = self.stored_weight.shape
+        self._row_squares: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     def stored_weight(self) -> Tensor:
@@ -23,7 +32,7 @@ class LinearBase:
 
     @property
     def stored_bias(self) -> Tensor | None:
-        bias = self.layer.bias
+        bias = getattr(self.layer, "bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
@@ -50,6 +59,20 @@ class LinearBase:
     def take(self, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)
 
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
+        return low_rank_linear(x, self.stored_weight, self.stored_bias, A, B, gain)
+
+    def product(self, A: Tensor) -> Tensor:
+        W = self.stored_weight.detach()
+        return (W @ A.to(W.dtype).T).float()
+
+    def row_squares(self) -> Tensor:
+        weight = self.stored_weight
+        version = (weight.data_ptr(), weight._version)  # of these very numbers: another base is summed again
+        if self._row_squares is None or self._row_squares[0] != version:
+            self._row_squares = version, self.weight.square().sum(1)
+        return self._row_squares[1]
+
 
 class Conv1DBase(LinearBase):
     """A view of GPT-2's Conv1D, which keeps its weight transposed: [d_in, d_out]."""
@@ -62,10 +85,91 @@ class Conv1DBase(LinearBase):
         return W.T
 
 
-KINDS: dict[type[nn.Module], Callable[[nn.Module], LinearBase]] = {nn.Linear: LinearBase, Conv1D: Conv1DBase}
+class EmbeddingBase(Conv1DBase):
+    """A view of nn.Embedding as the linear layer that it is on one-hot x: W [d_model, vocabulary], x [..] of ids."""
+
+    kind = "embedding"
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        rows = F.embedding(x, W.T)
+        return (rows if b is None else rows + b).to(self.stored_weight.dtype)
+
+    def take(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.T)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
+        y = self(x)
+        z = y.float() + self.take(x, A) @ B.T
+        return (z if gain is None else gain * z).to(y.dtype)
+
+
+class NormBase(LinearBase):
+    """A view of a norm (LayerNorm, any RMSNorm): W and b are its gain and bias [d], as the layer stores them."""
+
+    kind = "norm"
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        (self.d_in,) = (self.d_out,) = self.stored_weight.shape
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        here = {"weight": W} if b is None or self.stored_bias is None else {"weight": W, "bias": b}
+        y: Tensor = torch.func.functional_call(self.layer, here, (x.float(),))
+        return (y if b is None or self.stored_bias is not None else y + b).to(x.dtype)
+
+
+KINDS: dict[type[nn.Module], Callable[[nn.Module], LinearBase]] = {
+    nn.Linear: LinearBase,
+    Conv1D: Conv1DBase,
+    nn.Embedding: EmbeddingBase,
+    nn.LayerNorm: NormBase,
+}
 
 
 def view(layer: nn.Module) -> LinearBase | None:
-    """The view of a layer, or None for a kind that no delta can sit on. Subclasses may compute otherwise: not taken."""
+    """The view of a layer, or None for a kind that no delta can sit on. Subclasses may compute otherwise: not taken.
+
+    An RMS norm has a class of its own in each architecture: it is known by its name and its single weight [d].
+    """
     make = KINDS.get(type(layer))
+    if make is None and type(layer).__name__.endswith("RMSNorm") and _has_gain(layer):
+        make = NormBase
     return make(layer) if make else None
+
+
+def _has_gain(layer: nn.Module) -> bool:
+    return {name: p.dim() for name, p in layer.named_parameters()} == {"weight": 1}
+
+
+class Residual:
+    """A frozen layer less a fixed low-rank part: W - B0 A0, for deltas that start from a part of W."""
+
+    def __init__(self, inner: LinearBase, A0: Tensor, B0: Tensor) -> None:
+        self.inner, self.A0, self.B0 = inner, A0, B0
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight - self.B0 @ self.A0
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.inner.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner.low_rank(x, self.A0, -self.B0)
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return self.inner.apply(x, W, b)
+
+    def take(self, x: Tensor, A: Tensor) -> Tensor:
+        return self.inner.take(x, A)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
+        return self.inner.low_rank(x, torch.cat([A, self.A0]), torch.cat([B, -self.B0], dim=1), gain)
+
+    def product(self, A: Tensor) -> Tensor:
+        return self.inner.product(A) - self.B0 @ (self.A0 @ A.T)
+
+    def row_squares(self) -> Tensor:
+        removed = -2 * (self.B0 * self.inner.product(self.A0)).sum(1)
+        return self.inner.row_squares() + removed + ((self.B0 @ (self.A0 @ self.A0.T)) * self.B0).sum(1)

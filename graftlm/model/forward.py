@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from graftlm.errors import TrainingError
+from graftlm.model.hosts import LayerHost
 from graftlm.model.ops import Plan, head_log_probs, linear_log_probs, rms_norm, segment_attention
 
 SEGMENTS = "graft_segments"
@@ -33,7 +34,8 @@ def packed_attention(model: Any) -> Iterator[None]:
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
     for config, _ in before:
         config._attn_implementation = SEGMENTS
-    norms = _norms(model)
+    hosted = {id(host.base) for host in model.modules() if isinstance(host, LayerHost)}  # with a gain that is learnt
+    norms = [(norm, gain, eps) for norm, gain, eps in _norms(model) if id(norm) not in hosted]
     for norm, gain, eps in norms:
         norm.forward = partial(rms_norm, gain=gain, eps=eps)
     try:

@@ -16,37 +16,49 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from graftlm.model import prefix
+
 # A frozen linear layer with low-rank factors on it ---------------------------------------------------------------
 
 
 class _LowRankLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
         inner = rows @ A_.T
-        y = F.linear(rows, W, b).addmm_(inner, B_.T)
-        ctx.save_for_backward(rows, W, A_, B_, inner)
+        z = F.linear(rows, W, b if gain is None else None).addmm_(inner, B_.T)
+        ctx.save_for_backward(rows, W, A_, B_, inner, gain, None if gain is None else z)
         ctx.shape = x.shape
+        # 1 + (g - 1), so that a gain close to 1 keeps its digits where products run in half precision
+        y = z if gain is None else torch.addcmul(z, z, (gain - 1).to(x.dtype))
+        if gain is not None and b is not None:
+            y += b
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, W, A_, B_, inner = ctx.saved_tensors
+        rows, W, A_, B_, inner, gain, z = ctx.saved_tensors
         grad = grad.reshape(-1, W.shape[0])
+        grad_gain = None
+        if gain is not None:
+            grad_gain = (grad * z).sum(0, dtype=torch.float32)
+            grad = torch.addcmul(grad, grad, (gain - 1).to(grad.dtype))
         grad_inner = grad @ B_
         grad_x = (grad @ W).addmm_(grad_inner, A_).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, (grad_inner.T @ rows).float(), (grad.T @ inner).float()
+        grad_A = (grad_inner.T @ rows).float() if ctx.needs_input_grad[3] else None
+        grad_B = (grad.T @ inner).float() if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_A, grad_B, grad_gain
 
 
-def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """x W^T + b + (x A^T) B^T for frozen W and b: x [.. d_in], W [d_out, d_in], A [r, d_in], B [d_out, r].
+def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
+    """gain * (x W^T + (x A^T) B^T) + b for frozen W and b: x [.. d_in], W [d_out, d_in], A [r, d_in], B [d_out, r].
 
-    No gradient for W, no cast of W, and nothing saved but x, W and x A^T. A and B stay float32 outside, the products
-    run in the dtype of x.
+    No gradient for W, no cast of W, and nothing saved but x, W, x A^T and, with a gain [d_out], what it multiplies.
+    A, B and the gain stay float32 outside, the products run in the dtype of x.
     """
-    y: Tensor = _LowRankLinear.apply(x, W, b, A, B)
+    y: Tensor = _LowRankLinear.apply(x, W, b, A, B, gain)
     return y
 
 
@@ -151,14 +163,16 @@ def _probabilities(q_: Tensor, k: Tensor, plan: Plan) -> Tensor:
 def _plain_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """The same by autograd, with a sliding window (a token sees the last `window` positions) and soft-capping."""
-    H, L, _ = q.shape
+    """The same by autograd: keys before the segment, a sliding window (of so many positions), soft-capping."""
+    (H, L, _), S = q.shape, k.shape[1]
     k, v = (t.repeat_interleave(H // t.shape[0], dim=0) for t in (k, v))
     scores = (q @ k.transpose(1, 2) * scale).float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(L, device=q.device)[:, None] - torch.arange(L, device=q.device)[None, :]
-    hidden = (distance < 0) | (distance >= (window or L))
+    before = S - L  # what a prefix delta put there is seen from everywhere
+    distance = torch.arange(before, S, device=q.device)[:, None] - torch.arange(S, device=q.device)[None, :]
+    hidden = (distance < 0) | (distance >= (window or S))
+    hidden[:, :before] = False
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype) @ v).transpose(0, 1)
 
 
@@ -180,15 +194,22 @@ def segment_attention(
 
     The signature is that of transformers' attention interface, so any architecture that uses it can be packed:
     query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, D], None). Weights have no dropout: the base is
-    frozen and in evaluation mode. Attention sinks and position biases are not computed here: they are refused.
+    frozen and in evaluation mode. Attention sinks and position biases are not computed here: they are refused. Every
+    segment also sees the keys and values that a prefix delta puts before it.
     """
+    prefix.record(module, key, value)
+    before = prefix.before(module, key)
     if s_aux is not None or unused.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__}: packed attention with sinks or a position bias")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for q, k, v in zip(*(t[0].split(plan.lengths, dim=1) for t in (query, key, value)), strict=True):
         length = q.shape[1]
-        if softcap is not None or (sliding_window is not None and sliding_window < length):
+        if before is not None:
+            keys, values, _ = before
+            k, v = torch.cat([keys[0], k], dim=1), torch.cat([values[0], v], dim=1)
+            out = _plain_attention(q, k, v, scale, sliding_window, softcap)
+        elif softcap is not None or (sliding_window is not None and sliding_window < length):
             out = _plain_attention(q, k, v, scale, sliding_window, softcap)
         elif length <= SHORT_SEGMENT and q.device.type == "cpu":
             out = _ShortAttention.apply(q, k, v, scale, plan)

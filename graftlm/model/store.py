@@ -1,8 +1,8 @@
-"""A delta on disk: exactly PEFT's folder, plus `graftlm.json`: which base it belongs to and what was written.
+"""A delta on disk: PEFT's folder wherever PEFT has a word for it, plus `graftlm.json`: which base it belongs to.
 
-    adapter_config.json         PEFT's keys
-    adapter_model.safetensors   PEFT's names: base_model.model.<site>.<suffix>
-    graftlm.json                our config, the base's fingerprint, SHA-256 of the two files above
+    adapter_config.json         PEFT's keys; for a delta that PEFT cannot express, a type that PEFT refuses
+    adapter_model.safetensors   PEFT's names: base_model.model.<site>.<suffix>; else <our tensor name> for the suffix
+    graftlm.json                our config and seed, the base's fingerprint, SHA-256 of the two files above
 
 Writing is all or nothing: into a temporary folder beside the target, then one rename. Reading is strict: an adapter
 that does not fit exactly is refused, and the model is left as it was.
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from graftlm import __version__
 from graftlm.config import build, to_tree
 from graftlm.deltas import METHODS, Method
-from graftlm.deltas.base import DeltaConfig, PeftLayout
+from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, OutputError, TargetError, nearest, numbered
-from graftlm.model.attach import attach, attachment, config_at, detach, find_sites, hosts
+from graftlm.model.attach import attach, attachment, base_parameters, detach, hosts, parameters_of, shared_of, sites_of
+from graftlm.model.hosts import Host, ModelHost
 from graftlm.model.load import base_record, fingerprint
+from graftlm.model.sites import config_at, find_sites
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -126,24 +128,23 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     record = attachment(model)
     if name not in record.configs:
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
-    config, sites = record.configs[name], list(record.sites[name])
-    layout = _layout(METHODS[config.method])
-    on_sites = {site: hosts(model)[site].deltas[name] for site in sites}
-    tensors = {
-        f"{PREFIX}{site}.{suffix}": delta.get_parameter(key).detach().cpu().contiguous()
-        for site, delta in on_sites.items()
-        for key, suffix in layout.tensors.items()
-    }
-    base = base_record(model)
-    (folder / CONFIG).write_text(
-        json.dumps(_to_peft(model, config, layout, sites, base.folder or base.name), indent=2, sort_keys=True) + "\n"
-    )
+    config, base, mark = record.configs[name], base_record(model), fingerprint(model)
+    layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
+    where = {"base_model_name_or_path": base.folder or base.name, "task_type": "CAUSAL_LM"}
+    if layout is None:
+        stored = {"peft_type": OWN_TYPE, "method": config.method, **where}
+    else:
+        stored = _to_peft(model, config, layout, list(record.sites[name])) | where
+    (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    tensors = {key: t.detach().cpu().contiguous() for key, t in _stored_tensors(model, name, layout).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    mark = fingerprint(model)
     ours = {
         "graftlm": __version__,
         "base": {"name": base.name, "digest": mark.digest, "config": mark.config, "tensors": mark.tensors},
         "config": to_tree(config),
+        "layout": OWN_TYPE if layout is None else layout.type,
+        "seed": record.seeds[name],
+        "rebuilt": _rebuilt(model, name),
         "sha256": {file: _sha256(folder / file) for file in (CONFIG, WEIGHTS)},
     }
     (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
@@ -153,45 +154,105 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
             (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-def _layout(method: Method) -> PeftLayout:
-    if method.delta.peft is None:
-        raise AdapterError(f"{method.delta.__name__} has no equivalent in PEFT's format")
-    return method.delta.peft
+OWN_TYPE = "GRAFTLM"
+"""The `peft_type` of a delta that PEFT has no word for: PEFT refuses it, and so does not load it half."""
+
+
+def _modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Site -> delta, and "" -> what the sites share."""
+    found: dict[str, nn.Module] = {s: h.deltas[name] for s, h in hosts(model).items() if name in h.deltas}
+    shared = shared_of(model, name)
+    return found if shared is None else {"": shared, **found}
+
+
+def why_not_peft(model: nn.Module, name: str = "default") -> str:
+    """Why PEFT's format cannot hold this delta exactly, or an empty text where it can."""
+    config = attachment(model).configs[name]
+    method = METHODS[config.method].delta
+    if method.peft is None:
+        return f"PEFT has no method that computes what {config.method} does"
+    if method.peft.why_not is not None and (reason := method.peft.why_not(config)):
+        return reason
+    for site, module in _modules(model, name).items():
+        if getattr(module, "offset_A", None) is not None:
+            return f"init {config.init!r} took a part of W out, and PEFT's format has no place for a fixed offset"
+        known = method.peft.tensors if site else method.peft.shared
+        for key in module.state_dict():
+            if key not in known:
+                return f"PEFT's {method.peft.type} has no tensor for {key}"
+    return ""
+
+
+def _stored_tensors(model: nn.Module, name: str, layout: PeftLayout | None) -> dict[str, Tensor]:
+    """Key on disk -> tensor in the model: every parameter, and every buffer that is not rebuilt from the seed."""
+    found: dict[str, Tensor] = {}
+    for site, module in _modules(model, name).items():
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if layout is None:
+                stored = f"{PREFIX}{site}.{key}" if site else f"base_model.graft_shared.{key}"
+            elif not site:
+                stored = f"base_model.{layout.shared[key]}"
+            elif isinstance(module, InputDelta):
+                stored = layout.tensors[key]
+            else:
+                at_embedding = isinstance(module, Delta) and module.site.kind == "embedding"
+                names = layout.embedding if at_embedding and layout.embedding else layout.tensors
+                stored = f"{PREFIX}{site}.{names[key]}"
+            if stored in found:
+                raise AdapterError(f"two tensors of {type(module).__name__} have the one name {stored}")
+            found[stored] = tensor
+    return found
+
+
+def _rebuilt(model: nn.Module, name: str) -> dict[str, list[float]]:
+    """What is not stored but made again from the seed or the base, by its sum and sum of squares, to notice if not."""
+    marks = {}
+    for site, module in _modules(model, name).items():
+        kept = module.state_dict().keys()
+        for key, buffer in module.named_buffers():
+            if key not in kept:
+                numbers = buffer.detach().double()
+                marks[f"{site}.{key}"] = [float(numbers.sum()), float(numbers.square().sum())]
+    return marks
 
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "auto_mapping": (None,),
     "bias": ("none",),
     "corda_config": (None,),
     "ensure_weight_tying": (False,),
     "eva_config": (None,),
-    "exclude_modules": (None, []),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "layers_pattern": (None, [], ""),
-    "layers_to_transform": (None, []),
     "loftq_config": (None, {}),
     "lora_bias": (False,),
     "lora_ga_config": (None,),
     "megatron_config": (None,),
-    "modules_to_save": (None, []),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
-"""PEFT's keys that change what an adapter computes, with the values at which they do not; others are refused."""
+"""Keys of PEFT's LORA that change what an adapter computes, with the values at which they do not; others: refused."""
+
+NEUTRAL_ANYWHERE: dict[str, tuple[Any, ...]] = {
+    "auto_mapping": (None,),
+    "exclude_modules": (None, []),
+    "layers_pattern": (None, [], ""),
+    "layers_to_transform": (None, []),
+    "modules_to_save": (None, []),
+}
+"""The same for the keys that most types have."""
 
 HARMLESS = {
     "base_model_name_or_path",
     "fan_in_fan_out",  # how the base stores its weight, which our views know
     "inference_mode",
     "init_lora_weights",
+    "init_weights",
     "megatron_core",
     "peft_type",
     "peft_version",
@@ -203,30 +264,36 @@ HARMLESS = {
 }
 
 
-def _to_peft(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: list[str], base: str) -> dict[str, Any]:
+def _neutral(layout: PeftLayout) -> dict[str, tuple[Any, ...]]:
+    return NEUTRAL_ANYWHERE | (NEUTRAL if layout.type == "LORA" else {})
+
+
+def _to_peft(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: list[str]) -> dict[str, Any]:
     """PEFT's config: sites as suffixes where those mean the same, and what differs at a site under its full name."""
-    suffixes = tuple(sorted({site.rpartition(".")[2] for site in sites}))
-    same = find_sites(model, suffixes) == sites
+    on = hosts(model)
+    stored: dict[str, Any] = {"inference_mode": True, "peft_type": layout.type, "revision": None}
+    if layout.type == "LORA":
+        stored |= {key: values[0] for key, values in NEUTRAL.items()} | {"init_lora_weights": True}
+    if not isinstance(on[sites[0]], ModelHost):
+        suffixes = tuple(sorted({site.rpartition(".")[2] for site in sites}))
+        same = find_sites(model, suffixes, METHODS[config.method].delta.kinds) == sites
+        transposed = any(type(getattr(on[site], "base", None)).__name__ == "Conv1D" for site in sites)
+        stored |= {key: values[0] for key, values in NEUTRAL_ANYWHERE.items()}
+        stored |= {"fan_in_fan_out": transposed, "target_modules": list(suffixes) if same else sites}
     patterns: dict[str, dict[str, Any]] = {key: {} for key in layout.patterns.values()}
     for site in sites:
         there = config_at(config, site)
         for ours, key in layout.patterns.items():
             if getattr(there, ours) != getattr(config, ours):
                 patterns[key][re.escape(site)] = getattr(there, ours)
-    transposed = any(type(hosts(model)[site].base).__name__ == "Conv1D" for site in sites)
-    return {
-        **{key: values[0] for key, values in NEUTRAL.items()},
-        **patterns,
-        **{key: getattr(config, ours) for ours, key in layout.fields.items()},
-        "base_model_name_or_path": base,
-        "fan_in_fan_out": transposed,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "peft_type": layout.type,
-        "revision": None,
-        "target_modules": list(suffixes) if same else sites,
-        "task_type": "CAUSAL_LM",
-    }
+    fields = {key: getattr(config, ours) for ours, key in layout.fields.items()}
+    first = next(m for m in _modules_on(on[sites[0]], config))
+    facts = layout.facts(first.site, config) if layout.facts else {}
+    return {**stored, **patterns, **layout.constants, **fields, **facts}
+
+
+def _modules_on(host: Host, config: DeltaConfig) -> Iterator[Delta]:
+    return (d for d in host.deltas.values() if isinstance(d, Delta) and d.config.method == config.method)
 
 
 def _sha256(file: Path) -> str:
@@ -251,19 +318,28 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     _check_folder(folder)
     ours = _read_record(folder)  # checksums first: of a damaged file they say more than a parser does
     stored = _read_json(folder / CONFIG)
-    method_name, method = _method(stored, folder)
     tensors = _read_tensors(folder)
     if ours is not None:
         _check_base(model, ours, folder, trust_base)
+        method_name = str(ours["config"].get("method"))
+        if method_name not in METHODS:
+            raise AdapterError(f"{folder}: method {method_name!r} is none of ours. {nearest(method_name, METHODS)}")
+        method = METHODS[method_name]
         config = build(method.config, ours["config"], source=str(folder / RECORD))
+        layout = None if ours["layout"] == OWN_TYPE else method.delta.peft
     else:
-        config = _from_peft(model, stored, method_name, method, tensors, folder)
+        method_name, method = _method(stored, folder)
+        layout = method.delta.peft
+        config = _from_peft(model, stored, method_name, method, folder)
     try:
-        attach(model, config, name=name)
+        attach(model, config, name=name, seed=ours["seed"] if ours else 0, start=False)
     except TargetError as error:
         raise AdapterError(f"{folder}: does not fit this model: {error}") from None
     try:
-        _fill(model, name, _layout(method), tensors, folder)
+        _make_room(model, name, layout, tensors)
+        _fill(_stored_tensors(model, name, layout), _without_base_layers(model, tensors, folder), folder)
+        if ours is not None and not trust_base:
+            _check_rebuilt(_rebuilt(model, name), ours["rebuilt"], folder)
     except AdapterError:
         detach(model, name)
         raise
@@ -273,6 +349,44 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
         f"{len(tensors)} tensors were checked, that the base is the right one was not"
     )
+
+
+def _make_room(model: nn.Module, name: str, layout: PeftLayout | None, tensors: Mapping[str, Tensor]) -> None:
+    """Offsets are there or not there: take their place, where the file has them, so that they are filled."""
+    if layout is not None:
+        return
+    device = next(model.parameters()).device
+    for site, module in _modules(model, name).items():
+        for key in ("offset_A", "offset_B"):
+            if site and (kept := tensors.get(f"{PREFIX}{site}.{key}")) is not None:
+                setattr(module, key, torch.empty_like(kept, device=device))
+
+
+def _without_base_layers(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """PEFT writes a copy of the frozen embeddings beside a delta on them: it must be what they are, and is left out."""
+    base = base_parameters(model)
+    kept = dict(tensors)
+    for key in tensors:
+        if key.endswith(".base_layer.weight"):
+            own = base.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+            if own is None or not torch.equal(own.detach().cpu(), kept.pop(key).to(own.dtype)):
+                raise AdapterError(f"{folder / WEIGHTS}: {key} is another base's: this adapter does not belong to it")
+    return kept
+
+
+def _check_rebuilt(here: Mapping[str, list[float]], there: Mapping[str, list[float]], folder: Path) -> None:
+    wrong = [
+        key
+        for key in here.keys() | there.keys()
+        if key not in here
+        or key not in there
+        or any(abs(a - b) > 1e-4 * (1 + abs(b)) for a, b in zip(here[key], there[key], strict=True))
+    ]
+    if wrong:
+        raise AdapterError(
+            f"{folder}: {len(wrong)} frozen tensors are made again from the seed, and came out other than they were: "
+            f"{sorted(wrong)[0]}. Another version of torch? Load it with the one that wrote it, and merge or export it"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -303,6 +417,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / RECORD).is_file():
         return None
     ours = _read_json(folder / RECORD)
+    ours = {"layout": "LORA", "seed": 0, "rebuilt": {}, **ours}  # what version 0.1.0 did not write
     whole = {"base": ("name", "digest", "config", "tensors"), "config": (), "sha256": (CONFIG, WEIGHTS)}
     for part, keys in whole.items():
         if not isinstance(ours.get(part), dict) or not ours[part].keys() >= set(keys):
@@ -320,10 +435,19 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _method(stored: dict[str, Any], folder: Path) -> tuple[str, Method]:
+    """The method whose layout has this type, and these values where several methods have it."""
     kind = stored.get("peft_type")
-    for name, method in METHODS.items():
-        if method.delta.peft is not None and method.delta.peft.type == kind:
+    if kind == OWN_TYPE:
+        raise AdapterError(f"{folder}: {RECORD} is gone, and without it this adapter cannot be read: restore the file")
+    of_kind = [(n, m, m.delta.peft) for n, m in METHODS.items() if m.delta.peft and m.delta.peft.type == kind]
+    for name, method, layout in of_kind:
+        if all(stored.get(key, value) == value for key, value in layout.constants.items()):
             return name, method
+    if of_kind:
+        name, method, layout = of_kind[0]
+        wrong = {k: stored[k] for k, v in layout.constants.items() if stored.get(k, v) != v}
+        says = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
+        raise AdapterError(f"{folder / CONFIG}: {says} changes what the adapter computes, and is not supported here")
     known = [m.delta.peft.type for m in METHODS.values() if m.delta.peft is not None]
     raise AdapterError(f"{folder / CONFIG}: peft_type {kind!r} is no method here. {nearest(str(kind), known)}")
 
@@ -335,7 +459,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file}: not a complete safetensors file: {error}") from None
-    problems = [f"{k}: dtype {t.dtype}" for k, t in tensors.items() if not t.is_floating_point()]
+    whole = (torch.int32, torch.int64)  # indices
+    problems = [
+        f"{k}: dtype {t.dtype}" for k, t in tensors.items() if not t.is_floating_point() and t.dtype not in whole
+    ]
     problems += [
         f"{k}: holds NaN or infinity" for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()
     ]
@@ -365,35 +492,42 @@ def _check_base(model: nn.Module, ours: dict[str, Any], folder: Path, trust_base
         )
 
 
-def _from_peft(
-    model: nn.Module, stored: dict[str, Any], name: str, method: Method, tensors: dict[str, Tensor], folder: Path
-) -> DeltaConfig:
+def _from_peft(model: nn.Module, stored: dict[str, Any], name: str, method: Method, folder: Path) -> DeltaConfig:
     """Our config for an adapter of another tool. A key that we would have to ignore is refused."""
-    layout, file = _layout(method), folder / CONFIG
+    layout, file = method.delta.peft, folder / CONFIG
+    assert layout is not None
     known = {key: ours for ours, key in layout.fields.items()}
+    neutral = _neutral(layout) | {key: (value,) for key, value in layout.constants.items()}
+    facts = {"target_modules", *layout.patterns.values(), *layout.harmless, *HARMLESS}
+    if layout.facts is not None:
+        first = sites_of(model, method.config())  # type: ignore[call-arg]
+        facts |= set(layout.facts(first[0], method.config()))  # type: ignore[call-arg]
     for key, value in stored.items():
-        if key in known or key in HARMLESS or key in layout.patterns.values():
+        if key in known or key in facts:
             continue
-        if key not in NEUTRAL:
+        if key not in neutral:
             raise AdapterError(
-                f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, NEUTRAL)}"
+                f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, neutral)}"
             )
-        if value not in NEUTRAL[key]:
+        if value not in neutral[key]:
             raise AdapterError(f"{file}: {key}={value!r} changes what the adapter computes, and is not supported here")
-    if stored.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
+    start = stored.get("init_lora_weights")
+    if start not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise AdapterError(
-            f"{file}: init_lora_weights={stored['init_lora_weights']!r} means that the stored factors do not belong to "
+            f"{file}: init_lora_weights={start!r} means that the stored factors do not belong to "
             "the untouched base: save it with path_initial_model_for_weight_conversion in PEFT"
         )
-    targets = stored.get("target_modules")
-    if not isinstance(targets, str | list) or not targets:
-        raise AdapterError(f"{file}: target_modules must be a text or a list of names, this is {targets!r}")
-    tree = {"method": name, **{known[k]: v for k, v in stored.items() if k in known}}
-    config = build(
-        method.config, tree | {"targets": targets if isinstance(targets, str) else tuple(targets)}, source=str(file)
-    )
+    tree = {"method": name, **{known[k]: v for k, v in stored.items() if k in known and v is not None}}
+    if "model" not in method.delta.kinds:
+        targets = stored.get("target_modules")
+        if not isinstance(targets, str | list) or not targets:
+            raise AdapterError(f"{file}: target_modules must be a text or a list of names, this is {targets!r}")
+        tree["targets"] = targets if isinstance(targets, str) else tuple(targets)
+    if layout.translate is not None:
+        tree |= layout.translate(stored)
+    config = build(method.config, tree, source=str(file))
     try:
-        sites = find_sites(model, config.targets)
+        sites = [site.name for site in sites_of(model, config)]
     except TargetError as error:
         raise AdapterError(f"{folder}: does not fit this model: {error}") from None
     return replace(config, patterns=_patterns(stored, layout, sites))
@@ -411,24 +545,20 @@ def _patterns(stored: dict[str, Any], layout: PeftLayout, sites: list[str]) -> d
     return found
 
 
-def _fill(model: nn.Module, name: str, layout: PeftLayout, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    expected: dict[str, nn.Parameter] = {}
-    for site, host in hosts(model).items():
-        if name in host.deltas:
-            for key, suffix in layout.tensors.items():
-                expected[f"{PREFIX}{site}.{suffix}"] = host.deltas[name].get_parameter(key)
+def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
     problems = [f"missing: {key}. {nearest(key, tensors)}" for key in expected.keys() - tensors.keys()]
     problems += [f"unexpected: {key}. {nearest(key, expected)}" for key in tensors.keys() - expected.keys()]
-    problems += [
-        f"{key}: has shape {list(tensors[key].shape)}, this model needs {list(parameter.shape)}"
-        for key, parameter in expected.items()
-        if key in tensors and tensors[key].shape != parameter.shape
-    ]
+    for key in expected.keys() & tensors.keys():
+        ours, theirs = expected[key], tensors[key]
+        if ours.shape != theirs.shape:
+            problems.append(f"{key}: has shape {list(theirs.shape)}, this model needs {list(ours.shape)}")
+        elif ours.is_floating_point() != theirs.is_floating_point():
+            problems.append(f"{key}: has dtype {theirs.dtype}, this model needs {ours.dtype}")
     if problems:
         raise AdapterError(f"{folder / WEIGHTS}: does not fit this model:\n{numbered(sorted(problems))}")
     with torch.no_grad():
-        for key, parameter in expected.items():
-            parameter.copy_(tensors[key])
+        for key, tensor in expected.items():
+            tensor.copy_(tensors[key])
 
 
 # The model card --------------------------------------------------------------------------------------------------
@@ -439,17 +569,24 @@ def model_card(model: nn.Module, name: str = "default", facts: Mapping[str, str]
     record, base = attachment(model), base_record(model)
     config = record.configs[name]
     method = METHODS[config.method]
-    count = sum(p.numel() for h in hosts(model).values() if name in h.deltas for p in h.deltas[name].parameters())
+    count = sum(p.numel() for p in parameters_of(model, name))
     rows = {
         "base": base.name,
         "base fingerprint": fingerprint(model).digest,
         "method": f"{config.method} ({method.delta.paper})",
-        "trainable parameters": f"{count:,} on {len(record.sites[name])} layers",
+        "trainable parameters": f"{count:,} on {len(record.sites[name])} sites",
         **(facts or {}),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    reason = why_not_peft(model, name)
+    library = "graftlm" if reason else "peft"
+    used = (
+        f"PEFT does not load the folder: {reason}. `graft export` makes what other tools read."
+        if reason
+        else "The folder is in PEFT's layout: `PeftModel.from_pretrained(base, folder)` loads it too."
+    )
     return f"""---
-library_name: peft
+library_name: {library}
 base_model: {base.name}
 pipeline_tag: text-generation
 tags: ["base_model:adapter:{base.name}", {config.method}, transformers, graftlm]
@@ -467,6 +604,6 @@ tags: ["base_model:adapter:{base.name}", {config.method}, transformers, graftlm]
 graft generate --base {base.name} --adapter . --prompt "..."
 ```
 
-The folder is in PEFT's layout: `PeftModel.from_pretrained(base, folder)` loads it too.
+{used}
 Written by graftlm {__version__}.
 """

@@ -81,6 +81,7 @@ class Bottleneck(Delta):
     """y' = y + U tanh(D y): no change of weights. Its halves are layers, on which no other delta may sit."""
 
     family, paper, formula = "addition", "arXiv: made for a test", "4 * d_out + 4 + 4 * d_out + d_out"
+    not_mergeable = "there is a tanh in it"
 
     def __init__(self, site: Site, config: BottleneckConfig) -> None:
         super().__init__(site, config)

@@ -143,7 +143,7 @@ def test_the_row_of_the_table_says_what_lora_is() -> None:
 
 def test_the_zero_init_is_in_the_table_and_changes_nothing() -> None:
     delta = Lora(site(), LoraConfig())
-    assert INITS["zero"](site(), delta) == {}
+    assert INITS["zero"].make(site(), delta) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation. Liu et al. 2024, arXiv:2402.09353, equation 5.
+
+    W' = m * V / ||V||        V = W + s B A      || || the norm of each row (the paper writes W transposed: columns)
+
+    A [r, d_in]  B [d_out, r]  m [d_out], at first ||W||      s = alpha / r
+
+The norm counts as a constant in the backward pass (section 4.3). It is not computed from V, which would cost a product
+over all of W, but from ||W||^2, W A^T and A A^T.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import Flag, PositiveCount, PositiveRate, config
+from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
+from graftlm.deltas.lora import Lora, LoraConfig
+
+
+@config
+class DoraConfig(DeltaConfig):
+    method: Literal["dora"] = "dora"
+    r: PositiveCount = 16
+    alpha: PositiveRate = 32
+    rslora: Flag = False
+
+
+class Dora(WeightDelta):
+    family = "reparameterisation"
+    paper = "Liu et al. 2024, arXiv:2402.09353"
+    formula = "r * (d_in + d_out) + d_out"
+    peft = PeftLayout(
+        type="LORA",
+        tensors={"V.A": "lora_A.weight", "V.B": "lora_B.weight", "m": "lora_magnitude_vector"},
+        fields=Lora.peft.fields,
+        patterns=Lora.peft.patterns,
+        constants={"use_dora": True},
+    )
+
+    def __init__(self, site: Site, config: DoraConfig) -> None:
+        super().__init__(site, config)
+        self.V = Lora(site, LoraConfig(r=config.r, alpha=config.alpha, rslora=config.rslora))
+        self.m = nn.Parameter(torch.ones(site.d_out))
+
+    def start(self) -> None:
+        self.m.copy_(self.site.W().norm(dim=1))
+
+    def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        V = W + self.V.matrix()
+        return (self.m / V.detach().norm(dim=1))[:, None] * V, b
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        A, B = self.V.factors()
+        return base.low_rank(x, A, B, gain=self.m / self._norm(A.detach(), B.detach(), base))
+
+    @torch.no_grad()
+    def _norm(self, A: Tensor, B: Tensor, base: Base) -> Tensor:
+        """||W + B A|| of each row, [d_out]."""
+        cross = 2 * (B * base.product(A)).sum(1)
+        return (base.row_squares() + cross + ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()

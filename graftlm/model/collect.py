@@ -1,0 +1,66 @@
+"""The collector: what inits and methods may want to know of the data before they start, gathered once.
+
+gradient        dL/dW [d_out, d_in], the mean over the passes
+second_moment   the mean of x x^T over all tokens [d_in, d_in]
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.deltas.base import DeltaConfig
+from graftlm.model.attach import sites_of
+from graftlm.model.bases import view
+
+
+def collect(
+    model: Any, config: DeltaConfig, needs: Iterable[str], losses: Iterable[Callable[[], Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """{site: {name: tensor}} for the sites that `config` means, float32, from passes over the bare base.
+
+    Each entry of `losses` runs the model once and returns its loss. No weight gradient is kept but the running mean,
+    and that layer by layer: memory is one matrix a site.
+    """
+    needs = tuple(needs)
+    sites = [site.name for site in sites_of(model, config)]
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in sites}
+    tokens = dict.fromkeys(sites, 0)
+    passes = 0
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            if "second_moment" in needs:
+                _add(sums[name], "second_moment", x.T @ x)
+                tokens[name] += len(x)
+            if "gradient" in needs and y.requires_grad:
+                y.register_hook(lambda g: _add(sums[name], "gradient", g.reshape(-1, g.shape[-1]).float().T @ x))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in sites:
+            layer = model.get_submodule(name)
+            base = view(layer)
+            assert base is not None, "statistics are gathered before the delta is attached"
+            assert base.kind == "linear", f"{name}: statistics are gathered at linear layers"
+            stack.callback(layer.register_forward_hook(watch(name)).remove)
+        embeddings = model.get_input_embeddings()
+        stack.callback(embeddings.register_forward_hook(lambda _, __, y: y.requires_grad_()).remove)
+        for loss in losses:
+            passes += 1
+            with torch.set_grad_enabled("gradient" in needs):
+                made = loss()
+            if "gradient" in needs:
+                made.backward()
+    for name, found in sums.items():
+        for key, tensor in found.items():
+            tensor.div_(passes if key == "gradient" else tokens[name])
+    return sums
+
+
+def _add(where: dict[str, Tensor], key: str, value: Tensor) -> None:
+    where[key] = value if key not in where else where[key].add_(value)

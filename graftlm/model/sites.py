@@ -1,0 +1,191 @@
+"""Sites: every place in a model where a delta can sit, and which of them a config means."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from graftlm.config import build, to_tree
+from graftlm.deltas import METHODS
+from graftlm.deltas.base import DeltaConfig, Targets, matches
+from graftlm.errors import TargetError, nearest
+from graftlm.model.bases import KINDS, view
+from graftlm.model.hosts import Host, LayerHost
+
+CHILD = "graft"
+"""The name under which a host that works by hooks is a child of the module that it serves."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A candidate: the module, and what kind of site it is."""
+
+    module: nn.Module
+    kind: str
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The part of a language model between ids and last hidden states; None for other models."""
+    getter = getattr(model, "get_decoder", None)
+    decoder = getter() if getter else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Every place for a delta, by name, in the order of the model; a host counts as the layer that it holds."""
+    found: dict[str, Place] = {}
+    inside: list[str] = []  # a delta may have layers of its own, on which no other delta sits
+    decoder = decoder_of(model)
+    layers = _transformer_layers(model, decoder)
+    for name, module in model.named_modules():
+        if name.startswith(tuple(inside)):
+            continue
+        if isinstance(module, Host):
+            inside.append(f"{name}.")
+            if isinstance(module, LayerHost):
+                found[name] = Place(module.base, module.view.kind)
+        elif name == "graft_shared":
+            inside.append(f"{name}.")
+        elif (made := view(module)) is not None:
+            found[name] = Place(module, made.kind)
+        elif decoder is not None and module is decoder:
+            found[name] = Place(decoder, "model")
+        elif name.rpartition(".")[0] in layers and _has_linear(module):
+            found[name] = Place(module, "sublayer")
+    return found
+
+
+def _transformer_layers(model: nn.Module, decoder: nn.Module | None) -> set[str]:
+    """The names of the items of the decoder's longest list of modules."""
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.startswith(prefix)}
+    if decoder is None or not lists:
+        return set()
+    name = max(lists, key=lambda key: (len(lists[key]), -key.count(".")))
+    return {f"{name}.{number}" for number in range(len(lists[name]))}
+
+
+def _has_linear(module: nn.Module) -> bool:
+    layers = (m.base if isinstance(m, LayerHost) else m for m in module.modules())
+    return any((made := view(layer)) is not None and made.kind == "linear" for layer in layers)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, or None for a model without one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter else None
+    return head.base if isinstance(head, LayerHost) else head
+
+
+def _is_attention(name: str) -> bool:
+    return "attn" in name.rpartition(".")[2] or "attention" in name.rpartition(".")[2]
+
+
+def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("linear", "embedding", "norm")) -> list[str]:
+    """The names of the places of these kinds that `targets` means; raises TargetError for what matches none of them.
+
+    Keywords: `all-linear` (the output head left out), `all-norms`, `all-embeddings`, `all` (these three),
+    `all-attention`, `all-mlp`, `all-sublayers` and `model`. Another string: a regular expression for the whole name.
+    A tuple: each entry the end of a name, from a dot on (the rules of PEFT, so that its adapters mean the same here).
+    """
+    layers = {name: place for name, place in places(model).items() if place.kind in kinds}
+    if isinstance(targets, str) and targets in KEYWORDS:
+        wanted, head = KEYWORDS[targets], output_head(model)
+        found = [name for name, place in layers.items() if place.kind in wanted and place.module is not head]
+        if targets in ("all-attention", "all-mlp"):
+            found = [name for name in found if _is_attention(name) == (targets == "all-attention")]
+        return found
+    if isinstance(targets, str):
+        pattern = _compile(targets)
+        found = [name for name in layers if pattern.fullmatch(name)]
+        if not found:
+            raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {_what_there_is(layers)}")
+        return found
+    for suffix in targets:
+        if not any(matches((suffix,), name) for name in layers):
+            others = [n for n, m in model.named_modules() if matches((suffix,), n)]
+            if others:
+                kind = type(model.get_submodule(others[0])).__name__
+                raise TargetError(
+                    f"targets: {suffix!r} is a {kind} ({others[0]}); this delta can sit on {_kinds(kinds)}. "
+                    f"{_what_there_is(layers)}"
+                )
+            near = nearest(suffix, [n.rpartition(".")[2] for n in layers])
+            raise TargetError(f"targets: {suffix!r} matches no layer. {near}\n{_what_there_is(layers)}")
+    return [name for name in layers if matches(targets, name)]
+
+
+KEYWORDS = {
+    "all-linear": ("linear",),
+    "all-norms": ("norm",),
+    "all-embeddings": ("embedding",),
+    "all": ("linear", "norm", "embedding"),
+    "all-attention": ("sublayer",),
+    "all-mlp": ("sublayer",),
+    "all-sublayers": ("sublayer",),
+    "model": ("model",),
+}
+
+
+def _kinds(kinds: Sequence[str]) -> str:
+    classes = {"linear": [k.__name__ for k in KINDS if "Embedding" not in k.__name__ and "Norm" not in k.__name__]}
+    return ", ".join(name for kind in kinds for name in classes.get(kind, [f"a {kind}"]))
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def _what_there_is(layers: Mapping[str, Any]) -> str:
+    """The kinds of name among the places, with how many there are of each: the list a user needs to mend targets."""
+    counts: dict[str, int] = {}
+    for name in layers:
+        generic = re.sub(r"\.\d+\.", ".*.", name)
+        counts[generic] = counts.get(generic, 0) + 1
+    if not counts:
+        return "This model has no place of such a kind"
+    return "This model has: " + ", ".join(f"{name} ({n})" for name, n in counts.items())
+
+
+def config_at(config: DeltaConfig, name: str) -> DeltaConfig:
+    """The config for one site: the fields of the first pattern that matches the end of its name are replaced."""
+    for pattern, overrides in config.patterns.items():
+        if pattern_matches(pattern, name):
+            return build(type(config), to_tree(config) | dict(overrides), source=f"patterns: {pattern!r}")
+    return config
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def check_patterns(config: DeltaConfig, sites: Sequence[str]) -> None:
+    delta = METHODS[config.method].delta
+    allowed = {f.name for f in fields(config)} - {"method", "init", "targets", "patterns"}
+    if delta.peft is not None:  # what PEFT's format cannot say would be lost when the adapter is read
+        allowed = set(delta.peft.patterns)
+    if type(config).share is not DeltaConfig.share:
+        allowed &= {"dropout"}  # what sites share has one size
+    for pattern, overrides in config.patterns.items():
+        _compile(pattern)
+        if not any(pattern_matches(pattern, name) for name in sites):
+            raise TargetError(f"patterns: {pattern!r} matches none of the {len(sites)} sites, such as {sites[0]}")
+        for key in overrides:
+            if key not in allowed:
+                raise TargetError(f"patterns: {pattern!r} sets {key!r}, which no pattern can. {nearest(key, allowed)}")
+
+
+def site_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def layer_number(name: str) -> int | None:
+    """The transformer layer that a name lies in: the first number in it."""
+    number = re.search(r"\.(\d+)(\.|$)", name)
+    return int(number[1]) if number else None

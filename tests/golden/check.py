@@ -1,0 +1,91 @@
+"""Comparison of whole tensors, outputs and gradients, with an independent implementation.
+
+`against_peft` for every method that PEFT has too: both ways through the disk. `against_reference` for the others: a
+plain function of the test that computes the layer by another reading of the paper.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from graftlm.deltas import METHODS
+from graftlm.model import store
+from graftlm.model.attach import attachment, hosts, trainable
+from graftlm.model.hosts import LayerHost
+from graftlm.testing import close, ids, logits, perturbed, tiny_model
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def against_peft(
+    name: str, peft_config: Any, folder: Path, *, base: Callable[[], Any] = tiny_model, scale: float = 0.1
+) -> Any:
+    """PEFT's adapter in ours and ours in PEFT: logits and every gradient; returns our model with PEFT's adapter."""
+    theirs = get_peft_model(base(), peft_config).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainable(theirs).values():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(folder / "theirs")
+    ours = base()
+    store.load_adapter(ours, folder / "theirs")
+    assert attachment(ours).configs["default"].method == name
+    close(logits(ours), _rows(theirs), f"{name}: PEFT's adapter here against PEFT")
+    for model in (ours, theirs):
+        out = model(ids()).logits[:, -ids().shape[1] :]  # PEFT also returns the positions of a prompt
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    layout = METHODS[name].delta.peft
+    mine = {k: t for k, t in store._stored_tensors(ours, "default", layout).items() if isinstance(t, nn.Parameter)}
+    wanted = {key.replace(".default", ""): p for key, p in trainable(theirs).items()}
+    wanted = {("prompt_embeddings" if "prompt_encoder" in key else key): p for key, p in wanted.items()}
+    wanted = {key.replace("magnitude_vector.weight", "magnitude_vector"): p for key, p in wanted.items()}  # as on disk
+    assert mine.keys() == wanted.keys()
+    for key, parameter in mine.items():
+        assert parameter.grad is not None
+        assert wanted[key].grad is not None
+        close(parameter.grad, wanted[key].grad, f"{name}: gradient of {key}")
+    store.save_adapter(ours, folder / "ours")
+    again = PeftModel.from_pretrained(base(), folder / "ours")
+    close(_rows(again), _rows(theirs), f"{name}: our adapter in PEFT")
+    return ours
+
+
+def _rows(model: Any) -> Tensor:
+    return logits(model)[:, -ids().shape[1] :]
+
+
+Reference = Callable[[Mapping[str, Tensor], Tensor, Tensor | None, Tensor, Any], Tensor]
+"""(the delta's tensors by name, W, b, x, the delta) -> the layer's output"""
+
+
+def against_reference(name: str, reference: Reference, *, base: Callable[[], Any] = tiny_model, **changes: Any) -> None:
+    """At every site of the tiny model: the layer's output and every gradient, ours against the reference's."""
+    model = perturbed(name, base(), **changes)
+    for site, host in hosts(model).items():
+        assert isinstance(host, LayerHost)
+        (delta,) = host.on()
+        if host.view.kind == "embedding":
+            x = torch.randint(0, delta.site.d_in, (7,), generator=torch.Generator().manual_seed(2))
+        else:
+            x = torch.randn(7, delta.site.d_in, generator=torch.Generator().manual_seed(2))
+        tensors = {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
+        weights = {key: p for key, p in tensors.items() if p.requires_grad}
+        if delta.site.shared is not None:
+            tensors |= {f"shared.{k}": t for k, t in delta.site.shared.named_buffers()}
+            shared = {f"shared.{k}": p for k, p in delta.site.shared.named_parameters()}
+            tensors, weights = tensors | shared, weights | shared
+        results = []
+        for y in (host(x), reference(tensors, host.view.weight, host.view.bias, x, delta)):
+            direction = torch.linspace(-1, 1, y.numel()).view_as(y)
+            grads = torch.autograd.grad((y * direction).sum(), list(weights.values()), allow_unused=True)
+            results.append((y, dict(zip(weights, grads, strict=True))))
+        (y, grads), (wanted_y, wanted) = results
+        close(y, wanted_y, f"{name} at {site}: output")
+        for key in weights:
+            assert (grads[key] is None) == (wanted[key] is None), f"{name} at {site}: {key} has a gradient in one only"
+            if grads[key] is not None:
+                close(grads[key], wanted[key], f"{name} at {site}: gradient of {key}")
