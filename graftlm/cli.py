@@ -30,7 +30,9 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 BaseOption = Annotated[str, typer.Option("--base", help="smollm2, a folder, a .gguf file or a hub id.")]
-AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, ours or PEFT's.")]
+AdapterOption = Annotated[
+    list[Path] | None, typer.Option("--adapter", help="An adapter folder, ours or PEFT's; several act in this order.")
+]
 NetworkOption = Annotated[bool, typer.Option("--network", help="Allow a base to be fetched from the hub.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
@@ -144,7 +146,7 @@ def generate(
     """Answer one prompt and print the answer."""
     from graftlm.training.answer import answer
 
-    model, tokenizer = _load(base, adapter, network)
+    model, tokenizer = _load(base, adapter or [], network)
     print(answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
 
@@ -166,7 +168,7 @@ def chat(
     from graftlm.model.attach import activate, attachment
     from graftlm.training.answer import answer
 
-    model, tokenizer = _load(base, adapter, network)
+    model, tokenizer = _load(base, adapter or [], network)
     start = [Message("system", system)] if system else []
     history, mode = list(start), "tuned" if adapter else "base"
 
@@ -181,7 +183,7 @@ def chat(
         if line == "/new":
             history = list(start)
         elif line in ("/base", "/tuned"):
-            if adapter is None:
+            if not adapter:
                 typer.secho("there is no delta: start with --adapter FOLDER", fg="yellow", err=True)
                 continue
             mode = line[1:]
@@ -221,47 +223,152 @@ def _write(piece: str) -> None:
     sys.stdout.flush()
 
 
-def _load(base: str, adapter: Path | None, network: bool) -> tuple[Any, Any]:
+def _load(base: str, adapters: list[Path], network: bool) -> tuple[Any, Any]:
     from graftlm.model.load import load_base
-    from graftlm.model.store import load_adapter
+    from graftlm.model.store import adapters_in, load_adapter
 
     _quiet_libraries()
     model, tokenizer = load_base(base, network=network)
-    if adapter is not None:
-        typer.secho(load_adapter(model, adapter), dim=True, err=True)
-        template = adapter / "chat_template.jinja"
-        if template.is_file():  # what it was trained with is what it is asked with
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+    several = sum(len(adapters_in(folder)) for folder in adapters) > 1
+    for number, folder in enumerate(adapters):
+        for name, path in adapters_in(folder).items():
+            unique = f"{number + 1}-{name}" if several else name
+            typer.secho(load_adapter(model, path, name=unique), dim=True, err=True)
+            template = path / "chat_template.jinja"
+            if template.is_file():  # what it was trained with is what it is asked with
+                tokenizer.chat_template = template.read_text(encoding="utf-8")
     return model, tokenizer
 
 
-@app.command()
-def methods(as_json: JsonOption = False) -> None:
-    """List the methods, and what each can do."""
-    from graftlm.deltas import METHODS
+DtypeOption = Annotated[str, typer.Option("--dtype", help="fp32, or bf16: half the size, and rounding is reported.")]
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "family": method.delta.family,
-            "paper": method.delta.paper,
-            "parameters": method.delta.formula,
-            "mergeable": method.mergeable,
-            "factors": method.has_factors,
-            "peft_type": method.delta.peft.type if method.delta.peft else None,
-        }
-        for name, method in METHODS.items()
-    ]
+
+@app.command()
+def merge(
+    adapter: Annotated[list[Path], typer.Option("--adapter", help="An adapter folder; several act in this order.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")],
+    base: BaseOption = "smollm2",
+    dtype: DtypeOption = "fp32",
+    network: NetworkOption = False,
+) -> None:
+    """Write the base with one or more adapters folded in, as a model that needs neither graftlm nor PEFT."""
+    from graftlm.model.export import export
+
+    model, tokenizer = _load(base, adapter, network)
+    made = export(model, out, to="merged", dtype=_dtype(dtype), tokenizer=tokenizer)
+    _say_what_rounding_lost(made["lost"], dtype)
+    typer.secho(f"wrote {out}", err=True)
+
+
+@app.command("export")
+def export_command(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder, ours or PEFT's.")],
+    to: Annotated[str, typer.Option("--to", help="peft, plain-lora, merged, gguf or delta.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")],
+    base: BaseOption = "smollm2",
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Keep so many factors of a delta that has none exactly.")
+    ] = None,
+    dtype: DtypeOption = "fp32",
+    as_json: JsonOption = False,
+    network: NetworkOption = False,
+) -> None:
+    """Write an adapter in a form that others read, and say which server will take it."""
+    from graftlm.errors import TargetError
+    from graftlm.model.export import EXPORTS, export
+    from graftlm.model.lint import lint, to_json
+
+    if to not in EXPORTS:
+        raise TargetError(f"--to {to}: no such kind. {nearest(to, EXPORTS)}")
+    model, tokenizer = _load(base, [adapter], network)
+    made = export(model, out, to=to, rank=rank, dtype=_dtype(dtype), tokenizer=tokenizer)
+    verdicts = lint(out)
+    if as_json:
+        print(json.dumps(made | {"servers": to_json(verdicts)}, indent=2))
+        return
+    if "errors" in made and not made["exact"]:
+        worst = max(made["errors"], key=made["errors"].get)
+        print(f"not exact: rank {made['rank']} leaves out {made['errors'][worst]:.1%} of {worst}, the worst layer")
+    _say_what_rounding_lost(made.get("lost", []), dtype)
+    for verdict in verdicts:
+        print(f"{verdict.server:14}{'yes' if verdict.accepts else 'no':5}{'; '.join(verdict.why)}")
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    from graftlm.errors import TargetError
+
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if name not in known:
+        raise TargetError(f"--dtype {name}: no such dtype. {nearest(name, known)}")
+    return known[name]
+
+
+def _say_what_rounding_lost(lost: list[tuple[str, float]], dtype: str) -> None:
+    if dtype == "fp32" or not lost:
+        return
+    worst, share = lost[0]
+    middle = lost[len(lost) // 2][1]
+    typer.secho(
+        f"warning: {dtype} loses {middle:.0%} of the change of the middle layer and {share:.0%} of {worst}, the worst; "
+        "--dtype fp32 keeps it whole",
+        fg="yellow",
+        err=True,
+    )
+
+
+@app.command()
+def methods(
+    wanted: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="What matters, in words: quality, memory, speed, size, forgetting, serving, merging."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the methods: what each can do, and what it did on the job of benchmarks/methods."""
+    from graftlm.training.advice import facts, suggest
+
+    rows = facts() if wanted is None else suggest(wanted)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*rows[0])
+    shown = {key: heading for key, heading in METHOD_COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    table = Table(*shown.values())
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(_short(row.get(key)) for key in shown))
     Console().print(table)
+
+
+METHOD_COLUMNS = {
+    "name": "method",
+    "family": "family",
+    "mergeable": "merges",
+    "factors": "is LoRA",
+    "peft_type": "in PEFT",
+    "learning_rate": "rate",
+    "parameters_trained": "parameters",
+    "held_out_loss": "held-out loss",
+    "rouge_l": "ROUGE-L",
+    "forgotten": "forgotten",
+    "step_ratio": "step / LoRA's",
+    "peak_gib": "peak GiB",
+    "why": "why",
+}
+"""What the table shows of a method's facts; `--json` prints all of them."""
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _quiet_libraries() -> None:

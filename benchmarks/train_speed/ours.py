@@ -45,7 +45,7 @@ def main() -> None:
             model,
             (pack(batch, args.pack_tokens) for batch in batches),
             loss="supervised",
-            optimiser=adamw(trainable(model).values(), learning_rate=args.learning_rate, weight_decay=0.0),
+            optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=warmup_cosine(steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,
         )

@@ -3,16 +3,56 @@
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, WeightDelta
 from graftlm.deltas.bitfit import BitFit, BitFitConfig
+from graftlm.deltas.block_lora import BlockLora, BlockLoraConfig
+from graftlm.deltas.boft import Boft, BoftConfig
+from graftlm.deltas.bone import Bone, BoneConfig
+from graftlm.deltas.diff_pruning import DiffPruning, DiffPruningConfig
 from graftlm.deltas.dora import Dora, DoraConfig
+from graftlm.deltas.dvora import Dvora, DvoraConfig
+from graftlm.deltas.eigenlorax import EigenLorax, EigenLoraxConfig
+from graftlm.deltas.flora import Flora, FloraConfig
+from graftlm.deltas.fourierft import FourierFT, FourierFTConfig
 from graftlm.deltas.full import Full, FullConfig
+from graftlm.deltas.glora import Glora, GloraConfig
 from graftlm.deltas.houlsby import Houlsby, HoulsbyConfig
+from graftlm.deltas.hra import Hra, HraConfig
 from graftlm.deltas.ia3 import Ia3, Ia3Config
+from graftlm.deltas.intrinsic import Intrinsic, IntrinsicConfig
+from graftlm.deltas.kasa import Kasa, KasaConfig
+from graftlm.deltas.lamda import Lamda, LamdaConfig
+from graftlm.deltas.last_layers import LastLayers, LastLayersConfig
+from graftlm.deltas.loha import Loha, LohaConfig
+from graftlm.deltas.lokr import Lokr, LokrConfig
+from graftlm.deltas.loldu import Loldu, LolduConfig
 from graftlm.deltas.lora import Lora, LoraConfig
+from graftlm.deltas.lora_mini import LoraMini, LoraMiniConfig
+from graftlm.deltas.lora_xs import LoraXs, LoraXsConfig
+from graftlm.deltas.melora import MeLora, MeLoraConfig
+from graftlm.deltas.mora import Mora, MoraConfig
+from graftlm.deltas.moslora import MosLora, MosLoraConfig
+from graftlm.deltas.multilora import MultiLora, MultiLoraConfig
+from graftlm.deltas.nlora import Nlora, NloraConfig
+from graftlm.deltas.nola import Nola, NolaConfig
+from graftlm.deltas.nora import Nora, NoraConfig
+from graftlm.deltas.norm_tuning import NormTuning, NormTuningConfig
+from graftlm.deltas.oft import Oft, OftConfig
+from graftlm.deltas.parallel import Parallel, ParallelConfig
+from graftlm.deltas.pfeiffer import Pfeiffer, PfeifferConfig
+from graftlm.deltas.pmss import Pmss, PmssConfig
 from graftlm.deltas.prefix import Prefix, PrefixConfig
 from graftlm.deltas.prompt import Prompt, PromptConfig
+from graftlm.deltas.randlora import RandLora, RandLoraConfig
 from graftlm.deltas.reslora import ResLora, ResLoraConfig
+from graftlm.deltas.s2ft import S2ft, S2ftConfig
+from graftlm.deltas.shira import Shira, ShiraConfig
+from graftlm.deltas.smt import Smt, SmtConfig
+from graftlm.deltas.spiel import Spiel, SpielConfig
+from graftlm.deltas.tied_lora import TiedLora, TiedLoraConfig
+from graftlm.deltas.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from graftlm.deltas.vb_lora import VbLora, VbLoraConfig
 from graftlm.deltas.vera import Vera, VeraConfig
 
 
@@ -33,15 +73,55 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "adalora": Method(AdaLoraConfig, AdaLora),
     "bitfit": Method(BitFitConfig, BitFit),
+    "block-lora": Method(BlockLoraConfig, BlockLora),
+    "boft": Method(BoftConfig, Boft),
+    "bone": Method(BoneConfig, Bone),
+    "diff-pruning": Method(DiffPruningConfig, DiffPruning),
     "dora": Method(DoraConfig, Dora),
+    "dvora": Method(DvoraConfig, Dvora),
+    "eigenlorax": Method(EigenLoraxConfig, EigenLorax),
+    "flora": Method(FloraConfig, Flora),
+    "fourierft": Method(FourierFTConfig, FourierFT),
     "full": Method(FullConfig, Full),
+    "glora": Method(GloraConfig, Glora),
     "houlsby": Method(HoulsbyConfig, Houlsby),
+    "hra": Method(HraConfig, Hra),
     "ia3": Method(Ia3Config, Ia3),
+    "intrinsic": Method(IntrinsicConfig, Intrinsic),
+    "kasa": Method(KasaConfig, Kasa),
+    "lamda": Method(LamdaConfig, Lamda),
+    "last-layers": Method(LastLayersConfig, LastLayers),
+    "loha": Method(LohaConfig, Loha),
+    "lokr": Method(LokrConfig, Lokr),
+    "loldu": Method(LolduConfig, Loldu),
     "lora": Method(LoraConfig, Lora),
+    "lora-mini": Method(LoraMiniConfig, LoraMini),
+    "lora-xs": Method(LoraXsConfig, LoraXs),
+    "melora": Method(MeLoraConfig, MeLora),
+    "mora": Method(MoraConfig, Mora),
+    "moslora": Method(MosLoraConfig, MosLora),
+    "multilora": Method(MultiLoraConfig, MultiLora),
+    "nlora": Method(NloraConfig, Nlora),
+    "nola": Method(NolaConfig, Nola),
+    "nora": Method(NoraConfig, Nora),
+    "norm-tuning": Method(NormTuningConfig, NormTuning),
+    "oft": Method(OftConfig, Oft),
+    "parallel": Method(ParallelConfig, Parallel),
+    "pfeiffer": Method(PfeifferConfig, Pfeiffer),
+    "pmss": Method(PmssConfig, Pmss),
     "prefix": Method(PrefixConfig, Prefix),
     "prompt": Method(PromptConfig, Prompt),
+    "randlora": Method(RandLoraConfig, RandLora),
     "reslora": Method(ResLoraConfig, ResLora),
+    "s2ft": Method(S2ftConfig, S2ft),
+    "shira": Method(ShiraConfig, Shira),
+    "smt": Method(SmtConfig, Smt),
+    "spiel": Method(SpielConfig, Spiel),
+    "tied-lora": Method(TiedLoraConfig, TiedLora),
+    "trainable-tokens": Method(TrainableTokensConfig, TrainableTokens),
+    "vb-lora": Method(VbLoraConfig, VbLora),
     "vera": Method(VeraConfig, Vera),
 }
 

@@ -41,6 +41,10 @@ class Site:
     kind: str = "linear"
     """linear, embedding, norm, sublayer or model"""
     has_bias: bool = False
+    bias: Callable[[], Tensor | None] = lambda: None
+    """b, float32 [d_out], or None."""
+    tied: bool = False
+    """Whether the output head has the same weight."""
     layer: int | None = None
     """The number of the transformer layer that it lies in, None outside of all."""
     rows: tuple[int, int] | None = None
@@ -158,6 +162,8 @@ class PeftLayout:
     """PEFT's whole config -> our fields that no single key says, for what `fields` cannot express."""
     why_not: Callable[[Any], str] | None = None
     """Our config -> why PEFT has no word for it, or an empty text."""
+    why_not_at: Callable[[Site], str] | None = None
+    """A site -> why PEFT computes something else there, or an empty text."""
 
 
 class Delta(nn.Module):

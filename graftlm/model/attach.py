@@ -26,6 +26,7 @@ from graftlm.model.sites import (
     decoder_of,
     find_sites,
     layer_number,
+    output_head,
     site_seed,
 )
 
@@ -145,8 +146,14 @@ def _site(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Sit
         "statistics": statistics.get(name, {}),
     }
     if (base := view(layer)) is not None:
-        has_bias = base.stored_bias is not None
-        return Site(name, base.d_in, base.d_out, lambda: base.weight, kind=base.kind, has_bias=has_bias, **seen)
+        head = output_head(model)
+        seen |= {
+            "bias": lambda: base.bias,
+            "has_bias": base.stored_bias is not None,
+            "kind": base.kind,
+            "tied": head is not None and head is not layer and head.weight is layer.weight,
+        }
+        return Site(name, base.d_in, base.d_out, lambda: base.weight, **seen)
     settings: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     d = settings.hidden_size
     if module is not decoder_of(model):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.deltas.base import DeltaConfig
-from graftlm.model.attach import sites_of
+from graftlm.model.attach import deltas_off, sites_of
 from graftlm.model.bases import view
+from graftlm.model.hosts import LayerHost
 
 
 def collect(
@@ -42,10 +43,12 @@ def collect(
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(deltas_off(model))
         for name in sites:
-            layer = model.get_submodule(name)
+            module = model.get_submodule(name)
+            layer = module.base if isinstance(module, LayerHost) else module
             base = view(layer)
-            assert base is not None, "statistics are gathered before the delta is attached"
+            assert base is not None
             assert base.kind == "linear", f"{name}: statistics are gathered at linear layers"
             stack.callback(layer.register_forward_hook(watch(name)).remove)
         embeddings = model.get_input_embeddings()

@@ -54,7 +54,8 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
-    if out.exists() and not (out / CONFIG).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    ours = any((path / CONFIG).is_file() for path in (out, *adapters_in(out).values()))
+    if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} is no adapter folder, so even --overwrite does not replace it: choose another folder")
     partial = Path(os.path.abspath(out)).with_name(f".{out.name}.partial-{os.getpid()}")
     try:
@@ -108,6 +109,16 @@ def _swap(partial: Path, out: Path) -> None:
         partial.rename(out)
 
 
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """The adapter that a folder is, as `default`; or those that lie in it, as a run with several deltas leaves them."""
+    if (folder / CONFIG).is_file():
+        return {"default": folder}
+    found = [file.parent for file in sorted(folder.glob(f"*/{CONFIG}"))]
+    order = {path: (_read_record(path) or {}).get("position", 0) for path in found}  # in which they act
+    inside = {path.name: path for path in sorted(found, key=lambda path: order[path])}
+    return inside or {"default": folder}
+
+
 def save_adapter(
     model: nn.Module, folder: str | Path, *, name: str | None = None, tokenizer: Any = None, overwrite: bool = False
 ) -> Path:
@@ -143,6 +154,7 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
         "base": {"name": base.name, "digest": mark.digest, "config": mark.config, "tensors": mark.tensors},
         "config": to_tree(config),
         "layout": OWN_TYPE if layout is None else layout.type,
+        "position": list(record.configs).index(name),
         "seed": record.seeds[name],
         "rebuilt": _rebuilt(model, name),
         "sha256": {file: _sha256(folder / file) for file in (CONFIG, WEIGHTS)},
@@ -174,6 +186,8 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
     if method.peft.why_not is not None and (reason := method.peft.why_not(config)):
         return reason
     for site, module in _modules(model, name).items():
+        if isinstance(module, Delta) and method.peft.why_not_at and (reason := method.peft.why_not_at(module.site)):
+            return f"{site}: {reason}"
         if getattr(module, "offset_A", None) is not None:
             return f"init {config.init!r} took a part of W out, and PEFT's format has no place for a fixed offset"
         known = method.peft.tensors if site else method.peft.shared
@@ -188,6 +202,8 @@ def _stored_tensors(model: nn.Module, name: str, layout: PeftLayout | None) -> d
     found: dict[str, Tensor] = {}
     for site, module in _modules(model, name).items():
         for key, tensor in module.state_dict(keep_vars=True).items():
+            if layout is not None and key not in (layout.tensors if site else layout.shared):
+                raise AdapterError(f"PEFT's {layout.type} has no tensor for {key} of {type(module).__name__}")
             if layout is None:
                 stored = f"{PREFIX}{site}.{key}" if site else f"base_model.graft_shared.{key}"
             elif not site:

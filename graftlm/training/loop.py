@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Count, PositiveCount, PositiveRate, Rate, Share, config
+from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LOSSES
-from graftlm.model.attach import trainable
+from graftlm.model.attach import penalty, trainable
 from graftlm.model.forward import log_probs, packed_attention
 
 
@@ -31,7 +31,10 @@ class TrainConfig:
     """Passes over the training rows, 1 if neither is given."""
     batch_rows: PositiveCount = 8
     """Rows of one optimiser step."""
-    learning_rate: PositiveRate = 5e-4
+    learning_rate: PositiveRate | None = None
+    """The largest learning rate; by default the one that was measured as good for each delta's method."""
+    in_turn: Flag = False
+    """Train several deltas one after another, each for an equal share of the steps, instead of together."""
     warmup: Share = 0.05
     """Share of the steps over which the learning rate rises; it then falls to zero along half a cosine."""
     weight_decay: Rate = 0.0
@@ -46,7 +49,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did. `loss` is in nats per supervised token, before the step."""
+    """What one optimiser step did. `loss` is in nats per supervised token, before the step and without penalties."""
 
     number: int
     loss: float
@@ -89,6 +92,8 @@ def steps(
                     )
                 (part.sum / count).backward()
                 total += float(part.sum.detach())
+        if (extra := penalty(model)) is not None:
+            extra.backward()
         _check_gradients(parameters, unmoved, number)
         norm = nn.utils.clip_grad_norm_(parameters.values(), clip)
         if not torch.isfinite(norm):

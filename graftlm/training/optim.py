@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 
-def adamw(parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with betas 0.9 and 0.999; state in float32."""
-    return torch.optim.AdamW(
-        list(parameters), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8, fused=True
-    )
+def adamw(groups: Iterable[tuple[Iterable[nn.Parameter], float]], *, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with betas 0.9 and 0.999; state in float32.
+
+    `groups` are (parameters, learning rate).
+    """
+    made = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
+    return torch.optim.AdamW(made, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def warmup_cosine(*, steps: int, warmup_steps: int) -> Callable[[int], float]:

@@ -1,5 +1,6 @@
 """The recipe: everything that a run is, in one tree. YAML and `graftlm.train(Recipe(...))` are the same thing."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
@@ -37,7 +38,10 @@ class ReportConfig:
 class Recipe:
     base: str | BaseConfig = "smollm2"
     data: DataConfig
-    delta: AnyDelta = Field(default_factory=LoraConfig)
+    delta: AnyDelta | None = None
+    """The delta to train; LoRA with its defaults where neither this nor `deltas` is given."""
+    deltas: Mapping[str, AnyDelta] = Field(default_factory=dict)
+    """Several by name, all on one model: each acts on what those before it left, each is an adapter of its own."""
     loss: Literal["supervised"] = "supervised"
     policies: tuple[str, ...] = ()
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -52,6 +56,18 @@ class Recipe:
             if name not in POLICIES:
                 raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
         return names
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "Recipe":
+        if self.delta is not None and self.deltas:
+            raise ValueError("give delta, or several by name in deltas, not both")
+        if self.delta is None and not self.deltas:
+            object.__setattr__(self, "delta", LoraConfig())  # frozen for everybody else
+        return self
+
+    def all_deltas(self) -> dict[str, DeltaConfig]:
+        """Every delta by its name, in the order in which they act; a single one is called `default`."""
+        return {"default": self.delta} if self.delta is not None else dict(self.deltas)
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "Recipe":

@@ -10,9 +10,11 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.pack import Example, Pack, batches, collate, pack
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row, load_rows, split
-from graftlm.model.attach import attach, deltas_off, hosts, trainable
-from graftlm.model.forward import check_packing
+from graftlm.deltas import METHODS
+from graftlm.losses import LOSSES
+from graftlm.model.attach import attach, deltas_off, hosts, needed_statistics, parameters_of
+from graftlm.model.collect import collect
+from graftlm.model.forward import check_packing, log_probs, packed_attention
 from graftlm.model.load import Loaded, fingerprint, load_base, load_tokenizer
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, report
@@ -104,9 +109,10 @@ def train(
         console.print(display.tokens(data.first_rows[0]))
         with console.status("loading the base"):
             model = load_base(recipe.base, network=recipe.network).model
-        plan = _batches(recipe.train, data.examples)
+        plan = plan_batches(recipe.train, data.examples)
         log = _train(recipe, model, data, plan, folder, console)
-        write_adapter(model, folder, tokenizer=tokenizer)
+        for name in recipe.all_deltas():  # a single one is the folder itself, several are folders in it
+            write_adapter(model, folder if recipe.delta else _inside(folder, name), name=name, tokenizer=tokenizer)
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     # From here on the adapter is safe in its place; what is measured is added to it.
     interrupted = len(log) < len(plan)
@@ -133,9 +139,11 @@ def _train(
         probes = (min(data.examples, key=len), max(data.examples, key=len))
         short, long = (collate([example]).ids[0].to(model.device) for example in probes)
         check_packing(model, short, long[:PROBE_TOKENS])
-    attach(model, recipe.delta, seed=recipe.train.seed)
-    count = sum(p.numel() for p in trainable(model).values())
-    console.print(f"{recipe.delta.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
+    with console.status("attaching the delta"):
+        attach_deltas(recipe, model, data.examples, plan)
+    for name, config in recipe.all_deltas().items():
+        count = sum(p.numel() for p in parameters_of(model, name))
+        console.print(f"{config.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
     log: list[dict[str, float]] = []
     with (
         stop_on_signal() as stopping,
@@ -143,7 +151,7 @@ def _train(
         open(folder / "metrics.jsonl", "w") as metrics,
     ):
         bar = bars.add_task("training", total=len(plan), now="")
-        for step in _steps(recipe, model, data.examples, plan):
+        for step in training_steps(recipe, model, data.examples, plan):
             log.append(_line(step))
             metrics.write(json.dumps(log[-1]) + "\n")
             metrics.flush()
@@ -157,6 +165,46 @@ def _train(
     return log
 
 
+def _inside(folder: Path, name: str) -> Path:
+    (folder / name).mkdir()
+    return folder / name
+
+
+STATISTICS_PACKS = 8
+"""What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
+
+
+def attach_deltas(recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]) -> None:
+    """Put the deltas of the recipe on the model; those that start from the data see the first packs of training."""
+    deltas = recipe.all_deltas()
+    gathered = {
+        name: collect(model, config, needs, _losses(recipe, model, examples, plan))
+        for name, config in deltas.items()
+        if (needs := needed_statistics(config))
+    }
+    for name, config in deltas.items():
+        attach(model, config, name=name, seed=recipe.train.seed, statistics=gathered.get(name))
+
+
+def _losses(
+    recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """The mean loss of each of the first packs, as functions to be called while the bare base is watched."""
+    packs = (p.to(model.device) for step in plan for p in _packs(recipe, [examples[i] for i in step]))
+
+    def loss(p: Pack) -> torch.Tensor:
+        policy = log_probs(model, p.ids, p.positions, p.lengths, p.hidden_rows, p.targets)
+        return LOSSES[recipe.loss](policy, None, p.weights).sum / p.weights.sum()
+
+    with packed_attention(model) if recipe.data.pack else nullcontext():
+        for each in islice(packs, STATISTICS_PACKS):
+            yield partial(loss, each)
+
+
+def _packs(recipe: Recipe, rows: Sequence[Example]) -> list[Pack]:
+    return pack(rows, recipe.train.pack_tokens) if recipe.data.pack else [collate([row]) for row in rows]
+
+
 def _return_freed_memory() -> None:
     """Give the memory of the activations back to the system: glibc keeps it for more of the kind, and none come.
 
@@ -167,7 +215,7 @@ def _return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _batches(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]]:
+def plan_batches(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]]:
     """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once."""
     total = config.steps or max(1, round((config.epochs or 1) * len(examples) / config.batch_rows))
     plan = batches(len(examples), config.batch_rows, total, config.seed)
@@ -176,24 +224,45 @@ def _batches(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]
     return plan
 
 
-def _steps(recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]) -> Iterator[Step]:
-    config = recipe.train
-
-    def packs() -> Iterator[list[Pack]]:
-        for chosen in plan:
-            rows = [examples[i] for i in chosen]
-            made = pack(rows, config.pack_tokens) if recipe.data.pack else [collate([row]) for row in rows]
-            yield [p.to(model.device) for p in made]
-
+def training_steps(recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]) -> Iterator[Step]:
+    """Every step of the run: with all deltas learning, or with each in its turn and the others as they are."""
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
+    names = list(recipe.all_deltas())
+    learning = {name: parameters_of(model, name) for name in names}
+    turns = [[name] for name in names] if recipe.train.in_turn else [names]
+    first = 0
+    for number, turn in enumerate(turns):
+        share = plan[first : round(len(plan) * (number + 1) / len(turns))]
+        for name, parameters in learning.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in turn)
+        for step in _turn(recipe, model, examples, share, {name: learning[name] for name in turn}):
+            yield replace(step, number=first + step.number)
+        first += len(share)
+    for parameters in learning.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _turn(
+    recipe: Recipe,
+    model: Any,
+    examples: Sequence[Example],
+    plan: list[list[int]],
+    learning: Mapping[str, list[torch.nn.Parameter]],
+) -> Iterator[Step]:
+    config = recipe.train
+    deltas = recipe.all_deltas()
+    groups = [
+        (parameters, config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
+        for name, parameters in learning.items()
+    ]
     return steps(
         model,
-        packs(),
+        ([p.to(model.device) for p in _packs(recipe, [examples[i] for i in chosen])] for chosen in plan),
         loss=recipe.loss,
-        optimiser=adamw(
-            trainable(model).values(), learning_rate=config.learning_rate, weight_decay=config.weight_decay
-        ),
+        optimiser=adamw(groups, weight_decay=config.weight_decay),
         schedule=warmup_cosine(steps=len(plan), warmup_steps=round(config.warmup * len(plan))),
         clip=config.clip,
         packed=recipe.data.pack,
@@ -311,9 +380,12 @@ def _write_report(
             facts[label] = f"{figures['base']:.3f} base, {figures['tuned']:.3f} tuned"
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "held_out.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    (folder / "README.md").write_text(model_card(model, facts=facts), encoding="utf-8")
+    for name in recipe.all_deltas():
+        card = model_card(model, name, facts=facts)
+        ((folder if recipe.delta else folder / name) / "README.md").write_text(card, encoding="utf-8")
+    methods = " + ".join(config.method for config in recipe.all_deltas().values())
     page = report.html(
-        title=f"{recipe.delta.method} on {recipe.base if isinstance(recipe.base, str) else recipe.base.name}: {source}",
+        title=f"{methods} on {recipe.base if isinstance(recipe.base, str) else recipe.base.name}: {source}",
         summary=summary,
         facts=facts,
         steps=log,

@@ -30,7 +30,7 @@ def examples(count: int = 8, seed: int = 0) -> list[Example]:
 
 
 def run(model: Any, batches: Sequence[Any], *, lr: float = 0.01, packed: bool = True) -> list[loop.Step]:
-    optimiser = adamw(trainable(model).values(), learning_rate=lr, weight_decay=0.0)
+    optimiser = adamw([(trainable(model).values(), lr)], weight_decay=0.0)
     schedule = warmup_cosine(steps=len(batches), warmup_steps=0)
     return list(
         loop.steps(model, batches, loss="supervised", optimiser=optimiser, schedule=schedule, clip=1e9, packed=packed)

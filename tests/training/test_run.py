@@ -16,8 +16,13 @@ from safetensors.torch import load_file
 import graftlm
 import graftlm.training.run as run_module
 from graftlm.config import build
-from graftlm.errors import DataError, OutputError, TargetError, TrainingError
-from graftlm.testing import save_tiny_base
+from graftlm.deltas import METHODS
+from graftlm.deltas.lora import LoraConfig
+from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
+from graftlm.model.attach import hosts, parameters_of
+from graftlm.model.load import BaseConfig
+from graftlm.model.store import adapters_in, load_adapter
+from graftlm.testing import logits, save_tiny_base
 from graftlm.training.recipe import Recipe
 
 SUMMARY = {
@@ -209,3 +214,104 @@ def test_held_out_questions_are_not_trained_on(base_folder: Path, tmp_path: Path
     for number, line in enumerate(lines, start=1):
         assert not (f"{file}:{number}" in trained and json.loads(line)["prompt"] in held_out)
     assert len(data.held_out_rows) == 4
+
+
+# Several deltas --------------------------------------------------------------------------------------------------
+
+
+def several(base: Path, rows: Path, **train: Any) -> Recipe:
+    tree = {
+        "base": {"name": str(base), "store": "fp32"},
+        "data": {"train": str(rows), "held_out": 4},
+        "deltas": {
+            "low": {"method": "lora", "r": 4},
+            "biases": {"method": "bitfit"},
+            "adapters": {"method": "houlsby", "r": 4},
+            "before": {"method": "prefix", "p": 3},
+        },
+        "train": {"steps": 8, "batch_rows": 2, "seed": 3, **train},
+        "report": {"samples": 0, "answers": 0},
+    }
+    return build(Recipe, tree, source="test")
+
+
+def test_several_deltas_are_trained_together_and_each_is_an_adapter(
+    base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    result = graftlm.train(several(base_folder, rows), tmp_path / "out")
+    folders = adapters_in(tmp_path / "out")
+    assert list(folders) == ["low", "biases", "adapters", "before"], "in the order in which they act"
+    trained = logits(result.model)
+    model = graftlm.load_base(BaseConfig(name=str(base_folder), store="fp32")).model
+    for name, folder in folders.items():
+        load_adapter(model, folder, name=name)
+        assert (folder / "README.md").is_file()
+    assert torch.equal(logits(model), trained), "the adapters together are the model that was trained"
+    with pytest.raises(OutputError, match="exists"):
+        graftlm.train(several(base_folder, rows), tmp_path / "out")
+    graftlm.train(several(base_folder, rows), tmp_path / "out", overwrite=True)
+
+
+def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving: list[set[str]] = []
+    real = run_module.training_steps
+
+    def watched(recipe: Any, model: Any, *rest: Any) -> Any:
+        before = {n: [p.detach().clone() for p in parameters_of(model, n)] for n in recipe.all_deltas()}
+        for step in real(recipe, model, *rest):
+            now = {n: [p.detach().clone() for p in parameters_of(model, n) or every(model, n)] for n in before}
+            moving.append(
+                {n for n in before if any(not torch.equal(a, b) for a, b in zip(before[n], now[n], strict=True))}
+            )
+            before = now
+            yield step
+
+    def every(model: Any, name: str) -> list[Any]:
+        return [p for host in hosts(model).values() if name in host.deltas for p in host.deltas[name].parameters()]
+
+    monkeypatch.setattr(run_module, "training_steps", watched)
+    graftlm.train(several(base_folder, rows, in_turn=True), tmp_path / "out")
+    assert moving == [{name} for name in ("low", "biases", "adapters", "before") for _ in range(2)]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+def test_a_delta_and_several_at_once_are_refused(rows: Path) -> None:
+    with pytest.raises(RecipeError, match="give delta, or several by name in deltas, not both"):
+        build(Recipe, {"data": {"train": str(rows)}, "delta": {"method": "lora"}, "deltas": {"a": {"method": "lora"}}},
+              source="test")  # fmt: skip
+    assert build(Recipe, {"data": {"train": str(rows)}}, source="test").delta == LoraConfig()
+
+
+def test_the_learning_rate_is_the_method_s_own_unless_the_recipe_says_another(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS["bitfit"].delta, "learning_rate", 0.125)
+    groups: list[list[float]] = []
+    real = run_module.adamw
+
+    def watched(made: Any, **settings: Any) -> Any:
+        made = list(made)
+        groups.append([rate for _, rate in made])
+        return real(made, **settings)
+
+    monkeypatch.setattr(run_module, "adamw", watched)
+    graftlm.train(several(base_folder, rows, steps=1), tmp_path / "a")
+    graftlm.train(several(base_folder, rows, steps=1, learning_rate=1e-3), tmp_path / "b")
+    assert groups[0][:2] == [METHODS["lora"].delta.learning_rate, 0.125]
+    assert groups[1] == [1e-3] * 4
+
+
+@pytest.mark.parametrize("init", ["lora-ga", "eva"])
+def test_an_init_that_wants_statistics_gets_them_from_the_training_rows(
+    base_folder: Path, rows: Path, tmp_path: Path, init: str
+) -> None:
+    result = graftlm.train(recipe(base_folder, rows, delta_init=init), tmp_path / "out")
+    model = graftlm.load_base(BaseConfig(name=str(base_folder), store="fp32")).model
+    load_adapter(model, tmp_path / "out")
+    assert torch.equal(logits(model), logits(result.model))
+    again = graftlm.train(recipe(base_folder, rows, delta_init=init), tmp_path / "again")
+    assert adapter(tmp_path / "out") == adapter(tmp_path / "again")
+    assert again.summary["train"]["steps"] == 4

@@ -10,6 +10,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftlm.deltas.base import Delta, Site
+from graftlm.deltas.inits.corda import corda
+from graftlm.deltas.inits.eva import eva
+from graftlm.deltas.inits.gaussian import gaussian
+from graftlm.deltas.inits.kaiming import kaiming
+from graftlm.deltas.inits.lora_ga import lora_ga
+from graftlm.deltas.inits.lora_sb import lora_sb
+from graftlm.deltas.inits.milora import milora
+from graftlm.deltas.inits.nystrom import nystrom
+from graftlm.deltas.inits.olora import olora
+from graftlm.deltas.inits.orthogonal import orthogonal
+from graftlm.deltas.inits.pissa import pissa
+from graftlm.deltas.inits.pissa_fast import pissa_fast
 
 
 @dataclass(frozen=True)
@@ -32,5 +44,17 @@ def zero(site: Site, delta: Delta) -> dict[str, Tensor]:
 
 
 INITS: dict[str, Init] = {
+    "corda": Init(corda, "Yang et al. 2024, arXiv:2406.05223", needs=("second_moment",)),
+    "eva": Init(eva, "Paischer et al. 2024, arXiv:2410.07170", needs=("second_moment",)),
+    "gaussian": Init(gaussian, "Hu et al. 2021, arXiv:2106.09685"),
+    "kaiming": Init(kaiming, "Hu et al. 2021, arXiv:2106.09685 (code)"),
+    "lora-ga": Init(lora_ga, "Wang et al. 2024, arXiv:2407.05000", needs=("gradient",)),
+    "lora-sb": Init(lora_sb, "Ponkshe et al. 2024, arXiv:2411.19557", ("A", "B", "R"), ("gradient",), False),
+    "milora": Init(milora, "Wang et al. 2024, arXiv:2406.09044"),
+    "nystrom": Init(nystrom, "Guo et al. 2025, arXiv:2502.14482", ("A", "B", "N")),
+    "olora": Init(olora, "Buyukakyuz 2024, arXiv:2406.01775"),
+    "orthogonal": Init(orthogonal, "Datta 2024, datta0.github.io/posts/rethink-lora-init"),
+    "pissa": Init(pissa, "Meng et al. 2024, arXiv:2404.02948"),
+    "pissa-fast": Init(pissa_fast, "Meng et al. 2024, arXiv:2404.02948"),
     "zero": Init(zero, "the method's own paper", tensors=()),
 }

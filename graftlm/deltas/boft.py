@@ -1,0 +1,91 @@
+"""BOFT: Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization. Liu et al. 2023, arXiv:2311.06243,
+section 4.
+
+    h = diag(s) W R^T x + b        R = B_m .. B_2 B_1        s [d_out], at first 1; BOFT(m, b) of the paper
+
+    B_i  orthogonal: d_in / b blocks of b x b, each over two runs of b / 2 elements that lie 2^(i-1) runs apart
+    each block is (I + Q) (I - Q)^-1 with Q = (P^T - P) / 2, P [b, b] learnt, at first 0 so that R = I
+
+m = 1 is OFT. s is not in this paper but in its authors' code (PEFT's), after section 3.5 of OFT, arXiv:2306.07280.
+x R costs d_in b m a token: the butterfly acts on x, as a product with small blocks in each of m steps; no R is built.
+
+PEFT computes m = 1, whatever its config says, where it cannot compile its CUDA kernel: there it refuses adapters with
+m > 1 for their shapes.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import PositiveCount, config
+from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
+from graftlm.errors import TargetError
+
+
+@config
+class BoftConfig(DeltaConfig):
+    method: Literal["boft"] = "boft"
+    block: PositiveCount = 8
+    """Width b of a block; even, unless there is one factor."""
+    factors: PositiveCount = 2
+    """Number m of butterfly factors; b 2^(m - 1) must divide d_in."""
+
+
+class Boft(WeightDelta):
+    family = "reparameterisation"
+    paper = "Liu et al. 2023, arXiv:2311.06243"
+    formula = "factors * d_in * block + d_out"
+    peft = PeftLayout(
+        type="BOFT",
+        tensors={"P": "boft_R", "s": "boft_s"},
+        fields={"block": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+        constants={"bias": "none", "boft_block_num": 0},
+        harmless=("boft_dropout",),
+    )
+
+    def __init__(self, site: Site, config: BoftConfig) -> None:
+        super().__init__(site, config)
+        b, m = config.block, config.factors
+        if site.d_in % (b * 2 ** (m - 1)) or (m > 1 and b % 2):
+            raise TargetError(
+                f"boft: {m} factors with blocks of {b} want an even block and an input that {b * 2 ** (m - 1)} "
+                f"divides; {site.name} has {site.d_in}: choose another block or fewer factors"
+            )
+        self.P = nn.Parameter(torch.zeros(m, site.d_in // b, b, b))
+        self.s = nn.Parameter(torch.ones(site.d_out, 1))
+
+    def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        for step, D in enumerate(self._turnings().mT):
+            W = _turn(W, D, step)
+        return self.s * W, b
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        y, s, b = base(self._turned(x)), self.s[:, 0], base.bias
+        return y * s if b is None else y * s + (1 - s) * b
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """x R. No factor reaches beyond runs of c = b 2^(m - 1) elements: short ones are turned by one product."""
+        turnings, d = self._turnings(), self.site.d_in
+        c = turnings.shape[-1] * 2 ** (len(turnings) - 1)
+        R = x.new_ones(c, dtype=torch.float32).diag().repeat(1, d // c) if c <= SHORT else x
+        for step in reversed(range(len(turnings))):
+            R = _turn(R, turnings[step], step)
+        return R if c > SHORT else _turn(x, R.unflatten(-1,)...
+
+    def _turnings(self) -> Tensor:
+        """Each block less I, [m, d_in / b, b, b]: what is added to x keeps its digits in half precision."""
+        Q, I = (self.P.mT - self.P) / 2, self.P.new_ones(self.P.shape[-1]).diag()  # noqa: E741
+        turnings: Tensor = torch.linalg.solve(I - Q, 2 * Q, left=False)
+        return turnings
+
+
+def _turn(x: Tensor, D: Tensor, step: int) -> Tensor:
+    """x (I + B) for the butterfly factor B with the blocks D [n, b, b], its pairs of runs 2^step runs apart."""
+    n, b, _ = D.shape
+    if step == 0:
+        return x + torch.einsum("...nk,nkc->...nc", x.unflatten(-1, (n, b)), D).flatten(-2)
+    apart, run = 2**step, b // 2
+    pairs = x.unflatten(-1, (n // apart, 2, apart, run))
+    blocks = D.view(n // apart, apart, 2, run, 2, run)
+    return x + torch.einsum("...npjk,njpkqc->...nqjc", pairs, blocks).flatten(-4)

@@ -1,0 +1,59 @@
+"""DVoRA: DoRA on VeRA. Liu et al. 2024, arXiv:2402.09353, section 5.4 (compatibility with other variants of LoRA).
+
+    W' = m * V / ||V||        V = W + diag(b) B diag(d) A        || || the norm of each row
+
+    A [r, D_in]  B [D_out, r]  random, frozen, one pair for all sites; each takes the corner that has its sizes
+    m [d_out], at first ||W||        b [d_out], at first 0        d [r], at first 0.1
+
+The magnitude of DoRA, with the increment of VeRA (Kopiczko et al. 2023, arXiv:2310.11454) for its direction. As in
+DoRA the norm counts as a constant in the backward pass (section 4.3), and is computed from ||W||^2, W A^T and A A^T.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.deltas.base import Base, DeltaConfig, Shared, Site, WeightDelta
+from graftlm.deltas.vera import Vera, VeraConfig
+
+
+@config
+class DvoraConfig(DeltaConfig):
+    method: Literal["dvora"] = "dvora"
+    r: PositiveCount = 256
+    d_initial: PositiveRate = 0.1
+
+    def share(self, sites: Sequence[Site]) -> Shared:
+        return VeraConfig(r=self.r).share(sites)
+
+
+class Dvora(WeightDelta):
+    family = "reparameterisation"
+    paper = "Liu et al. 2024, arXiv:2402.09353"
+    formula = "2 * d_out + r"
+    learning_rate = 4e-3
+
+    def __init__(self, site: Site, config: DvoraConfig) -> None:
+        super().__init__(site, config)
+        self.V = Vera(site, VeraConfig(r=config.r, d_initial=config.d_initial))
+        self.m = nn.Parameter(torch.ones(site.d_out))
+
+    def start(self) -> None:
+        self.m.copy_(self.site.W().norm(dim=1))
+
+    def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        V = W + self.V.matrix()
+        return (self.m / V.detach().norm(dim=1))[:, None] * V, b
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        A, B = self.V.factors()
+        return base.low_rank(x, A, B, gain=self.m / self._norm(A.detach(), B.detach(), base))
+
+    @torch.no_grad()
+    def _norm(self, A: Tensor, B: Tensor, base: Base) -> Tensor:
+        """||W + B A|| of each row, [d_out]."""
+        cross = 2 * (B * base.product(A)).sum(1)
+        return (base.row_squares() + cross + ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()

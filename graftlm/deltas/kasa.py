@@ -1,0 +1,71 @@
+"""KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models. Wang et al. 2024, arXiv:2412.06071.
+
+    h = (W - N) x + s U diag(sigma) V x        U [d_out, r]  sigma [r]  V [r, d_in]  s = alpha / r
+    N = the sum of the r smallest singular components of W, which count as noise: N = N_B N_A, frozen
+    loss + sum over sites (beta ||sigma||^2 + gamma (||U^T U - I|| + ||V V^T - I||))        Frobenius norms
+
+N is taken out for good, so the fresh delta is not the identity: with an offset that gave N back, nothing would be left
+of the truncation. The base is never edited: -N is a part of dW, kept with the adapter. U starts at zero, sigma at
+N(0, 1) and V as LoRA's A, as in the authors' code.
+
+The code differs from the paper in its penalty: it takes U U^T and V^T V (d x d) and divides by the number of layers.
+The paper is followed. PEFT (`kasa_config`) computes the same function, but edits its base and stores no N: its file
+has no place for what makes ours independent of a second SVD, so that the folder is in our own format.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import PositiveCount, PositiveRate, Rate, config
+from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.errors import TargetError
+
+
+@config
+class KasaConfig(DeltaConfig):
+    method: Literal["kasa"] = "kasa"
+    r: PositiveCount = 8
+    alpha: PositiveRate = 16
+    beta: Rate = 1e-4
+    """Weight of the squared singular values in the loss."""
+    gamma: Rate = 1e-3
+    """Weight of the distance of U and V from orthogonality in the loss."""
+
+
+class Kasa(AdditiveDelta):
+    family = "reparameterisation"
+    paper = "Wang et al. 2024, arXiv:2412.06071"
+    formula = "r * (d_in + d_out + 1)"
+    starts_away = "the paper removes the r smallest singular components of W, for good"
+    N_A: Tensor
+    N_B: Tensor
+
+    def __init__(self, site: Site, config: KasaConfig) -> None:
+        super().__init__(site, config)
+        r, d_in, d_out = config.r, site.d_in, site.d_out
+        if r >= min(d_in, d_out):
+            raise TargetError(f"kasa: with r = {r} nothing is left of the {d_out} x {d_in} weight of {site.name}")
+        generator = site.generator()
+        self.V = nn.Parameter((2 * torch.rand(r, d_in, generator=generator) - 1) / d_in**0.5)
+        self.sigma = nn.Parameter(torch.randn(r, generator=generator))
+        self.U = nn.Parameter(torch.zeros(d_out, r))
+        self.register_buffer("N_A", torch.zeros(r, d_in))
+        self.register_buffer("N_B", torch.zeros(d_out, r))
+        self.r, self.beta, self.gamma = r, config.beta, config.gamma
+        self.scale = config.alpha / r
+
+    def start(self) -> None:
+        U, S, Vh = torch.linalg.svd(self.site.W(), full_matrices=False)
+        self.N_A.copy_(Vh[-self.r :])
+        self.N_B.copy_(U[:, -self.r :] * S[-self.r :])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.V, self.N_A]), torch.cat([self.scale * self.sigma * self.U, -self.N_B], dim=1)
+
+    def penalty(self) -> Tensor:
+        one = torch.ones_like(self.sigma).diag()
+        uneven = (self.U.T @ self.U - one).norm() + (self.V @ self.V.T - one).norm()
+        total: Tensor = self.beta * self.sigma.square().sum() + self.gamma * uneven
+        return total

@@ -1,0 +1,69 @@
+"""Trainable tokens: the embeddings of a few tokens learn. Gal et al. 2022, arXiv:2208.01618, section 3.
+
+    W'[:, t_i] = T_i        T [k, d_model] learnt, at first the embeddings T_0 themselves; t [k] token ids
+    dW = (T - T_0)^T S      S [k, vocabulary]: row i is 1 at t_i and 0 elsewhere
+
+The paper (textual inversion) learns one word of a model that makes images; PEFT has the same for language models, for
+tokens that were added to the vocabulary. T is kept whole, as PEFT keeps it.
+
+The output head is left alone, also where it is tied to the embeddings. There PEFT moves it too: PEFT's adapters of such
+models are refused here, and ours are written in a form that PEFT refuses.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from graftlm.config import Count, config
+from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, PeftLayout, Site, Targets
+from graftlm.errors import TargetError
+
+
+@config
+class TrainableTokensConfig(DeltaConfig):
+    method: Literal["trainable-tokens"] = "trainable-tokens"
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (0,)
+    """The ids of the tokens: there is no default that is right for a model, so give them."""
+    targets: Targets = r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)"
+
+    def __post_init__(self) -> None:
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError(f"tokens: {self.tokens} has an id twice")
+
+
+class TrainableTokens(AdditiveDelta):
+    family = "specification"
+    paper = "Gal et al. 2022, arXiv:2208.01618"
+    formula = "len(tokens) * d_out"
+    kinds = ("embedding",)
+    learning_rate = 5e-3
+    peft = PeftLayout(
+        type="TRAINABLE_TOKENS",
+        tensors={"T": "trainable_tokens_delta"},
+        fields={"tokens": "token_indices"},
+        why_not_at=lambda site: "PEFT would move the tied output head as well" if site.tied else "",
+    )
+    t: Tensor
+    T_0: Tensor
+    place: Tensor
+
+    def __init__(self, site: Site, config: TrainableTokensConfig) -> None:
+        super().__init__(site, config)
+        if max(config.tokens) >= site.d_in:
+            raise TargetError(f"tokens: {max(config.tokens)} is no id at {site.name}, which has {site.d_in} of them")
+        t = torch.tensor(config.tokens)
+        T_0 = site.W()[:, t].T.clone()
+        self.T = nn.Parameter(T_0.clone())
+        self.register_buffer("t", t, persistent=False)
+        self.register_buffer("T_0", T_0, persistent=False)
+        place = torch.full((site.d_in,), len(t)).index_copy(0, t, torch.arange(len(t)))  # id -> row of T, or len(t)
+        self.register_buffer("place", place, persistent=False)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return F.one_hot(self.t, self.site.d_in).to(self.T), (self.T - self.T_0).T
+
+    def increment(self, x: Tensor, base: Base) -> Tensor:
+        return F.embedding(self.place[x], F.pad(self.T - self.T_0, (0, 0, 0, 1)))  # a row of zeros for all other ids

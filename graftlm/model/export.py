@@ -1,0 +1,332 @@
+"""Deltas in the forms that others read: a merged model, plain LoRA, GGUF, PEFT, a difference of weights.
+
+`factors()` makes this one small file: whatever has them is plain LoRA exactly, and plain LoRA is what servers read.
+Everything else that is a change of weights goes through W' - W. Nothing here changes the model that it is given.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from graftlm.deltas.base import AdditiveDelta, WeightDelta
+from graftlm.errors import TargetError, numbered
+from graftlm.model.attach import attachment, hosts, merged_state
+from graftlm.model.hosts import Host, LayerHost, all_factors
+from graftlm.model.load import base_record, fingerprint
+from graftlm.model.sites import find_sites
+from graftlm.model.store import CONFIG, PREFIX, WEIGHTS, new_folder, why_not_peft, write_adapter
+
+# Merged models ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lost:
+    """How much of a layer's change a dtype cannot hold: ||round(W') - W'|| / ||W' - W||."""
+
+    layer: str
+    share: float
+
+
+def lost_by_rounding(model: nn.Module, dtype: torch.dtype) -> list[Lost]:
+    """For each layer with active deltas, the share of its change that rounding W' to `dtype` loses; worst first."""
+    found = []
+    with torch.no_grad():
+        for name, host in hosts(model).items():
+            if host.active and isinstance(host, LayerHost):
+                W, (changed, _) = host.view.weight, host.effective()
+                if bool((size := (changed - W).norm()) > 0):
+                    found.append(Lost(name, float((changed.to(dtype).float() - changed).norm() / size)))
+    return sorted(found, key=lambda lost: -lost.share)
+
+
+def merge_into(model: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> Path:
+    """Write the base with the active deltas folded in as a folder that transformers loads without graftlm.
+
+    A tied head stays tied unless a delta sits on one side only: then both are written and the config says so. Raises
+    TargetError where a delta is no change of weights, or gives a layer a bias that the architecture has no place for.
+    """
+    state = merged_state(model, dtype=dtype)
+    config = _config_for(model, state, dtype)
+    with new_folder(folder) as partial:
+        with torch.device("meta"):
+            plain = type(model)(config)
+        wanted = plain.state_dict()
+        for key, tensor in wanted.items():
+            if key not in state:  # a bias that the config brings along for a layer without a delta
+                state[key] = torch.zeros(tensor.shape, dtype=dtype)
+        if config.tie_word_embeddings:
+            state = {key: tensor for key, tensor in state.items() if key in wanted}
+        else:
+            state = {key: tensor.clone() for key, tensor in state.items()}
+        plain.load_state_dict(state, strict=True, assign=True)
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+            if tokenizer.chat_template:
+                (partial / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    return Path(folder)
+
+
+BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "bias", "add_bias_linear", "qkv_bias")
+"""The keys by which transformers' configs give their linear layers biases."""
+
+
+def _config_for(model: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """The base's config, with what the merged weights need said in it; TargetError where it cannot be said."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = attachment(model).kernel_before or config._attn_implementation
+    config.dtype = dtype
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = [state.get(f"{names[id(end)].removesuffix('.base')}.weight") for end in (head, table) if end is not None]
+    if config.tie_word_embeddings and len(ends) == 2 and ends[0] is not ends[1]:
+        config.tie_word_embeddings = False
+    new = _without_a_place(model, config, state)
+    if new:
+        for switch in BIAS_SWITCHES:
+            if getattr(config, switch, None) is False:
+                setattr(config, switch, True)
+        if lacking := _without_a_place(model, config, state):
+            raise TargetError(
+                f"{type(model).__name__} has no place for {len(lacking)} biases that the delta gave its layers, so a "
+                f"merged model would drop them:\n{numbered(lacking)}\nExport with `--to delta`, or give the delta "
+                "targets that have a bias"
+            )
+    return config
+
+
+def _without_a_place(model: Any, config: Any, state: Mapping[str, Tensor]) -> list[str]:
+    with torch.device("meta"):
+        known = type(model)(config).state_dict().keys()
+    return sorted(state.keys() - known)
+
+
+# Plain LoRA ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    """dW = B A at each site with the scale folded in, and how far that is from the delta (0 where it is exact)."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    errors: dict[str, float]
+
+    @property
+    def rank(self) -> int:
+        return max(A.shape[0] for A, _ in self.factors.values())
+
+
+def plain_lora(model: nn.Module, *, rank: int | None = None) -> PlainLora:
+    """The active deltas as one LoRA: exactly where all have factors, else by SVD of W' - W to `rank`.
+
+    Raises TargetError, naming the site, for a delta that is no change of a weight matrix (a bias, a norm, an adapter),
+    and where a rank is needed and none was given.
+    """
+    factors, errors = {}, {}
+    with torch.no_grad():
+        for name, host in hosts(model).items():
+            if host.active:
+                factors[name], errors[name] = _plain_at(name, host, rank)
+    if not factors:
+        raise TargetError("no delta is on: there is nothing to export")
+    return PlainLora(factors, errors)
+
+
+def _plain_at(name: str, host: Host, rank: int | None) -> tuple[tuple[Tensor, Tensor], float]:
+    deltas = host.on()
+    for delta in deltas:
+        if not isinstance(host, LayerHost) or host.view.kind == "norm" or not isinstance(delta, WeightDelta):
+            why = delta.not_mergeable or "it changes a norm, and LoRA has matrices only"
+            raise TargetError(f"{name}: {delta.config.method} is no LoRA: {why}")
+    assert isinstance(host, LayerHost)
+    exact = [all_factors(delta) for delta in deltas if isinstance(delta, AdditiveDelta)]
+    if len(exact) == len(deltas) and all(exact):
+        pairs = [pair for pair in exact if pair is not None]
+        return (torch.cat([a for a, _ in pairs]).contiguous(), torch.cat([b for _, b in pairs], 1).contiguous()), 0.0
+    W, b = host.effective()
+    own = host.view.bias
+    if b is not None and (own is None or not torch.equal(b, own)):
+        raise TargetError(f"{name}: {deltas[0].config.method} changes a bias, which plain LoRA has no place for")
+    change = W - host.view.weight
+    if rank is None:
+        raise TargetError(
+            f"{name}: {deltas[0].config.method} has no exact low-rank factors: say how many to keep (`--rank 64`; the "
+            "error is reported), or export with `--to merged`"
+        )
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    error = float(S[rank:].norm() / S.norm().clamp_min(1e-30))
+    return ((S[:rank, None] * Vh[:rank]).contiguous(), U[:, :rank].contiguous()), error
+
+
+def padded(plain: PlainLora) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors filled up with zeros to one rank: servers read a single rank and a single alpha."""
+    r = plain.rank
+
+    def fill(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        missing = r - A.shape[0]
+        return torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], missing)], 1)
+
+    return {name: fill(A, B) for name, (A, B) in plain.factors.items()}
+
+
+def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
+    """PEFT's LORA layout with alpha = r, no patterns and no rsLoRA: the form that every server reads alike."""
+    base = base_record(model)
+    found = hosts(model)
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in padded(plain).items():
+        host = found[name]
+        at_embedding = isinstance(host, LayerHost) and host.view.kind == "embedding"
+        suffixes = ("lora_embedding_A", "lora_embedding_B") if at_embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {
+            f"{PREFIX}{name}.{suffix}": t.cpu().contiguous() for suffix, t in zip(suffixes, (A, B), strict=True)
+        }
+    transposed = any(type(getattr(found[name], "base", None)).__name__ == "Conv1D" for name in plain.factors)
+    config = {
+        "base_model_name_or_path": base.folder or base.name,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": plain.rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": plain.rank,
+        "target_modules": _shortest(model, list(plain.factors)),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _shortest(model: nn.Module, sites: list[str]) -> list[str]:
+    """The last parts of the names where they mean the same layers, else the whole names."""
+    ends = sorted({site.rpartition(".")[2] for site in sites})
+    return ends if set(find_sites(model, tuple(ends))) == set(sites) else sites
+
+
+# Differences of weights ------------------------------------------------------------------------------------------
+
+
+def write_difference(model: nn.Module, folder: Path) -> None:
+    """`delta.safetensors`: W' - W and b' - b, float32, under the base's own names; and which base they belong to."""
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        merged = merged_state(model)
+        for name, host in hosts(model).items():
+            if host.active and isinstance(host, LayerHost):
+                tensors[f"{name}.weight"] = merged[f"{name}.weight"] - host.view.store(host.view.weight)
+                if (b := merged.get(f"{name}.bias")) is not None:
+                    own = host.view.bias
+                    tensors[f"{name}.bias"] = b if own is None else b - own
+    mark, base = fingerprint(model), base_record(model)
+    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, folder / "delta.safetensors")
+    record = {"base": {"name": base.name, "digest": mark.digest}, "meaning": "W' = W + delta, in float32"}
+    (folder / "delta.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+# GGUF ------------------------------------------------------------------------------------------------------------
+
+
+GGUF_NAMES = {"mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "cohere": "command-r"}
+"""Architectures that GGUF calls otherwise than transformers' model_type."""
+
+
+def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
+    """A LoRA adapter for llama.cpp: alpha = r, so that its scale alpha / r is 1 and nothing is lost.
+
+    Names by gguf's own table. llama.cpp stores the query and key rows of Llama's family in another order, and B's rows
+    follow; embeddings' A is transposed. Raises TargetError for an architecture or layer that GGUF has no name for.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise TargetError("writing GGUF needs the package gguf: pip install 'graftlm[gguf]'") from None
+    settings = model.config.get_text_config()
+    known = GGUF_NAMES.get(settings.model_type, settings.model_type)
+    arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == known), None)
+    if arch is None:
+        raise TargetError(f"GGUF has no architecture {known!r}: export with `--to merged` or `--to plain-lora`")
+    table = gguf.get_tensor_name_map(arch, settings.num_hidden_layers)
+    found = hosts(model)
+    writer = gguf.GGUFWriter(str(file), known)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(plain.rank))
+    for name, (A, B) in padded(plain).items():
+        there = table.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        if there is None:
+            raise TargetError(f"{name}: GGUF has no name for this layer of {settings.model_type}")
+        if known == "llama":
+            B = _in_gguf_order(name, B, settings)
+        host = found[name]
+        if isinstance(host, LayerHost) and host.view.kind == "embedding":
+            A = A.T
+        writer.add_tensor(f"{there}.lora_a", A.float().cpu().contiguous().numpy())
+        writer.add_tensor(f"{there}.lora_b", B.float().cpu().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _in_gguf_order(name: str, B: Tensor, settings: Any) -> Tensor:
+    """Rows of a head: transformers rotates halves (0..D/2, D/2..D), llama.cpp neighbours (0, D/2, 1, D/2 + 1 ...)."""
+    heads = {"q_proj": settings.num_attention_heads, "k_proj": settings.num_key_value_heads}
+    count = heads.get(name.rpartition(".")[2])
+    if count is None:
+        return B
+    return B.view(count, 2, -1, B.shape[1]).transpose(1, 2).reshape(B.shape)
+
+
+# All of them -----------------------------------------------------------------------------------------------------
+
+EXPORTS = ("peft", "plain-lora", "merged", "gguf", "delta")
+
+
+def export(
+    model: Any,
+    folder: str | Path,
+    *,
+    to: str,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+) -> dict[str, Any]:
+    """Write the active deltas as `to`, one of EXPORTS; returns facts about what was written (`exact`, `errors` ...)."""
+    if to == "merged":
+        merge_into(model, folder, dtype=dtype, tokenizer=tokenizer)
+        lost = lost_by_rounding(model, dtype)
+        return {"kind": to, "exact": dtype == torch.float32, "lost": [[item.layer, item.share] for item in lost]}
+    names = _active(model)
+    if to == "peft" and len(names) == 1 and not why_not_peft(model, names[0]):
+        with new_folder(folder) as partial:
+            write_adapter(model, partial, name=names[0], tokenizer=tokenizer)
+        return {"kind": to, "exact": True, "as": "PEFT's own method"}
+    if to == "delta":
+        with new_folder(folder) as partial:
+            write_difference(model, partial)
+        return {"kind": to, "exact": True}
+    plain = plain_lora(model, rank=rank)
+    worst = max(plain.errors.values())
+    with new_folder(folder) as partial:
+        if to == "gguf":
+            write_gguf(model, plain, partial / "adapter.gguf")
+        else:
+            write_plain_lora(model, plain, partial)
+    return {"kind": to, "as": "plain LoRA", "exact": worst == 0.0, "rank": plain.rank, "errors": plain.errors}
+
+
+def _active(model: nn.Module) -> Sequence[str]:
+    return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.active))
