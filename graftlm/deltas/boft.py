@@ -22,6 +22,9 @@ from graftlm.config import PositiveCount, config
 from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
 from graftlm.errors import TargetError
 
+FAR = 64
+"""Up to here one product with larger blocks is faster than m products with small ones."""
+
 
 @config
 class BoftConfig(DeltaConfig):
@@ -61,23 +64,29 @@ class Boft(WeightDelta):
         return self.s * W, b
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        y, s, b = base(self._turned(x)), self.s[:, 0], base.bias
-        return y * s if b is None else y * s + (1 - s) * b
-
-    def _turned(self, x: Tensor) -> Tensor:
-        """x R. No factor reaches beyond runs of c = b 2^(m - 1) elements: short ones are turned by one product."""
         turnings, d = self._turnings(), self.site.d_in
-        c = turnings.shape[-1] * 2 ** (len(turnings) - 1)
-        R = x.new_ones(c, dtype=torch.float32).diag().repeat(1, d // c) if c <= SHORT else x
-        for step in reversed(range(len(turnings))):
-            R = _turn(R, turnings[step], step)
-        return R if c > SHORT else _turn(x, R.unflatten(-1,)...
+        reach = self.P.shape[-1] * 2 ** (len(turnings) - 1)
+        if reach > FAR:
+            x = _turn_all(x, turnings)
+        else:  # R mixes nothing beyond runs of `reach` elements: all steps as one, found by turning the identity
+            I = self.s.new_ones(reach).diag()  # noqa: E741
+            R = _turn_all(I.repeat(1, d // reach), turnings).unflatten(1, (-1, reach)).transpose(0, 1)
+            x = _turn(x, R - I, 0)
+        s, b = self.s[:, 0], base.bias
+        return base(x) * s if b is None else base(x) * s + (1 - s) * b
 
     def _turnings(self) -> Tensor:
         """Each block less I, [m, d_in / b, b, b]: what is added to x keeps its digits in half precision."""
         Q, I = (self.P.mT - self.P) / 2, self.P.new_ones(self.P.shape[-1]).diag()  # noqa: E741
-        turnings: Tensor = torch.linalg.solve(I - Q, 2 * Q, left=False)
+        turnings: Tensor = torch.linalg.solve(I - Q, 2 * Q)
         return turnings
+
+
+def _turn_all(x: Tensor, turnings: Tensor) -> Tensor:
+    """x R."""
+    for step in reversed(range(len(turnings))):
+        x = _turn(x, turnings[step], step)
+    return x
 
 
 def _turn(x: Tensor, D: Tensor, step: int) -> Tensor:

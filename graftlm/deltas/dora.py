@@ -5,7 +5,8 @@
     A [r, d_in]  B [d_out, r]  m [d_out], at first ||W||      s = alpha / r
 
 The norm counts as a constant in the backward pass (section 4.3). It is not computed from V, which would cost a product
-over all of W, but from ||W||^2, W A^T and A A^T.
+over all of W, but from ||W||^2, W A^T and A A^T. Section 5.6 learns the magnitude m of more layers than the direction
+B A, for fewer parameters: that is `directions`.
 """
 
 from typing import Literal
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config import Flag, PositiveCount, PositiveRate, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
+from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, Targets, WeightDelta, matches
 from graftlm.deltas.lora import Lora, LoraConfig
 
 
@@ -24,33 +25,41 @@ class DoraConfig(DeltaConfig):
     r: PositiveCount = 16
     alpha: PositiveRate = 32
     rslora: Flag = False
+    directions: Targets | None = None
+    """Which of the targets learn a direction B A too; all of them by default, the others learn m alone."""
 
 
 class Dora(WeightDelta):
     family = "reparameterisation"
     paper = "Liu et al. 2024, arXiv:2402.09353"
-    formula = "r * (d_in + d_out) + d_out"
+    formula = "(r * (d_in + d_out) if turns else 0) + d_out"
     peft = PeftLayout(
         type="LORA",
         tensors={"V.A": "lora_A.weight", "V.B": "lora_B.weight", "m": "lora_magnitude_vector"},
         fields=Lora.peft.fields,
         patterns=Lora.peft.patterns,
         constants={"use_dora": True},
+        why_not=lambda config: "PEFT has one list of targets for m and B A" if config.directions is not None else "",
     )
 
     def __init__(self, site: Site, config: DoraConfig) -> None:
         super().__init__(site, config)
-        self.V = Lora(site, LoraConfig(r=config.r, alpha=config.alpha, rslora=config.rslora))
+        self.turns = config.directions is None or matches(config.directions, site.name)
+        self.V = Lora(site, LoraConfig(r=config.r, alpha=config.alpha, rslora=config.rslora)) if self.turns else None
         self.m = nn.Parameter(torch.ones(site.d_out))
 
     def start(self) -> None:
         self.m.copy_(self.site.W().norm(dim=1))
 
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        V = W + self.V.matrix()
+        V = W if self.V is None else W + self.V.matrix()
         return (self.m / V.detach().norm(dim=1))[:, None] * V, b
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        if self.V is None:
+            gain = self.m / base.row_squares().sqrt()
+            y = base(x)
+            return y * gain if base.bias is None else (y - base.bias) * gain + base.bias
         A, B = self.V.factors()
         return base.low_rank(x, A, B, gain=self.m / self._norm(A.detach(), B.detach(), base))
 

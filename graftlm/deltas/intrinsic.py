@@ -8,7 +8,7 @@ One theta_d serves all sites. P [D, d] is random, sparse and never made: each ro
 of the site, row and column of the weight, its sign a product of two random signs. g [d_out], h [d_in], s and t are made
 again from the seed at every site. Each pair of columns of P is orthogonal, as no weight has two coordinates, and their
 lengths are 1 up to the luck of the hash, so |P theta_d| = |theta_d| as in the papers, which take dense, sparse or
-Fastfood matrices. dW has full rank: a step costs as much as one of full fine-tuning. The second paper's own scale for
+Fastfood matrices. dW is as full as W: a step costs as much as one of full fine-tuning. The second paper's own scale for
 each layer (SAID) is left out.
 """
 

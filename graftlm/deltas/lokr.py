@@ -39,6 +39,7 @@ class Lokr(AdditiveDelta):
     family = "reparameterisation"
     paper = "Yeh et al. 2023, arXiv:2309.14859"
     formula = "(r * (u_out + u_in) if left else u_out * u_in) + (r * (v_out + v_in) if right else v_out * v_in)"
+    learning_rate = 2e-3
     peft = PeftLayout(
         type="LOKR",
         tensors={"C": "lokr_w1", "C_B": "lokr_w1_a", "C_A": "lokr_w1_b"}

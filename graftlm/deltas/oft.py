@@ -73,7 +73,7 @@ class Oft(WeightDelta):
         Q, I = half - half.mT, self.Q.new_ones(self.b).diag()  # noqa: E741
         if self.neumann:
             return Q @ (2 * I + Q @ (2 * I + Q @ (2 * I + Q)))
-        exact: Tensor = torch.linalg.solve(I + Q, -2 * Q, left=False)
+        exact: Tensor = torch.linalg.solve(I + Q, -2 * Q)
         return exact
 
 

@@ -31,6 +31,7 @@ class VbLoraConfig(DeltaConfig):
     vector_length: PositiveCount = 64
     """b: 256 in the paper, which does not divide the sizes of small models."""
     top_k: PositiveCount = 2
+    """With 1 the bank learns alone: a softmax over one logit has no gradient."""
     bank_bound: PositiveRate = 0.02
     logits_std: PositiveRate = 0.1
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, Targets
+from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, Targets, WeightDelta
 from graftlm.deltas.inits import INITS
 from graftlm.errors import TargetError, nearest
 from graftlm.model import prefix
@@ -31,6 +31,8 @@ from graftlm.model.sites import (
 )
 
 SHARED = "graft_shared"
+ROUNDING = 1e-6
+"""Share of the sum of absolute products up to which B A counts as zero: what float32 leaves of one that cancels."""
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Site -> what was gathered there: see graftlm/model/collect.py."""
 
@@ -134,7 +136,17 @@ def sites_of(
     check_patterns(config, [site.name for site in chosen])
     if config.dropout and any(site.kind in ("embedding", "model") for site in chosen):
         raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
+    _check_init(chosen[0], config)
     return list(chosen)
+
+
+def _check_init(site: Site, config: DeltaConfig) -> None:
+    """Refuse an init that the method does not admit, before anything is gathered or computed for it."""
+    if INITS[config.init].tensors:
+        there = replace(site, shared=config.share([site]))
+        _part_with(
+            METHODS[config.method].delta(there, config_at(config, site.name)), INITS[config.init].tensors, config.init
+        )
 
 
 def _site(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Site:
@@ -204,7 +216,8 @@ def _initialise(site: Site, delta: Delta, name: str) -> None:
     init = INITS[name]
     if init.tensors:
         part = _part_with(delta, init.tensors, name)
-        for key, value in init.make(site, part).items():
+        values = init.make(site, part)
+        for key, value in values.items():
             own = part.get_parameter(key) if key in dict(part.named_parameters(recurse=False)) else part.get_buffer(key)
             if own.shape != value.shape:
                 raise TargetError(
@@ -212,10 +225,41 @@ def _initialise(site: Site, delta: Delta, name: str) -> None:
                     f"the init makes {list(value.shape)}"
                 )
             own.copy_(value)
-        if init.starts_at_base and isinstance(part, AdditiveDelta) and (factors := part.factors()) is not None:
-            A, B = (factor.detach().clone() for factor in factors)
-            if bool(B.any()) and bool(A.any()):
-                delta.offset_A, delta.offset_B = A, B
+        if init.starts_at_base:
+            _keep_the_base(site, delta, part, name, splits=init.tensors == ("A", "B") and "B" in values)
+
+
+def _keep_the_base(site: Site, delta: Delta, part: Delta, name: str, splits: bool) -> None:
+    """Record the offset with which the fresh delta is the base again; refuse an init for which there is none."""
+    factors = part.factors() if isinstance(part, AdditiveDelta) else None
+    if factors is not None:
+        A, B = (factor.detach().clone() for factor in factors)
+        if splits and not _is_product(part, A, B):
+            raise TargetError(
+                f"init: {name!r} starts from a part of W that is B A; {delta.config.method!r} has another product, so it "
+                "would start from something else. `init: zero` is the method's own start"
+            )
+        if float((B @ A).abs().max()) <= ROUNDING * float((B.abs() @ A.abs()).max()):
+            return
+        if isinstance(delta, WeightDelta):
+            delta.offset_A, delta.offset_B = A, B
+            return
+    elif isinstance(delta, WeightDelta):
+        W, b = site.W().cpu(), torch.zeros(site.d_out) if site.has_bias else None
+        changed, shift = delta.effective(W, b)
+        if torch.allclose(changed, W, atol=ROUNDING * float(W.abs().max())) and (shift is None or not shift.any()):
+            return
+    raise TargetError(
+        f"init: {name!r} would move the model: what {delta.config.method!r} adds to W is no fixed B A, "
+        "so it cannot be taken out of W beforehand. `init: zero` is the method's own start"
+    )
+
+
+def _is_product(part: Delta, A: Tensor, B: Tensor) -> bool:
+    """Whether the factors of a delta are its own tensors A and s B."""
+    own = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+    pairs = ((A, own["A"]), (B, part.scale * own["B"]))
+    return all(made.shape == tensor.shape and torch.allclose(made, tensor) for made, tensor in pairs)
 
 
 def _part_with(delta: Delta, tensors: Sequence[str], name: str) -> Delta:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.deltas.base import DeltaConfig
+from graftlm.errors import TargetError
 from graftlm.model.attach import deltas_off, sites_of
 from graftlm.model.bases import view
 from graftlm.model.hosts import LayerHost
@@ -43,13 +44,19 @@ def collect(
         return hook
 
     with ExitStack() as stack:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # of a base that nobody froze: its gradients are not wanted
+                stack.callback(parameter.requires_grad_(False).requires_grad_, True)
         stack.enter_context(deltas_off(model))
         for name in sites:
             module = model.get_submodule(name)
             layer = module.base if isinstance(module, LayerHost) else module
             base = view(layer)
             assert base is not None
-            assert base.kind == "linear", f"{name}: statistics are gathered at linear layers"
+            if base.kind != "linear":
+                raise TargetError(
+                    f"{name}: {' and '.join(needs)} are gathered at linear layers, this is of kind {base.kind}"
+                )
             stack.callback(layer.register_forward_hook(watch(name)).remove)
         embeddings = model.get_input_embeddings()
         stack.callback(embeddings.register_forward_hook(lambda _, __, y: y.requires_grad_()).remove)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from graftlm.config import build, to_tree
-from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig, Targets, matches
 from graftlm.errors import TargetError, nearest
 from graftlm.model.bases import KINDS, view
@@ -166,10 +165,7 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 
 def check_patterns(config: DeltaConfig, sites: Sequence[str]) -> None:
-    delta = METHODS[config.method].delta
     allowed = {f.name for f in fields(config)} - {"method", "init", "targets", "patterns"}
-    if delta.peft is not None:  # what PEFT's format cannot say would be lost when the adapter is read
-        allowed = set(delta.peft.patterns)
     if type(config).share is not DeltaConfig.share:
         allowed &= {"dropout"}  # what sites share has one size
     for pattern, overrides in config.patterns.items():

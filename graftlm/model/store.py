@@ -185,6 +185,9 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
         return f"PEFT has no method that computes what {config.method} does"
     if method.peft.why_not is not None and (reason := method.peft.why_not(config)):
         return reason
+    for pattern, overrides in config.patterns.items():
+        if lost := overrides.keys() - method.peft.patterns.keys():
+            return f"PEFT has no pattern for {', '.join(sorted(lost))}, which {pattern!r} sets"
     for site, module in _modules(model, name).items():
         if isinstance(module, Delta) and method.peft.why_not_at and (reason := method.peft.why_not_at(module.site)):
             return f"{site}: {reason}"

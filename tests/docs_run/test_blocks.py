@@ -7,6 +7,7 @@ seconds and need nothing installed. README's blocks take rows.jsonl for granted,
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from graftlm.cli import app
 from graftlm.data.formats import FORMATS
 from graftlm.data.source import load_rows
+from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
 from graftlm.model import load
 from graftlm.training.recipe import read_recipe
@@ -45,8 +47,17 @@ def smollm2_is_tiny(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "locate", found)
 
 
+@pytest.fixture
+def table_of_methods() -> Iterator[None]:
+    """What a page adds to the table is taken out again."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
 @pytest.mark.parametrize("page", SCRIPTS)
-@pytest.mark.usefixtures("smollm2_is_tiny")
+@pytest.mark.usefixtures("smollm2_is_tiny", "table_of_methods")
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_the_python_of_a_page_runs_from_top_to_bottom(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graftlm.testing import close, ids, logits, perturbed, tiny_gpt2, tiny_model
+from graftlm.model.attach import merged_state
+from graftlm.testing import _plain_with, close, ids, logits, perturbed, tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
 
 LM = {"task_type": "CAUSAL_LM"}
@@ -83,3 +84,14 @@ def test_reslora_adds_the_input_of_the_same_layer_one_block_before() -> None:
     x, before = heard[1][0], heard[0][0]
     wanted = x @ projections[1].base.weight.T + 6 / 4 * (x + before) @ delta.A.T @ delta.B.T
     close(heard[1][1], wanted, "reslora")
+
+
+def test_dora_learns_the_magnitude_of_more_layers_than_the_direction() -> None:
+    def reference(t: Any, W: Any, b: Any, x: Any, delta: Any) -> Any:
+        V = W + (6 / 4 * t["V.B"] @ t["V.A"] if "mlp" in delta.site.name else 0)
+        rows = [m * row / row.detach().square().sum().sqrt() for m, row in zip(t["m"], V, strict=True)]
+        return x @ torch.stack(rows).T
+
+    against_reference("dora", reference, directions=("gate_proj", "up_proj", "down_proj"))
+    model = perturbed("dora", tiny_gpt2(), directions=("c_fc",))  # whose layers have biases
+    close(logits(_plain_with(merged_state(model), tiny_gpt2(seed=5))), logits(model), "merged")
