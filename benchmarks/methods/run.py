@@ -48,6 +48,7 @@ MEASURED = ROOT / "graftlm" / "measured.json"
 NOT_KEPT = ("sweep", "held_out_loss_spread")
 RUNS, COSTS = HERE / "runs.jsonl", HERE / "costs.jsonl"
 BASE = "(base)"
+ALWAYS = float("inf")
 
 
 def recipe(method: str, learning_rate: float | None, seed: int) -> Recipe:
@@ -77,13 +78,14 @@ class Job:
             self.prepared[seed] = replace(made, examples=short)
         return self.prepared[seed]
 
-    def measure(self, seed: int, *, with_answers: bool) -> dict[str, float]:
+    def measure(self, seed: int, *, answers_below: float) -> dict[str, float]:
+        """Losses; and answers where the held-out loss is below the best of the sweep so far, for they take long."""
         data, settings = self.data(seed), {"pack_tokens": CONFIG["train"]["pack_tokens"], "packed": True}
         found = {
             "held_out_loss": held_out_loss(self.model, data.held_out[: CONFIG["held_out_rows"]], **settings),
             "general_loss": held_out_loss(self.model, self.general, **settings),
         }
-        if with_answers:
+        if found["held_out_loss"] < answers_below:
             rows = [row for row in data.held_out_rows if can_be_answered(row)][: CONFIG["answers"]]
             said = answers(self.model, self.renderer, rows, CONFIG["max_new_tokens"], lambda done: None)
             scores = [rouge_l(row.messages[-1].content, text) for row, text in zip(rows, said, strict=True)]
@@ -107,7 +109,7 @@ def _general_text(tokenizer: Any) -> list[Example]:
 JOB: Job | None = None
 
 
-def learn(method: str, learning_rate: float | None, seed: int, with_answers: bool) -> dict[str, Any]:
+def learn(method: str, learning_rate: float | None, seed: int, answers_below: float) -> dict[str, Any]:
     """Train one delta and measure it; a line of runs.jsonl. For the base: measure alone."""
     global JOB  # noqa: PLW0603 (one a process)
     JOB = JOB or Job()
@@ -115,7 +117,7 @@ def learn(method: str, learning_rate: float | None, seed: int, with_answers: boo
     line: dict[str, Any] = {"key": key(method, learning_rate, seed), "method": method, "seed": seed, "commit": commit()}
     line |= {"learning_rate": learning_rate}
     if method == BASE:
-        return line | JOB.measure(seed, with_answers=True)
+        return line | JOB.measure(seed, answers_below=answers_below)
     data, wanted = JOB.data(seed), recipe(method, learning_rate, seed)
     plan = plan_batches(wanted.train, data.examples)
     try:
@@ -125,7 +127,7 @@ def learn(method: str, learning_rate: float | None, seed: int, with_answers: boo
         line["losses"] = [round(step.loss, 4) for step in training_steps(wanted, JOB.model, data.examples, plan)]
         for module in JOB.model.modules():
             module.training = False
-        line |= JOB.measure(seed, with_answers=with_answers)
+        line |= JOB.measure(seed, answers_below=answers_below)
     except Exception as error:  # a method that breaks must not take the grid with it
         line["error"] = f"{type(error).__name__}: {error}"[:500]
     finally:
@@ -178,11 +180,11 @@ def best_rate(method: str, have: dict[str, dict[str, Any]]) -> float:
     return min(found, key=lambda rate: found[rate])
 
 
-def to_do(methods: Iterable[str], have: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float | None, int, bool]]:
+def to_do(methods: Iterable[str], have: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float | None, int, float]]:
     """The next runs: the sweep of each method, outwards while its best is at an edge; then the seeds at the best."""
     for seed in CONFIG["seeds"]:
         if key(BASE, None, seed) not in have:
-            yield BASE, None, seed, True
+            yield BASE, None, seed, ALWAYS
     for method in methods:
         found = swept(method, have)
         missing = [rate for rate in rates(method) if not any(abs(rate / r - 1) < 1e-3 for r in found)]
@@ -190,12 +192,12 @@ def to_do(methods: Iterable[str], have: dict[str, dict[str, Any]]) -> Iterator[t
             best = best_rate(method, have)
             missing = [best * 4] if best == max(found) else [best / 4] if best == min(found) else []
         for rate in missing:
-            yield method, float(f"{rate:.3g}"), CONFIG["sweep"]["seed"], True
+            yield method, float(f"{rate:.3g}"), CONFIG["sweep"]["seed"], min(found.values(), default=ALWAYS)
         if not missing:
             for seed in CONFIG["seeds"]:
                 rate = best_rate(method, have)
                 if "rouge_l" not in have.get(key(method, rate, seed), {}):
-                    yield method, rate, seed, True
+                    yield method, rate, seed, ALWAYS
 
 
 def grid(methods: list[str], workers: int = int(os.environ.get("WORKERS", "2"))) -> None:

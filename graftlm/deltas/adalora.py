@@ -2,7 +2,7 @@
 
     dW = s P diag(E) Q        P [d_out, r]  E [r, 1]  Q [r, d_in]        s = alpha / r
 
-    loss + gamma (||P^T P - I||^2 + ||Q Q^T - I||^2)     for each site (equation 4 and the line after algorithm 1)
+    loss + gamma (||P^T P - I||^2 + ||Q Q^T - I||^2)     for each site (equation 4, section 3.2)
 
 E is at zero and P, Q are Gaussian. The paper leaves their deviation open: 1 / sqrt(d) here, which is what P^T P = I
 asks for (the authors' code: 0.02 at every width). That code and PEFT add gamma times the mean over all P and Q of norms
@@ -11,7 +11,7 @@ that are not squared, and PEFT divides by r + 1e-5; the former is a departure fr
 This is the parameterisation alone. Which triplets live is a training policy's to decide, by zeros in E.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,19 @@ class AdaLoraConfig(DeltaConfig):
     """The gamma of the paper."""
 
 
+def with_pruned(stored: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT leaves pruned triplets out of its file and says which they were: here they are triplets of zeros."""
+    whole = dict(tensors)
+    for name, kept in (stored.get("rank_pattern") or {}).items():
+        at, site = torch.tensor(kept).nonzero()[:, 0], "base_model.model." + name.removesuffix(".lora_E")
+        for end, dim in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+            part = tensors.get(f"{site}.{end}")
+            if part is not None and part.shape[dim] == len(at):
+                shape = [len(kept) if d == dim else n for d, n in enumerate(part.shape)]
+                whole[f"{site}.{end}"] = part.new_zeros(shape).index_copy(dim, at, part)
+    return whole
+
+
 class AdaLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
@@ -50,8 +63,20 @@ class AdaLora(AdditiveDelta):
             "bias": "none",
             "loftq_config": {},
         },
-        harmless=("alpha_pattern", "use_rslora", "beta1", "beta2", "deltaT", "orth_reg_weight", "r", "tfinal", "tinit"),
+        harmless=(
+            "alpha_pattern",
+            "rank_pattern",
+            "use_rslora",
+            "beta1",
+            "beta2",
+            "deltaT",
+            "orth_reg_weight",
+            "r",
+            "tfinal",
+            "tinit",
+        ),
         facts=lambda site, config: {"target_r": config.r, "total_step": 1},
+        read=lambda stored, tensors: with_pruned(stored, tensors),
     )
 
     def __init__(self, site: Site, config: AdaLoraConfig) -> None:

@@ -7,7 +7,7 @@ section 4.
     each block is (I + Q) (I - Q)^-1 with Q = (P^T - P) / 2, P [b, b] learnt, at first 0 so that R = I
 
 m = 1 is OFT. s is not in this paper but in its authors' code (PEFT's), after section 3.5 of OFT, arXiv:2306.07280.
-x R costs d_in b m a token: the butterfly acts on x, as a product with small blocks in each of m steps; no R is built.
+The butterfly acts on x, as products with small blocks, at d_in b m a token; no matrix of W's size is built.
 
 PEFT computes m = 1, whatever its config says, where it cannot compile its CUDA kernel: there it refuses adapters with
 m > 1 for their shapes.

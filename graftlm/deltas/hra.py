@@ -1,4 +1,4 @@
-"""HRA: Householder Reflection Adaptation. Yuan et al. 2024, arXiv:2405.17484, equations 4 and 6.
+"""HRA: Householder Reflection Adaptation. Yuan et al. 2024, arXiv:2405.17484, section 3 and equation 6.
 
     h = W H_1 H_2 .. H_r x + b        H_i = I - 2 u_i u_i^T        u_i = column i of U [d_in, r], of length 1
 
@@ -8,7 +8,7 @@ The chain is applied at once, in its compact form (Schreiber and Van Loan 1989),
 
     H_1 .. H_r = I - U T U^T          T^-1 = I / 2 + the part of U^T U above its diagonal
 
-Columns start equal in pairs (the authors' code, PEFT), so that each reflection undoes the one before it: r is even.
+Columns start equal in pairs (as in PEFT; the paper names no start): each reflection undoes the one before; r is even.
 Left out: the strictly orthogonal variant I - 2 U U^T (lambda = infinity, PEFT's apply_GS), which is never the identity.
 """
 

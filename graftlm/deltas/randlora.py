@@ -48,6 +48,14 @@ class Bases(Shared):
             self.register_buffer(name, uniform * 3**0.5)
 
 
+def without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT repeats the shared bases at every layer: what is the same is left out, the rest stays and is refused."""
+    shared = {name: tensors.get(f"base_model.{name}") for name in ("randlora_A", "randlora_B")}
+    copies = {key: shared[end] for key in tensors if (end := key.rpartition(".")[2]) in shared and key.count(".") > 1}
+    same = {key for key, basis in copies.items() if basis is not None and torch.equal(tensors[key], basis)}
+    return {key: tensor for key, tensor in tensors.items() if key not in same}
+
+
 class RandLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Albert et al. 2025, arXiv:2502.00987"
@@ -59,6 +67,7 @@ class RandLora(AdditiveDelta):
         constants={"bias": "none", "save_projection": True},
         harmless=("projection_prng_key", "sparse", "very_sparse"),
         shared={"A": "randlora_A", "B": "randlora_B"},
+        read=lambda stored, tensors: without_copies(tensors),
     )
 
     def __init__(self, site: Site, config: RandLoraConfig) -> None:

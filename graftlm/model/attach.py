@@ -236,8 +236,8 @@ def _keep_the_base(site: Site, delta: Delta, part: Delta, name: str, splits: boo
         A, B = (factor.detach().clone() for factor in factors)
         if splits and not _is_product(part, A, B):
             raise TargetError(
-                f"init: {name!r} starts from a part of W that is B A; {delta.config.method!r} has another product, so it "
-                "would start from something else. `init: zero` is the method's own start"
+                f"init: {name!r} starts from a part of W that is B A; {delta.config.method!r} has another product, so "
+                "it would start from something else. `init: zero` is the method's own start"
             )
         if float((B @ A).abs().max()) <= ROUNDING * float((B.abs() @ A.abs()).max()):
             return

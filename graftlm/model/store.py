@@ -258,7 +258,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys of PEFT's LORA that change what an adapter computes, with the values at which they do not; others: refused."""
 
 NEUTRAL_ANYWHERE: dict[str, tuple[Any, ...]] = {
-    "auto_mapping": (None,),
     "exclude_modules": (None, []),
     "layers_pattern": (None, [], ""),
     "layers_to_transform": (None, []),
@@ -267,6 +266,7 @@ NEUTRAL_ANYWHERE: dict[str, tuple[Any, ...]] = {
 """The same for the keys that most types have."""
 
 HARMLESS = {
+    "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",  # how the base stores its weight, which our views know
     "inference_mode",
@@ -350,6 +350,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         method_name, method = _method(stored, folder)
         layout = method.delta.peft
         config = _from_peft(model, stored, method_name, method, folder)
+        assert layout is not None
+        if layout.read is not None:
+            tensors = layout.read(stored, tensors)
     try:
         attach(model, config, name=name, seed=ours["seed"] if ours else 0, start=False)
     except TargetError as error:

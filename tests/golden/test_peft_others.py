@@ -13,13 +13,13 @@ import pytest
 import torch
 from peft.tuners.boft import layer as peft_boft
 from peft.tuners.lokr.layer import factorization
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftlm.deltas.lokr import _left
-from graftlm.errors import AdapterError, TargetError
+from graftlm.errors import TargetError
 from graftlm.model import store
 from graftlm.model.attach import attach, hosts, merged_state, penalty
+from graftlm.model.store import load_adapter
 from graftlm.testing import attach_tiny, close, logits, perturbed, tiny_config, tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
 
@@ -88,27 +88,32 @@ def test_on_gpt2_against_peft(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("base", [tiny_model, tiny_gpt2])
-def test_randlora_against_peft(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After those copies were compared and taken out, for want of a place for them in `PeftLayout`."""
-    save = peft.PeftModel.save_pretrained
-
-    def without_copies(self: Any, folder: Path) -> None:
-        save(self, folder)
-        file = folder / "adapter_model.safetensors"
-        tensors = load_file(file)
-        for key in [k for k in tensors if k.endswith(("randlora_A", "randlora_B")) and ".model." in k]:
-            assert torch.equal(tensors.pop(key), tensors[f"base_model.{key.rpartition('.')[2]}"])
-        save_file(tensors, file)
-
-    monkeypatch.setattr(peft.PeftModel, "save_pretrained", without_copies)
+def test_randlora_against_peft(base: Any, tmp_path: Path) -> None:
     on = {"target_modules": LINEAR} if base is tiny_model else {"target_modules": ["c_attn", "c_fc", "c_proj"]}
     against_peft("randlora", peft.RandLoraConfig(r=5, randlora_alpha=7, **on, **LM), tmp_path, base=base)
 
 
-@pytest.mark.xfail(raises=AdapterError, strict=True, reason="the copies at each layer are unexpected tensors")
 @pytest.mark.filterwarnings("ignore")
-def test_randlora_as_peft_writes_it(tmp_path: Path) -> None:
-    against_peft("randlora", peft.RandLoraConfig(r=5, **ON), tmp_path)
+def test_adalora_as_peft_writes_it_after_pruning(tmp_path: Path) -> None:
+    """PEFT's file has no trace of pruned triplets but a list of which were kept."""
+    theirs = peft.get_peft_model(tiny_model(), peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=10, **ON)).eval()
+    generator = torch.Generator().manual_seed(3)
+    kept: dict[str, list[bool]] = {}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(generator=generator)
+            if ".lora_E" in name:
+                mask = torch.rand(4, generator=generator) < 0.6
+                parameter[~mask] = 0
+                kept[name] = mask.tolist()
+    prefix = "base_model.model."
+    theirs.peft_config["default"].rank_pattern = {key.removeprefix(prefix): mask for key, mask in kept.items()}
+    theirs.save_pretrained(tmp_path)
+    ours = tiny_model()
+    load_adapter(ours, tmp_path)
+    close(logits(ours), logits(theirs), "pruned AdaLoRA")
+    assert any(not all(mask) for mask in kept.values())
 
 
 def test_randlora_is_the_sum_of_the_paper() -> None:
@@ -161,6 +166,12 @@ def test_boft_with_enough_factors_is_dense() -> None:
         (delta, *_) = next(iter(hosts(model).values())).on()
         R, _ = delta.effective(torch.eye(32), None)
         assert bool((R != 0).all()) == dense
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_boft_in_m_products_is_boft_in_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("graftlm.deltas.boft.FAR", 0)
+    against_peft("boft", peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=3, **ON), tmp_path)
 
 
 def test_boft_refuses_sizes_that_do_not_fit() -> None:
