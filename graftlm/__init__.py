@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from graftlm.data.source import DataConfig as DataConfig
     from graftlm.data.source import SourceConfig as SourceConfig
     from graftlm.deltas import METHODS as METHODS
+    from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
     from graftlm.model.attach import activate as activate
     from graftlm.model.attach import attach as attach
+    from graftlm.model.attach import by_row as by_row
     from graftlm.model.attach import deltas_off as deltas_off
     from graftlm.model.attach import detach as detach
     from graftlm.model.attach import merged_state as merged_state
+    from graftlm.model.collect import collect as collect
+    from graftlm.model.export import export as export
     from graftlm.model.load import BaseConfig as BaseConfig
     from graftlm.model.load import load_base as load_base
     from graftlm.model.store import load_adapter as load_adapter
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BaseConfig": "graftlm.model.load",
     "DataConfig": "graftlm.data.source",
+    "INITS": "graftlm.deltas.inits",
     "LoraConfig": "graftlm.deltas.lora",
     "METHODS": "graftlm.deltas",
     "Recipe": "graftlm.training.recipe",
@@ -40,8 +45,11 @@ _HOME = {
     "activate": "graftlm.model.attach",
     "answer": "graftlm.training.answer",
     "attach": "graftlm.model.attach",
+    "by_row": "graftlm.model.attach",
+    "collect": "graftlm.model.collect",
     "deltas_off": "graftlm.model.attach",
     "detach": "graftlm.model.attach",
+    "export": "graftlm.model.export",
     "load_adapter": "graftlm.model.store",
     "load_base": "graftlm.model.load",
     "merged_state": "graftlm.model.attach",

@@ -57,9 +57,16 @@ TINY = {
 
 
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of two layers, float32, in evaluation mode; any architecture by its model type."""
+    """A random causal language model of two layers, float32, in evaluation mode; any architecture by its model type.
+
+    Gains of norms and biases, which start as ones and zeros, are random too: else a mistake with them would not show.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(TINY | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return model.float().eval().requires_grad_(False)
 
 

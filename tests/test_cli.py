@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from graftlm import cli
 from graftlm.deltas import METHODS
+from graftlm.model.attach import attach
+from graftlm.model.load import BaseConfig, load_base
+from graftlm.model.store import save_adapter
+from graftlm.testing import close, logits, move
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
 
@@ -98,8 +104,36 @@ def test_methods_are_listed_as_json() -> None:
     listed = json.loads(graft("methods", "--json").stdout)
     assert [m["name"] for m in listed] == list(METHODS)
     for method in listed:
-        assert method.keys() == {"name", "family", "paper", "parameters", "mergeable", "factors", "peft_type"}
+        known = METHODS[method["name"]]
+        assert method["mergeable"] == known.mergeable
+        assert method["mergeable"] or method["why_not_mergeable"]
+        assert method["factors"] == known.has_factors
+        assert (method["peft_type"] is None) == (method["peft_tensors"] is None)
+        assert method["learning_rate"] > 0
     assert "lora" in graft("methods").stdout
+
+
+def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path: Path) -> None:
+    loaded = load_base(BaseConfig(name=str(base_folder), store="fp32"))
+    move(attach(loaded.model, METHODS["dora"].config(r=4)))
+    wanted = logits(loaded.model)
+    save_adapter(loaded.model, tmp_path / "a")
+    base = ("--base", str(base_folder))
+    graft("merge", *base, "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    close(
+        logits(merged), wanted, "graft merge", tolerance=0.02
+    )  # the command loads the base in bf16 where that is fast
+    half = graft("merge", *base, "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "half"), "--dtype", "bf16")
+    assert "bf16 loses" in half.stderr
+    found = json.loads(
+        graft("export", str(tmp_path / "a"), "--to", "plain-lora", "--rank", "4", "--out", str(tmp_path / "lora"),
+              "--json", *base).stdout
+    )  # fmt: skip
+    assert not found["exact"]
+    assert {server["server"]: server["accepts"] for server in found["servers"]}["vLLM"]
+    said = graft("export", str(tmp_path / "a"), "--to", "peft", "--out", str(tmp_path / "peft"), *base).stdout
+    assert "it refuses DoRA" in said
 
 
 @pytest.mark.parametrize(

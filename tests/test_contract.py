@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import Base, PeftLayout, Site
+from graftlm.deltas.bitfit import BitFit
+from graftlm.deltas.dora import Dora
+from graftlm.deltas.houlsby import Houlsby
+from graftlm.deltas.ia3 import Ia3
 from graftlm.deltas.lora import Lora, LoraConfig
-from graftlm.testing import CONTRACT, check_method
+from graftlm.deltas.reslora import ResLora
+from graftlm.deltas.vera import Vera
+from graftlm.model.attach import hosts
+from graftlm.testing import CONTRACT, attach_tiny, check_method, close, logits, tiny_model
 
 
 @pytest.mark.parametrize("clause", CONTRACT)
@@ -175,6 +182,101 @@ def test_a_planted_mistake_is_caught_by_the_clause_that_is_there_for_it(
     with pytest.raises(AssertionError) as raised:
         check_method("lora")
     assert str(raised.value).startswith(f"lora: {MISTAKES[mistake]}: ")
+
+
+class BitFitScalesTheBias(BitFit):
+    """PEFT's mistake with biases: what is added is not what is there."""
+
+    def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W, 2 * self.delta if b is None else b + 2 * self.delta
+
+
+class DoraScalesTheBias(Dora):
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        y = super().forward(x, y, base)
+        return y if base.bias is None else y + 0.5 * base.bias
+
+
+class DoraForgetsTheCrossTerm(Dora):
+    def _norm(self, A: Tensor, B: Tensor, base: Base) -> Tensor:
+        return (base.row_squares() + ((B @ (A @ A.T)) * B).sum(1)).sqrt()
+
+
+class DoraLearnsThroughTheNorm(Dora):
+    """The same numbers, another gradient than the paper's section 4.3."""
+
+    def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert self.V is not None
+        V = W + self.V.matrix()
+        return (self.m / V.norm(dim=1))[:, None] * V, b
+
+
+class VeraIsTransposed(Vera):
+    def matrix(self) -> Tensor:
+        made = super().matrix()
+        return made.flip(0)
+
+
+class VeraKeepsItsProjectionsInEachSite(Vera):
+    formula = "d_out + r + r * (d_in + d_out)"
+
+    def __init__(self, site: Site, config: Any) -> None:
+        super().__init__(site, config)
+        self.shared = site.shared  # registered, and so saved once a site
+
+
+class Ia3ScalesOutputsByInputs(Ia3):
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        return base(x * self.l) if self.inner else base(x) * self.l[:, 0].flip(0)
+
+
+class HoulsbyForgetsTheResidual(Houlsby):
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) - y
+
+
+class ResLoraMixesUpRows(ResLora):
+    """A tape that does not keep rows with different deltas apart."""
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        self.site.shared.group = ()  # type: ignore[union-attr]
+        return super().forward(x, y, base)
+
+
+OTHERS: dict[type[Any], tuple[str, str]] = {
+    BitFitScalesTheBias: ("bitfit", "fast_path_is_the_equation"),
+    DoraScalesTheBias: ("dora", "two_deltas_compose"),
+    DoraForgetsTheCrossTerm: ("dora", "fast_path_is_the_equation"),
+    DoraLearnsThroughTheNorm: ("dora", "fast_path_is_the_equation"),
+    VeraIsTransposed: ("vera", "fast_path_is_the_equation"),
+    VeraKeepsItsProjectionsInEachSite: ("vera", "save_load_save_is_stable"),
+    Ia3ScalesOutputsByInputs: ("ia3", "fast_path_is_the_equation"),
+    HoulsbyForgetsTheResidual: ("houlsby", "identity_at_start"),
+    ResLoraMixesUpRows: ("reslora", "rows_of_a_batch"),
+}
+
+
+@pytest.mark.parametrize("mistake", OTHERS, ids=lambda m: m.__name__)
+def test_a_mistake_in_another_method_is_caught_too(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, clause = OTHERS[mistake]
+    monkeypatch.setitem(METHODS, name, Method(METHODS[name].config, mistake))
+    with pytest.raises(AssertionError) as raised:
+        check_method(name)
+    assert str(raised.value).startswith(f"{name}: {clause}: ")
+
+
+def test_a_wrong_offset_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An init that takes another part out of W than it puts into the factors is no identity."""
+    model = tiny_model()
+    attach_tiny("lora", model, init="pissa")
+    before = logits(tiny_model())
+    close(logits(model), before, "a fresh PiSSA is the base")
+    for host in hosts(model).values():
+        (delta,) = host.on()
+        assert delta.offset_B is not None
+        delta.offset_B.mul_(1.01)
+    with pytest.raises(AssertionError, match="differs by"):
+        close(logits(model), before, "a wrong offset")
 
 
 def test_what_a_method_breaks_by_another_exception_is_told_with_its_clause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from graftlm.config import PositiveCount, PositiveRate, Rate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
 
 UNUSED = ("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
-          "lora_ga_config", "megatron_config", "monteclora_config", "rank_pattern", "target_parameters",
+          "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
           "trainable_token_indices", "use_bdlora", "velora_config")  # fmt: skip
 """Keys of PEFT's LORA that its ADALORA inherits, None where they mean nothing."""
 

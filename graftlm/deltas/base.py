@@ -161,7 +161,7 @@ class PeftLayout:
     translate: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
     """PEFT's whole config -> our fields that no single key says, for what `fields` cannot express."""
     read: Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Tensor]] | None = None
-    """PEFT's (config, tensors by key) -> the tensors under keys of this layout, where its files come in several forms."""
+    """PEFT's (config, tensors by key) -> the tensors under keys of this layout, where files come in several forms."""
     why_not: Callable[[Any], str] | None = None
     """Our config -> why PEFT has no word for it, or an empty text."""
     why_not_at: Callable[[Site], str] | None = None

@@ -1,0 +1,1 @@
+"""Deltas put together: into a base, and (to come) with each other."""
