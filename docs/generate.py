@@ -70,14 +70,18 @@ def methods() -> str:
     """The table of methods and of inits, with what was measured of them."""
     rows, base = facts(), measured()["base"]
     with_figures = [row for row in rows if row["held_out_loss"] is not None]
+    intro = f"""{MADE}# Methods
+
+{len(rows)} methods and {len(INITS)} inits; any pair that has a meaning may be combined, and any several deltas may sit
+on one model. `graft methods` prints this table, `graft methods --for "small data, little memory"` a choice from it.
+
+## What each is
+
+*Merges*: it is a change of weights. *Is LoRA*: it has exact low-rank factors, so `graft export --to plain-lora` makes a
+LoRA of it that every server reads. *In PEFT*: the type under which PEFT reads and writes the same.
+"""
     lines = [
-        MADE + "# Methods\n",
-        f"{len(rows)} methods and {len(INITS)} inits; any pair that has a meaning may be combined, and any several deltas"
-        ' may sit on one\nmodel. `graft methods` prints this table, `graft methods --for "small data, little memory"`'
-        " a choice from it.\n",
-        "## What each is\n",
-        "*Merges*: it is a change of weights. *Is LoRA*: it has exact low-rank factors, so `graft export --to plain-lora`"
-        "\nmakes a LoRA of it that every server reads. *In PEFT*: the type under which PEFT reads and writes the same.\n",
+        intro,
         "| name | family | paper | trainable parameters a site | sites | merges | is LoRA | in PEFT |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -99,19 +103,20 @@ def _measured_methods(rows: list[dict[str, Any]], base: dict[str, float]) -> lis
     if not rows:
         return []
     config = json.loads(_result("methods").read_text())["config"]
-    train = config["train"]
-    lines = [
-        "## What each did on one job\n",
-        f"[benchmarks/methods](../benchmarks/methods/result.json): SmolLM2-135M, docstrings, {train['steps']} steps of"
-        f" {train['batch_rows']} rows, one thread; the learning\nrate is the best of a small sweep on held-out loss, and"
-        " figures are means over the seeds shown. *Forgotten* is the rise\nof the loss on general text (the base:"
-        f" {base['general_loss']:.3f} nats a token). The base: held-out loss {base['held_out_loss']:.3f},"
-        f" ROUGE-L {base['rouge_l']:.3f}.\nOne short job on one small model orders methods on that job. Ranks were not"
-        " swept: each method has its paper's.\n",
-        "![learnt against forgotten](methods.svg)\n",
-        "| name | rate | parameters | held-out loss | of LoRA's gain | ROUGE-L | forgotten | step / LoRA's | peak GiB | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    train, rows_of, steps = config["train"], config["row_tokens"], config["train"]["steps"]
+    intro = f"""## What each did on one job
+
+[benchmarks/methods](../benchmarks/methods/result.json): SmolLM2-135M, docstrings of up to {rows_of} tokens, {steps}
+steps of {train["batch_rows"]} rows, one thread; the learning rate is the best of a small sweep on held-out loss, and
+figures are means over the seeds counted in the last column. *Forgotten* is the rise of the loss on general text.
+The base: held-out loss {base["held_out_loss"]:.3f}, ROUGE-L {base["rouge_l"]:.3f}, loss on general text
+{base["general_loss"]:.3f}, in nats a token. One short job on one small model orders methods on that job. Ranks were not
+swept: each method has its default.
+
+![learnt against forgotten](methods.svg)
+"""
+    heads = ("name", "rate", "parameters", "held-out loss", "of LoRA's gain", "ROUGE-L", "forgotten", "step / LoRA's")
+    lines = [intro, "| " + " | ".join((*heads, "peak GiB", "seeds")) + " |", "|---" * 10 + "|"]
     for row in sorted(rows, key=lambda row: row["held_out_loss"]):
         cells = [
             f"{row['rate_measured']:.2g}",

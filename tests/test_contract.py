@@ -198,8 +198,11 @@ class DoraScalesTheBias(Dora):
 
 
 class DoraForgetsTheCrossTerm(Dora):
-    def _norm(self, A: Tensor, B: Tensor, base: Base) -> Tensor:
-        return (base.row_squares() + ((B @ (A @ A.T)) * B).sum(1)).sqrt()
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        assert self.V is not None
+        A, B = self.V.factors()
+        norms = (base.row_norms().square() + ((B @ (A @ A.T)) * B).sum(1)).sqrt()
+        return base.low_rank(x, A, B, gain=self.m / norms.detach())
 
 
 class DoraLearnsThroughTheNorm(Dora):

@@ -159,10 +159,6 @@ def done() -> dict[str, dict[str, Any]]:
     return found
 
 
-def rates(method: str) -> list[float]:
-    return [METHODS[method].delta.learning_rate * factor for factor in CONFIG["sweep"]["factors"]]
-
-
 def swept(method: str, have: dict[str, dict[str, Any]]) -> dict[float, float]:
     """Learning rate -> held-out loss of this method's sweep."""
     start = key(method, None, CONFIG["sweep"]["seed"]).split()
@@ -181,23 +177,31 @@ def best_rate(method: str, have: dict[str, dict[str, Any]]) -> float:
 
 
 def to_do(methods: Iterable[str], have: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float | None, int, float]]:
-    """The next runs: the sweep of each method, outwards while its best is at an edge; then the seeds at the best."""
+    """The next runs: the sweep of each method, one rate after the other; then the seeds at the best."""
     for seed in CONFIG["seeds"]:
         if key(BASE, None, seed) not in have:
             yield BASE, None, seed, ALWAYS
     for method in methods:
         found = swept(method, have)
-        missing = [rate for rate in rates(method) if not any(abs(rate / r - 1) < 1e-3 for r in found)]
-        if not missing and len(found) < CONFIG["sweep"]["most"]:
+        rate = next_rate(method, found)
+        if rate is not None:
+            yield method, rate, CONFIG["sweep"]["seed"], min(found.values(), default=ALWAYS)
+            continue
+        for seed in CONFIG["seeds"]:
             best = best_rate(method, have)
-            missing = [best * 4] if best == max(found) else [best / 4] if best == min(found) else []
-        for rate in missing:
-            yield method, float(f"{rate:.3g}"), CONFIG["sweep"]["seed"], min(found.values(), default=ALWAYS)
-        if not missing:
-            for seed in CONFIG["seeds"]:
-                rate = best_rate(method, have)
-                if "rouge_l" not in have.get(key(method, rate, seed), {}):
-                    yield method, rate, seed, ALWAYS
+            if "rouge_l" not in have.get(key(method, best, seed), {}):
+                yield method, best, seed, ALWAYS
+
+
+def next_rate(method: str, found: dict[float, float]) -> float | None:
+    """Uphill in steps of a factor, from the method's default, until the best rate has a worse one on either side."""
+    step, default = CONFIG["sweep"]["step"], METHODS[method].delta.learning_rate
+    if not found:
+        return default
+    best = min(found, key=lambda rate: found[rate])
+    if len(found) >= CONFIG["sweep"]["most"] or (min(found) < best < max(found)):
+        return None
+    return float(f"{best * step if best == max(found) else best / step:.3g}")
 
 
 def grid(methods: list[str], workers: int = int(os.environ.get("WORKERS", "2"))) -> None:

@@ -100,8 +100,8 @@ class Base(Protocol):
     def product(self, A: Tensor) -> Tensor:
         """W A^T [d_out, r], float32, without a float copy of W."""
 
-    def row_squares(self) -> Tensor:
-        """The sum of the squares of each row of W, float32 [d_out]; computed once."""
+    def row_norms(self, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+        """||W + B A|| of each row, float32 [d_out], without a product over all of W and without a gradient."""
 
 
 @config

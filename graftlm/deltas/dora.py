@@ -4,8 +4,8 @@
 
     A [r, d_in]  B [d_out, r]  m [d_out], at first ||W||      s = alpha / r
 
-The norm counts as a constant in the backward pass (section 4.3). It is not computed from V, which would cost a product
-over all of W, but from ||W||^2, W A^T and A A^T. Section 5.6 learns the magnitude m of more layers than the direction
+The norm counts as a constant in the backward pass (section 4.3). Training never builds V: its norm comes from ||W||^2,
+W A^T and A A^T. Section 5.6 learns the magnitude m of more layers than the direction
 B A, for fewer parameters: that is `directions`.
 """
 
@@ -57,14 +57,8 @@ class Dora(WeightDelta):
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         if self.V is None:
-            gain = self.m / base.row_squares().sqrt()
+            gain = self.m / base.row_norms()
             y = base(x)
             return y * gain if base.bias is None else (y - base.bias) * gain + base.bias
         A, B = self.V.factors()
-        return base.low_rank(x, A, B, gain=self.m / self._norm(A.detach(), B.detach(), base))
-
-    @torch.no_grad()
-    def _norm(self, A: Tensor, B: Tensor, base: Base) -> Tensor:
-        """||W + B A|| of each row, [d_out]."""
-        cross = 2 * (B * base.product(A)).sum(1)
-        return (base.row_squares() + cross + ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()
+        return base.low_rank(x, A, B, gain=self.m / base.row_norms(A, B))

@@ -6,7 +6,7 @@
     m [d_out], at first ||W||        b [d_out], at first 0        d [r], at first 0.1
 
 The magnitude of DoRA, with the increment of VeRA (Kopiczko et al. 2023, arXiv:2310.11454) for its direction. As in
-DoRA the norm counts as a constant in the backward pass (section 4.3), and is computed from ||W||^2, W A^T and A A^T.
+DoRA the norm counts as a constant in the backward pass (section 4.3).
 """
 
 from collections.abc import Sequence
@@ -50,10 +50,4 @@ class Dvora(WeightDelta):
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         A, B = self.V.factors()
-        return base.low_rank(x, A, B, gain=self.m / self._norm(A.detach(), B.detach(), base))
-
-    @torch.no_grad()
-    def _norm(self, A: Tensor, B: Tensor, base: Base) -> Tensor:
-        """||W + B A|| of each row, [d_out]."""
-        cross = 2 * (B * base.product(A)).sum(1)
-        return (base.row_squares() + cross + ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()
+        return base.low_rank(x, A, B, gain=self.m / base.row_norms(A, B))

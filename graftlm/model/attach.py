@@ -163,7 +163,7 @@ def _site(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Sit
             "bias": lambda: base.bias,
             "has_bias": base.stored_bias is not None,
             "kind": base.kind,
-            "tied": head is not None and head is not layer and head.weight is layer.weight,
+            "tied": base.kind == "embedding" and head is not None and head.weight is layer.weight,
         }
         return Site(name, base.d_in, base.d_out, lambda: base.weight, **seen)
     settings: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]

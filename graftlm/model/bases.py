@@ -66,7 +66,15 @@ class LinearBase:
         W = self.stored_weight.detach()
         return (W @ A.to(W.dtype).T).float()
 
-    def row_squares(self) -> Tensor:
+    @torch.no_grad()
+    def row_norms(self, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+        squares = self._squares()
+        if A is not None and B is not None:  # ||W||^2 + 2 <W, B A> + ||B A||^2, row by row
+            squares = squares + 2 * (B * self.product(A)).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
+        return squares.clamp_min(0).sqrt()
+
+    def _squares(self) -> Tensor:
+        """||W||^2 of each row, computed once."""
         weight = self.stored_weight
         version = (weight.data_ptr(), weight._version)  # of these very numbers: another base is summed again
         if self._row_squares is None or self._row_squares[0] != version:
@@ -170,6 +178,7 @@ class Residual:
     def product(self, A: Tensor) -> Tensor:
         return self.inner.product(A) - self.B0 @ (self.A0 @ A.T)
 
-    def row_squares(self) -> Tensor:
-        removed = -2 * (self.B0 * self.inner.product(self.A0)).sum(1)
-        return self.inner.row_squares() + removed + ((self.B0 @ (self.A0 @ self.A0.T)) * self.B0).sum(1)
+    def row_norms(self, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+        if A is None or B is None:
+            return self.inner.row_norms(self.A0, -self.B0)
+        return self.inner.row_norms(torch.cat([A, self.A0]), torch.cat([B, -self.B0], dim=1))

@@ -1,0 +1,138 @@
+"""A kind of layer is one view: a made-up quantised layer, registered here, and every method works on it untouched."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftlm.deltas import METHODS
+from graftlm.model import bases
+from graftlm.model.attach import deltas_off, detach, hosts, trainable
+from graftlm.model.bases import LinearBase, Residual, view
+from graftlm.model.hosts import LayerHost
+from graftlm.testing import attach_tiny, close, ids, logits, move, tiny_model
+
+
+class FourBits(nn.Module):
+    """W as 15 levels a row, like a 4-bit layer: what it computes with exists for a moment only."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        W = layer.weight.detach()
+        scale = W.abs().amax(1, keepdim=True) / 7
+        self.register_buffer("levels", (W / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def dequantised(self) -> Tensor:
+        return self.levels.float() * self.scale  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantised())
+
+
+class FourBitBase(LinearBase):
+    @property
+    def stored_weight(self) -> Tensor:
+        W: Tensor = self.layer.dequantised()  # type: ignore[operator]
+        return W
+
+    @property
+    def stored_bias(self) -> None:
+        return None
+
+
+def four_bit_model() -> Any:
+    model = tiny_model(tie_word_embeddings=False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, FourBits(module))
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bases.KINDS, FourBits, FourBitBase)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if "linear" in m.delta.kinds])
+def test_every_method_works_on_a_kind_of_layer_that_it_knows_nothing_of(name: str) -> None:
+    model = four_bit_model()
+    modules, base = dict(model.named_modules()), logits(model)
+    attach_tiny(name, model)
+    if not METHODS[name].delta.starts_away:
+        close(logits(model), base, "a fresh delta")
+    move(model)
+    on = logits(model)
+    with deltas_off(model):
+        assert torch.equal(logits(model), base)
+    model(ids()).logits.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in trainable(model).values())
+    if METHODS[name].mergeable:
+        plain = tiny_model(tie_word_embeddings=False)
+        with torch.no_grad():
+            for site, host in hosts(model).items():
+                assert isinstance(host, LayerHost)
+                layer, (W, b) = plain.get_submodule(site), host.effective()
+                layer.weight.copy_(host.view.store(W))
+                if b is not None and host.view.kind == "linear":
+                    layer.bias = nn.Parameter(b)
+            for site, module in modules.items():  # layers without a delta hold what was dequantised
+                if isinstance(module, FourBits) and site not in hosts(model):
+                    plain.get_submodule(site).weight.copy_(module.dequantised())
+        close(logits(plain), on, "float weights against the delta on quantised ones")
+    detach(model)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits(model), base)
+
+
+def test_a_residual_answers_as_if_its_weight_were_stored() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5)
+    whole = view(layer)
+    assert whole is not None
+    A0, B0 = torch.randn(2, 6), torch.randn(5, 2)
+    made = Residual(whole, A0, B0)
+    plain = nn.Linear(6, 5)
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight - B0 @ A0)
+        plain.bias.copy_(layer.bias)
+    wanted = view(plain)
+    assert wanted is not None
+    x, A, B, gain = torch.randn(3, 6), torch.randn(4, 6), torch.randn(5, 4), torch.rand(5)
+    close(made.weight, wanted.weight, "weight")
+    close(made(x), wanted(x), "the layer")
+    close(made.low_rank(x, A, B), wanted.low_rank(x, A, B), "low_rank")
+    close(made.low_rank(x, A, B, gain), wanted.low_rank(x, A, B, gain), "low_rank with a gain")
+    close(made.product(A), wanted.weight @ A.T, "product")
+    close(made.row_norms(), wanted.row_norms(), "row_norms")
+    close(made.row_norms(A, B), (wanted.weight + B @ A).norm(dim=1), "row_norms of a sum")
+    close(made.apply(x, wanted.weight, None), x @ wanted.weight.T, "apply")
+    assert made.bias is not None
+    assert torch.equal(made.bias, layer.bias)
+
+
+def test_row_norms_are_those_of_the_numbers_that_are_there_now() -> None:
+    layer = nn.Linear(6, 5)
+    made = view(layer)
+    assert made is not None
+    close(made.row_norms(), layer.weight.norm(dim=1), "first")
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    close(made.row_norms(), layer.weight.norm(dim=1), "after the weight changed")
+
+
+def test_the_gain_of_the_fused_operation_has_the_gradient_of_the_equation() -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(6, 5)
+    made = view(layer)
+    assert made is not None
+    tensors = [torch.randn(s, requires_grad=True) for s in ((7, 6), (3, 6), (5, 3), (5,))]
+    x, A, B, gain = tensors
+    outputs = made.low_rank(x, A, B, gain), gain * (x @ (layer.weight.detach() + B @ A).T) + layer.bias.detach()
+    grads = [torch.autograd.grad(y.sin().sum(), tensors) for y in outputs]
+    close(outputs[0], outputs[1], "output")
+    for ours, wanted in zip(*grads, strict=True):
+        close(ours, wanted, "gradient")
