@@ -104,11 +104,13 @@ def _measured_methods(rows: list[dict[str, Any]], base: dict[str, float]) -> lis
         return []
     config = json.loads(_result("methods").read_text())["config"]
     train, rows_of, steps = config["train"], config["row_tokens"], config["train"]["steps"]
+    nearly, rows_of_step = config["sweep"]["nearly"], train["batch_rows"]
     intro = f"""## What each did on one job
 
 [benchmarks/methods](../benchmarks/methods/result.json): SmolLM2-135M, docstrings of up to {rows_of} tokens, {steps}
-steps of {train["batch_rows"]} rows, one thread; the learning rate is the best of a small sweep on held-out loss, and
-figures are means over the seeds counted in the last column. *Forgotten* is the rise of the loss on general text.
+steps of {rows_of_step} rows, one thread. The learning rate is the smallest of a small sweep that gains nearly as much
+({nearly:.0%}) as the best; figures are means over the seeds counted in the last column. *Forgotten* is the rise of the
+loss on general text.
 The base: held-out loss {base["held_out_loss"]:.3f}, ROUGE-L {base["rouge_l"]:.3f}, loss on general text
 {base["general_loss"]:.3f}, in nats a token. One short job on one small model orders methods on that job. Ranks were not
 swept: each method has its default.
@@ -132,11 +134,8 @@ swept: each method has its default.
         lines.append(f"| `{row['name']}` | " + " | ".join(cells) + " |")
     low = [row for row in rows if row["share_of_lora"] < 0.5]
     if low:
-        lines += ["", "Below half of LoRA's gain in these steps, with the best rate of the sweep:\n"]
-        lines += [
-            f"- `{row['name']}`: {row['share_of_lora']:.0%} with {row['parameters_trained']:,} parameters."
-            for row in low
-        ]
+        lines += ["", "Below half of LoRA's gain in these steps, at the rate that was best for it:", ""]
+        lines += [f"- `{r['name']}`: {r['share_of_lora']:.0%}. {config['notes'].get(r['name'], '')}".rstrip() for r in low]
     return lines
 
 

@@ -171,9 +171,13 @@ def swept(method: str, have: dict[str, dict[str, Any]]) -> dict[float, float]:
     return found
 
 
-def best_rate(method: str, have: dict[str, dict[str, Any]]) -> float:
+def chosen_rate(method: str, have: dict[str, dict[str, Any]]) -> float:
+    """The smallest rate that gains nearly what the best does: what is best in a few steps is too much for many."""
     found = swept(method, have)
-    return min(found, key=lambda rate: found[rate])
+    base: float = have[key(BASE, None, CONFIG["sweep"]["seed"])]["held_out_loss"]
+    most = max(base - loss for loss in found.values())
+    enough = [rate for rate, loss in found.items() if base - loss >= CONFIG["sweep"]["nearly"] * most]
+    return min(enough) if most > 0 else min(found, key=lambda rate: found[rate])
 
 
 def to_do(methods: Iterable[str], have: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float | None, int, float]]:
@@ -188,7 +192,7 @@ def to_do(methods: Iterable[str], have: dict[str, dict[str, Any]]) -> Iterator[t
             yield method, rate, CONFIG["sweep"]["seed"], min(found.values(), default=ALWAYS)
             continue
         for seed in CONFIG["seeds"]:
-            best = best_rate(method, have)
+            best = chosen_rate(method, have)
             if "rouge_l" not in have.get(key(method, best, seed), {}):
                 yield method, best, seed, ALWAYS
 
@@ -286,7 +290,7 @@ def table(methods: Iterable[str]) -> dict[str, Any]:
     for method in methods:
         if not swept(method, have):
             continue
-        rate = best_rate(method, have)
+        rate = chosen_rate(method, have)
         of_seeds = [line for seed in CONFIG["seeds"] if (line := have.get(key(method, rate, seed)))]
         of_seeds = [line for line in of_seeds if "held_out_loss" in line]
         if not of_seeds:
