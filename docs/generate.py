@@ -135,7 +135,10 @@ swept: each method has its default.
     low = [row for row in rows if row["share_of_lora"] < 0.5]
     if low:
         lines += ["", "Below half of LoRA's gain in these steps, at the rate that was best for it:", ""]
-        lines += [f"- `{r['name']}`: {r['share_of_lora']:.0%}. {config['notes'].get(r['name'], '')}".rstrip() for r in low]
+        for row in low:
+            lines.append(
+                f"- `{row['name']}`: {row['share_of_lora']:.0%}. {config['notes'].get(row['name'], '')}".rstrip()
+            )
     return lines
 
 

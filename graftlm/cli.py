@@ -256,7 +256,7 @@ def merge(
 
     model, tokenizer = _load(base, adapter, network)
     made = export(model, out, to="merged", dtype=_dtype(dtype), tokenizer=tokenizer)
-    _say_what_rounding_lost(made["lost"], dtype)
+    _say_what_changed(made, dtype)
     typer.secho(f"wrote {out}", err=True)
 
 
@@ -289,7 +289,7 @@ def export_command(
     if "errors" in made and not made["exact"]:
         worst = max(made["errors"], key=made["errors"].get)
         print(f"not exact: rank {made['rank']} leaves out {made['errors'][worst]:.1%} of {worst}, the worst layer")
-    _say_what_rounding_lost(made.get("lost", []), dtype)
+    _say_what_changed(made, dtype)
     for verdict in verdicts:
         print(f"{verdict.server:14}{'yes' if verdict.accepts else 'no':5}{'; '.join(verdict.why)}")
 
@@ -305,7 +305,11 @@ def _dtype(name: str) -> Any:
     return known[name]
 
 
-def _say_what_rounding_lost(lost: list[tuple[str, float]], dtype: str) -> None:
+def _say_what_changed(made: dict[str, Any], dtype: str) -> None:
+    if made.get("untied"):
+        said = "the output head was tied to the embeddings; a delta sits on one of them, so both are written, untied"
+        typer.secho(f"warning: {said}", fg="yellow", err=True)
+    lost = made.get("lost", [])
     if dtype == "fp32" or not lost:
         return
     worst, share = lost[0]

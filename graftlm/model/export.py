@@ -307,8 +307,10 @@ def export(
     """Write the active deltas as `to`, one of EXPORTS; returns facts about what was written (`exact`, `errors` ...)."""
     if to == "merged":
         merge_into(model, folder, dtype=dtype, tokenizer=tokenizer)
-        lost = lost_by_rounding(model, dtype)
-        return {"kind": to, "exact": dtype == torch.float32, "lost": [[item.layer, item.share] for item in lost]}
+        written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        untied = bool(model.config.tie_word_embeddings and not written["tie_word_embeddings"])
+        lost = [[item.layer, item.share] for item in lost_by_rounding(model, dtype)]
+        return {"kind": to, "exact": dtype == torch.float32, "untied": untied, "lost": lost}
     names = _active(model)
     if to == "peft" and len(names) == 1 and not why_not_peft(model, names[0]):
         with new_folder(folder) as partial:

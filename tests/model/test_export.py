@@ -42,6 +42,7 @@ def test_a_merged_folder_is_loaded_by_transformers_and_is_the_model(name: str, t
     close(logits(again), logits(model), name)
     assert not torch.allclose(logits(again), base)
     assert again.config.tie_word_embeddings == (name not in UNTIED)
+    assert made["untied"] == (name in UNTIED)
     verdicts = {v.server: v.accepts for v in lint(tmp_path / "out")}
     assert verdicts["transformers"]
 
