@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import graftlm
 from graftlm.data.formats import FORMATS
 from graftlm.data.mask import MASKS
@@ -11,6 +13,7 @@ from graftlm.data.source import BUILTIN, READERS, DataConfig, SourceConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES
+from graftlm.training.advice import measured
 from graftlm.training.recipe import Recipe
 
 PACKAGE = Path(graftlm.__file__).parent
@@ -61,3 +64,10 @@ def test_no_method_file_mentions_plumbing() -> None:
         for word in (".cuda", "bfloat16", "device", "quantis", "def merge"):
             assert word not in text, f"{file.name} mentions {word}: that belongs to graftlm/model/"
         assert 20 <= len(text.splitlines()) <= 120, f"{file.name} has {len(text.splitlines())} lines"
+
+
+def test_a_method_s_learning_rate_is_the_one_that_was_measured() -> None:
+    runs = measured()["methods"]
+    assert runs.keys() <= METHODS.keys()
+    for name, run in runs.items():
+        assert METHODS[name].delta.learning_rate == pytest.approx(run["learning_rate"], rel=1e-3), name

@@ -244,7 +244,7 @@ def cost(methods: list[str]) -> None:
             continue
         seconds: dict[str, list[float]] = {"lora": [], method: []}
         peaks: dict[str, float] = {}
-        for _ in range(CONFIG["cost"]["rounds"]):
+        for _ in range(CONFIG["cost"]["more_rounds"].get(method, CONFIG["cost"]["rounds"])):
             for name in ("lora", method):
                 times, peak = _steps_of(job, name)
                 seconds[name] += times
