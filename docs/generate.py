@@ -118,7 +118,7 @@ swept: each method has its default.
 ![learnt against forgotten](methods.svg)
 """
     heads = ("name", "rate", "parameters", "held-out loss", "of LoRA's gain", "ROUGE-L", "forgotten", "step / LoRA's")
-    lines = [intro, "| " + " | ".join((*heads, "peak GiB", "seeds")) + " |", "|---" * 10 + "|"]
+    lines = [intro, "| " + " | ".join((*heads, "GiB over LoRA's peak", "seeds")) + " |", "|---" * 10 + "|"]
     for row in sorted(rows, key=lambda row: row["held_out_loss"]):
         cells = [
             f"{row['rate_measured']:.2g}",
@@ -128,7 +128,7 @@ swept: each method has its default.
             "-" if row["rouge_l"] is None else f"{row['rouge_l']:.3f}",
             f"{row['forgotten']:+.3f}",
             "-" if row["step_ratio"] is None else f"{row['step_ratio']:.2f}",
-            "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}",
+            "-" if row["peak_over_lora_gib"] is None else f"{row['peak_over_lora_gib']:+.2f}",
             str(row["seeds"]),
         ]
         lines.append(f"| `{row['name']}` | " + " | ".join(cells) + " |")

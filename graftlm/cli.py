@@ -342,8 +342,10 @@ def methods(
     from rich.console import Console
     from rich.table import Table
 
-    shown = {key: heading for key, heading in METHOD_COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    about = METHOD_COLUMNS if wanted is None else CHOSEN_COLUMNS
+    shown = {key: heading for key, heading in about.items() if any(row.get(key) is not None for row in rows)}
     table = Table(*shown.values())
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(_short(row.get(key)) for key in shown))
     Console().print(table)
@@ -351,7 +353,6 @@ def methods(
 
 METHOD_COLUMNS = {
     "name": "method",
-    "family": "family",
     "mergeable": "merges",
     "factors": "is LoRA",
     "peft_type": "in PEFT",
@@ -361,8 +362,10 @@ METHOD_COLUMNS = {
     "rouge_l": "ROUGE-L",
     "forgotten": "forgotten",
     "step_ratio": "step / LoRA's",
-    "peak_gib": "peak GiB",
-    "why": "why",
+    "peak_over_lora_gib": "GiB over LoRA's",
+}
+CHOSEN_COLUMNS = {key: METHOD_COLUMNS[key] for key in ("name", "held_out_loss", "forgotten", "step_ratio")} | {
+    "why": "why"
 }
 """What the table shows of a method's facts; `--json` prints all of them."""
 

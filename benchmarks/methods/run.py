@@ -40,7 +40,14 @@ from graftlm.model.attach import attach, detach, parameters_of  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402
 from graftlm.training.held_out import answers, can_be_answered, held_out_loss, rouge_l  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
-from graftlm.training.run import Prepared, attach_deltas, plan_batches, prepare_data, training_steps  # noqa: E402
+from graftlm.training.run import (  # noqa: E402
+    Prepared,
+    attach_deltas,
+    plan_batches,
+    prepare_data,
+    return_freed_memory,
+    training_steps,
+)
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 ROOT = HERE.parent.parent
@@ -270,6 +277,7 @@ def _steps_of(job: Job, method: str) -> tuple[list[float], float]:
     data = job.data(0)
     plan = plan_batches(wanted.train, data.examples)[: CONFIG["cost"]["steps"] + 1]
     attach(job.model, wanted.all_deltas()["default"], start=not METHODS[method].delta.needs)
+    return_freed_memory()  # of the method before
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     times = [step.wall_s for step in training_steps(wanted, job.model, data.examples, plan)][1:]
     status = Path("/proc/self/status").read_text()
@@ -283,33 +291,35 @@ def _steps_of(job: Job, method: str) -> tuple[list[float], float]:
 
 
 def table(methods: Iterable[str]) -> dict[str, Any]:
-    """What docs/methods.md and `graft methods` show: mean over the seeds, spread, and costs."""
+    """What docs/methods.md and `graft methods` show: means over the seeds that all methods have, and costs."""
     have, costs = done(), {line["method"]: line for line in lines(COSTS)}
-    base = _mean([line for line in have.values() if line["method"] == BASE])
+    rates = {method: chosen_rate(method, have) for method in methods if swept(method, have)}
+    runs = {
+        method: {seed: line for seed in CONFIG["seeds"] if "rouge_l" in (line := have.get(key(method, rate, seed), {}))}
+        for method, rate in rates.items()
+    }
+    runs = {method: of_seeds for method, of_seeds in runs.items() if CONFIG["sweep"]["seed"] in of_seeds}
+    seeds = [seed for seed in CONFIG["seeds"] if all(seed in of_seeds for of_seeds in runs.values())]
+    base = _mean([have[key(BASE, None, seed)] for seed in seeds])
     rows: dict[str, Any] = {}
-    for method in methods:
-        if not swept(method, have):
-            continue
-        rate = chosen_rate(method, have)
-        of_seeds = [line for seed in CONFIG["seeds"] if (line := have.get(key(method, rate, seed)))]
-        of_seeds = [line for line in of_seeds if "held_out_loss" in line]
-        if not of_seeds:
-            continue
-        losses = [line["held_out_loss"] for line in of_seeds]
+    for method, of_seeds in runs.items():
+        mean = _mean([of_seeds[seed] for seed in seeds])
+        losses = [of_seeds[seed]["held_out_loss"] for seed in seeds]
         rows[method] = {
-            "learning_rate": rate,
+            "learning_rate": rates[method],
             "sweep": {f"{r:.3g}": round(v, 4) for r, v in sorted(swept(method, have).items())},
-            "seeds": [line["seed"] for line in of_seeds],
-            "parameters": of_seeds[0]["parameters"],
+            "seeds": seeds,
+            "parameters": of_seeds[seeds[0]]["parameters"],
             "held_out_loss_spread": round(max(losses) - min(losses), 4),
-            **{k: round(v, 4) for k, v in _mean(of_seeds).items()},
+            **{k: round(v, 4) for k, v in mean.items()},
         }
-        if method in costs:
-            rows[method] |= {k: costs[method][k] for k in ("ratio", "peak_gib")}
-    if "lora" in rows:
+        if (spent := costs.get(method)) is not None:
+            rows[method]["ratio"] = spent["ratio"]
+            if "peak_gib" in spent:  # against LoRA's beside it: what the process kept of earlier methods is in both
+                rows[method]["peak_over_lora_gib"] = round(spent["peak_gib"] - spent["lora_peak_gib"], 3)
+    for row in rows.values():
         gained = base["held_out_loss"] - rows["lora"]["held_out_loss"]
-        for row in rows.values():
-            row["share_of_lora"] = round((base["held_out_loss"] - row["held_out_loss"]) / gained, 3)
+        row["share_of_lora"] = round((base["held_out_loss"] - row["held_out_loss"]) / gained, 3)
     return {"config": CONFIG, "base": {k: round(v, 4) for k, v in base.items()}, "methods": rows}
 
 

@@ -52,7 +52,7 @@ class AdaLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
     formula = "r * (d_in + d_out + 1)"
-    learning_rate = 2e-3
+    learning_rate = 0.128
     peft = PeftLayout(
         type="ADALORA",
         tensors={"P": "lora_B", "E": "lora_E", "Q": "lora_A"},

@@ -29,6 +29,7 @@ class BitFit(WeightDelta):
     family = "specification"
     paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
     formula = "d_out"
+    learning_rate = 2e-3
     kinds = ("linear", "norm")
 
     def __init__(self, site: Site, config: BitFitConfig) -> None:

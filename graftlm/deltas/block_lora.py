@@ -35,6 +35,7 @@ class BlockLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Zhou et al. 2025, arXiv:2501.16720"
     formula = "r // blocks * d_in + r * d_out"
+    learning_rate = 2e-3
     kinds = ("linear", "embedding")
 
     def __init__(self, site: Site, config: BlockLoraConfig) -> None:

@@ -35,7 +35,7 @@ class Bone(AdditiveDelta):
     family = "reparameterisation"
     paper = "Kang 2024, arXiv:2409.15371"
     formula = "d_out * r"
-    learning_rate = 1e-4
+    learning_rate = 4e-4
     peft = PeftLayout(
         type="MISS",
         tensors={"D": "miss_block"},

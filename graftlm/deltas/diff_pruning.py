@@ -40,6 +40,7 @@ class DiffPruning(AdditiveDelta):
     family = "specification"
     paper = "Guo, Rush and Kim 2020, arXiv:2012.07463"
     formula = "2 * d_in * d_out + structured"
+    learning_rate = 0.000125
     kinds = ("linear", "embedding")
 
     def __init__(self, site: Site, config: DiffPruningConfig) -> None:

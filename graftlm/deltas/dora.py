@@ -33,6 +33,7 @@ class Dora(WeightDelta):
     family = "reparameterisation"
     paper = "Liu et al. 2024, arXiv:2402.09353"
     formula = "(r * (d_in + d_out) if turns else 0) + d_out"
+    learning_rate = 2e-3
     peft = PeftLayout(
         type="LORA",
         tensors={"V.A": "lora_A.weight", "V.B": "lora_B.weight", "m": "lora_magnitude_vector"},

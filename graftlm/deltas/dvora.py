@@ -34,7 +34,7 @@ class Dvora(WeightDelta):
     family = "reparameterisation"
     paper = "Liu et al. 2024, arXiv:2402.09353"
     formula = "2 * d_out + r"
-    learning_rate = 4e-3
+    learning_rate = 0.064
 
     def __init__(self, site: Site, config: DvoraConfig) -> None:
         super().__init__(site, config)

@@ -35,7 +35,7 @@ class EigenLorax(AdditiveDelta):
     paper = "Kaushik et al. 2025, arXiv:2502.04700"
     formula = "r * (min(components, d_in) + min(components, d_out))"
     kinds = ("linear", "embedding")
-    learning_rate = 5e-3
+    learning_rate = 2e-2
     V_A: Tensor
     V_B: Tensor
 

@@ -47,7 +47,7 @@ class FourierFT(AdditiveDelta):
     family = "reparameterisation"
     paper = "Gao et al. 2024, arXiv:2405.03003"
     formula = "min(n_frequency, d_in * d_out)"
-    learning_rate = 1e-2
+    learning_rate = 4e-2
     peft = PeftLayout(
         type="FOURIERFT",
         tensors={"c": "fourierft_spectrum"},

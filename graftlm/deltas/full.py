@@ -26,6 +26,7 @@ class Full(WeightDelta):
     family = "specification"
     paper = "Hu et al. 2021, arXiv:2106.09685"
     formula = "(d_in if kind == 'norm' else d_in * d_out) + has_bias * d_out"
+    learning_rate = 0.000125
     kinds = ("linear", "embedding", "norm")
 
     def __init__(self, site: Site, config: FullConfig) -> None:

@@ -29,6 +29,7 @@ class Houlsby(Delta):
     family = "addition"
     paper = "Houlsby et al. 2019, arXiv:1902.00751"
     formula = "2 * r * d_out + r + d_out"
+    learning_rate = 2e-3
     kinds = ("sublayer",)
     not_mergeable = "there is a non-linear function between its two matrices"
 

@@ -29,6 +29,7 @@ class Ia3(WeightDelta):
     family = "addition"
     paper = "Liu et al. 2022, arXiv:2205.05638"
     formula = "d_in if inner else d_out"
+    learning_rate = 0.032
     peft = PeftLayout(
         type="IA3",
         tensors={"l": "ia3_l"},

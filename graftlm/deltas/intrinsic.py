@@ -46,7 +46,7 @@ class Intrinsic(AdditiveDelta):
     formula = "0"
     shared_formula = "dimension"
     kinds = ("linear", "embedding")
-    learning_rate = 5e-3
+    learning_rate = 0.32
     g: Tensor
     h: Tensor
     s: Tensor

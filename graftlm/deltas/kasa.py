@@ -38,6 +38,7 @@ class Kasa(AdditiveDelta):
     family = "reparameterisation"
     paper = "Wang et al. 2024, arXiv:2412.06071"
     formula = "r * (d_in + d_out + 1)"
+    learning_rate = 2e-3
     starts_away = "the paper removes the r smallest singular components of W, for good"
     N_A: Tensor
     N_B: Tensor

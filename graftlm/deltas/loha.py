@@ -30,6 +30,7 @@ class Loha(AdditiveDelta):
     family = "reparameterisation"
     paper = "Yeh et al. 2023, arXiv:2309.14859"
     formula = "2 * r * (d_in + d_out)"
+    learning_rate = 2e-3
     peft = PeftLayout(
         type="LOHA",
         tensors={"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},

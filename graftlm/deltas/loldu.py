@@ -31,7 +31,7 @@ class Loldu(AdditiveDelta):
     paper = "Shi et al. 2024, arXiv:2410.13618"
     formula = "min(r, d_in, d_out) + train_scale"
     kinds = ("linear", "embedding")
-    learning_rate = 5e-3
+    learning_rate = 0.00125
     PL: Tensor
     U: Tensor
     D: Tensor

@@ -30,6 +30,7 @@ class Lora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Hu et al. 2021, arXiv:2106.09685"
     formula = "r * (d_in + d_out)"
+    learning_rate = 2e-3
     kinds = ("linear", "embedding")
     peft = PeftLayout(
         type="LORA",

@@ -32,6 +32,7 @@ class LoraMini(AdditiveDelta):
     family = "reparameterisation"
     paper = "Singh et al. 2024, arXiv:2411.15804"
     formula = "2 * r * inner"
+    learning_rate = 8e-3
     kinds = ("linear", "embedding")
     A_aux: Tensor
     B_aux: Tensor

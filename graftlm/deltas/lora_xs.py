@@ -36,7 +36,7 @@ class LoraXs(AdditiveDelta):
     paper = "Balazy et al. 2024, arXiv:2405.17604"
     formula = "min(r, d_in, d_out) ** 2"
     kinds = ("linear", "embedding")
-    learning_rate = 4e-3
+    learning_rate = 1e-3
     A: Tensor
     B: Tensor
 

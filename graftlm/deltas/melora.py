@@ -31,6 +31,7 @@ class MeLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Ren et al. 2024, arXiv:2402.17263"
     formula = "r * (d_in + d_out)"
+    learning_rate = 8e-3
 
     def __init__(self, site: Site, config: MeLoraConfig) -> None:
         super().__init__(site, config)

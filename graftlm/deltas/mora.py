@@ -38,6 +38,7 @@ class Mora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Jiang et al. 2024, arXiv:2405.12130"
     formula = "k * k"
+    learning_rate = 2e-3
     cos: Tensor
     sin: Tensor
 

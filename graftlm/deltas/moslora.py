@@ -28,6 +28,7 @@ class MosLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Wu et al. 2024, arXiv:2406.11909"
     formula = "r * (d_in + d_out) + r * r"
+    learning_rate = 2e-3
     kinds = ("linear", "embedding")
 
     def __init__(self, site: Site, config: MosLoraConfig) -> None:

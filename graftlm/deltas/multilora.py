@@ -32,6 +32,7 @@ class MultiLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Wang et al. 2023, arXiv:2311.11501"
     formula = "parts * (r * (d_in + d_out) + (d_out if per_output else 1))"
+    learning_rate = 8e-3
     kinds = ("linear", "embedding")
 
     def __init__(self, site: Site, config: MultiLoraConfig) -> None:

@@ -33,6 +33,7 @@ class Nlora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Guo et al. 2025, arXiv:2502.14482"
     formula = "rank * rank + (0 if frozen else rank * (d_in + d_out))"
+    learning_rate = 8e-3
     kinds = ("linear", "embedding")
     A: Tensor
     B: Tensor

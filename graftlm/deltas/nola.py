@@ -51,7 +51,7 @@ class Nola(AdditiveDelta):
     paper = "Koohpayegani et al. 2023, arXiv:2310.02556"
     formula = "2 * bases"
     kinds = ("linear", "embedding")
-    learning_rate = 5e-3
+    learning_rate = 2e-2
 
     def __init__(self, site: Site, config: NolaConfig) -> None:
         super().__init__(site, config)

@@ -33,6 +33,7 @@ class Nora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Lin et al. 2024, arXiv:2408.10280"
     formula = "2 * min(r, d_in, d_out) * min(inner, r, d_in, d_out)"
+    learning_rate = 2e-3
     kinds = ("linear", "embedding")
     A_outer: Tensor
     B_outer: Tensor

@@ -31,6 +31,7 @@ class Parallel(Delta):
     family = "addition"
     paper = "He et al. 2021, arXiv:2110.04366"
     formula = "2 * r * d_out + r + d_out"
+    learning_rate = 8e-3
     kinds = ("sublayer",)
     not_mergeable = "there is a non-linear function between its two matrices"
 

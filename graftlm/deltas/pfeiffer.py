@@ -30,6 +30,7 @@ class Pfeiffer(Delta):
     family = "addition"
     paper = "Lin, Madotto and Fung 2020, arXiv:2004.03829"
     formula = "2 * r * d_out + r + 3 * d_out"
+    learning_rate = 2e-3
     kinds = ("sublayer",)
     not_mergeable = "there is a non-linear function between its two matrices"
 

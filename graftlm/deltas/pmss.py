@@ -28,6 +28,7 @@ class Pmss(AdditiveDelta):
     family = "reparameterisation"
     paper = "Wang et al. 2024, arXiv:2409.16722"
     formula = "min(r, d_in, d_out) ** 2"
+    learning_rate = 0.000125
     kinds = ("linear", "embedding")
     C: Tensor
     R: Tensor

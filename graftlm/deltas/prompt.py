@@ -27,6 +27,7 @@ class Prompt(InputDelta):
     family = "addition"
     paper = "Lester et al. 2021, arXiv:2104.08691"
     formula = "p * d_out"
+    learning_rate = 0.032
     starts_away = "the row is read after the prompt from the first step on"
     peft = PeftLayout(
         type="PROMPT_TUNING",

@@ -47,6 +47,7 @@ class ResLora(Delta):
     family = "reparameterisation"
     paper = "Shi et al. 2024, arXiv:2402.18039"
     formula = "r * (d_in + d_out)"
+    learning_rate = 2e-3
     not_mergeable = "the shortcut feeds it another layer's input, which no weight of this layer sees"
 
     def __init__(self, site: Site, config: ResLoraConfig) -> None:

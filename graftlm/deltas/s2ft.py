@@ -36,6 +36,7 @@ class S2ft(AdditiveDelta):
     family = "specification"
     paper = "Yang et al. 2024, arXiv:2412.06289"
     formula = "max(1, min(r, d_in) // run) * run * d_out"
+    learning_rate = 2e-3
     channels: Tensor
 
     def __init__(self, site: Site, config: S2ftConfig) -> None:

@@ -31,6 +31,7 @@ class Shira(AdditiveDelta):
     family = "specification"
     paper = "Bhardwaj et al. 2024, arXiv:2406.13175"
     formula = "r * (d_in + d_out)"
+    learning_rate = 2e-3
     peft = PeftLayout(
         type="SHIRA",
         tensors={"S": "shira_weight", "places": "shira_indices"},

@@ -32,6 +32,7 @@ class Smt(AdditiveDelta):
     family = "specification"
     paper = "He et al. 2024, arXiv:2405.15525"
     formula = "taken * height * width"
+    learning_rate = 2e-3
     needs = ("gradient",)
     chosen: Tensor
 

@@ -30,6 +30,7 @@ class Spiel(AdditiveDelta):
     family = "specification"
     paper = "Ansell et al. 2024, arXiv:2401.16405"
     formula = "max(1, int(density * d_in * d_out))"
+    learning_rate = 8e-3
     kinds = ("linear", "embedding")
     eta: Tensor
 

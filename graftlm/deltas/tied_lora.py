@@ -68,6 +68,7 @@ class TiedLora(AdditiveDelta):
     paper = "Renduchintala et al. 2023, arXiv:2311.09578"
     formula = "train_u * r + train_v * d_out"
     shared_formula = "sum(r * (train_A * d_in + train_B * d_out) for d_in, d_out in shapes)"
+    learning_rate = 8e-3
     kinds = ("linear", "embedding")
     u: Tensor
     v: Tensor

@@ -39,7 +39,7 @@ class TrainableTokens(AdditiveDelta):
     paper = "Gal et al. 2022, arXiv:2208.01618"
     formula = "len(tokens) * d_out"
     kinds = ("embedding",)
-    learning_rate = 5e-3
+    learning_rate = 8e-2
     peft = PeftLayout(
         type="TRAINABLE_TOKENS",
         tensors={"T": "trainable_tokens_delta"},

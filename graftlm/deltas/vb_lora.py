@@ -52,7 +52,7 @@ class VbLora(AdditiveDelta):
     formula = "r * num_vectors * (d_in + d_out) // vector_length"
     shared_formula = "num_vectors * vector_length"
     starts_away = "A and B come from one bank, so that B cannot be zero while A is not: the paper starts close to zero"
-    learning_rate = 4e-3
+    learning_rate = 0.016
     peft = PeftLayout(
         type="VBLORA",
         tensors={"z_A": "vblora_logits_A", "z_B": "vblora_logits_B"},

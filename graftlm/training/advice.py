@@ -53,7 +53,7 @@ def facts() -> list[dict[str, Any]]:
                 "rate_measured": run.get("learning_rate"),
                 "seeds": len(run["seeds"]) if run else None,
                 "step_ratio": run.get("ratio"),
-                "peak_gib": run.get("peak_gib"),
+                "peak_over_lora_gib": run.get("peak_over_lora_gib"),
             }
         )
     return rows
@@ -64,7 +64,7 @@ GOOD_ENOUGH = 0.9
 
 RULES: dict[str, tuple[str, str]] = {
     "quality": ("held_out_loss", "learnt most on the measured job"),
-    "memory": ("peak_gib", "lowest peak memory"),
+    "memory": ("peak_over_lora_gib", "lowest peak memory"),
     "speed": ("step_ratio", "shortest step"),
     "size": ("parameters_trained", "fewest parameters"),
     "forgetting": ("forgotten", "forgot least of general text"),

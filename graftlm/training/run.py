@@ -161,7 +161,7 @@ def _train(
                 break
     for host in hosts(model).values():
         host.deltas.eval()
-    _return_freed_memory()
+    return_freed_memory()
     return log
 
 
@@ -205,7 +205,7 @@ def _packs(recipe: Recipe, rows: Sequence[Example]) -> list[Pack]:
     return pack(rows, recipe.train.pack_tokens) if recipe.data.pack else [collate([row]) for row in rows]
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give the memory of the activations back to the system: glibc keeps it for more of the kind, and none come.
 
     Without this the peak of a run is training plus evaluation, with it the larger of the two.

@@ -8,7 +8,7 @@ from graftlm.deltas import METHODS
 from graftlm.errors import GraftError
 from graftlm.training import advice
 
-FIGURES = ("held_out_loss", "share_of_lora", "parameters", "general_loss", "peak_gib", "ratio")
+FIGURES = ("held_out_loss", "share_of_lora", "parameters", "general_loss", "peak_over_lora_gib", "ratio")
 RUNS: dict[str, Any] = {
     name: dict(zip(FIGURES, figures, strict=True))
     for name, figures in {
