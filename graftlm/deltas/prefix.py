@@ -36,7 +36,7 @@ class Prefix(InputDelta):
         "p * 2 * layers * kv_heads * head_dim if not reparameterise else "
         "p * d_out + reparameterise * (d_out + 1) + 2 * layers * kv_heads * head_dim * (reparameterise + 1)"
     )
-    learning_rate = 0.032
+    learning_rate = 0.128
     starts_away = "attention is shared with the prefix from the first step on"
     peft = PeftLayout(
         type="PREFIX_TUNING",

@@ -43,6 +43,7 @@ class Vera(AdditiveDelta):
     family = "reparameterisation"
     paper = "Kopiczko et al. 2023, arXiv:2310.11454"
     formula = "d_out + r"
+    learning_rate = 0.128
     peft = PeftLayout(
         type="VERA",
         tensors={"b": "vera_lambda_b", "d": "vera_lambda_d"},
