@@ -121,6 +121,7 @@ def plan_command(
 def bench_command(
     base: BaseOption = "smollm2",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's own.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure with train.compile on.")] = False,
     as_json: JsonOption = False,
     network: NetworkOption = False,
 ) -> None:
@@ -128,7 +129,7 @@ def bench_command(
     from graftlm.training.bench import bench
 
     _quiet_libraries()
-    found = bench(base, threads=threads, network=network)
+    found = bench(base, threads=threads, compiled=compiled, network=network)
     if as_json:
         print(json.dumps(found, indent=2))
         return

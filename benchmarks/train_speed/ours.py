@@ -31,6 +31,8 @@ def main() -> None:
     for name, default in (numbers | {"--learning-rate": 5e-4, "--pack-tokens": 2048}).items():
         parser.add_argument(name, type=type(default), default=default)
     parser.add_argument("--share", action="store_true", help="compute shared beginnings once")
+    parser.add_argument("--compile", action="store_true", help="train.compile")
+    parser.add_argument("--checkpointing", action="store_true", help="train.checkpointing")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
 
@@ -64,6 +66,8 @@ def main() -> None:
             optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,
+            compiled=args.compile,
+            checkpointing=args.checkpointing,
         )
     )
     wall, tokens = sum(step.wall_s for step in done), sum(step.tokens for step in done)

@@ -25,7 +25,7 @@ from graftlm.data.render import Renderer  # noqa: E402
 from graftlm.data.source import DataConfig, load_rows, split  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
 from graftlm.model.attach import attach  # noqa: E402
-from graftlm.model.load import BaseConfig, load_base, load_tokenizer, locate  # noqa: E402
+from graftlm.model.load import load_base, load_tokenizer  # noqa: E402
 from graftlm.model.store import save_adapter  # noqa: E402
 
 
@@ -41,6 +41,14 @@ def write_rows(config: dict[str, Any], file: Path) -> None:
                 out.write(json.dumps(row) + "\n")
 
 
+def write_base(config: dict[str, Any], folder: Path) -> None:
+    """The base in bf16, as hubs have it, for both sides: converting a float32 file while loading needs its size twice."""
+    if not folder.is_dir():
+        model, tokenizer = load_base(config["base"], store="bf16")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def write_start(config: dict[str, Any], folder: Path) -> None:
     """The fresh adapter, in PEFT's files, that both sides train: so that losses can be compared step by step."""
     if not folder.is_dir():
@@ -52,7 +60,7 @@ def write_start(config: dict[str, Any], folder: Path) -> None:
 def one_run(config: dict[str, Any], command: list[str], threads: int, rows: Path, out: Path) -> dict[str, Any]:
     if not out.is_file():
         print(f"{out.stem} ...", flush=True)
-        options = {"base": locate(BaseConfig(name=config["base"])), "rows": rows, "out": out, "threads": threads}
+        options: dict[str, Any] = {"base": rows.parent / "base", "rows": rows, "out": out, "threads": threads}
         options["start"] = rows.parent / "start"
         options |= {key: config[key] for key in ("steps", "batch_rows", "seed", "warmup_steps", "learning_rate")}
         flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
@@ -68,6 +76,7 @@ def main() -> None:
     runs, rows = HERE / "runs", HERE / "runs" / "rows.jsonl"
     runs.mkdir(exist_ok=True)
     write_rows(config, rows)
+    write_base(config, runs / "base")
     write_start(config, runs / "start")
     found: dict[int, dict[str, list[dict[str, Any]]]] = {threads: {} for threads in config["threads"]}
     for round_ in range(config["rounds"]):

@@ -4,10 +4,13 @@ The model's own code runs, with two things of ours in it: attention per segment,
 interface, and the head for supervised positions only. `check_packing` proves on the model at hand that both are right.
 """
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -17,17 +20,19 @@ from transformers import AttentionInterface
 from graftlm.errors import TrainingError
 from graftlm.model.attach import deltas_off
 from graftlm.model.hosts import LayerHost
-from graftlm.model.ops import Plan, head_log_probs, linear_log_probs, rms_norm, segment_attention, silu_gate
+from graftlm.model.ops import ELEMENTWISE, Elementwise, Plan, head_log_probs, linear_log_probs, segment_attention
 
 SEGMENTS = "graft_segments"
 AttentionInterface.register(SEGMENTS, segment_attention)
 
 
 @contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
+def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
     """Inside, the model attends by segments and needs a plan; outside, as it did before (generation, evaluation).
 
-    Held over the backward pass too, where recomputation may run the forward pass again.
+    Held over the backward pass too, where recomputation may run the forward pass again. With `compiled`, torch.compile
+    fuses the element-wise work: norms, gated units and rotary embeddings. Only these, because every layer, pack and
+    model of a kind shares their few kernels, whatever deltas sit between them.
     """
     if _is_packed(model):
         yield
@@ -38,8 +43,13 @@ def packed_attention(model: Any) -> Iterator[None]:
         config._attn_implementation = SEGMENTS
     hosted = {id(host.base) for host in model.modules() if isinstance(host, LayerHost)}  # with a gain that is learnt
     faster = [(module, forward) for module, forward in _faster(model) if id(module) not in hosted]
+    elementwise = _compiled_elementwise() if compiled else ELEMENTWISE
     for module, forward in faster:
-        module.forward = forward
+        module.forward = partial(forward, elementwise)
+    files = _rotary_files(model) if compiled else []
+    rotary = [(file, file.apply_rotary_pos_emb) for file in files]
+    for file, function in rotary:
+        file.apply_rotary_pos_emb = _compiled(function)
     try:
         yield
     finally:
@@ -47,9 +57,42 @@ def packed_attention(model: Any) -> Iterator[None]:
             config._attn_implementation = implementation
         for module, _ in faster:
             del module.forward
+        for file, function in rotary:
+            file.apply_rotary_pos_emb = function
 
 
-def _faster(model: Any) -> list[tuple[Any, Callable[[Tensor], Tensor]]]:
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)  # packs differ in length: one kernel for all of them
+
+
+@cache
+def _compiled_elementwise() -> Elementwise:
+    """Compiled from the plain equations: fused, they need neither pieces nor a backward pass by hand."""
+    return Elementwise(
+        _compiled(
+            lambda x, gain, eps: torch.nn.functional.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
+        ),
+        _compiled(lambda gate, up: torch.nn.functional.silu(gate) * up),
+    )
+
+
+def _rotary_files(model: Any) -> list[Any]:
+    """The modelling files with a function for rotary embeddings of their own, under the name that all of them use."""
+    files = {type(module).__module__: sys.modules[type(module).__module__] for module in model.modules()}
+    return [file for file in files.values() if hasattr(file, "apply_rotary_pos_emb")]
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise TrainingError where torch.compile has no compiler to call: on a CPU it writes C++."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
+        raise TrainingError(
+            "train.compile: torch.compile writes C++ on a CPU and there is no compiler here (no g++, clang++ or $CXX). "
+            "Install one (apt-get install g++) or leave train.compile at false"
+        )
+
+
+def _faster(model: Any) -> list[tuple[Any, Callable[[Elementwise, Tensor], Tensor]]]:
     """The modules that compute what one of our operations computes, found by what they do: (module, forward)."""
     unknown = [module for module in model.modules() if "graft_faster" not in module.__dict__]
     if unknown:
@@ -61,8 +104,8 @@ def _faster(model: Any) -> list[tuple[Any, Callable[[Tensor], Tensor]]]:
 
 
 @torch.no_grad()
-def _as_rms_norm(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """`rms_norm` for a module that computes it, with either of the two ways that a gain is stored.
+def _as_rms_norm(module: Any) -> Callable[[Elementwise, Tensor], Tensor] | None:
+    """A root-mean-square norm in one pass for a module that computes it, with either of the two ways to store a gain.
 
     A candidate is asked for the norm of rows so small that eps matters. Whatever differs by more than rounding keeps
     its own code.
@@ -79,12 +122,12 @@ def _as_rms_norm(module: Any) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _normed(module: Any, above_one: bool, eps: float, x: Tensor) -> Tensor:
-    return rms_norm(x, 1 + module.weight if above_one else module.weight, eps)
+def _normed(module: Any, above_one: bool, eps: float, by: Elementwise, x: Tensor) -> Tensor:
+    return by.rms_norm(x, 1 + module.weight if above_one else module.weight, eps)
 
 
 @torch.no_grad()
-def _as_gated(module: Any) -> Callable[[Tensor], Tensor] | None:
+def _as_gated(module: Any) -> Callable[[Elementwise, Tensor], Tensor] | None:
     """down(silu(gate(x)) * up(x)) for a feed-forward block that computes it, by its own layers and their deltas."""
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
         return None
@@ -96,8 +139,8 @@ def _as_gated(module: Any) -> Callable[[Tensor], Tensor] | None:
     return forward if _same(module, forward, _probe(4, weight.shape[-1], weight)) else None
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
-    y: Tensor = module.down_proj(silu_gate(module.gate_proj(x), module.up_proj(x)))
+def _gated(module: Any, by: Elementwise, x: Tensor) -> Tensor:
+    y: Tensor = module.down_proj(by.silu_gate(module.gate_proj(x), module.up_proj(x)))
     return y
 
 
@@ -105,10 +148,10 @@ def _probe(rows: int, d: int, like: Tensor) -> Tensor:
     return torch.linspace(-1, 1, rows * d, device=like.device).mul(40).sin().view(rows, d).to(like.dtype)
 
 
-def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], probe: Tensor) -> bool:
+def _same(module: nn.Module, forward: Callable[[Elementwise, Tensor], Tensor], probe: Tensor) -> bool:
     try:
         wanted = module(probe)
-        error = (forward(probe).float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        error = (forward(ELEMENTWISE, probe).float() - wanted.float()).abs().max() / wanted.float().abs().max()
     except (TypeError, RuntimeError, AttributeError):
         return False
     return bool(error <= 4 * torch.finfo(probe.dtype).eps)

@@ -6,6 +6,7 @@ T tokens of a pack, S supervised positions (in attention: keys), V vocabulary, r
 heads, L a segment, D head.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +19,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.model import prefix
+
+KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 64}
+"""oneDNN compiles a kernel for every shape of a product, and it and torch above it keep 1,024 of them each, at 0.6 MiB.
+All layers of a pass share their shapes, but the next pack has others: so many serve as well. Read at the first product;
+what the environment says goes first."""
+
+for _cache, _kernels in KERNELS_KEPT.items():
+    os.environ.setdefault(_cache, str(_kernels))
 
 # A frozen linear layer with low-rank factors on it ---------------------------------------------------------------
 
@@ -61,7 +70,8 @@ class _LowRankLinear(Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ _made(ctx.weight, grad)).addmm_(grad_inner, A_).view(ctx.shape)
         grad_A = (grad_inner.T @ rows).float() if ctx.needs_input_grad[3] else None
-        grad_B = (grad.T @ inner).float() if ctx.needs_input_grad[4] else None
+        # not grad^T inner: with the few rows of the small factor first, this is up to three times faster
+        grad_B = (inner.T @ grad).T.float() if ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_A, grad_B, grad_gain
 
 
@@ -115,40 +125,6 @@ def _pieces(x: Tensor) -> list[slice]:
     return _slices(len(x), ELEMENTS_AT_ONCE * torch.get_num_threads() // x.shape[-1])
 
 
-class _RmsNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        rows, y = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        out = y.view(rows.shape)
-        for piece in _pieces(rows):
-            out[piece].copy_(rows[piece] * scale[piece]).mul_(gain)
-        ctx.save_for_backward(x, gain, scale)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, scale = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        out = torch.empty_like(rows)
-        for piece in _pieces(rows):
-            g, row, s = grads[piece] * gain, rows[piece], scale[piece]
-            along_x = (g * row).sum(-1, keepdim=True, dtype=torch.float32)
-            out[piece] = (g * s).sub_(row * (along_x * s.pow(3)).div_(x.shape[-1]))
-        return out.view(x.shape), None, None
-
-
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, for a frozen gain [d].
-
-    Keeps x and one number a row, where autograd keeps several float32 copies of x and walks over them again.
-    """
-    y: Tensor = _RmsNorm.apply(x, gain, eps)
-    return y
-
-
 class _SiluGate(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -166,8 +142,10 @@ class _SiluGate(Function):
         gates, ups, grads = (t.reshape(-1, t.shape[-1]) for t in (gate, up, grad))
         grad_gate, grad_up = torch.empty_like(gates), torch.empty_like(ups)
         for piece in _pieces(gates):
-            torch.mul(grads[piece], F.silu(gates[piece]), out=grad_up[piece])
-            grad_gate[piece] = torch.ops.aten.silu_backward(grads[piece] * ups[piece], gates[piece])
+            scratch = F.silu(gates[piece])
+            torch.mul(grads[piece], scratch, out=grad_up[piece])
+            torch.mul(grads[piece], ups[piece], out=scratch)
+            torch.ops.aten.silu_backward(scratch, gates[piece], grad_input=grad_gate[piece])
         return grad_gate.view(gate.shape), grad_up.view(up.shape)
 
 
@@ -175,6 +153,22 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, keeping its two inputs only."""
     y: Tensor = _SiluGate.apply(gate, up)
     return y
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, for a gain [d]: torch's own, which keeps x and one
+    number a row, where a norm that is written out keeps several float32 copies of x and walks over them again."""
+    return F.rms_norm(x, gain.shape, gain, eps)
+
+
+class Elementwise(NamedTuple):
+    """Ways to compute what a block does between its products."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    silu_gate: Callable[[Tensor, Tensor], Tensor]
+
+
+ELEMENTWISE = Elementwise(rms_norm, silu_gate)
 
 
 # Attention over the segments of a pack ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.bases import view
-from graftlm.model.forward import log_probs
+from graftlm.model.forward import check_compiler, log_probs
 from graftlm.model.load import load_base, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.sites import output_head, transformer_layers
 from graftlm.training.loop import TrainConfig, steps, training_pass
@@ -39,13 +39,17 @@ ROWS = 16
 """Rows of builtin:docstrings that fill a pack of TOKENS, nearly."""
 
 
-def bench(base: str = "smollm2", *, threads: int | None = None, network: bool = False) -> dict[str, Any]:
+def bench(
+    base: str = "smollm2", *, threads: int | None = None, compiled: bool = False, network: bool = False
+) -> dict[str, Any]:
     """Measure the machine's matrix rate and a few training steps on it, and set them against each other."""
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(base=base, data=DataConfig(train="builtin:docstrings", max_tokens=TOKENS), network=network)
     examples = prepare_data(recipe, load_tokenizer(recipe.base, network=network)).examples
     model: Any = load_base(base, network=network).model
+    if compiled:
+        check_compiler(model.device)
     dtype, device = next(model.parameters()).dtype, model.device
     shapes = linear_shapes(model)
     head = output_head(model)
@@ -68,13 +72,14 @@ def bench(base: str = "smollm2", *, threads: int | None = None, network: bool = 
             optimiser=adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0),
             schedule=warmup_cosine(steps=STEPS, warmup_steps=1),
             clip=1.0,
+            compiled=compiled,
         )
     )
     tokens_per_s = statistics.median(step.tokens / step.wall_s for step in done[1:])
     supervised = sum(step.supervised_tokens for step in done) / sum(step.tokens for step in done)
     needed = flop + supervised * head_flop
     floor = rate * 1e9 / needed
-    with training_pass(model, packed=True, checkpointing=False, offload=False):
+    with training_pass(model, packed=True, compiled=compiled):
         first = made[0][0].to(device)
         one_pass(model, first)
         parts = parts_of_time(lambda: one_pass(model, first))
@@ -82,6 +87,7 @@ def bench(base: str = "smollm2", *, threads: int | None = None, network: bool = 
         "base": base,
         "dtype": _name(dtype),
         "threads": torch.get_num_threads(),
+        "compiled": compiled,
         "device": str(device),
         "matrix_gflops": round(rate, 1),
         "matrix_gflops_by_dtype": {name: {k: round(v, 1) for k, v in found.items()} for name, found in rates.items()},

@@ -53,6 +53,9 @@ class TrainConfig:
     """Keep each layer's input alone and run the layer again in the backward pass: less memory, about a third slower."""
     offload: Flag = False
     """Keep activations in the machine's memory instead of the GPU's; refused on a CPU, where they are there already."""
+    compile: Flag = False
+    """Let torch.compile fuse norms, gated units and rotary embeddings: a tenth faster, after some 10 s at the start.
+    Needs `data.pack`, and on a CPU a C++ compiler."""
     seed: Count = 0
     threads: PositiveCount | None = None
     """CPU threads; by default torch's own choice."""
@@ -87,6 +90,7 @@ def steps(
     packed: bool = True,
     checkpointing: bool = False,
     offload: bool = False,
+    compiled: bool = False,
 ) -> Iterator[Step]:
     """Train the model's deltas, one optimiser step for each batch of packs: this rank's, where there are several.
 
@@ -105,7 +109,8 @@ def steps(
         )
         total, bad = 0.0, list[str]()
         explained = partial(_memory_explained, model, packs, number + 1, checkpointing)
-        with explained(), training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload):
+        held = training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
+        with explained(), held:
             for pack in packs:
                 policy = log_probs(model, pack)
                 part = LOSSES[loss](policy, None, pack.weights)
@@ -142,11 +147,13 @@ def steps(
 
 
 @contextmanager
-def training_pass(model: nn.Module, *, packed: bool, checkpointing: bool, offload: bool) -> Iterator[None]:
+def training_pass(
+    model: nn.Module, *, packed: bool, checkpointing: bool = False, offload: bool = False, compiled: bool = False
+) -> Iterator[None]:
     """What a recipe says of forward and backward passes, held over both."""
     with ExitStack() as held:
         if packed:
-            held.enter_context(packed_attention(model))
+            held.enter_context(packed_attention(model, compiled=compiled))
         if checkpointing:
             held.enter_context(recomputed_layers(model))
         if offload:

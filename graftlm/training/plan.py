@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from graftlm.data.pack import Example, Pack
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.load import BaseConfig, load_tokenizer, multiplies_bf16_fast
+from graftlm.model.ops import KERNELS_KEPT
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, sketch
 from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
@@ -47,9 +48,9 @@ HEAP_CHECKPOINTED = 2.3
 """The same with checkpointing, where what is kept is small and lies strewn among what is not: 2.1 to 2.7."""
 
 KERNEL_GIB = 0.8 / 1024
-KERNELS = 1024
-"""torch keeps a compiled kernel for every shape of a half-precision product on a CPU, in two caches of so many: see
-docs/log.md. Packs of ever new lengths fill them. One is 0.63 MiB by itself, and 0.8 with the holes that it pins."""
+KERNELS = max(KERNELS_KEPT.values())
+"""torch keeps a compiled kernel for every shape of a half-precision product on a CPU, up to so many. Packs of ever new
+lengths fill the cache. One is 0.63 MiB by itself, and 0.8 with the holes that it pins: see docs/log.md."""
 
 LIBRARIES_GIB = 0.06
 """What is imported, mapped and cached after this moment, on the way through a run."""

@@ -75,6 +75,12 @@ class Recipe:
             raise ValueError("train: give steps or epochs, not both")
         return self
 
+    @model_validator(mode="after")
+    def _compiled_in_packs(self) -> "Recipe":
+        if self.train.compile and not self.data.pack:
+            raise ValueError("train.compile works on packs only: set `data: {pack: true}` or leave it at false")
+        return self
+
 
 def read_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key=value` strings laid over it; raises RecipeError with file and line."""

@@ -30,7 +30,7 @@ from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.attach import attach, deltas_off, hosts, needed_statistics, parameters_of, trainable
 from graftlm.model.collect import collect
-from graftlm.model.forward import check_forward, check_packing, log_probs, packed_attention
+from graftlm.model.forward import check_compiler, check_forward, check_packing, log_probs, packed_attention
 from graftlm.model.load import Loaded, fingerprint, load_base, load_tokenizer, return_freed_memory
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
@@ -122,6 +122,8 @@ def train(
             model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
         if recipe.train.offload and model.device.type == "cpu":
             raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
+        if recipe.train.compile:
+            check_compiler(model.device)
         plan = plan_batches(recipe.train, data.examples)
         log = _train(recipe, model, data, plan, folder, console)
         if folder is not None:
@@ -285,6 +287,7 @@ def _turn(
         packed=recipe.data.pack,
         checkpointing=config.checkpointing,
         offload=config.offload,
+        compiled=config.compile,
     )
 
 

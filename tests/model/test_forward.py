@@ -1,5 +1,7 @@
 """A packed forward pass is the rows one at a time, on many architectures; and what cannot be packed is refused."""
 
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,7 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model import ops
 from graftlm.model.attach import attach, trainable
-from graftlm.model.forward import SEGMENTS, check_forward, check_packing, log_probs, packed_attention
+from graftlm.model.forward import SEGMENTS, check_compiler, check_forward, check_packing, log_probs, packed_attention
 from graftlm.testing import tiny_model
 
 LENGTHS = [5, 1, 12, 9, 2]
@@ -81,9 +83,9 @@ def reference(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return together.detach(), gradients(model)
 
 
-def assert_packed_is_the_reference(model: Any) -> None:
+def assert_packed_is_the_reference(model: Any, *, compiled: bool = False) -> None:
     wanted, wanted_gradients = reference(model)
-    with packed_attention(model):
+    with packed_attention(model, compiled=compiled):
         found = log_probs(model, pack(rows()))
         weighted_sum(found).backward()
     assert float((found.detach() - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
@@ -95,6 +97,23 @@ def assert_packed_is_the_reference(model: Any) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_is_one_row_at_a_time_in_log_probs_and_in_every_gradient(name: str) -> None:
     assert_packed_is_the_reference(family(name))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at inputs that are not leaves
+def test_compiled_is_one_row_at_a_time_and_leaves_the_modelling_file_as_it_was() -> None:
+    model = family("llama")
+    file = sys.modules[type(model).__module__]
+    before = file.apply_rotary_pos_emb  # type: ignore[attr-defined]
+    assert_packed_is_the_reference(model, compiled=True)
+    assert file.apply_rotary_pos_emb is before  # type: ignore[attr-defined]
+
+
+def test_compiling_without_a_compiler_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(TrainingError, match=r"no compiler here.*apt-get install g\+\+\) or leave train.compile"):
+        check_compiler(torch.device("cpu"))
+    check_compiler(torch.device("cuda"))  # Triton brings its own
 
 
 def tree() -> tuple[list[Tensor], list[Tensor]]:

@@ -51,7 +51,7 @@ def test_parts_are_told_apart() -> None:
         for n in (40, 25)
     ]
     model = perturbed("lora", tiny_model())
-    with training_pass(model, packed=True, checkpointing=False, offload=False):
+    with training_pass(model, packed=True):
         parts = parts_of_time(lambda: one_pass(model, collate(rows)))
     assert parts.keys() == PARTS
     assert sum(parts.values()) == pytest.approx(1)
