@@ -42,7 +42,7 @@ def write_rows(config: dict[str, Any], file: Path) -> None:
 
 
 def write_base(config: dict[str, Any], folder: Path) -> None:
-    """The base in bf16, as hubs have it, for both sides: converting a float32 file while loading needs its size twice."""
+    """The base in bf16, as hubs have it, for both sides: converting a float32 file takes the memory of both."""
     if not folder.is_dir():
         model, tokenizer = load_base(config["base"], store="bf16")
         model.save_pretrained(folder)
