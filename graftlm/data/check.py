@@ -93,11 +93,11 @@ def prepare(
     problems: list[str] = []
     for number, row in enumerate(rows, start=1):
         try:
-            rendered = renderer.conversation(row.messages)
-            example = _fit(rendered, row, data, report)
-            if example is not None:
-                _count(report, rendered, example, row, renderer)
-                examples.append(example)
+            for rendered in renderer.rows(row.messages, row.tools):
+                example = _fit(rendered, row, data, report)
+                if example is not None:
+                    _count(report, rendered, example, row, renderer)
+                    examples.append(example)
         except DataError as error:
             problems.append(f"{row.where}: {error}")
         if progress:
@@ -114,7 +114,7 @@ def prepare(
 
 def _fit(rendered: Rendered, row: Row, data: DataConfig, report: Report) -> Example | None:
     """The row within max_tokens, or None where it is dropped."""
-    token_weights = weights(rendered.roles, data.mask)
+    token_weights = weights(rendered, data.mask)
     length = len(rendered.ids)
     if length > data.max_tokens:
         if data.over_length == "error":
@@ -155,7 +155,7 @@ def _count(report: Report, rendered: Rendered, example: Example, row: Row, rende
     ending = rendered.roles == Role.END_OF_TURN
     if not report.end_of_turn and ending.any():
         report.end_of_turn = "".join(renderer.token_texts(rendered.ids[ending][: _first_run(ending)]))
-        trained = weights(rendered.roles, report.mask)[ending]
+        trained = weights(rendered, report.mask)[ending]
         report.end_of_turn_trained = bool(trained.all())
 
 
@@ -169,12 +169,12 @@ def shown_rows(rows: Sequence[Row], renderer: Renderer, mask: str, count: int) -
     """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}."""
     shown = []
     for row in rows[:count]:
-        rendered = renderer.conversation(row.messages)
+        rendered = renderer.rows(row.messages, row.tools)[-1]
         parts = zip(
             rendered.ids,
             renderer.token_texts(rendered.ids.tolist()),
             rendered.roles,
-            weights(rendered.roles, mask),
+            weights(rendered, mask),
             strict=True,
         )
         tokens = [

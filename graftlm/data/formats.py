@@ -31,6 +31,14 @@ TEXT = "text"
 class Message:
     role: str
     content: str
+    tool_calls: tuple[Fields, ...] = ()
+    """What an assistant asks of tools, as templates take it: {"type": "function", "function": {"name", "arguments"}}."""
+    thinking: str = ""
+    """What an assistant thought before its answer (`reasoning_content`), for templates that have a place for it."""
+    weight: float | None = None
+    """The weight of its tokens in the loss in place of the mask's; None leaves it to the mask."""
+    spans: tuple[tuple[int, int, float], ...] = ()
+    """(start, end, weight): characters of `content` with a weight of their own."""
 
 
 class RowError(ValueError):

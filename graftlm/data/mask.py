@@ -12,7 +12,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data.render import Role
+from graftlm.data.render import Rendered, Role
 
 MASKS: dict[str, frozenset[Role]] = {
     "response": frozenset({Role.ASSISTANT, Role.END_OF_TURN}),
@@ -21,8 +21,8 @@ MASKS: dict[str, frozenset[Role]] = {
 }
 
 
-def weights(roles: NDArray[np.uint8], mask: str) -> NDArray[np.float32]:
+def weights(rendered: Rendered, mask: str) -> NDArray[np.float32]:
     """The weight of every token in the loss: float32 [n]. The first token of a row has no prediction: always 0."""
-    trained = np.isin(roles, [int(role) for role in MASKS[mask]]).astype(np.float32)
+    trained = np.isin(rendered.roles, [int(role) for role in MASKS[mask]]).astype(np.float32)
     trained[:1] = 0
     return trained

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
-from graftlm.data.formats import TEXT, Message
+from graftlm.data.formats import TEXT, Fields, Message
 from graftlm.errors import BaseModelError, DataError
 
 PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
@@ -97,8 +97,13 @@ class Renderer:
         """The first 16 hexadecimal digits of the SHA-256 of the chat template."""
         return hashlib.sha256((self.template or "").encode()).hexdigest()[:16]
 
-    def conversation(self, messages: Sequence[Message]) -> Rendered:
-        """The whole conversation as training feeds it."""
+    def rows(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> list[Rendered]:
+        """The conversation as training feeds it: one row, or one for every answer where the template changes what it
+        wrote before when more is said."""
+        return [self.conversation(messages, tools)]
+
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Rendered:
+        """The whole conversation in one row."""
         if messages[0].role == TEXT:
             return self._raw(messages[0].content)
         text = self._render(messages)

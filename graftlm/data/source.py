@@ -47,6 +47,8 @@ class Row:
     messages: list[Message]
     where: str
     group: str
+    tools: tuple[dict[str, Any], ...] = ()
+    """What an assistant could call: functions with a JSON schema, as OpenAI has them."""
 
 
 BUILTIN: dict[str, Callable[[], list[dict[str, str]]]] = {"docstrings": docstrings.rows}

@@ -49,7 +49,7 @@ def runs(renderer: Renderer, rendered: Rendered, keep: Any) -> list[str]:
 
 
 def supervised(renderer: Renderer, rendered: Rendered) -> list[str]:
-    return runs(renderer, rendered, weights(rendered.roles, "response") == 1)
+    return runs(renderer, rendered, weights(rendered, "response") == 1)
 
 
 def check_everything(name: str, renderer: Renderer, messages: list[Message]) -> None:
