@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from graftlm.config import Count, Flag, PositiveCount, Share, config
+from graftlm.config import Count, Flag, PositiveCount, Share, Weight, config
 from graftlm.data import docstrings
 from graftlm.data.formats import FORMATS, Message, RowError, check, detect
 from graftlm.errors import DataError, nearest, numbered
@@ -33,7 +33,9 @@ class DataConfig:
     train: str | SourceConfig
     held_out: Count | Share | str | SourceConfig = 0
     """Rows (100), a share (0.05), or a source of its own; rows with the same group never end up on both sides."""
-    mask: Literal["response", "instruction", "everything"] = "response"
+    mask: Literal["response", "last-turn", "instruction", "no-boilerplate", "everything"] = "response"
+    prompt_weight: Weight = 0.0
+    """The weight, from 0 to 1, of tokens that the mask leaves out."""
     max_tokens: PositiveCount = 1024
     over_length: Literal["drop", "truncate", "error"] = "drop"
     pack: Flag = True
