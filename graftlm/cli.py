@@ -150,7 +150,9 @@ def data_check(
     base: Annotated[
         str | None, typer.Option("--base", help="Whose tokenizer and chat template; default smollm2.")
     ] = None,
-    mask: Annotated[str | None, typer.Option("--mask", help="response, instruction or everything.")] = None,
+    mask: Annotated[
+        str | None, typer.Option("--mask", help="response, last-turn, instruction, no-boilerplate or everything.")
+    ] = None,
     template: Annotated[str | None, typer.Option("--template", help="A .jinja file to use as chat template.")] = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Show this many rows token by token.")] = 1,
     as_json: JsonOption = False,

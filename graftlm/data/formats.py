@@ -32,7 +32,7 @@ class Message:
     role: str
     content: str
     tool_calls: tuple[Fields, ...] = ()
-    """What an assistant asks of tools, as templates take it: {"type": "function", "function": {"name", "arguments"}}."""
+    """What an assistant asks of tools, as templates take it: {"type": "function", "function": {name, arguments}}."""
     thinking: str = ""
     """What an assistant thought before its answer (`reasoning_content`), for templates that have a place for it."""
     weight: float | None = None
