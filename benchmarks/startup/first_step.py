@@ -3,14 +3,12 @@
 import json
 import time
 
-stages = {}
-at = time.perf_counter()
+stages: dict[str, float] = {}
+started = time.perf_counter()
 
 
 def done(stage: str) -> None:
-    global at
-    stages[stage] = round(time.perf_counter() - at, 3)
-    at = time.perf_counter()
+    stages[stage] = round(time.perf_counter() - started - sum(stages.values()), 3)
 
 
 import torch  # noqa: E402
