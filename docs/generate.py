@@ -61,6 +61,8 @@ def _values(field: dict[str, Any]) -> str:
         return " or ".join(_values(option) for option in field["anyOf"])
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if field.get("type") == "array" and "items" in field:
+        return f"list of {_values(field['items'])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
     return " ".join([field.get("type", "mapping"), ", ".join(limits)]).strip()
