@@ -123,7 +123,7 @@ def prepare(
 
 def _fit(rendered: Rendered, row: Row, data: DataConfig, report: Report) -> Example | None:
     """The row within max_tokens, or None where it is dropped."""
-    token_weights = weights(rendered, data.mask)
+    token_weights = weights(rendered, data.mask, data.prompt_weight)
     length = len(rendered.ids)
     if length > data.max_tokens:
         if data.over_length == "error":

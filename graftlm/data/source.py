@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, field_validator
 
-from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, config
+from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
 from graftlm.data import axolotl, llama_factory
 from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, Conversation, Message, RowError, check, detect
 from graftlm.data.records import Problem, records
-from graftlm.data.templates import Template, ask
+from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
 
 
@@ -59,7 +59,9 @@ class DataConfig:
     """Rows (100), a share (0.05), or a source of its own; rows with the same group never end up on both sides."""
     strict: Flag = False
     """Stop at rows that cannot be used, instead of leaving them out and reporting them."""
-    mask: Literal["response", "instruction", "everything"] = "response"
+    mask: Literal["response", "last-turn", "instruction", "no-boilerplate", "everything"] = "response"
+    prompt_weight: Weight = 0.0
+    """The weight, from 0 to 1, of tokens that the mask leaves out."""
     max_tokens: PositiveCount = 1024
     over_length: Literal["drop", "truncate", "error"] = "drop"
     pack: Flag = True

@@ -6,7 +6,7 @@ import pytest
 
 from graftlm.data.messages import RowError
 from graftlm.data.source import SourceConfig, load_rows
-from graftlm.data.templates import Template, ask
+from graftlm.data.wording import Template, ask
 
 ROW = {"premise": "It rains.", "hypothesis": "it is wet", "label": 0}
 ONE = Template(prompt="{premise} So {hypothesis}?", completion="{label}", words={"label": ("yes", "maybe", "no")})
