@@ -115,6 +115,14 @@ def test_rows_that_cannot_be_used_are_left_out_and_reported(base_folder: Path, r
         graft("data", "check", str(recipe))
 
 
+def test_data_check_reads_what_axolotl_describes(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows.write_text(json.dumps({"messages": turns}))
+    (tmp_path / "axolotl.yaml").write_text("base_model: x\ndatasets: [{path: rows.jsonl, type: chat_template}]\n")
+    described = ("data", "check", str(tmp_path / "axolotl.yaml"), "--base", str(base_folder), "--json")
+    assert json.loads(graft(*described).stdout)["rows"] == 1
+
+
 def test_several_sources_are_mixed_and_none_is_held_out_twice(recipe: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text(
         '{"instruction": "few 1", "output": "a"}\n{"instruction": "few 2", "output": "b"}'

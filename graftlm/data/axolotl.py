@@ -1,8 +1,8 @@
 """Axolotl's `datasets:`: entries with their mappings, roles, and weights of turns and characters -> Parts.
 
 Read for their meaning: Axolotl `src/axolotl/utils/schemas/datasets.py`, `docs/dataset-formats/conversation.qmd` and
-`src/axolotl/prompt_strategies/chat_template.py`. Its `alpaca` stands for the rows; what it writes around them is the
-base's own template here.
+`src/axolotl/prompt_strategies/chat_template.py`. Two things are not as there: `alpaca` stands for the rows alone, which
+the base's own template renders; and what ends a question is not trained where the question is.
 """
 
 from collections.abc import Callable, Mapping

@@ -94,9 +94,9 @@ def text(row: Fields) -> Conversation:
 
 def preference(row: Fields) -> Conversation:
     """{prompt, chosen, rejected}: the prompt in any of the formats above, or the beginning that two lists of messages
-    have in common; or a conversation and its {rejected_response} or {rejected_messages}, as ms-swift has them."""
+    (or HH-RLHF's texts) have in common; or a conversation and its {rejected_response} or {rejected_messages}, as ms-swift has them."""
     if "chosen" in row:
-        chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+        chosen, rejected = (_dialogue(row, key) or _answer(row, key) for key in ("chosen", "rejected"))
         whole = chosen[0].role != "assistant"
         if not whole:
             asked = _question(row)
@@ -113,6 +113,16 @@ def preference(row: Fields) -> Conversation:
     if found.messages == rejected:
         raise RowError("the chosen and the rejected answer are the same: nothing is preferred")
     return replace(found, rejected=(rejected,))
+
+
+def _dialogue(row: Fields, key: str) -> list[Message]:
+    """A whole conversation in one text, as Anthropic's HH-RLHF has it (arXiv:2204.05862); empty for any other text."""
+    text = row.get(key)
+    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+        return []
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def feedback(row: Fields) -> Conversation:

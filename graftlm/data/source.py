@@ -80,6 +80,7 @@ class DataConfig:
         return [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
 
 
+MEDIA = ("images", "videos", "audios")
 AHEAD = 100
 """The format of a file is told from so many rows."""
 
@@ -161,6 +162,8 @@ def stream_rows(
                 name = detect(fields) if name == "auto" else name
                 if formats is not None and name not in formats:
                     formats.append(name)
+                if name != "text" and (shown := [key for key in MEDIA if fields.get(key)]):
+                    raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
                 row, notes = _row(FORMATS[name](fields), where, record.get("group"))
             except RowError as error:
                 yield Problem(where, str(error))

@@ -78,7 +78,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1) -> Prepared:
     rows, aside = read.train, read.held_out
     renderer = Renderer(tokenizer)
     examples, found = prepare(rows, renderer, data, format=read.format)
-    found.problems, found.notes = read.problems, read.notes
+    found.problems[:0], found.notes[:0] = read.problems, read.notes
     if data.pack and recipe.train.prefix_sharing:
         first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]

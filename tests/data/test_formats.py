@@ -217,6 +217,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "a prompt of messages": {"prompt": turns("q"), "chosen": [SAY], "rejected": turns("q", "b")[1:]},
     "whole conversations": {"chosen": turns("q", "a"), "rejected": turns("q", "b")},
     "whole conversations and their prompt": {"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+    "HH-RLHF's texts": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b\n"},
     "conversations and single messages": {
         "conversations": [{"from": "human", "value": "q"}],
         "chosen": {"from": "gpt", "value": "a"},

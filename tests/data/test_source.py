@@ -322,6 +322,14 @@ def test_the_instances_of_a_task_are_rows(tmp_path: Path) -> None:
         assert [p.where for p in problems] == [f"{path}{place}: instance 2"]
 
 
+def test_rows_with_pictures_are_left_out_and_raw_text_that_names_some_is_not(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line(images=['x.png'])}\n{line(images=[])}")
+    problems: list[Problem] = []
+    assert len(load_rows(path, problems=problems)[0]) == 1
+    assert [str(p) for p in problems] == [f"{path}:1: field 'images' holds images: only text can be trained on"]
+    assert load_rows(written(tmp_path, '{"text": "a", "images": ["x.png"]}'))[1] == "text"
+
+
 def test_rows_that_say_the_same_are_kept_and_told(tmp_path: Path) -> None:
     path = written(tmp_path, f"{line()}\n{line(prompt='r')}\n{line(meta=1)}\n")
     problems: list[Problem] = []
