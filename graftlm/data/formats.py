@@ -94,7 +94,8 @@ def text(row: Fields) -> Conversation:
 
 def preference(row: Fields) -> Conversation:
     """{prompt, chosen, rejected}: the prompt in any of the formats above, or the beginning that two lists of messages
-    (or HH-RLHF's texts) have in common; or a conversation and its {rejected_response} or {rejected_messages}, as ms-swift has them."""
+    (or HH-RLHF's texts) have in common; or a conversation and its {rejected_response} or {rejected_messages}, as
+    ms-swift has them."""
     if "chosen" in row:
         chosen, rejected = (_dialogue(row, key) or _answer(row, key) for key in ("chosen", "rejected"))
         whole = chosen[0].role != "assistant"

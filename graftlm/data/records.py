@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,17 @@ def _not_utf8(byte: int) -> str:
 
 
 def _json(file: Path) -> Iterator[Record | Problem]:
-    """The elements of a list, each read by itself, with the line on which it begins."""
+    """The elements of a list, each read by itself, with the line on which it begins; or JSON by the line."""
     text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     odd_bytes = not text.isascii() and any("\udc80" <= c <= "\udcff" for c in set(text))
     skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
     place = skip(text, 0).end()
     if not text.startswith("[", place):
-        yield from _json_object(file, text)
+        end = len(text)
+        with suppress(ValueError, RecursionError):
+            _, end = _LENIENT.raw_decode(text, place)
+        several = text[end:].strip()  # then it is JSON by the line, whatever its ending
+        yield from _jsonl(file) if several else _json_object(file, text)
         return
     place = skip(text, place + 1).end()
     line, counted, number = 1, 0, 0
@@ -181,9 +185,7 @@ def _json_object(file: Path, text: str) -> Iterator[Record]:
     try:
         tree = _STRICT.decode(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}:{error.lineno}: not valid JSON: {error.msg}. One row a line belongs in .jsonl"
-        ) from None
+        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not valid JSON: {error}") from None
     if isinstance(tree, dict) and "Instances" in tree:

@@ -351,11 +351,18 @@ def test_supervised_training_leaves_out_what_was_not_liked_and_says_so() -> None
         for_supervised([disliked])
 
 
-def test_bad_json_is_refused_with_its_line_and_the_ending_it_should_have(tmp_path: Path) -> None:
-    path = written(tmp_path, f"{line()}\n{line()}\n", "rows.json")
-    assert refused(path).startswith(f"{path}:2: not valid JSON: Extra data. One row a line belongs in .jsonl")
+def test_bad_json_is_refused_with_its_line_and_what_it_should_hold(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"data":\n [}', "rows.json")
+    assert refused(path) == f"{path}:2: not valid JSON: Expecting value"
     path = written(tmp_path, json.dumps({"data": [GOOD]}), "rows.json")
     assert refused(path) == f"{path}: a .json file of rows holds a list, this holds a dict"
+
+
+def test_json_by_the_line_is_read_whatever_its_ending(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line()}\nno\n{line(prompt='r')}\n", "rows.json")
+    problems: list[Problem] = []
+    assert [row.where for row in load_rows(path, problems=problems)[0]] == [f"{path}:1", f"{path}:3"]
+    assert [problem.where for problem in problems] == [f"{path}:2"]
 
 
 def test_csv_rows_with_another_number_of_columns_are_all_reported(tmp_path: Path) -> None:
