@@ -177,12 +177,39 @@ def data_check(
         console.print(display.tokens(row))
 
 
+@data_app.command("convert")
+def data_convert(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Rows, or what another trainer describes.")],
+    out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write.")],
+    to: Annotated[str, typer.Option("--to", help="messages: OpenAI's, one conversation a line.")] = "messages",
+    format: Annotated[str, typer.Option("--format", help="The format of FILE, if not to be detected.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if a row cannot be used.")] = False,
+    network: NetworkOption = False,
+) -> None:
+    """Write rows of any format as messages, and report those that cannot be used."""
+    from graftlm.config import build
+    from graftlm.data.convert import convert
+    from graftlm.data.source import SourceConfig
+    from graftlm.errors import DataError, numbered
+
+    if to != "messages":
+        raise DataError(f"--to {to}: no such format to write. {nearest(to, ['messages'])}")
+    config = build(SourceConfig, {"path": source, "format": format}, source="command line")
+    count, problems = convert(config, out, overwrite=overwrite, strict=strict, network=network)
+    for title, left_out in (("left out", True), ("noted", False)):
+        if told := [str(problem) for problem in problems if problem.left_out == left_out]:
+            typer.secho(f"{len(told)} {title}:\n{numbered(told)}", fg="yellow", err=True)
+    typer.secho(f"wrote {count} rows to {out}", err=True)
+
+
 def _recipe_for(source: str, base: str | None, mask: str | None, template: str | None, network: bool) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
     from graftlm.config import build, to_tree
+    from graftlm.data.axolotl import is_axolotl
     from graftlm.training.recipe import Recipe, read_recipe
 
-    if Path(source).suffix in (".yaml", ".yml"):
+    if Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source):
         recipe = read_recipe(source)
     else:
         recipe = build(Recipe, {"data": {"train": source}}, source="command line")

@@ -22,9 +22,10 @@ from rich.console import Console
 
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
+from graftlm.data.mixing import read_data
 from graftlm.data.pack import Example, Pack, batches, lay_out, saved_by_sharing
 from graftlm.data.render import Renderer
-from graftlm.data.source import Row, load_rows, split
+from graftlm.data.source import Row
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES
@@ -73,13 +74,11 @@ class Prepared:
 def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1) -> Prepared:
     """Read, split, render and check the rows of a recipe; raises DataError that lists every row that cannot be used."""
     data = recipe.data
-    rows, name = load_rows(data.train, network=recipe.network)
-    if isinstance(data.held_out, int | float):
-        rows, aside = split(rows, data.held_out, recipe.train.seed)
-    else:
-        aside, _ = load_rows(data.held_out, network=recipe.network)
+    read = read_data(data, seed=recipe.train.seed, network=recipe.network)
+    rows, aside = read.train, read.held_out
     renderer = Renderer(tokenizer)
-    examples, found = prepare(rows, renderer, data, format=name)
+    examples, found = prepare(rows, renderer, data, format=read.format)
+    found.problems[:0], found.notes[:0] = read.problems, read.notes
     if data.pack and recipe.train.prefix_sharing:
         first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]
@@ -391,7 +390,7 @@ def _write_report(
 ) -> None:
     done = summary["train"]
     processes = f"{done['ranks']} processes, each of " if done["ranks"] > 1 else ""
-    source = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train.path
+    source = ", ".join(source.path for source in recipe.data.sources())
     facts = {
         "training data": f"{source}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
         "steps": f"{done['steps']} of {recipe.train.batch_rows} rows, seed {recipe.train.seed}",
