@@ -34,15 +34,20 @@ class Page(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
+        self.in_script = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag == "script":
+        self.in_script = tag == "script"
+        if self.in_script:
             self.scripts.append("")
 
+    def handle_endtag(self, tag: str) -> None:
+        self.in_script = False
+
     def handle_data(self, data: str) -> None:
-        if self.elements[-1][0] == "script":
+        if self.in_script:
             self.scripts[-1] += data
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
@@ -80,8 +85,8 @@ def test_hostile_rows_are_text_and_nothing_else(tmp_path: Path, base_folder: Pat
     shown = json.loads(page.scripts[0])
     assert len(shown) == len(rows)
     for row, (question, answer) in zip(shown, rows, strict=True):
-        text = "".join(token[0] for token in row["tokens"] if token[2])
-        assert text.startswith(answer.encode().decode()) or "\ufffd" in text, question
+        text = "".join(token[0] for token in row["tokens"])
+        assert (question in text and answer in text) or "\ufffd" in text  # what a token of a part of a character reads as
 
 
 def test_rows_come_with_roles_weights_and_what_was_found(tmp_path: Path, base_folder: Path, loaded: Any) -> None:
