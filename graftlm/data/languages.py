@@ -22,15 +22,16 @@ _SCRIPTS = {
     "BENGALI": "Bengali",
     **_OTHER_NAMES,
 }
+# Words of one Latin letter are left out: code is full of them.
 _WORDS = {
     "English": "the of and to is that it for with are this was be as you have not what",
     "German": "der die und das ist nicht ein eine zu mit den von auf sich wie auch wird",
     "French": "le les et des est une dans que pour qui pas sur vous avec ce sont au",
-    "Spanish": "el los y que es una por con para las del se como su lo pero est\u00e1",
-    "Italian": "il che di e un per non una sono con della gli come anche questo nel \u00e8",
-    "Portuguese": "o os que n\u00e3o uma com para do da em como mais por s\u00e3o \u00e9 voc\u00ea ao",
+    "Spanish": "el los que es una por con para las del se como su lo pero est\u00e1",
+    "Italian": "il che di un per non una sono con della gli come anche questo nel",
+    "Portuguese": "os que n\u00e3o uma com para do da em como mais por s\u00e3o voc\u00ea ao",
     "Dutch": "de het een en van is dat niet op te zijn voor met aan ook naar bij",
-    "Polish": "i w nie na si\u0119 jest to \u017ce z do jak co czy przez jego od ale",
+    "Polish": "nie na si\u0119 jest \u017ce jak co czy przez jego od ale",
     "Turkish": "bir ve bu i\u00e7in ile de da ne olarak daha gibi olan \u00e7ok kadar var en",
     "Swedish": "och att det som en \u00e4r av f\u00f6r inte den till med ett har om jag",
     "Vietnamese": "l\u00e0 c\u1ee7a v\u00e0 c\u00f3 kh\u00f4ng trong cho m\u1ed9t c\u00e1c v\u1edbi",

@@ -34,7 +34,7 @@ ROW_COST = 1_000
 CHUNK = 300_000
 """What one process is given at a time, in characters."""
 
-MANY = 6_000_000
+MANY = 3_000_000
 """From so many characters on, processes are worth their start, and columns their place on disk."""
 
 AHEAD = 4
