@@ -172,7 +172,7 @@ def data_check(
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
     found = prepare_data(recipe, tokenizer, show=show, look=True)
     if html:
-        check_page.write(html, found, tokenizer, title=source)
+        check_page.write(html, found, tokenizer, recipe.data, title=source)
     if as_json:
         print(json.dumps(found.report.to_json() | {"held_out_rows": len(found.held_out), "shown": found.first_rows}))
         return

@@ -396,21 +396,21 @@ def _ending(report: Report, columns: Columns, piece: slice, renderer: Renderer) 
     report.end_of_turn_trained = bool((columns.weights[piece][ending] != 0).all())
 
 
-def shown_rows(rows: Sequence[Row], renderer: Renderer, mask: str, count: int) -> list[dict[str, Any]]:
-    """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}."""
+def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count: int) -> list[dict[str, Any]]:
+    """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}, one for each piece of a row."""
     shown = []
     for row in rows[:count]:
-        rendered = renderer.rows(row.messages, row.tools)[-1]
-        parts = zip(
-            rendered.ids,
-            renderer.token_texts(rendered.ids.tolist()),
-            rendered.roles,
-            weights(rendered, mask),
-            strict=True,
-        )
-        tokens = [
-            {"id": int(i), "text": t, "role": Role(r).name.lower().replace("_", "-"), "weight": float(w)}
-            for i, t, r, w in parts
-        ]
-        shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
+        for piece in renderer.rows(row.messages, row.tools):
+            parts = zip(
+                piece.ids,
+                renderer.token_texts(piece.ids.tolist()),
+                piece.roles,
+                weights(piece, data.mask, data.prompt_weight),
+                strict=True,
+            )
+            tokens = [
+                {"id": int(i), "text": t, "role": Role(r).name.lower().replace("_", "-"), "weight": float(w)}
+                for i, t, r, w in parts
+            ]
+            shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
     return shown

@@ -42,7 +42,10 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
     problems: dict[int, str] = {}
     for number, row in enumerate(rows):
         try:
-            pieces = [(piece, weights(piece, data.mask, data.prompt_weight)) for piece in renderer.rows(row.messages, row.tools)]
+            pieces = [
+                (piece, weights(piece, data.mask, data.prompt_weight))
+                for piece in renderer.rows(row.messages, row.tools)
+            ]
         except DataError as error:
             problems[number] = str(error)
             continue

@@ -13,7 +13,7 @@ import jinja2
 
 from graftlm.data.check import Lengths, shown_rows
 from graftlm.data.render import Renderer, Role
-from graftlm.data.source import Row
+from graftlm.data.source import DataConfig, Row
 from graftlm.model.store import writing
 from graftlm.training.run import Prepared
 
@@ -33,13 +33,13 @@ WIDTH, HEIGHT = 420, 120
 """Of a histogram, in pixels."""
 
 
-def write(file: Path, data: Prepared, tokenizer: Any, *, title: str) -> None:
+def write(file: Path, data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> None:
     """Write the page; raises OutputError where it cannot be written."""
     with writing(file):
-        file.write_text(html(data, tokenizer, title=title), encoding="utf-8")
+        file.write_text(html(data, tokenizer, config, title=title), encoding="utf-8")
 
 
-def html(data: Prepared, tokenizer: Any, *, title: str) -> str:
+def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> str:
     """The page of rows that were looked at (`prepare_data(..., look=True)`)."""
     report, survey = data.report, data.report.survey
     assert survey is not None
@@ -51,8 +51,11 @@ def html(data: Prepared, tokenizer: Any, *, title: str) -> str:
                 note = f"{entry.note} ({others})" if entry.note and others else entry.note or others
                 notes.setdefault(where, []).append((finding.kind, note))
     rows = _chosen(data, notes)
-    place = {row.where: i for i, row in enumerate(rows)}
     renderer = Renderer(tokenizer)
+    shown = [
+        _shown(piece, notes, config.max_tokens) for row in rows for piece in shown_rows([row], renderer, config, 1)
+    ]
+    place = {piece["where"]: i for i, piece in reversed(list(enumerate(shown)))}
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -76,7 +79,7 @@ def html(data: Prepared, tokenizer: Any, *, title: str) -> str:
         sampled=f"{len(rows):,} of {len(data.rows) + len(data.held_out_rows):,} rows: some at even distances, and "
         "those that are worth a look.",
         limit_text=f"{left_out:,} more of these are left out." if left_out else "",
-        rows=_json([_shown(row, notes, renderer, data) for row in rows]),
+        rows=_json(shown),
     )
 
 
@@ -89,15 +92,14 @@ def _chosen(data: Prepared, notes: dict[str, Any]) -> list[Row]:
     return [every[i] for i in sorted(sample | set(suspicious[: MOST_ROWS - len(sample)]))]
 
 
-def _shown(row: Row, notes: dict[str, list[tuple[str, str]]], renderer: Renderer, data: Prepared) -> dict[str, Any]:
-    (shown,) = shown_rows([row], renderer, data.report.mask, 1)
-    tokens = [[token["text"], token["role"], token["weight"], token["id"]] for token in shown["tokens"]]
+def _shown(piece: dict[str, Any], notes: dict[str, list[tuple[str, str]]], most: int) -> dict[str, Any]:
+    tokens = [[token["text"], token["role"], token["weight"], token["id"]] for token in piece["tokens"]]
     return {
-        "where": row.where,
-        "found": notes.get(row.where, []),
+        "where": piece["where"],
+        "found": notes.get(piece["where"], []),
         "tokens": tokens[:MOST_TOKENS],
         "left": len(tokens) - len(tokens[:MOST_TOKENS]),
-        "limit": data.report.max_tokens,
+        "limit": most,
     }
 
 

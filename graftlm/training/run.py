@@ -97,7 +97,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = 
         held_out, _ = prepare(aside, renderer, replace(data, over_length="truncate"), workers=workers, cache=kept)
     if look:
         found.survey = survey(rows, aside)
-    return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data.mask, show))
+    return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show))
 
 
 def train(

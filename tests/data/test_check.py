@@ -190,7 +190,7 @@ def test_progress_is_told_of_every_row(renderer: Renderer) -> None:
 
 def test_shown_rows_carry_id_text_role_and_weight_of_every_token(renderer: Renderer, tmp_path: Path) -> None:
     raw = Row([Message(TEXT, "X")], "f:4", "X")
-    shown = shown_rows([ROWS[2], raw, ROWS[0]], renderer, "response", 2)
+    shown = shown_rows([ROWS[2], raw, ROWS[0]], renderer, data(), 2)
     to_id = renderer.tokenizer.convert_tokens_to_ids
     wanted = [
         ("U", "boilerplate", 0.0),
@@ -204,6 +204,8 @@ def test_shown_rows_carry_id_text_role_and_weight_of_every_token(renderer: Rende
     assert shown[0]["tokens"] == [{"id": to_id(t), "text": t, "role": r, "weight": w} for t, r, w in wanted]
     assert [t["weight"] for t in shown[1]["tokens"]] == [0.0, 1.0]
     assert json.loads(json.dumps(shown)) == shown
+    (weighted,) = shown_rows(ROWS[2:], renderer, data(prompt_weight=0.25), 1)
+    assert [t["weight"] for t in weighted["tokens"]] == [0.0, 0.25, 0.25, 0.25, 1.0, 1.0]
 
 
 # What the report says of lengths and endings ---------------------------------------------------------------------

@@ -67,7 +67,9 @@ def prepared(tmp_path: Path, base_folder: Path, loaded: Any, rows: list[tuple[st
 
 
 def html(data: Prepared, loaded: Any) -> str:
-    return check_page.html(data, loaded.tokenizer, title="rows </title><script>alert(2)</script>")
+    return check_page.html(
+        data, loaded.tokenizer, graftlm.DataConfig(train="rows"), title="rows </title><script>alert(2)</script>"
+    )
 
 
 def test_hostile_rows_are_text_and_nothing_else(tmp_path: Path, base_folder: Path, loaded: Any) -> None:
@@ -101,7 +103,9 @@ def test_rows_come_with_roles_weights_and_what_was_found(tmp_path: Path, base_fo
         ["exact duplicates"],
     ]
     assert shown[0]["found"][0][1].endswith(":3")
-    (wanted,) = check_page.shown_rows(data.rows[:1], check_page.Renderer(loaded.tokenizer), "response", 1)
+    (wanted,) = check_page.shown_rows(
+        data.rows[:1], check_page.Renderer(loaded.tokenizer), graftlm.DataConfig(train="rows"), 1
+    )
     assert shown[0]["tokens"] == [[t["text"], t["role"], t["weight"], t["id"]] for t in wanted["tokens"]]
 
 
@@ -139,11 +143,11 @@ def test_histograms_show_every_row_once(tmp_path: Path, base_folder: Path, loade
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, base_folder: Path, loaded: Any) -> None:
-    data = prepared(tmp_path, base_folder, loaded, [("a", "b")])
-    check_page.write(tmp_path / "page.html", data, loaded.tokenizer, title="t")
+    data, config = prepared(tmp_path, base_folder, loaded, [("a", "b")]), graftlm.DataConfig(train="rows")
+    check_page.write(tmp_path / "page.html", data, loaded.tokenizer, config, title="t")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     with pytest.raises(OutputError, match="cannot be written"):
-        check_page.write(tmp_path / "page.html" / "no", data, loaded.tokenizer, title="t")
+        check_page.write(tmp_path / "page.html" / "no", data, loaded.tokenizer, config, title="t")
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
