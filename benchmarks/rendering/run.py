@@ -51,6 +51,11 @@ def write_rows(count: int, file: Path) -> None:
             out.write(json.dumps({"messages": messages}) + "\n")
 
 
+def _cpu_s() -> float:
+    """Processor time of this process and of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def ours(config: dict[str, Any], file: Path, cache: Path | None) -> dict[str, Any]:
     from graftlm.data.check import prepare
     from graftlm.data.render import Renderer
@@ -62,11 +67,11 @@ def ours(config: dict[str, Any], file: Path, cache: Path | None) -> dict[str, An
     read_s = time.perf_counter() - began
     renderer = Renderer(load_tokenizer(config["base"]))
     data = DataConfig(train=str(file), max_tokens=config["max_tokens"], over_length="truncate")
-    began = time.perf_counter()
+    began, cpu_s = time.perf_counter(), _cpu_s()
     examples, report = prepare(rows, renderer, data, workers=config["processes"], cache=cache)
-    wall_s = time.perf_counter() - began
+    wall_s, cpu_s = time.perf_counter() - began, _cpu_s() - cpu_s
     return {
-        "wall_s": wall_s, "read_s": read_s, "rows": len(examples), "tokens": report.tokens,
+        "wall_s": wall_s, "cpu_s": cpu_s, "read_s": read_s, "rows": len(examples), "tokens": report.tokens,
         "supervised_tokens": report.supervised_tokens, "from_cache": report.from_cache,
     }  # fmt: skip
 
@@ -92,14 +97,15 @@ def theirs(config: dict[str, Any], file: Path) -> dict[str, Any]:
     rows = datasets.Dataset.from_list([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small))  # only the data is of interest
-    seconds = 0.0
+    seconds = processor = 0.0
     prepare = SFTTrainer._prepare_dataset
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        nonlocal seconds
-        began = time.perf_counter()
+        nonlocal seconds, processor
+        began, cpu_s = time.perf_counter(), _cpu_s()
         done = prepare(*arguments, **named)
         seconds += time.perf_counter() - began
+        processor += _cpu_s() - cpu_s
         return done
 
     SFTTrainer._prepare_dataset = timed
@@ -113,7 +119,7 @@ def theirs(config: dict[str, Any], file: Path) -> dict[str, Any]:
         made = trainer.train_dataset
         labels = made["labels"]
         return {
-            "wall_s": seconds, "rows": len(made), "tokens": sum(map(len, made["input_ids"])),
+            "wall_s": seconds, "cpu_s": processor, "rows": len(made), "tokens": sum(map(len, made["input_ids"])),
             "supervised_tokens": sum(label != -100 for row in labels for label in row), "torch": torch.__version__,
         }  # fmt: skip
 
