@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import peak_rss_gib  # noqa: E402
+from machine import peak_rss_gib
 
 
 def peers_schedule(step: int, *, steps: int, warmup_steps: int) -> float:

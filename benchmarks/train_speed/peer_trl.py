@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import peak_rss_gib  # noqa: E402
+from machine import peak_rss_gib
 
 
 def parse_args() -> argparse.Namespace:

@@ -131,7 +131,7 @@ class Renderer:
         return self._rendered(messages, tools, [i for i, m in enumerate(messages) if m.role == "assistant"])
 
     def _last_answer(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Rendered:
-        """The conversation up to an answer, of which only that is to be learnt: what it follows is as generation has it."""
+        """The conversation up to an answer, of which only that is to be learnt: the rest is as generation has it."""
         return self._rendered(messages, tools, [len(messages) - 1])
 
     def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Rendered:
@@ -213,7 +213,7 @@ class Renderer:
         return self._encode(text, cuts=_cuts(text, begins))[0]
 
     def _apart(self, message: Message) -> Message:
-        """An answer whose text holds its thoughts, as generation returns it, in the two parts that the template knows."""
+        """An answer whose text holds its thoughts, as generation returns it, in two parts that the template knows."""
         content = message.content
         if message.role != "assistant" or message.thinking or "reasoning_content" not in (self.template or ""):
             return message
@@ -255,7 +255,7 @@ class Renderer:
         wanted: Sequence[tuple[int, int, bool]],
         tools: Sequence[Fields],
     ) -> list[str]:
-        """The texts of some beginnings of some chats: (which, how many messages, whether an answer is to follow)."""
+        """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
         if self._chat is None:
             raise BaseModelError(
                 "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name one "

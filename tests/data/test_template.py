@@ -22,7 +22,7 @@ ESCAPES = {
     "globals of a function": "{{ raise_exception.__globals__ }}",
     "code of a function": "{{ strftime_now.__code__ }}",
     "through attr": "{{ ''|attr('__class__') }}",
-    "through attr of a format": "{{ (''|attr('format'))('{0.__class__.__init__}', '') }}{{ '{0.__class__}'.format('') }}",
+    "through attr of a format": "{{ (''|attr('format'))('{0.__class__}', '') }}{{ '{0.__class__}'.format('') }}",
     "through map": "{{ ['']|map(attribute='__class__')|list }}",
     "through a namespace": "{% set n = namespace() %}{{ n.__init__.__globals__ }}",
     "into a namespace": "{% set n = namespace() %}{% set n.__class__ = 1 %}{{ n.__class__ }}",
@@ -52,7 +52,7 @@ def test_a_template_cannot_get_out(name: str) -> None:
 BOMBS = {
     "endless in effect": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "a recursion that doubles": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "a recursion that doubles": "{% macro m(n) %}{% if n %}{{ m(n-1) ~ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "a long string": "{{ 'a' * 10**10 }}",
     "a wide column": "{{ 'a'|center(10**10) }}",
     "a wide format": "{{ '%10000000000d' % 1 }}",
