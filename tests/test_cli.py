@@ -115,6 +115,23 @@ def test_rows_that_cannot_be_used_are_left_out_and_reported(base_folder: Path, r
         graft("data", "check", str(recipe))
 
 
+def test_rows_that_the_template_refuses_are_told_with_the_others(
+    base_folder: Path, rows: Path, recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{% if '11' in m.content or '3' in m.content %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.role + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    rows.write_text("no JSON\n" + ROWS)
+    options = ("--base", str(base_folder), "--template", str(tmp_path / "t.jinja"), "--json")
+    report = json.loads(graft("data", "check", str(rows), *options).stdout)
+    assert [text.partition(": ")[0] for text in report["problems"]] == [f"{rows}:{n}" for n in (1, 5, 13)]
+    assert report["rows"] == 10
+    aside = json.loads(graft("data", "check", str(recipe), *options).stdout)
+    assert sorted(text.partition(": ")[0] for text in aside["problems"]) == [f"{rows}:{n}" for n in (1, 13, 5)]
+    assert aside["rows"] + aside["held_out_rows"] == 10
+
+
 def test_data_check_reads_what_axolotl_describes(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows.write_text(json.dumps({"messages": turns}))

@@ -12,12 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.config import parse_yaml
-from graftlm.data.foreign import Part, column, only
+from graftlm.data.foreign import Part, column, on_hub, only
 from graftlm.data.messages import ROLES, Fields, RowError, listed, read_text
 from graftlm.errors import DataError, RecipeError, nearest
 
 _DATASET = (
-    *("path", "type", "split", "ds_type", "data_files", "field", "field_messages", "field_system", "field_tools"),
+    *(
+        "path",
+        "type",
+        "name",
+        "split",
+        "ds_type",
+        "data_files",
+        "field",
+        "field_messages",
+        "field_system",
+        "field_tools",
+    ),
     *("field_thinking", "message_property_mappings", "message_field_role", "message_field_content", "roles"),
     *("roles_to_train", "message_field_training", "message_field_training_detail", "drop_system_message"),
     *("train_on_eos", "train_on_eot", "chat_template"),
@@ -28,7 +39,6 @@ _DATASET_CANNOT = {
     "template_thinking_key": "thoughts go to templates as reasoning_content",
     "split_thinking": "put thoughts into a field of their own (field_thinking)",
     "conversation": "the template is the base's own",
-    "name": "name a file of rows instead",
     "revision": "fetch that revision and name its file",
     "trust_remote_code": "no code that comes with data is run",
     "shards": "list the source in `data.train` with a `cap`",
@@ -103,6 +113,7 @@ def parts(file: Path) -> list[Part]:
 def _entry(entry: Mapping[str, Any], where: str) -> tuple[str, Callable[[Fields], Fields]]:
     """The format and the renaming of one entry."""
     kind = entry.get("type")
+    kind = "alpaca" if str(kind).startswith("alpaca:") else kind  # after the colon comes what stands around the rows
     if kind not in _TYPES:
         raise DataError(f"{where}: type: {kind!r:.60} is not read. Known: {', '.join(_TYPES)}")
     only(entry, _DATASET, _DATASET_CANNOT, where)
@@ -114,7 +125,7 @@ def _entry(entry: Mapping[str, Any], where: str) -> tuple[str, Callable[[Fields]
             said = f"{key}: {entry[key]!r} cannot be honoured"
             raise DataError(f"{where}: {said}: what ends an answer is trained with the answer")
     if kind in ("alpaca", "completion"):
-        only(entry, ("path", "type", "split", "ds_type", "data_files", "field", *_DATASET_CANNOT), {}, where)
+        only(entry, ("path", "type", "name", "split", "ds_type", "data_files", "field", *_DATASET_CANNOT), {}, where)
         if kind == "alpaca":
             return "alpaca", dict
         field = entry.get("field") or "text"
@@ -232,7 +243,7 @@ def _files(entry: Mapping[str, Any], folder: Path, where: str) -> list[str]:
     elif Path(path).suffix or Path(path).exists() or path.count("/") != 1:
         names = [path]
     else:
-        return [f"hub:{path}:{split}"]
-    if split != "train":
-        raise DataError(f"{where}: split: {split!r} cannot be honoured: a file has no splits")
+        return [on_hub(path, entry.get("name"), split)]
+    if split != "train" or entry.get("name"):
+        raise DataError(f"{where}: split and name cannot be honoured: a file has none")
     return [name if Path(name).exists() or not (folder / name).exists() else str(folder / name) for name in names]

@@ -30,7 +30,7 @@ from graftlm.data.source import DataConfig, Row
 MOST_BYTES = 8 * 2**30
 """What the folder may hold; beyond it the files that were not used for longest go."""
 
-BESIDE = {"train", "held_out", "max_tokens", "over_length", "pack"}
+BESIDE = {"train", "mix_temperature", "held_out", "strict", "max_tokens", "over_length", "pack"}
 """Keys of `data` that change no token and no weight of a whole row. Any other key, a new one too, is in the hash."""
 
 AT_ONCE = 1_000

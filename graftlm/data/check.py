@@ -191,8 +191,9 @@ def prepare(
     workers: int | None = None,
     cache: Path | None = None,
 ) -> tuple[list[Example], Report]:
-    """Examples ready to pack, and the report. Raises DataError that lists every row that cannot be trained on.
+    """Examples ready to pack, and the report, whose `problems` are the rows that cannot be trained on and are left out.
 
+    Raises DataError that lists them where none is left, and where `data` asks for it: `strict`, or over_length `error`.
     Many rows are rendered on `workers` cores (None: all), and kept in the folder `cache` where one is given: the same
     rows, template, tokenizer, mask and code find them there again.
     """
@@ -206,8 +207,9 @@ def prepare(
             if progress:
                 progress(number + 1)
         done += len(some)
-    if problems:
+    if problems and (data.strict or data.over_length == "error" or not examples):
         raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
+    report.problems += problems
     if not examples:
         raise DataError(
             f"no row is left to train on: all {len(rows)} are longer than max_tokens={data.max_tokens}. "

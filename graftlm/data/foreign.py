@@ -37,3 +37,8 @@ def column(row: Fields, name: str) -> Any:
     if name not in row:
         raise missing(row, name)
     return row[name]
+
+
+def on_hub(name: str, subset: str | None, split: str) -> str:
+    """The path of a data set of the hub."""
+    return f"hub:{name}{'@' + subset if subset else ''}:{split}"

@@ -9,19 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftlm.data.foreign import Part, column, only
+from graftlm.data.foreign import Part, column, on_hub, only
 from graftlm.data.messages import Fields, RowError, listed, read_text
 from graftlm.errors import DataError, nearest
 
-_ENTRY = ("file_name", "hf_hub_url", "formatting", "ranking", "columns", "tags", "split")
+_ENTRY = ("file_name", "hf_hub_url", "formatting", "ranking", "columns", "tags", "split", "subset")
 _ENTRY_CANNOT = {
-    "ms_hub_url": "only files and data sets of the Hugging Face hub are read",
-    "script_url": "no code that comes with data is run",
-    "cloud_file_name": "only files and data sets of the Hugging Face hub are read",
-    "subset": "name a file of rows instead",
     "folder": "name a file of rows instead",
     "num_samples": "list the source in `data.train` with a `cap`",
 }
+_ELSEWHERE = {
+    "ms_hub_url": "only files and data sets of the Hugging Face hub are read",
+    "om_hub_url": "only files and data sets of the Hugging Face hub are read",
+    "cloud_file_name": "only files and data sets of the Hugging Face hub are read",
+    "script_url": "no code that comes with data is run",
+}
+"""Other places where the same rows are to be had."""
 _MEDIA = dict.fromkeys(("images", "videos", "audios"), "only text can be trained on")
 _COLUMNS = {
     "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", "kto_tag"),
@@ -63,7 +66,8 @@ def part(file: Path, name: str) -> Part:
         known = tree if isinstance(tree, dict) else ()
         raise DataError(f"{file}: describes no data set {name!r}. {nearest(name, known)}")
     entry, where = tree[name], f"{file}: {name}"
-    only(entry, _ENTRY, _ENTRY_CANNOT, where)
+    here = (*_ENTRY, *_ELSEWHERE) if entry.get("hf_hub_url") else _ENTRY
+    only(entry, here, _ENTRY_CANNOT | _ELSEWHERE if here is _ENTRY else _ENTRY_CANNOT, where)
     form = entry.get("formatting", "alpaca")
     if form not in _COLUMNS:
         raise DataError(f"{where}: formatting: {form!r} is not known. {nearest(str(form), _COLUMNS)}")
@@ -81,11 +85,11 @@ def part(file: Path, name: str) -> Part:
         reshape = partial(_from_sharegpt, columns, _TAGS[form] | tags)
     split = entry.get("split") or "train"
     if entry.get("hf_hub_url"):
-        path = f"hub:{entry['hf_hub_url']}:{split}"
+        path = on_hub(entry["hf_hub_url"], entry.get("subset"), split)
     elif not entry.get("file_name"):
         raise DataError(f"{where}: file_name or hf_hub_url is needed")
-    elif split != "train":
-        raise DataError(f"{where}: split: {split!r} cannot be honoured: a file has no splits")
+    elif split != "train" or entry.get("subset"):
+        raise DataError(f"{where}: split and subset cannot be honoured: a file has none")
     else:
         path = str(file.parent / entry["file_name"])
     if entry.get("ranking"):

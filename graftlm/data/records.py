@@ -39,8 +39,8 @@ NUL = "\udc00"
 
 
 def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
-    """The records of a file, of `hub:org/name[:split]` or of `builtin:NAME`, in order; DataError where there are none
-    to be had."""
+    """The records of a file, of `hub:org/name[@subset][:split]` or of `builtin:NAME`, in order; raises DataError where
+    there are none to be had."""
     kind, colon, name = path.partition(":")
     if colon and kind == "builtin":
         if name not in BUILTIN:
@@ -251,9 +251,10 @@ def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
 
     name, _, part = name.partition(":")
     part = part or "train"
+    at, _, subset = name.partition("@")
     try:
         with nullcontext() if network else _offline():
-            table = datasets.load_dataset(name, split=part)
+            table = datasets.load_dataset(at, subset or None, split=part)
     except Exception as error:
         off = "" if network else " It is not in the local cache, and the network is off: `network: true` fetches it."
         raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}") from None

@@ -26,8 +26,8 @@ from graftlm.errors import DataError, numbered
 @config
 class SourceConfig:
     path: str
-    """A .jsonl, .json, .csv or .parquet file; `hub:org/name` or `hub:org/name:split`; `builtin:docstrings`; or what
-    another trainer describes: `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
+    """A .jsonl, .json, .csv or .parquet file; `hub:org/name[@subset][:split]`; `builtin:docstrings`; or what another
+    trainer describes: `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
     format: Literal[
         "auto",
         "messages",

@@ -74,7 +74,7 @@ class Prepared:
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = False) -> Prepared:
-    """Read, split, render and check the rows of a recipe; raises DataError that lists every row that cannot be used.
+    """Read, split, render and check the rows of a recipe; raises DataError where none can be used, or under `strict`.
 
     With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
     """
@@ -84,6 +84,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = 
     renderer = Renderer(tokenizer)
     workers, kept = recipe.train.threads, cache_folder() / "rows"
     examples, found = prepare(rows, renderer, data, format=read.format, workers=workers, cache=kept)
+    rows = _usable(rows, examples, found)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
     if data.pack:
         first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
@@ -93,10 +94,21 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = 
         found.pack_fill = fill(steps_of_rows, tokens, share=share)
     held_out: list[Example] = []
     if aside:  # every held-out row counts: one that is too long is cut, not left out
-        held_out, _ = prepare(aside, renderer, replace(data, over_length="truncate"), workers=workers, cache=kept)
+        cut = replace(data, over_length="truncate")
+        held_out, found_aside = prepare(aside, renderer, cut, workers=workers, cache=kept)
+        aside = _usable(aside, held_out, found_aside)
+        found.problems += found_aside.problems
     if look:
         found.survey = survey(rows, aside)
     return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show))
+
+
+def _usable(rows: list[Row], examples: Sequence[Example], found: Report) -> list[Row]:
+    """The rows without those that the template refused or that would have taught nothing."""
+    if not found.problems:
+        return rows
+    known = {example.where for example in examples} | set(found.dropped_over_length)
+    return [row for row in rows if row.where in known]
 
 
 def train(

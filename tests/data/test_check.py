@@ -98,7 +98,7 @@ def test_rows_with_nothing_to_supervise_are_listed_by_line(renderer: Renderer) -
     long_question = row("X" * 20, "P", where="f:8")
     no_answer = row("X", where="f:9")
     with pytest.raises(DataError) as caught:
-        prepare([*ROWS, long_question, no_answer], renderer, data(max_tokens=10, over_length="truncate"))
+        prepare([*ROWS, long_question, no_answer], renderer, data(max_tokens=10, over_length="truncate", strict=True))
     assert str(caught.value).split("\n") == [
         "2 of 5 rows cannot be trained on:",
         "  f:8: no token of this row is supervised (the first 10 tokens hold no answer): it would teach nothing",
@@ -110,10 +110,21 @@ def test_a_row_that_the_template_refuses_is_named_and_the_others_are_still_looke
     renderer = Renderer(tokenizer_for("gemma"))
     told = [Row(chat("a", "b", system="s"), f"f:{i}", "a") for i in (4, 6)]
     with pytest.raises(DataError) as caught:
-        prepare([told[0], row("a", "b"), told[1]], renderer, data())
+        prepare([told[0], row("a", "b"), told[1]], renderer, data(strict=True))
     first, *said = str(caught.value).split("\n")
     assert first == "2 of 3 rows cannot be trained on:"
     assert [s.split(": the chat template refuses")[0] for s in said] == ["  f:4", "  f:6"]
+
+
+def test_unless_it_is_strict_such_rows_are_left_out_and_told() -> None:
+    renderer = Renderer(tokenizer_for("gemma"))
+    told = Row(chat("a", "b", system="s"), "f:4", "a")
+    examples, report = prepare([told, row("a", "b")], renderer, data())
+    assert [e.where for e in examples] == ["f:1"]
+    assert report.rows == 1
+    assert [text.split(": the chat template refuses")[0] for text in report.problems] == ["f:4"]
+    with pytest.raises(DataError, match="1 of 1 rows cannot be trained on"):
+        prepare([told], renderer, data())
 
 
 def test_a_base_without_a_template_is_said_once_and_not_for_every_row() -> None:

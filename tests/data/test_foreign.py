@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from graftlm.data import llama_factory
 from graftlm.data.axolotl import is_axolotl
+from graftlm.data.axolotl import parts as axolotl_parts
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.records import Problem
 from graftlm.data.source import Row, load_rows
@@ -118,13 +120,23 @@ def test_openai_has_openai_s_tags(tmp_path: Path) -> None:
         ({"formatting": "sharegt"}, "formatting: 'sharegt' is not known. Did you mean 'sharegpt'"),
         ({"script_url": "x"}, "script_url: 'x' cannot be honoured: no code"),
         ({"ranking": True, "columns": {"prompt": "q", "chosen": "c"}}, "ranking needs the column 'rejected'"),
-        ({"split": "test"}, "split: 'test' cannot be honoured: a file has no splits"),
+        ({"split": "test"}, "split and subset cannot be honoured: a file has none"),
+        ({"subset": "en"}, "split and subset cannot be honoured: a file has none"),
     ],
 )
 def test_what_an_entry_says_and_we_cannot_do_is_named(entry: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         factory(tmp_path, entry, {"q": "q", "c": "a"})
     assert said in str(caught.value)
+
+
+def test_a_data_set_of_the_hub_goes_before_other_places_and_keeps_its_subset(tmp_path: Path) -> None:
+    entry = {"hf_hub_url": "org/name", "ms_hub_url": "other/name", "subset": "en", "split": "train[:5]"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    assert llama_factory.part(tmp_path / "dataset_info.json", "mine").path == "hub:org/name@en:train[:5]"
+    (tmp_path / "axolotl.yaml").write_text("datasets: [{path: org/name, name: en, type: 'alpaca:chat'}]")
+    (part,) = axolotl_parts(tmp_path / "axolotl.yaml")
+    assert (part.path, part.format) == ("hub:org/name@en:train", "alpaca")
 
 
 def test_a_name_that_is_not_described_is_refused_with_those_that_are(tmp_path: Path) -> None:
