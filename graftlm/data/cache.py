@@ -11,11 +11,12 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from graftlm.data.columns import Columns
+from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 
@@ -34,6 +36,9 @@ BESIDE = {"train", "mix_temperature", "held_out", "strict", "max_tokens", "over_
 """Keys of `data` that change no token and no weight of a whole row. Any other key, a new one too, is in the hash."""
 
 AT_ONCE = 1_000
+_REST = [f for f in fields(Message) if f.name not in ("role", "content")]
+_rest = attrgetter(*(f.name for f in _REST))
+_PLAIN = tuple(f.default for f in _REST)
 _TYPES = {"I32": np.int32, "I64": np.int64, "U8": np.uint8, "F32": np.float32, "BOOL": np.bool_}
 
 
@@ -58,13 +63,22 @@ def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
     ):
         _add(digest, part)
     for start in range(0, len(rows), AT_ONCE):
-        some = [[[vars(message) for message in row.messages], row.tools] for row in rows[start : start + AT_ONCE]]
-        _add(digest, json.dumps(some, default=dict))
+        _add(digest, "".join(part for row in rows[start : start + AT_ONCE] for part in _parts(row)))
     return digest.hexdigest()
 
 
+def _parts(row: Row) -> Iterator[str]:
+    """All that a row says, such that no two rows say the same; json for what few rows have, as it is slow."""
+    for message in row.messages:
+        yield f"{message.role}:{len(message.content)}:"
+        yield message.content
+        if (rest := _rest(message)) != _PLAIN:
+            yield json.dumps(rest, default=dict)
+    yield f";{json.dumps(row.tools, default=dict)}" if row.tools else ";"
+
+
 def _add(digest: Any, text: str) -> None:
-    raw = text.encode()
+    raw = text.encode("utf-8", "surrogatepass")
     digest.update(f"{len(raw)}:".encode())
     digest.update(raw)
 

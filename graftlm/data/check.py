@@ -18,13 +18,13 @@ from graftlm.data.columns import Columns, join
 from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
-from graftlm.data.parallel import MANY, cost, rendered
+from graftlm.data.parallel import many, rendered
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import Survey, shown_places
 from graftlm.errors import DataError, numbered
 
-PROMPT = [int(role) for role in (Role.SYSTEM, Role.USER, Role.TOOL)]
+_PROMPT = np.isin(np.arange(256), (Role.SYSTEM, Role.USER, Role.TOOL))
 
 LONG_PROMPTS = 4.0
 FEW_ROWS = 2_000
@@ -246,7 +246,7 @@ def _chunks(
     cache: Path | None,
 ) -> Iterator[tuple[Sequence[Row], Columns]]:
     """The rows with their columns: from the cache, or rendered and then kept there where they are many."""
-    if cache is None or sum(map(cost, rows)) < MANY:
+    if cache is None or not many(rows):
         yield from rendered(rows, renderer, data, workers)
         return
     file = cache / f"{kept.key(rows, renderer, data)}.safetensors"
@@ -274,40 +274,46 @@ def _examples(
     kept_lengths = np.minimum(lengths, data.max_tokens)
     facts = _facts(columns, kept_lengths, renderer.tokenizer.bos_token_id)
     wrong = dict(columns.problems)
-    keeps = np.zeros(len(lengths), np.bool_)
-    for piece, number in enumerate(columns.rows.tolist()):
-        where, start, length = rows[number].where, int(starts[piece]), int(lengths[piece])
-        if number in wrong:
-            continue
-        if length > data.max_tokens:
-            if data.over_length == "error":
-                wrong[number] = (
-                    f"{length} tokens are more than max_tokens={data.max_tokens}. Raise it, or set data.over_length "
-                    "to drop or truncate"
-                )
+    keeps = np.ones(len(lengths), np.bool_)
+    odd = (lengths > data.max_tokens) | (facts.supervised == 0) | (facts.bos > 1)
+    ends = (starts + kept_lengths).tolist()
+    pieces = zip(columns.rows.tolist(), starts.tolist(), ends, odd.tolist(), strict=True)
+    for piece, (number, start, end, is_odd) in enumerate(pieces):
+        where = rows[number].where
+        if is_odd:
+            why = _why_not(piece, where, int(lengths[piece]), data, facts, report)
+            if why is not None:
+                keeps[piece] = False
+                if why:
+                    wrong.setdefault(number, why)
                 continue
-            if data.over_length == "drop":
-                report.dropped_over_length.append(where)
-                continue
-            report.truncated_over_length.append(where)
-            report.truncated_without_end += bool(facts.ends_beyond[piece])
-        if not facts.supervised[piece]:
-            why = f"the first {data.max_tokens} tokens hold no answer" if length > data.max_tokens else ""
-            why = why or f"mask {data.mask!r}"
-            wrong[number] = f"no token of this row is supervised ({why}): it would teach nothing"
-            continue
-        if facts.bos[piece] > 1:
-            wrong[number] = (
-                "the row begins with two begin-of-text tokens: the chat template or the row writes one too many"
-            )
-            continue
         if not report.end_of_turn and facts.ends[piece]:
-            _ending(report, columns, slice(start, start + length), renderer)
-        keeps[piece] = True
-        end = start + int(kept_lengths[piece])
+            _ending(report, columns, slice(start, int(columns.ends[piece])), renderer)
         yield Example(columns.ids[start:end], columns.weights[start:end], where)
     problems += [f"{rows[number].where}: {why}" for number, why in sorted(wrong.items())]
     _count(report, rows, columns, kept_lengths, keeps, facts)
+
+
+def _why_not(piece: int, where: str, length: int, data: DataConfig, facts: "_Facts", report: Report) -> str | None:
+    """What is wrong with a piece; empty where it is dropped as the config says, None where it is kept."""
+    too_long = length > data.max_tokens
+    if too_long and data.over_length == "error":
+        return (
+            f"{length} tokens are more than max_tokens={data.max_tokens}. Raise it, or set data.over_length to drop or "
+            "truncate"
+        )
+    if too_long and data.over_length == "drop":
+        report.dropped_over_length.append(where)
+        return ""
+    if too_long:
+        report.truncated_over_length.append(where)
+        report.truncated_without_end += bool(facts.ends_beyond[piece])
+    if not facts.supervised[piece]:
+        why = f"the first {data.max_tokens} tokens hold no answer" if too_long else f"mask {data.mask!r}"
+        return f"no token of this row is supervised ({why}): it would teach nothing"
+    if facts.bos[piece] > 1:
+        return "the row begins with two begin-of-text tokens: the chat template or the row writes one too many"
+    return None
 
 
 @dataclass(frozen=True)
@@ -339,29 +345,29 @@ def _facts(columns: Columns, lengths: NDArray[np.int64], bos: int | None) -> _Fa
         return _sums(values, starts, lengths)
 
     whole = columns.ends - starts
-    ends = count(ending, whole)
+    kept_ends = count(ending)
+    ends = kept_ends if np.array_equal(whole, lengths) else count(ending, whole)
     begins = np.zeros(len(starts), np.int64)
     if bos is not None and len(starts):
-        is_bos = columns.ids == bos
-        second = is_bos[np.minimum(starts + 1, columns.ends - 1)] & (whole > 1)
-        begins = is_bos[starts] * (1 + second)
+        second = (columns.ids[np.minimum(starts + 1, columns.ends - 1)] == bos) & (whole > 1)
+        begins = (columns.ids[starts] == bos) * (1 + second)
     return _Facts(
         supervised=count(trained),
-        prompt=count(np.isin(roles, PROMPT)),
+        prompt=count(_PROMPT[roles]),
         answer=count(answer),
         unterminated=count(answer & trained & ~followed),
         ends=ends,
-        ends_beyond=ends - count(ending),
+        ends_beyond=ends - kept_ends,
         bos=begins.astype(np.int64),
     )
 
 
 def _sums(values: NDArray[np.bool_], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many are true in each values[start : start + length], lengths at least 1: int64 [P]."""
-    bounds = np.stack([starts, starts + lengths], axis=1).reshape(-1)
-    if len(bounds) and bounds[-1] == len(values):
-        bounds = bounds[:-1]  # the last sum goes to the end by itself
-    return np.add.reduceat(values, bounds, dtype=np.int64)[::2] if len(bounds) else np.zeros(0, np.int64)
+    """How many are true in each values[start : start + length]: int64 [P]."""
+    if not values.any():
+        return np.zeros(len(starts), np.int64)
+    places = np.flatnonzero(values)
+    return np.searchsorted(places, starts + lengths) - np.searchsorted(places, starts)
 
 
 def _count(
@@ -383,9 +389,13 @@ def _count(
     report.most_bos = max(report.most_bos, int(facts.bos[keeps].max()))
     report.prompt_tokens.add(facts.prompt[keeps])
     report.answer_tokens.add(facts.answer[keeps])
-    kept_rows = np.unique(columns.rows[keeps])
-    report.rows_with_special_text += [rows[i].where for i in kept_rows[columns.control[kept_rows]]]
-    report.unterminated += [rows[i].where for i in np.unique(columns.rows[keeps & (facts.unterminated > 0)])]
+    report.rows_with_special_text += _places(rows, columns.rows[keeps & columns.control[columns.rows]])
+    report.unterminated += _places(rows, columns.rows[keeps & (facts.unterminated > 0)])
+
+
+def _places(rows: Sequence[Row], numbers: NDArray[np.int64]) -> list[str]:
+    """Where these rows stand, each once."""
+    return [rows[number].where for number in dict.fromkeys(numbers.tolist())]
 
 
 def _ending(report: Report, columns: Columns, piece: slice, renderer: Renderer) -> None:

@@ -19,7 +19,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -48,6 +48,11 @@ Chunk = tuple[list[Row], Columns]
 def cost(row: Row) -> int:
     """How long a row takes to render, in characters."""
     return ROW_COST + sum(len(message.content) for message in row.messages)
+
+
+def many(rows: Iterable[Row]) -> bool:
+    """Whether these rows are worth processes and a place on disk."""
+    return any(total >= MANY for total in accumulate(map(cost, rows)))
 
 
 def cores() -> int:

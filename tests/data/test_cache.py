@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.data import cache, check, parallel
+from graftlm.data import cache, parallel
 from graftlm.data.check import prepare
 from graftlm.data.columns import render
 from graftlm.data.formats import Message
@@ -27,7 +27,7 @@ OTHER = CHATML.replace("\\n", "\\n\\n")
 @pytest.fixture(autouse=True)
 def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight rows are worth keeping, and rendered here."""
-    monkeypatch.setattr(check, "MANY", 1_000)
+    monkeypatch.setattr(parallel, "MANY", 1_000)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(renderer: Renderer, tmp_
 
 
 def test_few_rows_are_not_kept(renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "MANY", 1_000_000)
+    monkeypatch.setattr(parallel, "MANY", 1_000_000)
     prepare(ROWS, renderer, DATA, cache=tmp_path)
     assert files(tmp_path) == []
 
