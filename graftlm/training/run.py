@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,7 @@ from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.optim import adamw, warmup_cosine
 from graftlm.training.recipe import Recipe, read_recipe
+from graftlm.training.select.choose import choose
 
 PROBE_TOKENS = 256
 """Packing is proved on a row of this length, if there is one: long enough to matter, a second's work."""
@@ -68,16 +69,28 @@ class Prepared:
     held_out_rows: list[Row]
     held_out: list[Example]
     first_rows: list[dict[str, Any]]
+    chosen: list[str] = field(default_factory=list)
+    """What each selector of the recipe did, a line each."""
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1) -> Prepared:
-    """Read, split, render and check the rows of a recipe; raises DataError that lists every row that cannot be used."""
+def training_rows(recipe: Recipe) -> tuple[list[Row], list[Row], str]:
+    """The rows to train on before any is chosen, those that are held out, and the name of the format."""
     data = recipe.data
     rows, name = load_rows(data.train, network=recipe.network)
     if isinstance(data.held_out, int | float):
-        rows, aside = split(rows, data.held_out, recipe.train.seed)
-    else:
-        aside, _ = load_rows(data.held_out, network=recipe.network)
+        return *split(rows, data.held_out, recipe.train.seed), name
+    aside, _ = load_rows(data.held_out, network=recipe.network)
+    return rows, aside, name
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, console: Console | None = None) -> Prepared:
+    """Read, split, render and check the rows of a recipe; raises DataError that lists every row that cannot be used."""
+    data = recipe.data
+    rows, aside, name = training_rows(recipe)
+    chosen: list[str] = []
+    if recipe.select:
+        rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True))
+        chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
     examples, found = prepare(rows, renderer, data, format=name)
     if data.pack and recipe.train.prefix_sharing:
@@ -87,7 +100,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1) -> Prepared:
     held_out: list[Example] = []
     if aside:  # every held-out row counts: one that is too long is cut, not left out
         held_out, _ = prepare(aside, renderer, replace(data, over_length="truncate"))
-    return Prepared(examples, found, aside, held_out, shown_rows(rows, renderer, data.mask, show))
+    return Prepared(examples, found, aside, held_out, shown_rows(rows, renderer, data.mask, show), chosen)
 
 
 def train(
@@ -113,8 +126,10 @@ def train(
         torch.manual_seed(recipe.train.seed)
         with ranks.one_first():  # it may have to be fetched or converted
             tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-        with console.status("reading rows"):
-            data = prepare_data(recipe, tokenizer)
+        with nullcontext() if recipe.select else console.status("reading rows"):  # selecting has bars of its own
+            data = prepare_data(recipe, tokenizer, console=console)
+        for line in data.chosen:
+            console.print(line, highlight=False)
         console.print(display.preflight(data.report))
         console.print(display.tokens(data.first_rows[0]))
         with console.status("loading the base"):
