@@ -236,12 +236,16 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
 
     if by is None:
         if not recipe.select:
-            raise RecipeError(f"--by: say how to choose, here or under `select` in the recipe. {nearest('', SELECTORS)}")
+            raise RecipeError(
+                f"--by: say how to choose, here or under `select` in the recipe. {nearest('', SELECTORS)}"
+            )
         if keep or target or settings:
             raise RecipeError("--keep, --target and key=value belong to a method: name it with --by")
         return recipe
     if recipe.select:
-        raise RecipeError("the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe")
+        raise RecipeError(
+            "the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe"
+        )
     if by not in SELECTORS:
         raise RecipeError(f"--by {by}: no such method. {nearest(by, SELECTORS)}")
     text = "" if keep is None else f"keep: {keep}\n"

@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,23 @@ def dates(draw: random.Random) -> tuple[str, str]:
     return f"Write the date {day}.{month}.{year} as year-month-day.", f"{year}-{month:02}-{day:02}"
 
 
-WORDS = "river stone window garden paper yellow market winter bridge candle forest silver morning table ocean".split()
+WORDS = (
+    "river",
+    "stone",
+    "window",
+    "garden",
+    "paper",
+    "yellow",
+    "market",
+    "winter",
+    "bridge",
+    "candle",
+    "forest",
+    "silver",
+    "morning",
+    "table",
+    "ocean",
+)
 OTHERS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (addition, sorting, capitals, dates)
 
 

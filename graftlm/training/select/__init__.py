@@ -8,7 +8,6 @@ from graftlm.training.select import (
     cluster,
     dedup,
     diversity,
-    format,
     ifd,
     judge,
     k_center,
@@ -18,6 +17,7 @@ from graftlm.training.select import (
     perplexity,
     reversed_ifd,
 )
+from graftlm.training.select import format as by_format
 from graftlm.training.select.base import Pool, Scores, SelectorConfig
 
 
@@ -35,7 +35,7 @@ SELECTORS: dict[str, Selector] = {
     "cluster": Selector(cluster.ClusterConfig, cluster.score),
     "dedup": Selector(dedup.DedupConfig, dedup.score, filters=True),
     "diversity": Selector(diversity.DiversityConfig, diversity.score),
-    "format": Selector(format.FormatConfig, format.score, filters=True),
+    "format": Selector(by_format.FormatConfig, by_format.score, filters=True),
     "ifd": Selector(ifd.IfdConfig, ifd.score),
     "judge": Selector(judge.JudgeConfig, judge.score),
     "k-center": Selector(k_center.KCenterConfig, k_center.score),

@@ -123,7 +123,7 @@ def last_answer(rendered: Rendered) -> tuple[int, int]:
     return int(others[-1]) + 1 if len(others) else 0, end
 
 
-def from_order(order: Sequence[int], count: int) -> Scores:
+def from_order(order: Sequence[int] | NDArray[Any], count: int) -> Scores:
     """Scores that keep rows in this order, the first with the highest; whoever is not in it is left out."""
     scores = np.full(count, LEFT_OUT, np.float32)
     scores[np.asarray(order, np.int64)] = np.arange(len(order), 0, -1, dtype=np.float32)

@@ -70,7 +70,9 @@ def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Conso
         raise RecipeError("select: rows are chosen by one process. Choose them first, with graft data select")
     for config in recipe.select:
         if config.keep is None and not SELECTORS[config.by].filters:
-            raise RecipeError(f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)")
+            raise RecipeError(
+                f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
+            )
     renderer, choices = Renderer(tokenizer), list[Choice]()
     with display.progress(console) as bars:
 
@@ -99,7 +101,7 @@ def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Conso
             place, pool = place[kept], pool.part(kept)
     load.cache_clear()
     return_freed_memory()
-    return [rows[i] for i in place], choices
+    return [rows[i] for i in place.tolist()], choices
 
 
 def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Choice]:

@@ -69,4 +69,5 @@ def k_means(points: Scores, k: int, rounds: int, seed: int) -> tuple[NDArray[np.
 def _distances(points: Scores, centres: Scores) -> NDArray[np.float32]:
     """Squared distances [n, k]."""
     squares = np.square(points).sum(1)[:, None] + np.square(centres).sum(1)
-    return np.maximum(squares - 2 * points @ centres.T, 0)
+    found: NDArray[np.float32] = np.maximum(squares - 2 * points @ centres.T, 0)
+    return found

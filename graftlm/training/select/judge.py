@@ -106,12 +106,14 @@ def _by_endpoint(config: JudgeConfig, pool: Pool, questions: list[str]) -> Score
     local = urlsplit(config.url).hostname in ("localhost", "127.0.0.1", "::1")
     if not local and not pool.network:
         raise DataError(
-            f"judge: {config.url} is not on this machine, and would be sent every row. Allow it: `network: true` in the "
-            "recipe, --network on the command line"
+            f"judge: {config.url} is not on this machine, and would be sent every row. Allow it: `network: true` in "
+            "the recipe, --network on the command line"
         )
     key = os.environ.get(config.key_from)
     if not key and not local:
-        raise DataError(f"judge: the environment variable {config.key_from} holds no key. Set it, or name another: key_from")
+        raise DataError(
+            f"judge: the environment variable {config.key_from} holds no key. Set it, or name another: key_from"
+        )
     replies: list[str] = []
     with ThreadPoolExecutor(config.at_once) as workers:
         for reply in workers.map(partial(_ask, config, key), questions):
@@ -120,9 +122,13 @@ def _by_endpoint(config: JudgeConfig, pool: Pool, questions: list[str]) -> Score
     read = [re.search(r"(?<![\d.])[1-5](\.\d+)?(?![\d])", reply) for reply in replies]
     silent = [row.where for row, grade in zip(pool.rows, read, strict=True) if grade is None]
     if len(silent) > len(replies) / 2:
-        raise DataError(f"judge: {len(silent)} of {len(replies)} replies hold no grade from 1 to 5. The first: {replies[0]!r}")
+        raise DataError(
+            f"judge: {len(silent)} of {len(replies)} replies hold no grade from 1 to 5. The first: {replies[0]!r}"
+        )
     if silent:
-        pool.notes.append(f"judge: {len(silent)} replies hold no grade, so their rows are left out: {', '.join(silent[:3])}")
+        pool.notes.append(
+            f"judge: {len(silent)} replies hold no grade, so their rows are left out: {', '.join(silent[:3])}"
+        )
     return np.array([np.nan if grade is None else float(grade[0]) for grade in read], np.float32)
 
 

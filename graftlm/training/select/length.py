@@ -1,7 +1,7 @@
 """Rows of a certain length: a filter, not a ranking. Every row within the bounds has the same score.
 
-    left out unless   least <= tokens of the answers <= most   and   least_prompt <= tokens before the last answer
-                      <= most_prompt
+left out unless   least <= tokens of the answers <= most   and   least_prompt <= tokens before the last answer
+                  <= most_prompt
 """
 
 from typing import Literal

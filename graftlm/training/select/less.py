@@ -69,7 +69,7 @@ def score(config: LessConfig, pool: Pool) -> Scores:
         for epoch, (optimiser, rate) in enumerate(_warmup(config, pool, parameters, usable), start=1):
             plain = [project(gradient(pool, parameters, examples)) for examples in wanted]
             aims = nn.functional.normalize(torch.stack(plain))
-            for place, number in enumerate(usable):
+            for place, number in enumerate(usable.tolist()):
                 step = adam_step(optimiser, parameters, gradient(pool, parameters, pool.examples[number]))
                 found[place] += rate * (aims @ nn.functional.normalize(project(step), dim=0)).cpu()
                 pool.progress(f"epoch {epoch}/{config.epochs}", place + 1, len(usable))

@@ -13,7 +13,7 @@ from graftlm.data.source import DataConfig, Row
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.training.select.base import Pool, examples_of
 
-WORDS = "the user asks and assistant answers in one line a system tells".split()
+WORDS = ["the", "user", "asks", "and", "assistant", "answers", "in", "one", "line", "a", "system", "tells"]
 
 
 def qa(question: str, answer: str, where: str = "", group: str | None = None) -> Row:

@@ -57,7 +57,9 @@ def test_of_equal_scores_the_first_rows_stay_and_what_is_left_out_never_does() -
 
 
 @pytest.mark.parametrize("by", sorted(SELECTORS))
-def test_every_selector_works_from_the_command_line(by: str, base_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_every_selector_works_from_the_command_line(
+    by: str, base_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
     settings = {
         "less": ["--target", rows_file, "epochs=1", "batch_rows=4", "r=2"],
         "cluster": ["clusters=5"],
@@ -168,9 +170,8 @@ def test_a_recipe_selects_in_turn_and_never_among_held_out_rows(base_folder: Pat
 
 
 def test_a_run_trains_on_what_was_chosen(base_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    chosen = recipe(
-        base_folder, rows_file, select=[{"by": "ifd", "keep": 6}], train={"steps": 2, "batch_rows": 3}, delta={"method": "lora", "r": 2}
-    )  # fmt: skip
+    settings = {"train": {"steps": 2, "batch_rows": 3}, "delta": {"method": "lora", "r": 2}}
+    chosen = recipe(base_folder, rows_file, select=[{"by": "ifd", "keep": 6}], **settings)
     result = graftlm.train(chosen, tmp_path / "out")
     assert result.summary["train"]["steps"] == 2
     assert "by: ifd" in (tmp_path / "out" / "recipe.yaml").read_text()

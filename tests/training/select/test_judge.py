@@ -62,7 +62,10 @@ def test_an_endpoint_grades_every_row(
 ) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     pool = pool_of(some_rows(6))
-    grade = {row.messages[1].content: text for row, text in zip(pool.rows, ["5", "Grade: 2", "4.5", "1", "3.", "no"], strict=True)}
+    grade = {
+        row.messages[1].content: text
+        for row, text in zip(pool.rows, ["5", "Grade: 2", "4.5", "1", "3.", "no"], strict=True)
+    }
     endpoint.reply = lambda prompt: next(text for answer, text in grade.items() if prompt.endswith(answer))
     scores = judge.score(JudgeConfig(url=endpoint.url, model="judge", key_from="MY_KEY", least=2.0), pool)
     assert scores.tolist() == [5, 2, 4.5, -np.inf, 3, -np.inf]

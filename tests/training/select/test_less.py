@@ -72,13 +72,13 @@ def test_the_preconditioned_gradient_is_the_step_that_torch_s_adamw_takes(pool_o
     optimiser = adamw([(parameters, rate)], weight_decay=0.0)
     for examples in pool.examples[:4]:  # so that both moments hold something
         for parameter, g in zip(parameters, gradient(pool, parameters, examples), strict=True):
-            parameter.grad = g
+            parameter.grad = g.contiguous()  # as backward() leaves it
         optimiser.step()
     wanted_by = gradient(pool, parameters, pool.examples[5])
     found = adam_step(optimiser, parameters, wanted_by)
     before = [p.detach().clone() for p in parameters]
     for parameter, g in zip(parameters, wanted_by, strict=True):
-        parameter.grad = g
+        parameter.grad = g.contiguous()
     optimiser.step()
     for old, new, step in zip(before, parameters, found, strict=True):
         torch.testing.assert_close((old - new.detach()) / rate, step, atol=2e-3, rtol=2e-3)

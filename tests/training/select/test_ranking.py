@@ -13,7 +13,8 @@ from graftlm.data.render import Role
 from graftlm.data.source import Row
 from graftlm.errors import DataError
 from graftlm.testing import tiny_model
-from graftlm.training.select import dedup, format, ifd, length, longest, perplexity, reversed_ifd
+from graftlm.training.select import dedup, ifd, length, longest, perplexity, reversed_ifd
+from graftlm.training.select import format as by_format
 from graftlm.training.select.base import Pool, last_answer
 from tests.training.select.conftest import qa, some_rows
 
@@ -37,7 +38,8 @@ def test_ifd_is_the_ratio_of_perplexities_of_the_plain_model(pool_of: Callable[.
         answer = rendered.ids[start:end]
         assert pool.renderer.decode(answer) == row.messages[1].content
         given, alone = (
-            _perplexity(model, np.concatenate([before, answer]), len(answer)) for before in (rendered.ids[:start], header)
+            _perplexity(model, np.concatenate([before, answer]), len(answer))
+            for before in (rendered.ids[:start], header)
         )
         assert found[number] == pytest.approx(given / alone, rel=1e-4)
         assert by_loss[number] == pytest.approx(math.log(given) / math.log(alone), rel=1e-4)
@@ -103,19 +105,35 @@ def test_lengths_are_counted_in_tokens_of_answers(pool_of: Callable[..., Pool]) 
 
 def test_format_filters_by_expressions(pool_of: Callable[..., Pool]) -> None:
     pool = pool_of([qa("a", "one line."), qa("b", "one line"), qa("c", "As an AI, one line.")])
-    kept = np.isfinite(format.score(format.FormatConfig(matches=r"\.$", lacks="As an AI"), pool))
+    kept = np.isfinite(by_format.score(by_format.FormatConfig(matches=r"\.$", lacks="As an AI"), pool))
     assert kept.tolist() == [True, False, False]
     with pytest.raises(ValueError, match="not a regular expression"):
-        format.FormatConfig(matches="(")
+        by_format.FormatConfig(matches="(")
 
 
 def test_duplicates_leave_the_first(pool_of: Callable[..., Pool]) -> None:
-    rows = [qa("a  b", "One line", "1"), qa("c", "one line", "2"), qa("A b", "one LINE ", "3"), qa("a b", "a line", "4")]
+    rows = [
+        qa("a  b", "One line", "1"),
+        qa("c", "one line", "2"),
+        qa("A b", "one LINE ", "3"),
+        qa("a b", "a line", "4"),
+    ]
     kept = np.isfinite(dedup.score(dedup.DedupConfig(), pool_of(rows)))
     assert kept.tolist() == [True, True, False, True]
 
 
-def test_near_duplicates_are_those_with_similar_embeddings(pool_of: Callable[..., Pool]) -> None:
+def test_near_duplicates_share_their_words(pool_of: Callable[..., Pool]) -> None:
+    line = "the user asks and the assistant answers in one line what a system tells it to answer"
+    words = line.split()
+    said = [" ".join(words), " ".join(words[:-1]), " ".join(reversed(words)), " ".join([*words, "again"])]
+    rows = [qa("a question", text, str(n)) for n, text in enumerate(said)]
+    kept = [
+        np.isfinite(dedup.score(dedup.DedupConfig(near=near), pool_of(rows))).tolist() for near in (0.8, None, 0.999)
+    ]
+    assert kept == [[True, False, True, False], [True] * 4, [True] * 4]
+
+
+def test_similar_rows_are_those_with_similar_embeddings(pool_of: Callable[..., Pool]) -> None:
     from graftlm.training.select.base import embeddings
 
     rows = some_rows(12)
@@ -123,7 +141,7 @@ def test_near_duplicates_are_those_with_similar_embeddings(pool_of: Callable[...
     pool = pool_of(rows)
     points = embeddings(pool)
     threshold = float(points[2] @ points[7]) - 1e-3
-    kept = np.isfinite(dedup.score(dedup.DedupConfig(similar=threshold), pool))
+    kept = np.isfinite(dedup.score(dedup.DedupConfig(near=None, similar=threshold), pool))
     stays: list[int] = []
     for n in range(12):
         if all(float(points[n] @ points[j]) < threshold for j in stays):
