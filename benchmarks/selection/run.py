@@ -152,8 +152,13 @@ def done() -> dict[str, dict[str, Any]]:
 
 def kept(part: str, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a run found, from runs.jsonl or by running it now."""
-    job = hashlib.sha256(json.dumps([CONFIG["base"], CONFIG[part]], sort_keys=True).encode()).hexdigest()[:8]
-    key = f"{part} {name} {job}"
+    facts: list[Any] = [
+        CONFIG["base"],
+        {k: v for k, v in CONFIG[part].items() if k not in ("seed", "seeds", "methods")},
+    ]
+    method = CONFIG[part].get("methods", {}).get(name.rpartition(" ")[0])
+    facts += [] if method is None else [method]
+    key = f"{part} {name} {hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]}"
     if (line := done().get(key)) is None:
         started = time.perf_counter()
         line = {"key": key, "commit": commit(), **run(), "wall_s": round(time.perf_counter() - started, 1)}

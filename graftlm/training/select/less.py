@@ -44,7 +44,7 @@ class LessConfig(SelectorConfig):
     subtasks: Flag = False
     """Score by the subtask of the target that a row helps most (rows with the same `group`), not by their mean."""
     warmup_share: PositiveShare = 0.05
-    """Of the rows, to train LoRA on before gradients are taken; `batch_rows` at least."""
+    """Of the rows, to train LoRA on before gradients are taken; ten batches at least."""
     epochs: PositiveCount = 4
     """Over the rows of the warm-up; gradients are taken after each."""
     batch_rows: PositiveCount = 8
@@ -88,7 +88,7 @@ def _warmup(
     config: LessConfig, pool: Pool, parameters: Sequence[nn.Parameter], usable: NDArray[np.int64]
 ) -> Iterator[tuple[torch.optim.Optimizer, float]]:
     """Train LoRA on some of the rows; after each epoch yield the optimiser and the epoch's mean learning rate."""
-    count = min(len(usable), max(config.batch_rows, round(config.warmup_share * len(usable))))
+    count = min(len(usable), max(10 * config.batch_rows, round(config.warmup_share * len(usable))))
     chosen = np.random.default_rng(config.seed).choice(usable, count, replace=False)
     examples = [example for number in chosen for example in pool.examples[number]]
     per_epoch = max(1, round(len(examples) / config.batch_rows))
