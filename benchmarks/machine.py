@@ -28,6 +28,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_rss_gib() -> float:
+    """The most memory that this process had resident. (`ru_maxrss` begins at what the one who started it had.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

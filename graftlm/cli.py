@@ -150,7 +150,9 @@ def data_check(
     base: Annotated[
         str | None, typer.Option("--base", help="Whose tokenizer and chat template; default smollm2.")
     ] = None,
-    mask: Annotated[str | None, typer.Option("--mask", help="response, instruction or everything.")] = None,
+    mask: Annotated[
+        str | None, typer.Option("--mask", help="response, last-turn, instruction, no-boilerplate or everything.")
+    ] = None,
     template: Annotated[str | None, typer.Option("--template", help="A .jinja file to use as chat template.")] = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Show this many rows token by token.")] = 1,
     as_json: JsonOption = False,
@@ -207,15 +209,18 @@ def data_select(
 
     from rich.console import Console
 
+    from graftlm.data.mixing import read_data
     from graftlm.model.load import load_tokenizer
-    from graftlm.training.run import training_rows
     from graftlm.training.select.choose import check_writable, choose, write_rows
 
     _quiet_libraries()
     check_writable(out, overwrite=overwrite)
     recipe = _selecting(_recipe_for(source, base, None, template, network), by, keep, target, settings or [])
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-    rows, _, _ = training_rows(recipe)
+    read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network)
+    for problem in (*read.problems, *read.notes):
+        typer.secho(problem, fg="yellow", err=True)
+    rows = read.train
     kept, choices = choose(recipe, rows, tokenizer, Console(stderr=True))
     scores = write_rows(out, kept, choices)
     if as_json:
@@ -260,12 +265,39 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
     return build(Recipe, to_tree(recipe) | {"select": [to_tree(config)]}, source="command line")
 
 
+@data_app.command("convert")
+def data_convert(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Rows, or what another trainer describes.")],
+    out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write.")],
+    to: Annotated[str, typer.Option("--to", help="messages: OpenAI's, one conversation a line.")] = "messages",
+    format: Annotated[str, typer.Option("--format", help="The format of FILE, if not to be detected.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if a row cannot be used.")] = False,
+    network: NetworkOption = False,
+) -> None:
+    """Write rows of any format as messages, and report those that cannot be used."""
+    from graftlm.config import build
+    from graftlm.data.convert import convert
+    from graftlm.data.source import SourceConfig
+    from graftlm.errors import DataError, numbered
+
+    if to != "messages":
+        raise DataError(f"--to {to}: no such format to write. {nearest(to, ['messages'])}")
+    config = build(SourceConfig, {"path": source, "format": format}, source="command line")
+    count, problems = convert(config, out, overwrite=overwrite, strict=strict, network=network)
+    for title, left_out in (("left out", True), ("noted", False)):
+        if told := [str(problem) for problem in problems if problem.left_out == left_out]:
+            typer.secho(f"{len(told)} {title}:\n{numbered(told)}", fg="yellow", err=True)
+    typer.secho(f"wrote {count} rows to {out}", err=True)
+
+
 def _recipe_for(source: str, base: str | None, mask: str | None, template: str | None, network: bool) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
     from graftlm.config import build, to_tree
+    from graftlm.data.axolotl import is_axolotl
     from graftlm.training.recipe import Recipe, read_recipe
 
-    if Path(source).suffix in (".yaml", ".yml"):
+    if Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source):
         recipe = read_recipe(source)
     else:
         recipe = build(Recipe, {"data": {"train": source}}, source="command line")

@@ -28,6 +28,7 @@ Count = Annotated[int, Strict(), Field(ge=0)]
 PositiveCount = Annotated[int, Strict(), Field(gt=0)]
 Rate = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 PositiveRate = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Strict(), Field(ge=0, le=1)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 
 

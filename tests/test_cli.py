@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from graftlm import cli
 from graftlm.deltas import METHODS
+from graftlm.errors import DataError, OutputError
 from graftlm.model.attach import attach
 from graftlm.model.load import BaseConfig, load_base
 from graftlm.model.store import save_adapter
@@ -98,6 +99,55 @@ def test_data_check_reads_a_recipe_and_other_masks(recipe: Path) -> None:
     shown = graft("data", "check", str(recipe)).stdout
     assert "an answer ends with" in shown
     assert "10" in shown, "two of the twelve rows are held out"
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_reported(base_folder: Path, rows: Path, recipe: Path) -> None:
+    rows.write_text(ROWS + '\n{"prompt": "q", "completion": ""}\n\n')
+    report = json.loads(graft("data", "check", str(rows), "--base", str(base_folder), "--json").stdout)
+    assert report["rows"] == 12
+    assert [text.partition(": ")[0] for text in report["problems"]] == [f"{rows}:13"]
+    assert [text.partition(": ")[0] for text in report["notes"]] == [f"{rows}:14"]
+    shown = graft("data", "check", str(recipe)).stdout
+    assert "1 rows that can NOT be used" in shown
+    strict = recipe.read_text().replace("held_out: 2", "held_out: 2, strict: true")
+    recipe.write_text(strict)
+    with pytest.raises(DataError, match="1 rows of .* cannot be used"):
+        graft("data", "check", str(recipe))
+
+
+def test_data_check_reads_what_axolotl_describes(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows.write_text(json.dumps({"messages": turns}))
+    (tmp_path / "axolotl.yaml").write_text("base_model: x\ndatasets: [{path: rows.jsonl, type: chat_template}]\n")
+    described = ("data", "check", str(tmp_path / "axolotl.yaml"), "--base", str(base_folder), "--json")
+    assert json.loads(graft(*described).stdout)["rows"] == 1
+
+
+def test_several_sources_are_mixed_and_none_is_held_out_twice(recipe: Path, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text(
+        '{"instruction": "few 1", "output": "a"}\n{"instruction": "few 2", "output": "b"}'
+    )
+    several = f"train: [{rows}, {{path: {tmp_path}/few.jsonl, weight: 6.0}}], mix_temperature: 1.0"
+    recipe.write_text(recipe.read_text().replace(f"train: {rows}", several))
+    report = json.loads(graft("data", "check", str(recipe), "--json").stdout)
+    assert report["format"] == "prompt-completion, alpaca"
+    assert (report["rows"], report["held_out_rows"]) == (12, 2)
+    assert [note for note in report["notes"] if "rows of an epoch" in note]
+
+
+def test_rows_are_converted_to_messages(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    rows.write_text(ROWS + "\nno JSON\n")
+    done = graft("data", "convert", str(rows), "--to", "messages", "--out", str(out))
+    assert done.exit_code == 0
+    assert f"{rows}:13: not valid JSON" in done.stderr
+    assert f"wrote 12 rows to {out}" in done.stderr
+    turns = [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "answer 0"}]
+    assert json.loads(out.read_text().splitlines()[0]) == {"messages": turns}
+    with pytest.raises(OutputError, match="exists"):
+        graft("data", "convert", str(rows), "--out", str(out))
+    with pytest.raises(DataError, match="no such format to write"):
+        graft("data", "convert", str(rows), "--to", "message", "--out", str(out))
 
 
 def test_methods_are_listed_as_json() -> None:

@@ -9,7 +9,8 @@ import pytest
 import graftlm
 from graftlm.data.formats import FORMATS
 from graftlm.data.mask import MASKS
-from graftlm.data.source import BUILTIN, READERS, DataConfig, SourceConfig
+from graftlm.data.records import BUILTIN, READERS
+from graftlm.data.source import DataConfig, SourceConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 
-def point(config: dict[str, Any], lengths: list[int], rank: int, checkpointing: bool) -> dict[str, Any]:
+def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, Any]:
     """A few steps over one pack of rows of these lengths."""
     os.environ |= {"OMP_NUM_THREADS": str(config["threads"])}
     import numpy as np
@@ -51,7 +51,6 @@ def point(config: dict[str, Any], lengths: list[int], rank: int, checkpointing: 
             optimiser=adamw([(trainable(model).values(), 1e-4)], weight_decay=0.0),
             schedule=warmup_cosine(steps=config["steps"], warmup_steps=0),
             clip=1.0,
-            checkpointing=checkpointing,
         )
     )
     status = Path("/proc/self/status").read_text()
@@ -69,18 +68,12 @@ def point(config: dict[str, Any], lengths: list[int], rank: int, checkpointing: 
     }
 
 
-def measured(name: str, lengths: list[int], rank: int, *, checkpointing: bool = False) -> dict[str, Any]:
+def measured(name: str, lengths: list[int], rank: int) -> dict[str, Any]:
     kept = HERE / "runs" / f"{name}.json"
     if not kept.is_file():
         print(f"{name} ...", flush=True)
         kept.parent.mkdir(exist_ok=True)
-        options = [
-            "--rank",
-            str(rank),
-            "--lengths",
-            *map(str, lengths),
-            *(["--checkpointing"] if checkpointing else []),
-        ]
+        options = ["--rank", str(rank), "--lengths", *map(str, lengths)]
         out = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
         kept.write_text(out.splitlines()[-1] + "\n")
     found: dict[str, Any] = json.loads(kept.read_text())
@@ -110,7 +103,6 @@ def main() -> None:
 
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     by_length = [measured(f"length {n}", [n], config["r"]) for n in config["lengths"]]
-    checkpointed = [measured(f"length {n} checkpointed", [n], config["r"], checkpointing=True) for n in (2048, 8192)]
     rows = [config["rank_row"]] * (config["rank_length"] // config["rank_row"])
     by_rank = [measured(f"rank {r}", rows, r) for r in config["ranks"]]
     a, b = line_through(by_length[:-1])
@@ -131,7 +123,6 @@ def main() -> None:
         },
         "r64_over_r1": next(p for p in by_rank if p["r"] == 64)["step_s"] / by_rank[0]["step_s"],
         "by_length": by_length,
-        "checkpointed": checkpointed,
         "by_rank": by_rank,
     }
     print(json.dumps({key: result[key] for key in ("memory", "time", "r64_over_r1")}, indent=1))
@@ -142,10 +133,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args()
     if args.lengths:
         settings = yaml.safe_load((HERE / "config.yaml").read_text())
-        print(json.dumps(point(settings, args.lengths, args.rank, args.checkpointing)))
+        print(json.dumps(point(settings, args.lengths, args.rank)))
     else:
         main()

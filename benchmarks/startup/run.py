@@ -1,5 +1,6 @@
-"""How long the command line takes to answer, as whole processes, and whether torch was imported."""
+"""How long the command line takes to answer, whether torch was imported, and the way to the first training step."""
 
+import json
 import shutil
 import statistics
 import subprocess
@@ -29,7 +30,16 @@ def main() -> None:
             times.append(time.perf_counter() - started)
         seconds[command] = {"median_s": round(statistics.median(times), 3), "max_s": round(max(times), 3)}
     torch = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout.strip()
-    write_result(__file__, {"config": config, "seconds": seconds, "imports_torch": torch == "True"})
+    script = [sys.executable, str(HERE / "first_step.py")]
+    runs = [json.loads(_said(script).splitlines()[-1]) for _ in range(config["first_step_runs"])]
+    stages = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    total = round(sum(stages.values()), 2)
+    found = {"seconds": seconds, "imports_torch": torch == "True", "to_the_first_step_s": total, "stages_s": stages}
+    write_result(__file__, {"config": config, **found})
+
+
+def _said(command: list[str]) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":

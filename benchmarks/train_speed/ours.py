@@ -8,9 +8,13 @@ import json
 import math
 import os
 import platform
-import resource
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from machine import peak_rss_gib
 
 
 def peers_schedule(step: int, *, steps: int, warmup_steps: int) -> float:
@@ -82,7 +86,7 @@ def main() -> None:
         "tokens_per_s": tokens / wall,
         "step_wall_s": [step.wall_s for step in done],
         "losses": [step.loss for step in done],
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_rss_gib": peak_rss_gib(),
         "versions": {
             "graftlm": graftlm.__version__,
             "torch": torch.__version__,

@@ -20,11 +20,15 @@ import ctypes
 import json
 import os
 import platform
-import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from machine import peak_rss_gib
 
 
 def parse_args() -> argparse.Namespace:
@@ -115,7 +119,7 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
         "steps": len(marks) // 2, "train_wall_s": wall, "tokens_per_s": tokens / wall,
         "step_wall_s": [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "versions": versions,
+        "peak_rss_gib": peak_rss_gib(), "versions": versions,
     }  # fmt: skip
 
 

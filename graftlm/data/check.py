@@ -42,6 +42,10 @@ class Report:
     rows_with_special_text: list[str] = field(default_factory=list)
     """Rows whose own text contains control tokens of the tokenizer, which the model will read as such."""
     template_hash: str = ""
+    problems: list[str] = field(default_factory=list)
+    """Rows of the files that cannot be used and are left out: `file:line: reason`."""
+    notes: list[str] = field(default_factory=list)
+    """What was noticed of rows that are kept, and of what the loss does not use."""
     shared_share: float | None = None
     """Share of the tokens that shared beginnings save, over the first steps; None where sharing is off."""
 
@@ -76,6 +80,11 @@ class Report:
         if self.rows_with_special_text:
             shown = ", ".join(self.rows_with_special_text[:3])
             pairs.append(("control tokens in text", f"{len(self.rows_with_special_text)} rows: {shown}"))
+        if self.problems:
+            said = f"{len(self.problems):,} rows that can NOT be used:\n{numbered(self.problems, 5)}"
+            pairs.append(("left out", said))
+        if self.notes:
+            pairs.append(("noted", f"{len(self.notes):,}:\n{numbered(self.notes, 5)}"))
         return pairs
 
 
@@ -114,7 +123,7 @@ def prepare(
 
 def _fit(rendered: Rendered, row: Row, data: DataConfig, report: Report) -> Example | None:
     """The row within max_tokens, or None where it is dropped."""
-    token_weights = weights(rendered, data.mask)
+    token_weights = weights(rendered, data.mask, data.prompt_weight)
     length = len(rendered.ids)
     if length > data.max_tokens:
         if data.over_length == "error":

@@ -1,172 +1,339 @@
-"""FORMATS: row -> messages. A format is a function from a dict, as it stands in the file, to a list of messages.
+"""FORMATS: row -> conversation. A format is a function from a dict, as it stands in the file, to a Conversation.
 
-The format of a file is detected from the keys of its first row and said aloud; `data.format` overrides it.
+The format of a file is detected from the keys of its first rows and said aloud; `data.format` overrides it. What is
+read and what is refused is the same in every format: `messages.py` reads single turns, `check` here looks at the whole.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from graftlm.errors import nearest
+from graftlm.data.messages import (
+    ROLES,
+    SHAREGPT_ROLES,
+    TEXT,
+    Fields,
+    Message,
+    RowError,
+    listed,
+    missing,
+    read_messages,
+    read_text,
+    read_tools,
+)
 
-Fields = Mapping[str, Any]
-
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-TEXT = "text"
-"""The role of the one message of a raw text row: it is not rendered by a chat template."""
+__all__ = ["FORMATS", "ROLES", "SHAREGPT_ROLES", "TEXT", "Conversation", "Fields", "Message", "RowError", "check"]
 
 
 @dataclass(frozen=True)
-class Message:
-    role: str
-    content: str
-    tool_calls: tuple[Fields, ...] = ()
-    """What an assistant asks of tools, as templates take it: {"type": "function", "function": {"name", "arguments"}}."""
-    thinking: str = ""
-    """What an assistant thought before its answer (`reasoning_content`), for templates that have a place for it."""
-    weight: float | None = None
-    """The weight of its tokens in the loss in place of the mask's; None leaves it to the mask."""
-    spans: tuple[tuple[int, int, float], ...] = ()
-    """(start, end, weight): characters of `content` with a weight of their own."""
+class Conversation:
+    """What a row says, whatever it was written in."""
+
+    messages: list[Message]
+    tools: tuple[dict[str, object], ...] = ()
+    """What an assistant could call: functions with a JSON schema, as OpenAI has them."""
+    rejected: tuple[list[Message], ...] = ()
+    """Whole conversations that were liked less than `messages`, the best of them first; a pair has one."""
+    desirable: bool | None = None
+    """Feedback without a pair: whether the answer was liked. None where nobody said."""
 
 
-class RowError(ValueError):
-    """What is wrong with one row; `source.py` adds where it stands."""
+# Conversations -----------------------------------------------------------------------------------------------------
 
 
-def prompt_completion(row: Fields) -> list[Message]:
-    """{prompt, completion} or {prompt, response}, strings or lists of messages; `system` if there is one."""
-    answer_key = "completion" if "completion" in row else "response"
-    return [*_system(row), *_turn(row, "prompt", "user"), *_turn(row, answer_key, "assistant")]
+def messages(row: Fields) -> Conversation:
+    """{messages: [{role, content, ...}]}, as OpenAI has it; and what `graft data convert` adds: `rejected`, a list of
+    whole conversations, and `desirable`."""
+    said = _with_system(row, read_messages(row, "messages", ROLES))
+    rejected = row.get("rejected") or []
+    if not isinstance(rejected, list) or not all(isinstance(one, list) for one in rejected):
+        raise RowError(f"field 'rejected' must be a list of conversations, this is {rejected!r:.60}")
+    others = [read_messages({"rejected": one}, "rejected", ROLES) for one in rejected]
+    flag = _flag(row, "desirable") if row.get("desirable") is not None else None
+    return Conversation(said, read_tools(row), tuple(others), flag)
 
 
-def alpaca(row: Fields) -> list[Message]:
+def sharegpt(row: Fields) -> Conversation:
+    """{conversations: [{from, value}]} and its kin: `conversation`, {role, content}, {human, assistant} pairs."""
+    key = "conversation" if "conversation" in row and "conversations" not in row else "conversations"
+    return Conversation(_with_system(row, read_messages(row, key, SHAREGPT_ROLES)), read_tools(row))
+
+
+def alpaca(row: Fields) -> Conversation:
     """{instruction, input, output}: the input, where not empty, is a paragraph of its own below the instruction."""
-    instruction, extra = _text(row, "instruction"), _text(row, "input", default="")
-    question = f"{instruction}\n\n{extra}" if extra else instruction
-    return [*_system(row), Message("user", question), Message("assistant", _text(row, "output"))]
+    return Conversation([*_asked(row, "instruction"), *_answer(row, "output")], read_tools(row))
 
 
-def sharegpt(row: Fields) -> list[Message]:
-    """{conversations: [{from, value}]}."""
-    return [*_system(row), *_messages(row, "conversations", "from", "value", SHAREGPT_ROLES)]
+def prompt_completion(row: Fields) -> Conversation:
+    """{prompt, completion} or {query, response}, strings or lists of messages; `system` and `history` if there are."""
+    return Conversation([*_asked(row, *QUESTIONS), *_answer(row, *ANSWERS)], read_tools(row))
 
 
-def messages(row: Fields) -> list[Message]:
-    """{messages: [{role, content}]}, as OpenAI has it."""
-    return _messages(row, "messages", "role", "content", {role: role for role in ROLES})
+def inputs_targets(row: Fields) -> Conversation:
+    """{inputs, targets}, as Flan has it, or P3's {inputs_pretokenized, targets_pretokenized}."""
+    end = "_pretokenized" if "inputs_pretokenized" in row else ""
+    return Conversation([*_asked(row, f"inputs{end}"), *_answer(row, f"targets{end}")])
 
 
-def text(row: Fields) -> list[Message]:
+def natural_instructions(row: Fields) -> Conversation:
+    """{Definition, input, output}, one instance of a task of Super-NaturalInstructions (arXiv:2204.07705), or
+    {definition, inputs, targets}. Of several right outputs the first is the answer."""
+    new = "Definition" in row
+    definition, text, answer = ("Definition", "input", "output") if new else ("definition", "inputs", "targets")
+    asked = "\n\n".join(part for part in (_one_text(row, definition), read_text(row, text)) if part)
+    return Conversation([Message("user", asked), Message("assistant", _one_text(row, answer))])
+
+
+def text(row: Fields) -> Conversation:
     """{text}: raw text, every token of which the model should learn to write."""
-    return [Message(TEXT, _text(row, "text"))]
+    return Conversation([Message(TEXT, read_text(row, "text"))])
 
 
-FORMATS: dict[str, Callable[[Fields], list[Message]]] = {
+# What was liked more, and what less ---------------------------------------------------------------------------------
+
+
+def preference(row: Fields) -> Conversation:
+    """{prompt, chosen, rejected}: the prompt in any of the formats above, or the beginning that two lists of messages
+    (or HH-RLHF's texts) have in common; or a conversation and its {rejected_response} or {rejected_messages}, as
+    ms-swift has them."""
+    if "chosen" in row:
+        chosen, rejected = (_dialogue(row, key) or _answer(row, key) for key in ("chosen", "rejected"))
+        whole = chosen[0].role != "assistant"
+        if not whole:
+            asked = _question(row)
+            chosen, rejected = [*asked, *chosen], [*asked, *rejected]
+        elif chosen[0] != rejected[0]:
+            raise RowError("chosen and rejected have no beginning in common: what was asked?")
+        found = Conversation(chosen, read_tools(row))
+    else:
+        found = _supervised(row)
+        if row.get("rejected_messages") is not None:
+            rejected = read_messages(row, "rejected_messages", SHAREGPT_ROLES)
+        else:
+            rejected = [*found.messages[:-1], *_answer(row, "rejected_response")]
+    if found.messages == rejected:
+        raise RowError("the chosen and the rejected answer are the same: nothing is preferred")
+    return replace(found, rejected=(rejected,))
+
+
+def _dialogue(row: Fields, key: str) -> list[Message]:
+    """A whole conversation in one text, as Anthropic's HH-RLHF has it (arXiv:2204.05862); empty for any other text."""
+    text = row.get(key)
+    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+        return []
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def feedback(row: Fields) -> Conversation:
+    """Any conversation with a `label`, `desirable` or `kto_tag`: whether its answer was liked."""
+    key = next((key for key in FLAGS if key in row), FLAGS[0])
+    return replace(_supervised(row), desirable=_flag(row, key))
+
+
+def ranked(row: Fields) -> Conversation:
+    """{prompt, responses, scores} (more is better) or {prompt, responses, ranks} (1 is best). The best is the answer;
+    the others are the rejected ones, but not those that are as good as the best."""
+    key = "responses" if "responses" in row else "completions"
+    answers, order = listed(row, key), "scores" if "scores" in row else "ranks"
+    values = listed(row, order)
+    if len(values) != len(answers):
+        raise RowError(f"there are {len(answers)} {key} and {len(values)} {order}")
+    if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, int | float)]:
+        raise RowError(f"{order} must be numbers, one is {wrong[0]!r:.60}")
+    sign = -1 if order == "scores" else 1
+    best, *rest = sorted(range(len(values)), key=lambda i: sign * values[i])
+    worse = [i for i in rest if values[i] != values[best]]
+    if not worse:
+        raise RowError(f"all {order} are the same: nothing is preferred")
+    asked, tools = _question(row), read_tools(row)
+    whole = {i: [*asked, *_answer({key: answers[i]}, key)] for i in (best, *worse)}
+    return Conversation(whole[best], tools, tuple(whole[i] for i in worse))
+
+
+FORMATS: dict[str, Callable[[Fields], Conversation]] = {
     "messages": messages,
     "sharegpt": sharegpt,
     "alpaca": alpaca,
     "prompt-completion": prompt_completion,
     "text": text,
+    "preference": preference,
+    "feedback": feedback,
+    "ranked": ranked,
+    "natural-instructions": natural_instructions,
+    "inputs-targets": inputs_targets,
 }
 
+QUESTIONS, ANSWERS = ("prompt", "query"), ("completion", "response")
+FLAGS = ("label", "desirable", "kto_tag")
+
 _SIGNS: dict[str, tuple[frozenset[str], ...]] = {
+    "natural-instructions": (
+        frozenset({"Definition", "input", "output"}),
+        frozenset({"definition", "inputs", "targets"}),
+    ),
+    "preference": tuple(frozenset(k.split()) for k in ("chosen rejected", "rejected_response", "rejected_messages")),
+    "ranked": tuple(frozenset({a, b}) for a in ("responses", "completions") for b in ("scores", "ranks")),
     "messages": (frozenset({"messages"}),),
-    "sharegpt": (frozenset({"conversations"}),),
+    "sharegpt": (frozenset({"conversations"}), frozenset({"conversation"})),
     "alpaca": (frozenset({"instruction", "output"}),),
-    "prompt-completion": (frozenset({"prompt", "completion"}), frozenset({"prompt", "response"})),
+    "prompt-completion": tuple(frozenset({a, b}) for a in QUESTIONS for b in ANSWERS),
+    "inputs-targets": tuple(frozenset({f"inputs{end}", f"targets{end}"}) for end in ("", "_pretokenized")),
     "text": (frozenset({"text"}),),
 }
+_SUPERVISED = ("messages", "sharegpt", "alpaca", "prompt-completion", "inputs-targets")
 
 
 def detect(row: Fields) -> str:
-    """The name of the format whose keys the row has; raises RowError that says what was found and what is known."""
+    """The name of the format whose keys the row has; raises RowError that says what was found and what is known.
+
+    A `label` says nothing by itself (it may be a class): only one that is true or false is feedback on the answer.
+    """
     keys = set(row)
     for name, signs in _SIGNS.items():
         if any(sign <= keys for sign in signs):
-            return name
+            flagged = name in _SUPERVISED and any(isinstance(row.get(key), bool) for key in FLAGS)
+            return "feedback" if flagged and not (name == "messages" and "desirable" in keys) else name
     known = "; ".join(f"{name}: {', '.join(sorted(signs[0]))}" for name, signs in _SIGNS.items())
-    raise RowError(f"fields {sorted(map(str, keys))} fit no known format. Known: {known}")
+    raise RowError(
+        f"fields {sorted(map(str, keys))} fit no known format. Known: {known}; feedback: one of these with a label "
+        "that is true or false. `templates` in the recipe make conversations of any fields"
+    )
 
 
-# Reading fields --------------------------------------------------------------------------------------------------
+# Parts that formats share ------------------------------------------------------------------------------------------
 
 
-def _text(row: Fields, key: str, default: str | None = None) -> str:
-    value = row.get(key, default)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise _missing(row, key)
-    if not isinstance(value, str):
-        raise RowError(f"field {key!r} must be text, this is a {type(value).__name__}: {value!r:.60}")
+def _supervised(row: Fields) -> Conversation:
+    """The conversation of a row that has something beside it."""
+    for name in _SUPERVISED:
+        if any(sign <= set(row) for sign in _SIGNS[name]):
+            return FORMATS[name](row)
+    raise RowError(f"fields {sorted(map(str, row))} hold no conversation: {', '.join(_SUPERVISED)}")
+
+
+def _question(row: Fields) -> list[Message]:
+    """What is asked, in whichever format, where the answers stand elsewhere."""
+    for key, roles in (("messages", ROLES), ("conversations", SHAREGPT_ROLES), ("conversation", SHAREGPT_ROLES)):
+        if key in row:
+            return _with_system(row, read_messages(row, key, roles))
+    if "instruction" in row:
+        return _asked(row, "instruction")
+    return _asked(row, *QUESTIONS)
+
+
+def _asked(row: Fields, *keys: str) -> list[Message]:
+    """The system, the history and the question, which stands in the first of these fields that there is."""
+    key = next((key for key in keys if key in row), keys[0])
+    if isinstance(row.get(key), list):
+        question = read_messages(row, key, ROLES)
+    else:
+        extra = read_text(row, "input", default="") if key == "instruction" else ""
+        asked = read_text(row, key)
+        question = [Message("user", f"{asked}\n\n{extra}" if extra else asked)]
+    return _with_system(row, [*_history(row), *question])
+
+
+def _answer(row: Fields, *keys: str) -> list[Message]:
+    """An answer: text, one message, or messages; in the first of these fields that there is."""
+    key = next((key for key in keys if key in row), keys[-1])
+    value = row.get(key)
+    if isinstance(value, dict):
+        return read_messages({key: [value]}, key, SHAREGPT_ROLES)
+    if isinstance(value, list):
+        return read_messages(row, key, SHAREGPT_ROLES)
+    return [Message("assistant", read_text(row, key))]
+
+
+def _with_system(row: Fields, said: list[Message]) -> list[Message]:
+    """The messages, with the field `system` before them where there is one."""
+    if not row.get("system"):
+        return said
+    system = Message("system", read_text(row, "system"))
+    if said[0].role != "system":
+        return [system, *said]
+    if said[0].content != system.content:
+        raise RowError("there are two different system messages: the field 'system' and the first message")
+    return said
+
+
+def _history(row: Fields) -> list[Message]:
+    """[[question, answer], ...] before the question of the row."""
+    turns = row.get("history") or []
+    pairs = isinstance(turns, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns)
+    if not pairs or not all(isinstance(said, str) for turn in turns for said in turn):
+        raise RowError(f"field 'history' must be a list of [question, answer], this is {turns!r:.60}")
+    return [Message(role, said) for turn in turns for role, said in zip(("user", "assistant"), turn, strict=True)]
+
+
+def _flag(row: Fields, key: str) -> bool:
+    value = row.get(key)
+    if value in ("true", "True", "false", "False"):  # a .csv file has only text
+        return str(value).lower() == "true"
+    if not isinstance(value, bool):
+        if value is None:
+            raise missing(row, key)
+        raise RowError(f"field {key!r} must be true or false, this is {value!r:.60}")
     return value
 
 
-def _missing(row: Fields, key: str) -> RowError:
-    found = "it is null" if key in row else f"found {sorted(map(str, row))}. {nearest(key, map(str, row))}"
-    return RowError(f"field {key!r} is needed, {found}")
+def _one_text(row: Fields, key: str) -> str:
+    value = row.get(key)
+    return read_text({key: value[0]}, key) if isinstance(value, list) and value else read_text(row, key)
 
 
-def _system(row: Fields) -> list[Message]:
-    return [Message("system", _text(row, "system"))] if row.get("system") else []
+# The whole ---------------------------------------------------------------------------------------------------------
+
+INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u3164")
+"""Characters that show nothing and that Python does not call white space."""
+_DAMAGE = re.compile("\0|[\ud800-\udfff]|\ufffd\ufffd")
 
 
-def _turn(row: Fields, key: str, role: str) -> list[Message]:
-    """A field that holds either the text of one message of this role, or whole messages."""
-    if isinstance(row.get(key), list):
-        return _messages(row, key, "role", "content", {role: role for role in ROLES})
-    return [Message(role, _text(row, key))]
+def check(conversation: list[Message]) -> list[str]:
+    """Raise RowError for what no template could save; return what may stand, and should be told.
 
-
-def _messages(row: Fields, key: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> list[Message]:
-    turns = row.get(key)
-    if turns is None:
-        raise _missing(row, key)
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"field {key!r} must be a list of at least one message, this is {turns!r:.60}")
-    found = []
-    for index, turn in enumerate(turns):
-        where = f"{key}[{index}]"
-        if not isinstance(turn, Mapping):
-            raise RowError(f"{where} must be a mapping with {role_key!r} and {text_key!r}, this is {turn!r:.60}")
-        if turn.get("tool_calls"):
-            raise RowError(f"{where} holds tool_calls, which this version does not render: leave such rows out")
-        try:
-            role = _text(turn, role_key)
-            if role not in roles:
-                raise RowError(f"{role_key} is {role!r}, which is no role. {nearest(role, roles)}")
-            found.append(Message(roles[role], _text(turn, text_key)))
-        except RowError as error:
-            raise RowError(f"{where}: {error}") from None
-    return found
-
-
-def check(conversation: list[Message]) -> None:
-    """Raise RowError for what no template could save: an empty answer, no answer, characters that are no text."""
+    A trailing question is allowed (it trains nothing); two turns of one role in a row, a late system message and a
+    conversation that begins with an answer are not: templates refuse them or write what nobody meant.
+    """
+    before = ""
     for index, message in enumerate(conversation):
-        where = f"message {index + 1} ({message.role})"
-        if "\0" in message.content:
-            raise RowError(f"{where} contains a NUL character: clean the text")
-        try:
-            message.content.encode("utf-8")
-        except UnicodeEncodeError as error:
-            bad = message.content[error.start]
-            raise RowError(
-                f"{where} contains a lone surrogate ({bad!r} at character {error.start}): not valid text"
-            ) from None
-        if message.role in ("assistant", TEXT) and not message.content.strip():
-            raise RowError(f"{where} is empty: there is nothing to learn from")
-    if not any(m.role in ("assistant", TEXT) for m in conversation):
+        where, role = f"message {index + 1} ({message.role})", message.role
+        for said in (message.content, message.thinking):
+            if not said.isascii() or "\0" in said:
+                _check_characters(said, where)
+        if role in ("assistant", TEXT) and not message.tool_calls and _blank(message.content):
+            what = "is blank, its characters cannot be seen" if message.content else "is empty"
+            raise RowError(f"{where} {what}: there is nothing to learn from")
+        if role == "system" and index:
+            raise RowError(f"{where} comes late: a system message is the first or there is none")
+        if role == "assistant" and before in ("", "assistant"):
+            why = "the conversation begins with an answer" if not before else "two answers follow each other"
+            raise RowError(f"{where}: {why}, and to what? Every answer needs a question before it")
+        if role == "user" and before == "user":
+            raise RowError(f"{where}: two questions follow each other. Make one message of them, or put in the answer")
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise RowError(f"{where} is the result of a tool that no assistant has called before it")
+        before = role
+    answers = [m for m in conversation if m.role in ("assistant", TEXT)]
+    if not answers:
         raise RowError(f"no assistant message among {[m.role for m in conversation]}: there is nothing to learn from")
+    weights = [*(m.weight for m in answers), *(m.weight or 0 for m in conversation)]
+    if not any(weight is None or weight > 0 for weight in [*weights, *(w for m in conversation for *_, w in m.spans)]):
+        raise RowError("every answer has the weight 0: there is nothing to learn from")
+    return [f"ends with a {before} message, which trains nothing"] if before in ("user", "tool") else []
+
+
+def _check_characters(said: str, where: str) -> None:
+    found = _DAMAGE.search(said)
+    if found is None:
+        return
+    if found[0] == "\0":
+        raise RowError(f"{where} contains a NUL character: clean the text")
+    if found[0] == "\ufffd\ufffd":
+        raise RowError(f"{where} has lost characters: U+FFFD several times from character {found.start()} on")
+    raise RowError(f"{where} contains a lone surrogate ({found[0]!r} at character {found.start()}): not valid text")
+
+
+def _blank(said: str) -> bool:
+    return all(character.isspace() or character in INVISIBLE for character in said)

@@ -1,12 +1,18 @@
 """MASKS: roles -> loss weights. A mask is the set of roles that are trained, with weight 1; everything else has 0.
 
-| mode        | trained                                                    |
-|-------------|------------------------------------------------------------|
-| response    | the answers, and what ends them                            |
-| instruction | all messages' text and what ends the answers (1)           |
-| everything  | every token                                                |
+| mode           | trained                                                           |
+|----------------|-------------------------------------------------------------------|
+| response       | the answers, and what ends them                                   |
+| last-turn      | the last answer of a conversation, and what ends it               |
+| instruction    | all messages' text and what ends the answers (1)                  |
+| no-boilerplate | every token but the text that the template writes by itself (2)   |
+| everything     | every token                                                       |
 
 (1) "Instruction modelling", Shi et al. 2024, arXiv:2405.14394: no special tokens, no role tokens.
+(2) Control tokens between messages are trained, role names and a system message that nobody wrote are not.
+
+Where the mask gives 0 a token may have the prompt's weight instead. What the row itself says of a message or a span
+stands before both.
 """
 
 import numpy as np
@@ -17,12 +23,18 @@ from graftlm.data.render import Rendered, Role
 MASKS: dict[str, frozenset[Role]] = {
     "response": frozenset({Role.ASSISTANT, Role.END_OF_TURN}),
     "instruction": frozenset({Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL, Role.END_OF_TURN}),
+    "last-turn": frozenset({Role.ASSISTANT, Role.END_OF_TURN}),
+    "no-boilerplate": frozenset(Role) - {Role.BOILERPLATE},
     "everything": frozenset(Role),
 }
 
 
-def weights(rendered: Rendered, mask: str) -> NDArray[np.float32]:
+def weights(rendered: Rendered, mask: str, prompt_weight: float = 0.0) -> NDArray[np.float32]:
     """The weight of every token in the loss: float32 [n]. The first token of a row has no prediction: always 0."""
-    trained = np.isin(rendered.roles, [int(role) for role in MASKS[mask]]).astype(np.float32)
-    trained[:1] = 0
-    return trained
+    trained = np.isin(rendered.roles, [int(role) for role in MASKS[mask]])
+    if mask == "last-turn":
+        trained &= rendered.turns == rendered.turns[trained].max(initial=-1)
+    found = np.where(np.isnan(rendered.given), np.where(trained, 1.0, prompt_weight), rendered.given)
+    found[rendered.turns < rendered.first] = 0  # each answer is trained once
+    found[:1] = 0
+    return found.astype(np.float32)

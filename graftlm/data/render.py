@@ -14,8 +14,8 @@ belongs to the answer.
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import islice, pairwise
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
 from graftlm.data.formats import TEXT, Fields, Message
+from graftlm.data.template import Template, TemplateError
 from graftlm.errors import BaseModelError, DataError
 
 PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
@@ -48,11 +49,17 @@ ROLE_OF = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT
 
 
 class Rendered(NamedTuple):
-    """ids int32 [n] and roles uint8 [n], and the characters that were tokenised."""
+    """A row of n tokens, and the characters that were tokenised."""
 
     ids: NDArray[np.int32]
     roles: NDArray[np.uint8]
     text: str
+    turns: NDArray[np.int32]
+    """The index of the message that a token belongs to."""
+    given: NDArray[np.float32]
+    """The weight that the row itself gives to a token; NaN where it leaves that to the mask."""
+    first: int = 0
+    """Messages before this one are trained in another row of the same conversation: here they are only read."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,12 @@ class _Span:
     start: int
     end: int
     role: Role
+    content: int
+    """Where the message's text would begin if nothing of it had been trimmed."""
+
+
+class UnstableTemplateError(DataError):
+    """The template writes earlier turns otherwise once later ones follow."""
 
 
 class Renderer:
@@ -91,6 +104,8 @@ class Renderer:
         self._encoder.no_padding()
         # Post-processors may trim spaces from offsets and add special tokens; the template alone says what is fed.
         self._encoder.post_processor = ByteLevel(trim_offsets=False)
+        variables = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        self._chat = None if self.template is None else Template(self.template, variables)
 
     @property
     def template_hash(self) -> str:
@@ -99,17 +114,47 @@ class Renderer:
 
     def rows(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> list[Rendered]:
         """The conversation as training feeds it: one row, or one for every answer where the template changes what it
-        wrote before when more is said."""
-        return [self.conversation(messages, tools)]
+        wrote before when more is said (many leave out what was thought before earlier answers)."""
+        try:
+            return [self.conversation(messages, tools)]
+        except UnstableTemplateError:
+            found, first = [], 0
+            for index in (i for i, message in enumerate(messages) if message.role == "assistant"):
+                found.append(self._last_answer(messages[: index + 1], tools)._replace(first=first))
+                first = index + 1
+            return found
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Rendered:
-        """The whole conversation in one row."""
+        """The whole conversation in one row; UnstableTemplateError where generation would never see it so."""
         if messages[0].role == TEXT:
-            return self._raw(messages[0].content)
-        text = self._render(messages)
-        spans = self._spans(messages, text)
-        turns = {i: self._turn(messages, i, text) for i, m in enumerate(messages) if m.role == "assistant"}
-        ids, offsets = self._encode(text, cuts=[begin for begin, _ in turns.values()])
+            return self._raw(messages[0])
+        return self._rendered(messages, tools, [i for i, m in enumerate(messages) if m.role == "assistant"])
+
+    def _last_answer(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Rendered:
+        """The conversation up to an answer, of which only that is to be learnt: the rest is as generation has it."""
+        return self._rendered(messages, tools, [len(messages) - 1])
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Rendered:
+        """ids and roles, those of the answers at these indices exact: what other answers hold is only text here."""
+        messages = [self._apart(message) for message in messages]
+        marked = [i for i, m in enumerate(messages) if m.content.strip() and (m.role != "assistant" or i in answers)]
+        marks = _free_characters(2 * len(messages), messages)
+        if 0 in answers:
+            raise DataError("the conversation begins with an answer, and to what? Begin the row with a user message")
+        count = len(messages)
+        said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
+        wanted = [(0, count, False), (1, count, False), *((0, i, True) for i in said)]
+        wanted += [(0, i + 1, False) for i in answers]
+        chats = [
+            messages,
+            [_outside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)],
+        ]
+        text, outside, *prefixes = self._render(chats, wanted, tools)
+        begins = dict(zip(said, prefixes, strict=False))
+        spans = self._spans(messages, tools, marked, marks, text, outside)
+        untils = zip(answers, prefixes[len(said) :], strict=True)
+        turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
+        ids, offsets = self._encode(text, cuts=_cuts(text, begins.values()))
         roles = np.full(len(ids), Role.BOILERPLATE, np.uint8)
         roles[np.isin(ids, list(self.special_ids))] = Role.SPECIAL
         starts, ends = offsets[:, 0], offsets[:, 1]
@@ -123,23 +168,62 @@ class Renderer:
         for index, span in spans.items():
             if index not in turns:
                 roles[within(span.start, span.end)] = span.role
+        over = {index: span.end for index, span in spans.items()}  # where a message ends
+        for index in (i for i, m in enumerate(messages) if m.role == "assistant" and i not in turns):
+            over[index] = min((span.start for i, span in spans.items() if i > index), default=len(text))
         for index, (begin, until) in turns.items():
-            if index in spans:
-                end = spans[index].end
-                answer = within(begin, end)
-                roles[answer] = Role.ASSISTANT
-                after = np.flatnonzero(~answer & (ends > end) & np.where(control, starts < until, ends <= until))
-                stops = after[control[after]]
-                last = stops[0] if len(stops) else after[-1] if len(after) else -1
-                roles[after[after <= last]] = Role.END_OF_TURN
-        return Rendered(ids, roles, text)
+            calls = bool(messages[index].tool_calls)
+            end = until if calls else spans[index].end if index in spans else None
+            if end is None:
+                continue
+            answer = within(begin, end)
+            roles[answer] = Role.ASSISTANT
+            over[index] = until
+            if calls:  # written by the template from the calls: its last control token is what ends the turn
+                inside = np.flatnonzero(answer)
+                stops = inside[control[inside]]
+                if len(stops):
+                    roles[stops[-1]] = Role.END_OF_TURN
+                    roles[inside[inside > stops[-1]]] = Role.BOILERPLATE
+                continue
+            after = np.flatnonzero(~answer & (ends > end) & np.where(control, starts < until, ends <= until))
+            stops = after[control[after]]
+            last = stops[0] if len(stops) else after[-1] if len(after) else -1
+            roles[after[after <= last]] = Role.END_OF_TURN
+        closed = sorted((end, index) for index, end in over.items())
+        places = np.searchsorted([end for end, _ in closed], ends)
+        numbers = np.array([index for _, index in closed] + [count - 1], np.int32)
+        turn_of = numbers[places]
+        given = np.full(len(ids), np.nan, np.float32)
+        for index, message in enumerate(messages):
+            own = (turn_of == index) & ~np.isin(roles, (Role.SPECIAL, Role.BOILERPLATE))
+            if message.weight is not None:
+                given[own] = message.weight
+            for start, stop, weight in message.spans:
+                if index in spans:
+                    at = spans[index].content
+                    given[own & (starts >= at + start) & (starts < at + stop)] = weight
+        return Rendered(ids, roles, text, turn_of, given)
 
-    def prompt(self, messages: Sequence[Message]) -> NDArray[np.int32]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
         """The ids after which the model should answer: int32 [n]."""
-        text = self._render(messages, answer_next=True)
-        answers = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
-        begins = [self._render(messages[:i], answer_next=True) for i in answers]
-        return self._encode(text, cuts=[len(begin) for begin in begins if text.startswith(begin)])[0]
+        messages = [self._apart(message) for message in messages]
+        said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
+        text, *begins = self._render([messages], [(0, i, True) for i in (len(messages), *said)], tools)
+        return self._encode(text, cuts=_cuts(text, begins))[0]
+
+    def _apart(self, message: Message) -> Message:
+        """An answer whose text holds its thoughts, as generation returns it, in two parts that the template knows."""
+        content = message.content
+        if message.role != "assistant" or message.thinking or "reasoning_content" not in (self.template or ""):
+            return message
+        before, closed, answer = content.partition("</think>")
+        head, opened, thinking = before.partition("<think>")
+        if not (closed and opened) or head.strip() or not answer.strip():
+            return message
+        shift = len(content) - len(answer.lstrip("\n"))
+        spans = tuple((a - shift, b - shift, weight) for a, b, weight in message.spans if a >= shift)
+        return replace(message, content=answer.lstrip("\n"), thinking=thinking.strip("\n"), spans=spans)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -165,39 +249,56 @@ class Renderer:
 
     # The template ------------------------------------------------------------------------------------------------
 
-    def _render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
-        if self.template is None:
+    def _render(
+        self,
+        chats: Sequence[Sequence[Message]],
+        wanted: Sequence[tuple[int, int, bool]],
+        tools: Sequence[Fields],
+    ) -> list[str]:
+        """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
+        if self._chat is None:
             raise BaseModelError(
                 "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name one "
                 "with `base: {template: FILE.jinja}`"
             )
-        chat = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat, chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
-                )
-            )
-        except Exception as error:  # templates raise what they like
-            roles = ", ".join(m.role for m in messages)
+            return self._chat.render([[_as_fields(m) for m in chat] for chat in chats], wanted, tools)
+        except TemplateError as error:
+            roles = ", ".join(m.role for m in chats[0])
             raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
 
-    def _spans(self, messages: Sequence[Message], text: str) -> dict[int, _Span]:
-        """Where each message's text lies in the rendered text, by the message's index; blank ones have no place."""
-        written = [i for i, m in enumerate(messages) if m.content.strip()]
-        marks = _free_characters(2 * len(messages), messages)
+    def _spans(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Fields],
+        marked: Sequence[int],
+        marks: str,
+        text: str,
+        outside: str,
+    ) -> dict[int, _Span]:
+        """Where each marked message's text lies in the rendered text, by the message's index.
+
+        `outside` is the text with a mark before and after each of them. For templates that trim, the marks are set
+        within the white space of a message, which then is not part of the span.
+        """
         wrong = ""
-        for place in (_mark_outside, _mark_inside):
-            marked = [place(m, marks[2 * i], marks[2 * i + 1]) if i in written else m for i, m in enumerate(messages)]
-            plain, places = _remove_marks(self._render(marked), marks)
-            counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in written]
+        for trims in (False, True):
+            if trims:
+                chat = [_inside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)]
+                (outside,) = self._render([chat], [(0, len(chat), False)], tools)
+            plain, places = _remove_marks(outside, marks)
+            counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in marked]
             odd = [
                 f"{'drops' if 0 in n else 'repeats'} message {i + 1} ({messages[i].role})"
                 for i, *n in counts
                 if n != [1, 1]
             ]
             if plain == text and not odd:
-                spans = {i: _Span(places[2 * i][0], places[2 * i + 1][0], ROLE_OF[messages[i].role]) for i in written}
+                spans = {}
+                for i in marked:
+                    start, end = places[2 * i][0], places[2 * i + 1][0]
+                    head = len(messages[i].content) - len(messages[i].content.lstrip()) if trims else 0
+                    spans[i] = _Span(start, end, ROLE_OF[messages[i].role], start - head)
                 answers = [(s, messages[i].content) for i, s in spans.items() if s.role is Role.ASSISTANT]
                 if all(text[s.start : s.end].strip() == content.strip() for s, content in answers):
                     return spans
@@ -208,26 +309,6 @@ class Renderer:
             "if it has no place for a message of this role, leave such messages out, or give another template with "
             "`base: {template: FILE.jinja}`"
         )
-
-    def _turn(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-        """For the answer at `index`: where generation would begin it, and where its turn is over."""
-        if index == 0:
-            raise DataError("the conversation begins with an answer, and to what? Begin the row with a user message")
-        until = self._render(messages[: index + 1])
-        if not text.startswith(until):
-            raise DataError(
-                f"the chat template changes what it wrote before when message {index + 2} follows, so "
-                "generation would never see what training does. Split the conversation so that every answer is the "
-                "last message of its row"
-            )
-        begin = self._render(messages[:index], answer_next=True)
-        if not text.startswith(begin):
-            raise DataError(
-                f"the chat template begins the answer of message {index + 1} with {_ending(begin)} when it is to be "
-                "generated, and writes something else when it is there, so generation would never see what training "
-                "does. Give a template that does the same in both with `base: {template: FILE.jinja}`"
-            )
-        return len(begin), len(until)
 
     # The tokenizer -----------------------------------------------------------------------------------------------
 
@@ -271,15 +352,22 @@ class Renderer:
         encoding = self._encoder.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
-    def _raw(self, content: str) -> Rendered:
+    def _raw(self, message: Message) -> Rendered:
         """Raw text between the tokenizer's begin and end tokens, where it has them; all of it is to be learnt."""
-        ids, _ = self._encode(content, cuts=[])
+        ids, offsets = self._encode(message.content, cuts=[])
         begin, end = self._begin_ids, [i for i in (self.tokenizer.eos_token_id,) if i is not None]
         parts = ((begin, Role.SPECIAL), (ids, Role.ASSISTANT), (end, Role.END_OF_TURN))
+        roles = np.concatenate([np.full(len(part), role, np.uint8) for part, role in parts])
+        given = np.full(len(roles), np.nan if message.weight is None else message.weight, np.float32)
+        for start, stop, weight in message.spans:
+            at = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 0] < stop))
+            given[len(begin) + at] = weight
         return Rendered(
             np.concatenate([np.array(part, np.int32) for part, _ in parts]),
-            np.concatenate([np.full(len(part), role, np.uint8) for part, role in parts]),
-            content,
+            roles,
+            message.content,
+            np.zeros(len(roles), np.int32),
+            given,
         )
 
     @cached_property
@@ -293,15 +381,49 @@ def _ending(text: str) -> str:
     return repr(text[-40:])
 
 
-def _mark_outside(message: Message, before: str, after: str) -> Message:
-    return Message(message.role, f"{before}{message.content}{after}")
+def _cuts(text: str, begins: Iterable[str]) -> list[int]:
+    """Where answers begin in the text, as generation began them."""
+    return [len(begin) for begin in begins if text.startswith(begin)]
 
 
-def _mark_inside(message: Message, before: str, after: str) -> Message:
-    """For templates that trim: the marks stand within the white space, which then is not part of the span."""
+def _turn(text: str, index: int, begin: str, until: str) -> tuple[int, int]:
+    """For the answer at `index`: where generation would begin it, and where its turn is over.
+
+    `begin` is the prompt of that answer, `until` the conversation up to it.
+    """
+    if not text.startswith(until):
+        raise UnstableTemplateError(
+            f"the chat template changes what it wrote before when message {index + 2} follows, so "
+            "generation would never see what training does. Split the conversation so that every answer is the "
+            "last message of its row"
+        )
+    if not text.startswith(begin):
+        raise DataError(
+            f"the chat template begins the answer of message {index + 1} with {_ending(begin)} when it is to be "
+            "generated, and writes something else when it is there, so generation would never see what training "
+            "does. Give a template that does the same in both with `base: {template: FILE.jinja}`"
+        )
+    return len(begin), len(until)
+
+
+def _as_fields(message: Message) -> dict[str, Any]:
+    """A message as templates take it; those that know thoughts call them by one of three names."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["tool_calls"] = list(message.tool_calls)
+    if message.thinking:
+        fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.thinking)
+    return fields
+
+
+def _outside(message: Message, before: str, after: str) -> Message:
+    return replace(message, content=f"{before}{message.content}{after}")
+
+
+def _inside(message: Message, before: str, after: str) -> Message:
     core = message.content.strip()
     head, _, tail = message.content.partition(core)
-    return Message(message.role, f"{head}{before}{core}{after}{tail}")
+    return replace(message, content=f"{head}{before}{core}{after}{tail}")
 
 
 def _free_characters(count: int, messages: Sequence[Message]) -> str:

@@ -1,43 +1,88 @@
 """Where rows come from, and which of them are held out.
 
-Files are read strictly and in one pass: every row that cannot be used is reported as `file:line: reason`.
+Files are read strictly and in one pass: every row that cannot be used is left out and told as `file:line: reason`.
 """
 
-import codecs
-import csv
 import hashlib
-import io
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from graftlm.config import Count, Flag, PositiveCount, Share, config
-from graftlm.data import docstrings
-from graftlm.data.formats import FORMATS, Message, RowError, check, detect
-from graftlm.errors import DataError, nearest, numbered
+from pydantic import Field, Strict, field_validator
+
+from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
+from graftlm.data import axolotl, llama_factory
+from graftlm.data.foreign import Part
+from graftlm.data.formats import FORMATS, Conversation, Message, RowError, check, detect
+from graftlm.data.records import Problem, records
+from graftlm.data.wording import Template, ask
+from graftlm.errors import DataError, numbered
 
 
 @config
 class SourceConfig:
     path: str
-    """A .jsonl, .json, .csv or .parquet file; `hub:org/name` or `hub:org/name:split`; or `builtin:docstrings`."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = "auto"
+    """A .jsonl, .json, .csv or .parquet file; `hub:org/name` or `hub:org/name:split`; `builtin:docstrings`; or what
+    another trainer describes: `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt-completion",
+        "text",
+        "preference",
+        "feedback",
+        "ranked",
+        "natural-instructions",
+        "inputs-targets",
+    ] = "auto"
+    templates: tuple[Template, ...] = ()
+    """Ways of asking, for rows of any fields; each row is put into one of them, drawn by what stands in the row."""
+    weight: PositiveRate = 1.0
+    """Among several sources: how much its share of an epoch is multiplied by."""
+    cap: PositiveCount | None = None
+    """Use no more rows than this, drawn from `train.seed`."""
 
 
 @config
 class DataConfig:
-    train: str | SourceConfig
+    train: str | SourceConfig | tuple[str | SourceConfig, ...]
+    """A source, or a list: each has a share of an epoch in proportion to weight * rows^(1/mix_temperature)."""
+    mix_temperature: Annotated[float, Strict(), Field(ge=1)] = 1.0
+    """1 is every row once (where weights are 1), 2 the square root of the rows, a large number all sources alike."""
     held_out: Count | Share | str | SourceConfig = 0
     """Rows (100), a share (0.05), or a source of its own; rows with the same group never end up on both sides."""
-    mask: Literal["response", "instruction", "everything"] = "response"
+    strict: Flag = False
+    """Stop at rows that cannot be used, instead of leaving them out and reporting them."""
+    mask: Literal["response", "last-turn", "instruction", "no-boilerplate", "everything"] = "response"
+    prompt_weight: Weight = 0.0
+    """The weight, from 0 to 1, of tokens that the mask leaves out."""
     max_tokens: PositiveCount = 1024
     over_length: Literal["drop", "truncate", "error"] = "drop"
     pack: Flag = True
     """Lay rows end to end with attention kept apart; false runs one row at a time, for models that cannot be packed."""
+
+    @field_validator("train")
+    @classmethod
+    def _at_least_one(cls, train: Any) -> Any:
+        if train == ():
+            raise ValueError("an empty list of sources: name one at least")
+        return train
+
+    def sources(self) -> list[SourceConfig]:
+        """What is trained on, one or several."""
+        listed = self.train if isinstance(self.train, tuple) else (self.train,)
+        return [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
+
+
+MEDIA = ("images", "videos", "audios")
+AHEAD = 100
+"""The format of a file is told from so many rows."""
 
 
 @dataclass(frozen=True)
@@ -49,44 +94,152 @@ class Row:
     group: str
     tools: tuple[dict[str, Any], ...] = ()
     """What an assistant could call: functions with a JSON schema, as OpenAI has them."""
+    rejected: tuple[list[Message], ...] = ()
+    """Whole conversations that were liked less than `messages`, the best of them first; a pair has one."""
+    desirable: bool | None = None
+    """Feedback without a pair: whether the answer was liked. None where nobody said."""
 
 
-BUILTIN: dict[str, Callable[[], list[dict[str, str]]]] = {"docstrings": docstrings.rows}
+def load_rows(
+    source: str | SourceConfig, *, network: bool = False, strict: bool = False, problems: list[Problem] | None = None
+) -> tuple[list[Row], str]:
+    """All rows of a source that can be used, and the name of their format.
 
-
-def load_rows(source: str | SourceConfig, *, network: bool = False) -> tuple[list[Row], str]:
-    """All rows of a source and the name of their format; raises DataError that lists every bad row by file and line."""
-    if isinstance(source, str):
-        source = SourceConfig(path=source)
+    What is wrong goes into `problems`, of rows that are left out and of rows that are kept. Where there is no such
+    list, or under `strict`, a row that would be left out is a DataError that lists all of them by file and line; so is
+    a source of which no row can be used.
+    """
+    path = source if isinstance(source, str) else source.path
     rows: list[Row] = []
-    problems: list[str] = []
-    name = source.format
-    for where, fields in _records(source.path, problems, network):
-        try:
-            if not isinstance(fields, dict):
-                raise RowError(f"a row is a mapping of fields to values, this is a {type(fields).__name__}")
-            name = detect(fields) if name == "auto" else name  # type: ignore[assignment]
-            messages = FORMATS[name](fields)
-            check(messages)
-            rows.append(Row(messages, where, _group(fields, messages)))
-        except RowError as error:
-            problems.append(f"{where}: {error}")
-    if problems:
+    told: list[Problem] = []
+    formats: list[str] = []
+    seen: dict[int, Row] = {}
+    for found in stream_rows(source, network=network, formats=formats):
+        if isinstance(found, Problem):
+            told.append(found)
+            continue
+        rows.append(found)
+        first = seen.setdefault(hash(tuple((m.role, m.content) for m in found.messages)), found)
+        if first is not found and _same(first, found):
+            told.append(Problem(found.where, f"says the same as {first.where}", left_out=False))
+    name = ", ".join(formats)
+    out = [str(problem) for problem in told if problem.left_out]
+    if out and (problems is None or strict or not rows):
         raise DataError(
-            f"{len(problems)} rows of {source.path} cannot be used ({len(rows)} can; the format is {name}):\n"
-            + numbered(problems)
+            f"{len(out)} rows of {path} cannot be used ({len(rows)} can; the format is {name or 'not known'}):\n"
+            + numbered(out)
         )
     if not rows:
-        raise DataError(f"{source.path}: holds no rows. Each line of a .jsonl file is one row")
+        raise DataError(f"{path}: holds no rows. Each line of a .jsonl file is one row")
+    if problems is not None:
+        problems += told
     return rows, name
 
 
-def _group(fields: dict[str, Any], messages: list[Message]) -> str:
-    """The row's own `group`, or else its first question: the same question must not be both trained and held out."""
-    given = fields.get("group")
-    if given is None or given == "":
-        return next((m.content for m in messages if m.role == "user"), messages[0].content)
-    return str(given)
+def stream_rows(
+    source: str | SourceConfig, *, network: bool = False, formats: list[str] | None = None
+) -> Iterator[Row | Problem]:
+    """Rows and problems of a source in the order of its files, one at a time, so that memory does not grow with them.
+    Names of formats go into `formats` as they are met."""
+    if isinstance(source, str):
+        source = SourceConfig(path=source)
+    for part in _parts(source.path):
+        yield from (Problem(source.path, note, left_out=False) for note in part.notes)
+        name = source.format if part.format == "auto" else part.format
+        name = "prompt-completion" if source.templates and name == "auto" else name
+        found = _instances(records(part.path, network=network))
+        ahead = list(islice(found, AHEAD)) if name == "auto" else []
+        name = _told(part, ahead) if name == "auto" else name
+        for where, record in chain(ahead, found):
+            if isinstance(record, Problem):
+                yield record
+                continue
+            try:
+                if not isinstance(record, dict):
+                    raise RowError(f"a row is a mapping of fields to values, this is a {type(record).__name__}")
+                fields = part.reshape(record)
+                fields = ask(source.templates, fields) if source.templates else fields
+                name = detect(fields) if name == "auto" else name
+                if formats is not None and name not in formats:
+                    formats.append(name)
+                if name != "text" and (shown := [key for key in MEDIA if fields.get(key)]):
+                    raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
+                row, notes = _row(FORMATS[name](fields), where, record.get("group"))
+            except RowError as error:
+                yield Problem(where, str(error))
+                continue
+            yield row
+            yield from (Problem(where, note, left_out=False) for note in notes)
+
+
+def _parts(path: str) -> list[Part]:
+    """The file itself, or the files that `dataset_info.json:NAME` or an Axolotl .yaml describes."""
+    file, colon, name = path.rpartition(":")
+    if colon and file.endswith(".json"):
+        return [llama_factory.part(Path(file).expanduser(), name)]
+    if path.endswith((".yaml", ".yml")):
+        return axolotl.parts(Path(path).expanduser())
+    return [Part(path)]
+
+
+def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
+    """The format that most of the first rows have, so that a damaged row does not decide for a file."""
+    votes: Counter[str] = Counter()
+    for _, record in ahead:
+        if isinstance(record, dict):
+            with suppress(RowError):
+                votes[detect(part.reshape(record))] += 1
+    return votes.most_common(1)[0][0] if votes else "auto"
+
+
+def _row(said: Conversation, where: str, group: Any) -> tuple[Row, list[str]]:
+    """The checked row and what is to be told of it."""
+    notes = check(said.messages)
+    for number, other in enumerate(said.rejected, start=1):
+        try:
+            check(other)
+        except RowError as error:
+            raise RowError(f"rejected answer {number}: {error}") from None
+    if group is None or group == "":
+        group = next((m.content for m in said.messages if m.role == "user"), said.messages[0].content)
+    return Row(said.messages, where, str(group), said.tools, said.rejected, said.desirable), notes
+
+
+def _instances(found: Iterator[tuple[str, Any] | Problem]) -> Iterator[tuple[str, Any]]:
+    """A task of Super-NaturalInstructions is one record with many instances; each is a row."""
+    for one in found:
+        if isinstance(one, Problem):
+            yield one.where, one
+            continue
+        where, record = one
+        if not isinstance(record, Mapping) or not isinstance(record.get("Instances"), list):
+            yield one
+            continue
+        task = {key: record[key] for key in ("Definition", "group") if key in record}
+        for number, instance in enumerate(record["Instances"], start=1):
+            yield f"{where}: instance {number}", task | instance if isinstance(instance, dict) else instance
+
+
+def _same(first: Row, second: Row) -> bool:
+    return (
+        first.messages == second.messages
+        and first.tools == second.tools
+        and first.rejected == second.rejected
+        and first.desirable == second.desirable
+    )
+
+
+def for_supervised(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows whose answers should be imitated, and what is said of those that hold more than that."""
+    kept = [row for row in rows if row.desirable is not False]
+    if not kept:
+        raise DataError("every answer is marked as not liked: loss `supervised` would train the model to give them")
+    notes = []
+    if len(kept) < len(rows):
+        notes.append(f"{len(rows) - len(kept)} rows whose answer was not liked are left out by loss `supervised`")
+    if pairs := sum(bool(row.rejected) for row in kept):
+        notes.append(f"{pairs} rows have rejected answers, which loss `supervised` does not use: it trains the chosen")
+    return kept, notes
 
 
 def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -116,142 +269,3 @@ def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[R
             "or make smaller groups (a row's `group`, or else its first question, is never on both sides)"
         )
     return train, [row for row in rows if row.group in chosen][:wanted]
-
-
-# Reading records: (where, fields) ----------------------------------------------------------------------------------
-
-
-def _records(path: str, problems: list[str], network: bool) -> Iterator[tuple[str, Any]]:
-    kind, colon, name = path.partition(":")
-    if colon and kind == "builtin":
-        if name not in BUILTIN:
-            raise DataError(f"{path}: no such built-in data set. {nearest(name, BUILTIN)}")
-        return ((f"{path}:{i}", row) for i, row in enumerate(BUILTIN[name](), start=1))
-    if colon and kind == "hub":
-        return _hub(name, network)
-    file = Path(path).expanduser()
-    if not file.is_file():
-        folder = file if file.is_dir() else file.parent
-        siblings = [str(p) for p in folder.iterdir() if p.suffix in READERS] if folder.is_dir() else []
-        what = "is a folder, a file of rows is needed" if file.is_dir() else "no such file"
-        raise DataError(f"{path}: {what}. {nearest(path, siblings)}")
-    if file.suffix not in READERS:
-        raise DataError(f"{path}: cannot read {file.suffix or 'files without an ending'}. Known: {', '.join(READERS)}")
-    if file.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    return READERS[file.suffix](file, problems)
-
-
-def _decode(file: Path) -> str:
-    """The file's text, without a byte-order mark; raises DataError with the line of the first byte that is no UTF-8."""
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    try:
-        decoded = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        guess = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{file}:{line}: byte {error.object[error.start]:#04x} is not UTF-8. Convert the file, for example with "
-            f"iconv -f {guess} -t utf-8"
-        ) from None
-    if "\0" in decoded:
-        line = decoded.count("\n", 0, decoded.index("\0")) + 1
-        raise DataError(
-            f"{file}:{line}: the file contains NUL bytes. It may be UTF-16, or damaged: convert it to UTF-8"
-        )
-    return decoded
-
-
-def _jsonl(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_decode(file).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{file}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{file}:{number}: not valid JSON: {error}")
-
-
-def _json(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    try:
-        tree = json.loads(_decode(file))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}:{error.lineno}: not valid JSON: {error.msg}. One row a line belongs in .jsonl"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(tree, list):
-        raise DataError(f"{file}: a .json file of rows holds a list, this holds a {type(tree).__name__}")
-    return ((f"{file}: row {index}", row) for index, row in enumerate(tree, start=1))
-
-
-def _csv(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader(io.StringIO(_decode(file), newline=""), strict=True)
-    limit = csv.field_size_limit(2**31 - 1)  # the limit of 128 KiB would refuse a long document
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{file}:1: two columns have the same name: {header}")
-        line = reader.line_num + 1  # where a row begins; with line breaks in quotes it ends further down
-        for cells in reader:
-            if len(cells) == len(header):
-                yield f"{file}:{line}", dict(zip(header, cells, strict=True))
-            elif cells:
-                problems.append(f"{file}:{line}: has {len(cells)} columns, the header has {len(header)}: {header}")
-            line = reader.line_num + 1
-    except csv.Error as error:
-        problems.append(f"{file}:{reader.line_num}: not valid CSV: {error}. The rows after it were not read")
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet  # type: ignore[import-untyped] # comes with datasets, whose own reader fills a cache
-
-    try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except Exception as error:
-        raise DataError(f"{file}: not a readable parquet file: {error}") from None
-    return ((f"{file}: row {index}", row) for index, row in enumerate(rows, start=1))
-
-
-def _hub(name: str, network: bool) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    name, _, part = name.partition(":")
-    part = part or "train"
-    try:
-        with nullcontext() if network else _offline():
-            table = datasets.load_dataset(name, split=part)
-    except Exception as error:
-        off = "" if network else " It is not in the local cache, and the network is off: `network: true` fetches it."
-        raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}") from None
-    return ((f"hub:{name}:{part}: row {index}", row) for index, row in enumerate(table, start=1))
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Inside, the hub's libraries make no request: their own arguments leave some that are made all the same."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [place.HF_HUB_OFFLINE for place in places]
-    try:
-        for place in places:
-            place.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
-
-
-READERS: dict[str, Callable[[Path, list[str]], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -22,9 +22,10 @@ from rich.console import Console
 
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
+from graftlm.data.mixing import read_data
 from graftlm.data.pack import Example, Pack, batches, lay_out, saved_by_sharing
 from graftlm.data.render import Renderer
-from graftlm.data.source import Row, load_rows, split
+from graftlm.data.source import Row
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES
@@ -73,26 +74,18 @@ class Prepared:
     """What each selector of the recipe did, a line each."""
 
 
-def training_rows(recipe: Recipe) -> tuple[list[Row], list[Row], str]:
-    """The rows to train on before any is chosen, those that are held out, and the name of the format."""
-    data = recipe.data
-    rows, name = load_rows(data.train, network=recipe.network)
-    if isinstance(data.held_out, int | float):
-        return *split(rows, data.held_out, recipe.train.seed), name
-    aside, _ = load_rows(data.held_out, network=recipe.network)
-    return rows, aside, name
-
-
 def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, console: Console | None = None) -> Prepared:
-    """Read, split, render and check the rows of a recipe; raises DataError that lists every row that cannot be used."""
+    """Read, split, choose, render and check the rows of a recipe; raises DataError where a row cannot be trained on."""
     data = recipe.data
-    rows, aside, name = training_rows(recipe)
+    read = read_data(data, seed=recipe.train.seed, network=recipe.network)
+    rows, aside = read.train, read.held_out
     chosen: list[str] = []
     if recipe.select:
         rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True))
         chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
-    examples, found = prepare(rows, renderer, data, format=name)
+    examples, found = prepare(rows, renderer, data, format=read.format)
+    found.problems[:0], found.notes[:0] = read.problems, read.notes
     if data.pack and recipe.train.prefix_sharing:
         first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]
@@ -361,6 +354,8 @@ def _measure(
 
 def peak_rss_gib() -> float:
     """The most memory that this process had resident at any time."""
+    with suppress(OSError), open("/proc/self/status") as lines:  # the other figure begins at that of who started us
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -404,7 +399,7 @@ def _write_report(
 ) -> None:
     done = summary["train"]
     processes = f"{done['ranks']} processes, each of " if done["ranks"] > 1 else ""
-    source = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train.path
+    source = ", ".join(source.path for source in recipe.data.sources())
     facts = {
         "training data": f"{source}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
         "steps": f"{done['steps']} of {recipe.train.batch_rows} rows, seed {recipe.train.seed}",

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from graftlm.data.formats import Message
-from graftlm.data.source import Row, SourceConfig, load_rows, split
+from graftlm.data.records import Problem
+from graftlm.data.source import Row, SourceConfig, for_supervised, load_rows, split
 from graftlm.errors import DataError
 
 GOOD = {"prompt": "q", "completion": "a"}
@@ -72,7 +73,8 @@ def test_an_escaped_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
 def test_a_json_list_gives_its_rows_by_number(tmp_path: Path) -> None:
     path = written(tmp_path, json.dumps([GOOD, {**GOOD, "prompt": "r"}], indent=1), "rows.json")
     rows, _ = load_rows(path)
-    assert [(r.messages[0].content, r.where) for r in rows] == [("q", f"{path}: row 1"), ("r", f"{path}: row 2")]
+    wanted = [("q", f"{path}:2: row 1"), ("r", f"{path}:6: row 2")]
+    assert [(r.messages[0].content, r.where) for r in rows] == wanted
 
 
 def test_csv_values_stay_the_text_that_they_are(tmp_path: Path) -> None:
@@ -212,11 +214,21 @@ def test_of_very_many_bad_lines_the_first_twenty_and_their_number_are_said(tmp_p
     assert said[-1] == "  and 30 more"
 
 
-def test_a_first_line_that_fits_no_format_does_not_hide_the_others(tmp_path: Path) -> None:
-    path = written(tmp_path, f'{{"question": "q"}}\n{line()}\n{line(completion="")}')
+@pytest.mark.parametrize("first", ['{"question": "q"}', '{"text": "raw"}'])
+def test_a_first_line_of_another_format_does_not_decide_for_the_others(tmp_path: Path, first: str) -> None:
+    path = written(tmp_path, f"{first}\n{line()}\n{line(completion='')}\n{line(prompt='r')}")
+    problems: list[Problem] = []
+    rows, name = load_rows(path, problems=problems)
+    assert (len(rows), name) == (2, "prompt-completion")
+    assert str(problems[0]).startswith(f"{path}:1: field 'prompt' is needed, found")
+    assert str(problems[1]).startswith(f"{path}:3: message 2 (assistant) is empty")
+
+
+def test_where_no_row_fits_a_format_it_is_said_of_each(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"question": "q"}\n{"answer": "a"}\n')
     said = refused(path)
     assert f"{path}:1: fields ['question'] fit no known format" in said
-    assert f"{path}:3: message 2 (assistant) is empty" in said
+    assert f"{path}:2: fields ['answer'] fit no known format" in said
 
 
 def test_json_nested_beyond_reason_is_a_bad_line_and_no_crash(tmp_path: Path) -> None:
@@ -225,11 +237,25 @@ def test_json_nested_beyond_reason_is_a_bad_line_and_no_crash(tmp_path: Path) ->
     assert "not valid JSON" in refused(written(tmp_path, "[" * 200_000, "rows.json"))
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
-def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path: Path, name: str) -> None:
-    for mark in (b"", b"\xef\xbb\xbf"):
-        path = written(tmp_path, mark + b'["a",\n"b",\n"caf\xe9"]', name)
-        assert refused(path).startswith(f"{path}:3: byte 0xe9 is not UTF-8. Convert the file")
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n{"text": "b"}', ":2: "),
+        ("rows.json", b'[{"text": "a"},\n {"text": "caf\xe9"},\n {"text": "b"}]', ":2: row 2: "),
+        ("rows.csv", b"text\na\ncaf\xe9\nb\n", ":3: "),
+    ],
+)
+def test_bytes_that_are_no_utf8_cost_their_own_row(
+    tmp_path: Path, name: str, content: bytes, place: str, mark: bytes
+) -> None:
+    path = written(tmp_path, mark + content, name)
+    problems: list[Problem] = []
+    rows, _ = load_rows(path, problems=problems)
+    assert contents(rows) == [["a"], ["b"]]
+    assert [str(p) for p in problems] == [
+        f"{path}{place}byte 0xe9 is not UTF-8. Convert the file, for example with iconv -f latin1 -t utf-8"
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
@@ -240,16 +266,103 @@ def test_a_utf16_file_is_refused_and_utf16_is_named(tmp_path: Path, encoding: st
     assert "utf-16" in said.lower()
 
 
-def test_nul_bytes_are_refused_with_their_line(tmp_path: Path) -> None:
-    path = written(tmp_path, f"{line()}\n{line()}\n\0\0\0".encode())
-    assert refused(path).startswith(f"{path}:3: the file contains NUL bytes")
+def test_nul_bytes_cost_their_own_row(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line()}\n\0\0\0\n{line(prompt='r')}\n".encode())
+    problems: list[Problem] = []
+    assert len(load_rows(path, problems=problems)[0]) == 2
+    assert [str(p) for p in problems] == [f"{path}:2: the line contains NUL bytes (the first is byte 1): damaged"]
+    path = written(tmp_path, b"text\na\nb\0\nc\n", "rows.csv")
+    problems = []
+    assert contents(load_rows(path, problems=problems)[0]) == [["a"], ["c"]]
+    assert [str(p) for p in problems] == [f"{path}:3: contains a NUL byte: damaged"]
 
 
-def test_bad_json_is_refused_with_its_line_and_the_ending_it_should_have(tmp_path: Path) -> None:
-    path = written(tmp_path, f"{line()}\n{line()}\n", "rows.json")
-    assert refused(path).startswith(f"{path}:2: not valid JSON: Extra data. One row a line belongs in .jsonl")
+@pytest.mark.parametrize(
+    ("content", "wanted", "said"),
+    [
+        (
+            '[{"text": "a"},\n{"text": "b", "text": "c"},\n{"text": "d"}]',
+            ["a", "d"],
+            ":2: row 2: the key 'text' is given twice",
+        ),
+        ('[{"text": "a"},\n{"text": "b", "x": NaN},\n{"text": "d"}]', ["a", "d"], ":2: row 2: NaN is no JSON value"),
+        ('[{"text": "a"},\n{"text": b},\n{"text": "d"}]', ["a"], ":2: not valid JSON: Expecting value. What follows"),
+        ('[{"text": "a"},\n{"text": "b"}', ["a", "b"], ":2: not valid JSON: Expecting ',' or ']'"),
+        ('[{"text": "a"},\n]', ["a"], ":2: not valid JSON: Expecting a value"),
+        ('[{"text": "a"}]\n[]', ["a"], ":2: there is more after the end of the list"),
+        (' \n[ {"text": "a"} ,\n {"text": ""} ] \n', ["a"], ":3: row 2: message 1 (text) is empty"),
+    ],
+)
+def test_a_json_list_is_read_as_far_as_it_goes(tmp_path: Path, content: str, wanted: list[str], said: str) -> None:
+    path = written(tmp_path, content, "rows.json")
+    problems: list[Problem] = []
+    rows, _ = load_rows(path, problems=problems)
+    assert [row.messages[0].content for row in rows] == wanted
+    assert len(problems) == 1
+    assert str(problems[0]).startswith(f"{path}{said}")
+
+
+def test_csv_goes_on_after_a_row_that_is_none(tmp_path: Path) -> None:
+    path = written(tmp_path, 'text\na\n"b"c\nd\n\ne\n', "rows.csv")
+    problems: list[Problem] = []
+    assert contents(load_rows(path, problems=problems)[0]) == [["a"], ["d"], ["e"]]
+    assert [(str(p).partition(": ")[0], p.left_out) for p in problems] == [(f"{path}:3", True), (f"{path}:5", False)]
+
+
+def test_the_instances_of_a_task_are_rows(tmp_path: Path) -> None:
+    instances = [{"input": "i", "output": ["a", "b"]}, {"input": "j", "output": []}, {"input": "k", "output": ["c"]}]
+    task = {"Definition": ["Do it."], "Positive Examples": [{"input": "x"}], "Instances": instances}
+    for name, content, place in (("t.json", json.dumps(task), ""), ("t.jsonl", json.dumps(task), ":1")):
+        path = written(tmp_path, content, name)
+        problems: list[Problem] = []
+        rows, found = load_rows(path, problems=problems)
+        assert found == "natural-instructions"
+        assert contents(rows) == [["Do it.\n\ni", "a"], ["Do it.\n\nk", "c"]]
+        assert [row.where for row in rows] == [f"{path}{place}: instance 1", f"{path}{place}: instance 3"]
+        assert [p.where for p in problems] == [f"{path}{place}: instance 2"]
+
+
+def test_rows_with_pictures_are_left_out_and_raw_text_that_names_some_is_not(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line(images=['x.png'])}\n{line(images=[])}")
+    problems: list[Problem] = []
+    assert len(load_rows(path, problems=problems)[0]) == 1
+    assert [str(p) for p in problems] == [f"{path}:1: field 'images' holds images: only text can be trained on"]
+    assert load_rows(written(tmp_path, '{"text": "a", "images": ["x.png"]}'))[1] == "text"
+
+
+def test_rows_that_say_the_same_are_kept_and_told(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line()}\n{line(prompt='r')}\n{line(meta=1)}\n")
+    problems: list[Problem] = []
+    assert len(load_rows(path, problems=problems)[0]) == 3
+    assert [(str(p), p.left_out) for p in problems] == [(f"{path}:3: says the same as {path}:1", False)]
+
+
+def test_supervised_training_leaves_out_what_was_not_liked_and_says_so() -> None:
+    messages = [Message("user", "q"), Message("assistant", "a")]
+    plain, pair = Row(messages, "f:1", "q"), Row(messages, "f:2", "q", rejected=(messages,))
+    liked, disliked = Row(messages, "f:3", "q", desirable=True), Row(messages, "f:4", "q", desirable=False)
+    rows, notes = for_supervised([plain, pair, liked, disliked])
+    assert rows == [plain, pair, liked]
+    assert [note[:6] for note in notes] == ["1 rows", "1 rows"]
+    assert "was not liked" in notes[0]
+    assert "rejected answers" in notes[1]
+    assert for_supervised([plain]) == ([plain], [])
+    with pytest.raises(DataError, match="every answer is marked as not liked"):
+        for_supervised([disliked])
+
+
+def test_bad_json_is_refused_with_its_line_and_what_it_should_hold(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"data":\n [}', "rows.json")
+    assert refused(path) == f"{path}:2: not valid JSON: Expecting value"
     path = written(tmp_path, json.dumps({"data": [GOOD]}), "rows.json")
     assert refused(path) == f"{path}: a .json file of rows holds a list, this holds a dict"
+
+
+def test_json_by_the_line_is_read_whatever_its_ending(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line()}\nno\n{line(prompt='r')}\n", "rows.json")
+    problems: list[Problem] = []
+    assert [row.where for row in load_rows(path, problems=problems)[0]] == [f"{path}:1", f"{path}:3"]
+    assert [problem.where for problem in problems] == [f"{path}:2"]
 
 
 def test_csv_rows_with_another_number_of_columns_are_all_reported(tmp_path: Path) -> None:

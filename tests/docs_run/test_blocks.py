@@ -119,7 +119,7 @@ def test_a_misspelt_override_would_be_found_out(tmp_path: Path) -> None:
 
 
 def test_the_guide_shows_every_format_with_a_row_that_is_told_as_such(tmp_path: Path) -> None:
-    shown = re.findall(r"^`([\w-]+)`[^\n]*\n\n```jsonl\n(.*?)```", TEXTS["docs/guide.md"], re.M | re.S)
+    shown = re.findall(r"\n\n`([\w-]+)`(?:[^\n]+\n)+\n```jsonl\n(.*?)```", TEXTS["docs/guide.md"], re.S)
     assert {name for name, _ in shown} == set(FORMATS)
     for name, text in shown:
         (tmp_path / "rows.jsonl").write_text(text)

@@ -10,6 +10,7 @@ an embedding of each row.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Annotated, Any, Union
 
 import numpy as np
@@ -22,7 +23,7 @@ from graftlm.config import PositiveCount, config
 from graftlm.data.check import prepare
 from graftlm.data.pack import Example, Pack, lay_out
 from graftlm.data.render import Rendered, Renderer, Role
-from graftlm.data.source import DataConfig, Row, SourceConfig, load_rows
+from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows
 from graftlm.model.forward import hidden_states, log_probs, packed_attention
 
 Scores = NDArray[np.float32]
@@ -85,7 +86,7 @@ class Pool:
 
     def other(self, source: str | SourceConfig) -> "Pool":
         """The rows of another source, seen in the same way; raises DataError as reading and rendering do."""
-        rows, _ = load_rows(source, network=self.network)
+        rows, _ = for_supervised(load_rows(source, network=self.network)[0])
         return replace(self, rows=rows, examples=examples_of(rows, self.renderer, self.data))
 
     def packs(self, examples: Sequence[Example]) -> Iterator[Pack]:
@@ -105,10 +106,12 @@ def examples_of(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> li
     made, _ = prepare(rows, renderer, data)
     waiting = made[::-1]
     found: list[list[Example]] = []
-    for row in rows:  # examples come in the order of their rows
-        found.append([])
-        while waiting and waiting[-1].where == row.where:
-            found[-1].append(waiting.pop())
+    for where, same in groupby(rows, lambda row: row.where):  # examples come in the order of their rows
+        copies, examples = len(list(same)), list[Example]()
+        while waiting and waiting[-1].where == where:
+            examples.append(waiting.pop())
+        each = len(examples) // copies  # a row of more weight comes several times
+        found += [examples[i * each : (i + 1) * each] for i in range(copies)]
     assert not waiting, "every example belongs to a row"
     return found
 

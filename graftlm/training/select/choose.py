@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from graftlm.config import to_tree
-from graftlm.data.formats import TEXT, Message
+from graftlm.data.convert import to_fields
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
 from graftlm.errors import DataError, OutputError, RecipeError
@@ -166,7 +166,11 @@ def _key(config: SelectorConfig, pool: Pool, base: str) -> str:
         settings,
         base,
         pool.renderer.template_hash,
-        {key: value for key, value in to_tree(pool.data).items() if key in ("mask", "max_tokens", "over_length")},
+        {
+            key: value
+            for key, value in to_tree(pool.data).items()
+            if key in ("mask", "prompt_weight", "max_tokens", "over_length")
+        },
         [_facts(row) for row in pool.rows],
         [_facts(row) for row in pool.other(target).rows] if target is not None else None,
     )
@@ -216,7 +220,7 @@ def read_scores(file: Path, count: int) -> Scores | None:
 
 def write_rows(out: Path, rows: Sequence[Row], choices: Sequence[Choice]) -> list[Path]:
     """Rows in the messages format, and beside them the scores that chose them; returns the files of scores."""
-    _write_lines(out, map(as_fields, rows))
+    _write_lines(out, map(to_fields, rows))
     beside = []
     for number, choice in enumerate(choices, start=1):
         beside.append(out.with_name(f"{out.name}.scores{f'-{number}' * (len(choices) > 1)}.jsonl"))
@@ -233,30 +237,6 @@ def check_writable(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{out} is a folder: name a file in it")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists and would be lost: choose another file, or say --overwrite")
-
-
-def as_fields(row: Row) -> dict[str, Any]:
-    """A row as the messages format has it (or `text`), with its group where it has one of its own."""
-    if row.messages[0].role == TEXT:
-        return {"text": row.messages[0].content}
-    fields: dict[str, Any] = {"messages": [_message(m) for m in row.messages]}
-    if row.tools:
-        fields["tools"] = list(row.tools)
-    first = next((m.content for m in row.messages if m.role == "user"), row.messages[0].content)
-    return fields if row.group == first else fields | {"group": row.group}
-
-
-def _message(message: Message) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        fields["tool_calls"] = list(message.tool_calls)
-    if message.thinking:
-        fields["reasoning_content"] = message.thinking
-    if message.weight is not None:
-        fields["weight"] = message.weight
-    if message.spans:
-        fields["spans"] = [list(span) for span in message.spans]
-    return fields
 
 
 def _write_lines(file: Path, lines: Iterable[Any]) -> None:

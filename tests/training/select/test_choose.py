@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 import graftlm
 from graftlm import cli
 from graftlm.config import build
-from graftlm.data.formats import Message
-from graftlm.data.source import Row, load_rows
+from graftlm.data.source import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
 from graftlm.model.load import load_tokenizer
 from graftlm.training.recipe import Recipe
@@ -181,22 +180,6 @@ def test_a_run_trains_on_what_was_chosen(base_folder: Path, rows_file: Path, tmp
     assert len(lines(tmp_path / "rows-kept.jsonl")) == 6
     with pytest.raises(RecipeError, match="select"):
         select(file, "--by", "longest", "--keep", "2", "--out", tmp_path / "no.jsonl")
-
-
-def test_rows_go_out_with_all_that_they_carry() -> None:
-    call = {"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
-    said = Message("assistant", "so", tool_calls=(call,), thinking="hm", weight=0.5, spans=((0, 1, 0.0),))
-    fields = choose.as_fields(Row([Message("user", "a"), said], "here", "mine", ({"name": "look"},)))
-    assert fields == {
-        "messages": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "so", "tool_calls": [call], "reasoning_content": "hm", "weight": 0.5,
-             "spans": [[0, 1, 0.0]]},
-        ],
-        "tools": [{"name": "look"}],
-        "group": "mine",
-    }  # fmt: skip
-    assert choose.as_fields(Row([Message("text", "all of it")], "here", "all of it")) == {"text": "all of it"}
 
 
 def test_nothing_is_asked_of_a_model_by_methods_that_count(

@@ -1,0 +1,42 @@
+"""From an empty process to the end of the first optimiser step, stage by stage, as JSON on the last line."""
+
+import json
+import time
+
+stages: dict[str, float] = {}
+started = time.perf_counter()
+
+
+def done(stage: str) -> None:
+    stages[stage] = round(time.perf_counter() - started - sum(stages.values()), 3)
+
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402, F401
+
+done("imports of torch and transformers")
+
+from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
+from graftlm.data.pack import lay_out  # noqa: E402
+from graftlm.model.attach import trainable  # noqa: E402
+from graftlm.model.forward import check_forward, check_packing  # noqa: E402
+from graftlm.training.loop import steps  # noqa: E402
+from graftlm.training.optim import adamw  # noqa: E402
+from graftlm.training.run import prepare_data  # noqa: E402
+
+done("imports of graftlm")
+model, tokenizer = load_base("smollm2")
+done("loading base and tokenizer")
+rows = prepare_data(Recipe(data=DataConfig(train="builtin:docstrings")), tokenizer).examples
+done("reading, rendering and checking 1,200 rows")
+short, long = (torch.from_numpy(row.ids.astype("int64")) for row in (min(rows, key=len), max(rows, key=len)))
+check_forward(model, long[:256])
+check_packing(model, short, long[:256], sharing=True)
+done("proving the forward pass and packing")
+attach(model, LoraConfig(), seed=0)
+done("attaching the delta")
+optimiser = adamw([(trainable(model).values(), 1e-3)], weight_decay=0.0)
+packs = [lay_out(rows[:8], 1024, packed=True, share=True)]
+next(iter(steps(model, packs, loss="supervised", optimiser=optimiser, schedule=lambda step: 1.0, clip=1.0)))
+done("the first step")
+print(json.dumps(stages))

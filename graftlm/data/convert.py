@@ -1,0 +1,88 @@
+"""Rows -> OpenAI's messages, one JSON object a line, which `load_rows` reads back to the same rows.
+
+Beside `messages` and `tools` a line may have what OpenAI has no place for: `rejected` (whole conversations that were
+liked less), `desirable` (true or false) and `group`; a message may have `spans`, [start, end, weight] of characters of
+its content. Raw text has no messages: its lines are {text}.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from graftlm.data.formats import TEXT, Message
+from graftlm.data.records import Problem
+from graftlm.data.source import Row, SourceConfig, stream_rows
+from graftlm.errors import DataError, OutputError, numbered
+
+
+def convert(
+    source: str | SourceConfig, out: Path, *, overwrite: bool = False, strict: bool = False, network: bool = False
+) -> tuple[int, list[Problem]]:
+    """Write the rows of a source to `out` as they come; returns how many there are and what is wrong with the source.
+
+    `out` appears whole or not at all. Raises OutputError where it exists already and must not be overwritten, and
+    DataError where no row can be used or, under `strict`, where one cannot.
+    """
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists: give another name, or --overwrite")
+    problems: list[Problem] = []
+    count = 0
+    draft = out.with_name(out.name + ".part")
+    try:
+        with draft.open("w", encoding="utf-8") as lines:
+            for found in stream_rows(source, network=network):
+                if isinstance(found, Problem):
+                    problems.append(found)
+                else:
+                    count += 1
+                    lines.write(json.dumps(to_fields(found), ensure_ascii=False) + "\n")
+        left_out = [str(problem) for problem in problems if problem.left_out]
+        if not count or (strict and left_out):
+            path = source if isinstance(source, str) else source.path
+            said = f"{path}: {count} rows can be used, {len(left_out)} cannot:\n{numbered(left_out)}"
+            raise DataError(said.rstrip(":\n"))
+        os.replace(draft, out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return count, problems
+
+
+def to_fields(row: Row) -> dict[str, Any]:
+    """The line of a row."""
+    first = row.messages[0]
+    fields: dict[str, Any] = {"text": first.content} if first.role == TEXT else {"messages": _messages(row.messages)}
+    if row.tools:
+        fields["tools"] = list(row.tools)
+    if row.rejected:
+        fields["rejected"] = [_messages(other) for other in row.rejected]
+    if row.desirable is not None:
+        fields["desirable"] = row.desirable
+    question = next((m.content for m in row.messages if m.role == "user"), first.content)
+    return fields if row.group == question else fields | {"group": row.group}
+
+
+def _messages(messages: list[Message]) -> list[dict[str, Any]]:
+    return [_message(message) for message in messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["content"] = message.content or None
+        fields["tool_calls"] = [_call(dict(call)) for call in message.tool_calls]
+    if message.thinking:
+        fields["reasoning_content"] = message.thinking
+    if message.weight is not None:
+        fields["weight" if message.weight <= 1 else "loss_scale"] = message.weight  # OpenAI's ends at 1
+    if message.spans:
+        fields["spans"] = [list(span) for span in message.spans]
+    return fields
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI has the arguments as JSON in a text."""
+    function = call["function"]
+    return call | {"function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}

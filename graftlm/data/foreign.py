@@ -1,0 +1,39 @@
+"""Data sets as other trainers describe them: what `llama_factory.py` and `axolotl.py` share.
+
+Each entry of a description becomes a Part: a file, a format of ours, and a function that renames its fields. What an
+entry says and we do not know or cannot honour is an error that names it; nothing that it says is passed over.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftlm.data.messages import Fields, missing
+from graftlm.errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of rows, and how to read it."""
+
+    path: str
+    format: str = "auto"
+    reshape: Callable[[Fields], Fields] = dict
+    notes: tuple[str, ...] = ()
+    """What its description says that is not used, and may be missed."""
+
+
+def only(entry: Mapping[str, Any], known: Sequence[str], cannot: Mapping[str, str], where: str) -> None:
+    """Raise DataError for a key that is not known, or that is and says more than we can do."""
+    for key, value in entry.items():
+        if key in cannot and value not in (None, False, "", []):
+            raise DataError(f"{where}: {key}: {value!r:.60} cannot be honoured: {cannot[key]}")
+        if key not in known and key not in cannot:
+            raise DataError(f"{where}: {key}: unknown key. {nearest(key, [*known, *cannot])}")
+
+
+def column(row: Fields, name: str) -> Any:
+    """What stands in a field that a description names; RowError where a row has no such field."""
+    if name not in row:
+        raise missing(row, name)
+    return row[name]

@@ -1,0 +1,149 @@
+"""LLaMA-Factory's dataset_info.json: an entry with its columns, tags and ranking -> a Part.
+
+Read for their meaning: LLaMA-Factory `data/README.md` and `src/llamafactory/data/{parser,converter}.py`.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from graftlm.data.foreign import Part, column, only
+from graftlm.data.messages import Fields, RowError, listed, read_text
+from graftlm.errors import DataError, nearest
+
+_ENTRY = ("file_name", "hf_hub_url", "formatting", "ranking", "columns", "tags", "split")
+_ENTRY_CANNOT = {
+    "ms_hub_url": "only files and data sets of the Hugging Face hub are read",
+    "script_url": "no code that comes with data is run",
+    "cloud_file_name": "only files and data sets of the Hugging Face hub are read",
+    "subset": "name a file of rows instead",
+    "folder": "name a file of rows instead",
+    "num_samples": "list the source in `data.train` with a `cap`",
+}
+_MEDIA = dict.fromkeys(("images", "videos", "audios"), "only text can be trained on")
+_COLUMNS = {
+    "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", "kto_tag"),
+    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", "kto_tag"),
+}
+_COLUMNS["openai"] = _COLUMNS["sharegpt"]
+_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
+_TAGS = {
+    "sharegpt": {
+        "role_tag": "from",
+        "content_tag": "value",
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    },
+    "openai": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "observation_tag": "tool",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    },
+}
+
+
+def part(file: Path, name: str) -> Part:
+    """The entry `name` of a dataset_info.json; its files lie beside it."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get(name), dict):
+        known = tree if isinstance(tree, dict) else ()
+        raise DataError(f"{file}: describes no data set {name!r}. {nearest(name, known)}")
+    entry, where = tree[name], f"{file}: {name}"
+    only(entry, _ENTRY, _ENTRY_CANNOT, where)
+    form = entry.get("formatting", "alpaca")
+    if form not in _COLUMNS:
+        raise DataError(f"{where}: formatting: {form!r} is not known. {nearest(str(form), _COLUMNS)}")
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    only(columns, _COLUMNS[form], _MEDIA, f"{where}: columns")
+    columns = {key: column for key, column in columns.items() if column}
+    if form == "alpaca":
+        only(tags, (), {}, f"{where}: tags")
+        columns = columns or _ALPACA
+        reshape: Callable[[Fields], Fields] = partial(_from_alpaca, columns)
+    else:
+        only(tags, tuple(_TAGS[form]), {}, f"{where}: tags")
+        usual = "messages" if form == "openai" else "conversations"
+        columns = {"messages": usual, **columns}
+        reshape = partial(_from_sharegpt, columns, _TAGS[form] | tags)
+    split = entry.get("split") or "train"
+    if entry.get("hf_hub_url"):
+        path = f"hub:{entry['hf_hub_url']}:{split}"
+    elif not entry.get("file_name"):
+        raise DataError(f"{where}: file_name or hf_hub_url is needed")
+    elif split != "train":
+        raise DataError(f"{where}: split: {split!r} cannot be honoured: a file has no splits")
+    else:
+        path = str(file.parent / entry["file_name"])
+    if entry.get("ranking"):
+        if lacking := {"chosen", "rejected"} - columns.keys():
+            raise DataError(f"{where}: ranking needs the column {sorted(lacking)[0]!r}")
+        return Part(path, "preference", reshape)
+    if "kto_tag" in columns:
+        return Part(path, "feedback", reshape)
+    if form == "alpaca" and "response" not in columns:
+        return Part(path, "text", reshape)
+    return Part(path, "alpaca" if form == "alpaca" else "sharegpt", reshape)
+
+
+def _beside(columns: Mapping[str, str], row: Fields) -> dict[str, Any]:
+    """What both formattings have beside the conversation, by our names."""
+    names = {"system": "system", "tools": "tools", "kto_tag": "label"}
+    return {ours: column(row, columns[theirs]) for theirs, ours in names.items() if theirs in columns}
+
+
+def _from_alpaca(columns: Mapping[str, str], row: Fields) -> Fields:
+    """Prompt and query stand on two lines, as they do there; with no column but the prompt it is raw text."""
+    names = [columns[key] for key in ("prompt", "query") if key in columns]
+    if columns is _ALPACA and "input" not in row:  # nobody said that there is one
+        names.remove("input")
+    asked = [read_text({name: column(row, name)}, name, default="") for name in names]
+    question = "\n".join(part for part in asked if part)
+    if not {"response", "chosen"} & columns.keys():
+        return {"text": question}
+    found = _beside(columns, row) | {"instruction": question}
+    others = {"response": "output", "chosen": "chosen", "rejected": "rejected", "history": "history"}
+    return found | {ours: column(row, columns[theirs]) for theirs, ours in others.items() if theirs in columns}
+
+
+def _from_sharegpt(columns: Mapping[str, str], tags: Mapping[str, str], row: Fields) -> Fields:
+    """A system message in the list goes before the column, as it does there."""
+    roles = {
+        tags["user_tag"]: "user",
+        tags["assistant_tag"]: "assistant",
+        tags["observation_tag"]: "tool",
+        tags["function_tag"]: "function_call",
+        tags["system_tag"]: "system",
+    }
+
+    def renamed(turn: Any, where: str) -> dict[str, Any]:
+        if not isinstance(turn, Mapping):
+            raise RowError(f"{where} must be a message, this is {turn!r:.60}")
+        role = read_text(turn, tags["role_tag"])
+        if role not in roles:
+            near = nearest(role, roles)
+            raise RowError(f"{where}: {tags['role_tag']} is {role!r}, which is none of the tags. {near}")
+        rest = {key: value for key, value in turn.items() if key not in (tags["role_tag"], tags["content_tag"])}
+        return rest | {"role": roles[role], "content": turn.get(tags["content_tag"])}
+
+    name = columns["messages"]
+    turns = [renamed(turn, f"{name}[{index}]") for index, turn in enumerate(listed(row, name, "message"))]
+    found = _beside(columns, row) | {"conversations": turns}
+    if turns[0]["role"] == "system":
+        found.pop("system", None)
+    for key in {"chosen", "rejected"} & columns.keys():
+        found[key] = renamed(column(row, columns[key]), columns[key])
+    return found

@@ -1,0 +1,257 @@
+"""Messages as they stand in a row -> Message: the roles, tool calls, thoughts and weights that others' files have.
+
+Every function here takes fields and raises RowError, which names the field, what was found and what is near.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftlm.errors import nearest
+
+Fields = Mapping[str, Any]
+
+CALL = "call"
+"""Of a ShareGPT turn whose whole text is the JSON of tool calls (`function_call`)."""
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+"""OpenAI's roles, and ours."""
+SHAREGPT_ROLES = ROLES | {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": CALL,
+}
+PAIRS = (("human", "user", "tool"), ("assistant", "gpt", "bot"))
+"""Keys of a turn that holds both what was asked and what was answered."""
+TEXT = "text"
+"""The role of the one message of a raw text row: it is not rendered by a chat template."""
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+    tool_calls: tuple[Fields, ...] = ()
+    """What an assistant asks of tools, as templates take it: {"type": "function", "function": {name, arguments}}."""
+    thinking: str = ""
+    """What an assistant thought before its answer (`reasoning_content`), for templates that have a place for it."""
+    weight: float | None = None
+    """The weight of its tokens in the loss in place of the mask's; None leaves it to the mask."""
+    spans: tuple[tuple[int, int, float], ...] = ()
+    """(start, end, weight): characters of `content` with a weight of their own."""
+
+
+class RowError(ValueError):
+    """What is wrong with one row; `source.py` adds where it stands."""
+
+
+# Fields ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(row: Fields, key: str, default: str | None = None) -> str:
+    """The text in a field; where there is a default it may be missing or null."""
+    value = row.get(key, default)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise missing(row, key)
+    if not isinstance(value, str):
+        raise RowError(f"field {key!r} must be text, this is a {type(value).__name__}: {value!r:.60}")
+    return value
+
+
+def missing(row: Fields, key: str) -> RowError:
+    found = "it is null" if key in row else f"found {sorted(map(str, row))}. {nearest(key, map(str, row))}"
+    return RowError(f"field {key!r} is needed, {found}")
+
+
+def listed(row: Fields, key: str, what: str = "entry") -> list[Any]:
+    """The list in a field, of at least one thing."""
+    value = row.get(key)
+    if value is None:
+        raise missing(row, key)
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {key!r} must be a list of at least one {what}, this is {value!r:.60}")
+    return value
+
+
+# Messages ----------------------------------------------------------------------------------------------------------
+
+
+def read_messages(row: Fields, key: str, roles: Mapping[str, str]) -> list[Message]:
+    """The messages in a list of turns; turns are {role, content}, {from, value} or {human, assistant}."""
+    found: list[Message] = []
+    calls: set[str] = set()
+    for index, turn in enumerate(listed(row, key, "message")):
+        try:
+            if not isinstance(turn, Mapping):
+                names = "'from' and 'value'" if roles is SHAREGPT_ROLES else "'role' and 'content'"
+                raise RowError(f"a message must be a mapping with {names}, this is {turn!r:.60}")
+            found += _turn(turn, roles)
+            answered = turn.get("tool_call_id")
+            if found[-1].role == "tool" and calls and answered is not None and answered not in calls:
+                near = nearest(str(answered), calls)
+                raise RowError(f"tool_call_id {answered!r} is no call that was made before. {near}")
+            calls |= {str(call["id"]) for call in found[-1].tool_calls if "id" in call}
+        except RowError as error:
+            raise RowError(f"{key}[{index}]: {error}") from None
+    return found
+
+
+def _turn(turn: Fields, roles: Mapping[str, str]) -> Iterator[Message]:
+    if roles is SHAREGPT_ROLES and "role" not in turn:
+        asked, answer = (next((key for key in keys if key in turn), None) for keys in PAIRS)
+        if "from" not in turn and asked and answer:
+            yield Message("tool" if asked == "tool" else "user", read_text(turn, asked))
+            yield Message("assistant", read_text(turn, answer))
+            return
+        role_key, text_key = "from", "value"
+    else:
+        role_key, text_key = "role", "value" if "value" in turn and "content" not in turn else "content"
+    said = read_text(turn, role_key)
+    if said not in roles:
+        plain = said.strip().lower()
+        near = f"Did you mean {plain!r}?" if plain in roles else nearest(said, roles)
+        raise RowError(f"{role_key} is {said!r}, which is no role. {near}")
+    if roles[said] == CALL:
+        yield Message("assistant", "", tool_calls=_calls(_loaded(read_text(turn, text_key), text_key)))
+        return
+    yield _message(turn, roles[said], text_key)
+
+
+def _message(turn: Fields, role: str, text_key: str) -> Message:
+    calls: tuple[dict[str, Any], ...] = ()
+    if turn.get("tool_calls"):
+        calls = _calls(turn["tool_calls"])
+    elif turn.get("function_call"):  # OpenAI's older way
+        calls = _calls(turn["function_call"])
+    if calls and role != "assistant":
+        raise RowError(f"tool_calls in a message of the role {role!r}: only an assistant calls tools")
+    content, spans = _content(turn, text_key, needed=not calls)
+    if turn.get("spans"):
+        spans = read_spans(turn["spans"], len(content))
+    thinking = ""
+    if role == "assistant":
+        thinking = read_text(turn, "reasoning_content" if "reasoning_content" in turn else "thinking", default="")
+    return Message(role, content, calls, thinking, _weight(turn, role), spans)
+
+
+def _content(turn: Fields, key: str, *, needed: bool) -> tuple[str, tuple[tuple[int, int, float], ...]]:
+    """The text, which may come in parts that are put end to end; a part with a `train` of its own is a span."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return read_text(turn, key, default=None if needed else ""), ()
+    text, spans = "", []
+    for part in parts:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise RowError(f"{key} holds a part of the type {kind!r}: only text can be trained on")
+        start, text = len(text), text + read_text(part, "text")
+        if part.get("train") is not None:
+            if not isinstance(part["train"], bool):
+                raise RowError(f"'train' of a part of {key} must be true or false, this is {part['train']!r:.60}")
+            spans.append((start, len(text), float(part["train"])))
+    return text, tuple(spans)
+
+
+def read_spans(spans: Any, length: int) -> tuple[tuple[int, int, float], ...]:
+    """[[start, end, weight], ...] in order, within a text of this length and not across each other."""
+    found: list[tuple[int, int, float]] = []
+    for span in spans if isinstance(spans, list) else [spans]:
+        whole = isinstance(span, list | tuple) and len(span) == 3
+        if not whole or not all(isinstance(place, int) and not isinstance(place, bool) for place in span[:2]):
+            raise RowError(f"a span must be [start, end, weight], this is {span!r:.60}")
+        start, end, weight = span
+        if not (found[-1][1] if found else 0) <= start <= end <= length:
+            raise RowError(f"span {span!r} is out of order or outside the text, which has {length} characters")
+        found.append((start, end, _number(weight, "the weight of a span", most=math.inf)))
+    return tuple(found)
+
+
+def _weight(turn: Fields, role: str) -> float | None:
+    """OpenAI's `weight`, 0 to 1; or ms-swift's `loss` and `loss_scale`, which are about answers only."""
+    if turn.get("weight") is not None:
+        return _number(turn["weight"], "weight", most=1)
+    if role != "assistant":
+        return None
+    loss = turn.get("loss")
+    if loss is not None and not isinstance(loss, bool):
+        raise RowError(f"loss must be true or false, this is {loss!r:.60}")
+    if turn.get("loss_scale") is not None and loss is not False:
+        return _number(turn["loss_scale"], "loss_scale", most=math.inf)
+    return None if loss is None else float(loss)
+
+
+def _number(value: Any, what: str, *, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError(f"{what} must be a number, this is {value!r:.60}")
+    if not 0 <= value <= most or math.isinf(value):
+        raise RowError(f"{what} is {value!r}, out of range: it must be from 0 to {most:g}")
+    return float(value)
+
+
+# Tools -------------------------------------------------------------------------------------------------------------
+
+
+def read_tools(row: Fields) -> tuple[dict[str, Any], ...]:
+    """The field `tools`: a list of functions, or its JSON; bare functions are put into OpenAI's {type, function}."""
+    tools = row.get("tools")
+    if tools is None or tools == "":
+        return ()
+    tools = _loaded(tools, "tools") if isinstance(tools, str) else tools
+    return tuple(_function(tool, f"tools[{i}]") for i, tool in enumerate(_several(tools, "tools")))
+
+
+def _calls(calls: Any) -> tuple[dict[str, Any], ...]:
+    found = []
+    for index, call in enumerate(_several(calls, "tool_calls")):
+        where = f"tool_calls[{index}]"
+        call = _function(call, where)
+        function = dict(call["function"])
+        arguments = function.get("arguments")
+        arguments = {} if arguments is None else arguments
+        if isinstance(arguments, str):  # OpenAI has them as JSON in a text, templates take the mapping
+            arguments = _loaded(arguments, f"{where}: arguments") if arguments.strip() else {}
+        if not isinstance(arguments, Mapping):
+            raise RowError(f"{where}: arguments must be a mapping or its JSON, this is {arguments!r:.60}")
+        found.append({**call, "function": {"name": function["name"], "arguments": dict(arguments)}})
+    return tuple(found)
+
+
+def _function(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise RowError(f"{where} must be a mapping, this is {entry!r:.60}")
+    whole = dict(entry) if "function" in entry else {"type": "function", "function": dict(entry)}
+    function = whole["function"]
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        raise RowError(f"{where} names no function: {function!r:.60}")
+    return {"type": "function", **whole}
+
+
+def _several(value: Any, what: str) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [value]
+    if not isinstance(value, list):
+        raise RowError(f"{what} must be a list, this is {value!r:.60}")
+    return value
+
+
+def _loaded(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what} is not valid JSON ({error}): {text!r:.60}") from None

@@ -1,0 +1,96 @@
+"""Several sources in one training set: how many rows of each an epoch has, and which.
+
+A source of n rows (after its cap) with weight w has a share of the epoch in proportion to w n^(1/T). T = 1 with all
+weights alike is every row once; T = 2 is square-root sampling, large T gives all sources alike (Raffel et al. 2020,
+arXiv:1910.10683, section 3.5.2; T with a cap is theirs too). The epoch is as long as all rows together, and exact: of a
+source that owes k rows each row comes k // n times, and k % n of them, drawn from the seed, once more.
+
+Nothing is drawn while training runs, so the mixture depends on files, recipe and seed alone.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftlm.data.records import Problem
+from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, and what is to be told of the files that they come from."""
+
+    train: list[Row]
+    held_out: list[Row]
+    format: str
+    problems: list[str]
+    """Rows that are left out: `file:line: reason`."""
+    notes: list[str]
+
+
+def read_data(data: DataConfig, *, seed: int, network: bool = False) -> Data:
+    """Read all sources, put rows aside and mix the others; raises DataError as `load_rows` and `split` do."""
+    told: list[Problem] = []
+    sources = data.sources()
+    loaded = [load_rows(source, network=network, strict=data.strict, problems=told) for source in sources]
+    rows, notes = for_supervised([row for part, _ in loaded for row in part])
+    if isinstance(data.held_out, int | float):
+        rows, aside = split(rows, data.held_out, seed)
+    else:
+        aside, _ = load_rows(data.held_out, network=network, strict=data.strict, problems=told)
+        aside, _ = for_supervised(aside)
+    if len(sources) > 1 or sources[0].cap is not None:
+        kept = {id(row) for row in rows}
+        parts = [[row for row in part if id(row) in kept] for part, _ in loaded]
+        rows, shares = mix(parts, sources, temperature=data.mix_temperature, seed=seed)
+        notes += shares
+    problems = [str(problem) for problem in told if problem.left_out]
+    notes += [str(problem) for problem in told if not problem.left_out]
+    return Data(rows, aside, ", ".join(dict.fromkeys(name for _, name in loaded)), problems, notes)
+
+
+def mix(
+    parts: Sequence[Sequence[Row]], sources: Sequence[SourceConfig], *, temperature: float, seed: int
+) -> tuple[list[Row], list[str]]:
+    """The rows of one epoch, source by source in the order of their files, and a line on each source for the report."""
+    capped = [
+        _drawn(rows, source.cap, seed, f"cap {i}") for i, (rows, source) in enumerate(zip(parts, sources, strict=True))
+    ]
+    sizes = [len(rows) for rows in capped]
+    mass = [s.weight * n ** (1 / temperature) if n else 0.0 for s, n in zip(sources, sizes, strict=True)]
+    owed = apportion(sum(sizes), mass)
+    mixed: list[Row] = []
+    notes = []
+    for index, (rows, source, count) in enumerate(zip(capped, sources, owed, strict=True)):
+        whole, rest = divmod(count, len(rows)) if rows else (0, 0)
+        again = {id(row) for row in _drawn(rows, rest, seed, f"rest {index}")}
+        mixed += [row for row in rows for _ in range(whole + (id(row) in again))]
+        times = f"{whole}" if not rest else f"{whole} or {whole + 1}"
+        notes.append(f"{source.path}: {count:,} rows of an epoch, from {len(parts[index]):,}; each comes {times} times")
+    return mixed, notes
+
+
+def apportion(total: int, mass: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to `mass` that add up to `total`; what is left goes to the largest remainders."""
+    whole = sum(mass)
+    if not whole:
+        return [0] * len(mass)
+    exact = [total * part / whole for part in mass]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(mass)), key=lambda i: counts[i] - exact[i])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def _drawn(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> list[Row]:
+    """So many of the rows, drawn by where they stand, in their order; all of them where there is no limit."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    order = sorted(range(len(rows)), key=lambda i: _digest(f"{seed}:{purpose}:{rows[i].where}"))
+    return [rows[i] for i in sorted(order[:count])]
+
+
+def _digest(text: str) -> Any:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

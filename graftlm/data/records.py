@@ -1,0 +1,285 @@
+"""Files -> records: what stands in a file, one row at a time, and what of it cannot be read.
+
+Damage is met row by row: a byte that is no UTF-8, a line that is cut off or a key that is given twice costs that row
+and no other. Only where a file as a whole is not what its ending says is there a DataError. A .json file is one value,
+so it is held whole; the others are read as they come, at bounded memory.
+"""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.data import docstrings
+from graftlm.errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a row, and whether the row was left out for it or only is to be told."""
+
+    where: str
+    reason: str
+    left_out: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+Record = tuple[str, Any]  # where it stands, and what stands there
+
+BUILTIN: dict[str, Callable[[], list[dict[str, str]]]] = {"docstrings": docstrings.rows}
+NUL = "\udc00"
+"""In text from a .csv file a byte of zero, which Python's csv cannot read; other odd bytes are U+DC80 to U+DCFF."""
+
+
+def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
+    """The records of a file, of `hub:org/name[:split]` or of `builtin:NAME`, in order; DataError where there are none
+    to be had."""
+    kind, colon, name = path.partition(":")
+    if colon and kind == "builtin":
+        if name not in BUILTIN:
+            raise DataError(f"{path}: no such built-in data set. {nearest(name, BUILTIN)}")
+        return ((f"{path}:{i}", row) for i, row in enumerate(BUILTIN[name](), start=1))
+    if colon and kind == "hub":
+        return _hub(name, network)
+    file = Path(path).expanduser()
+    if not file.is_file():
+        folder = file if file.is_dir() else file.parent
+        siblings = [str(p) for p in folder.iterdir() if p.suffix in READERS] if folder.is_dir() else []
+        what = "is a folder, a file of rows is needed" if file.is_dir() else "no such file"
+        raise DataError(f"{path}: {what}. {nearest(path, siblings)}")
+    if file.suffix not in READERS:
+        raise DataError(f"{path}: cannot read {file.suffix or 'files without an ending'}. Known: {', '.join(READERS)}")
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(4096)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    if not head:
+        raise DataError(f"{path}: the file is empty")
+    if file.suffix != ".parquet" and (
+        head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * head.count(0) > len(head) > 8
+    ):
+        raise DataError(
+            f"{file}:1: the file contains NUL bytes, as UTF-16 does, and is not UTF-8. Convert it, for example with "
+            "iconv -f utf-16 -t utf-8"
+        )
+    return READERS[file.suffix](file)
+
+
+# JSON --------------------------------------------------------------------------------------------------------------
+
+
+class _Refused(ValueError):
+    """JSON that Python would read, and lose something on the way."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Refused(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is given twice in one object")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise _Refused(f"{name} is no JSON value: write null, or leave the field out")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_LENIENT = json.JSONDecoder()
+
+
+def _json_reason(error: Exception, text: str) -> str:
+    """What is wrong with a line of JSON."""
+    if isinstance(error, RecursionError):
+        return "not valid JSON: it is nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    cut = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+    end = ": the line ends in the middle of a value, it is cut off" if cut else ""
+    return f"not valid JSON: {error.msg} at column {error.colno}{end}"
+
+
+def _jsonl(file: Path) -> Iterator[Record | Problem]:
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            where = f"{file}:{number}"
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw.strip():
+                yield Problem(where, "the line is blank", left_out=False)
+                continue
+            if b"\0" in raw:
+                yield Problem(where, f"the line contains NUL bytes (the first is byte {raw.index(0) + 1}): damaged")
+                continue
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield Problem(where, _not_utf8(raw[error.start]))
+                continue
+            try:
+                record = _STRICT.decode(text)
+            except (ValueError, RecursionError) as error:
+                yield Problem(where, _json_reason(error, text))
+                continue
+            yield where, record
+
+
+def _not_utf8(byte: int) -> str:
+    return f"byte {byte:#04x} is not UTF-8. Convert the file, for example with iconv -f latin1 -t utf-8"
+
+
+def _json(file: Path) -> Iterator[Record | Problem]:
+    """The elements of a list, each read by itself, with the line on which it begins; or JSON by the line."""
+    text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
+    odd_bytes = not text.isascii() and any("\udc80" <= c <= "\udcff" for c in set(text))
+    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
+    place = skip(text, 0).end()
+    if not text.startswith("[", place):
+        end = len(text)
+        with suppress(ValueError, RecursionError):
+            _, end = _LENIENT.raw_decode(text, place)
+        several = text[end:].strip()  # then it is JSON by the line, whatever its ending
+        yield from _jsonl(file) if several else _json_object(file, text)
+        return
+    place = skip(text, place + 1).end()
+    line, counted, number = 1, 0, 0
+    while not text.startswith("]", place):
+        line, counted, number = line + text.count("\n", counted, place), place, number + 1
+        where = f"{file}:{line}: row {number}"
+        try:
+            found: Record | Problem
+            try:
+                value, end = _STRICT.raw_decode(text, place)
+                found = where, value
+            except _Refused as error:
+                value, end = _LENIENT.raw_decode(text, place)
+                found = Problem(where, str(error))
+            if odd_bytes and (byte := next((c for c in text[place:end] if "\udc80" <= c <= "\udcff"), "")):
+                found = Problem(where, _not_utf8(ord(byte) - 0xDC00))
+            yield found
+            place = skip(text, end).end()
+            comma = text.startswith(",", place)
+            place = skip(text, place + comma).end()
+            if comma == text.startswith("]", place):
+                raise json.JSONDecodeError("Expecting a value" if comma else "Expecting ',' or ']'", text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            why = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+            yield Problem(f"{file}:{at}", f"not valid JSON: {why}. What follows was not read")
+            return
+    if text[place + 1 :].strip():
+        last = text.count("\n") + 1
+        yield Problem(f"{file}:{last}", "there is more after the end of the list, which was not read")
+
+
+def _json_object(file: Path, text: str) -> Iterator[Record]:
+    """A file that is one mapping: a task of Super-NaturalInstructions is a row of many instances."""
+    try:
+        tree = _STRICT.decode(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from None
+    if isinstance(tree, dict) and "Instances" in tree:
+        yield str(file), tree
+        return
+    described = [name for name, entry in tree.items() if isinstance(entry, dict)] if isinstance(tree, dict) else []
+    near = f". If it describes data sets, write {file}:NAME. {nearest('', described)}" if described else ""
+    raise DataError(f"{file}: a .json file of rows holds a list, this holds a {type(tree).__name__}{near}")
+
+
+# Tables ------------------------------------------------------------------------------------------------------------
+
+
+def _csv(file: Path) -> Iterator[Record | Problem]:
+    """Rows by the names in the header, all of them text; a row is named by the line on which it begins."""
+    limit = csv.field_size_limit(2**31 - 1)  # the limit of 128 KiB would refuse a long document
+    try:
+        with io.TextIOWrapper(file.open("rb"), "utf-8-sig", "surrogateescape", newline="") as stream:
+            reader = csv.reader((line.replace("\0", NUL) for line in stream), strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{file}:1: two columns have the same name: {header}")
+            while True:
+                where = f"{file}:{reader.line_num + 1}"
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    end = reader.line_num
+                    yield Problem(where, f"not valid CSV: {error} in line {end}. What stands before that is left out")
+                    continue
+                odd = next((c for cell in cells if not cell.isascii() for c in cell if NUL <= c <= "\udcff"), "")
+                if not cells:
+                    yield Problem(where, "the line is blank", left_out=False)
+                elif odd:
+                    yield Problem(where, "contains a NUL byte: damaged" if odd == NUL else _not_utf8(ord(odd) - 0xDC00))
+                elif len(cells) != len(header):
+                    yield Problem(where, f"has {len(cells)} columns, the header has {len(header)}: {header}")
+                else:
+                    yield where, dict(zip(header, cells, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(file: Path) -> Iterator[Record | Problem]:
+    import pyarrow.parquet  # type: ignore[import-untyped] # comes with datasets, whose own reader fills a cache
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", row
+    except Exception as error:
+        after = f" (after row {number})" if number else ""
+        raise DataError(f"{file}: not a readable parquet file: {error}{after}") from None
+
+
+def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
+    import datasets
+
+    name, _, part = name.partition(":")
+    part = part or "train"
+    try:
+        with nullcontext() if network else _offline():
+            table = datasets.load_dataset(name, split=part)
+    except Exception as error:
+        off = "" if network else " It is not in the local cache, and the network is off: `network: true` fetches it."
+        raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}") from None
+    return ((f"hub:{name}:{part}: row {index}", row) for index, row in enumerate(table, start=1))
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Inside, the hub's libraries make no request: their own arguments leave some that are made all the same."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record | Problem]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

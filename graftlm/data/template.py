@@ -1,0 +1,293 @@
+"""Chat templates in a process of their own, under limits.
+
+A template comes with a model from anywhere and is a program. jinja2's sandbox keeps it from the interpreter; it does
+not keep it from running for ever or from filling the memory. So it runs in a child process with a second of processor
+time and 64 MiB for each row, which holds nothing and can be thrown away. Rows travel as lines of JSON.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+SECONDS = 0.8
+"""Of processor time for the renders of one row: loops are interrupted then."""
+
+CLOCK_SECONDS = 0.5
+MORE_SECONDS = 0.4
+PATIENCE_SECONDS = 30.0
+"""What cannot be interrupted is killed when, from half a second on, it has used so much more of the processor; on a
+machine too busy to give it that, when the patience is over."""
+
+START_SECONDS = 10.0
+"""For python to start, and to read the template."""
+
+MEMORY_MIB = 64
+"""What the renders of one row may need beside the row itself."""
+
+
+TOO_LONG = f"it ran for more than {SECONDS:g} s and was stopped"
+TOO_LARGE = f"it needs more than {MEMORY_MIB} MiB and was stopped"
+
+
+class TemplateError(Exception):
+    """What a template said when it refused, or why it was stopped."""
+
+
+@dataclass
+class _Child:
+    process: "subprocess.Popen[bytes]"
+    owner: int
+    deadline: float | None = None
+    late: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Template:
+    """A chat template with the variables that its tokenizer gives it (`bos_token` ...). Safe to fork and to copy."""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        self.source = source
+        self.variables = dict(variables)
+        self._child: _Child | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_child": None}
+
+    def __deepcopy__(self, memo: Any) -> "Template":
+        return Template(self.source, self.variables)
+
+    def render(
+        self,
+        chats: Sequence[Sequence[Mapping[str, Any]]],
+        wanted: Sequence[tuple[int, int, bool]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[str]:
+        """The texts of `wanted`: (which of `chats`, how many of its messages, whether an answer is to follow).
+
+        Raises TemplateError with what the template says, or with the limit that stopped it.
+        """
+        answer = self._ask({"chats": chats, "wanted": wanted, "tools": list(tools) or None})
+        if "texts" not in answer:
+            raise TemplateError(answer.get("error") or answer["stopped"])
+        texts: list[str] = answer["texts"]
+        return texts
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        child = self._running()
+        pipes, answer = child.process, None
+        assert pipes.stdin is not None
+        assert pipes.stdout is not None
+        with child.lock:
+            try:
+                child.deadline = time.monotonic() + CLOCK_SECONDS
+                with contextlib.suppress(BrokenPipeError):
+                    pipes.stdin.write(json.dumps(request).encode() + b"\n")
+                    pipes.stdin.flush()
+                    answer = json.loads(pipes.stdout.readline() or b"null")
+                child.deadline = None
+            finally:
+                # An answer that was not waited for (Ctrl-C) must not be taken for the next one, and a process that was
+                # stopped may hold much: both are not asked again.
+                if answer is None or "stopped" in answer:
+                    self._child = None
+                    _end(child)
+        if answer is None:
+            answer = {"stopped": TOO_LONG if child.late else TOO_LARGE}
+        return answer
+
+    def _running(self) -> _Child:
+        """The child process, started where this process (after a fork: this one) has none yet."""
+        if self._child is None or self._child.owner != os.getpid() or self._child.process.poll() is not None:
+            command = [sys.executable, "-I", str(Path(__file__))]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 (ourselves)
+            self._child = child = _Child(process, os.getpid())
+            weakref.finalize(self, _end, child)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            child.deadline = time.monotonic() + START_SECONDS
+            threading.Thread(target=_watch, args=(child,), daemon=True).start()
+            process.stdin.write(json.dumps({"template": self.source, "variables": self.variables}).encode() + b"\n")
+            process.stdin.flush()
+            ready = json.loads(process.stdout.readline() or b'{"error": "reading it was stopped"}')
+            child.deadline = None
+            if "error" in ready:
+                self._child = None
+                _end(child)
+                raise TemplateError(ready["error"])
+        return self._child
+
+
+def _end(child: _Child) -> None:
+    """Kill the process, unless it is that of another one that this was forked from."""
+    if child.owner == os.getpid():
+        child.process.kill()
+        for pipe in (child.process.stdin, child.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        child.process.wait()
+
+
+def _watch(child: _Child) -> None:
+    """Kill a child whose answer is late: a single long operation cannot be interrupted from inside."""
+    late_since, used_by_then = 0.0, 0.0
+    while child.process.poll() is None:
+        if (deadline := child.deadline) is not None and time.monotonic() > deadline:
+            used = _processor_seconds(child.process.pid)
+            if deadline != late_since:
+                late_since, used_by_then = deadline, used
+            if used - used_by_then > MORE_SECONDS or time.monotonic() > deadline + PATIENCE_SECONDS:
+                child.late = True
+                child.process.kill()
+        time.sleep(0.02)
+
+
+def _processor_seconds(pid: int) -> float:
+    """What a process has used of the processor; where nobody says so, the time on the clock."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.monotonic()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# In the child: nothing below is called elsewhere, and nothing but jinja2 is imported -------------------------------
+
+
+def _environment() -> Any:
+    """What transformers offers to templates, in jinja2's sandbox."""
+    import datetime
+
+    from jinja2 import TemplateError as JinjaError
+    from jinja2 import nodes, pass_context
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """`{% generation %} ... {% endgeneration %}` around answers: we find them otherwise, so it is what it holds."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    class PlainNamespace(Namespace):
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise SecurityError(f"namespace attribute {name!r}")
+            super().__setitem__(name, value)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise JinjaError(message)
+
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
+        # Nothing is computed before a row is there and its clock runs: no constant is folded, in output neither.
+        optimized=False,
+        finalize=pass_context(lambda context, value: value),
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(
+        raise_exception=raise_exception,
+        strftime_now=lambda form: datetime.datetime.now().strftime(form),
+        namespace=PlainNamespace,
+        dict=lambda *pairs, **named: dict(*pairs, **named),
+    )
+    return environment
+
+
+class _Stopped(BaseException):
+    """Raised by the clock; nothing in a template can catch it."""
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Stopped
+
+
+def _limit_memory(mib: int | None, beside: int = 0) -> None:
+    """Let this process have so much more than it has now; None lifts the limit."""
+    try:
+        import resource
+
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError):  # no such limits here: the clock's is left
+        return
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (most if mib is None else now + beside + mib * 2**20, most))
+
+
+def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, Any]) -> list[str]:
+    return [
+        template.render(
+            **variables,
+            messages=request["chats"][which][:count],
+            tools=request["tools"],
+            documents=None,
+            add_generation_prompt=answer_next,
+        )
+        for which, count, answer_next in request["wanted"]
+    ]
+
+
+def _answer(template: Any, variables: Mapping[str, str], line: bytes) -> bytes:
+    said: dict[str, Any]
+    try:
+        request = json.loads(line)
+        _limit_memory(MEMORY_MIB, beside=4 * len(line))
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        said = {"texts": _texts(template, variables, request)}
+    except _Stopped:
+        said = {"stopped": TOO_LONG}
+    except MemoryError:
+        said = {"stopped": TOO_LARGE}
+    except RecursionError:
+        said = {"error": "it calls itself without end"}
+    except Exception as error:
+        said = {"error": f"{error}" or type(error).__name__}
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _limit_memory(None)
+    return json.dumps(said).encode()
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    first = json.loads(requests.readline())
+    signal.signal(signal.SIGVTALRM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks; it closes our input when it ends
+    try:
+        environment = _environment()
+        _limit_memory(MEMORY_MIB, beside=4 * len(first["template"]))
+        template = environment.from_string(first["template"])
+        said = b"{}"
+    except Exception as error:
+        said = json.dumps({"error": f"it is not a template: {error}"}).encode()
+    answers.write(said + b"\n")
+    answers.flush()
+    for line in requests:
+        answers.write(_answer(template, first["variables"], line) + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,75 @@
+"""Mixtures: shares are what the formula says, epochs are exact, and the seed is all that is drawn from."""
+
+from collections import Counter
+
+import pytest
+
+from graftlm.data.formats import Message
+from graftlm.data.mixing import apportion, mix
+from graftlm.data.source import Row, SourceConfig
+
+
+def rows(name: str, count: int) -> list[Row]:
+    return [Row([Message("user", "q"), Message("assistant", f"{n}")], f"{name}:{n}", "q") for n in range(count)]
+
+
+def source(**options: float | int) -> SourceConfig:
+    return SourceConfig(path="x", **options)  # type: ignore[arg-type]
+
+
+def count(mixed: list[Row]) -> dict[str, int]:
+    return dict(Counter(row.where.split(":")[0] for row in mixed))
+
+
+def test_with_nothing_said_an_epoch_is_every_row_once() -> None:
+    parts = [rows("a", 7), rows("b", 13), rows("c", 1)]
+    mixed, notes = mix(parts, [source()] * 3, temperature=1.0, seed=0)
+    assert mixed == [row for part in parts for row in part]
+    assert len(notes) == 3
+
+
+@pytest.mark.parametrize(
+    ("temperature", "weights", "wanted"),
+    [
+        (2.0, (1.0, 1.0), {"a": 40, "b": 360}),  # square roots of 4 and 324 are 2 and 18, a tenth and nine tenths
+        (1e9, (1.0, 1.0), {"a": 200, "b": 200}),
+        (1.0, (81.0, 1.0), {"a": 200, "b": 200}),
+        (1e9, (3.0, 1.0), {"a": 300, "b": 100}),
+    ],
+)
+def test_shares_follow_weight_and_temperature(
+    temperature: float, weights: tuple[float, float], wanted: dict[str, int]
+) -> None:
+    """4 and 324 rows, and 72 of a third source that has no weight to speak of: an epoch has 400."""
+    parts = [rows("a", 4), rows("b", 324), rows("c", 72)]
+    sources = [source(weight=weight) for weight in (*weights, 1e-9)]
+    assert count(mix(parts, sources, temperature=temperature, seed=0)[0]) == wanted
+
+
+def test_every_row_of_a_source_comes_equally_often_but_for_one_more() -> None:
+    mixed, notes = mix([rows("a", 7), rows("b", 93)], [source(weight=5.0), source()], temperature=1e9, seed=0)
+    times = Counter(row.where for row in mixed)
+    for name, size in (("a", 7), ("b", 93)):
+        seen = [times[f"{name}:{n}"] for n in range(size)]
+        assert max(seen) - min(seen) <= 1
+    assert sum(times.values()) == 100
+    assert "each comes 11 or 12 times" in notes[0]
+
+
+def test_a_cap_draws_rows_that_follow_from_the_seed() -> None:
+    parts = [rows("a", 100), rows("b", 10)]
+    sources = [source(cap=10), source()]
+    first, _ = mix(parts, sources, temperature=1.0, seed=0)
+    assert count(first) == {"a": 10, "b": 10}
+    assert first == mix(parts, sources, temperature=1.0, seed=0)[0]
+    assert first != mix(parts, sources, temperature=1.0, seed=1)[0]
+    assert [row.where for row in first[:10]] == sorted((r.where for r in first[:10]), key=lambda w: int(w[2:]))
+
+
+@pytest.mark.parametrize("total", [0, 1, 10, 997])
+def test_what_is_apportioned_adds_up(total: int) -> None:
+    for mass in ([1.0], [1.0, 1.0, 1.0], [0.1, 5.0, 0.0, 2.5]):
+        counts = apportion(total, mass)
+        assert sum(counts) == total
+        assert all(abs(n - total * part / sum(mass)) < 1 for n, part in zip(counts, mass, strict=True))
+    assert apportion(5, [0.0, 0.0]) == [0, 0]

@@ -1,0 +1,146 @@
+"""Templates from anywhere: what transformers would render, and nothing else, within a second and 64 MiB."""
+
+import os
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+
+from graftlm.data.template import Template, TemplateError
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def render(source: str, *, variables: dict[str, str] | None = None) -> str:
+    return Template(source, variables or {}).render([CHAT], [(0, 2, False)])[0]
+
+
+ESCAPES = {
+    "class": "{{ ''.__class__ }}",
+    "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals of a function": "{{ raise_exception.__globals__ }}",
+    "code of a function": "{{ strftime_now.__code__ }}",
+    "through attr": "{{ ''|attr('__class__') }}",
+    "through attr of a format": "{{ (''|attr('format'))('{0.__class__}', '') }}{{ '{0.__class__}'.format('') }}",
+    "through map": "{{ ['']|map(attribute='__class__')|list }}",
+    "through a namespace": "{% set n = namespace() %}{{ n.__init__.__globals__ }}",
+    "into a namespace": "{% set n = namespace() %}{% set n.__class__ = 1 %}{{ n.__class__ }}",
+    "through cycler": "{{ cycler.__init__.__globals__.os }}",
+    "through joiner": "{{ joiner.__init__.__globals__ }}",
+    "through lipsum": "{{ lipsum.__globals__['os'] }}",
+    "through self": "{{ self.__init__.__globals__ }}",
+    "through a macro": "{% macro m() %}{% endmacro %}{{ m.__init__.__globals__ }}",
+    "by changing a message": "{% set _ = messages.append(1) %}",
+    "by changing fields": "{% set _ = messages[0].update({'role': 'x'}) %}",
+    "an import": "{% import 'os' as os %}{{ os }}",
+    "an include": "{% include '/etc/passwd' %}",
+    "format_map": "{{ '{x.__class__}'.format_map({'x': ''}) }}",
+    "a generator's frame": "{{ (messages|map('upper')).gi_frame }}",
+}
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_template_cannot_get_out(name: str) -> None:
+    try:
+        text = render(ESCAPES[name])
+    except TemplateError:
+        return
+    assert not any(sign in text for sign in ("<class", "<function", "<module", "root:", "<built-in", "<frame")), text
+
+
+BOMBS = {
+    "endless in effect": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "a recursion that doubles": "{% macro m(n) %}{% if n %}{{ m(n-1) ~ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "a long string": "{{ 'a' * 10**10 }}",
+    "a wide column": "{{ 'a'|center(10**10) }}",
+    "a wide format": "{{ '%10000000000d' % 1 }}",
+    "a wide format by method": "{{ '{:>10000000000}'.format(1) }}",
+    "a batch": "{{ [1]|batch(10**9, 0)|list }}",
+    "a deep indent": "{{ ('a\n' * 50000)|indent(100000) }}",
+    "doubling": "{% set n = namespace(a='aaaaaaaa') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+    "doubling of a list": "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "a power": "{{ 7 ** (10 ** 9) }}",
+    "a power of a power": "{{ 7 ** (10 ** 7) % 3 ** (10 ** 7) }}",
+    "much output": "{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_does_not_end_or_needs_much_is_stopped_and_the_next_row_is_rendered(name: str) -> None:
+    template = Template("{% if messages[0].content == 'bomb' %}" + BOMBS[name] + "{% endif %}fine", {})
+    assert template.render([CHAT], [(0, 2, False)]) == ["fine"]
+    bomb = [{"role": "user", "content": "bomb"}]
+    with pytest.raises(TemplateError, match=r"was stopped|calls itself|too (big|long|wide)|Range|sandbox|digits"):
+        template.render([bomb], [(0, 1, False)])
+    assert template.render([CHAT], [(0, 2, False)]) == ["fine"]
+
+
+def test_what_is_no_template_is_said() -> None:
+    with pytest.raises(TemplateError, match="not a template.*endfor"):
+        render("{% for m in messages %}")
+
+
+def test_what_a_template_refuses_is_passed_on_and_unknown_names_are_empty() -> None:
+    with pytest.raises(TemplateError, match="^no tools here$"):
+        render("{{ raise_exception('no tools here') }}")
+    assert render("{{ bos_token }}{{ nothing }}{{ messages|length }}", variables={"bos_token": "<s>"}) == "<s>2"
+
+
+def test_answers_may_stand_in_generation_tags_and_dates_may_be_asked_for() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    assert render(source) == "a"
+    assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
+
+
+def test_beginnings_of_several_chats_in_one_call() -> None:
+    template = Template("{{ messages|map(attribute='content')|join }}{{ '?' if add_generation_prompt }}", {})
+    other = [{"role": "user", "content": "\u00e9\U0001f600"}]
+    assert template.render([CHAT, other], [(0, 2, False), (0, 1, True), (1, 1, False)]) == [
+        "ab",
+        "a?",
+        "\u00e9\U0001f600",
+    ]
+
+
+def test_copies_and_forks_have_processes_of_their_own() -> None:
+    template = Template("{{ messages[0].content }}", {})
+    asked = ([CHAT], [(0, 2, False)])
+    assert template.render(*asked) == ["a"]
+    assert pickle.loads(pickle.dumps(template)).render(*asked) == ["a"]
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, template.render(*asked)[0].encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 9) == b"a"
+    assert template.render(*asked) == ["a"], "the child's end did not take the parent's process along"
+    os.close(read)
+    os.close(write)
+
+
+def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = Template("{{ messages[0].content }}", {})
+    template.render([CHAT], [(0, 1, False)])
+    child = template._child
+    assert child is not None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graftlm.data.template.json.loads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        template.render([CHAT], [(0, 1, False)])
+    monkeypatch.undo()
+    assert template.render([CHAT[1:]], [(0, 1, False)]) == ["b"]
+
+
+def test_the_process_ends_with_its_template() -> None:
+    template = Template("x", {})
+    template.render([CHAT], [(0, 1, False)])
+    assert template._child is not None
+    process = template._child.process
+    del template
+    assert process.wait(timeout=10) is not None
+    assert not Path(f"/proc/{process.pid}").exists()

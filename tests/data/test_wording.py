@@ -1,0 +1,51 @@
+"""Rows of labels and columns put into words."""
+
+from pathlib import Path
+
+import pytest
+
+from graftlm.data.messages import RowError
+from graftlm.data.source import SourceConfig, load_rows
+from graftlm.data.wording import Template, ask
+
+ROW = {"premise": "It rains.", "hypothesis": "it is wet", "label": 0}
+ONE = Template(prompt="{premise} So {hypothesis}?", completion="{label}", words={"label": ("yes", "maybe", "no")})
+
+
+def test_fields_are_filled_in_and_labels_get_their_words() -> None:
+    assert ask([ONE], ROW) == {"prompt": "It rains. So it is wet?", "completion": "yes"}
+    assert ask([ONE], ROW | {"label": "2"})["completion"] == "no"
+    named = Template(prompt="{{{premise}}}", completion="{label}", words={"label": {"0": "ja"}})
+    assert ask([named], ROW) == {"prompt": "{It rains.}", "completion": "ja"}
+
+
+def test_braces_in_a_field_are_not_filled_again() -> None:
+    assert ask([ONE], ROW | {"premise": "{label}"})["prompt"] == "{label} So it is wet?"
+
+
+def test_every_template_is_used_and_the_same_row_is_always_asked_the_same_way() -> None:
+    ways = [Template(prompt=f"{n} {{label}}", completion="a") for n in range(3)]
+    asked = [ask(ways, {"label": n})["prompt"].split()[0] for n in range(60)]
+    assert set(asked) == {"0", "1", "2"}
+    assert asked == [ask(ways, {"label": n})["prompt"].split()[0] for n in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"premise": "p", "label": 0}, "field 'hypothesis' is needed, found"),
+        (ROW | {"label": 3}, "field 'label' is 3, and `words` has 3 words"),
+        (ROW | {"premise": ["p"]}, "field 'premise' must be text or a number, this is a list"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(row: dict[str, object], said: str) -> None:
+    with pytest.raises(RowError, match=said):
+        ask([ONE], row)
+
+
+def test_a_source_with_templates_gives_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("premise,hypothesis,label\nIt rains.,it is wet,0\n")
+    rows, name = load_rows(SourceConfig(path=str(file), templates=(ONE,)))
+    assert [m.content for m in rows[0].messages] == ["It rains. So it is wet?", "yes"]
+    assert name == "prompt-completion"
