@@ -253,10 +253,10 @@ def demo(bench: Bench | None) -> dict[str, Any]:
     parts: dict[str, list[Row]] = {}
 
     def rows_of(name: str) -> list[Row]:
-        """pool, target, development or held_out: disjoint, and no module of the pool in what is measured on."""
+        """pool, development or held_out: disjoint, and no module of the pool in what is measured on."""
         if not parts:
             assert bench is not None
-            names = ("target", "development", "held_out")
+            names = ("development", "held_out")
             rows = docstrings(None, settings["row_tokens"], bench.renderer)
             modules = sorted({row["group"] for row in rows})
             random.Random(1).shuffle(modules)
@@ -279,9 +279,6 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         if method == "drawn":
             return random.Random(seed).sample(pool, settings["keep"])
         selector = {**settings["methods"][method], "keep": settings["keep"]}
-        if selector["by"] == "less":
-            rows_of("target")
-            selector["target"] = str(SCRATCH / "target.jsonl")
         recipe = bench.recipe(str(SCRATCH / "pool.jsonl"), [selector], train={"pack_tokens": 640})
         return choose(recipe, pool, bench.tokenizer, Console())[0]
 
