@@ -156,18 +156,27 @@ def data_check(
     template: Annotated[str | None, typer.Option("--template", help="A .jinja file to use as chat template.")] = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Show this many rows token by token.")] = 1,
     as_json: JsonOption = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page to leaf through the rows, token by token.")
+    ] = None,
     network: NetworkOption = False,
 ) -> None:
-    """Report what training would see: rows, tokens, what is supervised, what is dropped, what ends an answer."""
+    """Report what training would see: rows, tokens, what is supervised, what is dropped, what ends an answer; and what
+    the rows look like: duplicates, overlap with held-out rows, refusals, damage."""
     from rich.console import Console
 
     from graftlm.model.load import load_tokenizer
-    from graftlm.training import display
+    from graftlm.training import check_page, display
     from graftlm.training.run import prepare_data
 
     _quiet_libraries()
     recipe = _recipe_for(source, base, mask, template, network)
-    found = prepare_data(recipe, load_tokenizer(recipe.base, network=recipe.network), show=show)
+    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    found = prepare_data(recipe, tokenizer, show=show, look=True, console=Console(stderr=True))
+    for line in found.chosen:
+        typer.secho(line, err=True)
+    if html:
+        check_page.write(html, found, tokenizer, recipe.data, title=source)
     if as_json:
         print(json.dumps(found.report.to_json() | {"held_out_rows": len(found.held_out), "shown": found.first_rows}))
         return
@@ -175,6 +184,8 @@ def data_check(
     console.print(display.preflight(found.report))
     for row in found.first_rows:
         console.print(display.tokens(row))
+    if html:
+        console.print(f"wrote {html}", highlight=False, markup=False)
 
 
 @data_app.command("select")

@@ -221,3 +221,18 @@ def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], sai
 
 def test_the_version_is_printed() -> None:
     assert graft("--version").stdout.startswith("graftlm ")
+
+
+def test_data_check_tells_what_the_rows_hold_and_writes_a_page(base_folder: Path, tmp_path: Path) -> None:
+    file, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    pairs = [("a", "As an AI language model, no"), ("what?", "caf\u00c3\u00a9"), ("a", "As an AI language model, no")]
+    file.write_text("".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in pairs))
+    result = graft("data", "check", str(file), "--base", str(base_folder), "--html", str(page))
+    for shown in ("exact duplicates", "refusals", "encoding damage", "languages", "wrote"):
+        assert shown in result.stdout
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    tree = json.loads(graft("data", "check", str(file), "--base", str(base_folder), "--json").stdout)
+    counts = {finding["kind"]: finding["count"] for finding in tree["survey"]["findings"]}
+    assert (counts["exact duplicates"], counts["refusals"], counts["encoding damage"]) == (1, 2, 1)
+    assert tree["pack_fill"] > 0
+    assert set(tree["prompt_tokens"]) == {"tokens", "quantiles", "edges", "rows"}

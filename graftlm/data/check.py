@@ -1,21 +1,74 @@
 """The pre-flight report: what training will see, said before it starts.
 
-`prepare` renders and masks rows, applies the over-length policy and refuses rows that would teach nothing; what it
-counted on the way is the report.
+`prepare` renders and masks rows on all cores, applies the over-length policy and refuses rows that would teach nothing;
+what it counted on the way is the report. `stream` does the same for rows without end. What the rows themselves look
+like (duplicates, languages, refusals) is in `survey.py`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from graftlm.data import cache as kept
+from graftlm.data.columns import Columns, join
 from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
-from graftlm.data.render import Rendered, Renderer, Role
+from graftlm.data.parallel import MANY, cost, rendered
+from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
+from graftlm.data.survey import Survey, shown_places
 from graftlm.errors import DataError, numbered
+
+PROMPT = [int(role) for role in (Role.SYSTEM, Role.USER, Role.TOOL)]
+
+LONG_PROMPTS = 4.0
+FEW_ROWS = 2_000
+"""Shi et al. 2024 (arXiv:2405.14394) found that loss over instructions helps where instructions are long against the
+answers and where rows are few. They give no threshold; these two are ours."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+class Lengths:
+    """How many rows have how many tokens: `counts[n]` of them have n. Bounded by the longest row, not by the rows."""
+
+    def __init__(self) -> None:
+        self.counts: NDArray[np.int64] = np.zeros(1, np.int64)
+
+    def add(self, lengths: NDArray[np.int64]) -> None:
+        new = np.bincount(lengths, minlength=len(self.counts)).astype(np.int64)
+        new[: len(self.counts)] += self.counts
+        self.counts = new
+
+    @property
+    def total(self) -> int:
+        """Tokens."""
+        return int(self.counts @ np.arange(len(self.counts)))
+
+    def quantile(self, share: float) -> int:
+        """The least length that so great a share of the rows does not exceed; 0 without rows."""
+        wanted = share * self.counts.sum()
+        return int(np.searchsorted(np.cumsum(self.counts), wanted)) if wanted else 0
+
+    def histogram(self, most: int = 24) -> tuple[list[int], list[int]]:
+        """(edges, rows between each two of them): at most so many bins of equal width, up to the longest row."""
+        width = max(1, -(-len(self.counts) // most))
+        starts = np.arange(0, len(self.counts), width)
+        return [*starts.tolist(), int(starts[-1]) + width], np.add.reduceat(self.counts, starts).tolist()
+
+    def to_json(self) -> dict[str, Any]:
+        edges, rows = self.histogram()
+        quantiles = {f"{share:.0%}": self.quantile(share) for share in QUANTILES}
+        return {"tokens": self.total, "quantiles": quantiles, "edges": edges, "rows": rows}
+
+    def __str__(self) -> str:
+        middle, most, longest = (self.quantile(share) for share in (0.5, 0.95, 1.0))
+        return f"median {middle:,}, 95 % within {most:,}, longest {longest:,}"
 
 
 @dataclass
@@ -34,6 +87,8 @@ class Report:
     truncated_over_length: list[str] = field(default_factory=list)
     truncated_without_end: int = 0
     """Truncated rows whose last answer lost the token that ends it."""
+    unterminated: list[str] = field(default_factory=list)
+    """Rows with a trained answer after which no end of turn is trained: from these nobody learns to stop."""
     end_of_turn: str = ""
     """What the first answer ends with, as text; empty where the template writes nothing after an answer."""
     end_of_turn_trained: bool = False
@@ -41,51 +96,89 @@ class Report:
     """The most begin-of-text tokens at the start of any row: more than one is refused."""
     rows_with_special_text: list[str] = field(default_factory=list)
     """Rows whose own text contains control tokens of the tokenizer, which the model will read as such."""
+    prompt_tokens: Lengths = field(default_factory=Lengths)
+    """Tokens of system, user and tool messages, row by row."""
+    answer_tokens: Lengths = field(default_factory=Lengths)
     template_hash: str = ""
     problems: list[str] = field(default_factory=list)
     """Rows of the files that cannot be used and are left out: `file:line: reason`."""
     notes: list[str] = field(default_factory=list)
     """What was noticed of rows that are kept, and of what the loss does not use."""
+    from_cache: bool = False
+    """Whether the tokens were rendered by an earlier run, from the same rows by the same means."""
     shared_share: float | None = None
     """Share of the tokens that shared beginnings save, over the first steps; None where sharing is off."""
+    pack_fill: float | None = None
+    """Tokens of the packs of the first steps, as a share of what they may hold; None where rows are not packed."""
+    survey: Survey | None = None
+    """What the rows themselves look like; None where nobody looked."""
 
     @property
     def supervised_share(self) -> float:
         return self.supervised_tokens / max(1, self.tokens)
 
+    @property
+    def prompt_ratio(self) -> float:
+        """Tokens of prompts for each token of answers."""
+        return self.prompt_tokens.total / max(1, self.answer_tokens.total)
+
+    @property
+    def suggested_mask(self) -> str:
+        """`instruction` where the published gain is (see LONG_PROMPTS), else what is set."""
+        worth_trying = self.prompt_ratio >= LONG_PROMPTS or (self.rows <= FEW_ROWS and self.prompt_ratio >= 1)
+        return "instruction" if self.mask == "response" and worth_trying else self.mask
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "supervised_share": self.supervised_share}
+        tree = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("prompt_tokens", "answer_tokens", "survey"):
+            tree[name] = tree[name] and tree[name].to_json()
+        derived = ("supervised_share", "prompt_ratio", "suggested_mask")
+        return tree | {name: getattr(self, name) for name in derived}
 
     def lines(self) -> list[tuple[str, str]]:
-        """The report as (name, value) pairs for a table."""
+        """The report as (name, value) pairs for a table; what was found in the rows is `survey.lines()`."""
         over = []
         if self.dropped_over_length:
-            over.append(f"{len(self.dropped_over_length)} dropped")
+            over.append(f"{len(self.dropped_over_length):,} dropped")
         if self.truncated_over_length:
-            over.append(f"{len(self.truncated_over_length)} truncated, {self.truncated_without_end} lost their ending")
+            lost = f"{self.truncated_without_end:,} lost their ending"
+            over.append(f"{len(self.truncated_over_length):,} truncated, {lost}")
         end = repr(self.end_of_turn) if self.end_of_turn else "nothing: the template does not end an answer"
-        pairs = [
-            ("format", self.format),
-            ("rows", f"{self.rows:,}"),
-            ("tokens", f"{self.tokens:,}"),
+        pairs = [("format", self.format), ("rows", f"{self.rows:,}")]
+        pairs.append(("tokens", f"{self.tokens:,}"))
+        if self.shared_share is not None:
+            pairs.append(("shared beginnings", f"save {self.shared_share:.1%} of the tokens of a step"))
+        if self.pack_fill is not None:
+            pairs.append(("packs", f"{self.pack_fill:.0%} full"))
+        pairs += [
             ("supervised", f"{self.supervised_tokens:,} ({self.supervised_share:.1%}), mask {self.mask!r}"),
             ("longest row", f"{self.longest_tokens:,} tokens ({self.longest_row})"),
             (f"over {self.max_tokens:,} tokens", "; ".join(over) or "none"),
+            ("tokens of a prompt", str(self.prompt_tokens)),
+            ("tokens of an answer", str(self.answer_tokens)),
+            ("prompts to answers", f"{self.prompt_ratio:.2g} tokens to one{self._advice()}"),
             ("an answer ends with", f"{end}, {'trained' if self.end_of_turn_trained else 'NOT trained'}"),
+        ]
+        if self.unterminated:
+            pairs.append(("end NOT trained", shown_places(self.unterminated)))
+        pairs += [
             ("begin-of-text tokens", f"at most {self.most_bos} a row"),
             ("chat template", self.template_hash),
         ]
-        if self.shared_share is not None:
-            pairs.insert(3, ("shared beginnings", f"save {self.shared_share:.1%} of the tokens of a step"))
         if self.rows_with_special_text:
-            shown = ", ".join(self.rows_with_special_text[:3])
-            pairs.append(("control tokens in text", f"{len(self.rows_with_special_text)} rows: {shown}"))
+            pairs.append(("control tokens in text", shown_places(self.rows_with_special_text)))
+        if self.from_cache:
+            pairs.append(("rendered", "by an earlier run, from the same rows"))
         if self.problems:
-            said = f"{len(self.problems):,} rows that can NOT be used:\n{numbered(self.problems, 5)}"
-            pairs.append(("left out", said))
+            said = numbered(self.problems, 5)
+            pairs.append(("left out", f"{len(self.problems):,} rows that can NOT be used:\n{said}"))
         if self.notes:
             pairs.append(("noted", f"{len(self.notes):,}:\n{numbered(self.notes, 5)}"))
         return pairs
+
+    def _advice(self) -> str:
+        better = f": mask {self.suggested_mask!r} may do better (docs/guide.md)"
+        return better if self.suggested_mask != self.mask else ""
 
 
 def prepare(
@@ -95,22 +188,24 @@ def prepare(
     *,
     format: str = "",
     progress: Callable[[int], None] | None = None,
+    workers: int | None = None,
+    cache: Path | None = None,
 ) -> tuple[list[Example], Report]:
-    """Examples ready to pack, and the report. Raises DataError that lists every row that cannot be trained on."""
-    report = Report(format=format, mask=data.mask, max_tokens=data.max_tokens, template_hash=renderer.template_hash)
+    """Examples ready to pack, and the report. Raises DataError that lists every row that cannot be trained on.
+
+    Many rows are rendered on `workers` cores (None: all), and kept in the folder `cache` where one is given: the same
+    rows, template, tokenizer, mask and code find them there again.
+    """
+    report = _report(renderer, data, format)
     examples: list[Example] = []
     problems: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            for rendered in renderer.rows(row.messages, row.tools):
-                example = _fit(rendered, row, data, report)
-                if example is not None:
-                    _count(report, rendered, example, row, renderer)
-                    examples.append(example)
-        except DataError as error:
-            problems.append(f"{row.where}: {error}")
-        if progress:
-            progress(number)
+    done = 0
+    for some, columns in _chunks(rows, renderer, data, report, workers, cache):
+        examples.extend(_examples(some, columns, renderer, data, report, problems))
+        for number in range(done, done + len(some)):
+            if progress:
+                progress(number + 1)
+        done += len(some)
     if problems:
         raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
     if not examples:
@@ -121,74 +216,201 @@ def prepare(
     return examples, report
 
 
-def _fit(rendered: Rendered, row: Row, data: DataConfig, report: Report) -> Example | None:
-    """The row within max_tokens, or None where it is dropped."""
-    token_weights = weights(rendered, data.mask, data.prompt_weight)
-    length = len(rendered.ids)
-    if length > data.max_tokens:
-        if data.over_length == "error":
-            raise DataError(
-                f"{length} tokens are more than max_tokens={data.max_tokens}. Raise it, or set data.over_length to "
-                "drop or truncate"
-            )
-        if data.over_length == "drop":
-            report.dropped_over_length.append(row.where)
-            return None
-        report.truncated_over_length.append(row.where)
-        report.truncated_without_end += Role.END_OF_TURN in rendered.roles[data.max_tokens :]
-    example = Example(rendered.ids[: data.max_tokens], token_weights[: data.max_tokens], row.where)
-    if not example.weights.any():
-        why = (
-            f"the first {data.max_tokens} tokens hold no answer" if length > data.max_tokens else f"mask {data.mask!r}"
-        )
-        raise DataError(f"no token of this row is supervised ({why}): it would teach nothing")
-    return example
+def stream(
+    rows: Iterable[Row], renderer: Renderer, data: DataConfig, *, workers: int | None = None
+) -> Iterator[Example]:
+    """Examples one after the other, from rows that need not fit into memory: a few chunks are held at a time.
+
+    Raises DataError at the first chunk with rows that cannot be trained on, and names them.
+    """
+    report = _report(renderer, data, "")
+    for some, columns in rendered(rows, renderer, data, workers):
+        problems: list[str] = []
+        yield from _examples(some, columns, renderer, data, report, problems)
+        if problems:
+            raise DataError("rows cannot be trained on:\n" + numbered(problems))
 
 
-def _count(report: Report, rendered: Rendered, example: Example, row: Row, renderer: Renderer) -> None:
-    report.rows += 1
-    report.tokens += len(example)
-    report.supervised_tokens += int(np.count_nonzero(example.weights))
-    if len(example) > report.longest_tokens:
-        report.longest_tokens, report.longest_row = len(example), row.where
-    if any(special in message.content for message in row.messages for special in renderer.special_texts):
-        report.rows_with_special_text.append(row.where)
-    bos = renderer.tokenizer.bos_token_id
-    if bos is not None and len(rendered.ids) > 1:
-        most = 2 if rendered.ids[0] == bos and rendered.ids[1] == bos else int(rendered.ids[0] == bos)
-        report.most_bos = max(report.most_bos, most)
-        if most > 1:
-            raise DataError(
+def _report(renderer: Renderer, data: DataConfig, format: str) -> Report:
+    return Report(format=format, mask=data.mask, max_tokens=data.max_tokens, template_hash=renderer.template_hash)
+
+
+def _chunks(
+    rows: Sequence[Row],
+    renderer: Renderer,
+    data: DataConfig,
+    report: Report,
+    workers: int | None,
+    cache: Path | None,
+) -> Iterator[tuple[Sequence[Row], Columns]]:
+    """The rows with their columns: from the cache, or rendered and then kept there where they are many."""
+    if cache is None or sum(map(cost, rows)) < MANY:
+        yield from rendered(rows, renderer, data, workers)
+        return
+    file = cache / f"{kept.key(rows, renderer, data)}.safetensors"
+    try:
+        found = kept.load(file)
+    except kept.DamagedError as error:
+        found = None
+        report.notes.append(f"rendered anew: {file} was damaged ({error})")
+    if found is not None:
+        report.from_cache = True
+        yield rows, found
+        return
+    parts = []
+    for some, columns in rendered(rows, renderer, data, workers):
+        parts.append(columns)
+        yield some, columns
+    kept.save(file, join(parts))
+
+
+def _examples(
+    rows: Sequence[Row], columns: Columns, renderer: Renderer, data: DataConfig, report: Report, problems: list[str]
+) -> Iterator[Example]:
+    """The pieces within max_tokens that teach something; the others go to the report or to the problems."""
+    starts, lengths = columns.starts, columns.ends - columns.starts
+    kept_lengths = np.minimum(lengths, data.max_tokens)
+    facts = _facts(columns, kept_lengths, renderer.tokenizer.bos_token_id)
+    wrong = dict(columns.problems)
+    keeps = np.zeros(len(lengths), np.bool_)
+    for piece, number in enumerate(columns.rows.tolist()):
+        where, start, length = rows[number].where, int(starts[piece]), int(lengths[piece])
+        if number in wrong:
+            continue
+        if length > data.max_tokens:
+            if data.over_length == "error":
+                wrong[number] = (
+                    f"{length} tokens are more than max_tokens={data.max_tokens}. Raise it, or set data.over_length "
+                    "to drop or truncate"
+                )
+                continue
+            if data.over_length == "drop":
+                report.dropped_over_length.append(where)
+                continue
+            report.truncated_over_length.append(where)
+            report.truncated_without_end += bool(facts.ends_beyond[piece])
+        if not facts.supervised[piece]:
+            why = f"the first {data.max_tokens} tokens hold no answer" if length > data.max_tokens else ""
+            why = why or f"mask {data.mask!r}"
+            wrong[number] = f"no token of this row is supervised ({why}): it would teach nothing"
+            continue
+        if facts.bos[piece] > 1:
+            wrong[number] = (
                 "the row begins with two begin-of-text tokens: the chat template or the row writes one too many"
             )
-    ending = rendered.roles == Role.END_OF_TURN
-    if not report.end_of_turn and ending.any():
-        report.end_of_turn = "".join(renderer.token_texts(rendered.ids[ending][: _first_run(ending)]))
-        trained = weights(rendered, report.mask)[ending]
-        report.end_of_turn_trained = bool(trained.all())
+            continue
+        if not report.end_of_turn and facts.ends[piece]:
+            _ending(report, columns, slice(start, start + length), renderer)
+        keeps[piece] = True
+        end = start + int(kept_lengths[piece])
+        yield Example(columns.ids[start:end], columns.weights[start:end], where)
+    problems += [f"{rows[number].where}: {why}" for number, why in sorted(wrong.items())]
+    _count(report, rows, columns, kept_lengths, keeps, facts)
 
 
-def _first_run(ending: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
+@dataclass(frozen=True)
+class _Facts:
+    """Of every piece, as arrays [P]; of the tokens that are kept where nothing else is said."""
+
+    supervised: NDArray[np.int64]
+    prompt: NDArray[np.int64]
+    answer: NDArray[np.int64]
+    unterminated: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    """Tokens that end a turn, in the whole piece."""
+    ends_beyond: NDArray[np.int64]
+    bos: NDArray[np.int64]
+
+
+def _facts(columns: Columns, lengths: NDArray[np.int64], bos: int | None) -> _Facts:
+    starts, roles = columns.starts, columns.roles
+    trained = columns.weights != 0
+    answer, ending = roles == Role.ASSISTANT, roles == Role.END_OF_TURN
+    # A trained answer is over where the next token is none of it; that one should be a trained end of turn. What
+    # follows the last kept token belongs to another piece or is cut off: nothing follows it.
+    goes_on = answer | (ending & trained)
+    followed = np.zeros(len(roles), np.bool_)
+    followed[:-1] = goes_on[1:]
+    followed[starts + lengths - 1] = False
+
+    def count(values: NDArray[np.bool_], lengths: NDArray[np.int64] = lengths) -> NDArray[np.int64]:
+        return _sums(values, starts, lengths)
+
+    whole = columns.ends - starts
+    ends = count(ending, whole)
+    begins = np.zeros(len(starts), np.int64)
+    if bos is not None and len(starts):
+        is_bos = columns.ids == bos
+        second = is_bos[np.minimum(starts + 1, columns.ends - 1)] & (whole > 1)
+        begins = is_bos[starts] * (1 + second)
+    return _Facts(
+        supervised=count(trained),
+        prompt=count(np.isin(roles, PROMPT)),
+        answer=count(answer),
+        unterminated=count(answer & trained & ~followed),
+        ends=ends,
+        ends_beyond=ends - count(ending),
+        bos=begins.astype(np.int64),
+    )
+
+
+def _sums(values: NDArray[np.bool_], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many are true in each values[start : start + length], lengths at least 1: int64 [P]."""
+    bounds = np.stack([starts, starts + lengths], axis=1).reshape(-1)
+    if len(bounds) and bounds[-1] == len(values):
+        bounds = bounds[:-1]  # the last sum goes to the end by itself
+    return np.add.reduceat(values, bounds, dtype=np.int64)[::2] if len(bounds) else np.zeros(0, np.int64)
+
+
+def _count(
+    report: Report,
+    rows: Sequence[Row],
+    columns: Columns,
+    lengths: NDArray[np.int64],
+    keeps: NDArray[np.bool_],
+    facts: _Facts,
+) -> None:
+    if not keeps.any():
+        return
+    report.rows += int(keeps.sum())
+    report.tokens += int(lengths[keeps].sum())
+    report.supervised_tokens += int(facts.supervised[keeps].sum())
+    longest = int(np.argmax(np.where(keeps, lengths, 0)))
+    if lengths[longest] > report.longest_tokens:
+        report.longest_tokens, report.longest_row = int(lengths[longest]), rows[columns.rows[longest]].where
+    report.most_bos = max(report.most_bos, int(facts.bos[keeps].max()))
+    report.prompt_tokens.add(facts.prompt[keeps])
+    report.answer_tokens.add(facts.answer[keeps])
+    kept_rows = np.unique(columns.rows[keeps])
+    report.rows_with_special_text += [rows[i].where for i in kept_rows[columns.control[kept_rows]]]
+    report.unterminated += [rows[i].where for i in np.unique(columns.rows[keeps & (facts.unterminated > 0)])]
+
+
+def _ending(report: Report, columns: Columns, piece: slice, renderer: Renderer) -> None:
+    """What the first answer of this piece ends with, and whether all such ends of the piece are trained."""
+    ending = columns.roles[piece] == Role.END_OF_TURN
     first = int(np.argmax(ending))
     run = ending[first:]
-    return int(np.argmin(run)) if not run.all() else len(run)
+    length = int(np.argmin(run)) if not run.all() else len(run)
+    report.end_of_turn = "".join(renderer.token_texts(columns.ids[piece][first : first + length].tolist()))
+    report.end_of_turn_trained = bool((columns.weights[piece][ending] != 0).all())
 
 
-def shown_rows(rows: Sequence[Row], renderer: Renderer, mask: str, count: int) -> list[dict[str, Any]]:
-    """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}."""
+def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count: int) -> list[dict[str, Any]]:
+    """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}, one for each piece of a row."""
     shown = []
     for row in rows[:count]:
-        rendered = renderer.rows(row.messages, row.tools)[-1]
-        parts = zip(
-            rendered.ids,
-            renderer.token_texts(rendered.ids.tolist()),
-            rendered.roles,
-            weights(rendered, mask),
-            strict=True,
-        )
-        tokens = [
-            {"id": int(i), "text": t, "role": Role(r).name.lower().replace("_", "-"), "weight": float(w)}
-            for i, t, r, w in parts
-        ]
-        shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
+        for piece in renderer.rows(row.messages, row.tools):
+            parts = zip(
+                piece.ids,
+                renderer.token_texts(piece.ids.tolist()),
+                piece.roles,
+                weights(piece, data.mask, data.prompt_weight),
+                strict=True,
+            )
+            tokens = [
+                {"id": int(i), "text": t, "role": Role(r).name.lower().replace("_", "-"), "weight": float(w)}
+                for i, t, r, w in parts
+            ]
+            shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
     return shown

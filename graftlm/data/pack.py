@@ -241,6 +241,12 @@ def saved_by_sharing(steps: Sequence[Sequence[Example]], tokens: int) -> float:
     return 1 - shared / apart
 
 
+def fill(steps: Sequence[Sequence[Example]], tokens: int, *, share: bool) -> float:
+    """How full the packs of these steps are: computed tokens over those that the packs may hold."""
+    trees = [tree for rows in steps for tree in _trees(rows, tokens, share)]
+    return sum(tree.tokens for tree in trees) / (len(trees) * tokens)
+
+
 def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
     """The rows of each step: `steps` lists of `size` indices, epoch after epoch, each epoch in an order of its own."""
     assert count > 0

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graftlm.data.check import Report
+from graftlm.data.survey import WHY
 
 ROLE_STYLES = {
     "special": "dim magenta",
@@ -21,15 +22,21 @@ ROLE_STYLES = {
     "end-of-turn": "magenta",
 }
 TRAINED = "bold black on green"
+ATTENTION = {"control tokens in text", "left out"}
 
 
 def preflight(report: Report, title: str = "pre-flight") -> RenderableType:
-    """The report as a table, whatever needs attention in yellow."""
+    """The report as a table, and what was found in the rows as another; whatever needs attention in yellow."""
     table = Table(title=title, show_header=False, title_justify="left", min_width=60)
     for name, value in report.lines():
-        alarming = "NOT" in value or name == "control tokens in text"
+        alarming = "NOT" in name + value or name in ATTENTION
         table.add_row(name, Text(value, style="yellow" if alarming else ""))
-    return table
+    if report.survey is None:
+        return table
+    rows = Table(title="the rows", show_header=False, title_justify="left", min_width=60)
+    for name, value in report.survey.lines():
+        rows.add_row(name, Text(value, style="yellow" if name in WHY else ""))
+    return Group(table, rows)
 
 
 def tokens(row: dict[str, Any]) -> RenderableType:

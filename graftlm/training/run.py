@@ -23,16 +23,17 @@ from rich.console import Console
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.mixing import read_data
-from graftlm.data.pack import Example, Pack, batches, lay_out, saved_by_sharing
+from graftlm.data.pack import Example, Pack, batches, fill, lay_out, saved_by_sharing
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
+from graftlm.data.survey import survey
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.attach import attach, deltas_off, hosts, needed_statistics, parameters_of, trainable
 from graftlm.model.collect import collect
 from graftlm.model.forward import check_compiler, check_forward, check_packing, log_probs, packed_attention
-from graftlm.model.load import Loaded, fingerprint, load_base, load_tokenizer, return_freed_memory
+from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
@@ -65,6 +66,7 @@ class Result:
 class Prepared:
     """The rows of a run, rendered: what `graft data check` reports and `train` trains on."""
 
+    rows: list[Row]
     examples: list[Example]
     report: Report
     held_out_rows: list[Row]
@@ -74,8 +76,13 @@ class Prepared:
     """What each selector of the recipe did, a line each."""
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, console: Console | None = None) -> Prepared:
-    """Read, split, choose, render and check the rows of a recipe; raises DataError where a row cannot be trained on."""
+def prepare_data(
+    recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = False, console: Console | None = None
+) -> Prepared:
+    """Read, split, choose, render and check the rows of a recipe; raises DataError where rows cannot be trained on.
+
+    With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
+    """
     data = recipe.data
     read = read_data(data, seed=recipe.train.seed, network=recipe.network)
     rows, aside = read.train, read.held_out
@@ -84,16 +91,21 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, console: Cons
         rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True))
         chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
-    examples, found = prepare(rows, renderer, data, format=read.format)
+    workers, kept = recipe.train.threads, cache_folder() / "rows"
+    examples, found = prepare(rows, renderer, data, format=read.format, workers=workers, cache=kept)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
-    if data.pack and recipe.train.prefix_sharing:
+    if data.pack:
         first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]
-        found.shared_share = saved_by_sharing(steps_of_rows, recipe.train.pack_tokens)
+        share, tokens = recipe.train.prefix_sharing, recipe.train.pack_tokens
+        found.shared_share = saved_by_sharing(steps_of_rows, tokens) if share else None
+        found.pack_fill = fill(steps_of_rows, tokens, share=share)
     held_out: list[Example] = []
     if aside:  # every held-out row counts: one that is too long is cut, not left out
-        held_out, _ = prepare(aside, renderer, replace(data, over_length="truncate"))
-    return Prepared(examples, found, aside, held_out, shown_rows(rows, renderer, data.mask, show), chosen)
+        held_out, _ = prepare(aside, renderer, replace(data, over_length="truncate"), workers=workers, cache=kept)
+    if look:
+        found.survey = survey(rows, aside)
+    return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show), chosen)
 
 
 def train(
@@ -119,7 +131,8 @@ def train(
         torch.manual_seed(recipe.train.seed)
         with ranks.one_first():  # it may have to be fetched or converted
             tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-        with nullcontext() if recipe.select else console.status("reading rows"):  # selecting has bars of its own
+        waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
+        with waiting, ranks.one_first():  # the others find what it has rendered
             data = prepare_data(recipe, tokenizer, console=console)
         for line in data.chosen:
             console.print(line, highlight=False)

@@ -5,16 +5,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from graftlm.data.check import prepare, shown_rows
+from graftlm.data.check import FEW_ROWS, Lengths, prepare, shown_rows, stream
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
 
-from .shapes import chat, tokenizer_for
+from .shapes import SHAPES, chat, tokenizer_for
 
 # One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.
 LETTERS = (
@@ -189,7 +190,7 @@ def test_progress_is_told_of_every_row(renderer: Renderer) -> None:
 
 def test_shown_rows_carry_id_text_role_and_weight_of_every_token(renderer: Renderer, tmp_path: Path) -> None:
     raw = Row([Message(TEXT, "X")], "f:4", "X")
-    shown = shown_rows([ROWS[2], raw, ROWS[0]], renderer, "response", 2)
+    shown = shown_rows([ROWS[2], raw, ROWS[0]], renderer, data(), 2)
     to_id = renderer.tokenizer.convert_tokens_to_ids
     wanted = [
         ("U", "boilerplate", 0.0),
@@ -203,3 +204,99 @@ def test_shown_rows_carry_id_text_role_and_weight_of_every_token(renderer: Rende
     assert shown[0]["tokens"] == [{"id": to_id(t), "text": t, "role": r, "weight": w} for t, r, w in wanted]
     assert [t["weight"] for t in shown[1]["tokens"]] == [0.0, 1.0]
     assert json.loads(json.dumps(shown)) == shown
+    (weighted,) = shown_rows(ROWS[2:], renderer, data(prompt_weight=0.25), 1)
+    assert [t["weight"] for t in weighted["tokens"]] == [0.0, 0.25, 0.25, 0.25, 1.0, 1.0]
+
+
+# What the report says of lengths and endings ---------------------------------------------------------------------
+
+
+def test_prompt_and_answer_lengths_are_those_of_the_texts(renderer: Renderer) -> None:
+    _, report = prepare(ROWS, renderer, data())
+    assert report.prompt_tokens.counts.tolist() == [0, 1, 1, 1]  # X, XY, XYZ
+    assert (report.prompt_tokens.total, report.answer_tokens.total) == (3 + 2 + 1, 2 + 11 + 1)
+    assert report.prompt_ratio == pytest.approx(6 / 14)
+    tree = report.to_json()
+    assert tree["answer_tokens"]["tokens"] == 14
+    assert sum(tree["answer_tokens"]["rows"]) == 3
+    assert tree["answer_tokens"]["quantiles"]["50%"] == 2
+    assert dict(report.lines())["tokens of an answer"] == "median 2, 95 % within 11, longest 11"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_quantiles_and_histograms_of_lengths_are_numpys(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    lots = [draw.integers(0, 40 * 10**seed, draw.integers(1, 50)) for _ in range(3)]
+    lengths = Lengths()
+    for lot in lots:
+        lengths.add(lot)
+    every = np.concatenate(lots)
+    assert lengths.total == every.sum()
+    for share in (0.05, 0.5, 0.95, 1.0):
+        assert lengths.quantile(share) == np.quantile(every, share, method="inverted_cdf")
+    edges, rows = lengths.histogram()
+    assert rows == np.histogram(every, edges)[0].tolist()
+    assert len(rows) <= 24
+    assert sum(rows) == len(every)
+
+
+@pytest.mark.parametrize(
+    ("mask", "prompt", "rows", "wanted"),
+    [
+        ("response", 40, 1, "instruction"),
+        ("response", 2, 1, "response"),
+        ("response", 4, 1, "instruction"),
+        ("response", 8, FEW_ROWS + 1, "response"),
+        ("response", 20, FEW_ROWS + 1, "instruction"),
+        ("everything", 40, 1, "everything"),
+    ],
+)
+def test_long_prompts_and_few_rows_suggest_the_loss_over_instructions(
+    renderer: Renderer, mask: str, prompt: int, rows: int, wanted: str
+) -> None:
+    _, report = prepare([row("X" * prompt, "PQRS")] * rows, renderer, data(mask=mask))
+    assert report.suggested_mask == wanted
+    assert ("may do better" in dict(report.lines())["prompts to answers"]) == (wanted != mask)
+
+
+def test_rows_whose_end_is_not_trained_are_named(renderer: Renderer) -> None:
+    cut = row("X", "P" * 20, where="f:4")
+    _, report = prepare([*ROWS, cut], renderer, data(max_tokens=20, over_length="truncate"))
+    assert report.unterminated == ["f:2", "f:4"]  # f:2 has two answers, and its second one is cut
+    assert dict(report.lines())["end NOT trained"] == "2 rows: f:2, f:4"
+    assert prepare([*ROWS, cut], renderer, data())[1].unterminated == []
+    endless = LETTERS.replace(" + '<|im_end|>'", "")
+    assert prepare(ROWS, Renderer(tiny_tokenizer(endless)), data())[1].unterminated == ["f:1", "f:2", "f:3"]
+
+
+@pytest.mark.parametrize("mask", ["response", "instruction", "everything"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_every_template_that_ends_answers_all_ends_are_trained(name: str, mask: str) -> None:
+    conversation = [row("a", "b", "c", " d\n", where="f:1"), row("e", "f", where="f:2")]
+    assert prepare(conversation, Renderer(tokenizer_for(name)), data(mask=mask))[1].unterminated == []
+
+
+def test_rows_that_reading_left_out_are_said(renderer: Renderer) -> None:
+    _, report = prepare(ROWS, renderer, data())
+    assert "left out" not in dict(report.lines())
+    report.problems = ["f:7: not valid JSON", "f:9: no answer"]
+    assert "f:9: no answer" in dict(report.lines())["left out"]
+    assert report.to_json()["problems"] == report.problems
+
+
+# Rows without end ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens": 8}, {"max_tokens": 8, "over_length": "truncate"}])
+def test_streamed_rows_give_the_same_examples(renderer: Renderer, changes: dict[str, Any]) -> None:
+    wanted, _ = prepare(ROWS * 50, renderer, data(**changes))
+    found = list(stream(iter(ROWS * 50), renderer, data(**changes)))
+    assert [(e.ids.tolist(), e.weights.tolist(), e.where) for e in found] == [
+        (e.ids.tolist(), e.weights.tolist(), e.where) for e in wanted
+    ]
+
+
+def test_a_streamed_row_that_cannot_be_trained_on_is_named(renderer: Renderer) -> None:
+    examples = stream(iter([*ROWS, row("X", where="f:9")]), renderer, data())
+    with pytest.raises(DataError, match="f:9: no token of this row is supervised"):
+        list(examples)

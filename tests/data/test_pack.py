@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftlm.data.pack import Example, Pack, batches, collate, pack
+from graftlm.data.pack import Example, Pack, batches, collate, fill, pack
 
 
 def example(ids: list[int], weights: list[float], where: str = "f:1") -> Example:
@@ -78,6 +78,12 @@ def test_packs_hold_at_most_their_tokens_unless_one_row_is_longer(tokens: int) -
 def test_rows_that_fit_together_share_a_pack() -> None:
     parts = pack([example([1] * n, [0.0] * (n - 1) + [1.0], str(n)) for n in (3, 7, 5, 4)], 8)
     assert [p.lengths for p in parts] == [[6, 2], [4, 3]]
+
+
+def test_packs_are_as_full_as_their_tokens() -> None:
+    steps = [[example([1] * 5, [0, 0, 0, 0, 1]), example([2] * 4, [0, 0, 0, 1])], [example([3] * 3, [0, 0, 1])]]
+    assert fill(steps, 10, share=False) == pytest.approx((4 + 3 + 2) / 20)
+    assert fill(steps, 4, share=False) == pytest.approx((4 + 3 + 2) / 12)
 
 
 def test_a_batch_without_supervised_tokens_has_no_triples() -> None:

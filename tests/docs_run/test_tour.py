@@ -51,7 +51,7 @@ def test_the_tokens_on_the_tour_are_those_of_smollm2() -> None:
 
     renderer = Renderer(load_tokenizer("smollm2"))
     row = renderer.conversation([Message("user", "Where is my parcel?"), Message("assistant", "On its way.")])
-    parts = zip(row.ids, renderer.token_texts(row.ids.tolist()), row.roles, weights(row.roles, "response"), strict=True)
+    parts = zip(row.ids, renderer.token_texts(row.ids.tolist()), row.roles, weights(row, "response"), strict=True)
     lines = [
         f"| {n} | {i} | `{text!r}` | {Role(role).name.lower().replace('_', '-')} | {weight:g} |"
         for n, (i, text, role, weight) in enumerate(parts)

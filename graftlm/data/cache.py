@@ -1,0 +1,144 @@
+"""Rendered rows on disk, addressed by all that they follow from: a changed template never meets old tokens.
+
+The key is a hash of the rows' messages and tools, the chat template, the tokenizer, what the config says of masks, the
+source of this package's data code and the versions of what it stands on. Nothing is ever looked up by a file's name or
+date. A value is a safetensors file of columns with a checksum; it is mapped into memory, not read.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from graftlm.data.columns import Columns
+from graftlm.data.render import Renderer
+from graftlm.data.source import DataConfig, Row
+
+MOST_BYTES = 8 * 2**30
+"""What the folder may hold; beyond it the files that were not used for longest go."""
+
+BESIDE = {"train", "held_out", "max_tokens", "over_length", "pack"}
+"""Keys of `data` that change no token and no weight of a whole row. Any other key, a new one too, is in the hash."""
+
+AT_ONCE = 1_000
+_TYPES = {"I32": np.int32, "I64": np.int64, "U8": np.uint8, "F32": np.float32, "BOOL": np.bool_}
+
+
+class DamagedError(Exception):
+    """A file of the cache that is not what was written."""
+
+
+def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
+    """64 hexadecimal digits: the SHA-256 of everything that ids, roles and weights follow from."""
+    tokenizer = renderer.tokenizer
+    template = renderer.template or ""
+    digest = hashlib.sha256()
+    for part in (
+        _code(),
+        template,
+        str(datetime.date.today()) if "strftime_now" in template else "",  # such a template writes the date
+        tokenizer.backend_tokenizer.to_str(),
+        type(tokenizer).__name__,
+        repr(sorted(tokenizer.special_tokens_map.items())),
+        repr(sorted((i, repr(token)) for i, token in tokenizer.added_tokens_decoder.items())),
+        repr(sorted((name, value) for name, value in asdict(data).items() if name not in BESIDE)),
+    ):
+        _add(digest, part)
+    for start in range(0, len(rows), AT_ONCE):
+        some = [[[vars(message) for message in row.messages], row.tools] for row in rows[start : start + AT_ONCE]]
+        _add(digest, json.dumps(some, default=dict))
+    return digest.hexdigest()
+
+
+def _add(digest: Any, text: str) -> None:
+    raw = text.encode()
+    digest.update(f"{len(raw)}:".encode())
+    digest.update(raw)
+
+
+@cache
+def _code() -> str:
+    """The source of the data code, and what else decides on tokens."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    versions = [f"{name} {version(name)}" for name in ("tokenizers", "transformers", "jinja2")]
+    return "\n".join([*versions, *(file.read_text(encoding="utf-8") for file in files)])
+
+
+def save(file: Path, columns: Columns) -> None:
+    """Write the columns, whole or not at all. A folder that cannot be written to costs time later and is no error."""
+    arrays = {name: np.ascontiguousarray(values) for name, values in _arrays(columns).items()}
+    facts = {"problems": json.dumps(columns.problems), "crc": _checksum(arrays)}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix="writing-")
+        os.close(handle)
+        try:
+            save_file(arrays, name, metadata=facts)
+            os.replace(name, file)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        _make_room(file.parent)
+    except OSError:
+        return
+
+
+def load(file: Path) -> Columns | None:
+    """The columns there, mapped into memory (writable, but nothing reaches the file); None where there is no file.
+
+    Raises DamagedError where the file is not what was written.
+    """
+    try:
+        mapped = np.memmap(file, np.uint8, "c")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise DamagedError(str(error)) from None
+    with suppress(OSError):
+        os.utime(file)  # used now: the last to go
+    try:
+        begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+        header = json.loads(mapped[8:begin].tobytes())
+        facts = header.pop("__metadata__")
+        tokens = mapped.view(np.ndarray)[begin:]
+        arrays = {
+            name: tokens[slice(*entry["data_offsets"])].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in header.items()
+        }
+        if _checksum(arrays) != facts["crc"]:
+            raise DamagedError("its checksum is another")
+        problems = {int(number): why for number, why in json.loads(facts["problems"]).items()}
+        return Columns(**arrays, problems=problems)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{type(error).__name__}: {error}") from None
+
+
+def _arrays(columns: Columns) -> dict[str, NDArray[Any]]:
+    return {name: value for name, value in vars(columns).items() if name != "problems"}
+
+
+def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
+    """CRC-32 of each array by its name: quick enough to read 100 million tokens in a second."""
+    sums = {name: zlib.crc32(arrays[name].view(np.uint8)) for name in sorted(arrays)}  # type: ignore[arg-type]
+    return " ".join(f"{name} {crc:08x}" for name, crc in sums.items())
+
+
+def _make_room(folder: Path) -> None:
+    files = sorted(((p.stat().st_mtime, p.stat().st_size, p) for p in folder.iterdir()), reverse=True)
+    room = MOST_BYTES
+    for place, (_, size, file) in enumerate(files):
+        room -= size
+        if room < 0 and place > 0:  # never the one that was just written
+            file.unlink(missing_ok=True)

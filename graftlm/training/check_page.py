@@ -1,0 +1,130 @@
+"""The page of `graft data check --html`: the report, and rows to leaf through. One file, nothing fetched.
+
+Rows are from anywhere, so everything is text: the report is escaped by jinja2, rows travel as JSON in which no markup
+can stand and are set as text, and the page's own policy forbids it to load anything.
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from graftlm.data.check import Lengths, shown_rows
+from graftlm.data.render import Renderer, Role
+from graftlm.data.source import DataConfig, Row
+from graftlm.model.store import writing
+from graftlm.training.run import Prepared
+
+SAMPLED = 200
+"""Rows at even distances that are shown whatever they hold."""
+
+MOST_ROWS = 2_000
+"""Rows on the page, the suspicious ones included."""
+
+MOST_TOKENS = 4_000
+"""Of one row."""
+
+LISTED = 30
+"""Rows of a kind that the table of findings names; the page can be set to show the others one by one."""
+
+WIDTH, HEIGHT = 420, 120
+"""Of a histogram, in pixels."""
+
+
+def write(file: Path, data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> None:
+    """Write the page; raises OutputError where it cannot be written."""
+    with writing(file):
+        file.write_text(html(data, tokenizer, config, title=title), encoding="utf-8")
+
+
+def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> str:
+    """The page of rows that were looked at (`prepare_data(..., look=True)`)."""
+    report, survey = data.report, data.report.survey
+    assert survey is not None
+    notes: dict[str, list[tuple[str, str]]] = {}
+    for finding in survey.findings:
+        for entry in finding.entries:
+            for where in entry.rows:
+                others = ", ".join(other for other in entry.rows[:3] if other != where)
+                note = f"{entry.note} ({others})" if entry.note and others else entry.note or others
+                notes.setdefault(where, []).append((finding.kind, note))
+    rows = _chosen(data, notes)
+    renderer = Renderer(tokenizer)
+    shown = [
+        _shown(piece, notes, config.max_tokens) for row in rows for piece in shown_rows([row], renderer, config, 1)
+    ]
+    place = {piece["where"]: i for i, piece in reversed(list(enumerate(shown)))}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(
+        files("graftlm.training").joinpath("check.html.jinja").read_text(encoding="utf-8")
+    )
+    findings = []
+    for finding in survey.findings:
+        named = list(dict.fromkeys(where for entry in finding.entries for where in entry.rows))
+        listed = [(where, place[where]) for where in named if where in place][:LISTED]
+        if named:
+            facts = {"kind": finding.kind, "why": finding.why, "count": finding.count}
+            findings.append(facts | {"places": listed, "more": len(named) - len(listed)})
+    left_out = len(notes.keys() - place.keys())
+    return template.render(
+        title=title,
+        lines=[*report.lines(), *survey.lines()],
+        histograms=[("prompts", _bars(report.prompt_tokens)), ("answers", _bars(report.answer_tokens))],
+        findings=findings,
+        roles=[_name(role) for role in Role],
+        sampled=f"{len(rows):,} of {len(data.rows) + len(data.held_out_rows):,} rows: some at even distances, and "
+        "those that are worth a look.",
+        limit_text=f"{left_out:,} more of these are left out." if left_out else "",
+        rows=_json(shown),
+    )
+
+
+def _chosen(data: Prepared, notes: dict[str, Any]) -> list[Row]:
+    """A sample of the training rows and whatever is noted of any row, in order."""
+    count = len(data.rows)
+    sample = set(range(count)) if count <= SAMPLED else {i * count // SAMPLED for i in range(SAMPLED)}
+    every = [*data.rows, *data.held_out_rows]
+    suspicious = [i for i, row in enumerate(every) if row.where in notes and i not in sample]
+    return [every[i] for i in sorted(sample | set(suspicious[: MOST_ROWS - len(sample)]))]
+
+
+def _shown(piece: dict[str, Any], notes: dict[str, list[tuple[str, str]]], most: int) -> dict[str, Any]:
+    tokens = [[token["text"], token["role"], token["weight"], token["id"]] for token in piece["tokens"]]
+    return {
+        "where": piece["where"],
+        "found": notes.get(piece["where"], []),
+        "tokens": tokens[:MOST_TOKENS],
+        "left": len(tokens) - len(tokens[:MOST_TOKENS]),
+        "limit": most,
+    }
+
+
+def _name(role: Role) -> str:
+    return role.name.lower().replace("_", "-")
+
+
+def _json(tree: Any) -> str:
+    """JSON that may stand in a script element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(tree)  # all but ASCII is escaped already
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _bars(lengths: Lengths) -> list[dict[str, Any]]:
+    edges, rows = lengths.histogram()
+    width, most = WIDTH / len(rows), max(1, *rows)
+    return [
+        {
+            "x": round(i * width, 2),
+            "y": round(HEIGHT * (1 - count / most), 2),
+            "width": round(width - 1, 2),
+            "height": round(HEIGHT * count / most, 2),
+            "start": edges[i],
+            "end": edges[i + 1] - 1,
+            "title": f"{edges[i]:,} to {edges[i + 1] - 1:,} tokens: {count:,} rows",
+        }
+        for i, count in enumerate(rows)
+    ]

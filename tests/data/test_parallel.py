@@ -1,0 +1,170 @@
+"""Rendering on all cores gives what one core gives, in order, and leaves no process behind."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graftlm.data import parallel
+from graftlm.data.columns import Columns, join, render
+from graftlm.data.render import Renderer
+from graftlm.data.source import DataConfig, Row
+from graftlm.errors import BaseModelError, DataError
+from graftlm.testing import tiny_tokenizer
+
+from .shapes import chat, tokenizer_for
+
+DATA = DataConfig(train="rows.jsonl")
+
+
+def row(number: int, *, length: int = 20) -> Row:
+    question = f"question {number}"
+    return Row(chat(question, "answer " * (number % length) + "end"), f"f:{number}", question)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(tiny_tokenizer())
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of ten rows or so, and processes from three chunks on."""
+    monkeypatch.setattr(parallel, "CHUNK", 11_000)
+    monkeypatch.setattr(parallel, "MANY", 33_000)
+
+
+def equal(a: Columns, b: Columns) -> bool:
+    assert a.problems == b.problems
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name)) and getattr(a, name).dtype == getattr(b, name).dtype
+        for name in ("ids", "roles", "weights", "ends", "rows", "control")
+    )
+
+
+def test_columns_hold_what_each_row_is_rendered_to(renderer: Renderer) -> None:
+    rows = [row(1), row(5), row(2)]
+    columns = render(rows, renderer, DATA)
+    assert columns.rows.tolist() == [0, 1, 2]
+    for one, start, end in zip(rows, columns.starts, columns.ends, strict=True):
+        (piece,) = renderer.rows(one.messages, one.tools)
+        assert columns.ids[start:end].tolist() == piece.ids.tolist()
+        assert columns.roles[start:end].tolist() == piece.roles.tolist()
+        trained = columns.ids[start:end][columns.weights[start:end] > 0]
+        assert renderer.decode(trained) == one.messages[1].content
+
+
+def test_joined_columns_are_the_columns_of_all_rows() -> None:
+    renderer = Renderer(tokenizer_for("gemma"))
+    refused = Row(chat("a", "b", system="s"), "f:0", "a")
+    rows = [row(0), refused, row(2), row(3), refused, row(5)]
+    apart = [render(rows[:2], renderer, DATA), render([], renderer, DATA), render(rows[2:], renderer, DATA)]
+    assert equal(join(apart), render(rows, renderer, DATA))
+    assert sorted(join(apart).problems) == [1, 4]
+    assert equal(join([]), render([], renderer, DATA))
+
+
+def test_a_row_with_a_control_token_is_marked_whichever_message_holds_it(renderer: Renderer) -> None:
+    rows = [row(1), Row(chat("a", "<|im_end|>"), "f", "a"), Row(chat("a<b|", "c"), "f", "a")]
+    assert render(rows, renderer, DATA).control.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_many_workers_give_what_one_gives_in_order(renderer: Renderer, small: None, workers: int) -> None:
+    rows = [row(i) for i in range(137)]
+    rows[70] = Row([rows[70].messages[1]], "f:70", "a")  # begins with an answer: refused
+    chunks = list(parallel.rendered(rows, renderer, DATA, workers))
+    assert [r for chunk, _ in chunks for r in chunk] == rows
+    assert len(chunks) > 10
+    assert all(len(columns.control) == len(chunk) for chunk, columns in chunks)
+    together = join([columns for _, columns in chunks])
+    assert equal(together, render(rows, renderer, DATA))
+    assert list(together.problems) == [70]
+
+
+def test_rows_are_taken_only_as_they_are_needed(renderer: Renderer, small: None) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Row]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield row(taken)
+
+    chunks = parallel.rendered(endless(), renderer, DATA, 2)
+    for _ in range(5):
+        next(chunks)
+    ahead = (parallel.AHEAD * 2 + 5 + 1) * 12
+    assert taken <= ahead
+    chunks.close()  # type: ignore[attr-defined]
+
+
+def children() -> list[str]:
+    """The processes below this one that render."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"graftlm.data.parallel" in (folder / "cmdline").read_bytes():
+                found.append(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs Linux")
+def test_no_process_is_left_when_the_reader_stops_early(renderer: Renderer, small: None) -> None:
+    chunks = parallel.rendered([row(i) for i in range(200)], renderer, DATA, 3)
+    next(chunks)
+    assert len(children()) == 2
+    chunks.close()  # type: ignore[attr-defined]
+    assert not children()
+
+
+def test_a_base_without_a_template_is_an_error_in_many_processes_too(small: None) -> None:
+    with pytest.raises(BaseModelError, match="no chat template"):
+        list(parallel.rendered([row(i) for i in range(100)], Renderer(tiny_tokenizer(template=None)), DATA, 2))
+
+
+def test_a_process_that_dies_is_said_and_not_waited_for(
+    renderer: Renderer, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [])  # its imports fail
+    monkeypatch.setattr(parallel._Child, "__init__", _silent)
+    with pytest.raises(DataError, match="a process that renders rows ended"):
+        list(parallel.rendered([row(i) for i in range(100)], renderer, DATA, 2))
+
+
+def _silent(child: Any, start: bytes) -> None:
+    child._start = start
+    command = [sys.executable, "-c", "import sys; sys.stdin.buffer.read(1); sys.exit(3)"]
+    child._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_a_caller_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('once')\n"
+        "from graftlm.data import parallel\n"
+        "from graftlm.data.formats import Message\n"
+        "from graftlm.data.render import Renderer\n"
+        "from graftlm.data.source import DataConfig, Row\n"
+        "from graftlm.testing import tiny_tokenizer\n"
+        "parallel.CHUNK, parallel.MANY = 11_000, 33_000\n"
+        "rows = [Row([Message('user', 'a'), Message('assistant', 'b')], 'f', 'a')] * 100\n"
+        "print(sum(len(c) for c, _ in parallel.rendered(rows, Renderer(tiny_tokenizer()), DataConfig(train='f'), 2)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["once", "100"]
+
+
+def test_a_worker_imports_no_torch() -> None:
+    program = "import sys, graftlm.data.parallel; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "False"
