@@ -172,7 +172,9 @@ def data_check(
     _quiet_libraries()
     recipe = _recipe_for(source, base, mask, template, network)
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-    found = prepare_data(recipe, tokenizer, show=show, look=True)
+    found = prepare_data(recipe, tokenizer, show=show, look=True, console=Console(stderr=True))
+    for line in found.chosen:
+        typer.secho(line, err=True)
     if html:
         check_page.write(html, found, tokenizer, recipe.data, title=source)
     if as_json:
@@ -184,6 +186,94 @@ def data_check(
         console.print(display.tokens(row))
     if html:
         console.print(f"wrote {html}", highlight=False, markup=False)
+
+
+@data_app.command("select")
+def data_select(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe (.yaml), a file of rows, hub:... or builtin:...")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write, its scores beside it.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Of the method: see docs/recipe.md.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            help="less, ifd, reversed-ifd, k-center, cluster, diversity, longest, perplexity, judge, dedup, length or "
+            "format; by default what the recipe's own `select` says.",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="N_OR_SHARE", help="So many rows (100), or a share (0.1).")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="For less: a few rows of the kind wanted.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The model that is asked; default smollm2.")] = None,
+    template: Annotated[str | None, typer.Option("--template", help="A .jinja file to use as chat template.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    as_json: JsonOption = False,
+    network: NetworkOption = False,
+) -> None:
+    """Write the rows most worth training on; scores are kept, so that another --keep computes nothing."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from graftlm.data.mixing import read_data
+    from graftlm.model.load import load_tokenizer
+    from graftlm.training.select.choose import check_writable, choose, write_rows
+
+    _quiet_libraries()
+    check_writable(out, overwrite=overwrite)
+    recipe = _selecting(_recipe_for(source, base, None, template, network), by, keep, target, settings or [])
+    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network)
+    for problem in (*read.problems, *read.notes):
+        typer.secho(problem, fg="yellow", err=True)
+    rows = read.train
+    kept, choices = choose(recipe, rows, tokenizer, Console(stderr=True))
+    scores = write_rows(out, kept, choices)
+    if as_json:
+        found = {"rows": len(rows), "kept": len(kept), "out": str(out), "scores": [str(file) for file in scores]}
+        print(json.dumps(found | {"by": [asdict(choice) for choice in choices]}, default=str))
+        return
+    for choice in choices:
+        print(choice.line())
+    print(f"wrote {out}: {len(kept)} of {len(rows)} rows")
+
+
+def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str | None, settings: list[str]) -> "Recipe":
+    """The recipe with the one selector that the command line describes, or with its own."""
+    from graftlm.config import build, parse_yaml, to_tree
+    from graftlm.errors import RecipeError
+    from graftlm.training.recipe import Recipe
+    from graftlm.training.select import SELECTORS
+
+    if by is None:
+        if not recipe.select:
+            raise RecipeError(
+                f"--by: say how to choose, here or under `select` in the recipe. {nearest('', SELECTORS)}"
+            )
+        if keep or target or settings:
+            raise RecipeError("--keep, --target and key=value belong to a method: name it with --by")
+        return recipe
+    if recipe.select:
+        raise RecipeError(
+            "the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe"
+        )
+    if by not in SELECTORS:
+        raise RecipeError(f"--by {by}: no such method. {nearest(by, SELECTORS)}")
+    text = "" if keep is None else f"keep: {keep}\n"
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise RecipeError(f"{setting!r}: write a setting as key=value, for example seed=1")
+        text += f"{key}: {value}\n"
+    fields, _ = parse_yaml(text, "command line")
+    fields |= {"by": by} if target is None else {"by": by, "target": target}
+    config = build(SELECTORS[by].config, fields, source=f"--by {by}")
+    return build(Recipe, to_tree(recipe) | {"select": [to_tree(config)]}, source="command line")
 
 
 @data_app.command("convert")

@@ -185,10 +185,17 @@ def log_probs(model: Any, pack: Packed) -> Tensor:
     ids and positions [1, T]; `lengths` of the segments, which sum to T, and the segment that each continues (-1 for
     none). A single segment needs no packed attention; several must be run inside `packed_attention(model)`.
     """
+    return head(model, hidden_states(model, pack).index_select(0, pack.hidden_rows), pack.targets)
+
+
+def hidden_states(model: Any, pack: Packed) -> Tensor:
+    """The last hidden state of each token of a pack, as the head sees it: [T, d], in the model's dtype."""
     plan = {"plan": Plan(pack.lengths, pack.parents)} if len(pack.lengths) > 1 or _is_packed(model) else {}
     backbone = model.get_decoder()
-    hidden = backbone(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **plan).last_hidden_state
-    return head(model, hidden[0].index_select(0, pack.hidden_rows), pack.targets)
+    hidden: Tensor = backbone(
+        input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **plan
+    ).last_hidden_state
+    return hidden[0]
 
 
 def head(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -16,10 +16,15 @@ from graftlm.errors import nearest
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.policies import POLICIES
+from graftlm.training.select import SELECTORS
+from graftlm.training.select.base import SelectorConfig
 
 if TYPE_CHECKING:
     AnyDelta = DeltaConfig
-else:  # whichever configs are in the table, told apart by their `method`
+    AnySelector = SelectorConfig
+else:  # whichever configs are in the tables, told apart by their `method`, or `by`
+    _SELECTORS = tuple(selector.config for selector in SELECTORS.values())
+    AnySelector = Annotated[Union[_SELECTORS], Field(discriminator="by")]  # noqa: UP007
     _CONFIGS = tuple(method.config for method in METHODS.values())
     AnyDelta = Annotated[Union[_CONFIGS], Field(discriminator="method")] if len(_CONFIGS) > 1 else _CONFIGS[0]  # noqa: UP007
 
@@ -38,6 +43,8 @@ class ReportConfig:
 class Recipe:
     base: str | BaseConfig = "smollm2"
     data: DataConfig
+    select: tuple[AnySelector, ...] = ()
+    """Choose among the training rows before anything else: one selector, or several in turn."""
     delta: AnyDelta | None = None
     """The delta to train; LoRA with its defaults where neither this nor `deltas` is given."""
     deltas: Mapping[str, AnyDelta] = Field(default_factory=dict)
@@ -48,6 +55,11 @@ class Recipe:
     report: ReportConfig = Field(default_factory=ReportConfig)
     network: Flag = False
     """Allow a base or a data set to be fetched from the hub."""
+
+    @field_validator("select", mode="before")
+    @classmethod
+    def _one_selector(cls, given: object) -> object:
+        return [given] if isinstance(given, Mapping) else given
 
     @field_validator("policies")
     @classmethod

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,6 +40,7 @@ from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.optim import adamw, warmup_cosine
 from graftlm.training.recipe import Recipe, read_recipe
+from graftlm.training.select.choose import choose
 
 PROBE_TOKENS = 256
 """Packing is proved on a row of this length, if there is one: long enough to matter, a second's work."""
@@ -71,16 +72,26 @@ class Prepared:
     held_out_rows: list[Row]
     held_out: list[Example]
     first_rows: list[dict[str, Any]]
+    chosen: list[str] = field(default_factory=list)
+    """What each selector of the recipe did, a line each."""
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = False) -> Prepared:
-    """Read, split, render and check the rows of a recipe; raises DataError where none can be used, or under `strict`.
+def prepare_data(
+    recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = False, console: Console | None = None
+) -> Prepared:
+    """Read, split, choose, render and check the rows of a recipe.
+
+    Raises DataError where none can be used, and under `strict` where one cannot.
 
     With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
     """
     data = recipe.data
     read = read_data(data, seed=recipe.train.seed, network=recipe.network)
     rows, aside = read.train, read.held_out
+    chosen: list[str] = []
+    if recipe.select:
+        rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True))
+        chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
     workers, kept = recipe.train.threads, cache_folder() / "rows"
     examples, found = prepare(rows, renderer, data, format=read.format, workers=workers, cache=kept)
@@ -100,7 +111,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = 
         found.problems += found_aside.problems
     if look:
         found.survey = survey(rows, aside)
-    return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show))
+    return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show), chosen)
 
 
 def _usable(rows: list[Row], examples: Sequence[Example], found: Report) -> list[Row]:
@@ -134,8 +145,11 @@ def train(
         torch.manual_seed(recipe.train.seed)
         with ranks.one_first():  # it may have to be fetched or converted
             tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-        with console.status("reading rows"), ranks.one_first():  # the others find what it has rendered
-            data = prepare_data(recipe, tokenizer)
+        waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
+        with waiting, ranks.one_first():  # the others find what it has rendered
+            data = prepare_data(recipe, tokenizer, console=console)
+        for line in data.chosen:
+            console.print(line, highlight=False)
         console.print(display.preflight(data.report))
         console.print(display.tokens(data.first_rows[0]))
         with console.status("loading the base"):

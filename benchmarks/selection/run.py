@@ -1,0 +1,347 @@
+"""Choosing rows against drawing them.
+
+    python benchmarks/selection/run.py planted    LESS: rows of one task among those of others
+    python benchmarks/selection/run.py own        k-center: the covering radius; IFD: rows with answers of other rows
+    python benchmarks/selection/run.py demo       10 % of docstrings chosen by each method, and drawn
+    python benchmarks/selection/run.py table      result.json from what has been run
+    python benchmarks/selection/run.py            all of it
+
+Every run is a line of runs.jsonl, and scores are kept where `graft data select` keeps them: what is there is not done
+again.
+"""
+
+import hashlib
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from machine import commit, write_result  # noqa: E402
+
+from graftlm.config import build  # noqa: E402
+from graftlm.data.render import Renderer  # noqa: E402
+from graftlm.data.source import Row, load_rows  # noqa: E402
+from graftlm.model.attach import detach  # noqa: E402
+from graftlm.model.load import load_base  # noqa: E402
+from graftlm.training.held_out import held_out_loss  # noqa: E402
+from graftlm.training.recipe import Recipe  # noqa: E402
+from graftlm.training.run import attach_deltas, plan_batches, training_steps  # noqa: E402
+from graftlm.training.select import ifd  # noqa: E402
+from graftlm.training.select.base import Pool, embeddings, examples_of  # noqa: E402
+from graftlm.training.select.choose import choose  # noqa: E402
+from graftlm.training.select.k_center import greedy_order  # noqa: E402
+
+CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
+RUNS = HERE / "runs.jsonl"
+SCRATCH = HERE / "runs"
+
+
+# Rows ------------------------------------------------------------------------------------------------------------
+
+
+def reversed_digits(draw: random.Random) -> tuple[str, str]:
+    number = str(draw.randint(10000, 9999999))
+    return f"Write the digits of {number} in reverse order.", number[::-1]
+
+
+def addition(draw: random.Random) -> tuple[str, str]:
+    a, b = draw.randint(100, 9999), draw.randint(100, 9999)
+    return f"What is {a} + {b}?", str(a + b)
+
+
+def sorting(draw: random.Random) -> tuple[str, str]:
+    numbers = [draw.randint(1, 99) for _ in range(draw.randint(4, 7))]
+    return f"Sort these numbers: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
+
+
+def capitals(draw: random.Random) -> tuple[str, str]:
+    words = draw.sample(WORDS, draw.randint(3, 6))
+    return f"Write in capital letters: {' '.join(words)}", " ".join(words).upper()
+
+
+def dates(draw: random.Random) -> tuple[str, str]:
+    year, month, day = draw.randint(1950, 2030), draw.randint(1, 12), draw.randint(1, 28)
+    return f"Write the date {day}.{month}.{year} as year-month-day.", f"{year}-{month:02}-{day:02}"
+
+
+WORDS = (
+    "river",
+    "stone",
+    "window",
+    "garden",
+    "paper",
+    "yellow",
+    "market",
+    "winter",
+    "bridge",
+    "candle",
+    "forest",
+    "silver",
+    "morning",
+    "table",
+    "ocean",
+)
+OTHERS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (addition, sorting, capitals, dates)
+
+
+def made(task: Callable[[random.Random], tuple[str, str]], count: int, draw: random.Random) -> list[dict[str, str]]:
+    """So many rows of a task, all different."""
+    found: dict[str, str] = {}
+    while len(found) < count:
+        question, answer = task(draw)
+        found[question] = answer
+    return [{"prompt": q, "completion": a, "group": task.__name__} for q, a in found.items()]
+
+
+def docstrings(count: int | None, row_tokens: int, renderer: Renderer) -> list[dict[str, str]]:
+    """So many short rows of builtin:docstrings, or all of them, in an order drawn once and for all."""
+    rows = load_rows("builtin:docstrings")[0]
+    random.Random(0).shuffle(rows)
+    found: list[dict[str, str]] = []
+    for row in rows:
+        if len(found) != count and len(renderer.conversation(row.messages).ids) <= row_tokens:
+            found.append({"prompt": row.messages[0].content, "completion": row.messages[1].content, "group": row.group})
+    return found
+
+
+def written(name: str, rows: Sequence[dict[str, str]]) -> str:
+    SCRATCH.mkdir(exist_ok=True)
+    (SCRATCH / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(SCRATCH / name)
+
+
+class Bench:
+    """The base, loaded once."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self.model, self.tokenizer = load_base(CONFIG["base"])
+        self.renderer = Renderer(self.tokenizer)
+
+    def recipe(self, file: str, select: Sequence[dict[str, Any]] = (), **tree: Any) -> Recipe:
+        whole = {"base": CONFIG["base"], "data": {"train": file}, "select": list(select), **tree}
+        return build(Recipe, whole, source="benchmarks/selection")
+
+    def pool(self, rows: list[Row], recipe: Recipe) -> Pool:
+        examples = examples_of(rows, self.renderer, recipe.data)
+        return Pool(rows, examples, self.renderer, recipe.data, lambda: self.model, pack_tokens=640)
+
+
+# Runs that are kept ----------------------------------------------------------------------------------------------
+
+
+def done() -> dict[str, dict[str, Any]]:
+    lines = RUNS.read_text().splitlines() if RUNS.is_file() else []
+    return {line["key"]: line for line in map(json.loads, lines)}
+
+
+def kept(part: str, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a run found, from runs.jsonl or by running it now."""
+    facts: list[Any] = [
+        CONFIG["base"],
+        {k: v for k, v in CONFIG[part].items() if k not in ("seed", "seeds", "methods")},
+    ]
+    method = CONFIG[part].get("methods", {}).get(name.rpartition(" ")[0])
+    facts += [] if method is None else [method]
+    key = f"{part} {name} {hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]}"
+    if (line := done().get(key)) is None:
+        started = time.perf_counter()
+        line = {"key": key, "commit": commit(), **run(), "wall_s": round(time.perf_counter() - started, 1)}
+        with open(RUNS, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print({k: v for k, v in line.items() if k != "places"}, flush=True)
+    return line
+
+
+# LESS on a planted mixture ---------------------------------------------------------------------------------------
+
+
+def planted(bench: Bench | None) -> dict[str, Any]:
+    settings = CONFIG["planted"]
+
+    def run(seed: int) -> dict[str, Any]:
+        assert bench is not None
+        draw = random.Random(seed)
+        rows = docstrings(settings["docstrings"], settings["row_tokens"], bench.renderer)
+        rows += [row for task in OTHERS for row in made(task, settings["others"], draw)]
+        relevant = made(reversed_digits, settings["relevant"] + settings["target"], draw)
+        rows += relevant[: settings["relevant"]]
+        draw.shuffle(rows)
+        file, target = written("planted.jsonl", rows), written("target.jsonl", relevant[settings["relevant"] :])
+        less = {"by": "less", "target": target, "keep": settings["relevant"], "seed": seed, **settings["less"]}
+        recipe = bench.recipe(file, [less], train={"pack_tokens": 640})
+        chosen, _ = choose(recipe, load_rows(file)[0], bench.tokenizer, Console())
+        groups = [row.group for row in chosen]
+        tasks = {group if group.isidentifier() else "docstrings" for group in groups}
+        counts = {t: sum(g == t or (t == "docstrings" and not g.isidentifier()) for g in groups) for t in sorted(tasks)}
+        return {"recall": groups.count("reversed_digits") / settings["relevant"], "chosen": counts, "pool": len(rows)}
+
+    runs = [kept("planted", f"less {seed}", lambda seed=seed: run(seed)) for seed in settings["seeds"]]  # type: ignore[misc]
+    return {
+        "pool": runs[0]["pool"],
+        "by_chance": settings["relevant"] / runs[0]["pool"],
+        "recall_at_5_percent": [run["recall"] for run in runs],
+        "chosen": [run["chosen"] for run in runs],
+        "wall_s": [run["wall_s"] for run in runs],
+    }
+
+
+# k-center and IFD on their own criteria ----------------------------------------------------------------------------
+
+
+def own(bench: Bench | None) -> dict[str, Any]:
+    settings = CONFIG["own"]
+
+    def cover() -> dict[str, Any]:
+        assert bench is not None
+        file = written("own.jsonl", docstrings(settings["rows"], settings["row_tokens"], bench.renderer))
+        points = embeddings(bench.pool(load_rows(file)[0], bench.recipe(file)))
+
+        def radius(taken: Any) -> float:
+            return float(np.sqrt(np.square(points[:, None] - points[taken]).sum(-1).min(1).max()))
+
+        drawn = [
+            radius(np.random.default_rng(s).choice(len(points), settings["k_center_keep"], replace=False))
+            for s in range(settings["draws"])
+        ]
+        taken = greedy_order(points)[: settings["k_center_keep"]]
+        return {"radius": radius(taken), "radius_drawn": statistics.mean(drawn), "radius_drawn_least": min(drawn)}
+
+    def tell_apart() -> dict[str, Any]:
+        """Answers of some rows go round among them: does IFD see that they do not belong to their questions?"""
+        assert bench is not None
+        rows = docstrings(settings["rows"], settings["row_tokens"], bench.renderer)
+        swapped = list(range(settings["swapped"]))
+        answers = [rows[i]["completion"] for i in swapped]
+        for i in swapped:
+            rows[i] = rows[i] | {"completion": answers[i - 1]}
+        file = written("swapped.jsonl", rows)
+        pool = bench.pool(load_rows(file)[0], bench.recipe(file))
+        found = ifd.ratios(pool, pool.rows, "perplexity")
+        wrong, right = found[swapped], np.delete(found, swapped)
+        return {
+            "ifd_median": float(np.median(right)),
+            "ifd_median_of_swapped": float(np.median(wrong)),
+            "left_out": float((right >= 1).mean()),
+            "left_out_of_swapped": float((wrong >= 1).mean()),
+            "auc": float((wrong[:, None] > right[None]).mean()),
+        }
+
+    return {"k_center": kept("own", "k-center", cover), "ifd": kept("own", "ifd", tell_apart)}
+
+
+# The demo job ----------------------------------------------------------------------------------------------------
+
+
+def demo(bench: Bench | None) -> dict[str, Any]:
+    settings = CONFIG["demo"]
+    parts: dict[str, list[Row]] = {}
+
+    def rows_of(name: str) -> list[Row]:
+        """pool, development or held_out: disjoint, and no module of the pool in what is measured on."""
+        if not parts:
+            assert bench is not None
+            names = ("development", "held_out")
+            rows = docstrings(None, settings["row_tokens"], bench.renderer)
+            modules = sorted({row["group"] for row in rows})
+            random.Random(1).shuffle(modules)
+            taken = 0
+            for n in names:
+                found: list[dict[str, str]] = []
+                while len(found) < settings[n]:
+                    found += [row for row in rows if row["group"] == modules[taken]]
+                    taken += 1
+                random.Random(2).shuffle(found)
+                parts[n] = load_rows(written(f"{n}.jsonl", found[: settings[n]]))[0]
+            rest = [row for row in rows if row["group"] in modules[taken:]]
+            assert len(rest) >= settings["pool"], f"only {len(rest)} rows are left for the pool"
+            parts["pool"] = load_rows(written("pool.jsonl", rest[: settings["pool"]]))[0]
+        return parts[name]
+
+    def chosen(method: str, seed: int) -> list[Row]:
+        assert bench is not None
+        pool = rows_of("pool")
+        if method == "drawn":
+            return random.Random(seed).sample(pool, settings["keep"])
+        selector = {**settings["methods"][method], "keep": settings["keep"]}
+        recipe = bench.recipe(str(SCRATCH / "pool.jsonl"), [selector], train={"pack_tokens": 640})
+        return choose(recipe, pool, bench.tokenizer, Console())[0]
+
+    def run(method: str, seed: int) -> dict[str, Any]:
+        """Train on what a method chooses, and measure."""
+        assert bench is not None
+        measured_on = {n: rows_of(n) for n in ("development", "held_out")}
+        rows = chosen(method, seed) if method != "base" else []
+        recipe = bench.recipe(str(SCRATCH / "pool.jsonl"), train={**settings["train"], "seed": seed})
+        line: dict[str, Any] = {}
+        try:
+            if rows:
+                examples = [example for row in examples_of(rows, bench.renderer, recipe.data) for example in row]
+                plan = plan_batches(recipe.train, examples)
+                torch.manual_seed(seed)
+                attach_deltas(recipe, bench.model, examples, plan)
+                losses = [step.loss for step in training_steps(recipe, bench.model, examples, plan)]
+                bench.model.eval()
+                line["tokens"] = int(sum(e.weights.sum() for e in examples))
+                line["last_loss"] = round(losses[-1], 4)
+            for name, those in measured_on.items():
+                flat = [e for row in examples_of(those, bench.renderer, recipe.data) for e in row]
+                line[name] = held_out_loss(bench.model, flat, pack_tokens=640, packed=True)
+        finally:
+            if rows:
+                detach(bench.model)
+        return line
+
+    def runs(method: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        return [kept("demo", f"{method} {seed}", lambda s=seed: run(method, s)) for seed in seeds]  # type: ignore[misc]
+
+    seed = settings["seed"]
+    base = runs("base", [seed])[0]
+    first = {method: runs(method, [seed])[0] for method in ("drawn", *settings["methods"])}
+    best = min(settings["methods"], key=lambda method: first[method]["development"])
+    pairs = {name: [line["held_out"] for line in runs(name, settings["seeds"])] for name in ("drawn", best)}
+    return {
+        "base": {name: base[name] for name in ("development", "held_out")},
+        "development_loss": {method: line["development"] for method, line in first.items()},
+        "trained_tokens": {method: line["tokens"] for method, line in first.items()},
+        "best": best,
+        "held_out_loss": pairs,
+        "held_out_loss_mean": {name: statistics.mean(found) for name, found in pairs.items()},
+        "wins": sum(a < b for a, b in zip(pairs[best], pairs["drawn"], strict=True)),
+    }
+
+
+PARTS = {"planted": planted, "own": own, "demo": demo}
+
+
+def main() -> None:
+    asked = [word for word in sys.argv[1:] if word != "table"] or ([] if "table" in sys.argv else list(PARTS))
+    bench = Bench() if asked else None
+    for name in asked:
+        print(json.dumps(PARTS[name](bench), indent=1), flush=True)
+    result: dict[str, Any] = {"config": CONFIG}
+    for name, part in PARTS.items():
+        try:
+            result[name] = part(None)
+        except AssertionError:  # not all of its runs are there
+            result[name] = None
+    write_result(__file__, result)
+
+
+if __name__ == "__main__":
+    main()

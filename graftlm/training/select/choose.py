@@ -1,0 +1,252 @@
+"""Choosing rows: scores are made once and kept; how many rows stay is decided afterwards, as often as one likes.
+
+rows -> pool -> scores (kept by what they depend on) -> the best `keep` of them, in the order of the file
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from graftlm.config import to_tree
+from graftlm.data.convert import to_fields
+from graftlm.data.render import Renderer
+from graftlm.data.source import Row
+from graftlm.errors import DataError, OutputError, RecipeError
+from graftlm.model.forward import check_forward, check_packing
+from graftlm.model.load import BaseConfig, cache_folder, load_base, locate, return_freed_memory
+from graftlm.model.store import writing
+from graftlm.training import display, ranks
+from graftlm.training.select import SELECTORS
+from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
+
+if TYPE_CHECKING:
+    from graftlm.training.recipe import Recipe
+
+SCORES_VERSION = 1
+"""Raised when a method's scores come to mean something else, so that old ones are not taken for new ones."""
+
+PROBE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one selector did."""
+
+    by: str
+    rows: int
+    """It was given so many."""
+    left_out: int
+    """Of which it would keep none of these."""
+    kept: int
+    threshold: float
+    """The lowest score that was kept."""
+    reused: bool
+    """Whether its scores were there already."""
+    scores: Path
+    notes: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        found = "scores that were kept" if self.reused else "new scores"
+        return "; ".join(
+            [f"{self.by} kept {self.kept} of {self.rows} rows ({self.left_out} left out, {found})", *self.notes]
+        )
+
+
+def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Console) -> tuple[list[Row], list[Choice]]:
+    """The rows that the recipe's selectors keep, each asked about what those before it left; in the order given.
+
+    Raises DataError where nothing is left, and RecipeError for a selector that ranks and is not told how many to keep.
+    """
+    if ranks.count() > 1:
+        raise RecipeError("select: rows are chosen by one process. Choose them first, with graft data select")
+    for config in recipe.select:
+        if config.keep is None and not SELECTORS[config.by].filters:
+            raise RecipeError(
+                f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
+            )
+    renderer, choices = Renderer(tokenizer), list[Choice]()
+    with display.progress(console) as bars:
+
+        def progress(what: str, done: int, total: int) -> None:
+            if not tasks or bars.tasks[tasks[-1]].description != what:
+                tasks.append(bars.add_task(what, now=""))
+            bars.update(tasks[-1], completed=done, total=total)
+
+        tasks: list[Any] = []
+        load = cache(lambda: _proved(recipe, pool))
+        pool = Pool(
+            rows,
+            examples_of(rows, renderer, recipe.data),
+            renderer,
+            recipe.data,
+            load,
+            pack_tokens=recipe.train.pack_tokens,
+            network=recipe.network,
+            progress=progress,
+        )
+        place = np.arange(len(pool))
+        for config in recipe.select:
+            pool.notes.clear()
+            kept, choice = _choose_by(config, pool, _base_stamp(recipe))
+            choices.append(choice)
+            place, pool = place[kept], pool.part(kept)
+    load.cache_clear()
+    return_freed_memory()
+    return [rows[i] for i in place.tolist()], choices
+
+
+def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Choice]:
+    """The numbers of the rows that one selector keeps, in order."""
+    file = _scores_folder() / f"{_key(config, pool, base)}.jsonl"
+    scores = read_scores(file, len(pool))
+    reused = scores is not None
+    if scores is None:
+        scores = SELECTORS[config.by].score(config, pool)
+        assert scores.shape == (len(pool),)
+        assert scores.dtype == np.float32
+        write_scores(file, config, pool.rows, scores)
+    kept = best(scores, config.keep)
+    if not kept:
+        raise DataError(f"select: {config.by} leaves out all {len(pool)} rows")
+    wanted = count_of(config.keep, len(pool))
+    notes = list(pool.notes)
+    if len(kept) < wanted and config.keep is not None:
+        notes.append(f"{wanted} were wanted, and no more than {len(kept)} are not left out")
+    left_out = int(np.isneginf(scores).sum())
+    lowest = float(scores[kept].min())
+    return kept, Choice(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes))
+
+
+def count_of(keep: float | None, rows: int) -> int:
+    """How many rows a number or a share of `rows` is: one at least."""
+    if keep is None:
+        return rows
+    return max(1, round(keep * rows)) if isinstance(keep, float) else keep
+
+
+def best(scores: Scores, keep: float | None) -> list[int]:
+    """The numbers of the rows with the best scores, in order; of equals the first, and none that is left out."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[~np.isneginf(scores[order])]
+    return sorted(order[: count_of(keep, len(scores))].tolist())
+
+
+def _proved(recipe: "Recipe", pool: Pool) -> Any:
+    """The base, proved on the shortest and the longest of the rows as a run proves it."""
+    import torch
+
+    model: Any = load_base(recipe.base, network=recipe.network).model
+    examples = [example for row in pool.examples for example in row]
+    ends = (min(examples, key=len), max(examples, key=len))
+    short, long = (torch.from_numpy(e.ids.astype("int64")).to(model.device) for e in ends)
+    check_forward(model, long[:PROBE_TOKENS])
+    if recipe.data.pack:
+        check_packing(model, short, long[:PROBE_TOKENS])
+    return model
+
+
+# What scores depend on ---------------------------------------------------------------------------------------------
+
+
+def _key(config: SelectorConfig, pool: Pool, base: str) -> str:
+    """The name of the scores: a hash of all that they depend on, which `keep` is not."""
+    settings = {key: value for key, value in to_tree(config).items() if key != "keep"}
+    target = getattr(config, "target", None)
+    return _hash(
+        SCORES_VERSION,
+        settings,
+        base,
+        pool.renderer.template_hash,
+        {
+            key: value
+            for key, value in to_tree(pool.data).items()
+            if key in ("mask", "prompt_weight", "max_tokens", "over_length")
+        },
+        [_facts(row) for row in pool.rows],
+        [_facts(row) for row in pool.other(target).rows] if target is not None else None,
+    )
+
+
+def _facts(row: Row) -> list[Any]:
+    return [[asdict(m) for m in row.messages], row.tools, row.group]
+
+
+def _base_stamp(recipe: "Recipe") -> str:
+    """Which base: its config, and the names, sizes and times of its files, so that no weight needs to be read."""
+    base = recipe.base if not isinstance(recipe.base, str) else BaseConfig(name=recipe.base)
+    folder = Path(locate(base, network=recipe.network))
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return _hash(to_tree(base), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
+
+def _hash(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+def _scores_folder() -> Path:
+    return cache_folder() / "scores"
+
+
+def write_scores(file: Path, config: SelectorConfig, rows: Sequence[Row], scores: Scores) -> None:
+    """A line that says what they are, then {where, score} for each row; null for one that is left out."""
+    head = {"by": config.by, "key": file.stem, "rows": len(rows), "config": to_tree(config)}
+    pairs = zip(rows, scores.tolist(), strict=True)
+    lines = ({"where": row.where, "score": None if score == -np.inf else score} for row, score in pairs)
+    _write_lines(file, [head, *lines])
+
+
+def read_scores(file: Path, count: int) -> Scores | None:
+    """Scores of so many rows float32 [n]; None where there are none, or they are damaged and to be made again."""
+    try:
+        head, *lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        if head["key"] != file.stem or len(lines) != count:
+            return None
+        return np.array([-np.inf if line["score"] is None else line["score"] for line in lines], np.float32)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_rows(out: Path, rows: Sequence[Row], choices: Sequence[Choice]) -> list[Path]:
+    """Rows in the messages format, and beside them the scores that chose them; returns the files of scores."""
+    _write_lines(out, map(to_fields, rows))
+    beside = []
+    for number, choice in enumerate(choices, start=1):
+        beside.append(out.with_name(f"{out.name}.scores{f'-{number}' * (len(choices) > 1)}.jsonl"))
+        with writing(beside[-1]):
+            shutil.copyfile(choice.scores, beside[-1])
+    return beside
+
+
+def check_writable(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where rows cannot be written, before anything is computed."""
+    if out.suffix != ".jsonl":
+        raise OutputError(f"{out}: rows are written one a line: give a name that ends in .jsonl")
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder: name a file in it")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists and would be lost: choose another file, or say --overwrite")
+
+
+def _write_lines(file: Path, lines: Iterable[Any]) -> None:
+    """All lines or none: the file takes its name when it is whole."""
+    part = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "w", encoding="utf-8") as out:
+                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
