@@ -14,11 +14,12 @@ belongs to the answer.
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from graftlm.data.template import Template, TemplateError
 from graftlm.errors import BaseModelError, DataError
 
 PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
+_PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")
 
 
@@ -99,6 +101,7 @@ class Renderer:
         # What can end a turn: some tokenizers have their end of turn as an added token that is not called special, and
         # some have runs of white space as added tokens, which end nothing.
         self._control = sorted(i for i, token in added.items() if token.special or token.content.strip())
+        self._is_special, self._is_control = (_table(ids) for ids in (self.special_ids, self._control))
         self._encoder = copy.deepcopy(backend)
         self._encoder.no_truncation()
         self._encoder.no_padding()
@@ -156,9 +159,9 @@ class Renderer:
         turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
         ids, offsets = self._encode(text, cuts=_cuts(text, begins.values()))
         roles = np.full(len(ids), Role.BOILERPLATE, np.uint8)
-        roles[np.isin(ids, list(self.special_ids))] = Role.SPECIAL
+        roles[_look_up(self._is_special, ids)] = Role.SPECIAL
         starts, ends = offsets[:, 0], offsets[:, 1]
-        control = np.isin(ids, self._control)
+        control = _look_up(self._is_control, ids)
 
         def within(start: int, end: int) -> NDArray[np.bool_]:
             # A control token may swallow white space around it, of a text too: it is part of the text only if inside.
@@ -196,6 +199,8 @@ class Renderer:
         turn_of = numbers[places]
         given = np.full(len(ids), np.nan, np.float32)
         for index, message in enumerate(messages):
+            if message.weight is None and not message.spans:
+                continue
             own = (turn_of == index) & ~np.isin(roles, (Role.SPECIAL, Role.BOILERPLATE))
             if message.weight is not None:
                 given[own] = message.weight
@@ -319,6 +324,9 @@ class Renderer:
         Mostly that is so by itself, and the text is tokenised as one. It is not where a token would lie across the
         cut, or where what follows changes the tokens before (a regular expression that looks ahead).
         """
+        whole = self._piece(text, 0, len(text))
+        if all(self._is_prompt(text, cut, *whole) for cut in cuts):
+            return whole
         found: list[tuple[NDArray[np.int32], NDArray[np.int64]]] = []
         start = 0
         bounds = [*sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
@@ -335,6 +343,20 @@ class Renderer:
         ids, offsets = zip(*found, head, strict=True)
         return np.concatenate(ids), np.concatenate(offsets)
 
+    def _is_prompt(self, text: str, cut: int, ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> bool:
+        """Whether the tokens of the text before the cut are the very tokens that text[:cut] has by itself.
+
+        What stands before a control token is tokenised apart from what follows it, so only the tokens from the last
+        one on can be others.
+        """
+        before = int(np.searchsorted(offsets[:, 1], cut, "right"))
+        if before < len(ids) and offsets[before, 0] < cut:
+            return False  # a token lies across
+        controls = np.flatnonzero(_look_up(self._is_control, ids[:before]))
+        first = int(controls[-1]) if len(controls) else 0
+        tail = self._encoder.encode(text[offsets[first, 0] if first else 0 : cut], add_special_tokens=False)
+        return bool(tail.ids == ids[first:before].tolist())
+
     def _piece(self, text: str, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """ids and offsets of text[start:end]; what does not begin the text is tokenised as what does not."""
         if start == 0:
@@ -350,7 +372,8 @@ class Renderer:
 
     def _plain(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         encoding = self._encoder.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)
+        return np.array(encoding.ids, np.int32), offsets.reshape(-1, 2)
 
     def _raw(self, message: Message) -> Rendered:
         """Raw text between the tokenizer's begin and end tokens, where it has them; all of it is to be learnt."""
@@ -426,9 +449,20 @@ def _inside(message: Message, before: str, after: str) -> Message:
     return replace(message, content=f"{head}{before}{core}{after}{tail}")
 
 
+def _table(ids: Iterable[int]) -> NDArray[np.bool_]:
+    """Which ids are among these, up to the highest of them."""
+    table = np.zeros(max(ids, default=-1) + 2, np.bool_)  # the last one stands for all that are higher
+    table[list(ids)] = True
+    return table
+
+
+def _look_up(table: NDArray[np.bool_], ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+    return table[np.minimum(ids, len(table) - 1)]
+
+
 def _free_characters(count: int, messages: Sequence[Message]) -> str:
     """Characters for private use that occur in no message (icon fonts use some of them)."""
-    used = {character for message in messages for character in message.content}
+    used = {character for message in messages for character in _PRIVATE.findall(message.content)}
     return "".join(islice((chr(code) for code in PRIVATE if chr(code) not in used), count))
 
 
@@ -437,9 +471,11 @@ def _remove_marks(marked: str, marks: str) -> tuple[str, list[list[int]]]:
     number = {mark: index for index, mark in enumerate(marks)}
     plain: list[str] = []
     places: list[list[int]] = [[] for _ in marks]
-    for character in marked:
-        if character in number:
-            places[number[character]].append(len(plain))
+    length = 0
+    for part in _PRIVATE.split(marked):  # every second one is a character of these planes
+        if part in number:
+            places[number[part]].append(length)
         else:
-            plain.append(character)
+            plain.append(part)
+            length += len(part)
     return "".join(plain), places
