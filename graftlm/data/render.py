@@ -267,7 +267,9 @@ class Renderer:
                 "with `base: {template: FILE.jinja}`"
             )
         try:
-            return self._chat.render([[_as_fields(m) for m in chat] for chat in chats], wanted, tools)
+            different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
+            texts = self._chat.render([[_as_fields(m) for m in chat] for chat in chats], different, tools)
+            return [texts[different.index(ask)] for ask in wanted]
         except TemplateError as error:
             roles = ", ".join(m.role for m in chats[0])
             raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
