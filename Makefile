@@ -18,7 +18,7 @@ demo: $(VENV)/.run
 	$(BIN)/graft train recipes/quickstart.yaml --out $(OUT) --overwrite
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
