@@ -61,6 +61,17 @@ class Pack:
         """The places of all rows of the pack, each once."""
         return list(dict.fromkeys(row for rows in self.where for row in rows))
 
+    @property
+    def segment_of(self) -> Tensor:
+        """The segment in which the hidden state of each triple lies, int64 [S]."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return torch.bucketize(self.hidden_rows.cpu(), ends, right=True)
+
+    def rows_of(self, marked: Tensor) -> list[str]:
+        """The rows in which the triples lie that are marked, bool [S]; all rows where none is."""
+        segments = sorted(set(self.segment_of[marked.cpu()].tolist()))
+        return list(dict.fromkeys(row for i in segments for row in self.where[i])) or self.rows
+
     def to(self, device: torch.device) -> "Pack":
         moved = {k: getattr(self, k).to(device) for k in ("ids", "positions", "hidden_rows", "targets", "weights")}
         rest = {k: getattr(self, k) for k in ("lengths", "parents", "where", "row_tokens")}
