@@ -167,7 +167,7 @@ class Trackio(Tracker):
         self.run: Any = trackio.init(
             project=PROJECT,
             name=name,
-            resume="must" if run else "never",
+            resume="allow",  # not "must": it writes runs late, and one that was killed early may not be there
             config=to_tree(recipe),
             embed=False,
             auto_log_gpu=False,
