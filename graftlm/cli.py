@@ -207,6 +207,7 @@ def sweep_command(
 ) -> None:
     """Train a recipe with every combination of some values, and compare the runs."""
     from graftlm.training import sweep as sweeping
+    from graftlm.training.run import RESUMABLE
     from graftlm.training.runs import compare
 
     points = sweeping.grid(recipe, grid)
@@ -219,7 +220,7 @@ def sweep_command(
         raise typer.Exit(1)
     if len(outcome.skipped) + len(outcome.done) < len(points):
         typer.secho("stopped: the same command goes on", err=True)
-        raise typer.Exit(sweeping.STOPPED)
+        raise typer.Exit(RESUMABLE)
 
 
 @app.command("bench")

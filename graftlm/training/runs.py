@@ -1,7 +1,8 @@
 """Runs that were made: found below folders, compared by what differs in their recipes, drawn. Imports no torch.
 
-A run is a folder with a metrics.jsonl. Its recipe.yaml says what it was to be, summary.json what came of it; a run that
-is under way, was stopped or was killed has no summary that says it is at its end.
+A run that is done is a folder with metrics.jsonl, recipe.yaml and summary.json. One that is under way, was stopped or
+was killed has a checkpoints/unfinished.json, which is its recipe, and its metrics.jsonl beside that; whatever else lies
+in its folder is of an earlier time.
 """
 
 import json
@@ -14,19 +15,19 @@ from statistics import mean, stdev
 from typing import Any
 
 from graftlm.config import parse_yaml
-from graftlm.errors import GraftError, RecipeError, nearest
+from graftlm.errors import GraftError, nearest
 from graftlm.training import report
 
 SEED = "train.seed"
 
 FIGURES: dict[str, Callable[["Run"], Any]] = {
-    "steps": lambda run: len(run.losses),
+    "steps": lambda run: len(run.steps),
     "train_loss": lambda run: run.last_loss(),
     "base_loss": lambda run: run.said("held_out", "loss_nats", "base"),
     "tuned_loss": lambda run: run.said("held_out", "loss_nats", "tuned"),
     "base_rouge_l": lambda run: run.said("held_out", "rouge_l", "base"),
     "tuned_rouge_l": lambda run: run.said("held_out", "rouge_l", "tuned"),
-    "tokens_per_s": lambda run: run.said("train", "tokens_per_s"),
+    "tokens_per_s": lambda run: run.tokens_per_s(),
     "peak_rss_gib": lambda run: run.said("train", "peak_rss_gib"),
     "wall_s": lambda run: run.said("train", "wall_s"),
 }
@@ -37,12 +38,12 @@ FIGURES: dict[str, Callable[["Run"], Any]] = {
 class Run:
     folder: Path
     status: str
-    """finished, stopped (it can be resumed) or unfinished: under way, or killed."""
+    """finished, or unfinished."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """By dotted keys, defaults included; empty where a run has not yet written it."""
+    """By dotted keys, defaults included."""
     summary: Mapping[str, Any] = field(default_factory=dict)
-    losses: Mapping[int, float] = field(default_factory=dict)
-    """Of each step that was made."""
+    steps: Sequence[Mapping[str, Any]] = ()
+    """The lines of metrics.jsonl that are steps."""
 
     def said(self, *path: str) -> Any:
         """A value of summary.json, or None."""
@@ -53,8 +54,12 @@ class Run:
 
     def last_loss(self) -> float | None:
         """The mean of the last twentieth of the steps, in nats."""
-        known = [loss for loss in self.losses.values() if math.isfinite(loss)]
+        known = [step["loss"] for step in self.steps if math.isfinite(step["loss"])]
         return report.smoothed(known)[-1] if known else None
+
+    def tokens_per_s(self) -> float | None:
+        seconds = sum(step.get("wall_s", 0.0) for step in self.steps)
+        return sum(step.get("tokens", 0) for step in self.steps) / seconds if seconds else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     for folder in dict.fromkeys(path for given in folders for path in _below(Path(given))):
         try:
             runs.append(read_run(folder))
-        except (GraftError, OSError, ValueError) as error:
+        except (GraftError, OSError, ValueError, KeyError, TypeError) as error:
             damaged[str(folder)] = str(error).strip().splitlines()[0]
     runs.sort(key=lambda run: _in_order(str(run.folder)))
     recipes = [run.recipe for run in runs if run.recipe]
@@ -154,23 +159,31 @@ def _below(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise GraftError(f"{folder}: there is no such folder")
     for path, inside, files in os.walk(folder):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        if "metrics.jsonl" in files:
+        if METRICS in files or os.path.isfile(os.path.join(path, UNFINISHED)):
             inside.clear()  # what is below belongs to this run
             yield Path(path)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+
+
+METRICS, UNFINISHED = "metrics.jsonl", "checkpoints/unfinished.json"
 
 
 def read_run(folder: Path) -> Run:
     """The run in a folder. Raises RecipeError, OSError or ValueError for files that are damaged, naming them."""
-    losses = {line["step"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line}
-    summary = _read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    recipe = folder / "recipe.yaml"
-    tree = parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe))[0] if recipe.exists() else {}
-    if summary and not tree:
-        raise RecipeError(f"{recipe}: a finished run has a recipe, and here is none")
-    stopped = "interrupted" in summary
-    status = "stopped" if stopped else "finished" if summary else "unfinished"
-    return Run(folder, status, flat(tree), summary, losses)
+    if (folder / UNFINISHED).exists():
+        recipe, metrics = _read_json(folder / UNFINISHED), (folder / UNFINISHED).with_name(METRICS)
+        return Run(folder, "unfinished", flat(recipe), steps=_steps(metrics) if metrics.exists() else [])
+    for name in ("recipe.yaml", "summary.json"):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name} is missing: a run that is done has one")
+    summary = _read_json(folder / "summary.json")
+    tree, _ = parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
+    status = "unfinished" if summary.get("interrupted") else "finished"
+    return Run(folder, status, flat(tree), summary, _steps(folder / METRICS))
+
+
+def _steps(file: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(file) if "loss" in line and "event" not in line]
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
@@ -294,7 +307,7 @@ def _curves(runs: Sequence[Run]) -> str:
 
     drawn, axis = report.figure(height=4.5)
     for number, (run, place) in enumerate(zip(runs, _places([run.folder for run in runs]), strict=True)):
-        known = {step: loss for step, loss in run.losses.items() if math.isfinite(loss)}
+        known = {step["step"]: step["loss"] for step in run.steps if math.isfinite(step["loss"])}
         colour = colormaps["turbo"]((number + 0.5) / len(runs))
         label = place if number < MOST_NAMED else None
         axis.plot(list(known), report.smoothed(list(known.values())), color=colour, linewidth=1.5, label=label)

@@ -24,12 +24,10 @@ import graftlm
 from graftlm.config import to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError, nearest
 from graftlm.model.store import writing
+from graftlm.training.place import FREE
 from graftlm.training.recipe import Recipe, read_recipe
-from graftlm.training.run import stop_on_signal
-from graftlm.training.runs import flat, read_run, short_names
-
-STOPPED = 75
-"""Exit code of a run that was stopped and can be resumed."""
+from graftlm.training.run import RESUMABLE, stop_on_signal
+from graftlm.training.runs import compare, flat, short_names
 
 TAGS = ("method", "name", "by")
 """Keys whose value says which config a mapping is: `lora.r` is then another word for `delta.r`."""
@@ -183,11 +181,11 @@ def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callabl
         number = len(points) - len(todo) + len(outcome.done) + len(outcome.stopped) + len(outcome.failed) + 1
         if code == 0:
             outcome.done.append(point.name)
-        elif code == STOPPED:
+        elif code == RESUMABLE:
             outcome.stopped.append(point.name)
         else:
             outcome.failed[point.name] = _last_line(_log_file(out, point)) or _by_signal(code)
-        said = {0: "done", STOPPED: "stopped; the same command goes on with it"}.get(code, f"FAILED with code {code}")
+        said = {0: "done", RESUMABLE: "stopped; the same command goes on with it"}.get(code, f"FAILED with code {code}")
         say(f"{number}/{len(points)} {point.name}: {said}")
 
     with stop_on_signal() as stopping:
@@ -196,18 +194,18 @@ def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callabl
 
 
 def _is_finished(folder: Path, recipe: Recipe) -> bool:
-    if not (folder / "metrics.jsonl").exists():
+    found = compare([folder]).runs if folder.is_dir() else []
+    if not found:  # of one that cannot be read, its process will say what is wrong
         return False
-    found = read_run(folder)
     wanted = flat(to_tree(recipe))
-    other = [key for key in (*wanted, *found.recipe) if found.recipe and found.recipe.get(key) != wanted.get(key)]
-    if other:
-        key = other[0]
-        raise OutputError(
-            f"{folder} holds a run of another recipe ({key}: {found.recipe.get(key)!r} there, {wanted.get(key)!r} "
-            "here): choose another --out, or remove it"
-        )
-    return found.status == "finished"
+    for key in dict.fromkeys((*wanted, *found[0].recipe)):
+        there, here = found[0].recipe.get(key), wanted.get(key)
+        if there != here and not key.startswith(FREE):
+            raise OutputError(
+                f"{folder} holds a run of another recipe ({key}: {there!r} there, {here!r} here): choose another "
+                "--out, or remove it"
+            )
+    return found[0].status == "finished"
 
 
 def _recipe_file(out: Path, point: Point) -> Path:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from graftlm import cli
 from graftlm.config import build, to_tree, to_yaml
 from graftlm.errors import GraftError
+from graftlm.training import runs
 from graftlm.training.recipe import Recipe
 from graftlm.training.runs import compare, short_names
 
@@ -22,20 +23,25 @@ from graftlm.training.runs import compare, short_names
 def make(
     folder: Path, *, tuned: float | None = 2.0, base: float = 3.0, steps: int = 5, more: Any = None, **keys: Any
 ) -> Path:
-    """A run as `graft train` leaves it; with `tuned=None` one that is under way."""
+    """A run as `graft train` leaves it; with `tuned=None` one that is not done."""
     folder.mkdir(parents=True)
     tree: dict[str, Any] = {"data": {"train": "x"}, "delta": {"method": "lora"}, "train": {"steps": steps}}
     for key, value in keys.items():
         section, _, name = key.partition("_")
         tree[section][name] = value
-    (folder / "recipe.yaml").write_text(to_yaml(build(Recipe, tree, source="test")))
+    recipe = build(Recipe, tree, source="test")
     lines = [{"step": n, "loss": 4 / n, "tokens": 10, "wall_s": 0.1} for n in range(1, steps + 1)]
     lines[2:2] = [{"event": "rank", "step": 2, "left": 3}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if tuned is not None:
+    live = folder if tuned is not None else folder / "checkpoints"
+    live.mkdir(exist_ok=True)
+    (live / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if tuned is None:
+        (live / "unfinished.json").write_text(json.dumps(to_tree(recipe)))
+    else:
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
         summary = {
             "held_out": {"loss_nats": {"base": base, "tuned": tuned}, "rouge_l": {"base": 0.1, "tuned": 0.2}},
-            "train": {"tokens_per_s": 100.0 * tuned, "steps": steps, "wall_s": 9.0, "peak_rss_gib": 1.5},
+            "train": {"tokens_per_s": 100.0, "steps": steps, "wall_s": 9.0, "peak_rss_gib": 1.5},
         }
         (folder / "summary.json").write_text(json.dumps(summary | (more or {})))
     return folder
@@ -53,28 +59,45 @@ def test_runs_are_found_below_folders_and_only_what_differs_is_a_column(tmp_path
     make(tmp_path / "deep" / "b", delta_r=16, tuned=2.25)
     make(tmp_path / "deep" / ".hidden")
     make(tmp_path / "a" / "checkpoints" / "5")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "metrics.txt").touch()
     (tmp_path / "no-run").mkdir()
     found = compare([tmp_path])
     assert found.differ == ["delta.r"]
     first, second = found.rows()
     assert (first["run"], first["r"], first["status"]) == ("a", 4, "finished")
     assert (second["run"], second["r"]) == ("deep/b", 16)
-    assert (second["base_loss"], second["tuned_loss"], second["tokens_per_s"]) == (3.0, 2.25, 225.0)
+    assert (second["base_loss"], second["tuned_loss"], second["tokens_per_s"]) == (3.0, 2.25, 100.0)
     assert (second["steps"], second["peak_rss_gib"], second["train_loss"]) == (5, 1.5, (4 / 4 + 4 / 5) / 2)
     assert [run.folder for run in compare([tmp_path / "a", tmp_path / "a"]).runs] == [tmp_path / "a"]
     with pytest.raises(GraftError, match="no such folder"):
         compare([tmp_path / "nowhere"])
 
 
-def test_a_run_that_is_not_at_its_end_is_listed_as_such(tmp_path: Path) -> None:
-    make(tmp_path / "on", tuned=None)
-    with open(tmp_path / "on" / "metrics.jsonl", "a") as metrics:
+def test_a_run_that_is_not_done_is_listed_as_it_stands(tmp_path: Path) -> None:
+    make(tmp_path / "on", tuned=None, delta_r=4)
+    with open(tmp_path / "on" / "checkpoints" / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 6, "lo')  # it is being written just now
-    make(tmp_path / "stopped", more={"interrupted": True})
-    (make(tmp_path / "new", tuned=None) / "recipe.yaml").unlink()
-    statuses = {row["run"]: (row["status"], row["steps"]) for row in compare([tmp_path]).rows()}
-    assert statuses == {"on": ("unfinished", 5), "stopped": ("stopped", 5), "new": ("unfinished", 5)}
-    assert compare([tmp_path]).differ == [], "what is not known does not differ"
+    make(tmp_path / "again", delta_r=4)  # and now it is made once more, with another recipe
+    make(tmp_path / "other", tuned=None, steps=3, delta_r=16)
+    (tmp_path / "other" / "checkpoints").rename(tmp_path / "again" / "checkpoints")
+    (make(tmp_path / "new", tuned=None) / "checkpoints" / "metrics.jsonl").unlink()
+    make(tmp_path / "kept", more={"interrupted": True}, delta_r=4)  # its checkpoints were deleted
+    rows = {row["run"]: row for row in compare([tmp_path]).rows()}
+    assert {name: (row["status"], row["steps"]) for name, row in rows.items()} == {
+        "on": ("unfinished", 5), "again": ("unfinished", 3), "new": ("unfinished", 0), "kept": ("unfinished", 5),
+    }  # fmt: skip
+    assert rows["again"]["r"] == 16
+    assert rows["again"]["tuned_loss"] is None, "what the earlier run has left is not this one's"
+    assert rows["on"]["tokens_per_s"] == pytest.approx(100)
+    assert rows["new"]["train_loss"] is None
+
+
+def test_the_files_of_a_run_are_called_as_training_calls_them() -> None:
+    from graftlm.training import checkpoint
+
+    assert runs.METRICS == checkpoint.METRICS
+    assert runs.UNFINISHED == f"{checkpoint.FOLDER}/{checkpoint.UNFINISHED}"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +109,9 @@ def test_a_run_that_is_not_at_its_end_is_listed_as_such(tmp_path: Path) -> None:
         ("summary.json", '{"held_out": ', r"summary.json: not valid JSON"),
         ("summary.json", "3", r"summary.json: not a mapping"),
         ("recipe.yaml", "base: [", r"recipe.yaml:\d: not valid YAML"),
-        ("recipe.yaml", None, r"recipe.yaml: a finished run has a recipe"),
+        ("recipe.yaml", None, r"recipe.yaml is missing"),
+        ("summary.json", None, r"summary.json is missing"),
+        ("checkpoints/unfinished.json", "{", r"unfinished.json: not valid JSON"),
         ("recipe.yaml", b"\xff\xfe", r"codec can't decode"),
     ],
 )
@@ -95,6 +120,7 @@ def test_a_damaged_run_is_named_and_the_others_are_compared(
 ) -> None:
     make(tmp_path / "well")
     bad = make(tmp_path / "bad") / file
+    bad.parent.mkdir(exist_ok=True)
     if content is None:
         bad.unlink()
     else:
@@ -112,7 +138,7 @@ def test_a_summary_that_lacks_figures_is_no_damage(tmp_path: Path) -> None:
     (make(tmp_path / "a") / "summary.json").write_text('{"held_out": {"loss_nats": null}, "train": 3}')
     row = compare([tmp_path]).rows()[0]
     assert row["tuned_loss"] is None
-    assert row["tokens_per_s"] is None
+    assert row["peak_rss_gib"] is None
 
 
 def test_rows_are_sorted_by_any_column_and_what_is_unknown_comes_last(tmp_path: Path) -> None:

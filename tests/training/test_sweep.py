@@ -17,8 +17,9 @@ from graftlm.config import to_tree
 from graftlm.errors import OutputError, RecipeError, TrainingError
 from graftlm.training import sweep as sweeping
 from graftlm.training.recipe import read_recipe
+from graftlm.training.run import RESUMABLE
 from graftlm.training.runs import compare
-from graftlm.training.sweep import STOPPED, Outcome, grid, resolve, sweep, values_of
+from graftlm.training.sweep import Outcome, grid, resolve, sweep, values_of
 
 
 @pytest.fixture
@@ -126,7 +127,8 @@ def test_every_point_must_be_a_recipe_before_the_first_is_run(recipe: Path) -> N
 
 def finished(folder: Path, recipe: Path) -> None:
     """What a run leaves."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "unfinished.json").unlink(missing_ok=True)
     (folder / "recipe.yaml").write_text(recipe.read_text())
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (folder / "summary.json").write_text('{"held_out": {"loss_nats": {"base": 3.0, "tuned": 2.0}}}')
@@ -147,9 +149,9 @@ class Trainer:
         log.write_text(f"said by {folder.name}\n\n")
         if code == 0:
             finished(folder, recipe)
-        elif code == STOPPED:
-            finished(folder, recipe)
-            (folder / "summary.json").unlink()
+        elif code == RESUMABLE:
+            (folder / "checkpoints").mkdir(parents=True)
+            (folder / "checkpoints" / "unfinished.json").write_text(json.dumps(to_tree(read_recipe(recipe))))
         return code
 
 
@@ -165,7 +167,7 @@ def test_a_failed_run_is_told_and_loses_no_other_and_the_same_again_does_what_is
 ) -> None:
     points, said = grid(recipe, ["r=2,4", "seed=0..1"]), list[str]()
     names = [point.name for point in points]
-    trainer.codes = {names[1]: 1, names[2]: STOPPED}
+    trainer.codes = {names[1]: 1, names[2]: RESUMABLE}
     outcome = sweep(points, tmp_path / "out", say=said.append)
     assert trainer.ran == names
     assert outcome == Outcome(done=[names[0], names[3]], stopped=[names[2]], failed={names[1]: f"said by {names[1]}"})
@@ -197,7 +199,7 @@ def test_a_run_follows_the_recipe_of_when_the_sweep_began(recipe: Path, trainer:
 
 def test_ctrl_c_stops_the_run_at_hand_and_begins_no_other(recipe: Path, trainer: Trainer, tmp_path: Path) -> None:
     points = grid(recipe, ["seed=0..2"])
-    trainer.codes = {"seed=1": STOPPED}
+    trainer.codes = {"seed=1": RESUMABLE}
     trainer.then = lambda: os.kill(os.getpid(), signal.SIGINT) if trainer.ran[-1] == "seed=1" else None
     outcome = sweep(points, tmp_path / "out", say=lambda line: None)
     assert outcome == Outcome(done=["seed=0"], stopped=["seed=1"])
@@ -215,8 +217,8 @@ def test_the_command_prints_the_table_of_runs_and_says_what_failed(
     assert first.exit_code == 1
     assert "r=4,seed=1 FAILED: said by r=4,seed=1" in first.stderr
     assert "r=16,seed=0" in first.stdout
-    trainer.codes = {"r=4,seed=1": STOPPED}
-    assert graft().exit_code == STOPPED
+    trainer.codes = {"r=4,seed=1": RESUMABLE}
+    assert graft().exit_code == RESUMABLE
     last = graft("--json", "--sort", "r", "--reverse")
     assert last.exit_code == 0
     told = json.loads(last.stdout)
@@ -254,7 +256,7 @@ def test_a_run_that_is_asked_to_stop_may_save_first(tmp_path: Path, monkeypatch:
     )
     stand_in(tmp_path, monkeypatch, script)
     out = tmp_path / "out"
-    assert sweeping.run_one(tmp_path / "r", out, tmp_path / "log", stop=out.is_dir, cwd=str(tmp_path)) == STOPPED
+    assert sweeping.run_one(tmp_path / "r", out, tmp_path / "log", stop=out.is_dir, cwd=str(tmp_path)) == RESUMABLE
     assert (out / "saved").is_file()
 
 
