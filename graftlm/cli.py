@@ -82,6 +82,14 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume with a recipe that is not the one the run began with.")
     ] = False,
+    probe_lr: Annotated[
+        bool,
+        typer.Option("--probe-lr", help="Train nothing: try learning rates, and say how many rows a step is worth."),
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="With --probe-lr: the page to write; default probe-lr.html.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --probe-lr: print JSON, for scripts.")] = False,
 ) -> None:
     """Train the delta that a recipe describes. Exit codes: 0 done, 75 stopped and ready for --resume, other: error."""
     from rich.console import Console
@@ -92,6 +100,11 @@ def train(
 
     ranks.start()  # before anything can go wrong, so that it is said once
     _quiet_libraries()
+    if probe_lr:
+        _probe(read_recipe(recipe, overrides or []), html or Path("probe-lr.html"), as_json, title=str(recipe))
+        return
+    if html or as_json:
+        raise typer.BadParameter("this belongs to --probe-lr", param_hint="--html" if html else "--json")
     result = run(
         read_recipe(recipe, overrides or []),
         out,
@@ -102,6 +115,20 @@ def train(
     )
     if result.summary.get("interrupted"):
         raise typer.Exit(RESUMABLE)
+
+
+def _probe(recipe: "Recipe", page: Path, as_json: bool, title: str) -> None:
+    from rich.console import Console
+
+    from graftlm.training import probe
+
+    found = probe.probe(recipe, console=Console(stderr=True))
+    probe.write(page, found, recipe, title=f"learning rates: {title}")
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for line in (*probe.lines(found, recipe), f"wrote {page}"):
+            print(line)
 
 
 @app.command("plan")

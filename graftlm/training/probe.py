@@ -140,12 +140,12 @@ def suggestion(tried: Sequence[Tried]) -> dict[str, float | None]:
     diverged_rate   from where on it was above its start
     """
     gains = smoothed_gains(tried)
-    best = 0
+    best, deepest = 0, min(gains)
     for i, gain in enumerate(gains):
         if gain < gains[best]:
             best = i
-        elif gains[best] < -LITTLE and gain > gains[best] / 2:
-            break  # half of it is lost again; what comes after is another story
+        elif gains[best] < deepest / 4 and gain > gains[best] / 2:
+            break  # a valley, no ripple, and half of it is lost again: what comes after is another story
     above = [step.rate for step, gain in zip(tried, gains, strict=True) if gain > 0 and step.rate > tried[best].rate]
     fell = -gains[best]
     found = fell > LITTLE

@@ -1,7 +1,7 @@
 """TRACKERS: other places to watch a run in. Each is told the lines of metrics.jsonl, and nothing else.
 
-metrics.jsonl is the one account of a run; a tracker is a copy of it that may lag or break. So `trackers.json` beside it
-says, for each tracker, under which name it knows the run and up to which step it was told. That is written before
+metrics.jsonl is the one account of a run; a tracker is a copy of it that may lag or break. So `told.json` says,
+for each tracker, under which name it knows the run and up to which step it was told. That is written before
 the lines of a step are sent: a process that is killed in between costs the tracker that step, and none is sent twice. A
 run that resumes tells first what metrics.jsonl holds and the tracker was not told, then the steps that come.
 
@@ -15,6 +15,7 @@ Nothing leaves this machine unless the recipe says `network: true`.
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -26,10 +27,11 @@ from uuid import uuid4
 from graftlm.config import to_tree, to_yaml
 from graftlm.errors import TrainingError
 from graftlm.model.store import writing
+from graftlm.training import ranks
 from graftlm.training.recipe import Recipe
 
 PROJECT = "graftlm"
-RECORD = "trackers.json"
+FOLDER, RECORD = "trackers", "told.json"
 
 
 class Tracker:
@@ -39,7 +41,10 @@ class Tracker:
     install: ClassVar[str]
 
     def start(self, recipe: Recipe, folder: Path, run: str | None) -> str:
-        """Begin a run, or go on with the one that was called `run` here; returns what it is called."""
+        """Begin a run, or go on with the one that was called `run` here; returns what it is called.
+
+        Its files may lie in `folder`, which is OUT/trackers.
+        """
         raise NotImplementedError
 
     def log(self, step: int, numbers: Mapping[str, float], said: str) -> None:
@@ -52,7 +57,7 @@ class Tracker:
 
 
 class TensorBoard(Tracker):
-    """Event files in FOLDER/tensorboard: `tensorboard --logdir` any folder above."""
+    """Event files in OUT/trackers/tensorboard: `tensorboard --logdir` any folder above."""
 
     module, install = "tensorboard", "pip install tensorboard"
 
@@ -80,7 +85,7 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """Offline in FOLDER/wandb, for `wandb sync`; with `network: true` as wandb itself is set up."""
+    """Offline in OUT/trackers/wandb, for `wandb sync`; with `network: true` as wandb itself is set up."""
 
     module, install = "wandb", "pip install wandb"
 
@@ -92,7 +97,7 @@ class Wandb(Tracker):
         run = run or _fresh()
         self.run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.name,
+            name=folder.parent.name,
             id=run,
             resume="allow",
             dir=str(folder),
@@ -130,7 +135,7 @@ class MLflow(Tracker):
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             known = self.client.get_experiment_by_name(name)
             experiment = known.experiment_id if known else self.client.create_experiment(name)
-            run = str(self.client.create_run(experiment, run_name=folder.name).info.run_id)
+            run = str(self.client.create_run(experiment, run_name=folder.parent.name).info.run_id)
             params = [Param(key, str(value)) for key, value in _leaves(to_tree(recipe), ".")]
             for first in range(0, len(params), 100):  # as many as it takes at once
                 self.client.log_batch(run, params=params[first : first + 100])
@@ -163,7 +168,7 @@ class Trackio(Tracker):
         _only_local(recipe, "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_WEBHOOK_URL")
         import trackio
 
-        name = run or f"{folder.name}-{_fresh()}"
+        name = run or f"{folder.parent.name}-{_fresh()}"
         self.run: Any = trackio.init(
             project=PROJECT,
             name=name,
@@ -200,36 +205,61 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of one run: `log` each line of metrics.jsonl when it stands there, and `finish`.
+    """The trackers of one run, in OUT/trackers: `begin`, `log` each line that stands in metrics.jsonl, `finish`.
 
-    Both return what went wrong, as events for metrics.jsonl. Made in the first process alone, after metrics.jsonl was
-    cut to where a resumed run goes on. Raises TrainingError where a tracker cannot begin.
+    The last two return what went wrong, as events for metrics.jsonl. On ranks other than the first nothing is told.
+    Made before anything is loaded: raises TrainingError for a library that is not there. A context that finishes what
+    was not, and takes away what is left in OUT of a run that failed and left nothing else.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        names: Sequence[str] = recipe.report.trackers
-        check_installed(names)
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        check_installed(recipe.report.trackers)
+        self.recipe, self.folder = recipe, out / FOLDER
+        self._told: dict[str, dict[str, Any]] = {}
+        self._before: dict[str, int] = {}
         self._running: dict[str, Tracker] = {}
         self._step = 0
-        self._file = folder / RECORD
-        self._told: dict[str, dict[str, Any]] = {}
-        if names and self._file.is_file():
-            self._told = json.loads(self._file.read_text(encoding="utf-8"))
+
+    def begin(self, lines: Sequence[Mapping[str, Any]] = (), *, resumes: bool = False) -> None:
+        """Begin runs, or where this one `resumes` go on with them and tell what of its `lines` they do not know.
+
+        Raises TrainingError where a tracker cannot begin.
+        """
+        names: Sequence[str] = self.recipe.report.trackers
+        if not ranks.first():
+            return
+        if not resumes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if not names:
+            return
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if (record := self.folder / RECORD).is_file():
+            self._told = json.loads(record.read_text(encoding="utf-8"))
         for name in names:
             tracker, told = TRACKERS[name](), self._told.setdefault(name, {"run": None, "step": 0})
             try:
-                told["run"] = tracker.start(recipe, folder, told["run"])
+                told["run"] = tracker.start(self.recipe, self.folder, told["run"])
             except TrainingError:
                 raise
             except Exception as error:
                 raise TrainingError(f"report.trackers: {name} cannot begin: {_why(error)}") from error
             self._running[name] = tracker
-        self._before = {name: self._told[name]["step"] for name in names}
-        if names:
-            self._write()
-            if (folder / "metrics.jsonl").is_file():
-                for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                    self.log(json.loads(text))
+            self._before[name] = told["step"]
+        self._write()
+        for line in lines:
+            for event in self.log(line):
+                raise TrainingError(f"report.trackers: {event['tracker']} cannot go on: {event['why']}")
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # who asks a second time does not want to wait for them
+            self.finish(None)
+        out = self.folder.parent
+        if kind is not None and self.folder.is_dir() and [path.name for path in out.iterdir()] == [FOLDER]:
+            shutil.rmtree(out)
 
     def log(self, line: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A line as it stands in metrics.jsonl. What was told of its step by an earlier process is not told again.
@@ -263,15 +293,15 @@ class Trackers:
                 tell(self._running[name])
             except Exception as error:
                 del self._running[name]
-                why = f"{_why(error)}. It is told nothing more; training goes on"
+                why = f"{_why(error)}. Training goes on, and it is told nothing more until the run resumes"
                 failed.append({"event": "tracker failed", "step": self._step, "tracker": name, "why": why})
         return failed
 
     def _write(self) -> None:
         """In place and in one call, so that a process that is killed leaves the old text or the new one."""
         text = json.dumps(self._told).encode()
-        with writing(self._file):
-            handle = os.open(self._file, os.O_WRONLY | os.O_CREAT)
+        with writing(self.folder):
+            handle = os.open(self.folder / RECORD, os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(handle, text.ljust(os.fstat(handle).st_size), 0)
             finally:

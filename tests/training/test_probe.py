@@ -1,4 +1,4 @@
-"""The probe: what it reads off a curve, that its noise is that of the recipe's gradients, and that it leaves nothing."""
+"""The probe: what it reads off a curve, that its noise is that of the steps, and that it leaves nothing."""
 
 import json
 from dataclasses import replace

@@ -97,7 +97,7 @@ def test_the_files_of_a_run_are_called_as_training_calls_them() -> None:
     from graftlm.training import checkpoint
 
     assert runs.METRICS == checkpoint.METRICS
-    assert runs.UNFINISHED == f"{checkpoint.FOLDER}/{checkpoint.UNFINISHED}"
+    assert Path(runs.UNFINISHED).parts == (checkpoint.FOLDER, checkpoint.UNFINISHED)
 
 
 @pytest.mark.parametrize(

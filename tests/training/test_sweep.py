@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import graftlm
 from graftlm import cli
-from graftlm.config import to_tree
+from graftlm.config import to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError
 from graftlm.training import sweep as sweeping
 from graftlm.training.recipe import read_recipe
@@ -258,6 +259,24 @@ def test_a_run_that_is_asked_to_stop_may_save_first(tmp_path: Path, monkeypatch:
     out = tmp_path / "out"
     assert sweeping.run_one(tmp_path / "r", out, tmp_path / "log", stop=out.is_dir, cwd=str(tmp_path)) == RESUMABLE
     assert (out / "saved").is_file()
+
+
+def test_a_sweep_of_a_real_run_resumes_what_was_stopped(recipe: Path, tmp_path: Path) -> None:
+    points, out = grid(recipe, ["seed=1", "steps=40", "save_every=10", "threads=1"]), tmp_path / "out"
+    name = points[0].name
+    (out / "recipes").mkdir(parents=True)
+    file, log = out / "recipes" / f"{name}.yaml", out / name / "checkpoints" / "metrics.jsonl"
+    file.write_text(to_yaml(points[0].recipe))
+    code = sweeping.run_one(file, out / name, tmp_path / "log", stop=lambda: log.is_file() and log.stat().st_size > 9)
+    assert code == RESUMABLE, (tmp_path / "log").read_text()
+    assert compare([out]).rows()[0]["status"] == "unfinished"
+    outcome = sweep(points, out, say=lambda line: None)
+    assert outcome == Outcome(done=[name])
+    rows = compare([out]).rows()
+    assert [(row["steps"], row["status"]) for row in rows] == [(40, "finished")]
+    graftlm.train(points[0].recipe, tmp_path / "unbroken")
+    ours, theirs = (folder / "adapter_model.safetensors" for folder in (out / name, tmp_path / "unbroken"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 # On Ray ----------------------------------------------------------------------------------------------------------

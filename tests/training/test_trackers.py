@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+import graftlm
 from graftlm.config import build
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.training.recipe import Recipe, ReportConfig
@@ -19,6 +20,8 @@ from graftlm.training.trackers import TRACKERS, Trackers
 
 STEPS = [{"step": n, "loss": 1 / n, "tokens": 10 * n} for n in range(1, 9)]
 ALL = list(TRACKERS)
+LAST = 10**9
+"""Stands for the step of what is told without one."""
 
 
 def recipe(*trackers: str, **rest: Any) -> Recipe:
@@ -47,7 +50,7 @@ class Told:
                 known[name] = value
 
     def steps(self, library: str) -> list[int]:
-        return [step for name, _, step in self.numbers if name == library]
+        return [step for name, _, step in self.numbers if name == library and step < LAST]
 
 
 class FakeRun:
@@ -55,7 +58,7 @@ class FakeRun:
         self.told, self.library, self.name = told, library, name
         self.summary: dict[str, float] = {}
 
-    def log(self, numbers: dict[str, Any], step: int = 10**9) -> None:
+    def log(self, numbers: dict[str, Any], step: int = LAST) -> None:
         self.told.tell(self.library, self.name, step, numbers)
 
     def finish(self, exit_code: int = 0) -> None:
@@ -145,13 +148,16 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
     os.environ.update(before)
 
 
-def write(folder: Path, lines: list[dict[str, Any]]) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def begun(recipe: Recipe, out: Path, lines: list[dict[str, Any]] | None = None) -> Trackers:
+    """Those of a fresh run, or of one that resumes after `lines`."""
+    trackers = Trackers(recipe, out)
+    trackers.begin(lines or [], resumes=lines is not None)
+    return trackers
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_line_is_told_once_and_as_it_stands(name: str, told: Told, tmp_path: Path) -> None:
-    trackers = Trackers(recipe(name), tmp_path)
+    trackers = begun(recipe(name), tmp_path)
     event = {"event": "rank", "step": 2, "left": 3, "site": "q_proj"}
     for line in (*STEPS[:2], event, {"step": 3, "loss": math.nan, "tokens": 5}):
         assert trackers.log(line) == []
@@ -161,17 +167,16 @@ def test_every_line_is_told_once_and_as_it_stands(name: str, told: Told, tmp_pat
     assert told.numbers[name, run, 2] == {"loss": 0.5, "tokens": 20, "rank/left": 3}
     assert told.numbers[name, run, 3] == {"tokens": 5}, "what is not finite cannot be drawn"
     assert [(step, json.loads(text)) for _, step, text in told.texts] == [(2, event)]
-    last = [told.numbers.get((name, run, 10**9)), *(end for _, end in told.ended)]
+    last = [told.numbers.get((name, run, LAST)), *(end for _, end in told.ended)]
     assert {"held_out/loss_nats/tuned": 1.5} in last
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_resumed_run_goes_on_where_it_was_and_tells_no_step_twice(name: str, told: Told, tmp_path: Path) -> None:
-    first = Trackers(recipe(name), tmp_path)
+    first = begun(recipe(name), tmp_path)
     for line in STEPS[:5]:
         first.log(line)  # and then the process is killed; its checkpoint is of step 3
-    write(tmp_path, STEPS[:3])
-    again = Trackers(recipe(name), tmp_path)
+    again = begun(recipe(name), tmp_path, STEPS[:3])
     for line in STEPS[3:]:
         again.log(line)
     assert told.steps(name) == list(range(1, 9))
@@ -182,13 +187,12 @@ def test_a_resumed_run_goes_on_where_it_was_and_tells_no_step_twice(name: str, t
 
 def test_a_process_that_is_killed_while_telling_does_not_tell_it_again(told: Told, tmp_path: Path) -> None:
     told.breaks["wandb", 3] = KeyboardInterrupt()
-    first = Trackers(recipe("wandb"), tmp_path)
+    first = begun(recipe("wandb"), tmp_path)
     first.log(STEPS[0])
     first.log(STEPS[1])
     with pytest.raises(KeyboardInterrupt):
         first.log(STEPS[2])
-    write(tmp_path, STEPS[:1])
-    again = Trackers(recipe("wandb"), tmp_path)
+    again = begun(recipe("wandb"), tmp_path, STEPS[:1])
     for line in STEPS[1:]:
         again.log(line)
     assert told.steps("wandb") == [1, 2, 4, 5, 6, 7, 8], "at most once, and what is sure is metrics.jsonl"
@@ -196,7 +200,7 @@ def test_a_process_that_is_killed_while_telling_does_not_tell_it_again(told: Tol
 
 def test_one_that_fails_is_told_as_an_event_and_stops_nothing(told: Told, tmp_path: Path) -> None:
     told.breaks["wandb", 3] = OSError("no route to host\nmore")
-    trackers = Trackers(recipe("wandb", "trackio"), tmp_path)
+    trackers = begun(recipe("wandb", "trackio"), tmp_path)
     events = [event for line in STEPS for event in trackers.log(line)]
     assert len(events) == 1
     assert (events[0]["event"], events[0]["tracker"], events[0]["step"]) == ("tracker failed", "wandb", 3)
@@ -204,37 +208,35 @@ def test_one_that_fails_is_told_as_an_event_and_stops_nothing(told: Told, tmp_pa
     json.dumps(events)
     assert told.steps("wandb") == [1, 2], "it is not tried again at every step"
     assert told.steps("trackio") == list(range(1, 9))
-    write(tmp_path, STEPS)
-    Trackers(recipe("wandb", "trackio"), tmp_path)
+    begun(recipe("wandb", "trackio"), tmp_path, STEPS)
     assert told.steps("wandb") == [1, 2, 4, 5, 6, 7, 8], "a run that resumes catches up"
     assert told.steps("trackio") == list(range(1, 9))
 
 
 def test_one_that_is_asked_for_later_is_told_all_from_the_start(told: Told, tmp_path: Path) -> None:
-    Trackers(recipe(), tmp_path)
+    begun(recipe(), tmp_path)
     assert not list(tmp_path.iterdir()), "no tracker, no file"
-    write(tmp_path, STEPS[:4])
-    Trackers(recipe("mlflow"), tmp_path)
+    begun(recipe("mlflow"), tmp_path, STEPS[:4])
     assert told.steps("mlflow") == [1, 2, 3, 4]
 
 
 def test_what_cannot_begin_is_said_at_the_start(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told.breaks["wandb", 0] = ValueError("no key: log in first")
     with pytest.raises(TrainingError, match=r"wandb cannot begin: ValueError: no key: log in first"):
-        Trackers(recipe("wandb"), tmp_path)
+        begun(recipe("wandb"), tmp_path)
     for name in ("wandb", "mlflow"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("graftlm.training.trackers.find_spec", lambda name: sys.modules.get(name))
     with pytest.raises(TrainingError, match=r"not installed here: pip install wandb; pip install mlflow"):
-        Trackers(recipe("wandb", "mlflow", "trackio"), tmp_path)
+        begun(recipe("wandb", "mlflow", "trackio"), tmp_path)
     with pytest.raises(RecipeError, match="tensorboard"):
         recipe("tensorbord")
 
 
 def test_nothing_leaves_the_machine_unless_the_recipe_says_so(told: Told, tmp_path: Path) -> None:
-    Trackers(recipe("wandb", "mlflow"), tmp_path)
+    begun(recipe("wandb", "mlflow"), tmp_path)
     assert told.began[0][1]["mode"] == "offline"
-    assert told.began[0][1]["dir"] == str(tmp_path)
+    assert told.began[0][1]["dir"] == str(tmp_path / "trackers")
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     for name, variable, value in (
         ("mlflow", "MLFLOW_TRACKING_URI", "https://example.org"),
@@ -243,14 +245,14 @@ def test_nothing_leaves_the_machine_unless_the_recipe_says_so(told: Told, tmp_pa
     ):
         os.environ[variable] = value
         with pytest.raises(TrainingError, match=f"{variable} is {value}: set `network: true`"):
-            Trackers(recipe(name), tmp_path / name)
+            begun(recipe(name), tmp_path / name)
         (tmp_path / "net").mkdir(exist_ok=True)
-        Trackers(recipe(name, network=True), tmp_path / "net")
+        begun(recipe(name, network=True), tmp_path / "net")
         del os.environ[variable]
     os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///runs.db"
-    Trackers(recipe("mlflow"), tmp_path)
+    begun(recipe("mlflow"), tmp_path)
     told.began.clear()
-    Trackers(recipe("wandb", network=True), tmp_path)
+    begun(recipe("wandb", network=True), tmp_path)
     assert told.began[0][1]["mode"] is None, "as wandb itself is set up"
 
 
@@ -262,16 +264,93 @@ def test_tensorboard_can_read_what_it_was_told(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = Trackers(recipe("tensorboard"), tmp_path)
+    first = begun(recipe("tensorboard"), tmp_path)
     for line in STEPS[:5]:
         first.log(line)  # not finished: its process is killed
-    write(tmp_path, STEPS[:3])
-    again = Trackers(recipe("tensorboard"), tmp_path)
+    again = begun(recipe("tensorboard"), tmp_path, STEPS[:3])
     for line in STEPS[3:]:
         again.log(line)
     again.finish({"loss_nats": 0.5})
-    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read = EventAccumulator(str(tmp_path / "trackers" / "tensorboard"))
     read.Reload()
     assert [event.step for event in read.Scalars("loss")] == list(range(1, 9))
     assert read.Scalars("loss")[3].value == pytest.approx(0.25)
     assert read.Scalars("loss_nats")[0].value == 0.5
+
+
+# In a run --------------------------------------------------------------------------------------------------------
+
+
+def whole(base: Path, rows: Path, *trackers: str, **train: Any) -> Recipe:
+    tree = {
+        "base": {"name": str(base), "store": "fp32"},
+        "data": {"train": str(rows), "held_out": 4},
+        "delta": {"method": "lora", "r": 2},
+        "train": {"steps": 6, "batch_rows": 2, "save_every": 2, **train},
+        "report": {"answers": 0, "trackers": list(trackers)},
+    }
+    return build(Recipe, tree, source="test")
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
+    name: str, told: Told, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftlm.training.place import Running
+
+    tree, real = whole(base_folder, rows, name), Running.note
+
+    def note(run: Running, line: dict[str, Any]) -> None:
+        real(run, line)
+        if line["step"] == 5:
+            raise KeyboardInterrupt  # at once: its last checkpoint is of step 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Running, "note", note)
+        with pytest.raises(KeyboardInterrupt):
+            graftlm.train(tree, tmp_path / "out")
+    summary = graftlm.train(tree, tmp_path / "out", resume=True).summary
+    assert told.steps(name) == [1, 2, 3, 4, 5, 6]
+    lines = {line["step"]: line for line in metrics(tmp_path / "out")}
+    for (_, _, step), numbers in told.numbers.items():
+        if step in lines:
+            assert numbers["loss"] == lines[step]["loss"], "also of a step that was made twice: both are the same"
+    ends = [told.numbers.get((name, key[1], LAST)) for key in told.numbers] + [end for _, end in told.ended]
+    assert any(end and end.get("held_out/loss_nats/tuned") == summary["held_out"]["loss_nats"]["tuned"]
+               for end in ends if isinstance(end, dict))  # fmt: skip
+    assert (tmp_path / "out" / "trackers" / "told.json").is_file(), "it stays when the adapter is written"
+    told.numbers.clear()
+    graftlm.train(tree, tmp_path / "out", overwrite=True)
+    assert told.steps(name) == [1, 2, 3, 4, 5, 6], "a fresh run is told anew"
+
+
+def test_a_tracker_that_fails_changes_nothing_but_an_event(
+    told: Told, base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    told.breaks["wandb", 3] = OSError("no route to host")
+    graftlm.train(whole(base_folder, rows, "wandb"), tmp_path / "out")
+    graftlm.train(whole(base_folder, rows), tmp_path / "without")
+    lines, plain = metrics(tmp_path / "out"), metrics(tmp_path / "without")
+    assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in plain]
+    (event,) = (line for line in lines if "event" in line)
+    assert (event["event"], event["step"], event["tracker"]) == ("tracker failed", 3, "wandb")
+    ours, theirs = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "without"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert not (tmp_path / "without" / "trackers").exists()
+
+
+def test_what_is_missing_is_said_before_anything_is_read_and_a_failed_start_leaves_nothing(
+    told: Told, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("graftlm.training.trackers.find_spec", lambda name: None)
+        with pytest.raises(TrainingError, match="pip install trackio"):
+            graftlm.train(whole(base_folder, tmp_path / "no-such-rows.jsonl", "trackio"), tmp_path / "out")
+    told.breaks["trackio", 0] = ValueError("no")
+    with pytest.raises(TrainingError, match="trackio cannot begin"):
+        graftlm.train(whole(base_folder, rows, "trackio"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
