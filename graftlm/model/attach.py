@@ -5,7 +5,7 @@ Attaching changes the model in place and no weight of it; with no delta on, the 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -373,13 +373,19 @@ def activate(model: nn.Module, *names: str) -> None:
         host.active = tuple(n for n in names if n in host.deltas)
 
 
-@contextmanager
-def deltas_off(model: nn.Module) -> Iterator[nn.Module]:
+def deltas_off(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """Inside, the model is its base, bit for bit; afterwards the same deltas are active as before."""
+    return deltas_only(model)
+
+
+@contextmanager
+def deltas_only(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Inside, exactly these deltas are active, in this order; afterwards the same ones as before."""
+    _check_names(model, names)
     found = list(hosts(model).values())
     before = [host.active for host in found]
     for host in found:
-        host.active = ()
+        host.active = tuple(n for n in names if n in host.deltas)
     try:
         yield model
     finally:

@@ -1,0 +1,75 @@
+"""An objective on a model: the passes over a pack that its function needs, with gradients or without."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.data.pack import Pack
+from graftlm.losses import LOSSES, Batch, LossConfig, LossSum, Metrics
+from graftlm.model.attach import deltas_only
+from graftlm.model.forward import log_probs
+
+REFERENCE = "reference"
+"""What the adapter of a config's `reference` is called on the model."""
+
+
+class Objective:
+    """What a step minimises: the loss of a config as a function of model and pack."""
+
+    def __init__(self, config: LossConfig) -> None:
+        self.config = config
+        self.loss = LOSSES[config.name]
+
+    def count(self, pack: Pack) -> float:
+        """What this pack adds to the number that the step's sum is divided by; nothing has to be computed for it."""
+        return float(self.loss.count(self.config, batch_of(pack)))
+
+    def part(self, model: nn.Module, pack: Pack, statistic: float = 0.0) -> LossSum:
+        """The pack's part of the loss, with a gradient. `statistic` is the mean that `probe` gives over the step."""
+        batch = replace(batch_of(pack), statistic=statistic)
+        reference = self._reference(model, pack)
+        return self.loss.value(self.config, log_probs(model, pack), reference, batch)
+
+    @torch.no_grad()
+    def probe(self, model: nn.Module, pack: Pack) -> tuple[float, float]:
+        """The part of the step's statistic that a pack of probes is: a sum, and what to divide it by."""
+        assert self.loss.statistic is not None
+        reference = self._reference(model, pack)
+        found = self.loss.statistic(self.config, log_probs(model, pack), reference, batch_of(pack))
+        return float(found.sum), float(found.count)
+
+    @torch.no_grad()
+    def _reference(self, model: nn.Module, pack: Pack) -> Tensor | None:
+        """log-probabilities of the targets under the reference, [S]: the same pack through the same model."""
+        if not self.config.needs_reference:
+            return None
+        named = [REFERENCE] if getattr(self.config, "reference", None) else []
+        with deltas_only(model, *named):
+            return log_probs(model, pack)
+
+
+def batch_of(pack: Pack) -> Batch:
+    return Batch(pack.weights, pack.answers, pack.pairs, pack.marks)
+
+
+class MetricSums:
+    """Metrics of many packs, added up."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        for name, (value, count) in metrics.items():
+            before = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = before[0] + float(value), before[1] + float(count)
+
+    def means(self) -> dict[str, float]:
+        """Those that were counted at all."""
+        return {name: value / count for name, (value, count) in self.sums.items() if count}
+
+
+def mean(parts: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    parts = list(parts)
+    return sum(value for value, _ in parts), sum(count for _, count in parts)
