@@ -15,6 +15,7 @@ over all tokens of the step (DAPO, arXiv:2503.14476). What is a sum over a whole
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from graftlm.config import PositiveRate, Rate, config
@@ -34,6 +35,12 @@ class PolicyGradientConfig(ComparedConfig):
     high: PositiveRate = 0.2
     kl: Rate = 0.0
     """The weight of the divergence from the reference; 0 needs no reference."""
+
+    @model_validator(mode="after")
+    def _answers_are_whole(self) -> "PolicyGradientConfig":
+        if self.divide == "tokens" and self.ratio != "token":
+            raise ValueError(f"divide: tokens is for ratio: token; ratio {self.ratio} has one number for an answer")
+        return self
 
     @property
     def needs_reference(self) -> bool:

@@ -25,5 +25,5 @@ class SppoConfig(ComparedConfig):
 
 def value(config: SppoConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:
     ratios = log_ratios(policy, reference, batch)
-    losses = (ratios - config.eta * (batch.marks - 0.5)).square()
+    losses = (ratios - config.eta * (batch.marks.to(ratios.dtype) - 0.5)).square()
     return LossSum(losses.sum(), answers(config, batch), feedback_metrics(policy, ratios / config.eta, batch))
