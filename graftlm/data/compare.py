@@ -35,7 +35,8 @@ def usable_by(loss: str, needs: str, data: DataConfig) -> Usable:
         lacking = [f"{row.where}: {why}" for row in rows if (why := _lacks(row, needs, data))]
         if lacking:
             raise DataError(
-                f"{len(lacking)} of {len(rows)} rows lack what loss {loss!r} needs:\n{numbered(lacking)}\n{REMEDIES[needs]}"
+                f"{len(lacking)} of {len(rows)} rows lack what loss {loss!r} needs:\n"
+                f"{numbered(lacking)}\n{REMEDIES[needs]}"
             )
         return list(rows), []
 
@@ -45,8 +46,8 @@ def usable_by(loss: str, needs: str, data: DataConfig) -> Usable:
 REMEDIES = {
     "pairs": "Give rows with `chosen` and `rejected` (or `responses` with `scores`); loss `kto` takes single answers "
     "that were liked or not, and loss `supervised` takes what is to be imitated",
-    "feedback": "Give rows with a `label` (true or false), or pairs with `chosen` and `rejected`; loss `supervised` takes "
-    "answers that nobody has judged",
+    "feedback": "Give rows with a `label` (true or false), or pairs with `chosen` and `rejected`; loss `supervised` "
+    "takes answers that nobody has judged",
     "text": "Give rows with a `text`, or set `data: {mask: everything}` to train every token of conversations",
     "rewards": "Rewards come from a loop that generates answers and judges them, not from files",
 }

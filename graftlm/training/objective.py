@@ -10,6 +10,7 @@ from graftlm.data.pack import Pack
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum, Metrics
 from graftlm.model.attach import deltas_only
 from graftlm.model.forward import log_probs
+from graftlm.training import ranks
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference` is called on the model."""
@@ -27,21 +28,27 @@ class Objective:
         return float(self.loss.count(self.config, batch_of(pack)))
 
     def part(self, model: nn.Module, pack: Pack, statistic: float = 0.0) -> LossSum:
-        """The pack's part of the loss, with a gradient. `statistic` is the mean that `probe` gives over the step."""
+        """The pack's part of the loss, with a gradient. `statistic` is that of the step."""
         batch = replace(batch_of(pack), statistic=statistic)
-        reference = self._reference(model, pack)
+        reference = self.reference(model, pack)
         return self.loss.value(self.config, log_probs(model, pack), reference, batch)
 
     @torch.no_grad()
-    def probe(self, model: nn.Module, pack: Pack) -> tuple[float, float]:
-        """The part of the step's statistic that a pack of probes is: a sum, and what to divide it by."""
-        assert self.loss.statistic is not None
-        reference = self._reference(model, pack)
-        found = self.loss.statistic(self.config, log_probs(model, pack), reference, batch_of(pack))
-        return float(found.sum), float(found.count)
+    def statistic(self, model: nn.Module, probes: Iterable[Pack]) -> float:
+        """The number that the whole step has in common, from the probes of all ranks; 0 where nothing was probed."""
+        if self.loss.statistic is None:
+            return 0.0
+        total = count = 0.0
+        for pack in probes:
+            found = self.loss.statistic(
+                self.config, log_probs(model, pack), self.reference(model, pack), batch_of(pack)
+            )
+            total, count = total + float(found.sum), count + float(found.count)
+        total, count = ranks.totals(total, count)
+        return total / count if count else 0.0
 
     @torch.no_grad()
-    def _reference(self, model: nn.Module, pack: Pack) -> Tensor | None:
+    def reference(self, model: nn.Module, pack: Pack) -> Tensor | None:
         """log-probabilities of the targets under the reference, [S]: the same pack through the same model."""
         if not self.config.needs_reference:
             return None
@@ -68,8 +75,3 @@ class MetricSums:
     def means(self) -> dict[str, float]:
         """Those that were counted at all."""
         return {name: value / count for name, (value, count) in self.sums.items() if count}
-
-
-def mean(parts: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    parts = list(parts)
-    return sum(value for value, _ in parts), sum(count for _, count in parts)

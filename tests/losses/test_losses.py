@@ -79,7 +79,7 @@ def test_the_count_is_known_before_any_pass_and_nothing_at_all_is_no_error(name:
     loss, given = LOSSES[name], answers(8)
     assert float(loss.count(loss.config(**options), given.batch)) == float(made(name, options, given).count) > 0
     nothing = made(name, options, part(given, []))
-    assert (float(nothing.sum), float(nothing.count)) == (0.0, 0.0)
+    assert (nothing.sum.item(), float(nothing.count)) == (0.0, 0.0)
     assert all(float(value) == float(count) == 0.0 for value, count in nothing.metrics.values())
 
 
@@ -140,7 +140,7 @@ def test_dpop() -> None:
     for n in range(pairs):
         w = sums(given, given.policy, n) - sums(given, given.reference, n)
         loser = sums(given, given.policy, pairs + n) - sums(given, given.reference, pairs + n)
-        fallen = -w if float(w) < 0 else torch.zeros(())
+        fallen = -w if w.item() < 0 else torch.zeros(())
         losses.append(torch.log(1 + torch.exp(-0.2 * (w - loser - 5.0 * fallen))))
     check(made("dpop", {"beta": 0.2, "penalty": 5.0}, given), torch.stack(losses).mean(), given)
 
@@ -181,7 +181,7 @@ def test_odds_are_exact_at_both_ends() -> None:
         assert float(log_odds(torch.tensor(p, dtype=torch.float64).log())) == pytest.approx(wanted, rel=1e-6)
     certain = torch.zeros((), requires_grad=True)
     (gradient,) = torch.autograd.grad(log_odds(certain), certain)
-    assert math.isfinite(float(log_odds(certain)))
+    assert math.isfinite(log_odds(certain).item())
     assert math.isfinite(float(gradient))
 
 
