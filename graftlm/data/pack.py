@@ -97,6 +97,17 @@ class Pack:
         """The places of all rows of the pack, each once."""
         return list(dict.fromkeys(row for rows in self.where for row in rows))
 
+    @property
+    def segment_of(self) -> Tensor:
+        """The segment in which the hidden state of each triple lies, int64 [S]."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return torch.bucketize(self.hidden_rows.cpu(), ends, right=True)
+
+    def rows_of(self, marked: Tensor) -> list[str]:
+        """The rows in which the triples lie that are marked, bool [S]; all rows where none is."""
+        segments = sorted(set(self.segment_of[marked.cpu()].tolist()))
+        return list(dict.fromkeys(row for i in segments for row in self.where[i])) or self.rows
+
     def to(self, device: torch.device) -> "Pack":
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)

@@ -156,14 +156,6 @@ def one_first() -> Iterator[None]:
         totals(0)
 
 
-def vary(seed: int) -> None:
-    """From here on every rank has a randomness of its own: dropout must not zero the same elements everywhere."""
-    import torch
-
-    if not first():
-        torch.manual_seed(seed + 1_000_003 * rank())
-
-
 # Who trains on what ----------------------------------------------------------------------------------------------
 
 

@@ -16,15 +16,19 @@ from graftlm.errors import nearest
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.policies import POLICIES
+from graftlm.training.policies.base import PolicyConfig
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import SelectorConfig
 
 if TYPE_CHECKING:
     AnyDelta = DeltaConfig
+    AnyPolicy = PolicyConfig
     AnySelector = SelectorConfig
 else:  # whichever configs are in the tables, told apart by their `method`, or `by`
     _SELECTORS = tuple(selector.config for selector in SELECTORS.values())
     AnySelector = Annotated[Union[_SELECTORS], Field(discriminator="by")]  # noqa: UP007
+    _POLICIES = tuple(row.config for row in POLICIES.values())
+    AnyPolicy = Annotated[Union[_POLICIES], Field(discriminator="name")] if len(_POLICIES) > 1 else _POLICIES[0]  # noqa: UP007
     _CONFIGS = tuple(method.config for method in METHODS.values())
     AnyDelta = Annotated[Union[_CONFIGS], Field(discriminator="method")] if len(_CONFIGS) > 1 else _CONFIGS[0]  # noqa: UP007
 
@@ -50,7 +54,8 @@ class Recipe:
     deltas: Mapping[str, AnyDelta] = Field(default_factory=dict)
     """Several by name, all on one model: each acts on what those before it left, each is an adapter of its own."""
     loss: Literal["supervised"] = "supervised"
-    policies: tuple[str, ...] = ()
+    policies: tuple[AnyPolicy, ...] = ()
+    """What acts between steps: names, or `{name: NAME, ...}` with options."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     network: Flag = False
@@ -61,13 +66,25 @@ class Recipe:
     def _one_selector(cls, given: object) -> object:
         return [given] if isinstance(given, Mapping) else given
 
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _by_name(cls, given: object) -> object:
+        given = [given] if isinstance(given, str | Mapping) else given
+        if not isinstance(given, list | tuple):
+            return given
+        named = [{"name": each} if isinstance(each, str) else each for each in given]
+        for each in named:
+            if isinstance(each, Mapping) and (name := str(each.get("name"))) not in POLICIES:
+                raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
+        return named
+
     @field_validator("policies")
     @classmethod
-    def _known_policies(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in POLICIES:
-                raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
-        return names
+    def _each_once(cls, policies: tuple[PolicyConfig, ...]) -> tuple[PolicyConfig, ...]:
+        names = [policy.name for policy in policies]
+        if len(names) > len(set(names)):
+            raise ValueError(f"{max(names, key=names.count)!r} stands here twice")
+        return policies
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "Recipe":

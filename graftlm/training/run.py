@@ -38,7 +38,9 @@ from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
 from graftlm.training.loop import Step, TrainConfig, steps
-from graftlm.training.optim import adamw, warmup_cosine
+from graftlm.training.optim import warmup_cosine
+from graftlm.training.policies import make_optimiser, make_policies
+from graftlm.training.policies.base import Group, Training
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.select.choose import choose
 
@@ -198,7 +200,6 @@ def _train(
     ranks.check_same(trainable(model))
     if recipe.train.shard == "fsdp":
         ranks.shard(model)
-    ranks.vary(recipe.train.seed)
     for name, config in recipe.all_deltas().items():
         count = sum(p.numel() for p in parameters_of(model, name))
         console.print(f"{config.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
@@ -281,19 +282,20 @@ def training_steps(recipe: Recipe, model: Any, examples: Sequence[Example], plan
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
     names = list(recipe.all_deltas())
-    learning = {name: parameters_of(model, name) for name in names}
+    by_tensor = {id(p): name for name, p in trainable(model).items()}
+    learning = {name: {by_tensor[id(p)]: p for p in parameters_of(model, name)} for name in names}
     turns = [[name] for name in names] if recipe.train.in_turn else [names]
     first = 0
     for number, turn in enumerate(turns):
         share = plan[first : round(len(plan) * (number + 1) / len(turns))]
         for name, parameters in learning.items():
-            for parameter in parameters:
+            for parameter in parameters.values():
                 parameter.requires_grad_(name in turn)
         for step in _turn(recipe, model, examples, share, {name: learning[name] for name in turn}):
             yield replace(step, number=first + step.number)
         first += len(share)
     for parameters in learning.values():
-        for parameter in parameters:
+        for parameter in parameters.values():
             parameter.requires_grad_(True)
 
 
@@ -302,28 +304,39 @@ def _turn(
     model: Any,
     examples: Sequence[Example],
     plan: list[list[int]],
-    learning: Mapping[str, list[torch.nn.Parameter]],
+    learning: Mapping[str, Mapping[str, torch.nn.Parameter]],
 ) -> Iterator[Step]:
     config = recipe.train
-    deltas = recipe.all_deltas()
+    deltas = {name: recipe.all_deltas()[name] for name in learning}
     make = partial(packs_of, recipe, share=config.prefix_sharing)
     packs = partial(ranks.packs_of, make=make, sharded=ranks.is_sharded(model))
     groups = [
-        (parameters, config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
+        Group(parameters, config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
         for name, parameters in learning.items()
     ]
-    return steps(
+    policies = make_policies(recipe.policies)
+    optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
+    schedule = warmup_cosine(steps=len(plan), warmup_steps=round(config.warmup * len(plan)))
+    for policy in policies:
+        schedule = policy.schedule(schedule)
+    training = Training(model, deltas, optimiser, total=len(plan), seed=config.seed)
+    yield from steps(
         model,
         ([p.to(model.device) for p in packs([examples[i] for i in rows])] for rows in plan),
         loss=recipe.loss,
-        optimiser=adamw(groups, weight_decay=config.weight_decay),
-        schedule=warmup_cosine(steps=len(plan), warmup_steps=round(config.warmup * len(plan))),
+        optimiser=optimiser,
+        schedule=schedule,
         clip=config.clip,
+        policies=policies,
+        training=training,
+        on_nonfinite=config.on_nonfinite,
         packed=recipe.data.pack,
         checkpointing=config.checkpointing,
         offload=config.offload,
         compiled=config.compile,
     )
+    for policy in policies:
+        policy.on_end(training)
 
 
 def _line(step: Step) -> dict[str, float]:

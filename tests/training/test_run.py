@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import graftlm
+import graftlm.training.policies as policies
 import graftlm.training.run as run_module
 from graftlm.config import build
 from graftlm.deltas import METHODS
@@ -278,14 +279,14 @@ def test_the_learning_rate_is_the_method_s_own_unless_the_recipe_says_another(
 ) -> None:
     monkeypatch.setattr(METHODS["bitfit"].delta, "learning_rate", 0.125)
     groups: list[list[float]] = []
-    real = run_module.adamw
+    real = policies.adamw
 
     def watched(made: Any, **settings: Any) -> Any:
         made = list(made)
         groups.append([rate for _, rate in made])
         return real(made, **settings)
 
-    monkeypatch.setattr(run_module, "adamw", watched)
+    monkeypatch.setattr(policies, "adamw", watched)
     graftlm.train(several(base_folder, rows, steps=1), tmp_path / "a")
     graftlm.train(several(base_folder, rows, steps=1, learning_rate=1e-3), tmp_path / "b")
     assert groups[0][:2] == [METHODS["lora"].delta.learning_rate, 0.125]

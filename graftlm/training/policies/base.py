@@ -1,0 +1,128 @@
+"""What a policy is: something that acts between steps, or on the numbers of a step, whatever the method and the loss.
+
+    groups(groups)        before the optimiser is made: other rates for some tensors
+    optimiser(groups)     another optimiser than AdamW; one policy of a run at most
+    refuse(training)      why this policy has no meaning for what is trained here, or an empty text
+    on_start(training)    before the first step of this process, after a resume too
+    during(training)      held over the forward and backward passes of a step
+    on_grads(training)    the gradient of the whole step stands in `.grad`, on every rank the same; before clipping
+    on_step(training)     after the optimiser's step
+    on_end(training)      after the last step of the run
+
+A policy overrides what it needs and nothing else. All that must outlive the process stands in two dicts, `tensors` and
+`facts` (what JSON can say): checkpoints save and restore them, and nothing else of a policy. Randomness comes from
+`training.generator`, which depends on the seed and the step alone: it needs no saving and is the same on all ranks.
+Parameters keep their shape; what is switched off has zeros in it, or `requires_grad_(False)`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import config
+from graftlm.deltas.base import Delta, DeltaConfig
+from graftlm.model.attach import hosts, shared_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters by name that have one largest learning rate, and what else their optimiser is told of them."""
+
+    parameters: Mapping[str, nn.Parameter]
+    rate: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Training:
+    """A run between two steps, as policies see it."""
+
+    model: nn.Module
+    deltas: Mapping[str, DeltaConfig]
+    """The deltas that learn, by name."""
+    optimiser: torch.optim.Optimizer
+    total: int
+    """Steps of the run."""
+    seed: int
+    done: int = 0
+    """Optimiser steps so far: in `during` and `on_grads` those before this one, in `on_step` this one too."""
+    aside: "Callable[[], Tensor] | None" = None
+    """For policies with `wants_aside`: adds the gradient of the mean loss over the next rows that were put aside for
+    them to every `.grad`, and returns that loss."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What a policy did and a person would like to know; each becomes a line of metrics.jsonl."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the deltas that learn, by name, whether it is learning at this step or not."""
+        inside = {id(p) for _, _, delta in self.sites() for p in delta.parameters()}
+        shared = {id(p) for name in self.deltas for p in _shared(self.model, name)}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in inside | shared}
+
+    def sites(self) -> Iterator[tuple[str, str, Delta]]:
+        """(name of the delta, name of the site, the delta there), in the model's order."""
+        for site, host in hosts(self.model).items():
+            for name, delta in host.deltas.items():
+                if name in self.deltas:
+                    assert isinstance(delta, Delta)
+                    yield name, site, delta
+
+    def generator(self, what: str) -> torch.Generator:
+        """Random numbers that depend on the seed, on the steps done and on `what` they are for."""
+        mixed = crc32(f"{self.seed}/{self.done}/{what}".encode())
+        return torch.Generator().manual_seed(mixed)
+
+
+def _shared(model: nn.Module, name: str) -> list[nn.Parameter]:
+    shared = shared_of(model, name)
+    return [] if shared is None else list(shared.parameters())
+
+
+@config
+class PolicyConfig:
+    name: str
+
+
+class Policy:
+    """Made as `Class(config)`, once a run."""
+
+    paper: ClassVar[str]
+    cost: ClassVar[str]
+    """What it costs in time and memory, for the table in the documentation."""
+    fused: ClassVar[bool] = False
+    """The optimiser acts inside the backward pass: no gradient is left to look at or to clip when it ends."""
+    wants_aside: ClassVar[float] = 0.0
+    """The share of the training rows that is kept out of training for `training.aside`."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.tensors: dict[str, Tensor] = {}
+        self.facts: dict[str, Any] = {}
+
+    def refuse(self, training: Training) -> str:
+        return ""
+
+    def groups(self, groups: Sequence[Group]) -> Sequence[Group]:
+        return groups
+
+    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer | None:
+        return None
+
+    def schedule(self, factor: Callable[[int], float]) -> Callable[[int], float]:
+        """The factor on every learning rate at step 0, 1, ...; by default the recipe's."""
+        return factor
+
+    def on_start(self, training: Training) -> None: ...
+
+    def during(self, training: Training) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def on_grads(self, training: Training) -> None: ...
+
+    def on_step(self, training: Training) -> None: ...
+
+    def on_end(self, training: Training) -> None: ...
