@@ -46,6 +46,10 @@ class Example:
         trained = self.weights.nonzero()[0]
         return self.ids[: max(1, trained[-1])] if len(trained) else self.ids[:1]
 
+    def cost(self, *, share: bool = True) -> int:
+        """Tokens that are computed for it alone."""
+        return len(self.needed)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -65,6 +69,10 @@ class Group:
     @property
     def where(self) -> str:
         return self.answers[0].where
+
+    def cost(self, *, share: bool = True) -> int:
+        """Tokens that are computed for it alone; with `share`, its prompt once."""
+        return _lone([self], share).tokens
 
 
 @dataclass(frozen=True)
@@ -281,11 +289,6 @@ def lay_out(items: Sequence[Example | Group], tokens: int, *, packed: bool, shar
     return pack(items, tokens, share=share) if packed else [collate([item]) for item in items]
 
 
-def cost(item: Example | Group, *, share: bool) -> int:
-    """The tokens that are computed for a row, or for all answers of a group, alone."""
-    return len(item.needed) if isinstance(item, Example) else _lone([item], share).tokens
-
-
 def _lone(items: Sequence[Example | Group], share: bool) -> _Tree:
     tree = _Tree()
     for item in items:
@@ -298,10 +301,10 @@ def _trees(items: Sequence[Example | Group], tokens: int, share: bool) -> list[_
     if share:  # neighbours in this order have the longest beginnings in common
         ordered = sorted(items, key=lambda item: item.answers[0].ids.tolist())
     else:
-        ordered = sorted(items, key=lambda item: cost(item, share=share), reverse=True)
+        ordered = sorted(items, key=lambda item: item.cost(share=share), reverse=True)
     trees: list[_Tree] = []
     for item in ordered:
-        alone, best = cost(item, share=share), None
+        alone, best = item.cost(share=share), None
         for tree in trees:
             common = max(tree.shared(answer.needed) for answer in item.answers) if share else 0
             new = alone - common

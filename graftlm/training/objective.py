@@ -27,11 +27,13 @@ class Objective:
         """What this pack adds to the number that the step's sum is divided by; nothing has to be computed for it."""
         return float(self.loss.count(self.config, batch_of(pack)))
 
-    def part(self, model: nn.Module, pack: Pack, statistic: float = 0.0) -> LossSum:
-        """The pack's part of the loss, with a gradient. `statistic` is that of the step."""
+    def part(self, model: nn.Module, pack: Pack, statistic: float = 0.0) -> tuple[LossSum, Tensor]:
+        """The pack's part of the loss, with a gradient, and log-probabilities of its targets [S] without one.
+        `statistic` is that of the step."""
         batch = replace(batch_of(pack), statistic=statistic)
         reference = self.reference(model, pack)
-        return self.loss.value(self.config, log_probs(model, pack), reference, batch)
+        policy = log_probs(model, pack)
+        return self.loss.value(self.config, policy, reference, batch), policy.detach()
 
     @torch.no_grad()
     def statistic(self, model: nn.Module, probes: Iterable[Pack]) -> float:

@@ -58,7 +58,7 @@ def step(model: Any, name: str, options: dict[str, Any], packs: Sequence[Pack], 
     with packed_attention(model):
         statistic = objective.statistic(model, probes)
         for part in packs:
-            made = objective.part(model, part, statistic)
+            made, _ = objective.part(model, part, statistic)
             (made.sum / count).backward()
             total += made.sum.item()
             metrics.add(made.metrics)
@@ -135,7 +135,7 @@ def test_an_idle_pack_has_the_passes_of_a_pack_and_teaches_nothing() -> None:
         objective = Objective(loss.config())  # type: ignore[call-arg]
         assert objective.count(part.idle()) == 0
         with packed_attention(model):
-            made = objective.part(model, part.idle())
+            made, _ = objective.part(model, part.idle())
         made.sum.backward()
         assert made.sum.item() == 0, name
         assert all(p.grad is not None and not p.grad.any() for p in trainable(model).values()), name
