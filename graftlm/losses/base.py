@@ -132,15 +132,20 @@ def of_pairs(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def pair_metrics(policy: Tensor, rewards: Tensor, batch: Batch) -> Metrics:
     """What is logged of P pairs: of rewards [N], the mean margin and how often the chosen answer has more (half where
-    both have the same); of log-probabilities, the mean sum over an answer's tokens."""
+    both have the same); of log-probabilities, the mean sum over an answer's tokens, and how often the chosen one has
+    more."""
     with torch.no_grad():
         count = float(len(batch.pairs))
         chosen, rejected = of_pairs(rewards, batch)
-        better = (chosen > rejected).to(rewards.dtype) + 0.5 * (chosen == rejected).to(rewards.dtype)
         log_w, log_l = of_pairs(per_answer(policy, batch), batch)
         return {
             "margin": ((chosen - rejected).sum(), count),
-            "accuracy": (better.sum(), count),
+            "accuracy": (_better(chosen, rejected), count),
             "chosen_log_prob": (log_w.sum(), count),
             "rejected_log_prob": (log_l.sum(), count),
+            "chosen_likelier": (_better(log_w, log_l), count),
         }
+
+
+def _better(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return (chosen > rejected).double().sum() + 0.5 * (chosen == rejected).double().sum()

@@ -1,13 +1,14 @@
 """An objective on a model: the passes over a pack that its function needs, with gradients or without."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from graftlm.data.pack import Pack
-from graftlm.losses import LOSSES, Batch, LossConfig, LossSum, Metrics
+from graftlm.data.compare import mismatched
+from graftlm.data.pack import Example, Group, Pack
+from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
 from graftlm.model.attach import deltas_only
 from graftlm.model.forward import log_probs
 from graftlm.training import ranks
@@ -34,6 +35,10 @@ class Objective:
         reference = self.reference(model, pack)
         policy = log_probs(model, pack)
         return self.loss.value(self.config, policy, reference, batch), policy.detach()
+
+    def probes(self, step: Sequence[Example | Group]) -> list[Group]:
+        """What is looked at before a step of these, for its statistic; nothing where the loss has none."""
+        return mismatched([item for item in step if isinstance(item, Group)]) if self.loss.statistic else []
 
     @torch.no_grad()
     def statistic(self, model: nn.Module, probes: Iterable[Pack]) -> float:
@@ -63,17 +68,23 @@ def batch_of(pack: Pack) -> Batch:
     return Batch(pack.weights, pack.answers, pack.pairs, pack.marks)
 
 
-class MetricSums:
-    """Metrics of many packs, added up."""
+class Sums:
+    """The loss and the metrics of many packs, added up."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
+    def __init__(self, objective: Objective) -> None:
+        nothing = torch.empty(0)  # every rank must know what there is, one without packs too
+        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing))
+        self.parts = {name: [0.0, 0.0] for name in made.metrics}
+        self.loss = 0.0
 
-    def add(self, metrics: Metrics) -> None:
-        for name, (value, count) in metrics.items():
-            before = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = before[0] + float(value), before[1] + float(count)
+    def add(self, made: LossSum) -> None:
+        self.loss += float(made.sum.detach())
+        for name, (value, count) in made.metrics.items():
+            self.parts[name][0] += float(value)
+            self.parts[name][1] += float(count)
 
-    def means(self) -> dict[str, float]:
-        """Those that were counted at all."""
-        return {name: value / count for name, (value, count) in self.sums.items() if count}
+    def totals(self) -> tuple[float, dict[str, float]]:
+        """The summed loss and, of what was counted at all, the mean metrics: of all ranks."""
+        loss, *summed = ranks.totals(self.loss, *(number for part in self.parts.values() for number in part))
+        found = zip(self.parts, summed[::2], summed[1::2], strict=True)
+        return loss, {name: value / count for name, value, count in found if count}

@@ -16,7 +16,7 @@ from graftlm.losses import LOSSES
 from graftlm.model.attach import activate, attach, deltas_off, trainable
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.objective import MetricSums, Objective
+from graftlm.training.objective import Objective, Sums
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LOSSES),
@@ -53,19 +53,18 @@ def step(model: Any, name: str, options: dict[str, Any], packs: Sequence[Pack], 
     """(loss, gradients, metrics) of a step over these packs, as the loop takes it."""
     objective = Objective(LOSSES[name].config(**options))
     count = sum(objective.count(part) for part in packs)
-    metrics = MetricSums()
-    total = 0.0
+    sums = Sums(objective)
     with packed_attention(model):
         statistic = objective.statistic(model, probes)
         for part in packs:
             made, _ = objective.part(model, part, statistic)
             (made.sum / count).backward()
-            total += made.sum.item()
-            metrics.add(made.metrics)
+            sums.add(made)
     gradients = {key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None}
     for p in trainable(model).values():
         p.grad = None
-    return total / count, gradients, metrics.means()
+    total, metrics = sums.totals()
+    return total / count, gradients, metrics
 
 
 def same(found: Any, wanted: Any, tolerance: float) -> None:
