@@ -14,11 +14,14 @@ the same tokens, which a pack computes once.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from graftlm.data.check import Report, prepare
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.pack import Example, Group
+from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row, for_supervised
 from graftlm.errors import DataError, numbered
 
@@ -98,6 +101,24 @@ def _common(said: Sequence[Sequence[Message]]) -> int:
             break
         count += 1
     return count
+
+
+def prepare_groups(
+    rows: Sequence[Row], renderer: Renderer, data: DataConfig, needs: str, **options: Any
+) -> tuple[list[Group], list[Row], Report]:
+    """Groups ready to pack, the rows that they are of, and the report, as `check.prepare` makes them of single rows."""
+    examples, report = prepare(answers_of(rows), renderer, data, **options)
+    made, kept, problems = groups(rows, examples, needs)
+    report.problems += problems
+    report.rows = len(made)
+    if problems and (data.strict or not made):
+        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
+    if not made:
+        raise DataError(
+            f"no row is left to train on: each of {len(rows)} has an answer longer than max_tokens={data.max_tokens}. "
+            "Raise data.max_tokens, or set data.over_length: truncate"
+        )
+    return made, kept, report
 
 
 def groups(rows: Sequence[Row], examples: Sequence[Example], needs: str) -> tuple[list[Group], list[Row], list[str]]:

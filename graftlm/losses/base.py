@@ -41,6 +41,8 @@ class Batch:
     """float [N]: what is known of each answer: liked 1 or not 0, a share of wins, a reward, an advantage."""
     before: Tensor | None = None
     """float [S]: log-probabilities from when the answers were sampled; None where the policy is still the same."""
+    values: Tensor | None = None
+    """float [N], with a gradient: V(x) of the prompt that each answer is to, for losses with a value head."""
     statistic: float = 0.0
     """A number that the whole step has in common, where `Loss.statistic` asks for one."""
 
@@ -82,6 +84,8 @@ class Loss:
     rows: Literal["answers", "text", "pairs", "feedback", "rewards"]
     """What a row must have: an answer; raw text; answers that were liked less; an answer that was liked or not;
     answers that somebody has given rewards, as loops that generate do."""
+    values: bool = False
+    """Whether it learns a value of each prompt: a linear head on the hidden state where the prompt ends."""
     statistic: Callable[[Any, Tensor, Tensor | None, Batch], LossSum] | None = None
     """For a number that is a mean over the whole step, like the KL divergence in KTO: its part of one pack of probes,
     without a gradient. The mean over all packs of probes is `batch.statistic` of the passes that learn."""

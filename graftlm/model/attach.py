@@ -71,6 +71,14 @@ def shared_of(model: nn.Module, name: str) -> nn.Module | None:
     return everything[name] if everything is not None and name in everything else None
 
 
+def share(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Keep a module at the model's root, among what sites have in common: none of it belongs to the base."""
+    if not hasattr(model, SHARED):
+        model.add_module(SHARED, nn.ModuleDict())
+    module = module.to(next(model.parameters()).device).train(model.training)
+    model.get_submodule(SHARED).add_module(name, module)
+
+
 # Attaching and detaching -----------------------------------------------------------------------------------------
 
 
@@ -114,9 +122,7 @@ def attach(
         host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
         host.active = (*host.active, name)
     if shared is not None:
-        if not hasattr(model, SHARED):
-            model.add_module(SHARED, nn.ModuleDict())
-        model.get_submodule(SHARED).add_module(name, shared.to(next(model.parameters()).device).train(model.training))
+        share(model, name, shared)
     record.configs[name] = config
     record.sites[name] = tuple(deltas)
     record.seeds[name] = seed

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,24 @@ from torch import Tensor, nn
 from graftlm.data.compare import mismatched
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
-from graftlm.model.attach import deltas_only
-from graftlm.model.forward import log_probs
+from graftlm.model.attach import (
+    activate,
+    deltas_off,
+    deltas_only,
+    hosts,
+    parameters_of,
+    share,
+    shared_of,
+)
+from graftlm.model.forward import head, hidden_states, log_probs
+from graftlm.model.store import load_adapter
 from graftlm.training import ranks
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference` is called on the model."""
+
+VALUES = "value-head"
+"""What the value head of a loss is called among what deltas share."""
 
 
 class Objective:
@@ -23,6 +36,30 @@ class Objective:
     def __init__(self, config: LossConfig) -> None:
         self.config = config
         self.loss = LOSSES[config.name]
+
+    def add_reference(self, model: nn.Module) -> None:
+        """Put the adapter that is the reference on the bare base, if there is one: before any delta.
+
+        Raises AdapterError for an adapter that does not fit.
+        """
+        if folder := getattr(self.config, "reference", None):
+            load_adapter(model, folder, name=REFERENCE)
+            for parameter in parameters_of(model, REFERENCE):
+                parameter.requires_grad_(False)
+            activate(model)
+
+    def add_head(self, model: Any) -> None:
+        """Put the value head on the model, if this loss has one: after the deltas, which freeze everything else."""
+        if self.loss.values:
+            head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+            share(model, VALUES, head)
+
+    def learning(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What is trained beside the deltas, by name."""
+        head = shared_of(model, VALUES)
+        return {} if head is None else {f"{VALUES}.{name}": p for name, p in head.named_parameters()}
 
     def count(self, pack: Pack) -> float:
         """What this pack adds to the number that the step's sum is divided by; nothing has to be computed for it."""
@@ -33,7 +70,12 @@ class Objective:
         `statistic` is that of the step."""
         batch = replace(batch_of(pack), statistic=statistic)
         reference = self.reference(model, pack)
-        policy = log_probs(model, pack)
+        if self.loss.values:
+            hidden = hidden_states(model, pack)
+            policy = head(model, hidden.index_select(0, pack.hidden_rows), pack.targets)
+            batch = replace(batch, values=_values(model, hidden.detach(), pack))
+        else:
+            policy = log_probs(model, pack)
         return self.loss.value(self.config, policy, reference, batch), policy.detach()
 
     def probes(self, step: Sequence[Example | Group]) -> list[Group]:
@@ -59,9 +101,25 @@ class Objective:
         """log-probabilities of the targets under the reference, [S]: the same pack through the same model."""
         if not self.config.needs_reference:
             return None
-        named = [REFERENCE] if getattr(self.config, "reference", None) else []
-        with deltas_only(model, *named):
+        if getattr(self.config, "reference", None) is None:
+            with deltas_off(model):
+                return log_probs(model, pack)
+        for host in hosts(model).values():
+            if REFERENCE in host.deltas:
+                host.deltas[REFERENCE].eval()
+        with deltas_only(model, REFERENCE):
             return log_probs(model, pack)
+
+
+def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
+    """V(x) [N] from the hidden states [T, d], where prompts end: each first token of an answer is predicted there."""
+    ends = pack.hidden_rows.new_full((len(pack.marks),), len(hidden))
+    ends = ends.scatter_reduce(0, pack.answers, pack.hidden_rows, "amin")
+    head = shared_of(model, VALUES)
+    if head is None:  # before there are deltas: it will start at 0
+        return hidden.new_zeros(len(ends), dtype=torch.float32)
+    values: Tensor = head(hidden.index_select(0, ends).float())
+    return values[:, 0]
 
 
 def batch_of(pack: Pack) -> Batch:
@@ -73,7 +131,7 @@ class Sums:
 
     def __init__(self, objective: Objective) -> None:
         nothing = torch.empty(0)  # every rank must know what there is, one without packs too
-        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing))
+        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing))
         self.parts = {name: [0.0, 0.0] for name in made.metrics}
         self.loss = 0.0
 

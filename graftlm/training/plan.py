@@ -238,8 +238,8 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
 
 def _objective(recipe: Recipe) -> Objective:
     """The loss of the recipe. Where an adapter is its reference the base is measured, which takes as long."""
-    named = isinstance(recipe.loss, ComparedConfig) and recipe.loss.reference
-    return Objective(replace(recipe.loss, reference=None) if named else recipe.loss)
+    loss = recipe.loss
+    return Objective(replace(loss, reference=None) if isinstance(loss, ComparedConfig) else loss)
 
 
 def kernels(products: set[Product], shape: Shape) -> int:

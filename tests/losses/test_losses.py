@@ -44,6 +44,7 @@ def part(given: Answers, numbers: list[int]) -> Answers:
         answers=own.repeat_interleave(mask.sum(1)),
         pairs=torch.stack([own[: len(numbers)], own[len(numbers) :]], dim=1),
         marks=given.batch.marks[rows],
+        values=None if given.batch.values is None else given.batch.values[rows],
     )
     return Answers(given.policy[rows], given.reference[rows], mask, batch)
 
@@ -173,6 +174,22 @@ def test_sppo_with_shares_of_wins() -> None:
         for n in range(10)
     ]
     check(made("sppo", {"eta": 4.0}, given), torch.stack(losses).mean(), given)
+
+
+def test_dro() -> None:
+    """The gradient of the values too, with rewards of any size."""
+    given = answers(16)
+    values, rewards = given.batch.values.clone().requires_grad_(), torch.linspace(-2, 3, 10)  # type: ignore[union-attr]
+    given = replace(given, batch=replace(given.batch, marks=rewards, values=values))
+    losses = []
+    for n in range(10):
+        ratio = sums(given, given.policy, n) - sums(given, given.reference, n)
+        losses.append(0.5 * (rewards[n].double() - values[n] - 0.4 * ratio) ** 2)
+    found, wanted = made("dro", {"tau": 0.4}, given), torch.stack(losses).mean()
+    check(found, wanted, given)
+    wanted = torch.stack([values[n] - rewards[n].double() for n in range(10)]) / 10  # of the values' part
+    (ours,) = torch.autograd.grad(made("dro", {"tau": 1e-12}, given).sum / 10, values)
+    torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_odds_are_exact_at_both_ends() -> None:

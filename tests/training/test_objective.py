@@ -14,7 +14,7 @@ from graftlm.data.pack import Example, Group, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
 from graftlm.model.attach import activate, attach, deltas_off, trainable
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.forward import hidden_states, log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.objective import Objective, Sums
 
@@ -185,6 +185,36 @@ def test_the_reference_may_be_an_adapter_that_is_on_the_model_too() -> None:
         assert not torch.equal(found, policy)
 
 
+def test_the_value_of_a_prompt_is_read_where_it_ends_and_is_learnt_beside_the_deltas() -> None:
+    model, found = moved(), [Group(g.answers, (0.8, 0.2)) for g in answered(4)]
+    objective = Objective(LOSSES["dro"].config(tau=1e-6))  # type: ignore[call-arg]  # so the values alone matter
+    objective.add_head(model)
+    assert sorted(objective.learning(model)) == ["value-head.bias", "value-head.weight"]
+    assert {id(p) for p in objective.learning(model).values()} < {id(p) for p in trainable(model).values()}
+    packs = pack(found, 70, share=True)
+    for part in packs:
+        with packed_attention(model), torch.no_grad():
+            hidden = hidden_states(model, part)
+        for number in range(len(part.marks)):
+            group = next(g for g in found if g.where == part.rows[2 * (number // 2)])
+            prompt = int(group.answers[0].weights.nonzero()[0][0])
+            (alone,) = pack(
+                [Example(group.answers[0].ids[: prompt + 1], np.eye(prompt + 1)[-1].astype(np.float32), "")], 99
+            )
+            with torch.no_grad():
+                wanted = hidden_states(model, alone)[-1]
+            at = part.hidden_rows[part.answers == number].min()
+            assert torch.allclose(hidden[at], wanted, atol=1e-5)
+    optimiser = torch.optim.Adam(objective.learning(model).values(), 0.05)
+    for _ in range(200):
+        _, gradients, metrics = step(model, "dro", {"tau": 1e-6}, packs)
+        for name, p in trainable(model).items():
+            p.grad = gradients[name]
+        optimiser.step()
+        optimiser.zero_grad()
+    assert metrics["value"] == pytest.approx(0.5, abs=0.02), "each prompt has one answer of 0.8 and one of 0.2"
+
+
 # It learns -------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +250,7 @@ def test_every_objective_teaches_a_tiny_model_to_prefer_the_chosen_answers(name:
         for key, p in trainable(model).items():
             p.grad = gradients[key]
         optimiser.step()
+        optimiser.zero_grad()
     rise = margin(model, found) - before
     assert rise.mean() > 1, rise
     assert (rise > 0).all(), rise
