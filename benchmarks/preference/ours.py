@@ -45,7 +45,6 @@ def main() -> None:
     from graftlm.model.attach import trainable
     from graftlm.model.store import load_adapter
     from graftlm.training.loop import steps
-    from graftlm.training.objective import Objective
     from graftlm.training.optim import adamw
 
     torch.set_num_threads(args.threads)
@@ -68,7 +67,7 @@ def main() -> None:
         steps(
             model,
             (pack(batch, args.pack_tokens, share=not args.apart) for batch in batches),
-            objective=Objective(DpoConfig(beta=args.beta)),
+            loss=DpoConfig(beta=args.beta),
             optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,

@@ -33,9 +33,10 @@ VALUES = "value-head"
 class Objective:
     """What a step minimises: the loss of a config as a function of model and pack."""
 
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
-        self.loss = LOSSES[config.name]
+    def __init__(self, config: LossConfig | str) -> None:
+        """A name is that loss with its defaults."""
+        self.config = LOSSES[config].config() if isinstance(config, str) else config  # type: ignore[call-arg]
+        self.loss = LOSSES[self.config.name]
 
     def add_reference(self, model: nn.Module) -> None:
         """Put the adapter that is the reference on the bare base, if there is one: before any delta.

@@ -19,14 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graftlm.data.pack import Example, Group, Pack
-from graftlm.losses.base import ComparedConfig
+from graftlm.losses.base import ComparedConfig, LossConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.load import BaseConfig, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.ops import KERNELS_KEPT
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, sketch
 from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
-from graftlm.training.objective import Objective
 from graftlm.training.optim import adamw
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import packs_of, peak_rss_gib, plan_batches, prepare_data
@@ -230,16 +229,16 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
         parameter.grad = torch.zeros_like(parameter)
     checkpointing, live = recipe.train.checkpointing, LiveBytes()
     with training_pass(model, packed=recipe.data.pack, checkpointing=checkpointing, offload=recipe.train.offload), live:
-        one_pass(model, pack, _objective(recipe))
+        one_pass(model, pack, _loss(recipe))
     if products is not None:
         products |= live.products
     return live.peak
 
 
-def _objective(recipe: Recipe) -> Objective:
+def _loss(recipe: Recipe) -> LossConfig:
     """The loss of the recipe. Where an adapter is its reference the base is measured, which takes as long."""
     loss = recipe.loss
-    return Objective(replace(loss, reference=None) if isinstance(loss, ComparedConfig) else loss)
+    return replace(loss, reference=None) if isinstance(loss, ComparedConfig) else loss
 
 
 def kernels(products: set[Product], shape: Shape) -> int:
@@ -284,7 +283,7 @@ def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape)
     def seconds(model: Any) -> float:
         def passes() -> None:
             for pack in packs:
-                one_pass(model, pack, _objective(recipe))
+                one_pass(model, pack, _loss(recipe))
 
         with training_pass(model, packed=recipe.data.pack, checkpointing=train.checkpointing, offload=train.offload):
             found = best_s(passes, TRIES)
