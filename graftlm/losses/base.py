@@ -7,9 +7,10 @@ model with its deltas, and pi_ref the reference, the same model without them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from graftlm.config import config
@@ -63,9 +64,13 @@ class LossConfig:
 class ComparedConfig(LossConfig):
     """Of the objectives that compare the policy with a reference."""
 
-    reference: str | None = None
-    """What the policy is compared with: by default the base without deltas, or an adapter folder, which is put on the
-    base beside them and stays as it is."""
+    reference: Annotated[
+        str | None,
+        Field(
+            description="What the policy is compared with: by default the base without deltas, or an adapter folder, "
+            "which is put on the base beside them and stays as it is."
+        ),
+    ] = None
 
     @property
     def needs_reference(self) -> bool:

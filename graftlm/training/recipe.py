@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,6 +48,11 @@ class ReportConfig:
     """The longest of those answers, in tokens; one that does not end by then is cut."""
 
 
+def _or_a_name(schema: dict[str, Any]) -> None:
+    """Lets editors complete `loss: NAME` too."""
+    schema["oneOf"].insert(0, {"enum": list(LOSSES), "type": "string"})
+
+
 @config.config
 class Recipe:
     base: str | BaseConfig = "smollm2"
@@ -58,7 +63,7 @@ class Recipe:
     """The delta to train; LoRA with its defaults where neither this nor `deltas` is given."""
     deltas: Mapping[str, AnyDelta] = Field(default_factory=dict)
     """Several by name, all on one model: each acts on what those before it left, each is an adapter of its own."""
-    loss: AnyLoss = Field(default_factory=SupervisedConfig)
+    loss: AnyLoss = Field(default_factory=SupervisedConfig, json_schema_extra=_or_a_name)
     """The objective: a name, or `{name: NAME, ...}` with options."""
     policies: tuple[AnyPolicy, ...] = ()
     """What acts between steps: names, or `{name: NAME, ...}` with options."""
