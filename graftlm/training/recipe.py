@@ -81,7 +81,11 @@ class Recipe:
     @classmethod
     def _loss_by_name(cls, given: object) -> object:
         named = {"name": given} if isinstance(given, str) else given
-        if isinstance(named, Mapping) and (name := str(named.get("name"))) not in LOSSES:
+        if not isinstance(named, Mapping):
+            return named
+        if "name" not in named:
+            raise ValueError("give its name too: {name: NAME, ...}")
+        if (name := str(named["name"])) not in LOSSES:
             raise ValueError(f"{name!r} is no loss. {nearest(name, LOSSES)}")
         return named
 
