@@ -44,8 +44,9 @@ def write_rows(config: dict[str, Any], file: Path) -> None:
                 prompt = int(group.answers[0].weights.nonzero()[0][0])
                 row = {"prompt_ids": group.answers[0].ids[:prompt].tolist()}
                 for kind, answer in zip(("chosen", "rejected"), group.answers, strict=True):
-                    assert answer.weights[prompt:].all()
-                    row[f"{kind}_ids"] = answer.ids[prompt:].tolist()
+                    end = int(answer.weights.nonzero()[0][-1]) + 1  # what the template writes behind it is not trained
+                    assert answer.weights[prompt:end].all()
+                    row[f"{kind}_ids"] = answer.ids[prompt:end].tolist()
                 out.write(json.dumps(row) + "\n")
 
 
