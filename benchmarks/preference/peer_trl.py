@@ -82,6 +82,7 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
         return found
 
     trl.DPOTrainer._precompute_ref_logps = timed
+    trl.DPOTrainer._prepare_dataset = lambda self, dataset, *_: dataset  # the rows are tokens already
     data, base = Dataset.from_list(rows), str(args.base)
     trainer = trl.DPOTrainer(base, args=config, train_dataset=data, peft_config=lora, callbacks=[StepClock()])
     start = safetensors.torch.load_file(args.start / "adapter_model.safetensors")
