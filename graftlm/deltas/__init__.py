@@ -12,6 +12,7 @@ from graftlm.deltas.bone import Bone, BoneConfig
 from graftlm.deltas.diff_pruning import DiffPruning, DiffPruningConfig
 from graftlm.deltas.dora import Dora, DoraConfig
 from graftlm.deltas.dvora import Dvora, DvoraConfig
+from graftlm.deltas.dylora import DyLora, DyLoraConfig
 from graftlm.deltas.eigenlorax import EigenLorax, EigenLoraxConfig
 from graftlm.deltas.flora import Flora, FloraConfig
 from graftlm.deltas.fourierft import FourierFT, FourierFTConfig
@@ -82,6 +83,7 @@ METHODS: dict[str, Method] = {
     "diff-pruning": Method(DiffPruningConfig, DiffPruning),
     "dora": Method(DoraConfig, Dora),
     "dvora": Method(DvoraConfig, Dvora),
+    "dylora": Method(DyLoraConfig, DyLora),
     "eigenlorax": Method(EigenLoraxConfig, EigenLorax),
     "flora": Method(FloraConfig, Flora),
     "fourierft": Method(FourierFTConfig, FourierFT),

@@ -7,7 +7,9 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.training.optim import adamw
+from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
 
 
@@ -20,6 +22,8 @@ class Row:
 
 
 POLICIES: dict[str, Row] = {
+    "adalora": Row(AdaLoraPolicyConfig, AdaLoraPolicy),
+    "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
     "lora-plus": Row(LoraPlusConfig, LoraPlus),
 }
 

@@ -77,6 +77,12 @@ class Training:
         return torch.Generator().manual_seed(mixed)
 
 
+def needs_method(training: Training, wanted: str) -> str:
+    """A reason to refuse where a delta that learns has another method, or an empty text."""
+    others = {config.method for config in training.deltas.values()} - {wanted}
+    return f"it acts on what the method {wanted} has; take `method: {wanted}`" if others else ""
+
+
 def _shared(model: nn.Module, name: str) -> list[nn.Parameter]:
     shared = shared_of(model, name)
     return [] if shared is None else list(shared.parameters())
@@ -102,6 +108,13 @@ class Policy:
         self.config = config
         self.tensors: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
+
+    def kept(self, key: str, like: Tensor) -> Tensor:
+        """`tensors[key]` on the device of `like`; at first zeros of its shape."""
+        found = self.tensors.get(key)
+        if found is None or found.device != like.device:
+            self.tensors[key] = torch.zeros_like(like.detach()) if found is None else found.to(like.device)
+        return self.tensors[key]
 
     def refuse(self, training: Training) -> str:
         return ""
