@@ -17,6 +17,7 @@ from graftlm.deltas.eigenlorax import EigenLorax, EigenLoraxConfig
 from graftlm.deltas.flora import Flora, FloraConfig
 from graftlm.deltas.fourierft import FourierFT, FourierFTConfig
 from graftlm.deltas.full import Full, FullConfig
+from graftlm.deltas.gated_lora import GatedLora, GatedLoraConfig
 from graftlm.deltas.glora import Glora, GloraConfig
 from graftlm.deltas.houlsby import Houlsby, HoulsbyConfig
 from graftlm.deltas.hra import Hra, HraConfig
@@ -88,6 +89,7 @@ METHODS: dict[str, Method] = {
     "flora": Method(FloraConfig, Flora),
     "fourierft": Method(FourierFTConfig, FourierFT),
     "full": Method(FullConfig, Full),
+    "gated-lora": Method(GatedLoraConfig, GatedLora),
     "glora": Method(GloraConfig, Glora),
     "houlsby": Method(HoulsbyConfig, Houlsby),
     "hra": Method(HraConfig, Hra),

@@ -9,8 +9,13 @@ from graftlm.errors import TrainingError
 from graftlm.training.optim import adamw
 from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.cola import Cola, ColaConfig
 from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
+from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
+from graftlm.training.policies.lte import Lte, LteConfig
+from graftlm.training.policies.periodic_lora import PeriodicLora, PeriodicLoraConfig
+from graftlm.training.policies.sora import Sora, SoraConfig
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,13 @@ class Row:
 
 POLICIES: dict[str, Row] = {
     "adalora": Row(AdaLoraPolicyConfig, AdaLoraPolicy),
+    "cola": Row(ColaConfig, Cola),
     "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
+    "lamda": Row(LamdaPolicyConfig, LamdaPolicy),
     "lora-plus": Row(LoraPlusConfig, LoraPlus),
+    "lte": Row(LteConfig, Lte),
+    "periodic-lora": Row(PeriodicLoraConfig, PeriodicLora),
+    "sora": Row(SoraConfig, Sora),
 }
 
 
