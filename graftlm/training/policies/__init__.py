@@ -11,6 +11,7 @@ from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
 from graftlm.training.policies.cola import Cola, ColaConfig
 from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
+from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
 from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
 from graftlm.training.policies.lte import Lte, LteConfig
@@ -30,6 +31,7 @@ POLICIES: dict[str, Row] = {
     "adalora": Row(AdaLoraPolicyConfig, AdaLoraPolicy),
     "cola": Row(ColaConfig, Cola),
     "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
+    "increlora": Row(IncreLoraConfig, IncreLora),
     "lamda": Row(LamdaPolicyConfig, LamdaPolicy),
     "lora-plus": Row(LoraPlusConfig, LoraPlus),
     "lte": Row(LteConfig, Lte),

@@ -5,8 +5,8 @@
 With m = 0 this is Chain of LoRA (cola.py, where the growing cost and the fixed offset in place of W are explained).
 Each V_t is a sum over stages, so W holds B_j A_j with the weight 1 - m^(age in stages): new stages come in by degrees,
 old ones whole, and the fixed offset needs one block a stage and no V. With m > 0 the model therefore moves at a
-restart, which is the point: a stage that went too far comes in with a part of its step. The paper's momentum is described in
-words; the recursion above is how we read it.
+restart, which is the point: a stage that went too far comes in with a part of its step. The paper's momentum is
+described in words; the recursion above is how we read it.
 """
 
 from typing import Literal
