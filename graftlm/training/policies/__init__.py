@@ -8,8 +8,12 @@ import torch
 from graftlm.errors import TrainingError
 from graftlm.training.optim import adamw
 from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
+from graftlm.training.policies.alora import Alora, AloraConfig
+from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.bilora import BiLora, BiLoraConfig
 from graftlm.training.policies.cola import Cola, ColaConfig
+from graftlm.training.policies.diffora import DiffoRA, DiffoRAConfig
 from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
 from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
 from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
@@ -29,7 +33,11 @@ class Row:
 
 POLICIES: dict[str, Row] = {
     "adalora": Row(AdaLoraPolicyConfig, AdaLoraPolicy),
+    "alora": Row(AloraConfig, Alora),
+    "autolora": Row(AutoLoraConfig, AutoLora),
+    "bilora": Row(BiLoraConfig, BiLora),
     "cola": Row(ColaConfig, Cola),
+    "diffora": Row(DiffoRAConfig, DiffoRA),
     "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
     "increlora": Row(IncreLoraConfig, IncreLora),
     "lamda": Row(LamdaPolicyConfig, LamdaPolicy),

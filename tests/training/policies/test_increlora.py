@@ -1,4 +1,4 @@
-"""IncreLoRA: scores by the dense gradient of each W, ranks to the best sites, and E held where it does not learn yet."""
+"""IncreLoRA: scores by the dense gradient of each W, ranks to the best sites, E held where it does not learn yet."""
 
 import math
 from typing import Any
