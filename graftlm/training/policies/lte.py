@@ -12,10 +12,12 @@ which does not grow (the base itself is never changed), and
     W_n = base - offset_B offset_A        offset_A = [A_1; ...; A_N]   offset_B = s [c_1 B_1, ..., c_N B_N]
     c_j = -1 / N, and 1 - 1 / N for the head itself
 
-After the last step the model is the base and the mean. A run that is stopped before leaves the head of that moment. The
-authors start A orthogonal and large; here each head starts as its method does, with a draw of its own.
+After the last step, and wherever the run is looked at, the model is the base and the mean of what the heads have then.
+The authors start A orthogonal and large; here each head starts as its method does, with a draw of its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -74,6 +76,20 @@ class Lte(Policy):
             self._put_away(training, f"{now}/{name}/{site}", delta)
             self._average(f"{name}/{site}")
             self._share(f"{name}/{site}", now, delta)
+
+    @contextmanager
+    def evaluating(self, training: Training) -> Iterator[None]:
+        """Inside, the model is what it would be if the run ended here."""
+        tensors = dict(self.tensors)
+        offsets = [(delta, delta.offset_A, delta.offset_B) for _, _, delta in training.sites()]
+        self.on_end(training)
+        try:
+            yield
+        finally:
+            self.tensors.clear()
+            self.tensors.update(tensors)
+            for delta, A, B in offsets:
+                delta.offset_A, delta.offset_B = A, B
 
     def _put_away(self, training: Training, key: str, delta: Delta) -> None:
         for number, p in enumerate(delta.parameters()):

@@ -150,6 +150,24 @@ def test_heads_are_models_of_their_own_that_are_averaged() -> None:
         assert not torch.allclose(w, bases[name])
 
 
+def test_looking_at_the_mean_in_the_middle_changes_nothing() -> None:
+    ends = []
+    for looks in (False, True):
+        state, policy = training(attach_tiny("lora", tiny_model()), [], total=12), Lte(LteConfig(heads=3, every=2))
+        for number in range(12):
+            step(state, [policy], number)
+            if looks:
+                own = logits(state.model)
+                with policy.evaluating(state):
+                    seen = logits(state.model)
+                assert torch.equal(logits(state.model), own)
+                assert torch.equal(seen, own) is ((number + 1) % 6 == 0), "after a round all go on from the mean"
+        policy.on_end(state)
+        ends.append(logits(state.model))
+    assert torch.equal(*ends)
+    assert torch.allclose(seen, ends[1], atol=1e-6)
+
+
 def tiny_like() -> Any:
     return attach_tiny("lora", tiny_model())
 
