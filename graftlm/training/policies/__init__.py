@@ -13,6 +13,7 @@ from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
 from graftlm.training.policies.bilora import BiLora, BiLoraConfig
 from graftlm.training.policies.cola import Cola, ColaConfig
+from graftlm.training.policies.diff_pruning import DiffPruningPolicy, DiffPruningPolicyConfig
 from graftlm.training.policies.diffora import DiffoRA, DiffoRAConfig
 from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
 from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
@@ -21,6 +22,7 @@ from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
 from graftlm.training.policies.lte import Lte, LteConfig
 from graftlm.training.policies.periodic_lora import PeriodicLora, PeriodicLoraConfig
 from graftlm.training.policies.sora import Sora, SoraConfig
+from graftlm.training.policies.spiel import SpielPolicy, SpielPolicyConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ POLICIES: dict[str, Row] = {
     "autolora": Row(AutoLoraConfig, AutoLora),
     "bilora": Row(BiLoraConfig, BiLora),
     "cola": Row(ColaConfig, Cola),
+    "diff-pruning": Row(DiffPruningPolicyConfig, DiffPruningPolicy),
     "diffora": Row(DiffoRAConfig, DiffoRA),
     "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
     "increlora": Row(IncreLoraConfig, IncreLora),
@@ -45,6 +48,7 @@ POLICIES: dict[str, Row] = {
     "lte": Row(LteConfig, Lte),
     "periodic-lora": Row(PeriodicLoraConfig, PeriodicLora),
     "sora": Row(SoraConfig, Sora),
+    "spiel": Row(SpielPolicyConfig, SpielPolicy),
 }
 
 

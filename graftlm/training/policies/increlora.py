@@ -18,10 +18,12 @@ site at a time is enough; for one pack it is the paper's.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from graftlm.config import PositiveCount, Share, config
 from graftlm.deltas.base import AdditiveDelta
@@ -68,31 +70,21 @@ class IncreLora(Policy):
     @contextmanager
     def during(self, training: Training) -> Iterator[None]:
         self.found: dict[str, float] = {}
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         if training.done < self._moments(training)[-1]:
             at = hosts(training.model)
             for name, site, delta in training.sites():
                 assert isinstance(delta, AdditiveDelta)
-                handles.append(at[site].register_forward_hook(self._watch(f"{name}/{site}", delta)))
+                handles.append(see_gradient(at[site], partial(self._score, f"{name}/{site}", delta)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, key: str, delta: AdditiveDelta) -> Callable[..., None]:
-        def add(x: Tensor, gradient: Tensor) -> None:
-            with torch.no_grad():
-                G = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-                value = float((delta.matrix() * G).abs().sum()) / math.sqrt(G.numel())
-            self.found[key] = self.found.get(key, 0.0) + value
-
-        def after(module: Any, args: tuple[Tensor], y: Tensor) -> None:
-            if y.requires_grad:
-                x = args[0].detach()
-                y.register_hook(lambda gradient: add(x, gradient))
-
-        return after
+    def _score(self, key: str, delta: AdditiveDelta, G: Tensor) -> None:
+        value = float((delta.matrix() * G).abs().sum()) / math.sqrt(G.numel())
+        self.found[key] = self.found.get(key, 0.0) + value
 
     def on_grads(self, training: Training) -> None:
         for name, site, delta in training.sites():
@@ -140,3 +132,17 @@ class IncreLora(Policy):
         """The steps after which ranks are added."""
         start, end = int(self.config.warmup * training.total), int(self.config.until * training.total)
         return [t for t in range(max(1, start), end + 1) if t % self.config.every == 0]
+
+
+def see_gradient(host: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """In every backward pass of this layer, `see` is given the gradient of the loss in W', float32 [d_out, d_in]."""
+
+    def multiply(x: Tensor, gradient: Tensor) -> None:
+        with torch.no_grad():
+            see(gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float())
+
+    def after(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(partial(multiply, args[0].detach()))
+
+    return host.register_forward_hook(after)

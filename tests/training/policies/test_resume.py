@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "autolora": ("gated-lora", {"search": 0.5}),
     "bilora": ("adalora", {}),
     "cola": ("lora", {"every": 3}),
+    "diff-pruning": ("diff-pruning", {"density": 0.05}),
     "diffora": ("gated-lora", {"search": 0.5}),
     "dylora": ("dylora", {"frozen": True}),
     "increlora": ("adalora", {"target_r": 3, "every": 2}),
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lte": ("lora", {"heads": 2, "every": 2}),
     "periodic-lora": ("lora", {"every": 3}),
     "sora": ("gated-lora", {"sparsity": 3.0, "sparsity_last": 9.0}),
+    "spiel": ("spiel", {"every": 3}),
 }
 
 
