@@ -7,8 +7,22 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.training.optim import adamw
+from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
+from graftlm.training.policies.alora import Alora, AloraConfig
+from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.bilora import BiLora, BiLoraConfig
+from graftlm.training.policies.cola import Cola, ColaConfig
+from graftlm.training.policies.diff_pruning import DiffPruningPolicy, DiffPruningPolicyConfig
+from graftlm.training.policies.diffora import DiffoRA, DiffoRAConfig
+from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
+from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
+from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
+from graftlm.training.policies.lte import Lte, LteConfig
+from graftlm.training.policies.periodic_lora import PeriodicLora, PeriodicLoraConfig
+from graftlm.training.policies.sora import Sora, SoraConfig
+from graftlm.training.policies.spiel import SpielPolicy, SpielPolicyConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +34,21 @@ class Row:
 
 
 POLICIES: dict[str, Row] = {
+    "adalora": Row(AdaLoraPolicyConfig, AdaLoraPolicy),
+    "alora": Row(AloraConfig, Alora),
+    "autolora": Row(AutoLoraConfig, AutoLora),
+    "bilora": Row(BiLoraConfig, BiLora),
+    "cola": Row(ColaConfig, Cola),
+    "diff-pruning": Row(DiffPruningPolicyConfig, DiffPruningPolicy),
+    "diffora": Row(DiffoRAConfig, DiffoRA),
+    "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
+    "increlora": Row(IncreLoraConfig, IncreLora),
+    "lamda": Row(LamdaPolicyConfig, LamdaPolicy),
     "lora-plus": Row(LoraPlusConfig, LoraPlus),
+    "lte": Row(LteConfig, Lte),
+    "periodic-lora": Row(PeriodicLoraConfig, PeriodicLora),
+    "sora": Row(SoraConfig, Sora),
+    "spiel": Row(SpielPolicyConfig, SpielPolicy),
 }
 
 
