@@ -7,7 +7,10 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.training.optim import adamw
+from graftlm.training.policies.adalomo import AdaLomo, AdaLomoConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.galore import Galore, GaloreConfig
+from graftlm.training.policies.lomo import Lomo, LomoConfig
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
 
 
@@ -20,6 +23,9 @@ class Row:
 
 
 POLICIES: dict[str, Row] = {
+    "adalomo": Row(AdaLomoConfig, AdaLomo),
+    "galore": Row(GaloreConfig, Galore),
+    "lomo": Row(LomoConfig, Lomo),
     "lora-plus": Row(LoraPlusConfig, LoraPlus),
 }
 
