@@ -8,10 +8,22 @@ import torch
 from graftlm.errors import TrainingError
 from graftlm.training.optim import adamw
 from graftlm.training.policies.adalomo import AdaLomo, AdaLomoConfig
+from graftlm.training.policies.adamw_8bit import AdamW8bit, AdamW8bitConfig
+from graftlm.training.policies.allora import Allora, AlloraConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.coap import Coap, CoapConfig
+from graftlm.training.policies.ema import Ema, EmaConfig
+from graftlm.training.policies.flora_compression import FloraCompression, FloraCompressionConfig
 from graftlm.training.policies.galore import Galore, GaloreConfig
+from graftlm.training.policies.lisa import Lisa, LisaConfig
 from graftlm.training.policies.lomo import Lomo, LomoConfig
+from graftlm.training.policies.lora_fa import LoraFa, LoraFaConfig
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
+from graftlm.training.policies.lora_sp import LoraSp, LoraSpConfig
+from graftlm.training.policies.neftune import Neftune, NeftuneConfig
+from graftlm.training.policies.riemannian import Riemannian, RiemannianConfig
+from graftlm.training.policies.schedule_free import ScheduleFree, ScheduleFreeConfig
+from graftlm.training.policies.sm3 import Sm3, Sm3Config
 
 
 @dataclass(frozen=True)
@@ -24,9 +36,21 @@ class Row:
 
 POLICIES: dict[str, Row] = {
     "adalomo": Row(AdaLomoConfig, AdaLomo),
+    "adamw-8bit": Row(AdamW8bitConfig, AdamW8bit),
+    "allora": Row(AlloraConfig, Allora),
+    "coap": Row(CoapConfig, Coap),
+    "ema": Row(EmaConfig, Ema),
+    "flora-compression": Row(FloraCompressionConfig, FloraCompression),
     "galore": Row(GaloreConfig, Galore),
+    "lisa": Row(LisaConfig, Lisa),
     "lomo": Row(LomoConfig, Lomo),
+    "lora-fa": Row(LoraFaConfig, LoraFa),
     "lora-plus": Row(LoraPlusConfig, LoraPlus),
+    "lora-sp": Row(LoraSpConfig, LoraSp),
+    "neftune": Row(NeftuneConfig, Neftune),
+    "riemannian": Row(RiemannianConfig, Riemannian),
+    "schedule-free": Row(ScheduleFreeConfig, ScheduleFree),
+    "sm3": Row(Sm3Config, Sm3),
 }
 
 

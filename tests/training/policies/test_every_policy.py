@@ -1,7 +1,9 @@
 """Every policy with every kind of method: it trains, or says why not; and its state is all in what checkpoints keep."""
 
 import json
+import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,8 +22,11 @@ from tests.training.test_loop import examples
 SMALL: dict[str, Any] = {"rank": 2, "every": 2, "layers": 1}
 """Values for options of these names at which a policy acts on the tiny model within three steps."""
 
+NO_LORA = ("mora", "vera", "full")
+
 REFUSED = {
-    ("galore", "vera"): "both sides",
+    **{(name, method): "factors A and B" for name in ("allora", "lora-fa", "riemannian") for method in NO_LORA},
+    **{(name, "vera"): "both sides" for name in ("coap", "flora-compression", "galore")},
     ("lora-plus", "full"): "named B",
     ("lora-plus", "mora"): "named B",
     ("lora-plus", "vera"): "named B",
@@ -29,6 +34,14 @@ REFUSED = {
 """The pairs that have no meaning, and what the reason says."""
 
 METHODS = ("lora", "dora", "mora", "vera", "full")
+
+
+LIBRARIES = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}
+"""What a policy needs that may not be here."""
+
+
+def _lacks(name: str) -> bool:
+    return name in LIBRARIES and find_spec(LIBRARIES[name]) is None
 
 
 def small(name: str) -> Policy:
@@ -52,6 +65,10 @@ BATCHES = [pack(examples(seed=n), 60) for n in range(5)]
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_it_trains_or_says_why_not(name: str, method: str) -> None:
+    if _lacks(name):
+        with pytest.raises(TrainingError, match="pip install"):
+            made(name, method)
+        return
     state, policy = made(name, method)
     if reason := REFUSED.get((name, method)):
         with pytest.raises(TrainingError, match=reason):
@@ -69,7 +86,7 @@ def test_it_trains_or_says_why_not(name: str, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_checkpoint_keeps_is_all_that_a_policy_knows(name: str, method: str) -> None:
-    if (name, method) in REFUSED:
+    if (name, method) in REFUSED or _lacks(name):
         return
     whole, policy = made(name, method)
     run(whole, [policy], BATCHES[:3])
@@ -99,6 +116,15 @@ def _copy(old: Training, new: Training) -> None:
 
 def _through(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize(("name", "module"), LIBRARIES.items())
+def test_a_library_that_is_missing_is_named(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in [m for m in sys.modules if m.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, known)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(TrainingError, match="pip install"):
+        made(name, "lora")
 
 
 @pytest.mark.parametrize("name", POLICIES)
