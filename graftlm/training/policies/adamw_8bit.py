@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits, a scale for each block of 256 (Dettmers et al. 2021, arXiv:2110.02861).
+"""AdamW in 8 bits: moments in codes, with a scale for each block of 256 (Dettmers et al. 2021, arXiv:2110.02861).
 
     M ~ s_M q(M)        V ~ s_V q(V)        s the largest of each block, q one of 256 values that lie denser near zero
 

@@ -25,11 +25,13 @@ from graftlm.training.policies.galore import Projecting, leading
 class CoapConfig(PolicyConfig):
     name: Literal["coap"] = "coap"
     rank: PositiveCount = 128
+    """Directions that are kept of each matrix; one with a side of no more keeps moments of its full size."""
     every: PositiveCount = 32
     """Steps between two corrections."""
     factor: PositiveCount = 5
     """Every so many corrections, one by singular vectors."""
     scale: PositiveRate = 1.0
+    """Factor on the learning rate of matrices that are projected."""
 
 
 class Coap(Projecting):

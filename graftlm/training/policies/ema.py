@@ -29,7 +29,7 @@ class Ema(Policy):
 
     def on_start(self, training: Training) -> None:
         for name, p in training.parameters().items():
-            self.tensors.setdefault(name, p.detach().clone())
+            self.tensors[name] = self.tensors[name].to(p.device) if name in self.tensors else p.detach().clone()
 
     @torch.no_grad()
     def on_step(self, training: Training) -> None:

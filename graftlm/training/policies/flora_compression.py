@@ -32,9 +32,11 @@ FLOOR = 1e-30
 class FloraCompressionConfig(PolicyConfig):
     name: Literal["flora-compression"] = "flora-compression"
     rank: PositiveCount = 128
+    """Directions that are kept of each matrix; one with a side of no more keeps moments of its full size."""
     every: PositiveCount = 1000
     """Steps with the same directions."""
     momentum: Share = 0.9
+    """The share of the last steps in each."""
 
 
 class FloraOptimiser(torch.optim.Optimizer):

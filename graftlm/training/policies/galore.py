@@ -28,9 +28,11 @@ from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
 class GaloreConfig(PolicyConfig):
     name: Literal["galore"] = "galore"
     rank: PositiveCount = 128
+    """Directions that are kept of each matrix; one with a side of no more keeps moments of its full size."""
     every: PositiveCount = 200
     """Steps between two projections."""
     scale: PositiveRate = 0.25
+    """Factor on the learning rate of matrices that are projected."""
 
 
 class ProjectedAdam(torch.optim.Optimizer):

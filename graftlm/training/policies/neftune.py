@@ -27,6 +27,7 @@ from graftlm.training.policies.base import Policy, PolicyConfig, Training
 class NeftuneConfig(PolicyConfig):
     name: Literal["neftune"] = "neftune"
     alpha: PositiveRate = 5.0
+    """The size of the noise: 5 to 15 in the paper."""
 
 
 class Neftune(Policy):

@@ -20,6 +20,7 @@ from graftlm.training.policies.lora_fa import NO_PAIRS, damped_inverse, pairs
 class RiemannianConfig(PolicyConfig):
     name: Literal["riemannian"] = "riemannian"
     damping: PositiveRate = 0.01
+    """Added to the squares of A and B before they are inverted."""
 
 
 class Riemannian(Policy):

@@ -25,6 +25,7 @@ from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
 class ScheduleFreeConfig(PolicyConfig):
     name: Literal["schedule-free"] = "schedule-free"
     momentum: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.9
+    """How near to the mean gradients are taken."""
 
 
 class ScheduleFree(Policy):
