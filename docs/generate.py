@@ -158,7 +158,8 @@ def policies() -> str:
 loss. A recipe names any number of them, with their options or without; of those that bring an optimiser, one:
 
 ```yaml
-policies: [ema, {{name: galore, rank: 64}}]
+data: {{train: rows.jsonl}}
+policies: [ema, {{name: galore, rank: 8}}]
 ```
 
 A policy that has no meaning for what is trained is refused with the reason, before the first step.

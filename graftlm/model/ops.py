@@ -80,8 +80,8 @@ def low_rank_linear(x: Tensor, W: Frozen, b: Tensor | None, A: Tensor, B: Tensor
     """gain * (x W^T + (x A^T) B^T) + b for frozen W and b: x [.. d_in], W [d_out, d_in], A [r, d_in], B [d_out, r].
 
     No gradient for W, no cast of W, and nothing saved but x (where A learns), x A^T and, with a gain [d_out], what it
-    multiplies. A W that is made is made again in the backward pass. A, B and the gain stay float32 outside, the products run in the
-    dtype of x.
+    multiplies. A W that is made is made again in the backward pass. A, B and the gain stay float32 outside, the
+    products run in the dtype of x.
     """
     y: Tensor
     if torch.is_autocast_enabled(x.device.type):  # as F.linear would: in the dtype asked for, forward and backward
