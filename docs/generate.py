@@ -158,6 +158,7 @@ def policies() -> str:
 loss. A recipe names any number of them, with their options or without; of those that bring an optimiser, one:
 
 ```yaml
+base: smollm2
 data: {{train: rows.jsonl}}
 policies: [ema, {{name: galore, rank: 8}}]
 ```
