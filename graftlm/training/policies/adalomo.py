@@ -42,26 +42,27 @@ class AdaLomo(Fused):
             W = delta.site.weight()
             for p in delta.parameters():
                 if W is not None and p.shape == W.shape:
-                    self.sizes[p] = float(_rms(W))
+                    self.sizes[p] = float(_mean_square(W).sqrt())
 
     def act(self, training: Training, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
         state, b = training.optimiser.state[p], 1 - (training.done + 1) ** -0.8
-        squares = g.square().add_(FLOOR)
+        u = g  # in its memory: a gradient may be as large as all embeddings
         if p.dim() == 2:
-            r = _moved(state, "row", squares.mean(1), b)
-            c = _moved(state, "column", squares.mean(0), b)
-            u = g * (r / r.mean()).rsqrt()[:, None] * c.rsqrt()
+            r = _moved(state, "row", _mean_square(g, 1), b)
+            c = _moved(state, "column", _mean_square(g, 0), b)
+            u.mul_((r / r.mean()).rsqrt()[:, None]).mul_(c.rsqrt())
         else:
-            u = g * _moved(state, "square", squares, b).rsqrt()
-        u /= _rms(u).clamp(min=1.0)
-        rate = group["lr"] * max(1e-3, self.sizes.get(p, float(_rms(p))))
+            u.mul_(_moved(state, "square", g.square(), b).rsqrt())
+        u.div_(_mean_square(u).sqrt().clamp(min=1.0))
+        rate = group["lr"] * max(1e-3, self.sizes.get(p, float(_mean_square(p).sqrt())))
         p.mul_(1 - rate * group["weight_decay"]).sub_(u, alpha=rate)
 
 
-def _rms(t: Tensor) -> Tensor:
-    return t.square().mean().sqrt()
+def _mean_square(t: Tensor, dim: int | None = None) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(t, dim=dim)
+    return norm.square() / (t.numel() if dim is None else t.shape[dim])
 
 
 def _moved(state: dict[str, Any], name: str, towards: Tensor, b: float) -> Tensor:
     kept: Tensor = state.setdefault(name, torch.zeros_like(towards))
-    return kept.mul_(b).add_(towards, alpha=1 - b)
+    return kept.mul_(b).add_(towards, alpha=1 - b).clamp_(min=FLOOR)

@@ -65,9 +65,11 @@ class ProjectedAdam(torch.optim.Optimizer):
                 M.mul_(b1).add_(R, alpha=1 - b1)
                 V.mul_(b2).addcmul_(R, R, value=1 - b2)
                 N = (M / (1 - b1**t)) / ((V / (1 - b2**t)).sqrt() + eps)
-                if projected:
-                    N = self.policy.config.scale * (state["P"] @ N)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(N.T if turned else N, alpha=group["lr"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                if projected:  # in the memory of p
+                    (p.T if turned else p).addmm_(state["P"], N, alpha=-group["lr"] * self.policy.config.scale)
+                else:
+                    p.sub_(N, alpha=group["lr"])
 
 
 class Projecting(Policy):

@@ -71,7 +71,7 @@ class Fused(Policy):
         def take(group: dict[str, Any], p: nn.Parameter) -> None:
             g, p.grad = p.grad, None
             assert g is not None
-            squares.append(g.square().sum())
+            squares.append(torch.linalg.vector_norm(g).square())  # no copy of g beside it
             if training.rehearsal:
                 return
             if not self.rehearses and not torch.isfinite(squares[-1]):
