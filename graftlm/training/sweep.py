@@ -21,7 +21,7 @@ from typing import Any
 from zlib import crc32
 
 import graftlm
-from graftlm.config import to_tree, to_yaml
+from graftlm.config import parse_yaml, to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError, nearest
 from graftlm.model.store import writing
 from graftlm.training.place import FREE
@@ -69,19 +69,36 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
         if full in axes:
             raise RecipeError(f"{setting!r}: {full} was already given")
         axes[full] = values_of(setting, text)
+    written, _ = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
+    kinds = {kind: value for key in axes for kind, value in _kinds(key, tree, written) if kind not in axes}
     varied = [key for key, values in axes.items() if len(values) > 1] or list(axes)
     names = short_names(varied)
     points, problems = [], []
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
+        laid_over = [f"{key}={value}" for key, value in (kinds | chosen).items()]
         name = ",".join(f"{names[key]}={_for_a_file(chosen[key])}" for key in varied) or "run"
         try:
-            points.append(Point(name, read_recipe(path, [f"{key}={value}" for key, value in chosen.items()])))
+            points.append(Point(name, read_recipe(path, laid_over)))
         except RecipeError as error:
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     return points
+
+
+def _kinds(key: str, tree: Any, written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What must be said too, so that `delta.r=4` means something where the recipe is silent on `delta`."""
+    inside: list[str] = []
+    said: Any = written
+    for part in key.split(".")[:-1]:
+        inside.append(part)
+        tree, said = tree.get(part, {}), said.get(part) if isinstance(said, Mapping) else None
+        for tag in TAGS:
+            if said is None and isinstance(tree, Mapping) and tag in tree:
+                yield ".".join((*inside, tag)), str(tree[tag])
+        if not isinstance(tree, Mapping):
+            return
 
 
 def values_of(setting: str, text: str) -> list[str]:

@@ -100,6 +100,15 @@ def test_the_end_of_a_key_is_enough(key: str, full: str, recipe: Path) -> None:
     assert resolve(key, to_tree(read_recipe(recipe))) == full
 
 
+def test_what_a_recipe_is_silent_on_can_be_varied_and_what_it_says_exchanged(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("data: {train: x}\n")
+    ranks = [point.recipe.delta.r for point in grid(tmp_path / "r.yaml", ["lora.r=4,8", "seed=0"])]  # type: ignore
+    assert ranks == [4, 8]
+    (tmp_path / "r.yaml").write_text("data: {train: x}\ndelta: {method: lora, r: 4}\n")
+    points = grid(tmp_path / "r.yaml", ["method=lora,dora,mora"])
+    assert [point.recipe.delta.method for point in points] == ["lora", "dora", "mora"]  # type: ignore[union-attr]
+
+
 def test_a_key_that_is_none_or_several_is_refused_with_what_is_near(recipe: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'learning_rate'"):
         grid(recipe, ["learning_rat=1e-3"])
