@@ -27,7 +27,8 @@ from graftlm.training.loop import TrainConfig, steps, training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.optim import adamw, warmup_cosine
 from graftlm.training.recipe import Recipe
-from graftlm.training.run import plan_batches, prepare_data
+from graftlm.training.run import prepare_data
+from graftlm.training.turns import plan_batches
 
 TOKENS = 2048
 """Rows of x in the products that are timed, and tokens of a pack in the steps: enough for a rate that grows no more."""

@@ -28,7 +28,8 @@ from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
 from graftlm.training.optim import adamw
 from graftlm.training.recipe import Recipe
-from graftlm.training.run import packs_of, peak_rss_gib, plan_batches, prepare_data
+from graftlm.training.run import peak_rss_gib, prepare_data
+from graftlm.training.turns import packs_of, plan_batches
 
 GIB = 2**30
 

@@ -12,17 +12,14 @@ A process that is alone passes through all of this unchanged, and `import graftl
 import atexit
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from graftlm.errors import AdapterError, TrainingError, numbered
+from graftlm.errors import TrainingError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from graftlm.data.pack import Example, Group, Pack
@@ -242,58 +239,3 @@ def shard(model: Any) -> None:
 
 def is_sharded(model: Any) -> bool:
     return getattr(model, "graft_sharded", False) is True
-
-
-# What training has reached, on disk ------------------------------------------------------------------------------
-
-
-def save_state(folder: str | Path, model: "nn.Module", optimiser: "torch.optim.Optimizer") -> None:
-    """Write what is trained and what the optimiser keeps of it, each rank its part (torch.distributed.checkpoint)."""
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    with _alone_is_meant():
-        save(_state(model, optimiser), checkpoint_id=folder, no_dist=_Joined.store is None)
-
-
-def load_state(folder: str | Path, model: "nn.Module", optimiser: "torch.optim.Optimizer") -> None:
-    """Read back what any number of ranks have saved; AdapterError, and nothing changed, if it is of other tensors."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    from graftlm.model.attach import trainable
-
-    found: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in found.items()}
-    with _alone_is_meant():
-        load(state, checkpoint_id=folder, no_dist=_Joined.store is None)
-    parameters = trainable(model)
-    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
-    saved = {key: tuple(tensor.shape) for key, tensor in state.items() if OPTIMISER not in key}
-    if saved != wanted:
-        names = sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name))
-        raise AdapterError(f"{folder}: these tensors are not those that this model trains:\n{numbered(names)}")
-    for key, tensor in state.items():
-        name, _, kept = key.partition(OPTIMISER)
-        if kept:
-            optimiser.state[parameters[name]][kept] = tensor.to(parameters[name].device)
-        else:
-            parameters[name].data.copy_(tensor)
-
-
-OPTIMISER = "/optimiser/"
-
-
-@contextmanager
-def _alone_is_meant() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said even with no_dist
-        yield
-
-
-def _state(model: "nn.Module", optimiser: "torch.optim.Optimizer") -> dict[str, "Tensor"]:
-    from graftlm.model.attach import trainable
-
-    parameters = trainable(model)
-    kept = {f"{name}{OPTIMISER}{key}": v for name, p in parameters.items() for key, v in optimiser.state[p].items()}
-    return {name: p.detach() for name, p in parameters.items()} | kept
