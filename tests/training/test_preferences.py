@@ -12,6 +12,7 @@ import graftlm
 from graftlm.config import build
 from graftlm.errors import DataError, RecipeError
 from graftlm.training.recipe import Recipe, read_recipe
+from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
 
 PAIRS = {"margin", "accuracy", "chosen_log_prob", "rejected_log_prob", "chosen_likelier"}
@@ -118,6 +119,20 @@ def test_two_runs_are_the_same_bytes(base_folder: Path, pairs: Path, tmp_path: P
         graftlm.train(recipe(base_folder, pairs, "kto"), tmp_path / name)
     one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b"))
     assert one == other
+
+
+@pytest.mark.parametrize("loss", ["dro", "kto"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    base_folder: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """The value head and its optimiser too: else the losses would part."""
+    made = recipe(base_folder, feedback, loss, train={"save_every": 2}, delta={"dropout": 0.2})
+    graftlm.train(made, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stopping_after(3, patch)
+        graftlm.train(made, tmp_path / "out", resume=True)
+    graftlm.train(made, tmp_path / "out", resume=True)
+    same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_the_reference_may_be_an_adapter(base_folder: Path, pairs: Path, tmp_path: Path) -> None:
