@@ -23,11 +23,7 @@ from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
 from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies import make_optimiser, make_policies
-<<<<<<< HEAD
-from graftlm.training.policies.base import Group as Parameters
-=======
 from graftlm.training.policies.base import Group as ParameterGroup
->>>>>>> main
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.recipe import Recipe
 
@@ -64,13 +60,8 @@ def _losses(
     objective = Objective(recipe.loss)
 
     def loss(p: Pack) -> torch.Tensor:
-<<<<<<< HEAD
-        part, _ = objective.part(model, p)
-        return part.sum / objective.count(p)
-=======
         made, _ = objective.part(model, p)
         return made.sum / objective.count(p)
->>>>>>> main
 
     with packed_attention(model) if recipe.data.pack else nullcontext():
         for each in islice(packs, STATISTICS_PACKS):
@@ -152,11 +143,7 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
             for parameter in parameters.values():
                 parameter.requires_grad_(name in names)
         groups = [
-<<<<<<< HEAD
-            Parameters(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
-=======
             ParameterGroup(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
->>>>>>> main
             for name in names
         ]
         groups += Objective(recipe.loss).groups(model)
