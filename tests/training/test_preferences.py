@@ -211,6 +211,13 @@ def test_what_a_comparison_cannot_do_is_refused(data: dict[str, Any], said: str,
         recipe(tmp_path, tmp_path / "rows.jsonl", "dpo", data=data)
 
 
+def test_noise_and_a_reference_do_not_go_together(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: smollm2\ndata: {train: rows.jsonl}\nloss: dpo\npolicies: [neftune]\n")
+    with pytest.raises(RecipeError, match="would disturb the reference of loss dpo"):
+        read_recipe(file)
+
+
 def test_a_name_is_a_loss_with_its_defaults(tmp_path: Path) -> None:
     by_name = recipe(tmp_path, tmp_path / "rows.jsonl", "dpo")
     assert by_name == recipe(tmp_path, tmp_path / "rows.jsonl", {"name": "dpo"})
