@@ -20,6 +20,7 @@ from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of
 from graftlm.model.collect import collect
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.training import ranks
+from graftlm.training.aside import loss_aside
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies import make_optimiser, make_policies
@@ -114,8 +115,11 @@ class Turn:
             policy.on_end(self.training)
 
 
-def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
-    """All deltas together over `total` steps, or each in its turn and the others as they are."""
+def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example] = ()) -> Iterator[Turn]:
+    """All deltas together over `total` steps, or each in its turn and the others as they are.
+
+    `aside` are rows that are kept for policies which learn from them.
+    """
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
     config, deltas = recipe.train, recipe.all_deltas()
@@ -140,6 +144,8 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
         training = Training(
             model, {name: deltas[name] for name in names}, optimiser, total=last - first, seed=config.seed
         )
+        if aside:
+            training.aside = loss_aside(recipe, training, aside, partial(packs_of, recipe, share=config.prefix_sharing))
         yield Turn(first, last, training, policies, schedule)
         first = last
     for parameters in learning.values():
@@ -147,8 +153,10 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
             parameter.requires_grad_(True)
 
 
-def training_steps(recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]) -> Iterator[Step]:
+def training_steps(
+    recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]], aside: Sequence[Example] = ()
+) -> Iterator[Step]:
     """Every step of a run, for who wants nothing but the steps."""
-    for turn in turns(recipe, model, len(plan)):
+    for turn in turns(recipe, model, len(plan), aside):
         yield from turn.steps(recipe, examples, plan, turn.first)
         turn.end()
