@@ -9,7 +9,7 @@ Nothing is drawn while training runs, so the mixture depends on files, recipe an
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +29,22 @@ class Data:
     notes: list[str]
 
 
-def read_data(data: DataConfig, *, seed: int, network: bool = False) -> Data:
-    """Read all sources, put rows aside and mix the others; raises DataError as `load_rows` and `split` do."""
+def read_data(
+    data: DataConfig, *, seed: int, network: bool = False, usable: Callable[..., Any] = for_supervised
+) -> Data:
+    """Read all sources, put rows aside and mix the others; raises DataError as `load_rows` and `split` do.
+
+    `usable` says which rows the loss can use, and what is to be told of the others; DataError where it needs more.
+    """
     told: list[Problem] = []
     sources = data.sources()
     loaded = [load_rows(source, network=network, strict=data.strict, problems=told) for source in sources]
-    rows, notes = for_supervised([row for part, _ in loaded for row in part])
+    rows, notes = usable([row for part, _ in loaded for row in part])
     if isinstance(data.held_out, int | float):
         rows, aside = split(rows, data.held_out, seed)
     else:
         aside, _ = load_rows(data.held_out, network=network, strict=data.strict, problems=told)
-        aside, _ = for_supervised(aside)
+        aside, _ = usable(aside)
     if len(sources) > 1 or sources[0].cap is not None:
         kept = {id(row) for row in rows}
         parts = [[row for row in part if id(row) in kept] for part, _ in loaded]

@@ -1,22 +1,25 @@
 """Rows that are kept out of training for policies that learn from them (`Policy.wants_aside`)."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from graftlm.data.pack import Example, Pack
+from graftlm.data.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
-from graftlm.losses import LOSSES
-from graftlm.model.forward import log_probs
 from graftlm.training.loop import training_pass
+from graftlm.training.objective import Objective
 from graftlm.training.policies import POLICIES
 from graftlm.training.policies.base import Training
 from graftlm.training.recipe import Recipe
 
+Rows = Sequence[Example | Group]
+R = TypeVar("R", Example, Group, Example | Group)
 
-def put_aside(recipe: Recipe, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+
+def put_aside(recipe: Recipe, examples: Sequence[R]) -> tuple[list[R], list[R]]:
     """(what is trained on, what is put aside): as large a share as a policy of the recipe wants, drawn by the seed."""
     share = max((POLICIES[policy.name].policy.wants_aside for policy in recipe.policies), default=0.0)
     if not share:
@@ -24,6 +27,9 @@ def put_aside(recipe: Recipe, examples: Sequence[Example]) -> tuple[list[Example
     count = max(1, round(share * len(examples)))
     if count >= len(examples):
         raise TrainingError(f"policies: rows are to be put aside, and there are only {len(examples)} in all")
+    objective = Objective(recipe.loss)
+    if objective.loss.statistic is not None:
+        raise TrainingError(f"policies: {objective.config.name} looks at whole steps, which rows put aside are not")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.train.seed)).tolist()
     chosen = set(order[:count])
     learnt = [example for number, example in enumerate(examples) if number not in chosen]
@@ -31,18 +37,18 @@ def put_aside(recipe: Recipe, examples: Sequence[Example]) -> tuple[list[Example
 
 
 def loss_aside(
-    recipe: Recipe, training: Training, rows: Sequence[Example], make: Callable[[Sequence[Example]], list[Pack]]
+    recipe: Recipe, training: Training, rows: Rows, make: Callable[[Rows], list[Pack]]
 ) -> Callable[[bool], Tensor]:
     """What `Training.aside` is: the mean loss over as many rows as a step has, others after each step, in turn.
 
     Every rank computes all of it: the rows are few, and all ranks must come to the same numbers.
     """
-    model, config = training.model, recipe.train
+    model, config, objective = training.model, recipe.train, Objective(recipe.loss)
 
     def loss(gradient: bool) -> Tensor:
         first, count = training.done * config.batch_rows, min(config.batch_rows, len(rows))
         packs = [p.to(model.device) for p in make([rows[(first + i) % len(rows)] for i in range(count)])]  # type: ignore[arg-type]
-        weight, total = sum(float(p.weights.sum()) for p in packs), 0.0
+        weight, total = sum(map(objective.count, packs)), 0.0
         torch.manual_seed(crc32(f"{training.seed}/{training.done}/aside".encode()))  # for dropout, as in a step
         with (
             training_pass(
@@ -55,7 +61,7 @@ def loss_aside(
             torch.set_grad_enabled(gradient),
         ):
             for pack in packs:
-                part = LOSSES[recipe.loss](log_probs(model, pack), None, pack.weights).sum / weight
+                part = objective.part(model, pack)[0].sum / weight
                 if gradient:
                     part.backward()
                 total += float(part.detach())

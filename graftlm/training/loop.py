@@ -3,15 +3,16 @@
     for step in steps(model, batches, loss, optimiser, schedule):
         ...                              # logging, evaluating, saving are ordinary statements of the caller
 
-The loss of a step is the sum over the supervised tokens of all its packs, divided by their count: how a batch is split
-into packs, and those among processes (`ranks`), changes memory and time, not the result.
+The loss of a step is the sum over the supervised tokens (or pairs, or answers: `losses`) of all its packs, divided by
+their count: how a batch is split into packs, and those among processes (`ranks`), changes memory and time, not the
+result.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 from zlib import crc32
@@ -22,12 +23,13 @@ from torch import nn
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.pack import Pack
 from graftlm.errors import TrainingError, numbered
-from graftlm.losses import LOSSES
+from graftlm.losses import LossConfig
 from graftlm.model.attach import penalty, trainable
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.forward import packed_attention
 from graftlm.model.recompute import offloaded, recomputed_layers
 from graftlm.model.sites import transformer_layers
 from graftlm.training import ranks
+from graftlm.training.objective import Objective, Sums
 from graftlm.training.policies import check_policies
 from graftlm.training.policies.base import Policy, Training
 
@@ -76,7 +78,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did. `loss` is in nats per supervised token, before the step and without penalties."""
+    """What one optimiser step did. `loss` is what the objective says, before the step and without penalties: of
+    supervised training nats per supervised token, of others what its file says, a pair or an answer."""
 
     number: int
     """Of the batch, from 1."""
@@ -91,6 +94,8 @@ class Step:
     grad_norm: float
     learning_rate: float
     wall_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else the objective tells of the step: margins, log-probabilities of chosen and rejected answers."""
     skipped: str = ""
     """What was not finite, if something was and the step was skipped: nothing was changed then."""
     rows: tuple[str, ...] = ()
@@ -103,7 +108,7 @@ def steps(
     model: nn.Module,
     batches: Iterable[Sequence[Pack]],
     *,
-    loss: str,
+    loss: LossConfig | str,
     optimiser: torch.optim.Optimizer,
     schedule: Callable[[int], float],
     clip: float,
@@ -125,6 +130,7 @@ def steps(
     `on_nonfinite="skip"` a step that is not finite changes nothing and the next batch follows; after three in a row it
     is an error again.
     """
+    objective = Objective(loss)
     run = training or Training(model=model, deltas={}, optimiser=optimiser, total=0, seed=0)
     check_policies(policies, run)
     for policy in policies:
@@ -136,15 +142,17 @@ def steps(
         started = time.perf_counter()
         torch.manual_seed(_seed(run))  # so dropout depends on nothing that went before: there is no state to save
         parameters = trainable(model)
-        count, tokens, computed = ranks.totals(
+        probes, packs = [pack for pack in packs if pack.probe], [pack for pack in packs if not pack.probe]
+        count, supervised, tokens, computed = ranks.totals(
+            sum(map(objective.count, packs)),
             sum(float(pack.weights.sum()) for pack in packs),
             sum(pack.row_tokens for pack in packs),
-            sum(pack.ids.numel() for pack in packs),
+            sum(pack.ids.numel() for pack in (*packs, *probes)),
         )
         rate = schedule(run.done)
         for group in optimiser.param_groups:
             group["lr"] = group.setdefault("largest_lr", group["lr"]) * rate
-        total, bad = 0.0, list[str]()
+        sums, bad = Sums(objective), list[str]()
         explained = partial(_memory_explained, model, packs, number + 1, checkpointing)
         with ExitStack() as held:
             held.enter_context(explained())
@@ -153,16 +161,17 @@ def steps(
             held.enter_context(
                 training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
             )
+            statistic = objective.statistic(model, probes)
             for pack in packs:
-                policy_log_probs = log_probs(model, pack)
-                part = LOSSES[loss](policy_log_probs, None, pack.weights)
+                part, log_probs = objective.part(model, pack, statistic)
                 if not torch.isfinite(part.sum):
-                    bad += pack.rows_of(~policy_log_probs.isfinite())
+                    bad += pack.rows_of(~log_probs.isfinite())
                     if not ranks.is_sharded(model):  # there the other ranks wait for this one in every layer
                         continue
                 (part.sum / count).backward()
-                total += float(part.sum.detach())
-        total, failed = ranks.totals(total, len(bad))
+                sums.add(part)
+        total, metrics = sums.totals()
+        (failed,) = ranks.totals(len(bad))
         wrong, rows = "loss" if failed else "", ranks.gathered(bad) if failed else []
         norm = torch.tensor(math.nan)
         if not failed:
@@ -198,7 +207,8 @@ def steps(
             loss=math.nan if wrong else total / count,
             tokens=int(tokens),
             computed_tokens=int(computed),
-            supervised_tokens=count,
+            supervised_tokens=supervised,
+            metrics={} if wrong else metrics,
             grad_norm=float(norm),
             learning_rate=optimiser.param_groups[0]["lr"],
             wall_s=time.perf_counter() - started,

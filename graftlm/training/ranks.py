@@ -15,7 +15,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftlm.errors import TrainingError
@@ -23,7 +22,7 @@ from graftlm.errors import TrainingError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from graftlm.data.pack import Example, Pack
+    from graftlm.data.pack import Example, Group, Pack
 
 T = TypeVar("T")
 
@@ -171,12 +170,15 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def packs_of(
-    rows: Sequence["Example"], make: Callable[[Sequence["Example"]], "list[Pack]"], *, sharded: bool = False
+    rows: Sequence["Example | Group"],
+    make: Callable[[Sequence["Example | Group"]], "list[Pack]"],
+    *,
+    sharded: bool = False,
 ) -> "list[Pack]":
     """This rank's packs of the rows. With a sharded base every rank has as many, for they pass its layers together:
-    who lacks one takes the shortest row with weight 0.
+    who lacks one takes the shortest row and learns nothing from it.
     """
-    shares = deal([len(row.needed) for row in rows], count())
+    shares = deal([row.cost() for row in rows], count())
 
     def made(share: Sequence[int]) -> "list[Pack]":
         return make([rows[i] for i in share]) if share else []
@@ -184,7 +186,7 @@ def packs_of(
     mine = made(shares[rank()])
     if sharded and (lacking := max(len(made(share)) for share in shares) - len(mine)):
         (idle,) = make([min(rows, key=len)])
-        mine += [replace(idle, weights=0 * idle.weights, row_tokens=0)] * lacking
+        mine += [idle.idle()] * lacking
     return mine
 
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
-from graftlm.data.pack import Example, Pack, batches, lay_out
+from graftlm.data.pack import Example, Group, Pack, batches, lay_out
 from graftlm.deltas import METHODS
-from graftlm.losses import LOSSES
 from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable
 from graftlm.model.collect import collect
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.forward import packed_attention
 from graftlm.training import ranks
 from graftlm.training.aside import loss_aside
 from graftlm.training.loop import Step, TrainConfig, steps
+from graftlm.training.objective import Objective
 from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies import make_optimiser, make_policies
-from graftlm.training.policies.base import Group, Policy, Training
+from graftlm.training.policies.base import Group as ParameterGroup
+from graftlm.training.policies.base import Policy, Training
 from graftlm.training.recipe import Recipe
 
 STATISTICS_PACKS = 8
@@ -32,7 +33,7 @@ STATISTICS_PACKS = 8
 
 
 def attach_deltas(
-    recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]], *, start: bool = True
+    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]], *, start: bool = True
 ) -> None:
     """Put the deltas of the recipe on the model; those that start from the data see the first packs of training.
 
@@ -50,26 +51,28 @@ def attach_deltas(
 
 
 def _losses(
-    recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]
+    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]]
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """The mean loss of each of the first packs, as functions to be called while the bare base is watched."""
     packs = (p.to(model.device) for step in plan for p in packs_of(recipe, [examples[i] for i in step], share=False))
 
+    objective = Objective(recipe.loss)
+
     def loss(p: Pack) -> torch.Tensor:
-        policy = log_probs(model, p)
-        return LOSSES[recipe.loss](policy, None, p.weights).sum / p.weights.sum()
+        made, _ = objective.part(model, p)
+        return made.sum / objective.count(p)
 
     with packed_attention(model) if recipe.data.pack else nullcontext():
         for each in islice(packs, STATISTICS_PACKS):
             yield partial(loss, each)
 
 
-def packs_of(recipe: Recipe, rows: Sequence[Example], *, share: bool) -> list[Pack]:
+def packs_of(recipe: Recipe, rows: Sequence[Example | Group], *, share: bool) -> list[Pack]:
     """The passes over some rows as the recipe has them, beginnings shared or not."""
     return lay_out(rows, recipe.train.pack_tokens, packed=recipe.data.pack, share=share)
 
 
-def plan_batches(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]]:
+def plan_batches(config: TrainConfig, examples: Sequence[Example | Group]) -> list[list[int]]:
     """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once."""
     total = config.steps or max(1, round((config.epochs or 1) * len(examples) / config.batch_rows))
     plan = batches(len(examples), config.batch_rows, total, config.seed)
@@ -88,7 +91,9 @@ class Turn:
     policies: list[Policy]
     schedule: Callable[[int], float]
 
-    def steps(self, recipe: Recipe, examples: Sequence[Example], plan: list[list[int]], seen: int) -> Iterator[Step]:
+    def steps(
+        self, recipe: Recipe, examples: Sequence[Example | Group], plan: list[list[int]], seen: int
+    ) -> Iterator[Step]:
         """The steps from batch `seen` of the plan on. Afterwards, if that was the end of the turn: `end`."""
         config, model = recipe.train, self.training.model
         make = partial(packs_of, recipe, share=config.prefix_sharing)
@@ -115,7 +120,7 @@ class Turn:
             policy.on_end(self.training)
 
 
-def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example] = ()) -> Iterator[Turn]:
+def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Group] = ()) -> Iterator[Turn]:
     """All deltas together over `total` steps, or each in its turn and the others as they are.
 
     `aside` are rows that are kept for policies which learn from them.
@@ -133,7 +138,7 @@ def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example] = ())
             for parameter in parameters.values():
                 parameter.requires_grad_(name in names)
         groups = [
-            Group(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
+            ParameterGroup(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
             for name in names
         ]
         policies = make_policies(recipe.policies)
@@ -154,7 +159,11 @@ def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example] = ())
 
 
 def training_steps(
-    recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]], aside: Sequence[Example] = ()
+    recipe: Recipe,
+    model: Any,
+    examples: Sequence[Example | Group],
+    plan: list[list[int]],
+    aside: Sequence[Example | Group] = (),
 ) -> Iterator[Step]:
     """Every step of a run, for who wants nothing but the steps."""
     for turn in turns(recipe, model, len(plan), aside):

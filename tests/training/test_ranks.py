@@ -16,6 +16,7 @@ from torch import Tensor
 
 import graftlm
 import graftlm.training.loop as loop
+import graftlm.training.objective as objective
 import graftlm.training.run as run_module
 from graftlm.data.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
@@ -149,13 +150,13 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
     if sharded:
         ranks.shard(model)
     packs = ranks.packs_of(examples(6), lambda rows: pack(rows, 40), sharded=sharded)
-    original = loop.log_probs
+    original = objective.log_probs
 
     def poisoned(*arguments: Any) -> Tensor:
         found = original(*arguments)
         return found * float("nan") if ranks.rank() == 1 else found
 
-    with patch.object(loop, "log_probs", poisoned), pytest.raises(TrainingError) as raised:
+    with patch.object(objective, "log_probs", poisoned), pytest.raises(TrainingError) as raised:
         list(loop.steps(
             model, [packs], loss="supervised", optimiser=adamw([(trainable(model).values(), 0.1)], weight_decay=0.0),
             schedule=lambda n: 1.0, clip=1.0,
