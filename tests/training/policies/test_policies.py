@@ -29,10 +29,10 @@ def training(model: Any, chosen: list[Policy], *, rate: float = 0.01, total: int
     return Training(model, attachment(model).configs, optimiser, total=total, seed=3)
 
 
-def run(state: Training, chosen: list[Policy], batches: list[Any], **options: Any) -> list[Step]:
+def run(state: Training, chosen: list[Policy], batches: list[Any], *, clip: float = 1e9, **options: Any) -> list[Step]:
     return list(
         steps(
-            state.model, batches, loss="supervised", optimiser=state.optimiser, schedule=lambda step: 1.0, clip=1e9,
+            state.model, batches, loss="supervised", optimiser=state.optimiser, schedule=lambda step: 1.0, clip=clip,
             policies=chosen, training=state, seen=state.done, **options,
         )
     )  # fmt: skip
