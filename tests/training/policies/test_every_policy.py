@@ -25,16 +25,34 @@ SMALL: dict[str, Any] = {"rank": 2, "every": 2, "layers": 1}
 
 NO_LORA = ("mora", "vera", "full")
 
+METHODS = ("lora", "dora", "mora", "vera", "full")
+
+OF_ONE_METHOD = {
+    "adalora": ("adalora", "bilora", "increlora"),
+    "diff-pruning": ("diff-pruning",),
+    "dylora": ("dylora",),
+    "gated-lora": ("autolora", "diffora", "sora"),
+    "lamda": ("lamda",),
+    "spiel": ("spiel",),
+}
+"""Policies that act on what one method has: tests/training/policies/test_resume.py has them with that method."""
+
 REFUSED = {
     **{(name, method): "factors A and B" for name in ("allora", "lora-fa", "riemannian") for method in NO_LORA},
     **{(name, "vera"): "both sides" for name in ("coap", "flora-compression", "galore")},
     ("lora-plus", "full"): "named B",
     ("lora-plus", "mora"): "named B",
     ("lora-plus", "vera"): "named B",
+    **{
+        (name, method): f"method: {wanted}"
+        for wanted, names in OF_ONE_METHOD.items()
+        for name in names
+        for method in METHODS
+    },
+    **{("alora", method): "put aside" if method == "lora" else "method: lora" for method in METHODS},
+    **{(n, m): "no product B A" for n in ("cola", "lte", "periodic-lora") for m in ("dora", "mora", "full")},
 }
 """The pairs that have no meaning, and what the reason says."""
-
-METHODS = ("lora", "dora", "mora", "vera", "full")
 
 
 LIBRARIES = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}
