@@ -14,6 +14,7 @@ import jinja2
 from graftlm.data.check import Lengths, shown_rows
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
+from graftlm.data.survey import evenly
 from graftlm.model.store import writing
 from graftlm.training.run import Prepared
 
@@ -85,8 +86,7 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
 
 def _chosen(data: Prepared, notes: dict[str, Any]) -> list[Row]:
     """A sample of the training rows and whatever is noted of any row, in order."""
-    count = len(data.rows)
-    sample = set(range(count)) if count <= SAMPLED else {i * count // SAMPLED for i in range(SAMPLED)}
+    sample = set(evenly(len(data.rows), SAMPLED))
     every = [*data.rows, *data.held_out_rows]
     suspicious = [i for i, row in enumerate(every) if row.where in notes and i not in sample]
     return [every[i] for i in sorted(sample | set(suspicious[: MOST_ROWS - len(sample)]))]
