@@ -1,4 +1,4 @@
-"""report.html: one file, pictures inside, nothing fetched."""
+"""Pages: report.html here, others by `page`. One file each, pictures inside, nothing fetched."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,15 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+
+
+def page(template: str, **values: Any) -> str:
+    """A page from a template of this package; whatever it is given is escaped, and nothing may be missing."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    source = files("graftlm.training").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values)
 
 
 def html(
@@ -21,13 +30,8 @@ def html(
     recipe: str,
 ) -> str:
     """The report of one run; every text in it is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(
-        files("graftlm.training").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return page(
+        "report.html.jinja",
         title=title,
         held_out=summary["held_out"],
         train=summary["train"],
