@@ -420,9 +420,6 @@ def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count:
                 weights(piece, data.mask, data.prompt_weight),
                 strict=True,
             )
-            tokens = [
-                {"id": int(i), "text": t, "role": Role(r).name.lower().replace("_", "-"), "weight": float(w)}
-                for i, t, r, w in parts
-            ]
+            tokens = [{"id": int(i), "text": t, "role": Role(r).label, "weight": float(w)} for i, t, r, w in parts]
             shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
     return shown

@@ -46,6 +46,11 @@ class Role(IntEnum):
     TOOL = 5
     END_OF_TURN = 6  # what the template writes after an answer, up to the token that ends the turn
 
+    @property
+    def label(self) -> str:
+        """Its name for people: `end-of-turn`."""
+        return self.name.lower().replace("_", "-")
+
 
 ROLE_OF = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
 

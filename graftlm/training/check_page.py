@@ -69,7 +69,7 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
         lines=[*preflight.lines(), *survey.lines()],
         histograms=[("prompts", _bars(preflight.prompt_tokens)), ("answers", _bars(preflight.answer_tokens))],
         findings=findings,
-        roles=[_name(role) for role in Role],
+        roles=[role.label for role in Role],
         sampled=f"{len(rows):,} of {len(data.rows) + len(data.held_out_rows):,} rows: some at even distances, and "
         "those that are worth a look.",
         limit_text=f"{left_out:,} more of these are left out." if left_out else "",
@@ -94,10 +94,6 @@ def _shown(piece: dict[str, Any], notes: dict[str, list[tuple[str, str]]], most:
         "left": len(tokens) - len(tokens[:MOST_TOKENS]),
         "limit": most,
     }
-
-
-def _name(role: Role) -> str:
-    return role.name.lower().replace("_", "-")
 
 
 def _json(tree: Any) -> str:
