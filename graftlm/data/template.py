@@ -282,6 +282,8 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         said = b"{}"
     except Exception as error:
         said = json.dumps({"error": f"it is not a template: {error}"}).encode()
+    finally:
+        _limit_memory(None)  # the next request is read before its own limit is known
     answers.write(said + b"\n")
     answers.flush()
     for line in requests:

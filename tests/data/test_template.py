@@ -104,6 +104,12 @@ def test_beginnings_of_several_chats_in_one_call() -> None:
     ]
 
 
+def test_the_first_row_has_its_own_limit_not_that_of_the_template() -> None:
+    long = [{"role": "user", "content": "a" * 24_000_000}]
+    (text,) = Template("{{ messages[0].content }}", {}).render([long], [(0, 1, False)])
+    assert len(text) == 24_000_000
+
+
 def test_copies_and_forks_have_processes_of_their_own() -> None:
     template = Template("{{ messages[0].content }}", {})
     asked = ([CHAT], [(0, 2, False)])
