@@ -25,7 +25,7 @@ import yaml
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from machine import write_result  # noqa: E402
+from machine import peak_rss_gib, write_result  # noqa: E402
 
 TRAINED = (  # ChatML as SmolLM2 has it, with the mark that TRL needs around what is trained
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ SYSTEM }}{% endif %}"
@@ -137,7 +137,7 @@ def streamed(config: dict[str, Any]) -> dict[str, Any]:
             yield Row([Message("user", f"What is {i}?"), Message("assistant", f"It is {i}.")], f"rows:{i}", str(i))
 
     renderer = Renderer(load_tokenizer(config["base"]))
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, began = peak_rss_gib(), time.perf_counter()
     count, marks = 0, []
     for count, _ in enumerate(stream(rows(), renderer, DataConfig(train="rows"), workers=config["processes"]), start=1):
         if count % 20_000 == 0:
@@ -145,7 +145,7 @@ def streamed(config: dict[str, Any]) -> dict[str, Any]:
             if time.perf_counter() - began > config["stream_seconds"]:
                 break
     wall_s = time.perf_counter() - began
-    above = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    above = 2**10 * (peak_rss_gib() - before)
     most_children = max(mark["children_mib"] for mark in marks)
     return {
         "rows": count, "rows_per_s": count / wall_s, "peak_above_start_mib": above, "peak_children_mib": most_children,
