@@ -9,7 +9,6 @@ import datetime
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,6 +27,8 @@ from graftlm.data.columns import Columns
 from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
+from graftlm.errors import OutputError
+from graftlm.files import whole
 
 MOST_BYTES = 8 * 2**30
 """What the folder may hold; beyond it the files that were not used for longest go."""
@@ -95,18 +96,10 @@ def save(file: Path, columns: Columns) -> None:
     """Write the columns, whole or not at all. A folder that cannot be written to costs time later and is no error."""
     arrays = {name: np.ascontiguousarray(values) for name, values in _arrays(columns).items()}
     facts = {"problems": json.dumps(columns.problems), "crc": _checksum(arrays)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix="writing-")
-        os.close(handle)
-        try:
-            save_file(arrays, name, metadata=facts)
-            os.replace(name, file)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    with suppress(OSError, OutputError):
+        with whole(file) as draft:
+            save_file(arrays, draft, metadata=facts)
         _make_room(file.parent)
-    except OSError:
-        return
 
 
 def load(file: Path) -> Columns | None:

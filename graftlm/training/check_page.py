@@ -12,7 +12,7 @@ from graftlm.data.check import Lengths, shown_rows
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import evenly
-from graftlm.model.store import writing
+from graftlm.files import whole
 from graftlm.training import report
 from graftlm.training.run import Prepared
 
@@ -34,8 +34,8 @@ WIDTH, HEIGHT = 420, 120
 
 def write(file: Path, data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> None:
     """Write the page; raises OutputError where it cannot be written."""
-    with writing(file):
-        file.write_text(html(data, tokenizer, config, title=title), encoding="utf-8")
+    with whole(file) as draft:
+        draft.write_text(html(data, tokenizer, config, title=title), encoding="utf-8")
 
 
 def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> str:

@@ -5,9 +5,8 @@ rows -> pool -> scores (kept by what they depend on) -> the best `keep` of them,
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -17,13 +16,13 @@ import numpy as np
 from rich.console import Console
 
 from graftlm.config import to_tree
-from graftlm.data.convert import to_fields
+from graftlm.data.convert import to_fields, write_lines
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
 from graftlm.errors import DataError, OutputError, RecipeError
+from graftlm.files import check_new, whole
 from graftlm.model.forward import check_forward, check_packing
 from graftlm.model.load import BaseConfig, cache_folder, load_base, locate, return_freed_memory
-from graftlm.model.store import writing
 from graftlm.training import display, ranks
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
@@ -204,7 +203,8 @@ def write_scores(file: Path, config: SelectorConfig, rows: Sequence[Row], scores
     head = {"by": config.by, "key": file.stem, "rows": len(rows), "config": to_tree(config)}
     pairs = zip(rows, scores.tolist(), strict=True)
     lines = ({"where": row.where, "score": None if score == -np.inf else score} for row, score in pairs)
-    _write_lines(file, [head, *lines])
+    with whole(file) as draft:
+        write_lines(draft, [head, *lines])
 
 
 def read_scores(file: Path, count: int) -> Scores | None:
@@ -220,12 +220,13 @@ def read_scores(file: Path, count: int) -> Scores | None:
 
 def write_rows(out: Path, rows: Sequence[Row], choices: Sequence[Choice]) -> list[Path]:
     """Rows in the messages format, and beside them the scores that chose them; returns the files of scores."""
-    _write_lines(out, map(to_fields, rows))
+    with whole(out) as draft:
+        write_lines(draft, map(to_fields, rows))
     beside = []
     for number, choice in enumerate(choices, start=1):
         beside.append(out.with_name(f"{out.name}.scores{f'-{number}' * (len(choices) > 1)}.jsonl"))
-        with writing(beside[-1]):
-            shutil.copyfile(choice.scores, beside[-1])
+        with whole(beside[-1]) as draft:
+            shutil.copyfile(choice.scores, draft)
     return beside
 
 
@@ -233,20 +234,4 @@ def check_writable(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError where rows cannot be written, before anything is computed."""
     if out.suffix != ".jsonl":
         raise OutputError(f"{out}: rows are written one a line: give a name that ends in .jsonl")
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder: name a file in it")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists and would be lost: choose another file, or say --overwrite")
-
-
-def _write_lines(file: Path, lines: Iterable[Any]) -> None:
-    """All lines or none: the file takes its name when it is whole."""
-    part = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "w", encoding="utf-8") as out:
-                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
+    check_new(out, overwrite=overwrite)
