@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from graftlm.config import to_tree
+from graftlm.data.cache import key as tokens_key
 from graftlm.data.convert import to_fields, write_lines
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
@@ -164,19 +165,15 @@ def _key(config: SelectorConfig, pool: Pool, base: str) -> str:
         SCORES_VERSION,
         settings,
         base,
-        pool.renderer.template_hash,
-        {
-            key: value
-            for key, value in to_tree(pool.data).items()
-            if key in ("mask", "prompt_weight", "max_tokens", "over_length")
-        },
-        [_facts(row) for row in pool.rows],
-        [_facts(row) for row in pool.other(target).rows] if target is not None else None,
+        _of_rows(pool),
+        _of_rows(pool.other(target)) if target is not None else None,
     )
 
 
-def _facts(row: Row) -> list[Any]:
-    return [[asdict(m) for m in row.messages], row.tools, row.group]
+def _of_rows(pool: Pool) -> list[Any]:
+    """All that their tokens follow from, and what is cut at which length; and their groups, which stay together."""
+    tokens = tokens_key(pool.rows, pool.renderer, pool.data)
+    return [tokens, pool.data.max_tokens, pool.data.over_length, [row.group for row in pool.rows]]
 
 
 def _base_stamp(recipe: "Recipe") -> str:

@@ -1,6 +1,8 @@
 """Scores are made once, how many are kept is moved freely, and the command line does it all from a file to a file."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ from typer.testing import CliRunner
 import graftlm
 from graftlm import cli
 from graftlm.config import build
+from graftlm.data.render import Renderer
 from graftlm.data.source import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
 from graftlm.model.load import load_tokenizer
+from graftlm.testing import CHATML, tiny_tokenizer
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.select import SELECTORS, choose
+from graftlm.training.select.base import Pool
+from graftlm.training.select.ifd import IfdConfig
+
+from .conftest import some_rows
 
 FOLDER = Path(graftlm.__file__).parent / "training" / "select"
 GUIDE = Path(__file__).parents[3] / "docs" / "guide.md"
@@ -105,6 +113,28 @@ def test_another_keep_reuses_the_scores_without_a_model(
             rows_file.write_text("\n".join(rows_file.read_text().splitlines()[1:]))
         with pytest.raises(AssertionError, match="asked again"):
             select(*command, "--keep", "3", "--out", tmp_path / "other.jsonl", *changed)
+
+
+def test_scores_are_kept_by_all_that_they_depend_on(pool_of: Callable[..., Pool]) -> None:
+    rows, config = some_rows(6), IfdConfig(by="ifd")
+    pool = pool_of(rows)
+    other = tiny_tokenizer()
+    other.add_tokens(["no-such-token"])
+    changed = {
+        "row": pool_of([*rows[:-1], replace(rows[-1], messages=rows[0].messages)]),
+        "group": pool_of([*rows[:-1], replace(rows[-1], group="another")]),
+        "mask": pool_of(rows, mask="everything"),
+        "max_tokens": pool_of(rows, max_tokens=500),
+        "over_length": pool_of(rows, over_length="truncate"),
+        "tokenizer": replace(pool, renderer=Renderer(other)),
+        "template": replace(pool, renderer=Renderer(tiny_tokenizer(), CHATML.replace("\\n", "\\n\\n"))),
+    }
+    keys = {what: choose._key(config, each, "base") for what, each in changed.items()}
+    keys["nothing"] = choose._key(config, pool_of(rows), "base")
+    keys["base"] = choose._key(config, pool, "another")
+    keys["settings"] = choose._key(replace(config, ratio="loss"), pool, "base")
+    assert len(set(keys.values())) == len(keys)
+    assert choose._key(replace(config, keep=3), pool, "base") == keys["nothing"]
 
 
 def test_damaged_scores_are_made_again(base_folder: Path, rows_file: Path, tmp_path: Path) -> None:
