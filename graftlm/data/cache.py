@@ -33,7 +33,10 @@ from graftlm.files import whole
 MOST_BYTES = 8 * 2**30
 """What the folder may hold; beyond it the files that were not used for longest go."""
 
-BESIDE = {"train", "mix_temperature", "held_out", "strict", "max_tokens", "over_length", "pack"}
+BESIDE = {
+    *("train", "mix_temperature", "order", "desirable_share", "held_out"),
+    *("strict", "max_tokens", "over_length", "pack"),
+}
 """Keys of `data` that change no token and no weight of a whole row. Any other key, a new one too, is in the hash."""
 
 AT_ONCE = 1_000

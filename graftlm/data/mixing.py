@@ -15,6 +15,7 @@ from typing import Any
 
 from graftlm.data.records import Problem
 from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
+from graftlm.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,32 @@ class Data:
     notes: list[str]
 
 
-def read_data(data: DataConfig, *, seed: int, network: bool = False) -> Data:
-    """Read all sources, put rows aside and mix the others; raises DataError as `load_rows` and `split` do."""
+def read_data(data: DataConfig, *, seed: int, network: bool = False, supervised: bool = True) -> Data:
+    """Read all sources, put rows aside and mix the others; raises DataError as `load_rows` and `split` do.
+
+    `supervised` leaves out the rows whose answers should not be imitated.
+    """
     told: list[Problem] = []
     sources = data.sources()
-    loaded = [load_rows(source, network=network, strict=data.strict, problems=told) for source in sources]
-    rows, notes = for_supervised([row for part, _ in loaded for row in part])
+    field = data.order.field if data.order else None
+    loaded = [load_rows(source, network=network, strict=data.strict, problems=told, score=field) for source in sources]
+    rows: list[Row] = [row for part, _ in loaded for row in part]
+    notes: list[str] = []
+    if supervised:
+        rows, notes = for_supervised(rows)
     if isinstance(data.held_out, int | float):
         rows, aside = split(rows, data.held_out, seed)
     else:
         aside, _ = load_rows(data.held_out, network=network, strict=data.strict, problems=told)
-        aside, _ = for_supervised(aside)
+        aside = for_supervised(aside)[0] if supervised else aside
     if len(sources) > 1 or sources[0].cap is not None:
         kept = {id(row) for row in rows}
         parts = [[row for row in part if id(row) in kept] for part, _ in loaded]
         rows, shares = mix(parts, sources, temperature=data.mix_temperature, seed=seed)
         notes += shares
+    if data.desirable_share is not None:
+        rows, note = balance(rows, data.desirable_share, seed=seed)
+        notes.append(note)
     problems = [str(problem) for problem in told if problem.left_out]
     notes += [str(problem) for problem in told if not problem.left_out]
     return Data(rows, aside, ", ".join(dict.fromkeys(name for _, name in loaded)), problems, notes)
@@ -63,12 +74,40 @@ def mix(
     mixed: list[Row] = []
     notes = []
     for index, (rows, source, count) in enumerate(zip(capped, sources, owed, strict=True)):
-        whole, rest = divmod(count, len(rows)) if rows else (0, 0)
-        again = {id(row) for row in _drawn(rows, rest, seed, f"rest {index}")}
-        mixed += [row for row in rows for _ in range(whole + (id(row) in again))]
-        times = f"{whole}" if not rest else f"{whole} or {whole + 1}"
+        again, times = _times(rows, count, seed, f"rest {index}")
+        mixed += again
         notes.append(f"{source.path}: {count:,} rows of an epoch, from {len(parts[index]):,}; each comes {times} times")
     return mixed, notes
+
+
+def balance(rows: Sequence[Row], share: float, *, seed: int) -> tuple[list[Row], str]:
+    """The rows of one epoch with this share of liked ones among those with feedback, and a line for the report.
+
+    The epoch is as long as it was, and exact as a mixture is: each liked row comes equally often but for one time, and
+    each disliked one. Rows without feedback come once.
+    """
+    kinds = {flag: [row for row in rows if row.desirable is flag] for flag in (True, False, None)}
+    if not kinds[True] or not kinds[False]:
+        raise DataError(
+            f"data.desirable_share: of the rows {len(kinds[True]):,} are marked as liked and {len(kinds[False]):,} as "
+            "not liked: both kinds are needed, and a loss that learns from both"
+        )
+    owed = apportion(len(kinds[True]) + len(kinds[False]), [share, 1 - share])
+    liked, times = _times(kinds[True], owed[0], seed, "liked")
+    other, times_other = _times(kinds[False], owed[1], seed, "not liked")
+    note = (
+        f"{owed[0]:,} liked and {owed[1]:,} disliked rows of an epoch, from {len(kinds[True]):,} and "
+        f"{len(kinds[False]):,}; each comes {times} and {times_other} times"
+    )
+    return [*liked, *other, *kinds[None]], note
+
+
+def _times(rows: Sequence[Row], count: int, seed: int, purpose: str) -> tuple[list[Row], str]:
+    """`count` rows, each equally often but for one time, in their order; and how often that is."""
+    whole, rest = divmod(count, len(rows)) if rows else (0, 0)
+    again = {id(row) for row in _drawn(rows, rest, seed, purpose)}
+    times = f"{whole}" if not rest else f"{whole} or {whole + 1}"
+    return [row for row in rows for _ in range(whole + (id(row) in again))], times
 
 
 def apportion(total: int, mass: Sequence[float]) -> list[int]:

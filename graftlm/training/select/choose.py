@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from graftlm.config import to_tree
 from graftlm.data.cache import key as tokens_key
 from graftlm.data.convert import to_fields, write_lines
 from graftlm.data.render import Renderer
-from graftlm.data.source import Row
+from graftlm.data.source import SELECTED, Row
 from graftlm.errors import DataError, OutputError, RecipeError
 from graftlm.files import check_new, whole
 from graftlm.model.forward import check_forward, check_packing
@@ -96,16 +96,19 @@ def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Conso
         place = np.arange(len(pool))
         for config in recipe.select:
             pool.notes.clear()
-            kept, choice = _choose_by(config, pool, _base_stamp(recipe))
+            kept, scores, choice = _choose_by(config, pool, _base_stamp(recipe))
             choices.append(choice)
             place, pool = place[kept], pool.part(kept)
     load.cache_clear()
     return_freed_memory()
-    return [rows[i] for i in place.tolist()], choices
+    chosen = [rows[i] for i in place.tolist()]
+    if recipe.data.order is not None and recipe.data.order.by == SELECTED:
+        chosen = [replace(row, score=score) for row, score in zip(chosen, scores.tolist(), strict=True)]
+    return chosen, choices
 
 
-def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Choice]:
-    """The numbers of the rows that one selector keeps, in order."""
+def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Scores, Choice]:
+    """The numbers of the rows that one selector keeps, in order, and their scores."""
     file = _scores_folder() / f"{_key(config, pool, base)}.jsonl"
     scores = read_scores(file, len(pool))
     reused = scores is not None
@@ -123,7 +126,7 @@ def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int]
         notes.append(f"{wanted} were wanted, and no more than {len(kept)} are not left out")
     left_out = int(np.isneginf(scores).sum())
     lowest = float(scores[kept].min())
-    return kept, Choice(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes))
+    return kept, scores[kept], Choice(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes))
 
 
 def count_of(keep: float | None, rows: int) -> int:

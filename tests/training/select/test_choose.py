@@ -220,3 +220,23 @@ def test_nothing_is_asked_of_a_model_by_methods_that_count(
     monkeypatch.setattr(choose, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
     for by in ("longest", "length", "format", "dedup"):
         prepare_data(recipe(base_folder, rows_file, select={"by": by, "keep": 5}), load_tokenizer(str(base_folder)))
+
+
+def test_rows_carry_the_scores_that_chose_them_where_the_order_asks_for_them(
+    base_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    def prepared(order: str) -> Any:
+        tree = {
+            "base": {"name": str(base_folder)},
+            "data": {"train": str(rows_file), "order": {"by": order}},
+            "select": [{"by": "longest", "keep": 8}],
+        }
+        recipe = build(Recipe, tree, source="test")
+        return prepare_data(recipe, load_tokenizer(recipe.base))
+
+    chosen = prepared("selected").rows
+    out = tmp_path / "out.jsonl"
+    select(rows_file, "--by", "longest", "--keep", "8", "--base", base_folder, "--out", out)
+    scores = {line["where"]: line["score"] for line in lines(tmp_path / "out.jsonl.scores.jsonl")[1:]}
+    assert [row.score for row in chosen] == pytest.approx([scores[row.where] for row in chosen])
+    assert all(row.score is None for row in prepared("length").rows)
