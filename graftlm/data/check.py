@@ -219,18 +219,27 @@ def prepare(
 
 
 def stream(
-    rows: Iterable[Row], renderer: Renderer, data: DataConfig, *, workers: int | None = None
+    rows: Iterable[Row],
+    renderer: Renderer,
+    data: DataConfig,
+    *,
+    workers: int | None = None,
+    done: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Example]:
-    """Examples one after the other, from rows that need not fit into memory: a few chunks are held at a time.
+    """Examples one after the other, from rows that need not fit into memory: a few chunks are held at a time. `done` is
+    told now and then of how many rows all examples have been given.
 
     Raises DataError at the first chunk with rows that cannot be trained on, and names them.
     """
     report = _report(renderer, data, "")
+    count = 0
     for some, columns in rendered(rows, renderer, data, workers):
         problems: list[str] = []
         yield from _examples(some, columns, renderer, data, report, problems)
         if problems:
             raise DataError("rows cannot be trained on:\n" + numbered(problems))
+        count += len(some)
+        done(count)
 
 
 def _report(renderer: Renderer, data: DataConfig, format: str) -> Report:

@@ -11,7 +11,6 @@ Nothing is drawn while training runs, so the mixture depends on files, recipe an
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from graftlm.data.records import Problem
 from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
@@ -69,8 +68,7 @@ def mix(
         _drawn(rows, source.cap, seed, f"cap {i}") for i, (rows, source) in enumerate(zip(parts, sources, strict=True))
     ]
     sizes = [len(rows) for rows in capped]
-    mass = [s.weight * n ** (1 / temperature) if n else 0.0 for s, n in zip(sources, sizes, strict=True)]
-    owed = apportion(sum(sizes), mass)
+    owed = apportion(sum(sizes), masses(sizes, sources, temperature))
     mixed: list[Row] = []
     notes = []
     for index, (rows, source, count) in enumerate(zip(capped, sources, owed, strict=True)):
@@ -110,6 +108,11 @@ def _times(rows: Sequence[Row], count: int, seed: int, purpose: str) -> tuple[li
     return [row for row in rows for _ in range(whole + (id(row) in again))], times
 
 
+def masses(sizes: Sequence[int], sources: Sequence[SourceConfig], temperature: float) -> list[float]:
+    """What the shares of sources of so many rows are in proportion to."""
+    return [s.weight * n ** (1 / temperature) if n else 0.0 for s, n in zip(sources, sizes, strict=True)]
+
+
 def apportion(total: int, mass: Sequence[float]) -> list[int]:
     """Whole numbers in proportion to `mass` that add up to `total`; what is left goes to the largest remainders."""
     whole = sum(mass)
@@ -127,9 +130,10 @@ def _drawn(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> l
     """So many of the rows, drawn by where they stand, in their order; all of them where there is no limit."""
     if count is None or count >= len(rows):
         return list(rows)
-    order = sorted(range(len(rows)), key=lambda i: _digest(f"{seed}:{purpose}:{rows[i].where}"))
+    order = sorted(range(len(rows)), key=lambda i: drawn_by(seed, purpose, rows[i]))
     return [rows[i] for i in sorted(order[:count])]
 
 
-def _digest(text: str) -> Any:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def drawn_by(seed: int, purpose: str, row: Row) -> bytes:
+    """The number of a row in a draw: those with the lowest are drawn."""
+    return hashlib.sha256(f"{seed}:{purpose}:{row.where}".encode("utf-8", "surrogatepass")).digest()

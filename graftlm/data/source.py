@@ -220,6 +220,22 @@ def _parts(path: str) -> list[Part]:
     return [Part(path)]
 
 
+def content(path: str) -> str | None:
+    """64 hexadecimal digits: the SHA-256 of all that stands in the files of a source, and in what describes them. None
+    where they are no files of this machine, or where there are none."""
+    description = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
+    digest = hashlib.sha256()
+    for name in dict.fromkeys([description, *(part.path for part in _parts(path))]):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            return None
+        digest.update(f"{file.stat().st_size}:".encode())
+        with file.open("rb") as stream:
+            while some := stream.read(2**20):
+                digest.update(some)
+    return digest.hexdigest()
+
+
 def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
     """The format that most of the first rows have, so that a damaged row does not decide for a file."""
     votes: Counter[str] = Counter()
