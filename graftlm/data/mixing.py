@@ -21,8 +21,8 @@ from graftlm.errors import DataError
 class Data:
     """The rows of a run, and what is to be told of the files that they come from."""
 
-    train: list[Row]
-    held_out: list[Row]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
     format: str
     problems: list[str]
     """Rows that are left out: `file:line: reason`."""

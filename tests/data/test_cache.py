@@ -121,7 +121,7 @@ def test_tokenizer_template_mask_and_code_are_in_the_key(renderer: Renderer, mon
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})  # no other token, but another end
     keys.append(cache.key(ROWS, Renderer(tokenizer), DATA))
-    monkeypatch.setattr(cache, "_code", lambda: "another version")
+    monkeypatch.setattr(cache, "code", lambda: "another version")
     keys.append(cache.key(ROWS, renderer, DATA))
     assert len(set(keys)) == len(keys)
     monkeypatch.undo()
