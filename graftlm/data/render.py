@@ -15,19 +15,19 @@ belongs to the answer.
 import copy
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import chain, islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
 from graftlm.data.formats import TEXT, Fields, Message
-from graftlm.data.template import Template, TemplateError
+from graftlm.data.template import Ask, Template, TemplateError
 from graftlm.errors import BaseModelError, DataError
 
 PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
@@ -78,6 +78,13 @@ class _Span:
     """Where the message's text would begin if nothing of it had been trimmed."""
 
 
+T = TypeVar("T")
+Work = Generator[Ask, list[str], T]
+"""A conversation on its way to a T: it yields what the template is asked for, and is sent the texts."""
+
+Rows = list[Rendered] | DataError
+
+
 class UnstableTemplateError(DataError):
     """The template writes earlier turns otherwise once later ones follow."""
 
@@ -123,26 +130,73 @@ class Renderer:
     def rows(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> list[Rendered]:
         """The conversation as training feeds it: one row, or one for every answer where the template changes what it
         wrote before when more is said (many leave out what was thought before earlier answers)."""
-        try:
-            return [self.conversation(messages, tools)]
-        except UnstableTemplateError:
-            found, first = [], 0
-            for index in (i for i, message in enumerate(messages) if message.role == "assistant"):
-                found.append(self._last_answer(messages[: index + 1], tools)._replace(first=first))
-                first = index + 1
-            return found
+        return self._alone(self._rows(messages, tools))
+
+    def rows_of_all(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]) -> list[Rows]:
+        """What `rows` returns for each of many (messages, tools), or the DataError that it raises."""
+        return self._together([self._rows(messages, tools) for messages, tools in conversations])
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Rendered:
         """The whole conversation in one row; UnstableTemplateError where generation would never see it so."""
+        return self._alone(self._conversation(messages, tools))
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
+        """The ids after which the model should answer: int32 [n]."""
+        return self._alone(self._prompt(messages, tools))
+
+    # Rendering is written for one conversation and done for many: each is a generator that yields what it wants to know
+    # of the template or of the tokenizer, and is sent the answer.
+
+    def _alone(self, work: Work[T]) -> T:
+        (found,) = self._together([work])
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def _together(self, works: Sequence[Work[T]]) -> list[T | DataError]:
+        """Carry all of them on together, so that the template's process is asked once for many."""
+        found: dict[int, T | DataError] = {}
+        answers: dict[int, Any] = dict.fromkeys(range(len(works)))
+        while answers:
+            asks: dict[int, Ask] = {}
+            for number, answer in answers.items():
+                try:
+                    failed = isinstance(answer, TemplateError)
+                    asks[number] = works[number].throw(answer) if failed else works[number].send(answer)
+                except StopIteration as end:
+                    found[number] = end.value
+                except DataError as error:
+                    found[number] = error
+            if asks and self._chat is None:
+                raise BaseModelError(
+                    "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name "
+                    "one with `base: {template: FILE.jinja}`"
+                )
+            answers = {}
+            if asks:
+                assert self._chat is not None
+                answers = dict(zip(asks, self._chat.render_all(list(asks.values())), strict=True))
+        return [found[number] for number in range(len(works))]
+
+    def _rows(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[list[Rendered]]:
+        try:
+            return [(yield from self._conversation(messages, tools))]
+        except UnstableTemplateError:
+            found, first = [], 0
+            for index in (i for i, message in enumerate(messages) if message.role == "assistant"):
+                # Of such an answer only itself is to be learnt: the rest is as generation has it.
+                last = yield from self._rendered(messages[: index + 1], tools, [index])
+                found.append(last._replace(first=first))
+                first = index + 1
+            return found
+
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[Rendered]:
         if messages[0].role == TEXT:
             return self._raw(messages[0])
-        return self._rendered(messages, tools, [i for i, m in enumerate(messages) if m.role == "assistant"])
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        return (yield from self._rendered(messages, tools, answers))
 
-    def _last_answer(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Rendered:
-        """The conversation up to an answer, of which only that is to be learnt: the rest is as generation has it."""
-        return self._rendered(messages, tools, [len(messages) - 1])
-
-    def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Rendered:
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Work[Rendered]:
         """ids and roles, those of the answers at these indices exact: what other answers hold is only text here."""
         messages = [self._apart(message) for message in messages]
         marked = [i for i, m in enumerate(messages) if m.content.strip() and (m.role != "assistant" or i in answers)]
@@ -157,12 +211,25 @@ class Renderer:
             messages,
             [_outside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)],
         ]
-        text, outside, *prefixes = self._render(chats, wanted, tools)
+        text, outside, *prefixes = yield from _texts(chats, wanted, tools)
         begins = dict(zip(said, prefixes, strict=False))
-        spans = self._spans(messages, tools, marked, marks, text, outside)
+        spans = yield from self._spans(messages, tools, marked, marks, text, outside)
         untils = zip(answers, prefixes[len(said) :], strict=True)
         turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
         ids, offsets = self._encode(text, cuts=_cuts(text, begins.values()))
+        roles, turn_of = self._roles(messages, spans, turns, ids, offsets, len(text))
+        return Rendered(ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, offsets[:, 0]))
+
+    def _roles(
+        self,
+        messages: Sequence[Message],
+        spans: Mapping[int, _Span],
+        turns: Mapping[int, tuple[int, int]],
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        length: int,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        """The role of every token, and the message that it belongs to; `turns` are those of the answers."""
         roles = np.full(len(ids), Role.BOILERPLATE, np.uint8)
         roles[_look_up(self._is_special, ids)] = Role.SPECIAL
         starts, ends = offsets[:, 0], offsets[:, 1]
@@ -178,7 +245,7 @@ class Renderer:
                 roles[within(span.start, span.end)] = span.role
         over = {index: span.end for index, span in spans.items()}  # where a message ends
         for index in (i for i, m in enumerate(messages) if m.role == "assistant" and i not in turns):
-            over[index] = min((span.start for i, span in spans.items() if i > index), default=len(text))
+            over[index] = min((span.start for i, span in spans.items() if i > index), default=length)
         for index, (begin, until) in turns.items():
             calls = bool(messages[index].tool_calls)
             end = until if calls else spans[index].end if index in spans else None
@@ -200,26 +267,13 @@ class Renderer:
             roles[after[after <= last]] = Role.END_OF_TURN
         closed = sorted((end, index) for index, end in over.items())
         places = np.searchsorted([end for end, _ in closed], ends)
-        numbers = np.array([index for _, index in closed] + [count - 1], np.int32)
-        turn_of = numbers[places]
-        given = np.full(len(ids), np.nan, np.float32)
-        for index, message in enumerate(messages):
-            if message.weight is None and not message.spans:
-                continue
-            own = (turn_of == index) & ~np.isin(roles, (Role.SPECIAL, Role.BOILERPLATE))
-            if message.weight is not None:
-                given[own] = message.weight
-            for start, stop, weight in message.spans:
-                if index in spans:
-                    at = spans[index].content
-                    given[own & (starts >= at + start) & (starts < at + stop)] = weight
-        return Rendered(ids, roles, text, turn_of, given)
+        numbers = np.array([index for _, index in closed] + [len(messages) - 1], np.int32)
+        return roles, numbers[places]
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
-        """The ids after which the model should answer: int32 [n]."""
+    def _prompt(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[NDArray[np.int32]]:
         messages = [self._apart(message) for message in messages]
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
-        text, *begins = self._render([messages], [(0, i, True) for i in (len(messages), *said)], tools)
+        text, *begins = yield from _texts([messages], [(0, i, True) for i in (len(messages), *said)], tools)
         return self._encode(text, cuts=_cuts(text, begins))[0]
 
     def _apart(self, message: Message) -> Message:
@@ -257,28 +311,6 @@ class Renderer:
         """The text of each id by itself, special tokens included."""
         return [str(self.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
 
-    # The template ------------------------------------------------------------------------------------------------
-
-    def _render(
-        self,
-        chats: Sequence[Sequence[Message]],
-        wanted: Sequence[tuple[int, int, bool]],
-        tools: Sequence[Fields],
-    ) -> list[str]:
-        """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
-        if self._chat is None:
-            raise BaseModelError(
-                "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name one "
-                "with `base: {template: FILE.jinja}`"
-            )
-        try:
-            different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
-            texts = self._chat.render([[_as_fields(m) for m in chat] for chat in chats], different, tools)
-            return [texts[different.index(ask)] for ask in wanted]
-        except TemplateError as error:
-            roles = ", ".join(m.role for m in chats[0])
-            raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
-
     def _spans(
         self,
         messages: Sequence[Message],
@@ -287,7 +319,7 @@ class Renderer:
         marks: str,
         text: str,
         outside: str,
-    ) -> dict[int, _Span]:
+    ) -> Work[dict[int, _Span]]:
         """Where each marked message's text lies in the rendered text, by the message's index.
 
         `outside` is the text with a mark before and after each of them. For templates that trim, the marks are set
@@ -297,7 +329,7 @@ class Renderer:
         for trims in (False, True):
             if trims:
                 chat = [_inside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)]
-                (outside,) = self._render([chat], [(0, len(chat), False)], tools)
+                (outside,) = yield from _texts([chat], [(0, len(chat), False)], tools)
             plain, places = _remove_marks(outside, marks)
             counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in marked]
             odd = [
@@ -405,6 +437,41 @@ class Renderer:
         """The begin-of-text token, where the tokenizer itself puts it before a text that no template has rendered."""
         bos = self.tokenizer.bos_token_id
         return [int(bos)] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _texts(
+    chats: Sequence[Sequence[Message]], wanted: Sequence[tuple[int, int, bool]], tools: Sequence[Fields]
+) -> Work[list[str]]:
+    """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
+    different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
+    try:
+        texts = yield Ask([[_as_fields(m) for m in chat] for chat in chats], different, tools)
+    except TemplateError as error:
+        roles = ", ".join(m.role for m in chats[0])
+        raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
+    return [texts[different.index(ask)] for ask in wanted]
+
+
+def _given(
+    messages: Sequence[Message],
+    spans: Mapping[int, _Span],
+    roles: NDArray[np.uint8],
+    turns: NDArray[np.int32],
+    starts: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """The weights that the row itself gives its tokens; NaN where it gives none."""
+    given = np.full(len(roles), np.nan, np.float32)
+    for index, message in enumerate(messages):
+        if message.weight is None and not message.spans:
+            continue
+        own = (turns == index) & ~np.isin(roles, (Role.SPECIAL, Role.BOILERPLATE))
+        if message.weight is not None:
+            given[own] = message.weight
+        for start, stop, weight in message.spans:
+            if index in spans:
+                at = spans[index].content
+                given[own & (starts >= at + start) & (starts < at + stop)] = weight
+    return given
 
 
 def _ending(text: str) -> str:
