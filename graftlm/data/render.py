@@ -28,6 +28,7 @@ from tokenizers.processors import ByteLevel
 
 from graftlm.data.formats import TEXT, Fields, Message
 from graftlm.data.template import Ask, Template, TemplateError
+from graftlm.data.words import Words
 from graftlm.errors import BaseModelError, DataError
 
 PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
@@ -119,6 +120,7 @@ class Renderer:
         self._encoder.no_padding()
         # Post-processors may trim spaces from offsets and add special tokens; the template alone says what is fed.
         self._encoder.post_processor = ByteLevel(trim_offsets=False)
+        self._words = Words.of(self._encoder)
         variables = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         self._chat = None if self.template is None else Template(self.template, variables)
 
@@ -393,8 +395,8 @@ class Renderer:
             return False  # a token lies across
         controls = np.flatnonzero(_look_up(self._is_control, ids[:before]))
         first = int(controls[-1]) if len(controls) else 0
-        tail = self._encoder.encode(text[offsets[first, 0] if first else 0 : cut], add_special_tokens=False)
-        return bool(tail.ids == ids[first:before].tolist())
+        tail, _ = self._plain(text[offsets[first, 0] if first else 0 : cut])
+        return np.array_equal(tail, ids[first:before])
 
     def _piece(self, text: str, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """ids and offsets of text[start:end]; what does not begin the text is tokenised as what does not."""
@@ -410,6 +412,8 @@ class Renderer:
         return ids, offsets + start
 
     def _plain(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        if self._words is not None and (found := self._words.encode(text)) is not None:
+            return found
         encoding = self._encoder.encode(text, add_special_tokens=False)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)
         return np.array(encoding.ids, np.int32), offsets.reshape(-1, 2)
