@@ -366,7 +366,8 @@ class Renderer:
         cut, or where what follows changes the tokens before (a regular expression that looks ahead).
         """
         whole = self._piece(text, 0, len(text))
-        if all(self._is_prompt(text, cut, *whole) for cut in cuts):
+        controls = np.flatnonzero(_look_up(self._is_control, whole[0]))
+        if all(self._is_prompt(text, cut, *whole, controls) for cut in cuts):
             return whole
         found: list[tuple[NDArray[np.int32], NDArray[np.int64]]] = []
         start = 0
@@ -384,8 +385,11 @@ class Renderer:
         ids, offsets = zip(*found, head, strict=True)
         return np.concatenate(ids), np.concatenate(offsets)
 
-    def _is_prompt(self, text: str, cut: int, ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> bool:
-        """Whether the tokens of the text before the cut are the very tokens that text[:cut] has by itself.
+    def _is_prompt(
+        self, text: str, cut: int, ids: NDArray[np.int32], offsets: NDArray[np.int64], controls: NDArray[np.int64]
+    ) -> bool:
+        """Whether the tokens of the text before the cut are the very tokens that text[:cut] has by itself. `controls`
+        are the places of control tokens.
 
         What stands before a control token is tokenised apart from what follows it, so only the tokens from the last
         one on can be others.
@@ -393,10 +397,12 @@ class Renderer:
         before = int(np.searchsorted(offsets[:, 1], cut, "right"))
         if before < len(ids) and offsets[before, 0] < cut:
             return False  # a token lies across
-        controls = np.flatnonzero(_look_up(self._is_control, ids[:before]))
-        first = int(controls[-1]) if len(controls) else 0
-        tail, _ = self._plain(text[offsets[first, 0] if first else 0 : cut])
-        return np.array_equal(tail, ids[first:before])
+        earlier = int(np.searchsorted(controls, before))
+        first = int(controls[earlier - 1]) if earlier else 0
+        tail = text[offsets[first, 0] if first else 0 : cut]
+        found = self._words.ids(tail) if self._words is not None else None
+        found = self._encoder.encode(tail, add_special_tokens=False).ids if found is None else found
+        return bool(found == ids[first:before].tolist())
 
     def _piece(self, text: str, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """ids and offsets of text[start:end]; what does not begin the text is tokenised as what does not."""
@@ -540,7 +546,8 @@ def _look_up(table: NDArray[np.bool_], ids: NDArray[np.int32]) -> NDArray[np.boo
 
 def _free_characters(count: int, messages: Sequence[Message]) -> str:
     """Characters for private use that occur in no message (icon fonts use some of them)."""
-    used = {character for message in messages for character in _PRIVATE.findall(message.content)}
+    odd = (message.content for message in messages if not message.content.isascii())
+    used = {character for content in odd for character in _PRIVATE.findall(content)}
     return "".join(islice((chr(code) for code in PRIVATE if chr(code) not in used), count))
 
 

@@ -287,17 +287,21 @@ def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, An
 def _answers(template: Any, variables: Mapping[str, str], line: bytes) -> bytes:
     requests, said = json.loads(line), list[dict[str, Any]]()
     until = time.process_time() + AT_ONCE_SECONDS
+    _limit_memory(MEMORY_MIB, beside=4 * len(line))
     for request in requests:
-        said.append(_answer(template, variables, request, len(line)))
-        if "stopped" in said[-1] or time.process_time() > until:
+        answer = _answer(template, variables, request)
+        if said and answer == {"stopped": TOO_LARGE}:
+            break  # perhaps for what those before it hold: it is asked again, as the first
+        said.append(answer)
+        if "stopped" in answer or time.process_time() > until:
             break
+    _limit_memory(None)
     return json.dumps(said).encode()
 
 
-def _answer(template: Any, variables: Mapping[str, str], request: Mapping[str, Any], size: int) -> dict[str, Any]:
+def _answer(template: Any, variables: Mapping[str, str], request: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any]
     try:
-        _limit_memory(MEMORY_MIB, beside=4 * size)
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         said = {"texts": _texts(template, variables, request)}
     except _Stopped:
@@ -310,7 +314,6 @@ def _answer(template: Any, variables: Mapping[str, str], request: Mapping[str, A
         said = {"error": f"{error}" or type(error).__name__}
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        _limit_memory(None)
     return said
 
 

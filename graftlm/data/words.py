@@ -68,7 +68,19 @@ class Words:
         return cls(encoder, pattern) if plain and pattern is not None else None
 
     def encode(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
-        """ids [n] and character offsets [n, 2]; None for text that is not ASCII, and where a word is none."""
+        """ids [n] and character offsets [n, 2]; None where `ids` knows none, and where they do not cover the text."""
+        found = self.ids(text)
+        if found is None:
+            return None
+        ids = np.array(found, np.int32)
+        lengths = self._lengths[ids]
+        offsets = np.empty((len(ids), 2), np.int64)
+        ends = np.cumsum(lengths, out=offsets[:, 1])
+        np.subtract(ends, lengths, out=offsets[:, 0])
+        return (ids, offsets) if len(text) == (ends[-1] if len(ends) else 0) else None
+
+    def ids(self, text: str) -> list[int] | None:
+        """The ids [n]; None for text that is not ASCII, and where a word is none."""
         if not text.isascii():
             return None
         found: list[int] = []
@@ -80,15 +92,10 @@ class Words:
                 if known is None:
                     return None
                 found += known
-        ids = np.array(found, np.int32)
-        lengths = self._lengths[ids]
-        ends = lengths.cumsum()
-        if len(text) != (ends[-1] if len(ends) else 0):
-            return None
         if self._asked % CHECKED == 0:
             assert found == self._encoder.encode(text, add_special_tokens=False).ids, f"other ids for {text!r}"
         self._asked += 1
-        return ids, np.stack([ends - lengths, ends], 1)
+        return found
 
     def _of_words(self, part: str) -> list[int] | None:
         """The ids of text without added tokens."""
