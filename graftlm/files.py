@@ -37,23 +37,27 @@ def whole(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Inside, a full disk or a place that cannot be written is an OutputError that names it; other errors pass."""
+def writing(out: Path, *, needs: int = 0) -> Iterator[None]:
+    """Inside, a full disk or a place that cannot be written is an OutputError that names it; other errors pass.
+
+    `needs` are the bytes that are to be written, if they are known.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(_no_room(out)) from None
+            raise OutputError(_no_room(out, needs)) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
         raise
     except SafetensorError as error:  # how safetensors reports a full disk
         if "No space left" in str(error):
-            raise OutputError(_no_room(out)) from None
+            raise OutputError(_no_room(out, needs)) from None
         raise
 
 
-def _no_room(out: Path) -> str:
+def _no_room(out: Path, needs: int) -> str:
     there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    return f"{out}: no room on the disk ({free:,} bytes are free). Nothing that was there is lost: make some room"
+    wanted = f"it takes {needs:,} bytes, and {free:,}" if needs else f"{free:,} bytes"
+    return f"{out}: no room on the disk ({wanted} are free). Nothing that was there is lost: make some room"

@@ -40,14 +40,8 @@ from graftlm.model.attach import attach, detach, parameters_of  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402
 from graftlm.training.held_out import answers, can_be_answered, held_out_loss, rouge_l  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
-from graftlm.training.run import (  # noqa: E402
-    Prepared,
-    attach_deltas,
-    plan_batches,
-    prepare_data,
-    return_freed_memory,
-    training_steps,
-)
+from graftlm.training.run import Prepared, prepare_data, return_freed_memory  # noqa: E402
+from graftlm.training.turns import attach_deltas, plan_batches, training_steps  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 ROOT = HERE.parent.parent

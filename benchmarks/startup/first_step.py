@@ -11,7 +11,6 @@ def done(stage: str) -> None:
     stages[stage] = round(time.perf_counter() - started - sum(stages.values()), 3)
 
 
-import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402, F401
 
 done("imports of torch and transformers")
@@ -19,9 +18,9 @@ done("imports of torch and transformers")
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
 from graftlm.data.pack import lay_out  # noqa: E402
 from graftlm.model.attach import trainable  # noqa: E402
-from graftlm.model.forward import check_forward, check_packing  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402
 from graftlm.training.optim import adamw  # noqa: E402
+from graftlm.training.prove import prove  # noqa: E402
 from graftlm.training.run import prepare_data  # noqa: E402
 
 done("imports of graftlm")
@@ -29,9 +28,7 @@ model, tokenizer = load_base("smollm2")
 done("loading base and tokenizer")
 rows = prepare_data(Recipe(data=DataConfig(train="builtin:docstrings")), tokenizer).examples
 done("reading, rendering and checking 1,200 rows")
-short, long = (torch.from_numpy(row.ids.astype("int64")) for row in (min(rows, key=len), max(rows, key=len)))
-check_forward(model, long[:256])
-check_packing(model, short, long[:256], sharing=True)
+prove(model, rows, packed=True, sharing=True)
 done("proving the forward pass and packing")
 attach(model, LoraConfig(), seed=0)
 done("attaching the delta")

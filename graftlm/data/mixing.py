@@ -9,8 +9,9 @@ Nothing is drawn while training runs, so the mixture depends on files, recipe an
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from graftlm.data.records import Problem
 from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
@@ -29,24 +30,23 @@ class Data:
     notes: list[str]
 
 
-def read_data(data: DataConfig, *, seed: int, network: bool = False, supervised: bool = True) -> Data:
+def read_data(
+    data: DataConfig, *, seed: int, network: bool = False, usable: Callable[..., Any] = for_supervised
+) -> Data:
     """Read all sources, put rows aside and mix the others; raises DataError as `load_rows` and `split` do.
 
-    `supervised` leaves out the rows whose answers should not be imitated.
+    `usable` says which rows the loss can use, and what is to be told of the others; DataError where it needs more.
     """
     told: list[Problem] = []
     sources = data.sources()
     field = data.order.field if data.order else None
     loaded = [load_rows(source, network=network, strict=data.strict, problems=told, score=field) for source in sources]
-    rows: list[Row] = [row for part, _ in loaded for row in part]
-    notes: list[str] = []
-    if supervised:
-        rows, notes = for_supervised(rows)
+    rows, notes = usable([row for part, _ in loaded for row in part])
     if isinstance(data.held_out, int | float):
         rows, aside = split(rows, data.held_out, seed)
     else:
         aside, _ = load_rows(data.held_out, network=network, strict=data.strict, problems=told)
-        aside = for_supervised(aside)[0] if supervised else aside
+        aside, _ = usable(aside)
     if len(sources) > 1 or sources[0].cap is not None:
         kept = {id(row) for row in rows}
         parts = [[row for row in part if id(row) in kept] for part, _ in loaded]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data.pack import Example
+from graftlm.data.pack import Example, Group
 from graftlm.data.source import LENGTH, SELECTED, OrderConfig, Row
 from graftlm.errors import DataError
 
@@ -38,7 +38,7 @@ class Curriculum:
         return [indices[i * size : (i + 1) * size] for i in range(steps)]
 
 
-def curriculum(order: OrderConfig, rows: Sequence[Row], examples: Sequence[Example]) -> Curriculum:
+def curriculum(order: OrderConfig, rows: Sequence[Row], examples: Sequence[Example | Group]) -> Curriculum:
     """The order of these examples; all that one row is rendered to has its score. DataError where a row has none."""
     if order.by == LENGTH:
         return Curriculum(order, np.array([len(example) for example in examples], np.float64))

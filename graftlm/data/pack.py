@@ -9,10 +9,14 @@ Nor is a row computed to its end: what stands after the token that predicts its 
 A loss triple is (hidden row, target, weight): the hidden state at `hidden_rows[i]` predicts `targets[i]`. Rows never
 predict across their boundary. A token that several rows train after the same beginning is one triple with the sum of
 their weights; a hidden state after which rows part has a target for each of them.
+
+A group is several answers to one prompt that a loss compares: they lie in one pack, where they share the prompt, and a
+token that two of them have in common stays two triples, one of each answer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +36,43 @@ class Example:
         return len(self.ids)
 
     @property
+    def answers(self) -> tuple["Example", ...]:
+        """Itself: nobody compares it."""
+        return (self,)
+
+    @property
     def needed(self) -> NDArray[np.int32]:
         """The tokens that a forward pass must see: up to the one that predicts the last target."""
         trained = self.weights.nonzero()[0]
         return self.ids[: max(1, trained[-1])] if len(trained) else self.ids[:1]
+
+    def cost(self, *, share: bool = True) -> int:
+        """Tokens that are computed for it alone."""
+        return len(self.needed)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Answers to one prompt, whole rows each, that must lie in one pack because a loss compares them."""
+
+    answers: tuple[Example, ...]
+    marks: tuple[float, ...]
+    """What is known of each answer: liked 1 or not 0, a share of wins, a reward."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """Which of them are compared: (chosen, rejected)."""
+    probe: bool = False
+    """Whether it is only looked at, for a number that the whole step needs, and teaches nothing."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.answers))
+
+    @property
+    def where(self) -> str:
+        return self.answers[0].where
+
+    def cost(self, *, share: bool = True) -> int:
+        """Tokens that are computed for it alone; with `share`, its prompt once."""
+        return _lone([self], share).tokens
 
 
 @dataclass(frozen=True)
@@ -55,16 +92,39 @@ class Pack:
     """The rows that each segment is a part of."""
     row_tokens: int
     """Tokens of all rows, of which T are computed."""
+    answers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[S]: the answer that each triple is a token of; empty where there are no groups."""
+    pairs: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
+    """[P, 2]: answers that are compared, (chosen, rejected)."""
+    marks: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N]: what is known of each answer."""
+    probe: bool = False
 
     @property
     def rows(self) -> list[str]:
         """The places of all rows of the pack, each once."""
         return list(dict.fromkeys(row for rows in self.where for row in rows))
 
+    @property
+    def segment_of(self) -> Tensor:
+        """The segment in which the hidden state of each triple lies, int64 [S]."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return torch.bucketize(self.hidden_rows.cpu(), ends, right=True)
+
+    def rows_of(self, marked: Tensor) -> list[str]:
+        """The rows in which the triples lie that are marked, bool [S]; all rows where none is."""
+        segments = sorted(set(self.segment_of[marked.cpu()].tolist()))
+        return list(dict.fromkeys(row for i in segments for row in self.where[i])) or self.rows
+
     def to(self, device: torch.device) -> "Pack":
-        moved = {k: getattr(self, k).to(device) for k in ("ids", "positions", "hidden_rows", "targets", "weights")}
-        rest = {k: getattr(self, k) for k in ("lengths", "parents", "where", "row_tokens")}
-        return Pack(**moved, **rest)
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+    def idle(self) -> "Pack":
+        """The same forward pass, from which nothing is learnt."""
+        learnt = ("hidden_rows", "targets", "weights", "answers", "pairs", "marks")
+        nothing: dict[str, Any] = {name: getattr(self, name)[:0] for name in learnt}
+        return replace(self, **nothing, row_tokens=0)
 
 
 # The tree of beginnings ------------------------------------------------------------------------------------------
@@ -89,6 +149,9 @@ class _Tree:
     def __init__(self) -> None:
         self.root = _Segment(None, 0, np.empty(0, np.int32))
         self.examples: list[Example] = []
+        self.marks: list[float] = []
+        self.pairs: list[tuple[int, int]] = []
+        self.probe = False
         self.tokens = self.longest = 0
 
     def common(self, ids: NDArray[np.int32]) -> tuple[_Segment, _Segment | None, int]:
@@ -110,7 +173,18 @@ class _Tree:
         here, _, agree = self.common(ids)
         return here.start + len(here.ids) + agree
 
-    def add(self, example: Example, *, share: bool) -> None:
+    def add(self, item: Example | Group, *, share: bool) -> None:
+        if isinstance(item, Group):
+            assert len(self.marks) == len(self.examples), "rows and groups of answers do not mix"
+            assert self.probe == item.probe or not self.examples, "probes and what is learnt do not mix"
+            self.pairs += [(len(self.marks) + a, len(self.marks) + b) for a, b in item.pairs]
+            self.marks += item.marks
+            self.probe = item.probe
+        for example in item.answers:
+            self._add(example, share)
+        assert len(self.marks) in (0, len(self.examples)), "one mark for each answer"
+
+    def _add(self, example: Example, share: bool) -> None:
         ids = example.needed
         here, part, agree = self.common(ids) if share else (self.root, None, 0)
         if part is not None:
@@ -140,7 +214,7 @@ class _Tree:
         number = {id(segment): i for i, segment in enumerate(segments)}
         lengths = [len(segment.ids) for segment in segments]
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        hidden, targets, weights = [], [], []
+        hidden, targets, weights, answers = [], [], [], []
         where: list[list[str]] = [[] for _ in segments]
         for last in segments:
             path = _path(last)
@@ -152,9 +226,12 @@ class _Tree:
                 hidden.append(places[trained - 1])
                 targets.append(example.ids[trained])
                 weights.append(example.weights[trained])
+                answers.append(np.full(len(trained), row))
                 for segment in path:
                     where[number[id(segment)]].append(example.where)
         triples = np.stack([np.concatenate(hidden), np.concatenate(targets).astype(np.int64)])
+        if self.marks:  # the same token of two answers stays two triples
+            triples = np.concatenate([triples, np.concatenate(answers)[None]])
         triples, place = np.unique(triples, axis=1, return_inverse=True)
         summed = np.bincount(place.reshape(-1), np.concatenate(weights), triples.shape[1])
         return Pack(
@@ -167,6 +244,10 @@ class _Tree:
             weights=torch.from_numpy(summed.astype(np.float32)),
             where=[tuple(names) for names in where],
             row_tokens=sum(map(len, self.examples)),
+            answers=torch.from_numpy(triples[2].copy() if self.marks else np.empty(0, np.int64)),
+            pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
+            marks=torch.tensor(self.marks, dtype=torch.float32),
+            probe=self.probe,
         )
 
 
@@ -188,52 +269,56 @@ def _path(segment: _Segment) -> list[_Segment]:
 # Packs -----------------------------------------------------------------------------------------------------------
 
 
-def collate(examples: Sequence[Example], *, share: bool = False) -> Pack:
+def collate(items: Sequence[Example | Group], *, share: bool = False) -> Pack:
     """One pack of all these rows, end to end or, with `share`, as the tree of their beginnings."""
-    tree = _Tree()
-    for example in examples:
-        tree.add(example, share=share)
-    return tree.pack()
+    return _lone(items, share).pack()
 
 
-def pack(examples: Sequence[Example], tokens: int, *, share: bool = False) -> list[Pack]:
-    """Split a batch into packs of at most `tokens`; a longer row has a pack of its own.
+def pack(items: Sequence[Example | Group], tokens: int, *, share: bool = False) -> list[Pack]:
+    """Split a batch into packs of at most `tokens`; a longer row, or group, has a pack of its own.
 
     Splitting changes memory, never the result: the loss is a sum over triples. With `share`, rows that begin alike go
     into the same pack and their beginning is computed once; behind a beginning that is longer than what follows, a
     pack may hold `tokens` more than its longest row, because another pack would compute that beginning again.
     """
-    return [tree.pack() for tree in _trees(examples, tokens, share)]
+    return [tree.pack() for tree in _trees(items, tokens, share)]
 
 
-def lay_out(examples: Sequence[Example], tokens: int, *, packed: bool, share: bool = False) -> list[Pack]:
+def lay_out(items: Sequence[Example | Group], tokens: int, *, packed: bool, share: bool = False) -> list[Pack]:
     """The passes over these rows: in packs, or one row at a time."""
-    return pack(examples, tokens, share=share) if packed else [collate([example]) for example in examples]
+    return pack(items, tokens, share=share) if packed else [collate([item]) for item in items]
 
 
-def _trees(examples: Sequence[Example], tokens: int, share: bool) -> list[_Tree]:
+def _lone(items: Sequence[Example | Group], share: bool) -> _Tree:
+    tree = _Tree()
+    for item in items:
+        tree.add(item, share=share)
+    return tree
+
+
+def _trees(items: Sequence[Example | Group], tokens: int, share: bool) -> list[_Tree]:
     """What `pack` lays out, the largest first."""
     if share:  # neighbours in this order have the longest beginnings in common
-        ordered = sorted(examples, key=lambda e: e.ids.tolist())
+        ordered = sorted(items, key=lambda item: item.answers[0].ids.tolist())
     else:
-        ordered = sorted(examples, key=lambda e: len(e.needed), reverse=True)
+        ordered = sorted(items, key=lambda item: item.cost(share=share), reverse=True)
     trees: list[_Tree] = []
-    for example in ordered:
-        ids, best = example.needed, None
+    for item in ordered:
+        alone, best = item.cost(share=share), None
         for tree in trees:
-            common = tree.shared(ids) if share else 0
-            new = len(ids) - common
+            common = max(tree.shared(answer.needed) for answer in item.answers) if share else 0
+            new = alone - common
             room = tokens + (tree.longest if common > new else 0) - tree.tokens
             if new <= room and (best is None or common > best[0]):
                 best = common, tree
         if best is None:
             best = 0, _Tree()
             trees.append(best[1])
-        best[1].add(example, share=share)
+        best[1].add(item, share=share)
     return sorted(trees, key=lambda tree: -tree.tokens)  # where memory is short it shows at once
 
 
-def saved_by_sharing(steps: Sequence[Sequence[Example]], tokens: int) -> float:
+def saved_by_sharing(steps: Sequence[Sequence[Example | Group]], tokens: int) -> float:
     """The share of the tokens of these steps that shared beginnings save."""
     apart, shared = (
         sum(tree.tokens for rows in steps for tree in _trees(rows, tokens, share)) for share in (False, True)
@@ -241,7 +326,7 @@ def saved_by_sharing(steps: Sequence[Sequence[Example]], tokens: int) -> float:
     return 1 - shared / apart
 
 
-def fill(steps: Sequence[Sequence[Example]], tokens: int, *, share: bool) -> float:
+def fill(steps: Sequence[Sequence[Example | Group]], tokens: int, *, share: bool) -> float:
     """How full the packs of these steps are: computed tokens over those that the packs may hold."""
     trees = [tree for rows in steps for tree in _trees(rows, tokens, share)]
     return sum(tree.tokens for tree in trees) / (len(trees) * tokens)

@@ -6,7 +6,7 @@ of what the config says of reading, splitting and mixing, the seed, and the sour
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, overload
@@ -19,9 +19,9 @@ from graftlm.data import cache
 from graftlm.data.formats import Message
 from graftlm.data.mixing import Data, read_data
 from graftlm.data.parallel import many
-from graftlm.data.source import DataConfig, Row, SourceConfig, content
+from graftlm.data.source import DataConfig, Row, SourceConfig, content, for_supervised
 
-BESIDE = {"mask", "prompt_weight", "max_tokens", "over_length", "pack"}
+BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack"}
 """Keys of `data` that say nothing of which rows there are."""
 
 
@@ -61,15 +61,22 @@ def places(rows: Sequence[Row]) -> list[str]:
 
 
 def read_kept(
-    data: DataConfig, *, seed: int, network: bool = False, supervised: bool = True, folder: Path | None
+    data: DataConfig,
+    *,
+    seed: int,
+    network: bool = False,
+    needs: str = "answers",
+    usable: Callable[..., Any] = for_supervised,
+    folder: Path | None,
 ) -> Data:
-    """What `read_data` returns; from the folder, where the same files were read in the same way before.
+    """What `read_data` returns; from the folder, where the same files were read in the same way before. `needs` is what
+    `usable` looks for, in a word.
 
     Few rows are not worth a place there, and what is no file of this machine cannot be known to be the same.
     """
-    key = _key(data, seed, supervised) if folder is not None else None
+    key = _key(data, seed, needs) if folder is not None else None
     if folder is None or key is None:
-        return read_data(data, seed=seed, network=network, supervised=supervised)
+        return read_data(data, seed=seed, network=network, usable=usable)
     sources = [source.path for source in _sources(data)]
     file = folder / f"{hashlib.sha256(json.dumps([key, sources]).encode()).hexdigest()}.rows.safetensors"
     damaged = ""
@@ -79,7 +86,7 @@ def read_kept(
             return found
     except cache.DamagedError as error:
         damaged = f"read anew: {file} was damaged ({error})"
-    read = read_data(data, seed=seed, network=network, supervised=supervised)
+    read = read_data(data, seed=seed, network=network, usable=usable)
     if many(read.train) and _save(file, read):
         found = _load(file, key)
         read = found if found is not None else read
@@ -93,7 +100,7 @@ def _sources(data: DataConfig) -> list[SourceConfig]:
     return [*data.sources(), aside if isinstance(aside, SourceConfig) else SourceConfig(path=aside)]
 
 
-def _key(data: DataConfig, seed: int, supervised: bool) -> str | None:
+def _key(data: DataConfig, seed: int, needs: str) -> str | None:
     """64 hexadecimal digits; None where a source is no file of this machine."""
     contents = [content(source.path) for source in _sources(data)]
     if None in contents:
@@ -102,7 +109,7 @@ def _key(data: DataConfig, seed: int, supervised: bool) -> str | None:
     rest = {name: value for name, value in to_tree(data).items() if name not in BESIDE | {"train"}}
     if not isinstance(data.held_out, int | float):
         rest["held_out"] = "a source"
-    facts = [cache.code(), contents, settings, rest, seed, supervised]
+    facts = [cache.code(), contents, settings, rest, seed, needs]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

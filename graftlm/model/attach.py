@@ -5,7 +5,7 @@ Attaching changes the model in place and no weight of it; with no delta on, the 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,6 +71,14 @@ def shared_of(model: nn.Module, name: str) -> nn.Module | None:
     return everything[name] if everything is not None and name in everything else None
 
 
+def share(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Keep a module at the model's root, among what sites have in common: none of it belongs to the base."""
+    if not hasattr(model, SHARED):
+        model.add_module(SHARED, nn.ModuleDict())
+    module = module.to(next(model.parameters()).device).train(model.training)
+    model.get_submodule(SHARED).add_module(name, module)
+
+
 # Attaching and detaching -----------------------------------------------------------------------------------------
 
 
@@ -114,9 +122,7 @@ def attach(
         host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
         host.active = (*host.active, name)
     if shared is not None:
-        if not hasattr(model, SHARED):
-            model.add_module(SHARED, nn.ModuleDict())
-        model.get_submodule(SHARED).add_module(name, shared.to(next(model.parameters()).device).train(model.training))
+        share(model, name, shared)
     record.configs[name] = config
     record.sites[name] = tuple(deltas)
     record.seeds[name] = seed
@@ -373,13 +379,19 @@ def activate(model: nn.Module, *names: str) -> None:
         host.active = tuple(n for n in names if n in host.deltas)
 
 
-@contextmanager
-def deltas_off(model: nn.Module) -> Iterator[nn.Module]:
+def deltas_off(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """Inside, the model is its base, bit for bit; afterwards the same deltas are active as before."""
+    return deltas_only(model)
+
+
+@contextmanager
+def deltas_only(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Inside, exactly these deltas are active, in this order; afterwards the same ones as before."""
+    _check_names(model, names)
     found = list(hosts(model).values())
     before = [host.active for host in found]
     for host in found:
-        host.active = ()
+        host.active = tuple(n for n in names if n in host.deltas)
     try:
         yield model
     finally:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,45 +46,86 @@ PREFIX = "base_model.model."
 
 
 @contextmanager
-def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(out: str | Path, *, overwrite: bool = False, keep: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not.
 
     Raises OutputError if `out` exists (with `overwrite`: if it is anything but an adapter or an empty folder), cannot
-    be written, or the disk is full. What was there before stays until the new folder is complete.
+    be written, or the disk is full. What was there before stays until the new folder is complete; what lies there
+    under the names in `keep` moves into the new one.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
-    ours = any((path / CONFIG).is_file() for path in (out, *adapters_in(out).values()))
-    if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out} is no adapter folder, so even --overwrite does not replace it: choose another folder")
-    partial = Path(os.path.abspath(out)).with_name(f".{out.name}.partial-{os.getpid()}")
+    check_new_folder(out, overwrite=overwrite, keep=keep)
+    partial = _beside(out, "partial")
     try:
         with writing(out):
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same number
             partial.mkdir(parents=True)
             yield partial
-            _swap(partial, out)
+            _swap(partial, out, keep)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _swap(partial: Path, out: Path) -> None:
+def check_new_folder(out: Path, *, overwrite: bool = False, keep: Sequence[str] = ()) -> None:
+    """Raise OutputError where `new_folder` would, before there is anything to write."""
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
+    ours = any((path / CONFIG).is_file() for path in (out, *adapters_in(out).values()))
+    if out.exists() and not ours and not (out.is_dir() and all(path.name in keep for path in out.iterdir())):
+        raise OutputError(f"{out} is no adapter folder, so even --overwrite does not replace it: choose another folder")
+
+
+def mend_folder(out: Path, *, keep: Sequence[str] = ()) -> None:
+    """Put right what a process left that was killed while it exchanged `out` for a new folder, and clear its drafts."""
+    for other in sorted(out.absolute().parent.glob(f".{out.name}.*-*")):
+        kind, _, process = other.name.removeprefix(f".{out.name}.").rpartition("-")
+        if kind not in ("partial", "old") or not process.isdecimal() or _runs(int(process)):
+            continue
+        if kind == "old" and not out.exists():
+            other.rename(out)
+            continue
+        if kind == "old":
+            _carry_over(other, out, keep)
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _beside(out: Path, kind: str) -> Path:
+    return Path(os.path.abspath(out)).with_name(f".{out.name}.{kind}-{os.getpid()}")
+
+
+def _swap(partial: Path, out: Path, keep: Sequence[str]) -> None:
     for file in partial.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     if out.exists():
-        old = partial.with_name(f".{out.name}.old-{os.getpid()}")
+        old = _beside(out, "old")
         out.rename(old)
         try:
             partial.rename(out)
         except OSError:
             old.rename(out)
             raise
+        _carry_over(old, out, keep)
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     else:
         partial.rename(out)
+
+
+def _carry_over(old: Path, out: Path, keep: Sequence[str]) -> None:
+    for name in keep:
+        if (old / name).exists() and not (out / name).exists():
+            (old / name).rename(out / name)
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
@@ -141,7 +182,7 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
         "position": list(record.configs).index(name),
         "seed": record.seeds[name],
         "rebuilt": _rebuilt(model, name),
-        "sha256": {file: _sha256(folder / file) for file in (CONFIG, WEIGHTS)},
+        "sha256": {file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
     }
     (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
     if tokenizer is not None:
@@ -182,6 +223,17 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
             if key not in known:
                 return f"PEFT's {method.peft.type} has no tensor for {key}"
     return ""
+
+
+def tensors_of_delta(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every tensor of a delta that is not made again from the seed or the base, by name; the model's own, no copies."""
+    return _stored_tensors(model, name, None)
+
+
+def fill_delta(model: nn.Module, name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """What `tensors_of_delta` gave, back into a delta of the same config; AdapterError where they are others."""
+    _make_room(model, name, None, tensors)
+    _fill(tensors_of_delta(model, name), tensors, source)
 
 
 def _stored_tensors(model: nn.Module, name: str, layout: PeftLayout | None) -> dict[str, Tensor]:
@@ -304,12 +356,15 @@ def _modules_on(host: Host, config: DeltaConfig) -> Iterator[Delta]:
     return (d for d in host.deltas.values() if isinstance(d, Delta) and d.config.method == config.method)
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path, length: int | None = None) -> str:
+    """The SHA-256 of a file, or of its first bytes, in hexadecimal digits; empty if it is shorter than that."""
     digest = hashlib.sha256()
+    left = file.stat().st_size if length is None else length
     with open(file, "rb") as handle:
-        while block := handle.read(2**20):
+        while left and (block := handle.read(min(left, 2**20))):
             digest.update(block)
-    return digest.hexdigest()
+            left -= len(block)
+    return "" if left else digest.hexdigest()
 
 
 # Reading ---------------------------------------------------------------------------------------------------------
@@ -348,7 +403,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         raise AdapterError(f"{folder}: does not fit this model: {error}") from None
     try:
         _make_room(model, name, layout, tensors)
-        _fill(_stored_tensors(model, name, layout), _without_base_layers(model, tensors, folder), folder)
+        _fill(_stored_tensors(model, name, layout), _without_base_layers(model, tensors, folder), folder / WEIGHTS)
         if ours is not None and not trust_base:
             _check_rebuilt(_rebuilt(model, name), ours["rebuilt"], folder)
     except AdapterError:
@@ -446,7 +501,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
                 "delete it to load the folder as an adapter of another tool"
             )
     for file, expected in ours["sha256"].items():
-        if file not in (CONFIG, WEIGHTS) or _sha256(folder / file) != expected:
+        if file not in (CONFIG, WEIGHTS) or sha256_of(folder / file) != expected:
             raise AdapterError(
                 f"{folder / file}: its checksum is not the one that was written. The file is damaged or was edited; "
                 f"restore it, or delete {RECORD} to load it as an adapter of another tool"
@@ -565,7 +620,7 @@ def _patterns(stored: dict[str, Any], layout: PeftLayout, sites: list[str]) -> d
     return found
 
 
-def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
     problems = [f"missing: {key}. {nearest(key, tensors)}" for key in expected.keys() - tensors.keys()]
     problems += [f"unexpected: {key}. {nearest(key, expected)}" for key in tensors.keys() - expected.keys()]
     for key in expected.keys() & tensors.keys():
@@ -575,7 +630,7 @@ def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder:
         elif ours.is_floating_point() != theirs.is_floating_point():
             problems.append(f"{key}: has dtype {theirs.dtype}, this model needs {ours.dtype}")
     if problems:
-        raise AdapterError(f"{folder / WEIGHTS}: does not fit this model:\n{numbered(sorted(problems))}")
+        raise AdapterError(f"{file}: does not fit this model:\n{numbered(sorted(problems))}")
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(tensors[key])

@@ -17,16 +17,18 @@ from torch.profiler import ProfilerActivity, profile
 from graftlm.data.pack import Pack, pack
 from graftlm.data.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
-from graftlm.losses import LOSSES
+from graftlm.losses import LossConfig
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.bases import view
-from graftlm.model.forward import check_compiler, log_probs
+from graftlm.model.forward import check_compiler
 from graftlm.model.load import load_base, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.sites import output_head, transformer_layers
 from graftlm.training.loop import TrainConfig, steps, training_pass
+from graftlm.training.objective import Objective
 from graftlm.training.optim import adamw, warmup_cosine
 from graftlm.training.recipe import Recipe
-from graftlm.training.run import plan_batches, prepare_data
+from graftlm.training.run import prepare_data
+from graftlm.training.turns import plan_batches
 
 TOKENS = 2048
 """Rows of x in the products that are timed, and tokens of a pack in the steps: enough for a rate that grows no more."""
@@ -151,10 +153,10 @@ def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def one_pass(model: Any, batch: Pack, loss: str = "supervised") -> None:
+def one_pass(model: Any, batch: Pack, loss: LossConfig | str = "supervised") -> None:
     """Forward and backward pass over one pack, as in a step; inside `training_pass`."""
-    policy = log_probs(model, batch)
-    LOSSES[loss](policy, None, batch.weights).sum.backward()
+    part, _ = Objective(loss).part(model, batch)
+    part.sum.backward()
 
 
 # Where the time goes ---------------------------------------------------------------------------------------------

@@ -81,6 +81,9 @@ def results(summary: dict[str, Any]) -> RenderableType:
     for name, label in (("loss_nats", "loss, nats per supervised token"), ("rouge_l", "ROUGE-L F1")):
         figures = summary["held_out"][name]
         table.add_row(label, *("-" if figures[k] is None else f"{figures[k]:.3f}" for k in ("base", "tuned")))
+    compared = summary["held_out"].get("objective")
+    for name in compared["tuned"] if compared else ():
+        table.add_row(name.replace("_", " "), *(f"{compared[k][name]:.3f}" for k in ("base", "tuned")))
     done = summary["train"]
     speed = Text(
         f"{done['steps']} steps, {done['supervised_tokens']:,} supervised tokens, "

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from graftlm.data.pack import Example, lay_out
+from graftlm.data.pack import Example, Group, lay_out
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.model.generate import generate
 from graftlm.training import ranks
+from graftlm.training.objective import Objective, Sums
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,24 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, pack_tokens: int, 
             count += float(part.weights.sum())
     total, count = ranks.totals(total, count)
     return total / count
+
+
+@torch.no_grad()
+def held_out_metrics(
+    model: Any, groups: Sequence[Group], objective: Objective, *, pack_tokens: int, packed: bool, share: bool
+) -> dict[str, float]:
+    """The loss and the metrics of an objective over all groups. Every rank has its share of them."""
+    make = partial(lay_out, tokens=pack_tokens, packed=packed, share=share)
+    sharded, sums, count = ranks.is_sharded(model), Sums(objective), 0.0
+    with packed_attention(model) if packed else nullcontext():
+        probes = ranks.packs_of(objective.probes(groups), make, sharded=sharded)
+        statistic = objective.statistic(model, [part.to(model.device) for part in probes])
+        for part in ranks.packs_of(groups, make, sharded=sharded):
+            made, _ = objective.part(model, part.to(model.device), statistic)
+            sums.add(made)
+            count += objective.count(part)
+    total, metrics = sums.totals()
+    return {"loss": total / ranks.totals(count)[0], **metrics}
 
 
 def answers(

@@ -3,29 +3,35 @@
     for step in steps(model, batches, loss, optimiser, schedule):
         ...                              # logging, evaluating, saving are ordinary statements of the caller
 
-The loss of a step is the sum over the supervised tokens of all its packs, divided by their count: how a batch is split
-into packs, and those among processes (`ranks`), changes memory and time, not the result.
+The loss of a step is the sum over the supervised tokens (or pairs, or answers: `losses`) of all its packs, divided by
+their count: how a batch is split into packs, and those among processes (`ranks`), changes memory and time, not the
+result.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
+from zlib import crc32
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.pack import Pack
 from graftlm.errors import TrainingError, numbered
-from graftlm.losses import LOSSES
+from graftlm.losses import LossConfig
 from graftlm.model.attach import penalty, trainable
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.forward import packed_attention
 from graftlm.model.recompute import offloaded, recomputed_layers
 from graftlm.model.sites import transformer_layers
 from graftlm.training import ranks
+from graftlm.training.objective import Objective, Sums
+from graftlm.training.policies import check_policies
+from graftlm.training.policies.base import Policy, Training
 
 
 @config
@@ -56,6 +62,13 @@ class TrainConfig:
     compile: Flag = False
     """Let torch.compile fuse norms, gated units and rotary embeddings: a tenth faster, after some 10 s at the start.
     Needs `data.pack`, and on a CPU a C++ compiler."""
+    save_every: PositiveCount = 50
+    """Steps between two checkpoints, from which `--resume` goes on; one is saved at the end and at Ctrl-C too."""
+    keep: PositiveCount = 2
+    """How many of the last checkpoints are kept."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: stop, or leave the step out, name its rows and go on; after three in a
+    row it stops in either case. Nothing is changed by such a step."""
     seed: Count = 0
     threads: PositiveCount | None = None
     """CPU threads; by default torch's own choice."""
@@ -65,9 +78,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did. `loss` is in nats per supervised token, before the step and without penalties."""
+    """What one optimiser step did. `loss` is what the objective says, before the step and without penalties: of
+    supervised training nats per supervised token, of others what its file says, a pair or an answer."""
 
     number: int
+    """Of the batch, from 1."""
+    done: int
+    """Optimiser steps so far: `number` less what was skipped."""
     loss: float
     tokens: int
     """Of the rows."""
@@ -77,16 +94,28 @@ class Step:
     grad_norm: float
     learning_rate: float
     wall_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else the objective tells of the step: margins, log-probabilities of chosen and rejected answers."""
+    skipped: str = ""
+    """What was not finite, if something was and the step was skipped: nothing was changed then."""
+    rows: tuple[str, ...] = ()
+    """The rows that it comes from."""
+    events: tuple[dict[str, Any], ...] = ()
+    """What policies did at this step."""
 
 
 def steps(
     model: nn.Module,
     batches: Iterable[Sequence[Pack]],
     *,
-    loss: str,
+    loss: LossConfig | str,
     optimiser: torch.optim.Optimizer,
     schedule: Callable[[int], float],
     clip: float,
+    policies: Sequence[Policy] = (),
+    training: Training | None = None,
+    seen: int = 0,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
     packed: bool = True,
     checkpointing: bool = False,
     offload: bool = False,
@@ -94,56 +123,112 @@ def steps(
 ) -> Iterator[Step]:
     """Train the model's deltas, one optimiser step for each batch of packs: this rank's, where there are several.
 
+    `training` is what policies see; `seen` batches came before these, of which `training.done` were steps.
+
     Raises TrainingError, before anything is changed by that step, for a loss or gradient that is not finite (naming
-    the rows), for a trainable tensor that gets no gradient (naming the tensor) and where memory is not enough.
+    the rows), for a trainable tensor that gets no gradient (naming the tensor) and where memory is not enough. With
+    `on_nonfinite="skip"` a step that is not finite changes nothing and the next batch follows; after three in a row it
+    is an error again.
     """
-    parameters = trainable(model)
-    unmoved = set(parameters)
-    rates = [group["lr"] for group in optimiser.param_groups]
-    for number, packs in enumerate(batches):
+    objective = Objective(loss)
+    run = training or Training(model=model, deltas={}, optimiser=optimiser, total=0, seed=0)
+    check_policies(policies, run)
+    for policy in policies:
+        policy.on_start(run)
+    fused = any(policy.fused for policy in policies)
+    still: set[str] | None = None if run.done == 0 else set()
+    in_a_row = 0
+    for number, packs in enumerate(batches, start=seen):
         started = time.perf_counter()
-        count, tokens, computed = ranks.totals(
+        torch.manual_seed(_seed(run))  # so dropout depends on nothing that went before: there is no state to save
+        parameters = trainable(model)
+        probes, packs = [pack for pack in packs if pack.probe], [pack for pack in packs if not pack.probe]
+        count, supervised, tokens, computed = ranks.totals(
+            sum(map(objective.count, packs)),
             sum(float(pack.weights.sum()) for pack in packs),
             sum(pack.row_tokens for pack in packs),
-            sum(pack.ids.numel() for pack in packs),
+            sum(pack.ids.numel() for pack in (*packs, *probes)),
         )
-        total, bad = 0.0, list[str]()
+        rate = schedule(run.done)
+        for group in optimiser.param_groups:
+            group["lr"] = group.setdefault("largest_lr", group["lr"]) * rate
+        sums, bad = Sums(objective), list[str]()
         explained = partial(_memory_explained, model, packs, number + 1, checkpointing)
-        held = training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
-        with explained(), held:
+        with ExitStack() as held:
+            held.enter_context(explained())
+            for policy in policies:
+                held.enter_context(policy.during(run))
+            held.enter_context(
+                training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
+            )
+            statistic = objective.statistic(model, probes)
             for pack in packs:
-                policy = log_probs(model, pack)
-                part = LOSSES[loss](policy, None, pack.weights)
-                if not torch.isfinite(part.sum):  # the other ranks wait for this one, so it goes on to the end
-                    bad += _rows_of(pack, ~policy.isfinite())
+                part, log_probs = objective.part(model, pack, statistic)
+                if not torch.isfinite(part.sum):
+                    bad += pack.rows_of(~log_probs.isfinite())
+                    if not ranks.is_sharded(model):  # there the other ranks wait for this one in every layer
+                        continue
                 (part.sum / count).backward()
-                total += float(part.sum.detach())
-        total, failed = ranks.totals(total, len(bad))
-        if failed:
-            raise TrainingError(_not_finite(f"the loss of step {number + 1}", ranks.gathered(bad)))
-        if ranks.first() and (extra := penalty(model)) is not None:  # once, not once a rank
-            extra.backward()
-        ranks.sum_gradients(parameters.values())
-        _check_gradients(parameters, unmoved, number)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), clip)
-        if not torch.isfinite(norm):
-            rows = ranks.gathered([row for pack in packs for row in pack.rows])
-            raise TrainingError(_not_finite(f"a gradient of step {number + 1}", list(dict.fromkeys(rows))))
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(number)
-        with explained():
-            optimiser.step()
+                sums.add(part)
+        total, metrics = sums.totals()
+        (failed,) = ranks.totals(len(bad))
+        wrong, rows = "loss" if failed else "", ranks.gathered(bad) if failed else []
+        norm = torch.tensor(math.nan)
+        if not failed:
+            if ranks.first() and (extra := penalty(model)) is not None:  # once, not once a rank
+                extra.backward()
+            ranks.sum_gradients(parameters.values())
+            if not fused:
+                still = _check_gradients(parameters, still, run.done)
+                for policy in policies:
+                    policy.on_grads(run)
+                norm = nn.utils.clip_grad_norm_(parameters.values(), clip)
+                if not torch.isfinite(norm):
+                    named = ranks.gathered([row for pack in packs for row in pack.rows])
+                    wrong, rows = "gradient", list(dict.fromkeys(named))
+        if wrong:
+            in_a_row += 1
+            what = f"the {wrong} of step {number + 1}"
+            if on_nonfinite == "stop" or in_a_row == MOST_SKIPPED:
+                raise NotFiniteError(_not_finite(what, rows, in_a_row))
+            norm = torch.tensor(math.nan)
+        else:
+            in_a_row = 0
+            with explained():
+                optimiser.step()
+            run.done += 1
+            for policy in policies:
+                policy.on_step(run)
         optimiser.zero_grad(set_to_none=True)
+        events, run.events = tuple(run.events), []
         yield Step(
             number=number + 1,
-            loss=total / count,
+            done=run.done,
+            loss=math.nan if wrong else total / count,
             tokens=int(tokens),
             computed_tokens=int(computed),
-            supervised_tokens=count,
+            supervised_tokens=supervised,
+            metrics={} if wrong else metrics,
             grad_norm=float(norm),
             learning_rate=optimiser.param_groups[0]["lr"],
             wall_s=time.perf_counter() - started,
+            skipped=f"{what} is not finite" if wrong else "",
+            rows=tuple(rows),
+            events=events,
         )
+
+
+MOST_SKIPPED = 3
+"""So many steps in a row that are not finite are no accident of the data."""
+
+
+class NotFiniteError(TrainingError):
+    """A loss or gradient that is not a number: nothing was changed by its step."""
+
+
+def _seed(run: Training) -> int:
+    """A seed for this step on this rank: dropout must not zero the same elements everywhere."""
+    return crc32(f"{run.seed}/{run.done}/{ranks.rank()}".encode())
 
 
 @contextmanager
@@ -187,33 +272,31 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """What torch's allocators say, on a GPU and on a CPU."""
 
 
-def _check_gradients(parameters: dict[str, nn.Parameter], unmoved: set[str], number: int) -> None:
+def _check_gradients(parameters: dict[str, nn.Parameter], still: set[str] | None, done: int) -> set[str]:
     """After the first step every trainable tensor must have a gradient, after the second one that is not all zero.
 
-    (A starts with a zero gradient in LoRA, because B is zero: so two steps.)
+    (A starts with a zero gradient in LoRA, because B is zero: so two steps.) `still` are those that had a zero gradient
+    so far, None before the first step; what learns at one of the two steps only is let pass.
     """
     missing = [name for name, p in parameters.items() if p.grad is None]
     if missing:
         raise TrainingError(f"{len(missing)} trainable tensors got no gradient:\n" + numbered(missing))
-    if number < 2:
-        unmoved -= {name for name, p in parameters.items() if name in unmoved and bool(p.grad.count_nonzero())}  # type: ignore[union-attr]
-    if number == 1 and unmoved:
+    if done > 1:
+        return set()
+    zero = {name for name, p in parameters.items() if not p.grad.count_nonzero()}  # type: ignore[union-attr]
+    still = zero if still is None else still & zero
+    if done == 1 and still:
         raise TrainingError(
-            f"{len(unmoved)} trainable tensors had a zero gradient in the first two steps, so they learn nothing:\n"
-            + numbered(sorted(unmoved))
+            f"{len(still)} trainable tensors had a zero gradient in the first two steps, so they learn nothing:\n"
+            + numbered(sorted(still))
         )
+    return still
 
 
-def _rows_of(pack: Pack, bad: Tensor) -> list[str]:
-    """The rows of a pack in which the loss triples marked `bad` lie."""
-    ends = torch.tensor(pack.lengths).cumsum(0)
-    segments = torch.bucketize(pack.hidden_rows.cpu()[bad.cpu()], ends, right=True)
-    named = [row for i in sorted(set(segments.tolist())) for row in pack.where[i]]
-    return list(dict.fromkeys(named)) or pack.rows
-
-
-def _not_finite(what: str, rows: list[str]) -> str:
+def _not_finite(what: str, rows: list[str], in_a_row: int) -> str:
+    again = f", the {in_a_row}. step in a row of which that is true" if in_a_row > 1 else ""
+    remedy = "" if in_a_row > 1 else ", or set train.on_nonfinite: skip to leave such steps out"
     return (
-        f"{what} is not finite. It comes from:\n{numbered(rows)}\nLook at these rows; if they are well, lower "
-        "train.learning_rate. The adapter is as it was before this step"
+        f"{what} is not finite{again}. It comes from:\n{numbered(rows)}\nLook at these rows; if they are well, lower "
+        f"train.learning_rate{remedy}. The adapter is as it was before this step"
     )

@@ -10,7 +10,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from graftlm.data.pack import Example, Pack
+from graftlm.data.pack import Example, Group, Pack
+from graftlm.losses.base import ComparedConfig, LossConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler
 from graftlm.model.load import BaseConfig, load_tokenizer, multiplies_bf16_fast
@@ -28,7 +29,8 @@ from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
 from graftlm.training.optim import adamw
 from graftlm.training.recipe import Recipe
-from graftlm.training.run import packs_of, peak_rss_gib, plan_batches, prepare_data
+from graftlm.training.run import peak_rss_gib, prepare_data
+from graftlm.training.turns import packs_of, plan_batches
 
 GIB = 2**30
 
@@ -126,7 +128,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return found | {"advice": advice(recipe, found, made, shape)}
 
 
-def shape_of(recipe: Recipe, examples: Sequence[Example]) -> Shape:
+def shape_of(recipe: Recipe, examples: Sequence[Example | Group]) -> Shape:
     steps = plan_batches(recipe.train, examples)
     seen = steps[:: max(1, len(steps) // STEPS_SEEN)]
     share = recipe.train.prefix_sharing
@@ -231,10 +233,16 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
         parameter.grad = torch.zeros_like(parameter)
     checkpointing, live = recipe.train.checkpointing, LiveBytes()
     with training_pass(model, packed=recipe.data.pack, checkpointing=checkpointing, offload=recipe.train.offload), live:
-        one_pass(model, pack, recipe.loss)
+        one_pass(model, pack, _loss(recipe))
     if products is not None:
         products |= live.products
     return live.peak
+
+
+def _loss(recipe: Recipe) -> LossConfig:
+    """The loss of the recipe. Where an adapter is its reference the base is measured, which takes as long."""
+    loss = recipe.loss
+    return replace(loss, reference=None) if isinstance(loss, ComparedConfig) else loss
 
 
 def kernels(products: set[Product], shape: Shape) -> int:
@@ -279,7 +287,7 @@ def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape)
     def seconds(model: Any) -> float:
         def passes() -> None:
             for pack in packs:
-                one_pass(model, pack, recipe.loss)
+                one_pass(model, pack, _loss(recipe))
 
         with training_pass(
             model,

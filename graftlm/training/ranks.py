@@ -12,21 +12,17 @@ A process that is alone passes through all of this unchanged, and `import graftl
 import atexit
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from graftlm.errors import AdapterError, TrainingError, numbered
+from graftlm.errors import TrainingError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
-    from graftlm.data.pack import Example, Pack
+    from graftlm.data.pack import Example, Group, Pack
 
 T = TypeVar("T")
 
@@ -156,14 +152,6 @@ def one_first() -> Iterator[None]:
         totals(0)
 
 
-def vary(seed: int) -> None:
-    """From here on every rank has a randomness of its own: dropout must not zero the same elements everywhere."""
-    import torch
-
-    if not first():
-        torch.manual_seed(seed + 1_000_003 * rank())
-
-
 # Who trains on what ----------------------------------------------------------------------------------------------
 
 
@@ -182,12 +170,15 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def packs_of(
-    rows: Sequence["Example"], make: Callable[[Sequence["Example"]], "list[Pack]"], *, sharded: bool = False
+    rows: Sequence["Example | Group"],
+    make: Callable[[Sequence["Example | Group"]], "list[Pack]"],
+    *,
+    sharded: bool = False,
 ) -> "list[Pack]":
     """This rank's packs of the rows. With a sharded base every rank has as many, for they pass its layers together:
-    who lacks one takes the shortest row with weight 0.
+    who lacks one takes the shortest row and learns nothing from it.
     """
-    shares = deal([len(row.needed) for row in rows], count())
+    shares = deal([row.cost() for row in rows], count())
 
     def made(share: Sequence[int]) -> "list[Pack]":
         return make([rows[i] for i in share]) if share else []
@@ -195,7 +186,7 @@ def packs_of(
     mine = made(shares[rank()])
     if sharded and (lacking := max(len(made(share)) for share in shares) - len(mine)):
         (idle,) = make([min(rows, key=len)])
-        mine += [replace(idle, weights=0 * idle.weights, row_tokens=0)] * lacking
+        mine += [idle.idle()] * lacking
     return mine
 
 
@@ -248,58 +239,3 @@ def shard(model: Any) -> None:
 
 def is_sharded(model: Any) -> bool:
     return getattr(model, "graft_sharded", False) is True
-
-
-# What training has reached, on disk ------------------------------------------------------------------------------
-
-
-def save_state(folder: str | Path, model: "nn.Module", optimiser: "torch.optim.Optimizer") -> None:
-    """Write what is trained and what the optimiser keeps of it, each rank its part (torch.distributed.checkpoint)."""
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    with _alone_is_meant():
-        save(_state(model, optimiser), checkpoint_id=folder, no_dist=_Joined.store is None)
-
-
-def load_state(folder: str | Path, model: "nn.Module", optimiser: "torch.optim.Optimizer") -> None:
-    """Read back what any number of ranks have saved; AdapterError, and nothing changed, if it is of other tensors."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    from graftlm.model.attach import trainable
-
-    found: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in found.items()}
-    with _alone_is_meant():
-        load(state, checkpoint_id=folder, no_dist=_Joined.store is None)
-    parameters = trainable(model)
-    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
-    saved = {key: tuple(tensor.shape) for key, tensor in state.items() if OPTIMISER not in key}
-    if saved != wanted:
-        names = sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name))
-        raise AdapterError(f"{folder}: these tensors are not those that this model trains:\n{numbered(names)}")
-    for key, tensor in state.items():
-        name, _, kept = key.partition(OPTIMISER)
-        if kept:
-            optimiser.state[parameters[name]][kept] = tensor.to(parameters[name].device)
-        else:
-            parameters[name].data.copy_(tensor)
-
-
-OPTIMISER = "/optimiser/"
-
-
-@contextmanager
-def _alone_is_meant() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said even with no_dist
-        yield
-
-
-def _state(model: "nn.Module", optimiser: "torch.optim.Optimizer") -> dict[str, "Tensor"]:
-    from graftlm.model.attach import trainable
-
-    parameters = trainable(model)
-    kept = {f"{name}{OPTIMISER}{key}": v for name, p in parameters.items() for key, v in optimiser.state[p].items()}
-    return {name: p.detach() for name, p in parameters.items()} | kept

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,18 +13,27 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import nearest
+from graftlm.losses import LOSSES, LossConfig
+from graftlm.losses.supervised import SupervisedConfig
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.policies import POLICIES
+from graftlm.training.policies.base import PolicyConfig
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import SelectorConfig
 
 if TYPE_CHECKING:
     AnyDelta = DeltaConfig
+    AnyLoss = LossConfig
+    AnyPolicy = PolicyConfig
     AnySelector = SelectorConfig
 else:  # whichever configs are in the tables, told apart by their `method`, or `by`
     _SELECTORS = tuple(selector.config for selector in SELECTORS.values())
     AnySelector = Annotated[Union[_SELECTORS], Field(discriminator="by")]  # noqa: UP007
+    _POLICIES = tuple(row.config for row in POLICIES.values())
+    AnyPolicy = Annotated[Union[_POLICIES], Field(discriminator="name")] if len(_POLICIES) > 1 else _POLICIES[0]  # noqa: UP007
+    _LOSSES = tuple(loss.config for loss in LOSSES.values())
+    AnyLoss = Annotated[Union[_LOSSES], Field(discriminator="name")]  # noqa: UP007
     _CONFIGS = tuple(method.config for method in METHODS.values())
     AnyDelta = Annotated[Union[_CONFIGS], Field(discriminator="method")] if len(_CONFIGS) > 1 else _CONFIGS[0]  # noqa: UP007
 
@@ -39,6 +48,11 @@ class ReportConfig:
     """The longest of those answers, in tokens; one that does not end by then is cut."""
 
 
+def _or_a_name(schema: dict[str, Any]) -> None:
+    """Lets editors complete `loss: NAME` too."""
+    schema["oneOf"].insert(0, {"enum": list(LOSSES), "type": "string"})
+
+
 @config.config
 class Recipe:
     base: str | BaseConfig = "smollm2"
@@ -49,8 +63,10 @@ class Recipe:
     """The delta to train; LoRA with its defaults where neither this nor `deltas` is given."""
     deltas: Mapping[str, AnyDelta] = Field(default_factory=dict)
     """Several by name, all on one model: each acts on what those before it left, each is an adapter of its own."""
-    loss: Literal["supervised"] = "supervised"
-    policies: tuple[str, ...] = ()
+    loss: AnyLoss = Field(default_factory=SupervisedConfig, json_schema_extra=_or_a_name)
+    """The objective: a name, or `{name: NAME, ...}` with options."""
+    policies: tuple[AnyPolicy, ...] = ()
+    """What acts between steps: names, or `{name: NAME, ...}` with options."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     network: Flag = False
@@ -61,13 +77,37 @@ class Recipe:
     def _one_selector(cls, given: object) -> object:
         return [given] if isinstance(given, Mapping) else given
 
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_by_name(cls, given: object) -> object:
+        named = {"name": given} if isinstance(given, str) else given
+        if not isinstance(named, Mapping):
+            return named
+        if "name" not in named:
+            raise ValueError("give its name too: {name: NAME, ...}")
+        if (name := str(named["name"])) not in LOSSES:
+            raise ValueError(f"{name!r} is no loss. {nearest(name, LOSSES)}")
+        return named
+
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _by_name(cls, given: object) -> object:
+        given = [given] if isinstance(given, str | Mapping) else given
+        if not isinstance(given, list | tuple):
+            return given
+        named = [{"name": each} if isinstance(each, str) else each for each in given]
+        for each in named:
+            if isinstance(each, Mapping) and (name := str(each.get("name"))) not in POLICIES:
+                raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
+        return named
+
     @field_validator("policies")
     @classmethod
-    def _known_policies(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in POLICIES:
-                raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
-        return names
+    def _each_once(cls, policies: tuple[PolicyConfig, ...]) -> tuple[PolicyConfig, ...]:
+        names = [policy.name for policy in policies]
+        if len(names) > len(set(names)):
+            raise ValueError(f"{max(names, key=names.count)!r} stands here twice")
+        return policies
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "Recipe":
@@ -75,6 +115,22 @@ class Recipe:
             raise ValueError("give delta, or several by name in deltas, not both")
         if self.delta is None and not self.deltas:
             object.__setattr__(self, "delta", LoraConfig())  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> "Recipe":
+        needs, name = LOSSES[self.loss.name].rows, self.loss.name
+        if needs in ("pairs", "feedback"):
+            if self.data.mask not in ("response", "last-turn") or self.data.prompt_weight:
+                raise ValueError(
+                    f"loss {name} compares answers and nothing else: use data.mask response and no data.prompt_weight"
+                )
+            if self.select:
+                raise ValueError(f"select chooses rows for loss supervised; loss {name} takes them as they are")
+        if needs == "pairs" and not self.data.pack:
+            raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
+        if LOSSES[name].statistic is not None and self.train.batch_rows < 2:
+            raise ValueError(f"loss {name} needs answers to other prompts of a step: set train.batch_rows to 2 or more")
         return self
 
     def all_deltas(self) -> dict[str, DeltaConfig]:

@@ -38,6 +38,7 @@ def html(
         interrupted=summary.get("interrupted", False),
         facts=facts,
         loss_curve=_loss_curve(steps),
+        answers_curve=_answers_curve(steps),
         lengths=_lengths(lengths),
         preflight=preflight,
         rows=rows,
@@ -55,10 +56,37 @@ def _loss_curve(steps: Sequence[Mapping[str, float]]) -> str:
         sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1]) for i in range(len(losses))
     ]
     axis.plot(numbers, smooth, color="#2da44e", linewidth=2)
-    axis.set(xlabel="step", ylabel="loss, nats per supervised token")
+    compares = any(_shown(s) for s in steps)
+    axis.set(xlabel="step", ylabel="loss" if compares else "loss, nats per supervised token")
     rate = axis.twinx()
     rate.plot(numbers, [s["learning_rate"] for s in steps], color="#8b8f96", linewidth=1, linestyle=":")
     rate.set_ylabel("learning rate (dotted)")
+    return _svg(figure)
+
+
+ANSWERS = {"chosen": "#2da44e", "rejected": "#cf222e"}
+
+
+def _shown(step: Mapping[str, float]) -> bool:
+    return any(f"{kind}_log_prob" in step for kind in ANSWERS)
+
+
+def _answers_curve(steps: Sequence[Mapping[str, float]]) -> str:
+    """How likely chosen and rejected answers are, and the margin between them; nothing where no answer is compared."""
+    if not any(map(_shown, steps)):
+        return ""
+    figure, axis = _figure()
+    for kind, color in ANSWERS.items():
+        there = [s for s in steps if f"{kind}_log_prob" in s]
+        found = [s[f"{kind}_log_prob"] for s in there]
+        axis.plot([s["step"] for s in there], found, color=color, linewidth=1.5, label=f"{kind} answers")
+    axis.set(xlabel="step", ylabel="log-probability of an answer, nats")
+    axis.legend(frameon=False)
+    margins = [s for s in steps if "margin" in s]
+    if margins:
+        margin = axis.twinx()
+        margin.plot([s["step"] for s in margins], [s["margin"] for s in margins], color="#0b6bcb", linestyle=":")
+        margin.set_ylabel("margin (dotted)")
     return _svg(figure)
 
 

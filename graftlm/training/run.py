@@ -4,16 +4,15 @@ recipe -> rows -> examples -> base -> delta -> steps -> held-out rows -> adapter
 """
 
 import json
-import os
 import resource
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +22,42 @@ from rich.console import Console
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.mixing import read_data
-from graftlm.data.pack import Example, Pack, batches, fill, lay_out, saved_by_sharing
+from graftlm.data.pack import Example, fill, saved_by_sharing
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
 from graftlm.data.survey import survey
-from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
-from graftlm.losses import LOSSES
-from graftlm.model.attach import attach, deltas_off, hosts, needed_statistics, parameters_of, trainable
-from graftlm.model.collect import collect
-from graftlm.model.forward import check_compiler, check_forward, check_packing, log_probs, packed_attention
+from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
+from graftlm.model.forward import check_compiler
 from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
+from graftlm.training.checkpoint import FOLDER, METRICS, put_back, put_deltas_back, take
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
-from graftlm.training.loop import Step, TrainConfig, steps
-from graftlm.training.optim import adamw, warmup_cosine
+from graftlm.training.loop import NotFiniteError, Step
+from graftlm.training.place import RECIPE, SUMMARY, Place, digest
+from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.select.choose import choose
-
-PROBE_TOKENS = 256
-"""Packing is proved on a row of this length, if there is one: long enough to matter, a second's work."""
+from graftlm.training.turns import attach_deltas, plan_batches, turns
 
 SHARING_STEPS = 100
 """What shared beginnings save is counted over so many steps of the run."""
 
-INTERRUPTED = 130
-"""Exit code of a run that was stopped by Ctrl-C, its adapter saved."""
+RESUMABLE = 75
+"""Exit code of a run that was stopped and goes on with `--resume` (EX_TEMPFAIL of sysexits.h)."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: the adapter folder, its summary.json, and the model with the delta on."""
+    """What a run leaves: the adapter folder, its summary.json, and the model with the delta on.
+
+    Of a run that was finished before there is no model: `graftlm.load_adapter` reads it.
+    """
 
     folder: Path
     summary: dict[str, Any]
-    model: torch.nn.Module
+    model: torch.nn.Module | None
     tokenizer: Any
 
 
@@ -127,100 +126,128 @@ def train(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    accept_changes: bool = False,
     console: Console | None = None,
 ) -> Result:
     """Train the delta that `recipe` (or the YAML file there) describes, and write the adapter folder `out`.
 
-    Raises a GraftError before anything is loaded where it can. Ctrl-C finishes the step, saves what was learnt and
-    returns; a second one stops at once. `console` shows the run; by default it is silent. Under torchrun the processes
-    train it together, and the first of them writes.
+    `resume` goes on from the last checkpoint in `out`, where there is one, to the very bytes of an unbroken run; with
+    `accept_changes` with a recipe that is not the one it began with. Raises a GraftError before anything is loaded
+    where it can. Ctrl-C and SIGTERM finish the step, save and return; a second one stops at once. `console` shows the
+    run; by default it is silent. Under torchrun the processes train it together, and the first of them writes.
     """
     ranks.start()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     console = console if console and ranks.first() else Console(quiet=True)
     out = Path(out) if out is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    with new_folder(out, overwrite=overwrite) if ranks.first() else nullcontext() as folder:
-        if recipe.train.threads:
-            torch.set_num_threads(recipe.train.threads)
-        torch.manual_seed(recipe.train.seed)
-        with ranks.one_first():  # it may have to be fetched or converted
-            tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-        waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
-        with waiting, ranks.one_first():  # the others find what it has rendered
-            data = prepare_data(recipe, tokenizer, console=console)
-        for line in data.chosen:
-            console.print(line, highlight=False)
-        console.print(display.preflight(data.report))
-        console.print(display.tokens(data.first_rows[0]))
-        with console.status("loading the base"):
-            in_parts = recipe.train.shard != "none" and ranks.count() > 1  # then no single device may hold it
-            model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
-        if recipe.train.offload and model.device.type == "cpu":
-            raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
-        if recipe.train.compile:
-            check_compiler(model.device)
-        plan = plan_batches(recipe.train, data.examples)
-        log = _train(recipe, model, data, plan, folder, console)
-        if folder is not None:
+    place = Place(out, recipe)
+    with ranks.one_first():
+        begun = place.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, told=console.print)
+    if begun == "finished":
+        console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
+        return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    torch.manual_seed(recipe.train.seed)
+    with ranks.one_first():  # it may have to be fetched or converted
+        tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
+    with waiting, ranks.one_first():  # the others find what it has rendered
+        data = prepare_data(recipe, tokenizer, console=console)
+    for line in data.chosen:
+        console.print(line, highlight=False)
+    console.print(display.preflight(data.report))
+    console.print(display.tokens(data.first_rows[0]))
+    with console.status("loading the base"):
+        in_parts = recipe.train.shard != "none" and ranks.count() > 1  # then no single device may hold it
+        model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
+    if recipe.train.offload and model.device.type == "cpu":
+        raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
+    if recipe.train.compile:
+        check_compiler(model.device)
+    plan = plan_batches(recipe.train, data.examples)
+    log, stopped = _train(recipe, model, data, plan, place, console)
+    if ranks.first():
+        with new_folder(out, overwrite=True, keep=(FOLDER,)) as folder:
             for name in recipe.all_deltas():  # a single one is the folder itself, several are folders in it
                 write_adapter(model, folder if recipe.delta else _inside(folder, name), name=name, tokenizer=tokenizer)
-            (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+            (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+            shutil.copyfile(place.checkpoints.folder / METRICS, folder / METRICS)
     # From here on the adapter is safe in its place; what is measured is added to it.
-    interrupted = len(log) < len(plan)
-    if interrupted:
-        console.print(f"interrupted after step {len(log)} of {len(plan)}: what was learnt by then is saved in {out}")
-    before, after, samples = (
-        (None, None, []) if interrupted else _measure(recipe, Loaded(model, tokenizer), data, console)
-    )
-    summary = _summary(recipe, model, log, before, after, interrupted)
+    before, after, samples = (None, None, []) if stopped else _measure(recipe, Loaded(model, tokenizer), data, console)
+    summary = _summary(recipe, model, log, before, after, stopped)
     if ranks.first():
         with writing(out):
-            _write_report(recipe, model, data, out, summary, log, samples)
-    if samples:
-        console.print(display.side_by_side(samples[: recipe.report.samples]))
-    console.print(display.results(summary))
-    console.print(f"wrote {out}: adapter, report.html, summary.json", highlight=False)
+            if not stopped:
+                _write_report(recipe, model, data, out, summary, log, samples)
+            (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    if stopped:
+        steps = f"step {log[-1]['step']} of {len(plan)}" if log else "the start"
+        console.print(f"stopped after {steps}. What was learnt by then is saved in {out}; --resume goes on from there")
+    else:
+        place.close()
+        if samples:
+            console.print(display.side_by_side(samples[: recipe.report.samples]))
+        console.print(display.results(summary))
+        console.print(f"wrote {out}: adapter, report.html, summary.json", highlight=False)
     ranks.totals(0)  # torchrun ends all ranks when one leaves early with an exit code: they leave together
     return Result(out, summary, model, tokenizer)
 
 
 def _train(
-    recipe: Recipe, model: Any, data: Prepared, plan: list[list[int]], folder: Path | None, console: Console
-) -> list[dict[str, float]]:
-    """Attach the delta and train it; what every step did goes to metrics.jsonl as it happens, and is returned."""
-    probes = (min(data.examples, key=len), max(data.examples, key=len))
-    short, long = (torch.from_numpy(example.ids.astype("int64")).to(model.device) for example in probes)
-    check_forward(model, long[:PROBE_TOKENS])
-    if recipe.data.pack:
-        check_packing(model, short, long[:PROBE_TOKENS], sharing=recipe.train.prefix_sharing)
+    recipe: Recipe, model: Any, data: Prepared, plan: list[list[int]], place: Place, console: Console
+) -> tuple[list[dict[str, Any]], bool]:
+    """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped)."""
+    prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
+    facts = {"rows": digest(data.examples), "base": fingerprint(model).digest}
+    found = place.newest(facts, told=console.print)
     with console.status("attaching the delta"):
-        attach_deltas(recipe, model, data.examples, plan)
+        attach_deltas(recipe, model, data.examples, plan, start=found is None)
+    if found is not None:
+        put_deltas_back(found, model, list(recipe.all_deltas()), place.out)
     ranks.check_same(trainable(model))
     if recipe.train.shard == "fsdp":
         ranks.shard(model)
-    ranks.vary(recipe.train.seed)
     for name, config in recipe.all_deltas().items():
         count = sum(p.numel() for p in parameters_of(model, name))
         console.print(f"{config.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
-    log: list[dict[str, float]] = []
-    with (
-        stop_on_signal() as stopping,
-        display.progress(console) as bars,
-        open(folder / "metrics.jsonl" if folder else os.devnull, "w") as metrics,
-    ):
-        bar = bars.add_task("training", total=len(plan), now="")
-        for step in training_steps(recipe, model, data.examples, plan):
-            log.append(_line(step))
-            metrics.write(json.dumps(log[-1]) + "\n")
-            metrics.flush()
-            rate = sum(s["tokens"] for s in log) / sum(s["wall_s"] for s in log)
-            bars.update(bar, advance=1, now=f"loss {step.loss:.3f}  {rate:,.0f} tokens/s")
-            if ranks.totals(stopping.requested)[0]:  # on any rank
+    seen = found.facts["seen"] if found else 0
+    if found:
+        console.print(f"goes on after step {seen} of {len(plan)}", highlight=False)
+    with place.begin(found) as run, stop_on_signal() as stopping, display.progress(console) as bars:
+        bar = bars.add_task("training", total=len(plan), completed=seen, now="")
+        for turn in turns(recipe, model, len(plan)):
+            if found is not None and turn.first < found.facts["turn"]:
+                continue
+            if found is not None and turn.first == found.facts["turn"]:
+                put_back(found, turn.training, turn.policies)
+            snapshot = partial(take, turn.training, turn.policies, list(recipe.all_deltas()), turn=turn.first, **facts)
+            try:
+                for step in turn.steps(recipe, data.examples, plan, max(seen, turn.first)):
+                    for line in _lines(step):
+                        run.metrics.write(line)
+                    seen = step.number
+                    now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
+                    bars.update(bar, completed=seen, now=now)
+                    stops = bool(ranks.totals(stopping.requested)[0])  # on any rank
+                    if stops or seen % recipe.train.save_every == 0 or seen == len(plan):
+                        run.save(seen, partial(snapshot, seen=seen))
+                    if stops and seen < len(plan):
+                        break
+            except NotFiniteError:
+                run.save(
+                    seen, partial(snapshot, seen=seen)
+                )  # what was reached is not lost, and `--resume` may leave the step out
+                raise
+            if seen < turn.last:
                 break
+            turn.end()
+        log = [line for line in run.metrics.lines if "loss" in line]
     for host in hosts(model).values():
         host.deltas.eval()
     return_freed_memory()
-    return log
+    return log, seen < len(plan)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -228,115 +255,28 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-STATISTICS_PACKS = 8
-"""What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
+def _lines(step: Step) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of a step: what it did or why it was left out, and what else happened."""
+    if step.skipped:
+        did: dict[str, Any] = {"step": step.number, "event": "skipped", "why": step.skipped, "rows": list(step.rows)}
+    else:
+        did = {
+            "step": step.number,
+            "loss": step.loss,
+            "tokens": step.tokens,
+            "computed_tokens": step.computed_tokens,
+            "supervised_tokens": step.supervised_tokens,
+            "grad_norm": step.grad_norm,
+            "learning_rate": step.learning_rate,
+            "wall_s": round(step.wall_s, 4),
+        }
+    return [did, *({"step": step.number, **event} for event in step.events)]
 
 
-def attach_deltas(recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]) -> None:
-    """Put the deltas of the recipe on the model; those that start from the data see the first packs of training.
-
-    Every rank looks at the same packs, so that all start from the same numbers.
-    """
-    deltas = recipe.all_deltas()
-    gathered = {
-        name: collect(model, config, needs, _losses(recipe, model, examples, plan))
-        for name, config in deltas.items()
-        if (needs := needed_statistics(config))
-    }
-    for name, config in deltas.items():
-        attach(model, config, name=name, seed=recipe.train.seed, statistics=gathered.get(name))
-
-
-def _losses(
-    recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]
-) -> Iterator[Callable[[], torch.Tensor]]:
-    """The mean loss of each of the first packs, as functions to be called while the bare base is watched."""
-    packs = (p.to(model.device) for step in plan for p in packs_of(recipe, [examples[i] for i in step], share=False))
-
-    def loss(p: Pack) -> torch.Tensor:
-        policy = log_probs(model, p)
-        return LOSSES[recipe.loss](policy, None, p.weights).sum / p.weights.sum()
-
-    with packed_attention(model) if recipe.data.pack else nullcontext():
-        for each in islice(packs, STATISTICS_PACKS):
-            yield partial(loss, each)
-
-
-def packs_of(recipe: Recipe, rows: Sequence[Example], *, share: bool) -> list[Pack]:
-    """The passes over some rows as the recipe has them, beginnings shared or not."""
-    return lay_out(rows, recipe.train.pack_tokens, packed=recipe.data.pack, share=share)
-
-
-def plan_batches(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]]:
-    """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once."""
-    total = config.steps or max(1, round((config.epochs or 1) * len(examples) / config.batch_rows))
-    plan = batches(len(examples), config.batch_rows, total, config.seed)
-    largest = max(range(total), key=lambda i: sum(len(examples[j]) for j in plan[i]))
-    plan[0], plan[largest] = plan[largest], plan[0]
-    return plan
-
-
-def training_steps(recipe: Recipe, model: Any, examples: Sequence[Example], plan: list[list[int]]) -> Iterator[Step]:
-    """Every step of the run: with all deltas learning, or with each in its turn and the others as they are."""
-    for host in hosts(model).values():
-        host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
-    names = list(recipe.all_deltas())
-    learning = {name: parameters_of(model, name) for name in names}
-    turns = [[name] for name in names] if recipe.train.in_turn else [names]
-    first = 0
-    for number, turn in enumerate(turns):
-        share = plan[first : round(len(plan) * (number + 1) / len(turns))]
-        for name, parameters in learning.items():
-            for parameter in parameters:
-                parameter.requires_grad_(name in turn)
-        for step in _turn(recipe, model, examples, share, {name: learning[name] for name in turn}):
-            yield replace(step, number=first + step.number)
-        first += len(share)
-    for parameters in learning.values():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-def _turn(
-    recipe: Recipe,
-    model: Any,
-    examples: Sequence[Example],
-    plan: list[list[int]],
-    learning: Mapping[str, list[torch.nn.Parameter]],
-) -> Iterator[Step]:
-    config = recipe.train
-    deltas = recipe.all_deltas()
-    make = partial(packs_of, recipe, share=config.prefix_sharing)
-    packs = partial(ranks.packs_of, make=make, sharded=ranks.is_sharded(model))
-    groups = [
-        (parameters, config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
-        for name, parameters in learning.items()
-    ]
-    return steps(
-        model,
-        ([p.to(model.device) for p in packs([examples[i] for i in rows])] for rows in plan),
-        loss=recipe.loss,
-        optimiser=adamw(groups, weight_decay=config.weight_decay),
-        schedule=warmup_cosine(steps=len(plan), warmup_steps=round(config.warmup * len(plan))),
-        clip=config.clip,
-        packed=recipe.data.pack,
-        checkpointing=config.checkpointing,
-        offload=config.offload,
-        compiled=config.compile,
-    )
-
-
-def _line(step: Step) -> dict[str, float]:
-    return {
-        "step": step.number,
-        "loss": step.loss,
-        "tokens": step.tokens,
-        "computed_tokens": step.computed_tokens,
-        "supervised_tokens": step.supervised_tokens,
-        "grad_norm": step.grad_norm,
-        "learning_rate": step.learning_rate,
-        "wall_s": round(step.wall_s, 4),
-    }
+def _speed(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens of rows a second, over all steps that were done."""
+    done = [line for line in lines if "loss" in line]
+    return sum(line["tokens"] for line in done) / sum(line["wall_s"] for line in done) if done else 0.0
 
 
 def _measure(
@@ -393,26 +333,25 @@ def _summary(
     log: list[dict[str, float]],
     before: HeldOut | None,
     after: HeldOut | None,
-    interrupted: bool,
+    stopped: bool,
 ) -> dict[str, Any]:
-    wall_s = sum(s["wall_s"] for s in log)
     summary = {
         "held_out": {
             "rouge_l": {"base": before and before.rouge_l, "tuned": after and after.rouge_l},
             "loss_nats": {"base": before and before.loss_nats, "tuned": after and after.loss_nats},
         },
         "train": {
-            "tokens_per_s": sum(s["tokens"] for s in log) / wall_s,
+            "tokens_per_s": _speed(log),
             "supervised_tokens": int(sum(s["supervised_tokens"] for s in log)),
             "steps": len(log),
-            "wall_s": wall_s,
+            "wall_s": sum(s["wall_s"] for s in log),
             "peak_rss_gib": max(ranks.gathered([peak_rss_gib()])),
             "ranks": ranks.count(),
         },
         "base_fingerprint": fingerprint(model).digest,
         "seed": recipe.train.seed,
     }
-    return summary | ({"interrupted": True} if interrupted else {})
+    return summary | ({"interrupted": True} if stopped else {})
 
 
 def _write_report(
@@ -440,7 +379,6 @@ def _write_report(
         figures = summary["held_out"][name]
         if figures["tuned"] is not None:
             facts[label] = f"{figures['base']:.3f} base, {figures['tuned']:.3f} tuned"
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "held_out.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     for name in recipe.all_deltas():
         card = model_card(model, name, facts=facts)

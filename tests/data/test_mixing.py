@@ -111,7 +111,7 @@ def test_a_ratio_needs_both_kinds(tmp_path: Path) -> None:
     lines = [{"prompt": f"{i}", "completion": "a", "label": i % 4 == 0} for i in range(40)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = DataConfig(train=str(file), desirable_share=0.5)
-    found = read_data(data, seed=0, supervised=False)
+    found = read_data(data, seed=0, usable=lambda rows: (list(rows), []))
     assert Counter(row.desirable for row in found.train) == {True: 20, False: 20}
     with pytest.raises(DataError, match="both kinds are needed"):
         read_data(data, seed=0)

@@ -159,7 +159,7 @@ def test_neither_date_nor_mask_is_in_the_key_and_a_name_only_as_a_place(
     moved.rename(rows_file)
     os.utime(rows_file, (1, 1))
     unread(monkeypatch)
-    assert read_kept(replace(data, mask="everything", max_tokens=5), seed=1, folder=folder).train[0] == first[0]
+    assert read_kept(replace(data, prompt_weight=0.5, max_tokens=5), seed=1, folder=folder).train[0] == first[0]
 
 
 def test_training_and_held_out_rows_have_keys_of_their_own(rows_file: Path, tmp_path: Path) -> None:

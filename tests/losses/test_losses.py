@@ -1,15 +1,58 @@
-"""Losses are pure functions of log-probabilities: sums and counts, checked by hand."""
+"""Losses are pure functions of log-probabilities: what holds for all of them, and equations written out by hand.
+
+What TRL has too is compared with it in test_trl.py.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from graftlm.losses import LOSSES, supervised
+import graftlm.losses
+from graftlm.config import build
+from graftlm.errors import RecipeError
+from graftlm.losses import LOSSES, Batch, LossSum
+from graftlm.losses.orpo import log_odds
+from tests.losses.answers import Answers, answers
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in LOSSES),
+    *(("dpo", {"link": link}) for link in ("hinge", "ipo", "robust", "exo")),
+    ("policy-gradient", {"divide": "tokens", "kl": 0.1}),
+    ("policy-gradient", {"ratio": "answer"}),
+    ("policy-gradient", {"ratio": "answer-mean", "kl": 0.1}),
+]
+COMPARES_PAIRS = [(name, options) for name, options in OPTIONS if LOSSES[name].rows == "pairs"]
+
+
+def made(name: str, options: dict[str, Any], given: Answers) -> LossSum:
+    loss = LOSSES[name]
+    return loss.value(loss.config(**options), given.rows(given.policy), given.rows(given.reference), given.batch)
+
+
+def part(given: Answers, numbers: list[int]) -> Answers:
+    """These pairs alone, in this order."""
+    count = len(given.batch.pairs)
+    rows = torch.tensor([*numbers, *(count + n for n in numbers)], dtype=torch.int64)
+    own, mask = torch.arange(len(rows)), given.mask[rows]
+    batch = Batch(
+        weights=torch.ones(int(mask.sum())),
+        answers=own.repeat_interleave(mask.sum(1)),
+        pairs=torch.stack([own[: len(numbers)], own[len(numbers) :]], dim=1),
+        marks=given.batch.marks[rows],
+        values=None if given.batch.values is None else given.batch.values[rows],
+    )
+    return Answers(given.policy[rows], given.reference[rows], mask, batch)
 
 
 def test_supervised_is_the_weighted_sum_of_negative_log_likelihoods() -> None:
     policy = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True)
-    weights = torch.tensor([1.0, 0.5, 0.0])
-    found = supervised(policy, None, weights)
+    loss = LOSSES["supervised"]
+    found = loss.value(loss.config(), policy, None, Batch(torch.tensor([1.0, 0.5, 0.0])))
     assert found.sum.item() == pytest.approx(1 * 1 + 0.5 * 2)
     assert found.count.item() == pytest.approx(1.5)
     found.sum.backward()
@@ -17,10 +60,172 @@ def test_supervised_is_the_weighted_sum_of_negative_log_likelihoods() -> None:
     assert policy.grad.tolist() == [-1.0, -0.5, 0.0]
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_sums_and_counts_add_up_over_any_split(name: str) -> None:
-    policy, weights = -torch.rand(10), torch.rand(10)
-    whole = LOSSES[name](policy, None, weights)
-    parts = [LOSSES[name](p, None, w) for p, w in zip(policy.split(3), weights.split(3), strict=True)]
-    assert sum(p.sum for p in parts).item() == pytest.approx(whole.sum.item())  # type: ignore[union-attr]
-    assert sum(p.count for p in parts).item() == pytest.approx(whole.count.item())  # type: ignore[union-attr]
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_sums_counts_and_metrics_add_up_over_any_split(name: str, options: dict[str, Any]) -> None:
+    given = answers(7)
+    whole = made(name, options, given)
+    (wanted,) = torch.autograd.grad(whole.sum, given.policy)
+    parts = [made(name, options, part(given, numbers)) for numbers in ([3], [0, 4], [1, 2])]
+    (found,) = torch.autograd.grad(sum(p.sum for p in parts), given.policy)  # type: ignore[arg-type]
+    assert sum(p.sum.item() for p in parts) == pytest.approx(whole.sum.item(), rel=1e-9)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert float(sum(p.count for p in parts)) == float(whole.count)
+    for metric, (value, count) in whole.metrics.items():
+        assert sum(float(p.metrics[metric][0]) for p in parts) == pytest.approx(float(value), rel=1e-9), metric
+        assert sum(float(p.metrics[metric][1]) for p in parts) == pytest.approx(float(count)), metric
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_the_count_is_known_before_any_pass_and_nothing_at_all_is_no_error(name: str, options: dict[str, Any]) -> None:
+    loss, given = LOSSES[name], answers(8)
+    assert float(loss.count(loss.config(**options), given.batch)) == float(made(name, options, given).count) > 0
+    nothing = made(name, options, part(given, []))
+    assert (nothing.sum.item(), float(nothing.count)) == (0.0, 0.0)
+    assert all(float(value) == float(count) == 0.0 for value, count in nothing.metrics.values())
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_a_step_along_the_gradient_prefers_the_chosen_answers(name: str, options: dict[str, Any]) -> None:
+    """Those with the larger marks, for losses without pairs; of supervised training, only what it trains."""
+    given = answers(9)
+    marks = given.batch.marks - (0.5 if name == "policy-gradient" else 0.0)
+    given = replace(given, batch=replace(given.batch, marks=marks))
+    (gradient,) = torch.autograd.grad(made(name, options, given).sum, given.policy)
+    towards = -(gradient * given.mask).sum(1)
+    pairs = len(given.batch.pairs)
+    if LOSSES[name].rows in ("answers", "text"):
+        assert (towards > 0).all()
+    else:
+        assert towards[:pairs].mean() > towards[pairs:].mean()
+    assert not gradient[~given.mask].any()
+
+
+@pytest.mark.parametrize(("name", "options"), COMPARES_PAIRS)
+def test_a_swapped_pair_has_the_opposite_margin(name: str, options: dict[str, Any]) -> None:
+    given = answers(10)
+    swapped = replace(given, batch=replace(given.batch, pairs=given.batch.pairs.flip(1)))
+    ours, theirs = made(name, options, given).metrics, made(name, options, swapped).metrics
+    assert float(ours["margin"][0]) == pytest.approx(-float(theirs["margin"][0]))
+    assert float(ours["margin"][0]) != 0
+    assert float(ours["accuracy"][0]) == pytest.approx(5 - float(theirs["accuracy"][0]))
+    assert float(ours["chosen_log_prob"][0]) == float(theirs["rejected_log_prob"][0])
+
+
+@pytest.mark.parametrize(("name", "options"), [case for case in OPTIONS if LOSSES[case[0]].config().needs_reference])  # type: ignore[call-arg]
+def test_a_policy_that_is_its_reference_has_no_margin_at_all(name: str, options: dict[str, Any]) -> None:
+    given = answers(11)
+    metrics = made(name, options, replace(given, reference=given.policy.detach())).metrics
+    for metric in ("margin", "chosen_reward", "rejected_reward"):
+        assert float(metrics.get(metric, (0.0, 0.0))[0]) == 0.0
+    if "accuracy" in metrics:
+        assert float(metrics["accuracy"][0]) == 0.5 * 5
+
+
+# Equations that TRL does not have, written out in plain Python ---------------------------------------------------
+
+
+def sums(given: Answers, values: Tensor, row: int) -> Tensor:
+    return torch.stack([values[row, t] for t in range(values.shape[1]) if given.mask[row, t]]).sum()
+
+
+def check(found: LossSum, wanted: Tensor, given: Answers) -> None:
+    torch.testing.assert_close(found.sum / found.count, wanted, rtol=1e-9, atol=0.0)
+    (ours,) = torch.autograd.grad(found.sum / found.count, given.policy, retain_graph=True)
+    (theirs,) = torch.autograd.grad(wanted, given.policy)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_dpop() -> None:
+    given, pairs = answers(12), 5
+    losses = []
+    for n in range(pairs):
+        w = sums(given, given.policy, n) - sums(given, given.reference, n)
+        loser = sums(given, given.policy, pairs + n) - sums(given, given.reference, pairs + n)
+        fallen = -w if w.item() < 0 else torch.zeros(())
+        losses.append(torch.log(1 + torch.exp(-0.2 * (w - loser - 5.0 * fallen))))
+    check(made("dpop", {"beta": 0.2, "penalty": 5.0}, given), torch.stack(losses).mean(), given)
+
+
+def test_orpo_over_several_pairs() -> None:
+    given, pairs = answers(13), 5
+    losses = []
+    for n in range(pairs):
+        w, loser = (sums(given, given.policy, row) / given.mask[row].sum() for row in (n, pairs + n))
+        ratio = (w.exp() / (1 - w.exp())) / (loser.exp() / (1 - loser.exp()))
+        losses.append(-w - 0.3 * torch.log(ratio / (1 + ratio)))
+    check(made("orpo", {"weight": 0.3}, given), torch.stack(losses).mean(), given)
+
+
+def test_cpo_over_several_pairs() -> None:
+    given, pairs = answers(14), 5
+    losses = []
+    for n in range(pairs):
+        w, loser = (sums(given, given.policy, row) for row in (n, pairs + n))
+        losses.append(torch.log(1 + torch.exp(-0.2 * (w - loser))) - 0.5 * w / given.mask[n].sum())
+    check(made("cpo", {"beta": 0.2, "alpha": 0.5}, given), torch.stack(losses).mean(), given)
+
+
+def test_sppo_with_shares_of_wins() -> None:
+    given = answers(15)
+    shares = torch.linspace(0, 1, 10)
+    given = replace(given, batch=replace(given.batch, marks=shares))
+    losses = [
+        (sums(given, given.policy, n) - sums(given, given.reference, n) - 4 * (shares[n].double() - 0.5)) ** 2
+        for n in range(10)
+    ]
+    check(made("sppo", {"eta": 4.0}, given), torch.stack(losses).mean(), given)
+
+
+def test_dro() -> None:
+    """The gradient of the values too, with rewards of any size."""
+    given = answers(16)
+    values, rewards = given.batch.values.clone().requires_grad_(), torch.linspace(-2, 3, 10)  # type: ignore[union-attr]
+    given = replace(given, batch=replace(given.batch, marks=rewards, values=values))
+    losses = []
+    for n in range(10):
+        ratio = sums(given, given.policy, n) - sums(given, given.reference, n)
+        losses.append(0.5 * (rewards[n].double() - values[n] - 0.4 * ratio) ** 2)
+    found, wanted = made("dro", {"tau": 0.4}, given), torch.stack(losses).mean()
+    check(found, wanted, given)
+    wanted = torch.stack([values[n] - rewards[n].double() for n in range(10)]) / 10  # of the values' part
+    (ours,) = torch.autograd.grad(made("dro", {"tau": 1e-12}, given).sum / 10, values)
+    torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_odds_are_exact_at_both_ends() -> None:
+    for p in (1e-300, 1e-9, 0.5, 1 - 1e-9):
+        wanted = math.log(p) - math.log1p(-p)
+        assert float(log_odds(torch.tensor(p, dtype=torch.float64).log())) == pytest.approx(wanted, rel=1e-6)
+    certain = torch.zeros((), requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_odds(certain), certain)
+    assert math.isfinite(log_odds(certain).item())
+    assert math.isfinite(float(gradient))
+
+
+# The table -------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
+    folder = Path(graftlm.losses.__file__).parent
+    files = {p.stem: p for p in folder.glob("*.py") if p.stem not in ("__init__", "base")}
+    assert files.keys() == {loss.value.__module__.rpartition(".")[2] for loss in LOSSES.values()}
+    for name, loss in LOSSES.items():
+        assert loss.config().name == name  # type: ignore[call-arg]
+    for stem, file in files.items():
+        assert stem == "supervised" or "arXiv:" in file.read_text().split('"""')[1], stem
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("dpo", {"noise": 0.1}, "noise is for the links robust and exo"),
+        ("dpo", {"link": "robust", "noise": 0.5}, "less than 0.5"),
+        ("dpo", {"beta": 0}, "greater than 0"),
+        ("dpo", {"gamma": 1}, "unknown key"),
+        ("simpo", {"reference": "x"}, "unknown key"),
+        ("policy-gradient", {"ratio": "answer", "divide": "tokens"}, "divide: tokens is for ratio: token"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build(LOSSES[name].config, options, source="recipe.yaml")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from graftlm.data.pack import Example, Pack, collate
 from graftlm.errors import TrainingError
-from graftlm.losses import LOSSES
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.model.recompute import offloaded, recomputed_layers
@@ -29,8 +28,7 @@ def packed(lengths: tuple[int, ...] = (11, 7, 20), seed: int = 0) -> Pack:
 
 
 def loss_of(model: Any, pack: Pack) -> Tensor:
-    policy = log_probs(model, pack)
-    return LOSSES["supervised"](policy, None, pack.weights).sum
+    return -(pack.weights * log_probs(model, pack)).sum()
 
 
 def trained(model: Any, context: Context, pack: Pack) -> tuple[float, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 import graftlm.training.loop as loop
+import graftlm.training.objective as objective
 from graftlm.data.pack import Example, collate, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.losses import LOSSES, LossSum
+from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.model.attach import attach, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.optim import adamw, warmup_cosine
@@ -143,14 +145,14 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_changes_nothing(monkeypatc
     (bad,) = packs[0].where[2]
     start = sum(packs[0].lengths[:2])
 
-    original = loop.log_probs
+    original = objective.log_probs
 
     def poisoned(model: Any, pack: Any) -> torch.Tensor:
         found = original(model, pack)
         inside = (pack.hidden_rows >= start) & (pack.hidden_rows < start + packs[0].lengths[2])
         return torch.where(inside, float("nan"), found)
 
-    monkeypatch.setattr(loop, "log_probs", poisoned)
+    monkeypatch.setattr(objective, "log_probs", poisoned)
     with pytest.raises(TrainingError) as raised:
         run(model, [packs])
     message = str(raised.value)
@@ -184,10 +186,10 @@ def test_a_tensor_that_only_ever_has_zero_gradients_is_named(monkeypatch: pytest
     dead = torch.nn.Parameter(torch.zeros(()))
     model.register_parameter("dead", dead)
 
-    def loss(policy: torch.Tensor, reference: Any, weights: torch.Tensor) -> LossSum:
-        return LossSum(-(weights * policy).sum() + 0 * dead, weights.sum(), {})
+    def value(config: Any, policy: torch.Tensor, reference: Any, batch: Batch) -> LossSum:
+        return LossSum(-(batch.weights * policy).sum() + 0 * dead, batch.weights.sum())
 
-    monkeypatch.setitem(LOSSES, "supervised", loss)
+    monkeypatch.setitem(LOSSES, "supervised", replace(LOSSES["supervised"], value=value))
     with pytest.raises(TrainingError, match=r"zero gradient in the first two steps[\s\S]*dead"):
         run(model, [pack(examples(2), 64)] * 3)
 
@@ -234,7 +236,7 @@ def test_memory_that_runs_out_is_explained(error: Exception, monkeypatch: pytest
         raise error
 
     model = perturbed("lora", tiny_model())
-    monkeypatch.setattr(loop, "log_probs", greedy)
+    monkeypatch.setattr(objective, "log_probs", greedy)
     packs = [collate(examples(3)), collate(examples(1))]
     with pytest.raises(TrainingError) as raised:
         run(model, [packs])
@@ -253,7 +255,7 @@ def test_another_error_of_the_runtime_stays_what_it_is(monkeypatch: pytest.Monke
     def broken(*args: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop, "log_probs", broken)
+    monkeypatch.setattr(objective, "log_probs", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         run(perturbed("lora", tiny_model()), [[collate(examples(1))]])
 

@@ -22,7 +22,8 @@ from graftlm.testing import save_tiny_base, tiny_config
 from graftlm.training import loop
 from graftlm.training.plan import GIB, HEAP, HEAP_CHECKPOINTED, KERNELS, LiveBytes, kernels, live_bytes, plan, shape_of
 from graftlm.training.recipe import Recipe
-from graftlm.training.run import attach_deltas, prepare_data
+from graftlm.training.run import prepare_data
+from graftlm.training.turns import attach_deltas
 
 LAYERS = 7
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import graftlm
 import graftlm.training.loop as loop
+import graftlm.training.objective as objective
 import graftlm.training.run as run_module
 from graftlm.data.pack import Pack, collate, pack
-from graftlm.errors import AdapterError, TrainingError
+from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training import ranks
@@ -149,13 +150,13 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
     if sharded:
         ranks.shard(model)
     packs = ranks.packs_of(examples(6), lambda rows: pack(rows, 40), sharded=sharded)
-    original = loop.log_probs
+    original = objective.log_probs
 
     def poisoned(*arguments: Any) -> Tensor:
         found = original(*arguments)
         return found * float("nan") if ranks.rank() == 1 else found
 
-    with patch.object(loop, "log_probs", poisoned), pytest.raises(TrainingError) as raised:
+    with patch.object(objective, "log_probs", poisoned), pytest.raises(TrainingError) as raised:
         list(loop.steps(
             model, [packs], loss="supervised", optimiser=adamw([(trainable(model).values(), 0.1)], weight_decay=0.0),
             schedule=lambda n: 1.0, clip=1.0,
@@ -163,12 +164,12 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
     return str(raised.value), all(torch.equal(p, before[name]) for name, p in trainable(model).items())
 
 
-def ended_by_rank_1(base: Path, rows: Path, out: Path) -> dict[str, Any]:
+def ended_by_the_last_rank(base: Path, rows: Path, out: Path) -> dict[str, Any]:
     ranks.start()
 
     @contextmanager
     def asked() -> Iterator[Any]:
-        yield SimpleNamespace(requested=ranks.rank() == 1)
+        yield SimpleNamespace(requested=ranks.rank() == ranks.count() - 1)
 
     with patch.object(run_module, "stop_on_signal", asked):
         return graftlm.train(recipe(base, rows), out).summary
@@ -191,16 +192,25 @@ def prompt_in_parts() -> str:
 
 def own_randomness() -> float:
     ranks.start()
-    torch.manual_seed(3)
-    ranks.vary(3)
-    return float(torch.rand(()))
+    model = perturbed("lora", tiny_model(), dropout=0.5)
+    rows = examples(2)
+    batch = [collate(rows)]
+    torch.rand(7 + ranks.rank())
+    seeds = []
+    for _ in loop.steps(model, [batch], loss="supervised", optimiser=_still(model), schedule=lambda n: 1.0, clip=1.0):
+        seeds.append(torch.initial_seed())
+    return float(seeds[0])
+
+
+def _still(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(trainable(model).values(), lr=0.0)
 
 
 def endings(base: Path, rows: Path, out: Path) -> list[Any]:
     return [
         not_finite_on_rank_1(False),
         not_finite_on_rank_1(True),
-        ended_by_rank_1(base, rows, out / "ended"),
+        ended_by_the_last_rank(base, rows, out / "ended"),
         different_start(),
         prompt_in_parts(),
         own_randomness(),
@@ -212,8 +222,7 @@ def test_what_ends_one_rank_ends_all_and_nobody_waits(
     rows: Path,
     tmp_path: Path,
 ) -> None:
-    torch.manual_seed(3)
-    wanted = float(torch.rand(()))
+    wanted = own_randomness()
     of_rank_1 = {examples(6)[i].where for i in ranks.deal([len(e) for e in examples(6)], 2)[1]}
     results = together(2, endings, base_folder, rows, tmp_path)
     for plain, sharded, summary, differs, refused, _ in results:
@@ -264,43 +273,24 @@ def test_rows_are_dealt_once_evenly_and_by_their_lengths_alone() -> None:
     assert ranks.deal([5], 3) == [[0], [], []]
 
 
-def state_after(steps: int, folder: Path, *, load: bool) -> dict[str, Tensor]:
-    """What is trained after some steps that begin with what is in the folder, or end with writing it."""
+def go_on(base: Path, rows: Path, out: Path) -> None:
     ranks.start()
-    model = perturbed("vera", tiny_model(), seed=5 if load else 1)
-    optimiser = adamw([(trainable(model).values(), 0.01)], weight_decay=0.0)
-    if load:
-        ranks.load_state(folder, model, optimiser)
-    for number in range(steps):
-        for index, p in enumerate(trainable(model).values()):
-            p.grad = torch.full_like(p, 1.0 + index + number)
-        optimiser.step()
-    if not load:
-        ranks.save_state(folder, model, optimiser)
-        for index, p in enumerate(trainable(model).values()):
-            p.grad = torch.full_like(p, 7.0 + index)
-        optimiser.step()
-    else:
-        for index, p in enumerate(trainable(model).values()):
-            p.grad = torch.full_like(p, 7.0 + index)
-        optimiser.step()
-    return {name: p.detach().clone() for name, p in trainable(model).items()}
+    graftlm.train(recipe(base, rows), out, resume=True)
 
 
-def test_a_state_of_two_ranks_goes_on_with_one_and_the_other_way_round(tmp_path: Path) -> None:
-    two = together(2, saved_state, tmp_path / "two")
-    one = saved_state(tmp_path / "one")
-    for found in (*two, *together(2, loaded_state, tmp_path / "one"), loaded_state(tmp_path / "two")):
-        assert found.keys() == one.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in one.items())
-    other = perturbed("lora", tiny_model())
-    with pytest.raises(AdapterError, match=r"not those that this model trains"):
-        ranks.load_state(tmp_path / "two", other, adamw([(trainable(other).values(), 0.01)], weight_decay=0.0))
-
-
-def saved_state(folder: Path) -> dict[str, Tensor]:
-    return state_after(3, folder, load=False)
-
-
-def loaded_state(folder: Path) -> dict[str, Tensor]:
-    return state_after(0, folder, load=True)
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_run_that_one_number_of_ranks_began_another_ends(
+    first: int, base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    whole = graftlm.train(recipe(base_folder, rows), tmp_path / "whole").folder
+    out = tmp_path / "out"
+    together(first, ended_by_the_last_rank, base_folder, rows, out)
+    assert (
+        json.loads((out / "summary.json").read_text())["train"] | {"steps": 1, "ranks": first}
+        == (json.loads((out / "summary.json").read_text())["train"])
+    )
+    together(3 - first, go_on, base_folder, rows, out)
+    found, wanted = (load_file(folder / "adapter_model.safetensors") for folder in (out, whole))
+    assert found.keys() == wanted.keys()
+    assert all((found[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max() for name, tensor in wanted.items())
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4

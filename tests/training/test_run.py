@@ -14,12 +14,14 @@ import yaml
 from safetensors.torch import load_file
 
 import graftlm
+import graftlm.training.policies as policies
 import graftlm.training.run as run_module
+import graftlm.training.turns as turns
 from graftlm.config import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
-from graftlm.model.attach import hosts, parameters_of
+from graftlm.model.attach import hosts
 from graftlm.model.load import BaseConfig, fingerprint, load_base
 from graftlm.model.store import adapters_in, load_adapter
 from graftlm.testing import logits, save_tiny_base
@@ -139,10 +141,10 @@ def test_bad_input_loses_nothing_that_was_there(
     changes: dict[str, Any], error: type[Exception], base_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     graftlm.train(recipe(base_folder, rows), tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     with pytest.raises(error):
         graftlm.train(recipe(base_folder, rows, **changes), tmp_path / "out", overwrite=True)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
@@ -178,13 +180,13 @@ def test_ctrl_c_in_mid_training_saves_what_was_done_and_says_so(base_folder: Pat
     environment = os.environ | {"GRAFT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and not any(
-        f.stat().st_size > 200 for f in tmp_path.glob(".out.partial-*/metrics.jsonl")
+        f.stat().st_size > 200 for f in tmp_path.glob("out/checkpoints/metrics.jsonl")
     ):
         pass
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "interrupted after step" in output
+    assert process.returncode == 75, output
+    assert "--resume goes on from there" in output
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["interrupted"] is True
     assert summary["train"]["steps"] == len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
@@ -244,12 +246,13 @@ def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving: list[set[str]] = []
-    real = run_module.training_steps
+    real = turns.Turn.steps
 
-    def watched(recipe: Any, model: Any, *rest: Any) -> Any:
-        before = {n: [p.detach().clone() for p in parameters_of(model, n)] for n in recipe.all_deltas()}
-        for step in real(recipe, model, *rest):
-            now = {n: [p.detach().clone() for p in parameters_of(model, n) or every(model, n)] for n in before}
+    def watched(turn: Any, recipe: Any, *rest: Any) -> Any:
+        model = turn.training.model
+        before = {n: [p.detach().clone() for p in every(model, n)] for n in recipe.all_deltas()}
+        for step in real(turn, recipe, *rest):
+            now = {n: [p.detach().clone() for p in every(model, n)] for n in before}
             moving.append(
                 {n for n in before if any(not torch.equal(a, b) for a, b in zip(before[n], now[n], strict=True))}
             )
@@ -259,7 +262,7 @@ def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
     def every(model: Any, name: str) -> list[Any]:
         return [p for host in hosts(model).values() if name in host.deltas for p in host.deltas[name].parameters()]
 
-    monkeypatch.setattr(run_module, "training_steps", watched)
+    monkeypatch.setattr(turns.Turn, "steps", watched)
     graftlm.train(several(base_folder, rows, in_turn=True), tmp_path / "out")
     assert moving == [{name} for name in ("low", "biases", "adapters", "before") for _ in range(2)]
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -278,14 +281,14 @@ def test_the_learning_rate_is_the_method_s_own_unless_the_recipe_says_another(
 ) -> None:
     monkeypatch.setattr(METHODS["bitfit"].delta, "learning_rate", 0.125)
     groups: list[list[float]] = []
-    real = run_module.adamw
+    real = policies.adamw
 
     def watched(made: Any, **settings: Any) -> Any:
         made = list(made)
         groups.append([rate for _, rate in made])
         return real(made, **settings)
 
-    monkeypatch.setattr(run_module, "adamw", watched)
+    monkeypatch.setattr(policies, "adamw", watched)
     graftlm.train(several(base_folder, rows, steps=1), tmp_path / "a")
     graftlm.train(several(base_folder, rows, steps=1, learning_rate=1e-3), tmp_path / "b")
     assert groups[0][:2] == [METHODS["lora"].delta.learning_rate, 0.125]

@@ -1,3 +1,78 @@
-"""POLICIES: what acts between steps (rank allocation, merge-and-restart, projections). None is in this version."""
+"""POLICIES: the table of what acts between steps. A new policy is its file, its line here, and its test."""
 
-POLICIES: dict[str, object] = {}
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graftlm.errors import TrainingError
+from graftlm.training.optim import adamw
+from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
+from graftlm.training.policies.alora import Alora, AloraConfig
+from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig
+from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.bilora import BiLora, BiLoraConfig
+from graftlm.training.policies.cola import Cola, ColaConfig
+from graftlm.training.policies.diff_pruning import DiffPruningPolicy, DiffPruningPolicyConfig
+from graftlm.training.policies.diffora import DiffoRA, DiffoRAConfig
+from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
+from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
+from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
+from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
+from graftlm.training.policies.lte import Lte, LteConfig
+from graftlm.training.policies.periodic_lora import PeriodicLora, PeriodicLoraConfig
+from graftlm.training.policies.sora import Sora, SoraConfig
+from graftlm.training.policies.spiel import SpielPolicy, SpielPolicyConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the config that names the policy, and what it makes."""
+
+    config: type[PolicyConfig]
+    policy: type[Policy]
+
+
+POLICIES: dict[str, Row] = {
+    "adalora": Row(AdaLoraPolicyConfig, AdaLoraPolicy),
+    "alora": Row(AloraConfig, Alora),
+    "autolora": Row(AutoLoraConfig, AutoLora),
+    "bilora": Row(BiLoraConfig, BiLora),
+    "cola": Row(ColaConfig, Cola),
+    "diff-pruning": Row(DiffPruningPolicyConfig, DiffPruningPolicy),
+    "diffora": Row(DiffoRAConfig, DiffoRA),
+    "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
+    "increlora": Row(IncreLoraConfig, IncreLora),
+    "lamda": Row(LamdaPolicyConfig, LamdaPolicy),
+    "lora-plus": Row(LoraPlusConfig, LoraPlus),
+    "lte": Row(LteConfig, Lte),
+    "periodic-lora": Row(PeriodicLoraConfig, PeriodicLora),
+    "sora": Row(SoraConfig, Sora),
+    "spiel": Row(SpielPolicyConfig, SpielPolicy),
+}
+
+
+def make_policies(configs: Sequence[PolicyConfig]) -> list[Policy]:
+    return [POLICIES[config.name].policy(config) for config in configs]
+
+
+def make_optimiser(
+    policies: Sequence[Policy], groups: Sequence[Group], *, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimiser that a policy brings, or AdamW; raises TrainingError where two bring one."""
+    for policy in policies:
+        groups = policy.groups(groups)
+    made = {p.config.name: own for p in policies if (own := p.optimiser(groups, weight_decay=weight_decay)) is not None}
+    if len(made) > 1:
+        raise TrainingError(f"policies: {' and '.join(made)} each bring an optimiser: a run has one")
+    if made:
+        return next(iter(made.values()))
+    return adamw([(group.parameters.values(), group.rate) for group in groups], weight_decay=weight_decay)
+
+
+def check_policies(policies: Sequence[Policy], training: Training) -> None:
+    """Raise TrainingError for a policy that has no meaning for what is trained, with its reason."""
+    for policy in policies:
+        if reason := policy.refuse(training):
+            methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))
+            raise TrainingError(f"policies: {policy.config.name} with {methods}: {reason}")

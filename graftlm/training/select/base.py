@@ -140,9 +140,7 @@ def losses(pool: Pool, examples: Sequence[Example], what: str) -> NDArray[np.flo
     done = 0
     with pool.attention():
         for pack in pool.packs(_numbered(examples)):
-            ends = torch.tensor(pack.lengths).cumsum(0)
-            segments = torch.bucketize(pack.hidden_rows.cpu(), ends, right=True)
-            numbers = torch.tensor([int(where[0]) for where in pack.where])[segments]
+            numbers = torch.tensor([int(where[0]) for where in pack.where])[pack.segment_of]
             weight = pack.weights.cpu().double()
             sums.index_add_(0, numbers, -weight * log_probs(pool.model, pack).cpu().double())
             weights.index_add_(0, numbers, weight)

@@ -22,9 +22,9 @@ from graftlm.data.render import Renderer
 from graftlm.data.source import SELECTED, Row
 from graftlm.errors import DataError, OutputError, RecipeError
 from graftlm.files import check_new, whole
-from graftlm.model.forward import check_forward, check_packing
 from graftlm.model.load import BaseConfig, cache_folder, load_base, locate, return_freed_memory
 from graftlm.training import display, ranks
+from graftlm.training.prove import prove
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 SCORES_VERSION = 1
 """Raised when a method's scores come to mean something else, so that old ones are not taken for new ones."""
-
-PROBE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -145,15 +143,8 @@ def best(scores: Scores, keep: float | None) -> list[int]:
 
 def _proved(recipe: "Recipe", pool: Pool) -> Any:
     """The base, proved on the shortest and the longest of the rows as a run proves it."""
-    import torch
-
     model: Any = load_base(recipe.base, network=recipe.network).model
-    examples = [example for row in pool.examples for example in row]
-    ends = (min(examples, key=len), max(examples, key=len))
-    short, long = (torch.from_numpy(e.ids.astype("int64")).to(model.device) for e in ends)
-    check_forward(model, long[:PROBE_TOKENS])
-    if recipe.data.pack:
-        check_packing(model, short, long[:PROBE_TOKENS])
+    prove(model, [example for row in pool.examples for example in row], packed=recipe.data.pack, sharing=False)
     return model
 
 

@@ -1,0 +1,96 @@
+"""Our side of the preference benchmark: the library's own loop over the pairs, order and schedule of the peer.
+
+The clock runs over the optimiser steps alone, as on the peer's side; the reference is computed in them.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from machine import peak_rss_gib
+
+
+def peers_schedule(step: int, *, steps: int, warmup_steps: int) -> float:
+    """transformers' cosine schedule, whose first rate is 0. (Not quite 0 here: the loop checks that A learns in the
+    second step, and for that B must have moved in the first.)"""
+    if step < warmup_steps:
+        return max(step, 1e-4) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, kind in {"--base": str, "--rows": Path, "--start": Path, "--out": Path, "--steps": int}.items():
+        parser.add_argument(name, type=kind, required=True)
+    numbers = {"--batch-pairs": 8, "--threads": 1, "--seed": 0, "--warmup-steps": 2, "--pack-tokens": 2048}
+    for name, default in (numbers | {"--learning-rate": 1e-4, "--beta": 0.1}).items():
+        parser.add_argument(name, type=type(default), default=default)
+    parser.add_argument("--apart", action="store_true", help="compute the prompt of every answer")
+    args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
+
+    import numpy as np
+    import torch
+
+    import graftlm
+    from graftlm.data.pack import Example, Group, pack
+    from graftlm.losses.dpo import DpoConfig
+    from graftlm.model.attach import trainable
+    from graftlm.model.store import load_adapter
+    from graftlm.training.loop import steps
+    from graftlm.training.optim import adamw
+
+    torch.set_num_threads(args.threads)
+    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
+
+    def answer(row: dict[str, list[int]], kind: str) -> Example:
+        weights = [0.0] * len(row["prompt_ids"]) + [1.0] * len(row[f"{kind}_ids"])
+        return Example(np.array(row["prompt_ids"] + row[f"{kind}_ids"], np.int32), np.array(weights, np.float32), kind)
+
+    groups = [
+        Group((answer(row, "chosen"), answer(row, "rejected")), (1.0, 0.0), ((0, 1),))
+        for row in rows[: args.steps * args.batch_pairs]
+    ]
+    batches = [groups[i : i + args.batch_pairs] for i in range(0, len(groups), args.batch_pairs)]
+    model, _ = graftlm.load_base(args.base, store="bf16")
+    load_adapter(model, args.start)
+    for parameter in trainable(model).values():
+        assert parameter.dtype == torch.float32
+    done = list(
+        steps(
+            model,
+            (pack(batch, args.pack_tokens, share=not args.apart) for batch in batches),
+            loss=DpoConfig(beta=args.beta),
+            optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
+            schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
+            clip=1.0,
+        )
+    )
+    wall = sum(step.wall_s for step in done)
+    result = {
+        "threads": args.threads,
+        "pairs": len(groups),
+        "tokens": sum(step.tokens for step in done),
+        "computed_tokens": sum(step.computed_tokens for step in done),
+        "steps": len(done),
+        "train_wall_s": wall,
+        "pairs_per_s": len(groups) / wall,
+        "step_wall_s": [step.wall_s for step in done],
+        "losses": [step.loss for step in done],
+        "margins": [step.metrics["margin"] for step in done],
+        "beforehand_s": 0.0,
+        "peak_rss_gib": peak_rss_gib(),
+        "versions": {"graftlm": graftlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

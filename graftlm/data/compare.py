@@ -1,0 +1,196 @@
+"""Rows whose answers are compared, or judged -> groups of examples, which a loss sees together.
+
+Every answer is a conversation of its own and goes through the one renderer, as a row whose earlier messages have
+weight 0: so only the answer is compared, whatever the chat template writes before it. Answers to one prompt begin with
+the same tokens, which a pack computes once.
+
+| a row must have | chosen and rejected | or a verdict           | loss                |
+|-----------------|---------------------|------------------------|---------------------|
+| pairs           | yes: the best against each of the others      | dpo, simpo, orpo .. |
+| feedback        | each is an answer   | `desirable`, one answer | kto, sppo          |
+| text            | raw text, or the mask `everything`            | pretraining         |
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from graftlm.data.check import Report, prepare
+from graftlm.data.formats import TEXT, Message
+from graftlm.data.pack import Example, Group
+from graftlm.data.render import Renderer
+from graftlm.data.source import DataConfig, Row, for_supervised
+from graftlm.errors import DataError, numbered
+
+Usable = Callable[[Sequence[Row]], tuple[list[Row], list[str]]]
+"""Rows -> those that a loss can use, and what is to be told of the others; DataError where a loss cannot do."""
+
+
+def usable_by(loss: str, needs: str, data: DataConfig) -> Usable:
+    """What `read_data` asks about its rows: whether they have what this loss needs."""
+
+    def usable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+        if needs == "answers":
+            return for_supervised(rows)
+        lacking = [f"{row.where}: {why}" for row in rows if (why := _lacks(row, needs, data))]
+        if lacking:
+            raise DataError(
+                f"{len(lacking)} of {len(rows)} rows lack what loss {loss!r} needs:\n"
+                f"{numbered(lacking)}\n{REMEDIES[needs]}"
+            )
+        return list(rows), []
+
+    return usable
+
+
+REMEDIES = {
+    "pairs": "Give rows with `chosen` and `rejected` (or `responses` with `scores`); loss `kto` takes single answers "
+    "that were liked or not, and loss `supervised` takes what is to be imitated",
+    "feedback": "Give rows with a `label` (true or false), or pairs with `chosen` and `rejected`; loss `supervised` "
+    "takes answers that nobody has judged",
+    "text": "Give rows with a `text`, or set `data: {mask: everything}` to train every token of conversations",
+    "rewards": "Rewards come from a loop that generates answers and judges them, not from files",
+}
+
+
+def _lacks(row: Row, needs: str, data: DataConfig) -> str:
+    """What is missing, or nothing."""
+    raw = row.messages[0].role == TEXT
+    if needs == "text":
+        return "" if raw or data.mask == "everything" else "a conversation is no raw text"
+    if needs == "rewards":
+        return "no rewards"
+    if raw:
+        return "raw text has no answer"
+    if any(said[-1].role != "assistant" for said in (row.messages, *row.rejected)):
+        return "does not end with an answer"
+    if needs == "pairs" or row.rejected:
+        return "" if row.rejected else "no rejected answer to compare with"
+    return "" if row.desirable is not None else "nobody says whether the answer was liked"
+
+
+# Answers as rows, and back -----------------------------------------------------------------------------------------
+
+
+def answers_of(rows: Sequence[Row]) -> list[Row]:
+    """Every answer of these rows as a row, each row once: what the renderer is given."""
+    return [answer for row in {row.where: row for row in rows}.values() for answer in _answers(row)]
+
+
+def _answers(row: Row) -> list[Row]:
+    said = [row.messages, *row.rejected]
+    asked = _common(said) if row.rejected else len(row.messages) - 1
+    return [
+        Row([*(replace(m, weight=0.0, spans=()) for m in one[:asked]), *one[asked:]], where, row.group, row.tools)
+        for one, where in zip(said, _places(row), strict=True)
+    ]
+
+
+def _places(row: Row) -> list[str]:
+    return [row.where, *(f"{row.where}: rejected answer {n}" for n in range(1, len(row.rejected) + 1))]
+
+
+def _common(said: Sequence[Sequence[Message]]) -> int:
+    """The messages that all begin with; each has one more at least."""
+    count = 0
+    for together in zip(*(one[:-1] for one in said), strict=False):
+        if any(message != together[0] for message in together):
+            break
+        count += 1
+    return count
+
+
+def prepare_groups(
+    rows: Sequence[Row], renderer: Renderer, data: DataConfig, needs: str, **options: Any
+) -> tuple[list[Group], list[Row], Report]:
+    """Groups ready to pack, the rows that they are of, and the report, as `check.prepare` makes them of single rows."""
+    examples, report = prepare(answers_of(rows), renderer, data, **options)
+    made, kept, problems = groups(rows, examples, needs)
+    report.problems += problems
+    report.rows = len(made)
+    if problems and (data.strict or not made):
+        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
+    if not made:
+        raise DataError(
+            f"no row is left to train on: each of {len(rows)} has an answer longer than max_tokens={data.max_tokens}. "
+            "Raise data.max_tokens, or set data.over_length: truncate"
+        )
+    return made, kept, report
+
+
+def groups(rows: Sequence[Row], examples: Sequence[Example], needs: str) -> tuple[list[Group], list[Row], list[str]]:
+    """(a group for each row, the rows that have one, what is wrong with others) from the examples of `answers_of`.
+
+    A row of which an answer could not be rendered, or was too long, has none: its answer was told of already.
+    """
+    found: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        found[example.where].append(example)
+    made: list[Group] = []
+    kept: list[Row] = []
+    problems: dict[str, str] = {}
+    for row in rows:
+        answers = [found[place] for place in _places(row)]
+        if any(len(pieces) > 1 for pieces in answers):
+            problems[row.where] = "what is compared has several answers, and the chat template rewrites earlier ones"
+        elif all(answers):
+            group = _group(row, tuple(one for (one,) in answers), needs)
+            same = [n for n in range(1, len(group.answers)) if _same(group.answers[0], group.answers[n])]
+            if same:
+                problems[row.where] = f"rejected answer {same[0]} is rendered to the same tokens as the chosen one"
+            else:
+                made.append(group)
+                kept.append(row)
+    return made, kept, [f"{where}: {why}" for where, why in problems.items()]
+
+
+def _group(row: Row, answers: tuple[Example, ...], needs: str) -> Group:
+    if not row.rejected:
+        return Group(answers, (float(bool(row.desirable)),))
+    worse = range(1, len(answers))
+    pairs = tuple((0, n) for n in worse) if needs == "pairs" else ()
+    return Group(answers, (1.0, *(0.0 for _ in worse)), pairs)
+
+
+def _same(a: Example, b: Example) -> bool:
+    return np.array_equal(a.ids, b.ids) and np.array_equal(a.weights, b.weights)
+
+
+# Answers to other prompts ------------------------------------------------------------------------------------------
+
+
+def mismatched(step: Sequence[Group]) -> list[Group]:
+    """The prompts of a step with the answers of the next group that was asked something else, to be looked at only.
+
+    From these KTO estimates how far the policy is from its reference. Groups without such a neighbour have none.
+    """
+    found = []
+    for number, group in enumerate(step):
+        others = (step[(number + n) % len(step)] for n in range(1, len(step)))
+        other = next((one for one in others if not np.array_equal(_prompt(one), _prompt(group))), None)
+        if other is not None:
+            pairs = zip(group.answers, (other.answers * len(group.answers))[: len(group.answers)], strict=True)
+            answers = tuple(_exchanged(asked, answered) for asked, answered in pairs)
+            found.append(Group(answers, (0.0,) * len(answers), probe=True))
+    return found
+
+
+def _begins(example: Example) -> int:
+    """Where what is trained begins."""
+    return int(example.weights.nonzero()[0][0])
+
+
+def _prompt(group: Group) -> np.ndarray:
+    return group.answers[0].ids[: _begins(group.answers[0])]
+
+
+def _exchanged(asked: Example, answered: Example) -> Example:
+    a, b = _begins(asked), _begins(answered)
+    return Example(
+        np.concatenate([asked.ids[:a], answered.ids[b:]]),
+        np.concatenate([np.zeros(a, np.float32), answered.weights[b:]]),
+        f"{asked.where}, with the answer of {answered.where}",
+    )

@@ -1,0 +1,160 @@
+"""What every objective is: a function of log-probabilities of targets that says what to minimise, as a sum.
+
+Letters, in all files here: S loss triples (hidden row, target, weight), N answers, P pairs of answers. All numbers are
+in nats. y_w is the chosen answer of a pair, y_l the rejected one, x the prompt that both answer; pi is the policy, the
+model with its deltas, and pi_ref the reference, the same model without them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from graftlm.config import config
+
+Metrics = Mapping[str, tuple[Tensor, Tensor | float]]
+"""What is logged of a step beside its loss, by name: a sum, and over how many things. Neither has a gradient."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """sum: a scalar with a gradient; count: what the sum is divided by, over all packs and ranks of a step."""
+
+    sum: Tensor
+    count: Tensor
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a pack knows of its S triples beside their log-probabilities."""
+
+    weights: Tensor
+    """float [S]"""
+    answers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 [S]: the answer that each triple is a token of, from 0. Empty where nobody tells answers apart."""
+    pairs: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
+    """int64 [P, 2]: answers to one prompt, (chosen, rejected)."""
+    marks: Tensor = field(default_factory=lambda: torch.empty(0))
+    """float [N]: what is known of each answer: liked 1 or not 0, a share of wins, a reward, an advantage."""
+    before: Tensor | None = None
+    """float [S]: log-probabilities from when the answers were sampled; None where the policy is still the same."""
+    values: Tensor | None = None
+    """float [N], with a gradient: V(x) of the prompt that each answer is to, for losses with a value head."""
+    statistic: float = 0.0
+    """A number that the whole step has in common, where `Loss.statistic` asks for one."""
+
+
+@config
+class LossConfig:
+    """The base of all configs of objectives; each adds `name`, its key in LOSSES, and its options."""
+
+    name: str
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probabilities of the reference are needed."""
+        return False
+
+
+@config
+class ComparedConfig(LossConfig):
+    """Of the objectives that compare the policy with a reference."""
+
+    reference: Annotated[
+        str | None,
+        Field(
+            description="What the policy is compared with: by default the base without deltas, or an adapter folder, "
+            "which is put on the base beside them and stays as it is."
+        ),
+    ] = None
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A row of the table: the config that names the objective, its function, and what it needs to be given."""
+
+    config: type[LossConfig]
+    value: Callable[[Any, Tensor, Tensor | None, Batch], LossSum]
+    """(config, policy [S], reference [S] or None, batch): log-probabilities in, a sum out."""
+    count: Callable[[Any, Batch], Tensor]
+    """What the sum is divided by, known before any forward pass: `tokens`, `answers` or `pairs`."""
+    rows: Literal["answers", "text", "pairs", "feedback", "rewards"]
+    """What a row must have: an answer; raw text; answers that were liked less; an answer that was liked or not;
+    answers that somebody has given rewards, as loops that generate do."""
+    values: bool = False
+    """Whether it learns a value of each prompt: a linear head on the hidden state where the prompt ends."""
+    statistic: Callable[[Any, Tensor, Tensor | None, Batch], LossSum] | None = None
+    """For a number that is a mean over the whole step, like the KL divergence in KTO: its part of one pack of probes,
+    without a gradient. The mean over all packs of probes is `batch.statistic` of the passes that learn."""
+
+    def __call__(self, policy: Tensor, reference: Tensor | None, weights: Tensor) -> LossSum:
+        """With the defaults of its config, for losses that tell no answers apart."""
+        return self.value(self.config(), policy, reference, Batch(weights))  # type: ignore[call-arg]
+
+
+# What is counted --------------------------------------------------------------------------------------------------
+
+
+def tokens(config: Any, batch: Batch) -> Tensor:
+    return batch.weights.sum()
+
+
+def answers(config: Any, batch: Batch) -> Tensor:
+    return torch.tensor(float(len(batch.marks)))
+
+
+def pairs(config: Any, batch: Batch) -> Tensor:
+    return torch.tensor(float(len(batch.pairs)))
+
+
+# From tokens to answers to pairs ----------------------------------------------------------------------------------
+
+
+def per_answer(values: Tensor, batch: Batch) -> Tensor:
+    """The weighted sum of values [S] over the tokens of each answer: [N]."""
+    return values.new_zeros(len(batch.marks)).index_add(0, batch.answers, values * batch.weights.to(values.dtype))
+
+
+def lengths(batch: Batch, like: Tensor) -> Tensor:
+    """|y| of each answer, [N]: the sum of its weights, which is its number of tokens where none is between 0 and 1."""
+    return per_answer(torch.ones_like(like), batch)
+
+
+def log_ratios(policy: Tensor, reference: Tensor | None, batch: Batch) -> Tensor:
+    """log pi(y|x) / pi_ref(y|x) of each answer: [N]. Exactly 0 where the deltas do nothing."""
+    assert reference is not None, "this objective needs a reference"
+    return per_answer(policy - reference, batch)
+
+
+def of_pairs(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The values [N] of the chosen and of the rejected answers: [P] each."""
+    return values[batch.pairs[:, 0]], values[batch.pairs[:, 1]]
+
+
+def pair_metrics(policy: Tensor, rewards: Tensor, batch: Batch) -> Metrics:
+    """What is logged of P pairs: of rewards [N], the mean margin and how often the chosen answer has more (half where
+    both have the same); of log-probabilities, the mean sum over an answer's tokens, and how often the chosen one has
+    more."""
+    with torch.no_grad():
+        count = float(len(batch.pairs))
+        chosen, rejected = of_pairs(rewards, batch)
+        log_w, log_l = of_pairs(per_answer(policy, batch), batch)
+        return {
+            "margin": ((chosen - rejected).sum(), count),
+            "accuracy": (_better(chosen, rejected), count),
+            "chosen_log_prob": (log_w.sum(), count),
+            "rejected_log_prob": (log_l.sum(), count),
+            "chosen_likelier": (_better(log_w, log_l), count),
+        }
+
+
+def _better(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return (chosen > rejected).double().sum() + 0.5 * (chosen == rejected).double().sum()

@@ -1,0 +1,149 @@
+"""An objective on a model: the passes over a pack that its function needs, with gradients or without."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.data.compare import mismatched
+from graftlm.data.pack import Example, Group, Pack
+from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
+from graftlm.model.attach import (
+    activate,
+    deltas_off,
+    deltas_only,
+    hosts,
+    parameters_of,
+    share,
+    shared_of,
+)
+from graftlm.model.forward import head, hidden_states, log_probs
+from graftlm.model.store import load_adapter
+from graftlm.training import ranks
+
+REFERENCE = "reference"
+"""What the adapter of a config's `reference` is called on the model."""
+
+VALUES = "value-head"
+"""What the value head of a loss is called among what deltas share."""
+
+
+class Objective:
+    """What a step minimises: the loss of a config as a function of model and pack."""
+
+    def __init__(self, config: LossConfig | str) -> None:
+        """A name is that loss with its defaults."""
+        self.config = LOSSES[config].config() if isinstance(config, str) else config  # type: ignore[call-arg]
+        self.loss = LOSSES[self.config.name]
+
+    def add_reference(self, model: nn.Module) -> None:
+        """Put the adapter that is the reference on the bare base, if there is one: before any delta.
+
+        Raises AdapterError for an adapter that does not fit.
+        """
+        if folder := getattr(self.config, "reference", None):
+            load_adapter(model, folder, name=REFERENCE)
+            for parameter in parameters_of(model, REFERENCE):
+                parameter.requires_grad_(False)
+            activate(model)
+
+    def add_head(self, model: Any) -> None:
+        """Put the value head on the model, if this loss has one: after the deltas, which freeze everything else."""
+        if self.loss.values:
+            head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+            share(model, VALUES, head)
+
+    def learning(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What is trained beside the deltas, by name."""
+        head = shared_of(model, VALUES)
+        return {} if head is None else {f"{VALUES}.{name}": p for name, p in head.named_parameters()}
+
+    def count(self, pack: Pack) -> float:
+        """What this pack adds to the number that the step's sum is divided by; nothing has to be computed for it."""
+        return float(self.loss.count(self.config, batch_of(pack)))
+
+    def part(self, model: nn.Module, pack: Pack, statistic: float = 0.0) -> tuple[LossSum, Tensor]:
+        """The pack's part of the loss, with a gradient, and log-probabilities of its targets [S] without one.
+        `statistic` is that of the step."""
+        batch = replace(batch_of(pack), statistic=statistic)
+        reference = self.reference(model, pack)
+        if self.loss.values:
+            hidden = hidden_states(model, pack)
+            policy = head(model, hidden.index_select(0, pack.hidden_rows), pack.targets)
+            batch = replace(batch, values=_values(model, hidden.detach(), pack))
+        else:
+            policy = log_probs(model, pack)
+        return self.loss.value(self.config, policy, reference, batch), policy.detach()
+
+    def probes(self, step: Sequence[Example | Group]) -> list[Group]:
+        """What is looked at before a step of these, for its statistic; nothing where the loss has none."""
+        return mismatched([item for item in step if isinstance(item, Group)]) if self.loss.statistic else []
+
+    @torch.no_grad()
+    def statistic(self, model: nn.Module, probes: Iterable[Pack]) -> float:
+        """The number that the whole step has in common, from the probes of all ranks; 0 where nothing was probed."""
+        if self.loss.statistic is None:
+            return 0.0
+        total = count = 0.0
+        for pack in probes:
+            found = self.loss.statistic(
+                self.config, log_probs(model, pack), self.reference(model, pack), batch_of(pack)
+            )
+            total, count = total + float(found.sum), count + float(found.count)
+        total, count = ranks.totals(total, count)
+        return total / count if count else 0.0
+
+    @torch.no_grad()
+    def reference(self, model: nn.Module, pack: Pack) -> Tensor | None:
+        """log-probabilities of the targets under the reference, [S]: the same pack through the same model."""
+        if not self.config.needs_reference:
+            return None
+        if getattr(self.config, "reference", None) is None:
+            with deltas_off(model):
+                return log_probs(model, pack)
+        for host in hosts(model).values():
+            if REFERENCE in host.deltas:
+                host.deltas[REFERENCE].eval()
+        with deltas_only(model, REFERENCE):
+            return log_probs(model, pack)
+
+
+def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
+    """V(x) [N] from the hidden states [T, d], where prompts end: each first token of an answer is predicted there."""
+    ends = pack.hidden_rows.new_full((len(pack.marks),), len(hidden))
+    ends = ends.scatter_reduce(0, pack.answers, pack.hidden_rows, "amin")
+    head = shared_of(model, VALUES)
+    if head is None:  # before there are deltas: it will start at 0
+        return hidden.new_zeros(len(ends), dtype=torch.float32)
+    values: Tensor = head(hidden.index_select(0, ends).float())
+    return values[:, 0]
+
+
+def batch_of(pack: Pack) -> Batch:
+    return Batch(pack.weights, pack.answers, pack.pairs, pack.marks)
+
+
+class Sums:
+    """The loss and the metrics of many packs, added up."""
+
+    def __init__(self, objective: Objective) -> None:
+        nothing = torch.empty(0)  # every rank must know what there is, one without packs too
+        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing))
+        self.parts = {name: [0.0, 0.0] for name in made.metrics}
+        self.loss = 0.0
+
+    def add(self, made: LossSum) -> None:
+        self.loss += float(made.sum.detach())
+        for name, (value, count) in made.metrics.items():
+            self.parts[name][0] += float(value)
+            self.parts[name][1] += float(count)
+
+    def totals(self) -> tuple[float, dict[str, float]]:
+        """The summed loss and, of what was counted at all, the mean metrics: of all ranks."""
+        loss, *summed = ranks.totals(self.loss, *(number for part in self.parts.values() for number in part))
+        found = zip(self.parts, summed[::2], summed[1::2], strict=True)
+        return loss, {name: value / count for name, value, count in found if count}

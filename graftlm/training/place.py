@@ -1,0 +1,168 @@
+"""Where a run lives: what stands in OUT before it, while it goes on and after it, and whether it may be resumed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from graftlm.config import to_tree
+from graftlm.data.pack import Example
+from graftlm.errors import OutputError, TrainingError, numbered
+from graftlm.model.store import check_new_folder, mend_folder, writing
+from graftlm.training import ranks
+from graftlm.training.checkpoint import FOLDER, METRICS, UNFINISHED, Checkpoints, Metrics, Snapshot, read, sync
+from graftlm.training.recipe import Recipe, read_recipe
+
+SUMMARY, RECIPE = "summary.json", "recipe.yaml"
+
+FREE = ("network", "report.", "train.keep", "train.on_nonfinite", "train.save_every", "train.threads")
+"""Keys of a recipe that say nothing of what is learnt: a run may be resumed with others. (Other threads round
+otherwise, so the last bits of a resumed run are then not those of an unbroken one.)"""
+
+
+@dataclass
+class Running:
+    """A run that is on its way: where its steps are noted and its checkpoints go."""
+
+    metrics: Metrics
+    checkpoints: Checkpoints | None
+
+    def save(self, step: int, snapshot: Callable[..., Snapshot]) -> None:
+        """Save what `snapshot(metrics=...)` takes, on the rank that writes."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(snapshot(metrics=self.metrics.where()), step)
+
+
+class Place:
+    """The folder OUT of a run of this recipe."""
+
+    def __init__(self, out: Path, recipe: Recipe) -> None:
+        self.out, self.tree = out, to_tree(recipe)
+        self.folder = out / FOLDER
+        self.checkpoints = Checkpoints(self.folder, keep=recipe.train.keep)
+        self.resumes = self.changed = False
+
+    def open(
+        self, *, overwrite: bool, resume: bool, accept_changes: bool, told: Callable[[str], None]
+    ) -> Literal["new", "finished", "unfinished"]:
+        """Look at what is there. Raises OutputError where something would be lost, or is of another recipe."""
+        if ranks.first():
+            mend_folder(self.out, keep=(FOLDER,))
+        unfinished = (self.folder / UNFINISHED).is_file()
+        if not resume:
+            if unfinished and not overwrite:
+                raise OutputError(f"{self.out} holds a run that is not done: say --resume to go on, or --overwrite")
+            check_new_folder(self.out, overwrite=overwrite, keep=(FOLDER,))
+            return "new"
+        if unfinished:
+            began = json.loads((self.folder / UNFINISHED).read_text(encoding="utf-8"))
+        elif (self.out / SUMMARY).is_file():
+            began = to_tree(read_recipe(self.out / RECIPE))
+        else:
+            check_new_folder(self.out, overwrite=overwrite or not self._holds_an_adapter(), keep=(FOLDER,))
+            return "new"
+        changes = differences(began, self.tree)
+        if changes:
+            told(f"{self.out} was begun with another recipe:\n{numbered(changes)}")
+        matter = any(not change.startswith(FREE) for change in changes)
+        if matter and not accept_changes:
+            raise OutputError(
+                f"{self.out} was begun with another recipe:\n{numbered(changes)}\nChange it back, or say "
+                "--accept-changes to go on with the new one, or --overwrite without --resume to start anew"
+            )
+        self.resumes, self.changed = unfinished or matter, matter
+        return "unfinished" if self.resumes else "finished"
+
+    def _holds_an_adapter(self) -> bool:
+        return self.out.is_dir() and any(path.name != FOLDER for path in self.out.iterdir())
+
+    def newest(self, facts: Mapping[str, Any], *, told: Callable[[str], None]) -> Snapshot | None:
+        """The checkpoint to go on from, on every rank the same; None to start. TrainingError if `facts` differ."""
+        if not self.resumes:
+            return None
+        found = self.checkpoints.newest(told) if ranks.first() else None
+        (name, *_) = ranks.gathered([found[1].name if found else ""])
+        if not name:
+            return None
+        snapshot = found[0] if found else read(self.folder / name)
+        for key, what in (("rows", "training rows"), ("base", "base")):
+            if snapshot.facts[key] != facts[key] and not self.changed:
+                raise TrainingError(
+                    f"{self.folder / name}: the {what} are not those that it was saved with, though the recipe is the "
+                    "same: files have changed. Put them back, or say --overwrite without --resume to start anew"
+                )
+        return snapshot
+
+    @contextmanager
+    def begin(self, found: Snapshot | None) -> Iterator[Running]:
+        """Inside, the run goes on; of one that fails before its first checkpoint nothing is left."""
+        if not ranks.first():
+            with Metrics(None) as metrics:
+                metrics.lines += _lines_before(self.folder, found)
+                yield Running(metrics, None)
+            return
+        with writing(self.out):
+            if found is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+            draft = self.folder / f".{UNFINISHED}"
+            draft.write_text(json.dumps(self.tree, indent=1) + "\n", encoding="utf-8")
+            sync(draft)
+            draft.rename(self.folder / UNFINISHED)
+            for left in self.folder.glob(".step-*"):  # of a save that was killed
+                shutil.rmtree(left)
+            metrics = Metrics(self.folder / METRICS, found.facts["metrics"] if found else None)
+        try:
+            with metrics, writing(self.out):
+                yield Running(metrics, self.checkpoints)
+                self.checkpoints.wait()
+        finally:
+            self.checkpoints.settle()
+            if not self.checkpoints.steps():
+                shutil.rmtree(self.folder)
+                if not any(self.out.iterdir()):
+                    self.out.rmdir()
+
+    def close(self) -> None:
+        """The run is done, and all of it is in OUT."""
+        if ranks.first():
+            os.unlink(self.folder / UNFINISHED)
+            sync(self.folder)
+
+
+def _lines_before(folder: Path, found: Snapshot | None) -> list[dict[str, Any]]:
+    if found is None:
+        return []
+    with open(folder / METRICS, "rb") as file:
+        return [json.loads(line) for line in file.read(found.facts["metrics"]["bytes"]).splitlines()]
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """What differs between two trees, a line each: `train.steps: 50 -> 100`."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        keys = list(dict.fromkeys([*before, *after]))
+        return [
+            line
+            for name in keys
+            for line in differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if before == after else [f"{key}: {_said(before)} -> {_said(after)}"]
+
+
+def _said(value: Any) -> str:
+    return "(not there)" if value is None else json.dumps(value)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of all rows as they are trained on, in their order."""
+    summed = hashlib.sha256()
+    for example in examples:
+        summed.update(len(example).to_bytes(8, "little"))
+        summed.update(example.ids.tobytes())
+        summed.update(example.weights.tobytes())
+    return summed.hexdigest()

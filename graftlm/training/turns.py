@@ -1,0 +1,161 @@
+"""From a recipe and its rows to steps: the plan of batches, the deltas on the model, and who of them learns when.
+
+A turn is a part of the plan with deltas that learn together and an optimiser and policies of their own. Most runs have
+one; `train.in_turn` makes one for each delta.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+
+from graftlm.data.pack import Example, Group, Pack, batches, lay_out
+from graftlm.deltas import METHODS
+from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable
+from graftlm.model.collect import collect
+from graftlm.model.forward import packed_attention
+from graftlm.training import ranks
+from graftlm.training.loop import Step, TrainConfig, steps
+from graftlm.training.objective import Objective
+from graftlm.training.optim import warmup_cosine
+from graftlm.training.policies import make_optimiser, make_policies
+from graftlm.training.policies.base import Group as ParameterGroup
+from graftlm.training.policies.base import Policy, Training
+from graftlm.training.recipe import Recipe
+
+STATISTICS_PACKS = 8
+"""What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
+
+
+def attach_deltas(
+    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]], *, start: bool = True
+) -> None:
+    """Put the deltas of the recipe on the model; those that start from the data see the first packs of training.
+
+    Every rank looks at the same packs, so that all start from the same numbers. Without `start` they are there to be
+    filled with what a checkpoint holds.
+    """
+    deltas = recipe.all_deltas()
+    gathered = {
+        name: collect(model, config, needs, _losses(recipe, model, examples, plan))
+        for name, config in deltas.items()
+        if start and (needs := needed_statistics(config))
+    }
+    for name, config in deltas.items():
+        attach(model, config, name=name, seed=recipe.train.seed, statistics=gathered.get(name), start=start)
+
+
+def _losses(
+    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]]
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """The mean loss of each of the first packs, as functions to be called while the bare base is watched."""
+    packs = (p.to(model.device) for step in plan for p in packs_of(recipe, [examples[i] for i in step], share=False))
+
+    objective = Objective(recipe.loss)
+
+    def loss(p: Pack) -> torch.Tensor:
+        made, _ = objective.part(model, p)
+        return made.sum / objective.count(p)
+
+    with packed_attention(model) if recipe.data.pack else nullcontext():
+        for each in islice(packs, STATISTICS_PACKS):
+            yield partial(loss, each)
+
+
+def packs_of(recipe: Recipe, rows: Sequence[Example | Group], *, share: bool) -> list[Pack]:
+    """The passes over some rows as the recipe has them, beginnings shared or not."""
+    return lay_out(rows, recipe.train.pack_tokens, packed=recipe.data.pack, share=share)
+
+
+def plan_batches(config: TrainConfig, examples: Sequence[Example | Group]) -> list[list[int]]:
+    """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once."""
+    total = config.steps or max(1, round((config.epochs or 1) * len(examples) / config.batch_rows))
+    plan = batches(len(examples), config.batch_rows, total, config.seed)
+    largest = max(range(total), key=lambda i: sum(len(examples[j]) for j in plan[i]))
+    plan[0], plan[largest] = plan[largest], plan[0]
+    return plan
+
+
+@dataclass
+class Turn:
+    """Deltas that learn together over the batches `first` to `last` of the plan, from 0, `last` not included."""
+
+    first: int
+    last: int
+    training: Training
+    policies: list[Policy]
+    schedule: Callable[[int], float]
+
+    def steps(
+        self, recipe: Recipe, examples: Sequence[Example | Group], plan: list[list[int]], seen: int
+    ) -> Iterator[Step]:
+        """The steps from batch `seen` of the plan on. Afterwards, if that was the end of the turn: `end`."""
+        config, model = recipe.train, self.training.model
+        make = partial(packs_of, recipe, share=config.prefix_sharing)
+        packs = partial(ranks.packs_of, make=make, sharded=ranks.is_sharded(model))
+        return steps(
+            model,
+            ([p.to(model.device) for p in packs([examples[i] for i in rows])] for rows in plan[seen : self.last]),  # type: ignore[arg-type]
+            loss=recipe.loss,
+            optimiser=self.training.optimiser,
+            schedule=self.schedule,
+            clip=config.clip,
+            policies=self.policies,
+            training=self.training,
+            seen=seen,
+            on_nonfinite=config.on_nonfinite,
+            packed=recipe.data.pack,
+            checkpointing=config.checkpointing,
+            offload=config.offload,
+            compiled=config.compile,
+        )
+
+    def end(self) -> None:
+        for policy in self.policies:
+            policy.on_end(self.training)
+
+
+def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
+    """All deltas together over `total` steps, or each in its turn and the others as they are."""
+    for host in hosts(model).values():
+        host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
+    config, deltas = recipe.train, recipe.all_deltas()
+    by_tensor = {id(p): name for name, p in trainable(model).items()}
+    learning = {name: {by_tensor[id(p)]: p for p in parameters_of(model, name)} for name in deltas}
+    together = [[name] for name in deltas] if config.in_turn else [list(deltas)]
+    first = 0
+    for number, names in enumerate(together, start=1):
+        last = round(total * number / len(together))
+        for name, parameters in learning.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(name in names)
+        groups = [
+            ParameterGroup(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
+            for name in names
+        ]
+        policies = make_policies(recipe.policies)
+        optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
+        schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))
+        for policy in policies:
+            schedule = policy.schedule(schedule)
+        training = Training(
+            model, {name: deltas[name] for name in names}, optimiser, total=last - first, seed=config.seed
+        )
+        yield Turn(first, last, training, policies, schedule)
+        first = last
+    for parameters in learning.values():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+
+
+def training_steps(
+    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]]
+) -> Iterator[Step]:
+    """Every step of a run, for who wants nothing but the steps."""
+    for turn in turns(recipe, model, len(plan)):
+        yield from turn.steps(recipe, examples, plan, turn.first)
+        turn.end()

@@ -1,0 +1,266 @@
+"""Objectives on a model: how answers are laid out changes nothing, the reference is the model without its deltas."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from graftlm.data.compare import mismatched
+from graftlm.data.pack import Example, Group, Pack, pack
+from graftlm.deltas.lora import LoraConfig
+from graftlm.losses import LOSSES
+from graftlm.model.attach import activate, attach, deltas_off, trainable
+from graftlm.model.forward import hidden_states, log_probs, packed_attention
+from graftlm.testing import perturbed, tiny_model
+from graftlm.training.objective import Objective, Sums
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in LOSSES),
+    *(("dpo", {"link": link}) for link in ("hinge", "ipo", "robust", "exo")),
+    ("policy-gradient", {"kl": 0.1, "divide": "tokens"}),
+]
+
+
+def answered(count: int = 6, seed: int = 0) -> list[Group]:
+    """Groups of two answers to prompts of their own; in some the answers begin alike."""
+    random = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        prompt = random.integers(3, 300, int(random.integers(9, 20)))
+        common = random.integers(3, 300, int(random.integers(0, 4)))
+        answers = []
+        for which in range(2):
+            own = random.integers(3, 300, int(random.integers(1, 12)))
+            ids = np.concatenate([prompt, common, own]).astype(np.int32)
+            weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(common) + len(own))]).astype(np.float32)
+            answers.append(Example(ids, weights, f"rows.jsonl:{number + 1}, {which}"))
+        made.append(Group(tuple(answers), (1.0, 0.0), ((0, 1),)))
+    return made
+
+
+def items(name: str, found: Sequence[Group]) -> list[Group | Example]:
+    """What this loss trains on: groups, or the rows of which they are made."""
+    if LOSSES[name].rows in ("answers", "text"):
+        return [answer for group in found for answer in group.answers]
+    return list(found)
+
+
+def step(model: Any, name: str, options: dict[str, Any], packs: Sequence[Pack], probes: Sequence[Pack] = ()) -> Any:
+    """(loss, gradients, metrics) of a step over these packs, as the loop takes it."""
+    objective = Objective(LOSSES[name].config(**options))
+    count = sum(objective.count(part) for part in packs)
+    sums = Sums(objective)
+    with packed_attention(model):
+        statistic = objective.statistic(model, probes)
+        for part in packs:
+            made, _ = objective.part(model, part, statistic)
+            (made.sum / count).backward()
+            sums.add(made)
+    gradients = {key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None}
+    for p in trainable(model).values():
+        p.grad = None
+    total, metrics = sums.totals()
+    return total / count, gradients, metrics
+
+
+def same(found: Any, wanted: Any, tolerance: float) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=tolerance)
+    assert found[1].keys() == wanted[1].keys()
+    largest = max(float(t.abs().max()) for t in wanted[1].values())
+    for key, tensor in wanted[1].items():
+        assert float((found[1][key] - tensor).abs().max()) <= tolerance * largest, key
+    assert found[2] == pytest.approx(wanted[2], rel=tolerance, abs=tolerance)
+
+
+def moved() -> Any:
+    return perturbed("lora", tiny_model())
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_how_a_step_is_split_into_packs_and_what_they_share_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    model, found = moved(), answered()
+    rows, others = items(name, found), mismatched(found)
+    whole = step(model, name, options, pack(rows, 10_000), pack(others, 10_000))
+    packs = pack(rows, 60, share=True)
+    assert len(packs) > 2
+    split = step(model, name, options, pack(rows, 60, share=False), pack(others, 35))
+    same(split, whole, 1e-5)
+    shared = step(model, name, options, packs, pack(others, 50, share=True))
+    same(shared, whole, 1e-5)
+    assert sum(p.ids.numel() for p in packs) < 0.8 * sum(p.ids.numel() for p in pack(rows, 60))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
+def test_in_double_precision_it_is_the_same_to_twelve_digits(name: str) -> None:
+    model, found = moved().double(), answered(4)
+    wanted = step(model, name, {}, pack(found, 10_000), pack(mismatched(found), 10_000))
+    same(step(model, name, {}, pack(found, 60, share=True), pack(mismatched(found), 60)), wanted, 1e-6)
+
+
+def test_a_pack_tells_the_answers_apart_where_they_agree() -> None:
+    group = answered(1)[0]
+    (part,) = pack([group], 1000, share=True)
+    assert len(part.targets) == sum(int(answer.weights.sum()) for answer in group.answers)
+    for number, answer in enumerate(group.answers):
+        mine = part.answers == number
+        assert part.targets[mine].tolist() == answer.ids[answer.weights > 0].tolist()
+    assert part.pairs.tolist() == [[0, 1]]
+    assert part.marks.tolist() == [1.0, 0.0]
+
+
+def test_groups_stay_whole_and_a_long_one_has_a_pack_of_its_own() -> None:
+    found = answered(12)
+    for tokens in (10, 45, 80, 200):
+        for share in (False, True):
+            parts = pack(found, tokens, share=share)
+            assert parts[0].ids.shape == pack(found[::-1], tokens, share=share)[0].ids.shape, "order decides nothing"
+            seen = sorted(row for part in parts for row in part.rows)
+            assert seen == sorted(answer.where for group in found for answer in group.answers)
+            for part in parts:
+                assert len(part.pairs) == len(part.marks) // 2
+                assert len(part.pairs) == 1 or share or part.ids.numel() <= tokens
+                together = {row.split(",")[0] for row in part.rows}
+                assert len(part.rows) == 2 * len(together)
+
+
+def test_an_idle_pack_has_the_passes_of_a_pack_and_teaches_nothing() -> None:
+    model = moved()
+    (part,) = pack(answered(1), 1000, share=True)
+    for name, loss in LOSSES.items():
+        objective = Objective(loss.config())  # type: ignore[call-arg]
+        assert objective.count(part.idle()) == 0
+        with packed_attention(model):
+            made, _ = objective.part(model, part.idle())
+        made.sum.backward()
+        assert made.sum.item() == 0, name
+        assert all(p.grad is not None and not p.grad.any() for p in trainable(model).values()), name
+
+
+# The reference ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.config().needs_reference])  # type: ignore[call-arg]
+def test_deltas_that_do_nothing_have_no_margin_at_all(name: str) -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=4))
+    _, _, metrics = step(model, name, {}, pack(answered(), 90, share=True))
+    for metric in ("margin", "chosen_reward", "rejected_reward"):
+        assert metrics.get(metric, 0.0) == 0.0
+
+
+def test_the_reference_is_the_model_with_its_deltas_off_and_gets_no_gradient() -> None:
+    model = moved()
+    (part,) = pack(answered(3), 1000, share=True)
+    objective = Objective(LOSSES["dpo"].config())  # type: ignore[call-arg]
+    with packed_attention(model):
+        with deltas_off(model), torch.no_grad():
+            wanted = log_probs(model, part)
+        found = objective.reference(model, part)
+        assert found is not None
+        assert torch.equal(found, wanted)
+        assert not found.requires_grad
+        assert not torch.allclose(log_probs(model, part), wanted, atol=1e-3)
+
+
+def test_the_reference_may_be_an_adapter_that_is_on_the_model_too() -> None:
+    model = moved()
+    attach(model, LoraConfig(r=2), name="reference")
+    (part,) = pack(answered(3), 1000, share=True)
+    with torch.no_grad():
+        for key, p in trainable(model).items():
+            if ".reference." in key:
+                p.add_(0.1)
+    activate(model, "default")
+    objective = Objective(LOSSES["dpo"].config(reference="somewhere/adapter"))  # type: ignore[call-arg]
+    with packed_attention(model), torch.no_grad():
+        found = objective.reference(model, part)
+        policy = log_probs(model, part)
+        activate(model, "reference")
+        assert found is not None
+        assert torch.equal(found, log_probs(model, part))
+        assert not torch.equal(found, policy)
+
+
+def test_the_value_of_a_prompt_is_read_where_it_ends_and_is_learnt_beside_the_deltas() -> None:
+    model, found = moved(), [Group(g.answers, (0.8, 0.2)) for g in answered(4)]
+    objective = Objective(LOSSES["dro"].config(tau=1e-6))  # type: ignore[call-arg]  # so the values alone matter
+    objective.add_head(model)
+    assert sorted(objective.learning(model)) == ["value-head.bias", "value-head.weight"]
+    assert {id(p) for p in objective.learning(model).values()} < {id(p) for p in trainable(model).values()}
+    packs = pack(found, 70, share=True)
+    for part in packs:
+        with packed_attention(model), torch.no_grad():
+            hidden = hidden_states(model, part)
+        for number in range(len(part.marks)):
+            group = next(g for g in found if g.where == part.rows[2 * (number // 2)])
+            prompt = int(group.answers[0].weights.nonzero()[0][0])
+            (alone,) = pack(
+                [Example(group.answers[0].ids[: prompt + 1], np.eye(prompt + 1)[-1].astype(np.float32), "")], 99
+            )
+            with torch.no_grad():
+                wanted = hidden_states(model, alone)[-1]
+            at = part.hidden_rows[part.answers == number].min()
+            assert torch.allclose(hidden[at], wanted, atol=1e-5)
+    optimiser = torch.optim.Adam(objective.learning(model).values(), 0.05)
+    for _ in range(200):
+        _, gradients, metrics = step(model, "dro", {"tau": 1e-6}, packs)
+        for name, p in trainable(model).items():
+            p.grad = gradients[name]
+        optimiser.step()
+        optimiser.zero_grad()
+    assert metrics["value"] == pytest.approx(0.5, abs=0.02), "each prompt has one answer of 0.8 and one of 0.2"
+
+
+# It learns -------------------------------------------------------------------------------------------------------
+
+
+def margin(model: Any, found: Sequence[Group]) -> Tensor:
+    """log pi(chosen) - log pi(rejected) of every pair, by passes over single rows."""
+    sums = []
+    with torch.no_grad():
+        for group in found:
+            for answer in group.answers:
+                (part,) = pack([answer], 1000)
+                sums.append((log_probs(model, part) * part.weights).sum())
+    return torch.stack(sums).view(-1, 2) @ torch.tensor([1.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(n, o) for n, o in OPTIONS if LOSSES[n].rows in ("pairs", "feedback", "rewards")]
+)
+def test_every_objective_teaches_a_tiny_model_to_prefer_the_chosen_answers(name: str, options: dict[str, Any]) -> None:
+    model, found = tiny_model(), answered(4)
+    attach(model, LoraConfig(r=8))
+    if name == "sppo":
+        options = {"eta": 20.0}
+    if name == "policy-gradient":
+        found = [Group(g.answers, (1.0, -1.0)) for g in found]
+    before = margin(model, found)
+    optimiser = torch.optim.Adam(trainable(model).values(), 0.02)
+    packs, probes = pack(found, 90, share=True), pack(mismatched(found), 90, share=True)
+    losses = []
+    for _ in range(15):
+        loss, gradients, metrics = step(model, name, options, packs, probes)
+        losses.append(loss)
+        assert math.isfinite(loss)
+        for key, p in trainable(model).items():
+            p.grad = gradients[key]
+        optimiser.step()
+        optimiser.zero_grad()
+    rise = margin(model, found) - before
+    assert rise.mean() > 1, rise
+    assert (rise > 0).all(), rise
+    if "margin" in metrics and LOSSES[name].config(**options).needs_reference:
+        assert metrics["accuracy"] == 1.0
+    if name != "policy-gradient":
+        assert losses[-1] < losses[0]
+
+
+def test_one_pair_may_be_all_there_is() -> None:
+    loss, gradients, _ = step(moved(), "kto", {}, pack(answered(1), 1000), ())
+    assert math.isfinite(loss)
+    assert gradients

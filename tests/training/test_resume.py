@@ -1,0 +1,427 @@
+"""A run that is stopped, killed or starved at any instant ends in the very bytes of one that was not."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftlm
+import graftlm.training.checkpoint as checkpoint
+import graftlm.training.run as run_module
+from graftlm.config import build, to_yaml
+from graftlm.errors import GraftError, OutputError, TrainingError
+from graftlm.training.checkpoint import FACTS, MANIFEST, STATE
+from graftlm.training.place import differences
+from graftlm.training.recipe import Recipe
+from tests.training.test_run import adapter
+
+pytestmark = pytest.mark.filterwarnings("error")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["red", "green", "blue", "seven", "eleven", "one", "two", "apple", "pear", "sky", "sea"]
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": f"say {words[n % 11]}"},
+                      {"role": "assistant", "content": " ".join(words[n % 11 :][: 1 + n % 7])}]}
+        for n in range(24)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
+    tree: dict[str, Any] = {
+        "base": {"name": str(base), "store": "fp32"},
+        "data": {"train": str(rows), "held_out": 3},
+        "delta": {"method": "lora", "r": 4, "dropout": 0.2},
+        "train": {"steps": STEPS, "batch_rows": 4, "pack_tokens": 64, "seed": 3, "save_every": 2}
+        | {"learning_rate": 0.01},
+        "report": {"samples": 1, "answers": 1, "max_new_tokens": 2},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            tree[section][name] = value
+        else:
+            tree[section] = value
+    return build(Recipe, tree, source="test")
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def same(out: Path, other: Path) -> None:
+    assert losses(out) == losses(other)
+    files = sorted(path.relative_to(other) for path in other.rglob("adapter_model.safetensors"))
+    assert files
+    for file in files:
+        assert (out / file).read_bytes() == (other / file).read_bytes()
+    assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
+    assert not (out / "checkpoints" / "unfinished.json").exists()
+
+
+@pytest.fixture(scope="module")
+def unbroken(base_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    graftlm.train(recipe(base_folder, rows), out)
+    return out
+
+
+def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a signal had come during that step."""
+
+    class Later:
+        asked = 0
+
+        @property
+        def requested(self) -> bool:
+            self.asked += 1
+            return self.asked >= steps
+
+    from contextlib import contextmanager
+
+    @contextmanager
+    def soon() -> Iterator[Later]:
+        yield Later()
+
+    monkeypatch.setattr(run_module, "stop_on_signal", soon)
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    after: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopping_after(after, patch)
+        result = graftlm.train(recipe(base_folder, rows), out)
+    assert result.summary["interrupted"] is True
+    assert result.summary["train"]["steps"] == after
+    model, _ = graftlm.load_base(str(base_folder))
+    graftlm.load_adapter(model, out)
+    summary = graftlm.train(recipe(base_folder, rows), out, resume=True).summary
+    assert "interrupted" not in summary
+    assert summary["train"]["steps"] == STEPS
+    same(out, unbroken)
+
+
+def test_stopped_at_every_step_in_turn(
+    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopping_after(1, patch)
+        for step in range(1, STEPS):
+            assert graftlm.train(recipe(base_folder, rows), out, resume=True).summary["train"]["steps"] == step
+    graftlm.train(recipe(base_folder, rows), out, resume=True)
+    same(out, unbroken)
+
+
+SEVERAL = {"a": {"method": "lora", "r": 2, "init": "pissa"}, "b": {"method": "dora", "r": 2}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"delta": {"method": "lora", "r": 2, "init": "pissa"}},
+        {"delta": {"method": "lora", "r": 2, "init": "lora-ga"}},
+        {"delta": {"method": "vera", "r": 8}},
+        {"delta": {"method": "mora", "r": 4}},
+        {"delta": None, "deltas": SEVERAL},
+        {"delta": None, "deltas": SEVERAL, "train__in_turn": True},
+        {"delta": {"method": "prefix"}},
+        {"policies": ["lora-plus"]},
+        {"data__pack": False, "train__checkpointing": True},
+    ],
+    ids=str,
+)
+def test_whatever_is_trained_resumes_exactly(
+    changes: dict[str, Any], base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(base_folder, rows, **changes)
+    graftlm.train(made, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        for after in (3, 1):
+            stopping_after(after, patch)
+            graftlm.train(made, tmp_path / "out", resume=True)
+    graftlm.train(made, tmp_path / "out", resume=True)
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_resuming_starts_fresh_where_there_is_nothing_and_does_nothing_where_all_is_done(
+    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    graftlm.train(recipe(base_folder, rows), out, resume=True)
+    same(out, unbroken)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = graftlm.train(recipe(base_folder, rows), out, resume=True)
+    assert again.summary["train"]["steps"] == STEPS
+    assert again.model is None
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_the_last_checkpoints_are_kept(unbroken: Path) -> None:
+    assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == [
+        "metrics.jsonl", "step-00000004", "step-00000006",
+    ]  # fmt: skip
+
+
+# Recipes that change ---------------------------------------------------------------------------------------------
+
+
+def stopped(base: Path, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 5) -> None:
+    with monkeypatch.context() as patch:
+        stopping_after(after, patch)
+        graftlm.train(recipe(base, rows), out)
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stopped(base_folder, rows, out, monkeypatch)
+    other = recipe(base_folder, rows, train__learning_rate=0.02)
+    with pytest.raises(OutputError, match=r"train.learning_rate: 0.01 -> 0.02") as raised:
+        graftlm.train(other, out, resume=True)
+    assert "--accept-changes" in str(raised.value)
+    with pytest.raises(OutputError, match="--resume"):
+        graftlm.train(other, out)
+    assert graftlm.train(other, out, resume=True, accept_changes=True).summary["train"]["steps"] == STEPS
+    rates = [json.loads(line)["learning_rate"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    fresh = tmp_path / "fresh"
+    graftlm.train(other, fresh)
+    wanted = [json.loads(line)["learning_rate"] for line in (fresh / "metrics.jsonl").read_text().splitlines()]
+    assert rates[:5] == [rate / 2 for rate in wanted[:5]]
+    assert rates[5:] == wanted[5:]
+
+
+def test_what_says_nothing_of_learning_may_change(
+    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stopped(base_folder, rows, out, monkeypatch)
+    graftlm.train(recipe(base_folder, rows, train__save_every=1, report__samples=0), out, resume=True)
+    same(out, unbroken)
+
+
+def test_other_rows_under_the_same_name_are_refused(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copy(rows, tmp_path / "rows.jsonl")
+    stopped(base_folder, mine, tmp_path / "out", monkeypatch)
+    mine.write_text(mine.read_text().replace("apple", "grape"))
+    with pytest.raises(TrainingError, match="training rows are not those"):
+        graftlm.train(recipe(base_folder, mine), tmp_path / "out", resume=True)
+
+
+def test_differences_are_said_by_key() -> None:
+    before, after = {"a": {"b": 1, "c": [1]}, "d": None}, {"a": {"b": 2, "c": [1]}, "d": None, "e": "x"}
+    assert differences(before, after) == ["a.b: 1 -> 2", 'e: (not there) -> "x"']
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
+@pytest.mark.parametrize("name", [STATE, FACTS, MANIFEST])
+def test_of_a_damaged_checkpoint_the_file_is_named_and_the_one_before_is_taken(
+    name: str,
+    damage: Callable[[Path], None],
+    base_folder: Path,
+    rows: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    stopped(base_folder, rows, out, monkeypatch)
+    damage(out / "checkpoints" / "step-00000005" / name)
+    told: list[str] = []
+    real: Any = run_module.Place.newest
+    monkeypatch.setattr(run_module.Place, "newest", lambda self, facts, **_: real(self, facts, told=told.append))
+    graftlm.train(recipe(base_folder, rows), out, resume=True)
+    assert len(told) == 1
+    assert f"step-00000005/{name} is damaged" in told[0]
+    same(out, unbroken)
+
+
+def test_where_every_checkpoint_is_damaged_the_run_does_not_start_anew_by_itself(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stopped(base_folder, rows, out, monkeypatch)
+    for file in out.rglob(STATE):
+        flip(file)
+    with pytest.raises(TrainingError, match="no checkpoint can be used") as raised:
+        graftlm.train(recipe(base_folder, rows), out, resume=True)
+    assert "--overwrite" in str(raised.value)
+    assert graftlm.train(recipe(base_folder, rows), out, overwrite=True).summary["train"]["steps"] == STEPS
+
+
+# Death at every operation ----------------------------------------------------------------------------------------
+
+DIES = """
+import os, sys, shutil
+from pathlib import Path
+import safetensors.torch, graftlm.training.checkpoint as checkpoint
+left = int(sys.argv[1])
+real_write = Path.write_text
+
+def dying(real):
+    def called(*given, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return real(*given, **named)
+    return called
+
+os.fsync, os.rename, os.unlink = dying(os.fsync), dying(os.rename), dying(os.unlink)
+Path.rename = lambda self, target: (os.rename(self, target), Path(target))[1]
+Path.write_text = dying(Path.write_text)
+checkpoint.save_file = dying(checkpoint.save_file)
+shutil.rmtree = dying(shutil.rmtree)
+import torch
+torch.set_num_threads(1)
+import graftlm
+graftlm.train(sys.argv[2], sys.argv[3], resume=True)
+print("operations:", int(sys.argv[1]) - left)
+"""
+
+
+def test_killed_at_every_write_sync_and_rename_it_goes_on_to_the_same_bytes(
+    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "recipe.yaml"
+    made.write_text(to_yaml(recipe(base_folder, rows)))
+    environment = os.environ | {"GRAFT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def run(dies_at: int, out: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", DIES, str(dies_at), str(made), str(out)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    whole = run(10**6, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    count = int(whole.stdout.rpartition("operations:")[2])
+    same(tmp_path / "whole", unbroken)
+    assert count > 40
+    out, deaths, at = tmp_path / "out", 0, 1
+    while (done := run(at, out)).returncode == -signal.SIGKILL:
+        deaths, at = deaths + 1, at + 7  # dies again and again on the way, later each time
+    assert done.returncode == 0, done.stderr
+    assert deaths > 3
+    same(out, unbroken)
+
+
+# A disk that is full, a place that is closed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_full_disk_is_said_with_path_and_bytes_and_loses_nothing(
+    at: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    calls = 0
+
+    def full(real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at + 8:  # in the second checkpoint: the first takes eight of these
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*given, **named)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        for name in ("save_file", "sync"):
+            patch.setattr(checkpoint, name, full(getattr(checkpoint, name)))
+        with pytest.raises(OutputError, match="no room on the disk") as raised:
+            graftlm.train(recipe(base_folder, rows), out)
+    assert "step-0000000" in str(raised.value)
+    assert "bytes" in str(raised.value)
+    assert not list((out / "checkpoints").glob(".*"))
+    graftlm.train(recipe(base_folder, rows), out, resume=True)
+    same(out, unbroken)
+
+
+def test_of_a_run_that_fails_before_its_first_checkpoint_nothing_is_left(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(GraftError):
+        graftlm.train(recipe(base_folder, rows), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_is_being_replaced_stays_until_the_new_one_is_whole(
+    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    graftlm.train(recipe(base_folder, rows, train__seed=9), out)
+    before = adapter(out)
+
+    def fails(*given: Any, **named: Any) -> None:
+        raise RuntimeError("the machine went down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "new_folder", fails)
+        with pytest.raises(RuntimeError):
+            graftlm.train(recipe(base_folder, rows), out, overwrite=True)
+    assert adapter(out) == before
+    graftlm.train(recipe(base_folder, rows), out, resume=True)
+    same(out, unbroken)
+
+
+def test_a_batch_that_is_not_finite_stops_and_may_be_left_out_on_resuming(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.Tensor.backward
+    calls = 0
+
+    def poisoned(self: torch.Tensor, *given: Any, **named: Any) -> None:
+        nonlocal calls
+        calls += 1
+        real(self * float("nan") if calls == 4 else self, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", poisoned)
+        with pytest.raises(TrainingError, match="a gradient|the gradient"):
+            graftlm.train(recipe(base_folder, rows, train__pack_tokens=10_000), tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoints" / "step-00000003").is_dir()
+    summary = graftlm.train(
+        recipe(base_folder, rows, train__pack_tokens=10_000, train__on_nonfinite="skip"), tmp_path / "out", resume=True
+    ).summary
+    assert summary["train"]["steps"] == STEPS
