@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from graftlm.data.pack import Example
+from graftlm.data.pack import Example, Group
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.model.attach import deltas_off
@@ -105,7 +105,7 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
 
 
 def _steps(
-    recipe: Recipe, model: Any, turn: Turn, examples: Sequence[Example], plan: list[list[int]]
+    recipe: Recipe, model: Any, turn: Turn, examples: Sequence[Example | Group], plan: list[list[int]]
 ) -> Iterator[Tried]:
     """Steps with rising rates, until the last or until the loss is far above its start or no number any more."""
     of_the_base = getattr(recipe.loss, "name", recipe.loss) == "supervised"
