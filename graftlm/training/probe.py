@@ -108,7 +108,7 @@ def _steps(
     recipe: Recipe, model: Any, turn: Turn, examples: Sequence[Example | Group], plan: list[list[int]]
 ) -> Iterator[Tried]:
     """Steps with rising rates, until the last or until the loss is far above its start or no number any more."""
-    of_the_base = getattr(recipe.loss, "name", recipe.loss) == "supervised"
+    of_the_base = recipe.loss.name == "supervised"
     tokens, packed = recipe.train.pack_tokens, recipe.data.pack
     rates = [LOWEST * (HIGHEST / LOWEST) ** (i / (len(plan) - 1)) for i in range(len(plan))]
     own = turn.training.optimiser.param_groups[0]["lr"]
@@ -119,7 +119,7 @@ def _steps(
         for step in turn.steps(recipe, examples, plan, 0):
             before = 0.0
             if of_the_base:
-                rows = [examples[i] for i in plan[step.number - 1]]
+                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]  # it has no others
                 with deltas_off(model):
                     before = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
             tried = Tried(rates[step.number - 1], step.loss, before)
