@@ -121,7 +121,7 @@ def _steps(
         for step in turn.steps(recipe, examples, plan, 0):
             before = 0.0
             if of_the_base:
-                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]  # it has no others
+                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]  # all of them
                 with deltas_off(model):
                     before = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
             tried = Tried(rates[step.number - 1], step.loss, before)
