@@ -48,7 +48,7 @@ class Outcome:
     done: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Name -> the last line of its log."""
+    """Name -> what its log says of it."""
 
 
 # The grid --------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callabl
         elif code == RESUMABLE:
             outcome.stopped.append(point.name)
         else:
-            outcome.failed[point.name] = _last_line(_log_file(out, point)) or _by_signal(code)
+            outcome.failed[point.name] = _error_in(_log_file(out, point)) or _by_signal(code)
         said = {0: "done", RESUMABLE: "stopped; the same command goes on with it"}.get(code, f"FAILED with code {code}")
         say(f"{number}/{len(points)} {point.name}: {said}")
 
@@ -233,9 +233,12 @@ def _log_file(out: Path, point: Point) -> Path:
     return out / "logs" / f"{point.name}.log"
 
 
-def _last_line(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _error_in(file: Path) -> str:
+    """The last line that names an error, or the last line."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or [""])[-1]
 
 
 def _by_signal(code: int) -> str:

@@ -258,7 +258,8 @@ class Trackers:
         if kind is not KeyboardInterrupt:  # who asks a second time does not want to wait for them
             self.finish(None)
         out = self.folder.parent
-        if kind is not None and self.folder.is_dir() and [path.name for path in out.iterdir()] == [FOLDER]:
+        failed = kind is not None and ranks.first() and self.folder.is_dir()
+        if failed and [path.name for path in out.iterdir()] == [FOLDER]:
             shutil.rmtree(out)
 
     def log(self, line: Mapping[str, Any]) -> list[dict[str, Any]]:

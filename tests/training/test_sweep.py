@@ -191,6 +191,26 @@ def test_a_failed_run_is_told_and_loses_no_other_and_the_same_again_does_what_is
     assert sweep(points, tmp_path / "out", say=said.append).skipped == names
 
 
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("reading\nDataError: rows.jsonl: 2 rows cannot be used:\n  1: no answer\n  2: no answer\n", "DataError: rows"),
+        ("Traceback\n  File x\nValueError: no\n\nTraceback\nRuntimeError: out of memory\n", "RuntimeError: out of"),
+        ("step 4\nKilled\n\n", "Killed"),
+        ("", "its process ended by signal SIGKILL"),
+    ],
+)
+def test_what_failed_is_read_off_the_log(
+    log: str, why: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(recipe: Path, folder: Path, file: Path, **rest: Any) -> int:
+        file.write_text(log)
+        return -9
+
+    monkeypatch.setattr(sweeping, "run_one", fails)
+    assert sweep(grid(recipe, ["seed=0"]), tmp_path, say=lambda line: None).failed["seed=0"].startswith(why)
+
+
 def test_a_folder_with_a_run_of_another_recipe_is_left_alone(recipe: Path, trainer: Trainer, tmp_path: Path) -> None:
     sweep(grid(recipe, ["seed=0..1"]), tmp_path / "out", say=lambda line: None)
     trainer.ran.clear()
