@@ -235,7 +235,12 @@ class Trackers:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         if (record := self.folder / RECORD).is_file():
-            self._told = json.loads(record.read_text(encoding="utf-8"))
+            try:
+                self._told = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError:
+                raise TrainingError(
+                    f"{record} is damaged, so what trackers were told is not known: delete {self.folder} to begin anew"
+                ) from None
         for name in names:
             tracker, told = TRACKERS[name](), self._told.setdefault(name, {"run": None, "step": 0})
             try:
