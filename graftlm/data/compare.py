@@ -114,6 +114,9 @@ def prepare_groups(
     made, kept, problems = groups(rows, examples, needs)
     report.problems += problems
     report.rows = len(made)
+    if needs == "feedback":
+        marks = [mark for group in made for mark in group.marks]
+        report.notes.append(f"{sum(marks):,.0f} answers were liked, {len(marks) - sum(marks):,.0f} were not")
     if problems and (data.strict or not made):
         raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
     if not made:
