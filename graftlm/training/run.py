@@ -34,6 +34,7 @@ from graftlm.model.forward import check_compiler
 from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
+from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import FOLDER, METRICS, put_back, put_deltas_back, take
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
@@ -77,6 +78,8 @@ class Prepared:
     first_rows: list[dict[str, Any]]
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
+    aside: list[Example] = field(default_factory=list)
+    """Rows that are kept out of `examples` for policies that learn from them."""
 
 
 def prepare_data(
@@ -170,7 +173,11 @@ def train(
         data = prepare_data(recipe, tokenizer, console=console)
     for line in data.chosen:
         console.print(line, highlight=False)
+    examples, aside = put_aside(recipe, data.examples)
+    data = replace(data, examples=examples, aside=aside)
     console.print(display.preflight(data.report))
+    if aside:
+        console.print(f"{len(aside)} of these rows are put aside for policies that learn from them", highlight=False)
     console.print(display.tokens(data.first_rows[0]))
     with console.status("loading the base"):
         in_parts = recipe.train.shard != "none" and ranks.count() > 1  # then no single device may hold it
@@ -230,7 +237,7 @@ def _train(
         console.print(f"goes on after step {seen} of {len(plan)}", highlight=False)
     with place.begin(found) as run, stop_on_signal() as stopping, display.progress(console) as bars:
         bar = bars.add_task("training", total=len(plan), completed=seen, now="")
-        for turn in turns(recipe, model, len(plan)):
+        for turn in turns(recipe, model, len(plan), data.aside):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:

@@ -106,3 +106,8 @@ def check_policies(policies: Sequence[Policy], training: Training) -> None:
         if reason := policy.refuse(training):
             methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))
             raise TrainingError(f"policies: {policy.config.name} with {methods}: {reason}")
+        looks = type(policy).on_grads is not Policy.on_grads
+        if looks and (fused := [other.config.name for other in policies if other.fused and other is not policy]):
+            raise TrainingError(
+                f"policies: {policy.config.name} acts on the gradient of a step, of which {fused[0]} leaves nothing"
+            )
