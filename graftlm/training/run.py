@@ -78,7 +78,7 @@ class Prepared:
     first_rows: list[dict[str, Any]]
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
-    aside: list[Example] = field(default_factory=list)
+    aside: Sequence[Example | Group] = ()
     """Rows that are kept out of `examples` for policies that learn from them."""
 
 
