@@ -124,8 +124,9 @@ def test_the_report_counts_pairs_and_advises_no_mask_that_would_be_refused(rende
         prepare_groups(same, renderer, data(max_tokens=8, over_length="truncate"), "pairs")
     with pytest.raises(DataError, match=r"each of 1 has an answer longer than max_tokens=8\. Raise"):
         prepare_groups([pair(["X"], ["P"], ["Q" * 9])], renderer, data(max_tokens=8), "pairs")
+    strict = data(max_tokens=8, over_length="truncate", strict=True)
     with pytest.raises(DataError, match="f:1: rejected answer 1"):
-        prepare_groups([*same, pair(["Y"], ["P"], ["Q"], where="f:2")], renderer, data(max_tokens=8, over_length="truncate", strict=True), "pairs")
+        prepare_groups([*same, pair(["Y"], ["P"], ["Q"], where="f:2")], renderer, strict, "pairs")
 
 
 def test_a_pair_of_which_one_answer_is_too_long_is_left_out_whole(renderer: Renderer) -> None:
