@@ -39,7 +39,7 @@ from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import METRICS, put_back, put_deltas_back, take
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
-from graftlm.training.objective import Objective
+from graftlm.training.objective import Objective, start_of
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
@@ -280,6 +280,8 @@ def _train(
                     for line in _lines(step):
                         run.note(line)
                     seen = step.number
+                    if seen == 1 and (told := start_of(recipe.loss, step.metrics)):
+                        console.print(told, highlight=False)
                     now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
                     bars.update(bar, completed=seen, now=now)
                     stops = bool(ranks.totals(stopping.requested)[0])  # on any rank
