@@ -12,10 +12,12 @@ from graftlm.deltas.bone import Bone, BoneConfig
 from graftlm.deltas.diff_pruning import DiffPruning, DiffPruningConfig
 from graftlm.deltas.dora import Dora, DoraConfig
 from graftlm.deltas.dvora import Dvora, DvoraConfig
+from graftlm.deltas.dylora import DyLora, DyLoraConfig
 from graftlm.deltas.eigenlorax import EigenLorax, EigenLoraxConfig
 from graftlm.deltas.flora import Flora, FloraConfig
 from graftlm.deltas.fourierft import FourierFT, FourierFTConfig
 from graftlm.deltas.full import Full, FullConfig
+from graftlm.deltas.gated_lora import GatedLora, GatedLoraConfig
 from graftlm.deltas.glora import Glora, GloraConfig
 from graftlm.deltas.houlsby import Houlsby, HoulsbyConfig
 from graftlm.deltas.hra import Hra, HraConfig
@@ -82,10 +84,12 @@ METHODS: dict[str, Method] = {
     "diff-pruning": Method(DiffPruningConfig, DiffPruning),
     "dora": Method(DoraConfig, Dora),
     "dvora": Method(DvoraConfig, Dvora),
+    "dylora": Method(DyLoraConfig, DyLora),
     "eigenlorax": Method(EigenLoraxConfig, EigenLorax),
     "flora": Method(FloraConfig, Flora),
     "fourierft": Method(FourierFTConfig, FourierFT),
     "full": Method(FullConfig, Full),
+    "gated-lora": Method(GatedLoraConfig, GatedLora),
     "glora": Method(GloraConfig, Glora),
     "houlsby": Method(HoulsbyConfig, Houlsby),
     "hra": Method(HraConfig, Hra),

@@ -166,13 +166,14 @@ def steps(
                     training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
                 )
                 statistic = objective.statistic(model, probes)
-                for run.pack in packs:
-                    part, log_probs = objective.part(model, run.pack, statistic)
+                for pack in packs:
+                    run.pack = pack
+                    part, log_probs = objective.part(model, pack, statistic)
                     if not torch.isfinite(part.sum):
-                        bad += run.pack.rows_of(~log_probs.isfinite())
+                        bad += pack.rows_of(~log_probs.isfinite())
                         if not ranks.is_sharded(model):  # there the other ranks wait for this one in every layer
                             continue
-                    run.last_pack = run.pack is packs[-1] and not bad
+                    run.last_pack = pack is packs[-1] and not bad
                     (part.sum / count).backward()
                     sums.add(part)
             run.pack, run.last_pack = None, False

@@ -54,9 +54,10 @@ class Training:
     seed: int
     done: int = 0
     """Optimiser steps so far: in `during` and `on_grads` those before this one, in `on_step` this one too."""
-    aside: "Callable[[], Tensor] | None" = None
-    """For policies with `wants_aside`: adds the gradient of the mean loss over the next rows that were put aside for
-    them to every `.grad`, and returns that loss."""
+    aside: "Callable[[bool], Tensor] | None" = None
+    """For policies with `wants_aside`: the mean loss over some of the rows that were put aside for them, the same on
+    every rank and the same rows whenever it is asked after as many steps; given True, it adds its gradient to every
+    `.grad`."""
     clip: float = math.inf
     """Largest norm of the gradient of a step, for `fused` policies: nobody else can clip for them."""
     norm: float = math.nan
@@ -90,6 +91,30 @@ class Training:
         return torch.Generator().manual_seed(mixed)
 
 
+def needs_method(training: Training, wanted: str) -> str:
+    """A reason to refuse where a delta that learns has another method, or an empty text."""
+    others = {config.method for config in training.deltas.values()} - {wanted}
+    return f"it acts on what the method {wanted} has; take `method: {wanted}`" if others else ""
+
+
+def learn_from_aside(training: Training, chosen: Sequence[nn.Parameter]) -> None:
+    """Let the gradient of these parameters be that of the rows put aside; all others keep theirs."""
+    assert training.aside is not None
+    everything = [p for p in training.parameters().values() if p.requires_grad]
+    kept = {id(p): p.grad for p in everything}
+    for p in everything:
+        p.grad = None
+    training.aside(True)
+    wanted = {id(p) for p in chosen}
+    for p in everything:
+        p.grad = p.grad if id(p) in wanted else kept[id(p)]
+
+
+def needs_aside(training: Training) -> str:
+    """A reason to refuse where no rows were put aside, or an empty text."""
+    return "" if training.aside is not None else "it learns from rows that are put aside, and here are none"
+
+
 def _shared(model: nn.Module, name: str) -> list[nn.Parameter]:
     shared = shared_of(model, name)
     return [] if shared is None else list(shared.parameters())
@@ -117,6 +142,13 @@ class Policy:
         self.config = config
         self.tensors: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
+
+    def kept(self, key: str, like: Tensor) -> Tensor:
+        """`tensors[key]` on the device of `like`; at first zeros of its shape."""
+        found = self.tensors.get(key)
+        if found is None or found.device != like.device:
+            self.tensors[key] = torch.zeros_like(like.detach()) if found is None else found.to(like.device)
+        return self.tensors[key]
 
     def refuse(self, training: Training) -> str:
         return ""
