@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.config import to_tree
-from graftlm.data.pack import Example
+from graftlm.data.pack import Example, Group
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.model.store import check_new_folder, mend_folder, writing
 from graftlm.training import ranks
@@ -158,11 +158,14 @@ def _said(value: Any) -> str:
     return "(not there)" if value is None else json.dumps(value)
 
 
-def digest(examples: Sequence[Example]) -> str:
+def digest(items: Sequence[Example | Group]) -> str:
     """SHA-256 of all rows as they are trained on, in their order."""
     summed = hashlib.sha256()
-    for example in examples:
-        summed.update(len(example).to_bytes(8, "little"))
-        summed.update(example.ids.tobytes())
-        summed.update(example.weights.tobytes())
+    for item in items:
+        if isinstance(item, Group):
+            summed.update(repr((item.marks, item.pairs)).encode())
+        for example in item.answers:
+            summed.update(len(example).to_bytes(8, "little"))
+            summed.update(example.ids.tobytes())
+            summed.update(example.weights.tobytes())
     return summed.hexdigest()

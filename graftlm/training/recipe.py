@@ -127,6 +127,10 @@ class Recipe:
                 )
             if self.select:
                 raise ValueError(f"select chooses rows for loss supervised; loss {name} takes them as they are")
+        if self.loss.needs_reference and "neftune" in [policy.name for policy in self.policies]:
+            raise ValueError(
+                f"policy neftune would disturb the reference of loss {name} as it does the policy: drop one"
+            )
         if needs == "pairs" and not self.data.pack:
             raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
         if LOSSES[name].statistic is not None and self.train.batch_rows < 2:

@@ -21,20 +21,23 @@ from rich.console import Console
 
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
+from graftlm.data.compare import COMPARED, prepare_groups, usable_by
 from graftlm.data.mixing import read_data
-from graftlm.data.pack import Example, fill, saved_by_sharing
+from graftlm.data.pack import Example, Group, fill, saved_by_sharing
 from graftlm.data.render import Renderer
-from graftlm.data.source import Row
+from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import survey
 from graftlm.errors import TrainingError
+from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler
 from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
 from graftlm.training.checkpoint import FOLDER, METRICS, put_back, put_deltas_back, take
-from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
+from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
+from graftlm.training.objective import Objective
 from graftlm.training.place import RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
@@ -66,10 +69,11 @@ class Prepared:
     """The rows of a run, rendered: what `graft data check` reports and `train` trains on."""
 
     rows: list[Row]
-    examples: list[Example]
+    examples: Sequence[Example | Group]
+    """What a step is made of: rows, or groups of answers where the loss compares them."""
     report: Report
     held_out_rows: list[Row]
-    held_out: list[Example]
+    held_out: Sequence[Example | Group]
     first_rows: list[dict[str, Any]]
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
@@ -84,8 +88,9 @@ def prepare_data(
 
     With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
     """
-    data = recipe.data
-    read = read_data(data, seed=recipe.train.seed, network=recipe.network)
+    data, needs = recipe.data, LOSSES[recipe.loss.name].rows
+    usable = usable_by(recipe.loss.name, needs, data)
+    read = read_data(data, seed=recipe.train.seed, network=recipe.network, usable=usable)
     rows, aside = read.train, read.held_out
     chosen: list[str] = []
     if recipe.select:
@@ -93,8 +98,8 @@ def prepare_data(
         chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
     workers, kept = recipe.train.threads, cache_folder() / "rows"
-    examples, found = prepare(rows, renderer, data, format=read.format, workers=workers, cache=kept)
-    rows = _usable(rows, examples, found)
+    ready = partial(_ready, needs, renderer, workers=workers, cache=kept)
+    examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
     if data.pack:
         first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
@@ -102,15 +107,23 @@ def prepare_data(
         share, tokens = recipe.train.prefix_sharing, recipe.train.pack_tokens
         found.shared_share = saved_by_sharing(steps_of_rows, tokens) if share else None
         found.pack_fill = fill(steps_of_rows, tokens, share=share)
-    held_out: list[Example] = []
+    held_out: Sequence[Example | Group] = []
     if aside:  # every held-out row counts: one that is too long is cut, not left out
-        cut = replace(data, over_length="truncate")
-        held_out, found_aside = prepare(aside, renderer, cut, workers=workers, cache=kept)
-        aside = _usable(aside, held_out, found_aside)
+        held_out, aside, found_aside = ready(aside, replace(data, over_length="truncate"))
         found.problems += found_aside.problems
     if look:
         found.survey = survey(rows, aside)
     return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show), chosen)
+
+
+def _ready(
+    needs: str, renderer: Renderer, rows: list[Row], data: DataConfig, **options: Any
+) -> tuple[Sequence[Example | Group], list[Row], Report]:
+    """(what the loss trains on, the rows that it is made of, the report)"""
+    if needs in COMPARED:
+        return prepare_groups(rows, renderer, data, needs, **options)
+    examples, found = prepare(rows, renderer, data, **options)
+    return examples, _usable(rows, examples, found), found
 
 
 def _usable(rows: list[Row], examples: Sequence[Example], found: Report) -> list[Row]:
@@ -269,6 +282,7 @@ def _lines(step: Step) -> list[dict[str, Any]]:
             "grad_norm": step.grad_norm,
             "learning_rate": step.learning_rate,
             "wall_s": round(step.wall_s, 4),
+            **step.metrics,
         }
     return [did, *({"step": step.number, **event} for event in step.events)]
 
@@ -283,24 +297,31 @@ def _measure(
     recipe: Recipe, base: Loaded, data: Prepared, console: Console
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
-    asked = [row for row in data.held_out_rows if can_be_answered(row)][: recipe.report.answers]
+    liked = [row for row in data.held_out_rows if row.desirable is not False]
+    asked = [row for row in liked if can_be_answered(row)][: recipe.report.answers]
     if not data.held_out:
         return None, None, []
     model, tokenizer = base
     renderer = Renderer(tokenizer)
+    groups = [item for item in data.held_out if isinstance(item, Group)]
+    wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
+    layout: dict[str, Any] = {"pack_tokens": recipe.train.pack_tokens, "packed": recipe.data.pack}
 
     def measured(name: str, bars: Any) -> HeldOut:
         bar = bars.add_task(f"{name} answers", total=len(asked), now="")
-        return evaluate(
+        found = evaluate(
             model,
             renderer,
-            data.held_out,
+            wanted,
             asked,
             max_new_tokens=recipe.report.max_new_tokens,
-            pack_tokens=recipe.train.pack_tokens,
-            packed=recipe.data.pack,
             progress=lambda done: bars.update(bar, completed=done),
+            **layout,
         )
+        if not groups:
+            return found
+        share = recipe.train.prefix_sharing
+        return replace(found, objective=held_out_metrics(model, groups, Objective(recipe.loss), share=share, **layout))
 
     with display.progress(console) as bars:
         with deltas_off(model):
@@ -335,7 +356,7 @@ def _summary(
     after: HeldOut | None,
     stopped: bool,
 ) -> dict[str, Any]:
-    summary = {
+    summary: dict[str, Any] = {
         "held_out": {
             "rouge_l": {"base": before and before.rouge_l, "tuned": after and after.rouge_l},
             "loss_nats": {"base": before and before.loss_nats, "tuned": after and after.loss_nats},
@@ -351,6 +372,8 @@ def _summary(
         "base_fingerprint": fingerprint(model).digest,
         "seed": recipe.train.seed,
     }
+    if before and after and before.objective:
+        summary["held_out"]["objective"] = {"base": before.objective, "tuned": after.objective}
     return summary | ({"interrupted": True} if stopped else {})
 
 
@@ -389,7 +412,7 @@ def _write_report(
         summary=summary,
         facts=facts,
         steps=log,
-        lengths=[len(e) for e in data.examples],
+        lengths=[len(answer) for item in data.examples for answer in item.answers],
         preflight=data.report.lines(),
         rows=data.first_rows,
         samples=samples[: recipe.report.samples],
