@@ -101,7 +101,14 @@ def make_optimiser(
 
 
 def check_policies(policies: Sequence[Policy], training: Training) -> None:
-    """Raise TrainingError for a policy that has no meaning for what is trained, with its reason."""
+    """Raise TrainingError for a policy that has no meaning for what is trained, or beside another, with its reason."""
+    fused = [policy for policy in policies if policy.fused]
+    late = [policy for policy in policies if type(policy).on_grads is not Policy.on_grads]
+    if fused and late:
+        raise TrainingError(
+            f"policies: {late[0].config.name} acts on the gradient of a whole step, and under {fused[0].config.name} "
+            "there never is one: drop one of the two"
+        )
     for policy in policies:
         if reason := policy.refuse(training):
             methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))

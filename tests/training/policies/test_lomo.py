@@ -12,6 +12,7 @@ from graftlm.model.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.policies.lomo import Lomo, LomoConfig
+from graftlm.training.policies.riemannian import Riemannian, RiemannianConfig
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 
@@ -118,6 +119,13 @@ def test_in_a_single_pass_such_a_step_stops_the_run() -> None:
     chosen: list[Policy] = [Lomo(LomoConfig(largest=1.0))]
     with pytest.raises(TrainingError, match="last checkpoint"):
         run(training(model, chosen), chosen, CUTS["one pack"], on_nonfinite="skip")
+
+
+def test_policies_that_want_a_whole_gradient_are_refused_beside_it() -> None:
+    model = perturbed("lora", tiny_model())
+    chosen: list[Policy] = [Lomo(LomoConfig()), Riemannian(RiemannianConfig())]
+    with pytest.raises(TrainingError, match="riemannian acts on the gradient .* under lomo"):
+        run(training(model, chosen), chosen, CUTS["one pack"])
 
 
 def test_methods_with_a_penalty_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
