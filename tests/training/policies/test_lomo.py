@@ -60,6 +60,17 @@ def test_it_is_sgd_with_the_same_clipping(cut: str, clip: float) -> None:
         torch.testing.assert_close(found[name], p, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("method", ["full", "dora", "vera"])
+def test_layers_that_are_computed_again_give_the_same_steps(method: str) -> None:
+    found = []
+    for again in (False, True):
+        model = perturbed(method, tiny_model())
+        chosen: list[Policy] = [Lomo(LomoConfig())]
+        run(training(model, chosen, rate=0.1), chosen, CUTS["several"], checkpointing=again)
+        found.append([p.detach() for p in trainable(model).values()])
+    assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(*found, strict=True))
+
+
 def test_one_gradient_is_alive_at_a_time() -> None:
     model, most = perturbed("full", tiny_model()), 0
 
