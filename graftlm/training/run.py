@@ -34,14 +34,16 @@ from graftlm.model.forward import check_compiler
 from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
-from graftlm.training.checkpoint import FOLDER, METRICS, put_back, put_deltas_back, take
+from graftlm.training.aside import put_aside
+from graftlm.training.checkpoint import METRICS, put_back, put_deltas_back, take
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
 from graftlm.training.objective import Objective
-from graftlm.training.place import RECIPE, SUMMARY, Place, digest
+from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.select.choose import choose
+from graftlm.training.trackers import Trackers
 from graftlm.training.turns import attach_deltas, plan_batches, turns
 
 SHARING_STEPS = 100
@@ -77,6 +79,8 @@ class Prepared:
     first_rows: list[dict[str, Any]]
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
+    aside: list[Example | Group] = field(default_factory=list)
+    """Rows that are kept out of `examples` for policies that learn from them."""
 
 
 def prepare_data(
@@ -160,6 +164,12 @@ def train(
     if begun == "finished":
         console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
         return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
+    with Trackers(recipe, out) as trackers:
+        return _run(recipe, place, trackers, console)
+
+
+def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> Result:
+    out = place.out
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
@@ -170,7 +180,11 @@ def train(
         data = prepare_data(recipe, tokenizer, console=console)
     for line in data.chosen:
         console.print(line, highlight=False)
+    examples, aside = put_aside(recipe, data.examples)
+    data = replace(data, examples=examples, aside=aside)
     console.print(display.preflight(data.report))
+    if aside:
+        console.print(f"{len(aside)} of these rows are put aside for policies that learn from them", highlight=False)
     console.print(display.tokens(data.first_rows[0]))
     with console.status("loading the base"):
         in_parts = recipe.train.shard != "none" and ranks.count() > 1  # then no single device may hold it
@@ -180,9 +194,9 @@ def train(
     if recipe.train.compile:
         check_compiler(model.device)
     plan = plan_batches(recipe.train, data.examples)
-    log, stopped = _train(recipe, model, data, plan, place, console)
+    log, stopped = _train(recipe, model, data, plan, place, trackers, console)
     if ranks.first():
-        with new_folder(out, overwrite=True, keep=(FOLDER,)) as folder:
+        with new_folder(out, overwrite=True, keep=KEPT) as folder:
             for name in recipe.all_deltas():  # a single one is the folder itself, several are folders in it
                 write_adapter(model, folder if recipe.delta else _inside(folder, name), name=name, tokenizer=tokenizer)
             (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
@@ -195,6 +209,8 @@ def train(
             if not stopped:
                 _write_report(recipe, model, data, out, summary, log, samples)
             (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    for event in trackers.finish(None if stopped else summary):
+        console.print(f"{event['tracker']}: {event['why']}", highlight=False, markup=False)
     if stopped:
         steps = f"step {log[-1]['step']} of {len(plan)}" if log else "the start"
         console.print(f"stopped after {steps}. What was learnt by then is saved in {out}; --resume goes on from there")
@@ -209,7 +225,13 @@ def train(
 
 
 def _train(
-    recipe: Recipe, model: Any, data: Prepared, plan: list[list[int]], place: Place, console: Console
+    recipe: Recipe,
+    model: Any,
+    data: Prepared,
+    plan: list[list[int]],
+    place: Place,
+    trackers: Trackers,
+    console: Console,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped)."""
     prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
@@ -229,8 +251,10 @@ def _train(
     if found:
         console.print(f"goes on after step {seen} of {len(plan)}", highlight=False)
     with place.begin(found) as run, stop_on_signal() as stopping, display.progress(console) as bars:
+        trackers.begin(run.metrics.lines, resumes=found is not None)
+        run.tell = trackers.log
         bar = bars.add_task("training", total=len(plan), completed=seen, now="")
-        for turn in turns(recipe, model, len(plan)):
+        for turn in turns(recipe, model, len(plan), data.aside):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:
@@ -239,7 +263,7 @@ def _train(
             try:
                 for step in turn.steps(recipe, data.examples, plan, max(seen, turn.first)):
                     for line in _lines(step):
-                        run.metrics.write(line)
+                        run.note(line)
                     seen = step.number
                     now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
                     bars.update(bar, completed=seen, now=now)

@@ -19,6 +19,7 @@ from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of
 from graftlm.model.collect import collect
 from graftlm.model.forward import packed_attention
 from graftlm.training import ranks
+from graftlm.training.aside import loss_aside
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
 from graftlm.training.optim import warmup_cosine
@@ -128,8 +129,11 @@ class Turn:
             policy.on_end(self.training)
 
 
-def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
-    """All deltas together over `total` steps, or each in its turn and the others as they are."""
+def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Group] = ()) -> Iterator[Turn]:
+    """All deltas together over `total` steps, or each in its turn and the others as they are.
+
+    `aside` are rows that are kept for policies which learn from them.
+    """
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
     config, deltas = recipe.train, recipe.all_deltas()
@@ -155,6 +159,8 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
         training = Training(
             model, {name: deltas[name] for name in names}, optimiser, total=last - first, seed=config.seed
         )
+        if aside:
+            training.aside = loss_aside(recipe, training, aside, partial(packs_of, recipe, share=config.prefix_sharing))
         yield Turn(first, last, training, policies, schedule)
         first = last
     for parameters in learning.values():
@@ -163,9 +169,13 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
 
 
 def training_steps(
-    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]]
+    recipe: Recipe,
+    model: Any,
+    examples: Sequence[Example | Group],
+    plan: list[list[int]],
+    aside: Sequence[Example | Group] = (),
 ) -> Iterator[Step]:
     """Every step of a run, for who wants nothing but the steps."""
-    for turn in turns(recipe, model, len(plan)):
+    for turn in turns(recipe, model, len(plan), aside):
         yield from turn.steps(recipe, examples, plan, turn.first)
         turn.end()

@@ -101,15 +101,13 @@ def make_optimiser(
 
 
 def check_policies(policies: Sequence[Policy], training: Training) -> None:
-    """Raise TrainingError for a policy that has no meaning for what is trained, or beside another, with its reason."""
-    fused = [policy for policy in policies if policy.fused]
-    late = [policy for policy in policies if type(policy).on_grads is not Policy.on_grads]
-    if fused and late:
-        raise TrainingError(
-            f"policies: {late[0].config.name} acts on the gradient of a whole step, and under {fused[0].config.name} "
-            "there never is one: drop one of the two"
-        )
+    """Raise TrainingError for a policy that has no meaning for what is trained, with its reason."""
     for policy in policies:
         if reason := policy.refuse(training):
             methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))
             raise TrainingError(f"policies: {policy.config.name} with {methods}: {reason}")
+        looks = type(policy).on_grads is not Policy.on_grads
+        if looks and (fused := [other.config.name for other in policies if other.fused and other is not policy]):
+            raise TrainingError(
+                f"policies: {policy.config.name} acts on the gradient of a step, of which {fused[0]} leaves nothing"
+            )
