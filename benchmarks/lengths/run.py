@@ -24,13 +24,13 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     os.environ |= {"OMP_NUM_THREADS": str(config["threads"])}
     import numpy as np
     import torch
+    from machine import peak_rss_gib
 
     from graftlm import LoraConfig, attach, load_base
     from graftlm.data.pack import Example, collate
     from graftlm.model.attach import trainable
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw, warmup_cosine
-    from graftlm.training.run import peak_rss_gib
 
     torch.set_num_threads(config["threads"])
     random = np.random.default_rng(config["seed"])
@@ -53,15 +53,13 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
             clip=1.0,
         )
     )
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**20
+    peak = peak_rss_gib()
     step_s = statistics.median(step.wall_s for step in done[1:])
     return {
         "tokens": sum(lengths),
         "r": rank,
         "resident_before_gib": round(resident, 3),
         "peak_gib": round(peak, 3),
-        "whole_process_peak_gib": round(peak_rss_gib(), 3),
         "step_s": round(step_s, 3),
         "ms_per_token": round(1000 * step_s / sum(lengths), 4),
         "all_steps_s": [round(step.wall_s, 3) for step in done],

@@ -30,7 +30,7 @@ import yaml
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from machine import commit, write_result  # noqa: E402
+from machine import commit, peak_rss_gib, write_result  # noqa: E402
 
 from graftlm.config import build  # noqa: E402
 from graftlm.data.pack import Example  # noqa: E402
@@ -274,11 +274,10 @@ def _steps_of(job: Job, method: str) -> tuple[list[float], float]:
     return_freed_memory()  # of the method before
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     times = [step.wall_s for step in training_steps(wanted, job.model, data.examples, plan)][1:]
-    status = Path("/proc/self/status").read_text()
+    peak = peak_rss_gib()
     detach(job.model)
     job.model.eval()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return times, int(peak.split()[1]) / 2**20
+    return times, peak
 
 
 # The table -------------------------------------------------------------------------------------------------------

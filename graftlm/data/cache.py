@@ -9,7 +9,6 @@ import datetime
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,11 +27,16 @@ from graftlm.data.columns import Columns
 from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
+from graftlm.errors import OutputError
+from graftlm.files import whole
 
 MOST_BYTES = 8 * 2**30
 """What the folder may hold; beyond it the files that were not used for longest go."""
 
-BESIDE = {"train", "mix_temperature", "held_out", "strict", "max_tokens", "over_length", "pack"}
+BESIDE = {
+    *("train", "mix_temperature", "order", "desirable_share", "held_out"),
+    *("strict", "max_tokens", "over_length", "pack"),
+}
 """Keys of `data` that change no token and no weight of a whole row. Any other key, a new one too, is in the hash."""
 
 AT_ONCE = 1_000
@@ -48,11 +52,11 @@ class DamagedError(Exception):
 
 def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
     """64 hexadecimal digits: the SHA-256 of everything that ids, roles and weights follow from."""
-    tokenizer = renderer.tokenizer
+    tokenizer, kept = renderer.tokenizer, getattr(rows, "key", None)
     template = renderer.template or ""
     digest = hashlib.sha256()
     for part in (
-        _code(),
+        code(),
         template,
         str(datetime.date.today()) if "strftime_now" in template else "",  # such a template writes the date
         tokenizer.backend_tokenizer.to_str(),
@@ -62,6 +66,9 @@ def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
         repr(sorted((name, value) for name, value in asdict(data).items() if name not in BESIDE)),
     ):
         _add(digest, part)
+    if kept is not None:  # rows that are known by what they were read from
+        _add(digest, kept)
+        return digest.hexdigest()
     for start in range(0, len(rows), AT_ONCE):
         _add(digest, "".join(part for row in rows[start : start + AT_ONCE] for part in _parts(row)))
     return digest.hexdigest()
@@ -84,7 +91,7 @@ def _add(digest: Any, text: str) -> None:
 
 
 @cache
-def _code() -> str:
+def code() -> str:
     """The source of the data code, and what else decides on tokens."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     versions = [f"{name} {version(name)}" for name in ("tokenizers", "transformers", "jinja2")]
@@ -93,24 +100,33 @@ def _code() -> str:
 
 def save(file: Path, columns: Columns) -> None:
     """Write the columns, whole or not at all. A folder that cannot be written to costs time later and is no error."""
-    arrays = {name: np.ascontiguousarray(values) for name, values in _arrays(columns).items()}
-    facts = {"problems": json.dumps(columns.problems), "crc": _checksum(arrays)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix="writing-")
-        os.close(handle)
-        try:
-            save_file(arrays, name, metadata=facts)
-            os.replace(name, file)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    save_arrays(file, _arrays(columns), {"problems": json.dumps(columns.problems)})
+
+
+def save_arrays(file: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, str]) -> None:
+    arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    facts = {**facts, "crc": _checksum(arrays)}
+    with suppress(OSError, OutputError):
+        with whole(file) as draft:
+            save_file(arrays, draft, metadata=facts)
         _make_room(file.parent)
-    except OSError:
-        return
 
 
 def load(file: Path) -> Columns | None:
-    """The columns there, mapped into memory (writable, but nothing reaches the file); None where there is no file.
+    """The columns there; None where there is no file. Raises DamagedError where it is not what was written."""
+    found = load_arrays(file)
+    if found is None:
+        return None
+    arrays, facts = found
+    try:
+        problems = {int(number): why for number, why in json.loads(facts["problems"]).items()}
+        return Columns(**arrays, problems=problems)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{type(error).__name__}: {error}") from None
+
+
+def load_arrays(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]] | None:
+    """What `save_arrays` wrote, mapped into memory (writable, but nothing reaches the file); None where there is none.
 
     Raises DamagedError where the file is not what was written.
     """
@@ -133,8 +149,7 @@ def load(file: Path) -> Columns | None:
         }
         if _checksum(arrays) != facts["crc"]:
             raise DamagedError("its checksum is another")
-        problems = {int(number): why for number, why in json.loads(facts["problems"]).items()}
-        return Columns(**arrays, problems=problems)
+        return arrays, facts
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from None
 

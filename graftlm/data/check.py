@@ -19,6 +19,7 @@ from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
 from graftlm.data.parallel import many, rendered
+from graftlm.data.reading import KeptRows, places
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import Survey, shown_places
@@ -219,18 +220,27 @@ def prepare(
 
 
 def stream(
-    rows: Iterable[Row], renderer: Renderer, data: DataConfig, *, workers: int | None = None
+    rows: Iterable[Row],
+    renderer: Renderer,
+    data: DataConfig,
+    *,
+    workers: int | None = None,
+    done: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Example]:
-    """Examples one after the other, from rows that need not fit into memory: a few chunks are held at a time.
+    """Examples one after the other, from rows that need not fit into memory: a few chunks are held at a time. `done` is
+    told now and then of how many rows all examples have been given.
 
     Raises DataError at the first chunk with rows that cannot be trained on, and names them.
     """
     report = _report(renderer, data, "")
+    count = 0
     for some, columns in rendered(rows, renderer, data, workers):
         problems: list[str] = []
         yield from _examples(some, columns, renderer, data, report, problems)
         if problems:
             raise DataError("rows cannot be trained on:\n" + numbered(problems))
+        count += len(some)
+        done(count)
 
 
 def _report(renderer: Renderer, data: DataConfig, format: str) -> Report:
@@ -246,7 +256,7 @@ def _chunks(
     cache: Path | None,
 ) -> Iterator[tuple[Sequence[Row], Columns]]:
     """The rows with their columns: from the cache, or rendered and then kept there where they are many."""
-    if cache is None or not many(rows):
+    if cache is None or not (isinstance(rows, KeptRows) or many(rows)):
         yield from rendered(rows, renderer, data, workers)
         return
     file = cache / f"{kept.key(rows, renderer, data)}.safetensors"
@@ -280,8 +290,9 @@ def _examples(
     odd = (lengths > data.max_tokens) | (facts.supervised == 0) | (facts.bos > 1)
     ends = (starts + kept_lengths).tolist()
     pieces = zip(columns.rows.tolist(), starts.tolist(), ends, odd.tolist(), strict=True)
+    stands = places(rows)
     for piece, (number, start, end, is_odd) in enumerate(pieces):
-        where = rows[number].where
+        where = stands[number]
         if is_odd:
             why = _why_not(piece, where, int(lengths[piece]), data, facts, report)
             if why is not None:
@@ -296,8 +307,8 @@ def _examples(
         yield Example(columns.ids[start:end], columns.weights[start:end], where)
     # of a conversation in several pieces, one that has nothing to learn is no loss where another has
     wrong = {number: why for number, why in silent.items() if number not in taught} | wrong
-    problems += [f"{rows[number].where}: {why}" for number, why in sorted(wrong.items())]
-    _count(report, rows, columns, kept_lengths, keeps, facts)
+    problems += [f"{stands[number]}: {why}" for number, why in sorted(wrong.items())]
+    _count(report, stands, columns, kept_lengths, keeps, facts)
 
 
 def _why_not(piece: int, where: str, length: int, data: DataConfig, facts: "_Facts", report: Report) -> str | None:
@@ -370,15 +381,18 @@ def _facts(columns: Columns, lengths: NDArray[np.int64], bos: int | None) -> _Fa
 
 def _sums(values: NDArray[np.bool_], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many are true in each values[start : start + length]: int64 [P]."""
-    if not values.any():
-        return np.zeros(len(starts), np.int64)
-    places = np.flatnonzero(values)
-    return np.searchsorted(places, starts + lengths) - np.searchsorted(places, starts)
+    found = np.zeros(len(starts), np.int64)
+    some = np.flatnonzero(lengths)  # reduceat has another opinion of what is empty
+    if len(some):
+        bounds = np.stack([starts[some], (starts + lengths)[some]], 1).ravel()
+        bounds = bounds[:-1] if bounds[-1] == len(values) else bounds
+        found[some] = np.add.reduceat(values.view(np.uint8), bounds, dtype=np.int64)[::2]
+    return found
 
 
 def _count(
     report: Report,
-    rows: Sequence[Row],
+    stands: Sequence[str],
     columns: Columns,
     lengths: NDArray[np.int64],
     keeps: NDArray[np.bool_],
@@ -391,17 +405,17 @@ def _count(
     report.supervised_tokens += int(facts.supervised[keeps].sum())
     longest = int(np.argmax(np.where(keeps, lengths, 0)))
     if lengths[longest] > report.longest_tokens:
-        report.longest_tokens, report.longest_row = int(lengths[longest]), rows[columns.rows[longest]].where
+        report.longest_tokens, report.longest_row = int(lengths[longest]), stands[columns.rows[longest]]
     report.most_bos = max(report.most_bos, int(facts.bos[keeps].max()))
     report.prompt_tokens.add(facts.prompt[keeps])
     report.answer_tokens.add(facts.answer[keeps])
-    report.rows_with_special_text += _places(rows, columns.rows[keeps & columns.control[columns.rows]])
-    report.unterminated += _places(rows, columns.rows[keeps & (facts.unterminated > 0)])
+    report.rows_with_special_text += _places(stands, columns.rows[keeps & columns.control[columns.rows]])
+    report.unterminated += _places(stands, columns.rows[keeps & (facts.unterminated > 0)])
 
 
-def _places(rows: Sequence[Row], numbers: NDArray[np.int64]) -> list[str]:
+def _places(stands: Sequence[str], numbers: NDArray[np.int64]) -> list[str]:
     """Where these rows stand, each once."""
-    return [rows[number].where for number in dict.fromkeys(numbers.tolist())]
+    return [stands[number] for number in dict.fromkeys(numbers.tolist())]
 
 
 def _ending(report: Report, columns: Columns, piece: slice, renderer: Renderer) -> None:
@@ -426,9 +440,6 @@ def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count:
                 weights(piece, data.mask, data.prompt_weight),
                 strict=True,
             )
-            tokens = [
-                {"id": int(i), "text": t, "role": Role(r).name.lower().replace("_", "-"), "weight": float(w)}
-                for i, t, r, w in parts
-            ]
+            tokens = [{"id": int(i), "text": t, "role": Role(r).label, "weight": float(w)} for i, t, r, w in parts]
             shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
     return shown

@@ -40,19 +40,14 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
     """The columns of these rows; a row that cannot be rendered is among their problems."""
     ids, roles, kept, numbers = [], [], [], []
     problems: dict[int, str] = {}
-    for number, row in enumerate(rows):
-        try:
-            pieces = [
-                (piece, weights(piece, data.mask, data.prompt_weight))
-                for piece in renderer.rows(row.messages, row.tools)
-            ]
-        except DataError as error:
-            problems[number] = str(error)
+    for number, pieces in enumerate(renderer.rows_of_all([(row.messages, row.tools) for row in rows])):
+        if isinstance(pieces, DataError):
+            problems[number] = str(pieces)
             continue
-        for piece, of_tokens in pieces:
+        for piece in pieces:
             ids.append(piece.ids)
             roles.append(piece.roles)
-            kept.append(of_tokens)
+            kept.append(weights(piece, data.mask, data.prompt_weight))
             numbers.append(number)
     return Columns(
         np.concatenate([np.empty(0, np.int32), *ids]),

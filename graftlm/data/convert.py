@@ -6,14 +6,15 @@ its content. Raw text has no messages: its lines are {text}.
 """
 
 import json
-import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.records import Problem
 from graftlm.data.source import Row, SourceConfig, stream_rows
-from graftlm.errors import DataError, OutputError, numbered
+from graftlm.errors import DataError, numbered
+from graftlm.files import check_new, whole
 
 
 def convert(
@@ -24,30 +25,34 @@ def convert(
     `out` appears whole or not at all. Raises OutputError where it exists already and must not be overwritten, and
     DataError where no row can be used or, under `strict`, where one cannot.
     """
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists: give another name, or --overwrite")
+    check_new(out, overwrite=overwrite)
     problems: list[Problem] = []
-    count = 0
-    draft = out.with_name(out.name + ".part")
-    try:
-        with draft.open("w", encoding="utf-8") as lines:
-            for found in stream_rows(source, network=network):
-                if isinstance(found, Problem):
-                    problems.append(found)
-                else:
-                    count += 1
-                    lines.write(json.dumps(to_fields(found), ensure_ascii=False) + "\n")
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for found in stream_rows(source, network=network):
+            if isinstance(found, Problem):
+                problems.append(found)
+            else:
+                yield to_fields(found)
+
+    with whole(out) as draft:
+        count = write_lines(draft, lines())
         left_out = [str(problem) for problem in problems if problem.left_out]
         if not count or (strict and left_out):
             path = source if isinstance(source, str) else source.path
             said = f"{path}: {count} rows can be used, {len(left_out)} cannot:\n{numbered(left_out)}"
             raise DataError(said.rstrip(":\n"))
-        os.replace(draft, out)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
-    finally:
-        draft.unlink(missing_ok=True)
     return count, problems
+
+
+def write_lines(file: Path, lines: Iterable[Any]) -> int:
+    """Write JSON by the line; returns how many lines there are."""
+    count = 0
+    with file.open("w", encoding="utf-8") as out:
+        for line in lines:
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
 def to_fields(row: Row) -> dict[str, Any]:

@@ -28,10 +28,12 @@ MASKS: dict[str, frozenset[Role]] = {
     "everything": frozenset(Role),
 }
 
+_TRAINED = {name: np.array([role in roles for role in Role]) for name, roles in MASKS.items()}
+
 
 def weights(rendered: Rendered, mask: str, prompt_weight: float = 0.0) -> NDArray[np.float32]:
     """The weight of every token in the loss: float32 [n]. The first token of a row has no prediction: always 0."""
-    trained = np.isin(rendered.roles, [int(role) for role in MASKS[mask]])
+    trained = _TRAINED[mask][rendered.roles]
     if mask == "last-turn":
         trained &= rendered.turns == rendered.turns[trained].max(initial=-1)
     found = np.where(np.isnan(rendered.given), np.where(trained, 1.0, prompt_weight), rendered.given)

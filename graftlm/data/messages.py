@@ -6,6 +6,7 @@ Every function here takes fields and raises RowError, which names the field, wha
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,18 @@ def read_text(row: Fields, key: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise RowError(f"field {key!r} must be text, this is a {type(value).__name__}: {value!r:.60}")
     return value
+
+
+def read_number(row: Fields, key: str) -> float:
+    """The finite number in a field; a .csv file has it as text."""
+    value = row.get(key)
+    if value is None:
+        raise missing(row, key)
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+    raise RowError(f"field {key!r} must be a number, this is {value!r:.60}")
 
 
 def missing(row: Fields, key: str) -> RowError:

@@ -15,14 +15,15 @@ from typing import Any
 
 from graftlm.data.records import Problem
 from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
+from graftlm.errors import DataError
 
 
 @dataclass(frozen=True)
 class Data:
     """The rows of a run, and what is to be told of the files that they come from."""
 
-    train: list[Row]
-    held_out: list[Row]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
     format: str
     problems: list[str]
     """Rows that are left out: `file:line: reason`."""
@@ -38,7 +39,8 @@ def read_data(
     """
     told: list[Problem] = []
     sources = data.sources()
-    loaded = [load_rows(source, network=network, strict=data.strict, problems=told) for source in sources]
+    field = data.order.field if data.order else None
+    loaded = [load_rows(source, network=network, strict=data.strict, problems=told, score=field) for source in sources]
     rows, notes = usable([row for part, _ in loaded for row in part])
     if isinstance(data.held_out, int | float):
         rows, aside = split(rows, data.held_out, seed)
@@ -50,6 +52,9 @@ def read_data(
         parts = [[row for row in part if id(row) in kept] for part, _ in loaded]
         rows, shares = mix(parts, sources, temperature=data.mix_temperature, seed=seed)
         notes += shares
+    if data.desirable_share is not None:
+        rows, note = balance(rows, data.desirable_share, seed=seed)
+        notes.append(note)
     problems = [str(problem) for problem in told if problem.left_out]
     notes += [str(problem) for problem in told if not problem.left_out]
     return Data(rows, aside, ", ".join(dict.fromkeys(name for _, name in loaded)), problems, notes)
@@ -63,17 +68,49 @@ def mix(
         _drawn(rows, source.cap, seed, f"cap {i}") for i, (rows, source) in enumerate(zip(parts, sources, strict=True))
     ]
     sizes = [len(rows) for rows in capped]
-    mass = [s.weight * n ** (1 / temperature) if n else 0.0 for s, n in zip(sources, sizes, strict=True)]
-    owed = apportion(sum(sizes), mass)
+    owed = apportion(sum(sizes), masses(sizes, sources, temperature))
     mixed: list[Row] = []
     notes = []
     for index, (rows, source, count) in enumerate(zip(capped, sources, owed, strict=True)):
-        whole, rest = divmod(count, len(rows)) if rows else (0, 0)
-        again = {id(row) for row in _drawn(rows, rest, seed, f"rest {index}")}
-        mixed += [row for row in rows for _ in range(whole + (id(row) in again))]
-        times = f"{whole}" if not rest else f"{whole} or {whole + 1}"
+        again, times = _times(rows, count, seed, f"rest {index}")
+        mixed += again
         notes.append(f"{source.path}: {count:,} rows of an epoch, from {len(parts[index]):,}; each comes {times} times")
     return mixed, notes
+
+
+def balance(rows: Sequence[Row], share: float, *, seed: int) -> tuple[list[Row], str]:
+    """The rows of one epoch with this share of liked ones among those with feedback, and a line for the report.
+
+    The epoch is as long as it was, and exact as a mixture is: each liked row comes equally often but for one time, and
+    each disliked one. Rows without feedback come once.
+    """
+    kinds = {flag: [row for row in rows if row.desirable is flag] for flag in (True, False, None)}
+    if not kinds[True] or not kinds[False]:
+        raise DataError(
+            f"data.desirable_share: of the rows {len(kinds[True]):,} are marked as liked and {len(kinds[False]):,} as "
+            "not liked: both kinds are needed, and a loss that learns from both"
+        )
+    owed = apportion(len(kinds[True]) + len(kinds[False]), [share, 1 - share])
+    liked, times = _times(kinds[True], owed[0], seed, "liked")
+    other, times_other = _times(kinds[False], owed[1], seed, "not liked")
+    note = (
+        f"{owed[0]:,} liked and {owed[1]:,} disliked rows of an epoch, from {len(kinds[True]):,} and "
+        f"{len(kinds[False]):,}; each comes {times} and {times_other} times"
+    )
+    return [*liked, *other, *kinds[None]], note
+
+
+def _times(rows: Sequence[Row], count: int, seed: int, purpose: str) -> tuple[list[Row], str]:
+    """`count` rows, each equally often but for one time, in their order; and how often that is."""
+    whole, rest = divmod(count, len(rows)) if rows else (0, 0)
+    again = {id(row) for row in _drawn(rows, rest, seed, purpose)}
+    times = f"{whole}" if not rest else f"{whole} or {whole + 1}"
+    return [row for row in rows for _ in range(whole + (id(row) in again))], times
+
+
+def masses(sizes: Sequence[int], sources: Sequence[SourceConfig], temperature: float) -> list[float]:
+    """What the shares of sources of so many rows are in proportion to."""
+    return [s.weight * n ** (1 / temperature) if n else 0.0 for s, n in zip(sources, sizes, strict=True)]
 
 
 def apportion(total: int, mass: Sequence[float]) -> list[int]:
@@ -93,9 +130,10 @@ def _drawn(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> l
     """So many of the rows, drawn by where they stand, in their order; all of them where there is no limit."""
     if count is None or count >= len(rows):
         return list(rows)
-    order = sorted(range(len(rows)), key=lambda i: _digest(f"{seed}:{purpose}:{rows[i].where}"))
+    order = sorted(range(len(rows)), key=lambda i: drawn_by(seed, purpose, rows[i]))
     return [rows[i] for i in sorted(order[:count])]
 
 
-def _digest(text: str) -> Any:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def drawn_by(seed: int, purpose: str, row: Row) -> bytes:
+    """The number of a row in a draw: those with the lowest are drawn."""
+    return hashlib.sha256(f"{seed}:{purpose}:{row.where}".encode("utf-8", "surrogatepass")).digest()

@@ -15,19 +15,20 @@ belongs to the answer.
 import copy
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import chain, islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
 from graftlm.data.formats import TEXT, Fields, Message
-from graftlm.data.template import Template, TemplateError
+from graftlm.data.template import Ask, Template, TemplateError
+from graftlm.data.words import Words
 from graftlm.errors import BaseModelError, DataError
 
 PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
@@ -45,6 +46,11 @@ class Role(IntEnum):
     ASSISTANT = 4  # from where generation begins an answer to the end of the answer's text
     TOOL = 5
     END_OF_TURN = 6  # what the template writes after an answer, up to the token that ends the turn
+
+    @property
+    def label(self) -> str:
+        """Its name for people: `end-of-turn`."""
+        return self.name.lower().replace("_", "-")
 
 
 ROLE_OF = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
@@ -71,6 +77,13 @@ class _Span:
     role: Role
     content: int
     """Where the message's text would begin if nothing of it had been trimmed."""
+
+
+T = TypeVar("T")
+Work = Generator[Ask, list[str], T]
+"""A conversation on its way to a T: it yields what the template is asked for, and is sent the texts."""
+
+Rows = list[Rendered] | DataError
 
 
 class UnstableTemplateError(DataError):
@@ -107,6 +120,7 @@ class Renderer:
         self._encoder.no_padding()
         # Post-processors may trim spaces from offsets and add special tokens; the template alone says what is fed.
         self._encoder.post_processor = ByteLevel(trim_offsets=False)
+        self._words = Words.of(self._encoder)
         variables = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         self._chat = None if self.template is None else Template(self.template, variables)
 
@@ -118,26 +132,73 @@ class Renderer:
     def rows(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> list[Rendered]:
         """The conversation as training feeds it: one row, or one for every answer where the template changes what it
         wrote before when more is said (many leave out what was thought before earlier answers)."""
-        try:
-            return [self.conversation(messages, tools)]
-        except UnstableTemplateError:
-            found, first = [], 0
-            for index in (i for i, message in enumerate(messages) if message.role == "assistant"):
-                found.append(self._last_answer(messages[: index + 1], tools)._replace(first=first))
-                first = index + 1
-            return found
+        return self._alone(self._rows(messages, tools))
+
+    def rows_of_all(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]) -> list[Rows]:
+        """What `rows` returns for each of many (messages, tools), or the DataError that it raises."""
+        return self._together([self._rows(messages, tools) for messages, tools in conversations])
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Rendered:
         """The whole conversation in one row; UnstableTemplateError where generation would never see it so."""
+        return self._alone(self._conversation(messages, tools))
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
+        """The ids after which the model should answer: int32 [n]."""
+        return self._alone(self._prompt(messages, tools))
+
+    # Rendering is written for one conversation and done for many: each is a generator that yields what it wants to know
+    # of the template or of the tokenizer, and is sent the answer.
+
+    def _alone(self, work: Work[T]) -> T:
+        (found,) = self._together([work])
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def _together(self, works: Sequence[Work[T]]) -> list[T | DataError]:
+        """Carry all of them on together, so that the template's process is asked once for many."""
+        found: dict[int, T | DataError] = {}
+        answers: dict[int, Any] = dict.fromkeys(range(len(works)))
+        while answers:
+            asks: dict[int, Ask] = {}
+            for number, answer in answers.items():
+                try:
+                    failed = isinstance(answer, TemplateError)
+                    asks[number] = works[number].throw(answer) if failed else works[number].send(answer)
+                except StopIteration as end:
+                    found[number] = end.value
+                except DataError as error:
+                    found[number] = error
+            if asks and self._chat is None:
+                raise BaseModelError(
+                    "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name "
+                    "one with `base: {template: FILE.jinja}`"
+                )
+            answers = {}
+            if asks:
+                assert self._chat is not None
+                answers = dict(zip(asks, self._chat.render_all(list(asks.values())), strict=True))
+        return [found[number] for number in range(len(works))]
+
+    def _rows(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[list[Rendered]]:
+        try:
+            return [(yield from self._conversation(messages, tools))]
+        except UnstableTemplateError:
+            found, first = [], 0
+            for index in (i for i, message in enumerate(messages) if message.role == "assistant"):
+                # Of such an answer only itself is to be learnt: the rest is as generation has it.
+                last = yield from self._rendered(messages[: index + 1], tools, [index])
+                found.append(last._replace(first=first))
+                first = index + 1
+            return found
+
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[Rendered]:
         if messages[0].role == TEXT:
             return self._raw(messages[0])
-        return self._rendered(messages, tools, [i for i, m in enumerate(messages) if m.role == "assistant"])
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        return (yield from self._rendered(messages, tools, answers))
 
-    def _last_answer(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Rendered:
-        """The conversation up to an answer, of which only that is to be learnt: the rest is as generation has it."""
-        return self._rendered(messages, tools, [len(messages) - 1])
-
-    def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Rendered:
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Work[Rendered]:
         """ids and roles, those of the answers at these indices exact: what other answers hold is only text here."""
         messages = [self._apart(message) for message in messages]
         marked = [i for i, m in enumerate(messages) if m.content.strip() and (m.role != "assistant" or i in answers)]
@@ -152,12 +213,25 @@ class Renderer:
             messages,
             [_outside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)],
         ]
-        text, outside, *prefixes = self._render(chats, wanted, tools)
+        text, outside, *prefixes = yield from _texts(chats, wanted, tools)
         begins = dict(zip(said, prefixes, strict=False))
-        spans = self._spans(messages, tools, marked, marks, text, outside)
+        spans = yield from self._spans(messages, tools, marked, marks, text, outside)
         untils = zip(answers, prefixes[len(said) :], strict=True)
         turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
         ids, offsets = self._encode(text, cuts=_cuts(text, begins.values()))
+        roles, turn_of = self._roles(messages, spans, turns, ids, offsets, len(text))
+        return Rendered(ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, offsets[:, 0]))
+
+    def _roles(
+        self,
+        messages: Sequence[Message],
+        spans: Mapping[int, _Span],
+        turns: Mapping[int, tuple[int, int]],
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        length: int,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        """The role of every token, and the message that it belongs to; `turns` are those of the answers."""
         roles = np.full(len(ids), Role.BOILERPLATE, np.uint8)
         roles[_look_up(self._is_special, ids)] = Role.SPECIAL
         starts, ends = offsets[:, 0], offsets[:, 1]
@@ -173,7 +247,7 @@ class Renderer:
                 roles[within(span.start, span.end)] = span.role
         over = {index: span.end for index, span in spans.items()}  # where a message ends
         for index in (i for i, m in enumerate(messages) if m.role == "assistant" and i not in turns):
-            over[index] = min((span.start for i, span in spans.items() if i > index), default=len(text))
+            over[index] = min((span.start for i, span in spans.items() if i > index), default=length)
         for index, (begin, until) in turns.items():
             calls = bool(messages[index].tool_calls)
             end = until if calls else spans[index].end if index in spans else None
@@ -195,26 +269,13 @@ class Renderer:
             roles[after[after <= last]] = Role.END_OF_TURN
         closed = sorted((end, index) for index, end in over.items())
         places = np.searchsorted([end for end, _ in closed], ends)
-        numbers = np.array([index for _, index in closed] + [count - 1], np.int32)
-        turn_of = numbers[places]
-        given = np.full(len(ids), np.nan, np.float32)
-        for index, message in enumerate(messages):
-            if message.weight is None and not message.spans:
-                continue
-            own = (turn_of == index) & ~np.isin(roles, (Role.SPECIAL, Role.BOILERPLATE))
-            if message.weight is not None:
-                given[own] = message.weight
-            for start, stop, weight in message.spans:
-                if index in spans:
-                    at = spans[index].content
-                    given[own & (starts >= at + start) & (starts < at + stop)] = weight
-        return Rendered(ids, roles, text, turn_of, given)
+        numbers = np.array([index for _, index in closed] + [len(messages) - 1], np.int32)
+        return roles, numbers[places]
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
-        """The ids after which the model should answer: int32 [n]."""
+    def _prompt(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[NDArray[np.int32]]:
         messages = [self._apart(message) for message in messages]
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
-        text, *begins = self._render([messages], [(0, i, True) for i in (len(messages), *said)], tools)
+        text, *begins = yield from _texts([messages], [(0, i, True) for i in (len(messages), *said)], tools)
         return self._encode(text, cuts=_cuts(text, begins))[0]
 
     def _apart(self, message: Message) -> Message:
@@ -252,28 +313,6 @@ class Renderer:
         """The text of each id by itself, special tokens included."""
         return [str(self.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
 
-    # The template ------------------------------------------------------------------------------------------------
-
-    def _render(
-        self,
-        chats: Sequence[Sequence[Message]],
-        wanted: Sequence[tuple[int, int, bool]],
-        tools: Sequence[Fields],
-    ) -> list[str]:
-        """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
-        if self._chat is None:
-            raise BaseModelError(
-                "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name one "
-                "with `base: {template: FILE.jinja}`"
-            )
-        try:
-            different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
-            texts = self._chat.render([[_as_fields(m) for m in chat] for chat in chats], different, tools)
-            return [texts[different.index(ask)] for ask in wanted]
-        except TemplateError as error:
-            roles = ", ".join(m.role for m in chats[0])
-            raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
-
     def _spans(
         self,
         messages: Sequence[Message],
@@ -282,7 +321,7 @@ class Renderer:
         marks: str,
         text: str,
         outside: str,
-    ) -> dict[int, _Span]:
+    ) -> Work[dict[int, _Span]]:
         """Where each marked message's text lies in the rendered text, by the message's index.
 
         `outside` is the text with a mark before and after each of them. For templates that trim, the marks are set
@@ -292,7 +331,7 @@ class Renderer:
         for trims in (False, True):
             if trims:
                 chat = [_inside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)]
-                (outside,) = self._render([chat], [(0, len(chat), False)], tools)
+                (outside,) = yield from _texts([chat], [(0, len(chat), False)], tools)
             plain, places = _remove_marks(outside, marks)
             counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in marked]
             odd = [
@@ -327,7 +366,8 @@ class Renderer:
         cut, or where what follows changes the tokens before (a regular expression that looks ahead).
         """
         whole = self._piece(text, 0, len(text))
-        if all(self._is_prompt(text, cut, *whole) for cut in cuts):
+        controls = np.flatnonzero(_look_up(self._is_control, whole[0]))
+        if all(self._is_prompt(text, cut, *whole, controls) for cut in cuts):
             return whole
         found: list[tuple[NDArray[np.int32], NDArray[np.int64]]] = []
         start = 0
@@ -345,8 +385,11 @@ class Renderer:
         ids, offsets = zip(*found, head, strict=True)
         return np.concatenate(ids), np.concatenate(offsets)
 
-    def _is_prompt(self, text: str, cut: int, ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> bool:
-        """Whether the tokens of the text before the cut are the very tokens that text[:cut] has by itself.
+    def _is_prompt(
+        self, text: str, cut: int, ids: NDArray[np.int32], offsets: NDArray[np.int64], controls: NDArray[np.int64]
+    ) -> bool:
+        """Whether the tokens of the text before the cut are the very tokens that text[:cut] has by itself. `controls`
+        are the places of control tokens.
 
         What stands before a control token is tokenised apart from what follows it, so only the tokens from the last
         one on can be others.
@@ -354,10 +397,12 @@ class Renderer:
         before = int(np.searchsorted(offsets[:, 1], cut, "right"))
         if before < len(ids) and offsets[before, 0] < cut:
             return False  # a token lies across
-        controls = np.flatnonzero(_look_up(self._is_control, ids[:before]))
-        first = int(controls[-1]) if len(controls) else 0
-        tail = self._encoder.encode(text[offsets[first, 0] if first else 0 : cut], add_special_tokens=False)
-        return bool(tail.ids == ids[first:before].tolist())
+        earlier = int(np.searchsorted(controls, before))
+        first = int(controls[earlier - 1]) if earlier else 0
+        tail = text[offsets[first, 0] if first else 0 : cut]
+        found = self._words.ids(tail) if self._words is not None else None
+        found = self._encoder.encode(tail, add_special_tokens=False).ids if found is None else found
+        return bool(found == ids[first:before].tolist())
 
     def _piece(self, text: str, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """ids and offsets of text[start:end]; what does not begin the text is tokenised as what does not."""
@@ -373,6 +418,8 @@ class Renderer:
         return ids, offsets + start
 
     def _plain(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        if self._words is not None and (found := self._words.encode(text)) is not None:
+            return found
         encoding = self._encoder.encode(text, add_special_tokens=False)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)
         return np.array(encoding.ids, np.int32), offsets.reshape(-1, 2)
@@ -400,6 +447,41 @@ class Renderer:
         """The begin-of-text token, where the tokenizer itself puts it before a text that no template has rendered."""
         bos = self.tokenizer.bos_token_id
         return [int(bos)] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _texts(
+    chats: Sequence[Sequence[Message]], wanted: Sequence[tuple[int, int, bool]], tools: Sequence[Fields]
+) -> Work[list[str]]:
+    """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
+    different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
+    try:
+        texts = yield Ask([[_as_fields(m) for m in chat] for chat in chats], different, tools)
+    except TemplateError as error:
+        roles = ", ".join(m.role for m in chats[0])
+        raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
+    return [texts[different.index(ask)] for ask in wanted]
+
+
+def _given(
+    messages: Sequence[Message],
+    spans: Mapping[int, _Span],
+    roles: NDArray[np.uint8],
+    turns: NDArray[np.int32],
+    starts: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """The weights that the row itself gives its tokens; NaN where it gives none."""
+    given = np.full(len(roles), np.nan, np.float32)
+    for index, message in enumerate(messages):
+        if message.weight is None and not message.spans:
+            continue
+        own = (turns == index) & ~np.isin(roles, (Role.SPECIAL, Role.BOILERPLATE))
+        if message.weight is not None:
+            given[own] = message.weight
+        for start, stop, weight in message.spans:
+            if index in spans:
+                at = spans[index].content
+                given[own & (starts >= at + start) & (starts < at + stop)] = weight
+    return given
 
 
 def _ending(text: str) -> str:
@@ -464,7 +546,8 @@ def _look_up(table: NDArray[np.bool_], ids: NDArray[np.int32]) -> NDArray[np.boo
 
 def _free_characters(count: int, messages: Sequence[Message]) -> str:
     """Characters for private use that occur in no message (icon fonts use some of them)."""
-    used = {character for message in messages for character in _PRIVATE.findall(message.content)}
+    odd = (message.content for message in messages if not message.content.isascii())
+    used = {character for content in odd for character in _PRIVATE.findall(content)}
     return "".join(islice((chr(code) for code in PRIVATE if chr(code) not in used), count))
 
 

@@ -18,6 +18,7 @@ from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weig
 from graftlm.data import axolotl, llama_factory
 from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, Conversation, Message, RowError, check, detect
+from graftlm.data.messages import read_number
 from graftlm.data.records import Problem, records
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
@@ -49,12 +50,38 @@ class SourceConfig:
     """Use no more rows than this, drawn from `train.seed`."""
 
 
+LENGTH, SELECTED = "length", "selected"
+
+
+@config
+class OrderConfig:
+    by: str
+    """What rows are sorted by: `length` (in tokens), `selected` (the scores of the last of `select`), or else a field
+    of the rows that holds a number."""
+    highest_first: Flag = False
+    """Begin with the highest in place of the lowest."""
+    parts: PositiveCount | None = None
+    """Cut the order into so many parts of one size and shuffle the rows of each, anew in every epoch. Without it the
+    order is exact, and only rows that are alike are shuffled."""
+
+    @property
+    def field(self) -> str | None:
+        """The field of the rows that must hold a number."""
+        return None if self.by in (LENGTH, SELECTED) else self.by
+
+
 @config
 class DataConfig:
     train: str | SourceConfig | tuple[str | SourceConfig, ...]
     """A source, or a list: each has a share of an epoch in proportion to weight * rows^(1/mix_temperature)."""
     mix_temperature: Annotated[float, Strict(), Field(ge=1)] = 1.0
     """1 is every row once (where weights are 1), 2 the square root of the rows, a large number all sources alike."""
+    order: OrderConfig | None = None
+    """A curriculum: every epoch runs from rows with a low score to those with a high one. Without it each epoch is
+    shuffled."""
+    desirable_share: Annotated[float, Strict(), Field(gt=0, lt=1)] | None = None
+    """Among rows with feedback, the share that is liked: the epoch stays as long as it is, each row of a kind comes
+    equally often, and rows that come once more are drawn from `train.seed`."""
     held_out: Count | Share | str | SourceConfig = 0
     """Rows (100), a share (0.05), or a source of its own; rows with the same group never end up on both sides."""
     strict: Flag = False
@@ -98,23 +125,30 @@ class Row:
     """Whole conversations that were liked less than `messages`, the best of them first; a pair has one."""
     desirable: bool | None = None
     """Feedback without a pair: whether the answer was liked. None where nobody said."""
+    score: float | None = None
+    """What `data.order` sorts by: a number that stands in the row, or that a selector gave it."""
 
 
 def load_rows(
-    source: str | SourceConfig, *, network: bool = False, strict: bool = False, problems: list[Problem] | None = None
+    source: str | SourceConfig,
+    *,
+    network: bool = False,
+    strict: bool = False,
+    problems: list[Problem] | None = None,
+    score: str | None = None,
 ) -> tuple[list[Row], str]:
     """All rows of a source that can be used, and the name of their format.
 
     What is wrong goes into `problems`, of rows that are left out and of rows that are kept. Where there is no such
     list, or under `strict`, a row that would be left out is a DataError that lists all of them by file and line; so is
-    a source of which no row can be used.
+    a source of which no row can be used. `score` names a field that must hold a number.
     """
     path = source if isinstance(source, str) else source.path
     rows: list[Row] = []
     told: list[Problem] = []
     formats: list[str] = []
     seen: dict[int, Row] = {}
-    for found in stream_rows(source, network=network, formats=formats):
+    for found in stream_rows(source, network=network, formats=formats, score=score):
         if isinstance(found, Problem):
             told.append(found)
             continue
@@ -137,7 +171,11 @@ def load_rows(
 
 
 def stream_rows(
-    source: str | SourceConfig, *, network: bool = False, formats: list[str] | None = None
+    source: str | SourceConfig,
+    *,
+    network: bool = False,
+    formats: list[str] | None = None,
+    score: str | None = None,
 ) -> Iterator[Row | Problem]:
     """Rows and problems of a source in the order of its files, one at a time, so that memory does not grow with them.
     Names of formats go into `formats` as they are met."""
@@ -164,7 +202,7 @@ def stream_rows(
                     formats.append(name)
                 if name != "text" and (shown := [key for key in MEDIA if fields.get(key)]):
                     raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
-                row, notes = _row(FORMATS[name](fields), where, record.get("group"))
+                row, notes = _row(FORMATS[name](fields), where, record, score)
             except RowError as error:
                 yield Problem(where, str(error))
                 continue
@@ -182,6 +220,22 @@ def _parts(path: str) -> list[Part]:
     return [Part(path)]
 
 
+def content(path: str) -> str | None:
+    """64 hexadecimal digits: the SHA-256 of all that stands in the files of a source, and in what describes them. None
+    where they are no files of this machine, or where there are none."""
+    description = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
+    digest = hashlib.sha256()
+    for name in dict.fromkeys([description, *(part.path for part in _parts(path))]):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            return None
+        digest.update(f"{file.stat().st_size}:".encode())
+        with file.open("rb") as stream:
+            while some := stream.read(2**20):
+                digest.update(some)
+    return digest.hexdigest()
+
+
 def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
     """The format that most of the first rows have, so that a damaged row does not decide for a file."""
     votes: Counter[str] = Counter()
@@ -192,8 +246,9 @@ def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
     return votes.most_common(1)[0][0] if votes else "auto"
 
 
-def _row(said: Conversation, where: str, group: Any) -> tuple[Row, list[str]]:
+def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str | None) -> tuple[Row, list[str]]:
     """The checked row and what is to be told of it."""
+    group = record.get("group")
     notes = check(said.messages)
     for number, other in enumerate(said.rejected, start=1):
         try:
@@ -202,7 +257,8 @@ def _row(said: Conversation, where: str, group: Any) -> tuple[Row, list[str]]:
             raise RowError(f"rejected answer {number}: {error}") from None
     if group is None or group == "":
         group = next((m.content for m in said.messages if m.role == "user"), said.messages[0].content)
-    return Row(said.messages, where, str(group), said.tools, said.rejected, said.desirable), notes
+    value = None if score is None else read_number(record, score)
+    return Row(said.messages, where, str(group), said.tools, said.rejected, said.desirable, value), notes
 
 
 def _instances(found: Iterator[tuple[str, Any] | Problem]) -> Iterator[tuple[str, Any]]:

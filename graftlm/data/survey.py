@@ -126,9 +126,9 @@ def _shown(entry: Entry) -> str:
 
 def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     """Look at training rows, and at the held-out rows that they should have nothing to do with."""
-    guesses = Counter(language(_text(row)) for row in _evenly(rows, GUESSED_ROWS))
+    guesses = Counter(language(_text(row)) for row in _some(rows, GUESSED_ROWS))
     same, firsts = _same(rows)
-    some = _evenly(rows, NEAR_ROWS)
+    some = _some(rows, NEAR_ROWS)
     words = near.Words()
     texts = [words.of(_text(row)) for row in some]
     different = [number for number, row in enumerate(some) if id(row) in firsts]
@@ -145,9 +145,13 @@ def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     return Survey(len(rows), len(some), dict(guesses.most_common()), findings)
 
 
-def _evenly(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most so many of the rows, at even distances."""
-    return list(rows) if len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)]
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of the numbers from 0 to count - 1, at even distances."""
+    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
+
+
+def _some(rows: Sequence[Row], most: int) -> list[Row]:
+    return [rows[i] for i in evenly(len(rows), most)]
 
 
 def _text(row: Row) -> str:

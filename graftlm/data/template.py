@@ -2,7 +2,7 @@
 
 A template comes with a model from anywhere and is a program. jinja2's sandbox keeps it from the interpreter; it does
 not keep it from running for ever or from filling the memory. So it runs in a child process with a second of processor
-time and 64 MiB for each row, which holds nothing and can be thrown away. Rows travel as lines of JSON.
+time and 64 MiB for each row, which holds nothing and can be thrown away. Rows travel as lines of JSON, many at a time.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 SECONDS = 0.8
 """Of processor time for the renders of one row: loops are interrupted then."""
@@ -27,6 +27,9 @@ MORE_SECONDS = 0.4
 PATIENCE_SECONDS = 30.0
 """What cannot be interrupted is killed when, from half a second on, it has used so much more of the processor; on a
 machine too busy to give it that, when the patience is over."""
+
+AT_ONCE_SECONDS = 0.05
+"""Of processor time: the child answers what it has by then, so that the clock is that of few rows."""
 
 START_SECONDS = 10.0
 """For python to start, and to read the template."""
@@ -41,6 +44,15 @@ TOO_LARGE = f"it needs more than {MEMORY_MIB} MiB and was stopped"
 
 class TemplateError(Exception):
     """What a template said when it refused, or why it was stopped."""
+
+
+class Ask(NamedTuple):
+    """What a row wants to have rendered: texts of chats, and the tools that all of them may call."""
+
+    chats: Sequence[Sequence[Mapping[str, Any]]]
+    wanted: Sequence[tuple[int, int, bool]]
+    """Of each text: which of the chats, how many of its messages, whether an answer is to follow."""
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass
@@ -76,34 +88,46 @@ class Template:
 
         Raises TemplateError with what the template says, or with the limit that stopped it.
         """
-        answer = self._ask({"chats": chats, "wanted": wanted, "tools": list(tools) or None})
-        if "texts" not in answer:
-            raise TemplateError(answer.get("error") or answer["stopped"])
-        texts: list[str] = answer["texts"]
-        return texts
+        (found,) = self.render_all([Ask(chats, wanted, tools)])
+        if isinstance(found, TemplateError):
+            raise found
+        return found
 
-    def _ask(self, request: Mapping[str, Any]) -> Any:
+    def render_all(self, asks: Sequence[Ask]) -> list[list[str] | TemplateError]:
+        """What `render` returns or raises for each of many rows; the limits are of each."""
+        requests = [{"chats": ask.chats, "wanted": ask.wanted, "tools": list(ask.tools) or None} for ask in asks]
+        found: list[list[str] | TemplateError] = []
+        most = len(requests)
+        while len(found) < len(requests):
+            answers = self._answers(requests[len(found) : len(found) + most])
+            found += map(_read, answers)
+            most = most if answers else 1  # one of them does not let the child answer: which?
+        return found
+
+    def _answers(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The answers to the first of these, to one at least; to none where the child was stopped at one of several."""
         child = self._running()
-        pipes, answer = child.process, None
+        pipes, answers = child.process, None
         assert pipes.stdin is not None
         assert pipes.stdout is not None
         with child.lock:
             try:
                 child.deadline = time.monotonic() + CLOCK_SECONDS
                 with contextlib.suppress(BrokenPipeError):
-                    pipes.stdin.write(json.dumps(request).encode() + b"\n")
+                    pipes.stdin.write(json.dumps(requests).encode() + b"\n")
                     pipes.stdin.flush()
-                    answer = json.loads(pipes.stdout.readline() or b"null")
+                    answers = json.loads(pipes.stdout.readline() or b"null")
                 child.deadline = None
             finally:
                 # An answer that was not waited for (Ctrl-C) must not be taken for the next one, and a process that was
                 # stopped may hold much: both are not asked again.
-                if answer is None or "stopped" in answer:
+                if answers is None or "stopped" in answers[-1]:
                     self._child = None
                     _end(child)
-        if answer is None:
-            answer = {"stopped": TOO_LONG if child.late else TOO_LARGE}
-        return answer
+        if answers is None:
+            return [{"stopped": TOO_LONG if child.late else TOO_LARGE}] if len(requests) == 1 else []
+        found: list[dict[str, Any]] = answers
+        return found
 
     def _running(self) -> _Child:
         """The child process, started where this process (after a fork: this one) has none yet."""
@@ -125,6 +149,14 @@ class Template:
                 _end(child)
                 raise TemplateError(ready["error"])
         return self._child
+
+
+def _read(answer: Mapping[str, Any]) -> list[str] | TemplateError:
+    """The texts of a row; a number stands for so many characters of the first."""
+    if "texts" not in answer:
+        return TemplateError(answer.get("error") or answer["stopped"])
+    whole, *others = answer["texts"]
+    return [whole, *(whole[:other] if isinstance(other, int) else other for other in others)]
 
 
 def _end(child: _Child) -> None:
@@ -237,8 +269,9 @@ def _limit_memory(mib: int | None, beside: int = 0) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most if mib is None else now + beside + mib * 2**20, most))
 
 
-def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, Any]) -> list[str]:
-    return [
+def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, Any]) -> list[str | int]:
+    """The texts; of one that begins the first only its length, as most do."""
+    whole, *others = [
         template.render(
             **variables,
             messages=request["chats"][which][:count],
@@ -248,13 +281,27 @@ def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, An
         )
         for which, count, answer_next in request["wanted"]
     ]
+    return [whole, *(len(other) if whole.startswith(other) else other for other in others)]
 
 
-def _answer(template: Any, variables: Mapping[str, str], line: bytes) -> bytes:
+def _answers(template: Any, variables: Mapping[str, str], line: bytes) -> bytes:
+    requests, said = json.loads(line), list[dict[str, Any]]()
+    until = time.process_time() + AT_ONCE_SECONDS
+    _limit_memory(MEMORY_MIB, beside=4 * len(line))
+    for request in requests:
+        answer = _answer(template, variables, request)
+        if said and answer == {"stopped": TOO_LARGE}:
+            break  # perhaps for what those before it hold: it is asked again, as the first
+        said.append(answer)
+        if "stopped" in answer or time.process_time() > until:
+            break
+    _limit_memory(None)
+    return json.dumps(said).encode()
+
+
+def _answer(template: Any, variables: Mapping[str, str], request: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any]
     try:
-        request = json.loads(line)
-        _limit_memory(MEMORY_MIB, beside=4 * len(line))
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         said = {"texts": _texts(template, variables, request)}
     except _Stopped:
@@ -267,8 +314,7 @@ def _answer(template: Any, variables: Mapping[str, str], line: bytes) -> bytes:
         said = {"error": f"{error}" or type(error).__name__}
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        _limit_memory(None)
-    return json.dumps(said).encode()
+    return said
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -282,10 +328,12 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         said = b"{}"
     except Exception as error:
         said = json.dumps({"error": f"it is not a template: {error}"}).encode()
+    finally:
+        _limit_memory(None)  # the next request is read before its own limit is known
     answers.write(said + b"\n")
     answers.flush()
     for line in requests:
-        answers.write(_answer(template, first["variables"], line) + b"\n")
+        answers.write(_answers(template, first["variables"], line) + b"\n")
         answers.flush()
 
 

@@ -8,7 +8,6 @@ Writing is all or nothing: into a temporary folder beside the target, then one r
 that does not fit exactly is refused, and the model is left as it was.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from graftlm.config import build, to_tree
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, OutputError, TargetError, nearest, numbered
+from graftlm.files import writing as writing  # still imported from here by training/run.py
 from graftlm.model.attach import attach, attachment, base_parameters, detach, hosts, parameters_of, shared_of, sites_of
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import base_record, fingerprint, store_of
@@ -97,33 +97,6 @@ def _runs(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-@contextmanager
-def writing(out: Path, *, needs: int = 0) -> Iterator[None]:
-    """Inside, a full disk or a place that cannot be written is an OutputError that names it; other errors pass.
-
-    `needs` are the bytes that are to be written, if they are known.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(_no_room(out, needs)) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
-        raise
-    except SafetensorError as error:  # how safetensors reports a full disk
-        if "No space left" in str(error):
-            raise OutputError(_no_room(out, needs)) from None
-        raise
-
-
-def _no_room(out: Path, needs: int) -> str:
-    there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    wanted = f"it takes {needs:,} bytes, and {free:,}" if needs else f"{free:,} bytes"
-    return f"{out}: no room on the disk ({wanted} are free). Nothing that was there is lost: make some room"
 
 
 def _beside(out: Path, kind: str) -> Path:

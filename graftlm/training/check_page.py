@@ -5,16 +5,15 @@ can stand and are set as text, and the page's own policy forbids it to load anyt
 """
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from graftlm.data.check import Lengths, shown_rows
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
-from graftlm.model.store import writing
+from graftlm.data.survey import evenly
+from graftlm.files import whole
+from graftlm.training import report
 from graftlm.training.run import Prepared
 
 SAMPLED = 200
@@ -35,13 +34,13 @@ WIDTH, HEIGHT = 420, 120
 
 def write(file: Path, data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> None:
     """Write the page; raises OutputError where it cannot be written."""
-    with writing(file):
-        file.write_text(html(data, tokenizer, config, title=title), encoding="utf-8")
+    with whole(file) as draft:
+        draft.write_text(html(data, tokenizer, config, title=title), encoding="utf-8")
 
 
 def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> str:
     """The page of rows that were looked at (`prepare_data(..., look=True)`)."""
-    report, survey = data.report, data.report.survey
+    preflight, survey = data.report, data.report.survey
     assert survey is not None
     notes: dict[str, list[tuple[str, str]]] = {}
     for finding in survey.findings:
@@ -56,12 +55,6 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
         _shown(piece, notes, config.max_tokens) for row in rows for piece in shown_rows([row], renderer, config, 1)
     ]
     place = {piece["where"]: i for i, piece in reversed(list(enumerate(shown)))}
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(
-        files("graftlm.training").joinpath("check.html.jinja").read_text(encoding="utf-8")
-    )
     findings = []
     for finding in survey.findings:
         named = list(dict.fromkeys(where for entry in finding.entries for where in entry.rows))
@@ -70,12 +63,13 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
             facts = {"kind": finding.kind, "why": finding.why, "count": finding.count}
             findings.append(facts | {"places": listed, "more": len(named) - len(listed)})
     left_out = len(notes.keys() - place.keys())
-    return template.render(
+    return report.page(
+        "check.html.jinja",
         title=title,
-        lines=[*report.lines(), *survey.lines()],
-        histograms=[("prompts", _bars(report.prompt_tokens)), ("answers", _bars(report.answer_tokens))],
+        lines=[*preflight.lines(), *survey.lines()],
+        histograms=[("prompts", _bars(preflight.prompt_tokens)), ("answers", _bars(preflight.answer_tokens))],
         findings=findings,
-        roles=[_name(role) for role in Role],
+        roles=[role.label for role in Role],
         sampled=f"{len(rows):,} of {len(data.rows) + len(data.held_out_rows):,} rows: some at even distances, and "
         "those that are worth a look.",
         limit_text=f"{left_out:,} more of these are left out." if left_out else "",
@@ -85,8 +79,7 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
 
 def _chosen(data: Prepared, notes: dict[str, Any]) -> list[Row]:
     """A sample of the training rows and whatever is noted of any row, in order."""
-    count = len(data.rows)
-    sample = set(range(count)) if count <= SAMPLED else {i * count // SAMPLED for i in range(SAMPLED)}
+    sample = set(evenly(len(data.rows), SAMPLED))
     every = [*data.rows, *data.held_out_rows]
     suspicious = [i for i, row in enumerate(every) if row.where in notes and i not in sample]
     return [every[i] for i in sorted(sample | set(suspicious[: MOST_ROWS - len(sample)]))]
@@ -101,10 +94,6 @@ def _shown(piece: dict[str, Any], notes: dict[str, list[tuple[str, str]]], most:
         "left": len(tokens) - len(tokens[:MOST_TOKENS]),
         "limit": most,
     }
-
-
-def _name(role: Role) -> str:
-    return role.name.lower().replace("_", "-")
 
 
 def _json(tree: Any) -> str:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.losses.base import ComparedConfig, LossConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
+from graftlm.model.forward import check_compiler
 from graftlm.model.load import BaseConfig, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.ops import KERNELS_KEPT
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, sketch
@@ -85,6 +86,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     process = peak_rss_gib()
     made, groups = with_deltas(recipe)
     device = made.model.device
+    if recipe.train.compile:
+        check_compiler(device)
     parameters = sum(p.numel() for name in recipe.all_deltas() for p in parameters_of(made.model, name))
     held = sum(p.numel() * p.element_size() for host in hosts(made.model).values() for p in host.deltas.buffers())
     largest = shape.largest.to(device)
@@ -286,7 +289,13 @@ def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape)
             for pack in packs:
                 one_pass(model, pack, _loss(recipe))
 
-        with training_pass(model, packed=recipe.data.pack, checkpointing=train.checkpointing, offload=train.offload):
+        with training_pass(
+            model,
+            packed=recipe.data.pack,
+            checkpointing=train.checkpointing,
+            offload=train.offload,
+            compiled=train.compile,
+        ):
             found = best_s(passes, TRIES)
             shares.append({name: share * found for name, share in parts_of_time(passes).items()})
         return found

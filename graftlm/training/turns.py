@@ -40,7 +40,8 @@ def attach_deltas(
     Every rank looks at the same packs, so that all start from the same numbers. Without `start` they are there to be
     filled with what a checkpoint holds.
     """
-    deltas = recipe.all_deltas()
+    deltas, objective = recipe.all_deltas(), Objective(recipe.loss)
+    objective.add_reference(model)
     gathered = {
         name: collect(model, config, needs, _losses(recipe, model, examples, plan))
         for name, config in deltas.items()
@@ -48,6 +49,7 @@ def attach_deltas(
     }
     for name, config in deltas.items():
         attach(model, config, name=name, seed=recipe.train.seed, statistics=gathered.get(name), start=start)
+    objective.add_head(model)
 
 
 def _losses(
@@ -96,11 +98,18 @@ class Turn:
     ) -> Iterator[Step]:
         """The steps from batch `seen` of the plan on. Afterwards, if that was the end of the turn: `end`."""
         config, model = recipe.train, self.training.model
+        objective = Objective(recipe.loss)
         make = partial(packs_of, recipe, share=config.prefix_sharing)
-        packs = partial(ranks.packs_of, make=make, sharded=ranks.is_sharded(model))
+
+        def packs(rows: list[int]) -> Iterator[Pack]:
+            items = [examples[i] for i in rows]
+            for some in (items, objective.probes(items)):
+                for pack in ranks.packs_of(some, make, sharded=ranks.is_sharded(model)):
+                    yield pack.to(model.device)  # type: ignore[arg-type]
+
         return steps(
             model,
-            ([p.to(model.device) for p in packs([examples[i] for i in rows])] for rows in plan[seen : self.last]),  # type: ignore[arg-type]
+            (list(packs(rows)) for rows in plan[seen : self.last]),
             loss=recipe.loss,
             optimiser=self.training.optimiser,
             schedule=self.schedule,
@@ -141,6 +150,7 @@ def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Grou
             ParameterGroup(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
             for name in names
         ]
+        groups += Objective(recipe.loss).groups(model)
         policies = make_policies(recipe.policies)
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
         schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))

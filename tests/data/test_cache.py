@@ -101,7 +101,7 @@ def test_where_a_row_stands_and_its_group_are_not_in_the_key_and_the_order_is(re
     assert cache.key([replace(row, where="g:1", group="x") for row in ROWS], renderer, DATA) == key
     assert cache.key(ROWS[::-1], renderer, DATA) != key
     assert cache.key(ROWS[:-1], renderer, DATA) != key
-    not_rendered = {"where", "group", "rejected", "desirable"}
+    not_rendered = {"where", "group", "rejected", "desirable", "score"}
     assert {f.name for f in fields(Row)} == {"messages", "tools"} | not_rendered, "is the new field in the key?"
 
 
@@ -121,7 +121,7 @@ def test_tokenizer_template_mask_and_code_are_in_the_key(renderer: Renderer, mon
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})  # no other token, but another end
     keys.append(cache.key(ROWS, Renderer(tokenizer), DATA))
-    monkeypatch.setattr(cache, "_code", lambda: "another version")
+    monkeypatch.setattr(cache, "code", lambda: "another version")
     keys.append(cache.key(ROWS, renderer, DATA))
     assert len(set(keys)) == len(keys)
     monkeypatch.undo()

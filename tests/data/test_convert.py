@@ -70,7 +70,7 @@ def test_what_cannot_be_used_is_told_and_the_rest_is_written(tmp_path: Path) -> 
     out = tmp_path / "out.jsonl"
     count, problems = convert(source, out)
     assert (count, [str(p).split(" ")[0] for p in problems]) == (1, [f"{source}:2:"])
-    with pytest.raises(OutputError, match="exists: give another name"):
+    with pytest.raises(OutputError, match="exists and would be lost"):
         convert(source, out)
     convert(source, out, overwrite=True)
     out.unlink()

@@ -1,12 +1,16 @@
 """Mixtures: shares are what the formula says, epochs are exact, and the seed is all that is drawn from."""
 
+import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from graftlm.data.formats import Message
-from graftlm.data.mixing import apportion, mix
-from graftlm.data.source import Row, SourceConfig
+from graftlm.data.mixing import apportion, balance, mix, read_data
+from graftlm.data.source import DataConfig, Row, SourceConfig
+from graftlm.errors import DataError
 
 
 def rows(name: str, count: int) -> list[Row]:
@@ -73,3 +77,41 @@ def test_what_is_apportioned_adds_up(total: int) -> None:
         assert sum(counts) == total
         assert all(abs(n - total * part / sum(mass)) < 1 for n, part in zip(counts, mass, strict=True))
     assert apportion(5, [0.0, 0.0]) == [0, 0]
+
+
+def feedback(liked: int, disliked: int, silent: int = 0) -> list[Row]:
+    flags = [True] * liked + [False] * disliked + [None] * silent
+    return [replace(row, desirable=flag) for row, flag in zip(rows("f", len(flags)), flags, strict=True)]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.8, 0.01])
+def test_liked_rows_have_their_share_of_an_epoch_that_is_as_long_as_before(share: float) -> None:
+    given = feedback(30, 70, silent=5)
+    found, note = balance(given, share, seed=0)
+    times = Counter(row.where for row in found)
+    assert len(found) == 105
+    kinds = Counter(row.desirable for row in found)
+    assert (kinds[True], kinds[False], kinds[None]) == (round(100 * share), 100 - round(100 * share), 5)
+    for flag in (True, False, None):
+        seen = [times[row.where] for row in given if row.desirable is flag]
+        assert max(seen) - min(seen) <= 1
+    assert "of an epoch, from 30 and 70" in note
+
+
+def test_which_rows_come_once_more_follows_from_the_seed() -> None:
+    given = feedback(30, 70)
+    assert balance(given, 0.4, seed=1)[0] == balance(given, 0.4, seed=1)[0]
+    assert balance(given, 0.4, seed=1)[0] != balance(given, 0.4, seed=2)[0]
+
+
+def test_a_ratio_needs_both_kinds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="0 as not liked"):
+        balance(feedback(3, 0), 0.5, seed=0)
+    file = tmp_path / "feedback.jsonl"
+    lines = [{"prompt": f"{i}", "completion": "a", "label": i % 4 == 0} for i in range(40)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = DataConfig(train=str(file), desirable_share=0.5)
+    found = read_data(data, seed=0, usable=lambda rows: (list(rows), []))
+    assert Counter(row.desirable for row in found.train) == {True: 20, False: 20}
+    with pytest.raises(DataError, match="both kinds are needed"):
+        read_data(data, seed=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.data.template import Template, TemplateError
+from graftlm.data.template import Ask, Template, TemplateError
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -102,6 +102,34 @@ def test_beginnings_of_several_chats_in_one_call() -> None:
         "a?",
         "\u00e9\U0001f600",
     ]
+
+
+def test_many_rows_at_once_are_the_same_and_one_that_is_stopped_costs_itself() -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    large = "{{ ('a' * 99999999)[:1] }}"
+    template = Template(
+        f"{{% if messages[0].content == 'loop' %}}{loop}{{% elif messages[0].content == 'large' %}}{large}"
+        "{% elif messages[0].content == 'no' %}{{ raise_exception('I do not') }}"
+        "{% else %}{{ messages[0].content * 2 }}{% endif %}",
+        {},
+    )
+    said = [f"text {i}" for i in range(300)]
+    said[20], said[150], said[299] = "loop", "no", "large"
+    asks = [Ask([[{"role": "user", "content": text}]], [(0, 1, False), (0, 1, True)]) for text in said]
+    found = template.render_all(asks)
+    assert len(found) == 300
+    for text, texts in zip(said, found, strict=True):
+        if text.startswith("text"):
+            assert texts == [text * 2, text * 2]
+    for place, why in ((20, "ran for more"), (150, "I do not"), (299, "needs more")):
+        assert isinstance(found[place], TemplateError)
+        assert why in str(found[place])
+
+
+def test_the_first_row_has_its_own_limit_not_that_of_the_template() -> None:
+    long = [{"role": "user", "content": "a" * 24_000_000}]
+    (text,) = Template("{{ messages[0].content }}", {}).render([long], [(0, 1, False)])
+    assert len(text) == 24_000_000
 
 
 def test_copies_and_forks_have_processes_of_their_own() -> None:

@@ -19,6 +19,7 @@ from graftlm.model.attach import hosts, parameters_of, trainable
 from graftlm.model.load import load_base, load_tokenizer
 from graftlm.model.sketch import kinds_of_layer, only, sketch
 from graftlm.testing import save_tiny_base, tiny_config
+from graftlm.training import loop
 from graftlm.training.plan import GIB, HEAP, HEAP_CHECKPOINTED, KERNELS, LiveBytes, kernels, live_bytes, plan, shape_of
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
@@ -167,6 +168,26 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
     assert found["peak_gib"] >= memory["process"] + memory["base"]
     assert found["tokens_per_s"] > 0
     json.dumps(found)
+
+
+def test_passes_are_compiled_where_a_run_would_compile_them(
+    base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spied(model: Any, **settings: Any) -> Any:
+        seen.append(settings.pop("compiled", False))
+        return loop.training_pass(model, **settings)
+
+    monkeypatch.setattr(plan_module, "training_pass", spied)
+    monkeypatch.setattr(plan_module, "check_compiler", lambda device: seen.append("checked"))
+    found = recipe(base, rows)
+    plan(replace(found, train=replace(found.train, compile=True)))
+    assert seen[0] == "checked"
+    assert True in seen, "its time is that of compiled passes"
+    seen.clear()
+    plan(found)
+    assert set(seen) == {False}
 
 
 def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:

@@ -2,9 +2,9 @@
 
     X <- X + alpha / sqrt(L d) * E        X [L, d] the embeddings of a row, E uniform in [-1, 1]
 
-In training alone: evaluation and generation see no noise. L is the length of the row, not of the pack that it lies in,
-and its noise depends on the seed, the step and the row: how rows are packed changes nothing. (What stands after the
-last token that is trained on is not computed here, so it is not counted in L.)
+Where something learns alone: evaluation, generation and the reference of a preference see no noise. L is the length of
+the row, not of the pack that it lies in, and its noise depends on the seed, the step and the row: how rows are packed
+changes nothing. (What stands after the last token that is trained on is not computed here, so it is not counted in L.)
 
 A beginning that several rows share is computed once, and would have one noise for rows of several lengths: such packs
 are refused, set train.prefix_sharing: false.
@@ -37,7 +37,8 @@ class Neftune(Policy):
     @contextmanager
     def during(self, training: Training) -> Iterator[None]:
         def noisy(module: Any, args: Any, X: Tensor) -> Tensor:
-            assert training.pack is not None
+            if training.pack is None or not torch.is_grad_enabled():
+                return X  # a reference or a probe: nothing learns from it
             return X + self._noise(training, training.pack, X.shape[-1]).to(X)
 
         embeddings: Any = training.model.get_input_embeddings()  # type: ignore[operator]
@@ -50,9 +51,10 @@ class Neftune(Policy):
     def _noise(self, training: Training, pack: Pack, d: int) -> Tensor:
         """[1, T, d]"""
         if shared := [rows for rows in pack.where if len(rows) > 1]:
+            names = " and ".join(dict.fromkeys(shared[0][:2]))
             raise TrainingError(
-                f"policies: neftune: {' and '.join(shared[0][:2])} share their beginning, so they cannot have a noise "
-                "each. Set train: {prefix_sharing: false}"
+                f"policies: neftune: rows of {names} share their beginning, so they cannot have a noise each. "
+                "Set train: {prefix_sharing: false}"
             )
         parts = []
         for (row,), L in zip(pack.where, pack.lengths, strict=True):

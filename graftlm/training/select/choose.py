@@ -5,10 +5,9 @@ rows -> pool -> scores (kept by what they depend on) -> the best `keep` of them,
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,13 @@ import numpy as np
 from rich.console import Console
 
 from graftlm.config import to_tree
-from graftlm.data.convert import to_fields
+from graftlm.data.cache import key as tokens_key
+from graftlm.data.convert import to_fields, write_lines
 from graftlm.data.render import Renderer
-from graftlm.data.source import Row
+from graftlm.data.source import SELECTED, Row
 from graftlm.errors import DataError, OutputError, RecipeError
+from graftlm.files import check_new, whole
 from graftlm.model.load import BaseConfig, cache_folder, load_base, locate, return_freed_memory
-from graftlm.model.store import writing
 from graftlm.training import display, ranks
 from graftlm.training.prove import prove
 from graftlm.training.select import SELECTORS
@@ -94,16 +94,19 @@ def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Conso
         place = np.arange(len(pool))
         for config in recipe.select:
             pool.notes.clear()
-            kept, choice = _choose_by(config, pool, _base_stamp(recipe))
+            kept, scores, choice = _choose_by(config, pool, _base_stamp(recipe))
             choices.append(choice)
             place, pool = place[kept], pool.part(kept)
     load.cache_clear()
     return_freed_memory()
-    return [rows[i] for i in place.tolist()], choices
+    chosen = [rows[i] for i in place.tolist()]
+    if recipe.data.order is not None and recipe.data.order.by == SELECTED:
+        chosen = [replace(row, score=score) for row, score in zip(chosen, scores.tolist(), strict=True)]
+    return chosen, choices
 
 
-def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Choice]:
-    """The numbers of the rows that one selector keeps, in order."""
+def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Scores, Choice]:
+    """The numbers of the rows that one selector keeps, in order, and their scores."""
     file = _scores_folder() / f"{_key(config, pool, base)}.jsonl"
     scores = read_scores(file, len(pool))
     reused = scores is not None
@@ -121,7 +124,7 @@ def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int]
         notes.append(f"{wanted} were wanted, and no more than {len(kept)} are not left out")
     left_out = int(np.isneginf(scores).sum())
     lowest = float(scores[kept].min())
-    return kept, Choice(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes))
+    return kept, scores[kept], Choice(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes))
 
 
 def count_of(keep: float | None, rows: int) -> int:
@@ -156,19 +159,15 @@ def _key(config: SelectorConfig, pool: Pool, base: str) -> str:
         SCORES_VERSION,
         settings,
         base,
-        pool.renderer.template_hash,
-        {
-            key: value
-            for key, value in to_tree(pool.data).items()
-            if key in ("mask", "prompt_weight", "max_tokens", "over_length")
-        },
-        [_facts(row) for row in pool.rows],
-        [_facts(row) for row in pool.other(target).rows] if target is not None else None,
+        _of_rows(pool),
+        _of_rows(pool.other(target)) if target is not None else None,
     )
 
 
-def _facts(row: Row) -> list[Any]:
-    return [[asdict(m) for m in row.messages], row.tools, row.group]
+def _of_rows(pool: Pool) -> list[Any]:
+    """All that their tokens follow from, and what is cut at which length; and their groups, which stay together."""
+    tokens = tokens_key(pool.rows, pool.renderer, pool.data)
+    return [tokens, pool.data.max_tokens, pool.data.over_length, [row.group for row in pool.rows]]
 
 
 def _base_stamp(recipe: "Recipe") -> str:
@@ -195,7 +194,8 @@ def write_scores(file: Path, config: SelectorConfig, rows: Sequence[Row], scores
     head = {"by": config.by, "key": file.stem, "rows": len(rows), "config": to_tree(config)}
     pairs = zip(rows, scores.tolist(), strict=True)
     lines = ({"where": row.where, "score": None if score == -np.inf else score} for row, score in pairs)
-    _write_lines(file, [head, *lines])
+    with whole(file) as draft:
+        write_lines(draft, [head, *lines])
 
 
 def read_scores(file: Path, count: int) -> Scores | None:
@@ -211,12 +211,13 @@ def read_scores(file: Path, count: int) -> Scores | None:
 
 def write_rows(out: Path, rows: Sequence[Row], choices: Sequence[Choice]) -> list[Path]:
     """Rows in the messages format, and beside them the scores that chose them; returns the files of scores."""
-    _write_lines(out, map(to_fields, rows))
+    with whole(out) as draft:
+        write_lines(draft, map(to_fields, rows))
     beside = []
     for number, choice in enumerate(choices, start=1):
         beside.append(out.with_name(f"{out.name}.scores{f'-{number}' * (len(choices) > 1)}.jsonl"))
-        with writing(beside[-1]):
-            shutil.copyfile(choice.scores, beside[-1])
+        with whole(beside[-1]) as draft:
+            shutil.copyfile(choice.scores, draft)
     return beside
 
 
@@ -224,20 +225,4 @@ def check_writable(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError where rows cannot be written, before anything is computed."""
     if out.suffix != ".jsonl":
         raise OutputError(f"{out}: rows are written one a line: give a name that ends in .jsonl")
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder: name a file in it")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists and would be lost: choose another file, or say --overwrite")
-
-
-def _write_lines(file: Path, lines: Iterable[Any]) -> None:
-    """All lines or none: the file takes its name when it is whole."""
-    part = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "w", encoding="utf-8") as out:
-                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
+    check_new(out, overwrite=overwrite)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,9 +14,10 @@ from graftlm.data.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
+from graftlm.training.checkpoint import put_back, take
 from graftlm.training.policies import POLICIES, check_policies, make_policies
 from graftlm.training.policies.base import Policy, Training
-from tests.training.policies.test_policies import run, training
+from tests.training.policies.test_policies import run, training, walk
 from tests.training.test_loop import examples
 
 SMALL: dict[str, Any] = {"rank": 2, "every": 2, "layers": 1}
@@ -107,36 +108,20 @@ def test_what_a_checkpoint_keeps_is_all_that_a_policy_knows(name: str, method: s
     if (name, method) in REFUSED or _lacks(name):
         return
     whole, policy = made(name, method)
-    run(whole, [policy], BATCHES[:3])
-    kept = json.loads(json.dumps(policy.facts)), {key: t.clone() for key, t in policy.tensors.items()}
+    for step in walk(whole, [policy], BATCHES):
+        if step.number == 3:
+            snapshot = take(whole, [policy], ["default"])
+            reached = {key: p.detach().clone() for key, p in whole.parameters().items()}
     again, fresh = made(name, method)
-    _copy(whole, again)
-    fresh.facts.update(kept[0])
-    fresh.tensors.update(kept[1])
+    for key, p in again.parameters().items():
+        p.data.copy_(reached[key])
+    put_back(replace(snapshot, facts=json.loads(json.dumps(snapshot.facts))), again, [fresh])
+    run(again, [fresh], BATCHES[3:])
     for state, acting in ((whole, policy), (again, fresh)):
-        run(state, [acting], BATCHES[3:])
         acting.on_end(state)
     for (key, p), q in zip(whole.parameters().items(), again.parameters().values(), strict=True):
         assert torch.equal(p, q), key
     assert policy.facts == fresh.facts
-
-
-def _copy(old: Training, new: Training) -> None:
-    """As a checkpoint has it: tensors by name, and what JSON says."""
-    for (_, _, there), (_, _, here) in zip(old.sites(), new.sites(), strict=True):
-        for key, buffer in there.named_buffers():  # a fixed offset may have grown
-            setattr(here, key, buffer.clone())
-    for p, q in zip(old.parameters().values(), new.parameters().values(), strict=True):
-        q.data.copy_(p)
-        if p in old.optimiser.state:
-            new.optimiser.state[q] = {k: _through(v) for k, v in old.optimiser.state[p].items()}
-    for group, other in zip(old.optimiser.param_groups, new.optimiser.param_groups, strict=True):
-        other.update({key: _through(value) for key, value in group.items() if key != "params"})
-    new.done = old.done
-
-
-def _through(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else json.loads(json.dumps(value))
 
 
 @pytest.mark.parametrize(("name", "module"), LIBRARIES.items())

@@ -84,6 +84,19 @@ def test_outside_of_training_there_is_none() -> None:
     assert torch.equal(model(ids).logits, before)
 
 
+def test_the_reference_sees_none() -> None:
+    """A pass without gradients inside of a step, as a preference's reference is one."""
+    model = perturbed("lora", tiny_model())
+    policy = Neftune(NeftuneConfig())
+    state = training(model, [policy])
+    state.pack = collate(ROWS[:1])
+    plain = model(state.pack.ids).logits
+    with policy.during(state):
+        assert not torch.equal(model(state.pack.ids).logits, plain)
+        with torch.no_grad():
+            assert torch.equal(model(state.pack.ids).logits, plain)
+
+
 def test_shared_beginnings_are_refused() -> None:
     twice = [ROWS[0], type(ROWS[0])(ROWS[0].ids, ROWS[0].weights, "other.jsonl:1")]
     model = perturbed("lora", tiny_model())

@@ -1,6 +1,8 @@
 """Scores are made once, how many are kept is moved freely, and the command line does it all from a file to a file."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ from typer.testing import CliRunner
 import graftlm
 from graftlm import cli
 from graftlm.config import build
+from graftlm.data.render import Renderer
 from graftlm.data.source import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
 from graftlm.model.load import load_tokenizer
+from graftlm.testing import CHATML, tiny_tokenizer
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.select import SELECTORS, choose
+from graftlm.training.select.base import Pool
+from graftlm.training.select.ifd import IfdConfig
+
+from .conftest import some_rows
 
 FOLDER = Path(graftlm.__file__).parent / "training" / "select"
 GUIDE = Path(__file__).parents[3] / "docs" / "guide.md"
@@ -107,6 +115,28 @@ def test_another_keep_reuses_the_scores_without_a_model(
             select(*command, "--keep", "3", "--out", tmp_path / "other.jsonl", *changed)
 
 
+def test_scores_are_kept_by_all_that_they_depend_on(pool_of: Callable[..., Pool]) -> None:
+    rows, config = some_rows(6), IfdConfig(by="ifd")
+    pool = pool_of(rows)
+    other = tiny_tokenizer()
+    other.add_tokens(["no-such-token"])
+    changed = {
+        "row": pool_of([*rows[:-1], replace(rows[-1], messages=rows[0].messages)]),
+        "group": pool_of([*rows[:-1], replace(rows[-1], group="another")]),
+        "mask": pool_of(rows, mask="everything"),
+        "max_tokens": pool_of(rows, max_tokens=500),
+        "over_length": pool_of(rows, over_length="truncate"),
+        "tokenizer": replace(pool, renderer=Renderer(other)),
+        "template": replace(pool, renderer=Renderer(tiny_tokenizer(), CHATML.replace("\\n", "\\n\\n"))),
+    }
+    keys = {what: choose._key(config, each, "base") for what, each in changed.items()}
+    keys["nothing"] = choose._key(config, pool_of(rows), "base")
+    keys["base"] = choose._key(config, pool, "another")
+    keys["settings"] = choose._key(replace(config, ratio="loss"), pool, "base")
+    assert len(set(keys.values())) == len(keys)
+    assert choose._key(replace(config, keep=3), pool, "base") == keys["nothing"]
+
+
 def test_damaged_scores_are_made_again(base_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     command = (rows_file, "--by", "longest", "--keep", "3", "--base", base_folder)
     select(*command, "--out", tmp_path / "a.jsonl")
@@ -190,3 +220,23 @@ def test_nothing_is_asked_of_a_model_by_methods_that_count(
     monkeypatch.setattr(choose, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
     for by in ("longest", "length", "format", "dedup"):
         prepare_data(recipe(base_folder, rows_file, select={"by": by, "keep": 5}), load_tokenizer(str(base_folder)))
+
+
+def test_rows_carry_the_scores_that_chose_them_where_the_order_asks_for_them(
+    base_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    def prepared(order: str) -> Any:
+        tree = {
+            "base": {"name": str(base_folder)},
+            "data": {"train": str(rows_file), "order": {"by": order}},
+            "select": [{"by": "longest", "keep": 8}],
+        }
+        recipe = build(Recipe, tree, source="test")
+        return prepare_data(recipe, load_tokenizer(recipe.base))
+
+    chosen = prepared("selected").rows
+    out = tmp_path / "out.jsonl"
+    select(rows_file, "--by", "longest", "--keep", "8", "--base", base_folder, "--out", out)
+    scores = {line["where"]: line["score"] for line in lines(tmp_path / "out.jsonl.scores.jsonl")[1:]}
+    assert [row.score for row in chosen] == pytest.approx([scores[row.where] for row in chosen])
+    assert all(row.score is None for row in prepared("length").rows)

@@ -1,0 +1,201 @@
+"""What an earlier run read, found again by what stands in the files: a second start parses no row that nobody asks for.
+
+The key is a hash of all bytes of the files (not of their names or dates, and names only as rows say where they stand),
+of what the config says of reading, splitting and mixing, the seed, and the source of this package's data code.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graftlm.config import to_tree
+from graftlm.data import cache
+from graftlm.data.formats import Message
+from graftlm.data.mixing import Data, read_data
+from graftlm.data.parallel import many
+from graftlm.data.source import DataConfig, Row, SourceConfig, content, for_supervised
+
+BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack"}
+"""Keys of `data` that say nothing of which rows there are."""
+
+
+class KeptRows(Sequence[Row]):
+    """Rows that are made when they are asked for."""
+
+    def __init__(self, key: str, places: list[str], text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        self.key = key
+        """What the rows follow from, but for their places."""
+        self.places = places
+        """Where each stands."""
+        self._text, self._ends = text, ends
+        self._made: list[Row | None] = [None] * len(places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Row]: ...
+    def __getitem__(self, number: int | slice) -> Row | list[Row]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        made = self._made[number]
+        if made is None:
+            begin = int(self._ends[number - 1]) if number else 0
+            line = self._text[begin : self._ends[number]].tobytes()
+            made = self._made[number] = _row(self.places[number], json.loads(line.decode("utf-8", "surrogatepass")))
+        return made
+
+
+def places(rows: Sequence[Row]) -> list[str]:
+    """Where each row stands."""
+    return rows.places if isinstance(rows, KeptRows) else [row.where for row in rows]
+
+
+def read_kept(
+    data: DataConfig,
+    *,
+    seed: int,
+    network: bool = False,
+    needs: str = "answers",
+    usable: Callable[..., Any] = for_supervised,
+    folder: Path | None,
+) -> Data:
+    """What `read_data` returns; from the folder, where the same files were read in the same way before. `needs` is what
+    `usable` looks for, in a word.
+
+    Few rows are not worth a place there, and what is no file of this machine cannot be known to be the same.
+    """
+    key = _key(data, seed, needs) if folder is not None else None
+    if folder is None or key is None:
+        return read_data(data, seed=seed, network=network, usable=usable)
+    sources = [source.path for source in _sources(data)]
+    file = folder / f"{hashlib.sha256(json.dumps([key, sources]).encode()).hexdigest()}.rows.safetensors"
+    damaged = ""
+    try:
+        found = _load(file, key)
+        if found is not None:
+            return found
+    except cache.DamagedError as error:
+        damaged = f"read anew: {file} was damaged ({error})"
+    read = read_data(data, seed=seed, network=network, usable=usable)
+    if many(read.train) and _save(file, read):
+        found = _load(file, key)
+        read = found if found is not None else read
+    return replace(read, notes=[damaged, *read.notes]) if damaged else read
+
+
+def _sources(data: DataConfig) -> list[SourceConfig]:
+    aside = data.held_out
+    if isinstance(aside, int | float):
+        return data.sources()
+    return [*data.sources(), aside if isinstance(aside, SourceConfig) else SourceConfig(path=aside)]
+
+
+def _key(data: DataConfig, seed: int, needs: str) -> str | None:
+    """64 hexadecimal digits; None where a source is no file of this machine."""
+    contents = [content(source.path) for source in _sources(data)]
+    if None in contents:
+        return None
+    settings = [{**to_tree(source), "path": None} for source in _sources(data)]
+    rest = {name: value for name, value in to_tree(data).items() if name not in BESIDE | {"train"}}
+    if not isinstance(data.held_out, int | float):
+        rest["held_out"] = "a source"
+    facts = [cache.code(), contents, settings, rest, seed, needs]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _save(file: Path, read: Data) -> bool:
+    """Whether the rows could be kept: some files hold what JSON has no word for."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, rows in (("train", read.train), ("held_out", read.held_out)):
+        lines = []
+        for row in rows:
+            try:
+                line = json.dumps(_fields(row), ensure_ascii=False)
+            except TypeError:
+                return False
+            if _plain(row) or _row(row.where, json.loads(line)) == row:
+                lines.append(line.encode("utf-8", "surrogatepass"))
+            else:
+                return False
+        arrays[f"{name}_text"] = np.frombuffer(b"".join(lines), np.uint8)
+        arrays[f"{name}_ends"] = np.cumsum([len(line) for line in lines], dtype=np.int64)
+        where = json.dumps([row.where for row in rows]).encode()
+        arrays[f"{name}_places"] = np.frombuffer(where, np.uint8)
+    cache.save_arrays(file, arrays, {"facts": json.dumps([read.format, read.problems, read.notes])})
+    return True
+
+
+def _load(file: Path, key: str) -> Data | None:
+    found = cache.load_arrays(file)
+    if found is None:
+        return None
+    arrays, facts = found
+    try:
+        train, held_out = (
+            KeptRows(
+                f"{key} {name}",
+                json.loads(arrays[f"{name}_places"].tobytes()),
+                arrays[f"{name}_text"],
+                arrays[f"{name}_ends"],
+            )
+            for name in ("train", "held_out")
+        )
+        name, problems, notes = json.loads(facts["facts"])
+    except (ValueError, KeyError) as error:
+        raise cache.DamagedError(f"{type(error).__name__}: {error}") from None
+    return Data(train, held_out, name, problems, notes)
+
+
+# Rows as JSON ------------------------------------------------------------------------------------------------------
+
+
+def _fields(row: Row) -> list[Any]:
+    return [
+        row.group,
+        _messages(row.messages),
+        *([row.tools, [_messages(other) for other in row.rejected], row.desirable, row.score] if _more(row) else ()),
+    ]
+
+
+def _messages(messages: Sequence[Message]) -> list[Any]:
+    """The role and the content; with the rest where a message has more."""
+    return [
+        [m.role, m.content]
+        if not (m.tool_calls or m.thinking or m.weight is not None or m.spans)
+        else astuple(m)  # in the order of Message's fields
+        for m in messages
+    ]
+
+
+def _row(where: str, fields: Sequence[Any]) -> Row:
+    group, messages, *more = fields
+    tools, rejected, desirable, score = more or ((), (), None, None)
+    others = tuple(_read(other) for other in rejected)
+    return Row(_read(messages), where, group, tuple(tools), others, desirable, score)
+
+
+def _read(messages: Sequence[Sequence[Any]]) -> list[Message]:
+    found = []
+    for role, text, *more in messages:
+        calls, thinking, weight, spans = more or ((), "", None, ())
+        found.append(Message(role, text, tuple(calls), thinking, weight, tuple(map(tuple, spans))))
+    return found
+
+
+def _more(row: Row) -> bool:
+    return bool(row.tools or row.rejected or row.desirable is not None or row.score is not None)
+
+
+def _plain(row: Row) -> bool:
+    """Whether all that the row says is text and numbers, which JSON gives back as they are."""
+    return not row.tools and not any(m.tool_calls for said in (row.messages, *row.rejected) for m in said)

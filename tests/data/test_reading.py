@@ -1,0 +1,202 @@
+"""Rows that were read before are the same rows, found by what stands in the files and by nothing else."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftlm.data import cache, mixing, parallel, reading
+from graftlm.data.check import prepare
+from graftlm.data.mixing import Data, read_data
+from graftlm.data.reading import KeptRows, read_kept
+from graftlm.data.render import Renderer
+from graftlm.data.source import DataConfig, SourceConfig
+from graftlm.testing import tiny_tokenizer
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2.5, null]}'}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+LINES: list[dict[str, Any]] = [
+    *({"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(8)),
+    {"messages": [{"role": "user", "content": "\u00e9\U0001f600"}, {"role": "assistant", "content": "b", "weight": 1}]},
+    {
+        "messages": [
+            {"role": "user", "content": "ab"},
+            {"role": "assistant", "content": "cd", "spans": [[0, 1, 0.0]], "reasoning_content": "hm"},
+        ],
+        "group": "mine",
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "call"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "4", "tool_call_id": "1"},
+            {"role": "assistant", "content": "four"},
+        ],
+        "tools": [TOOL],
+    },
+    {"messages": [{"role": "user", "content": "like"}, {"role": "assistant", "content": "x"}], "desirable": True},
+    {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
+        "rejected": [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}]],
+    },
+]
+
+
+@pytest.fixture(autouse=True)
+def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "MANY", 5_000)
+
+
+def write(file: Path, lines: list[dict[str, Any]]) -> Path:
+    """As messages, all of them: the format of a file is one."""
+    rows = []
+    for line in lines:
+        if "prompt" in line:
+            turns = zip(("user", "assistant"), (line["prompt"], line["completion"]), strict=True)
+            line = {"messages": [{"role": role, "content": text} for role, text in turns]}
+        rows.append(json.dumps(line) + "\n")
+    file.write_text("".join(rows))
+    return file
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    file = write(tmp_path / "rows.jsonl", LINES)
+    with file.open("a") as out:
+        out.write("nonsense\n\n")
+    return file
+
+
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on nothing is parsed."""
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the file was read")
+
+    monkeypatch.setattr(mixing, "load_rows", never)
+
+
+def same(a: Data, b: Data) -> bool:
+    return (list(a.train), list(a.held_out), a.format, a.problems, a.notes) == (
+        list(b.train), list(b.held_out), b.format, b.problems, b.notes
+    )  # fmt: skip
+
+
+def test_rows_of_every_kind_are_the_same_the_second_time(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(train=str(rows_file), held_out=3)
+    plain = read_data(data, seed=1)
+    folder = tmp_path / "kept"
+    assert same(read_kept(data, seed=1, folder=folder), plain)
+    unread(monkeypatch)
+    again = read_kept(data, seed=1, folder=folder)
+    assert isinstance(again.train, KeptRows)
+    assert same(again, plain)
+    assert [row.where for row in plain.train] == again.train.places
+    assert again.train[-1] == plain.train[-1]
+    assert again.train[2:5] == plain.train[2:5]
+    with pytest.raises(IndexError):
+        again.train[len(plain.train)]
+    assert len(plain.problems) == 1
+
+
+def test_only_rows_that_are_asked_for_are_made(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder, renderer = DataConfig(train=str(rows_file)), tmp_path / "kept", Renderer(tiny_tokenizer())
+    first = prepare(read_kept(data, seed=1, folder=folder).train, renderer, data, cache=folder)
+    assert not first[1].from_cache
+    monkeypatch.setattr(parallel, "render", None)
+    monkeypatch.setattr(reading, "_row", None)
+    rows = read_kept(data, seed=1, folder=folder).train
+    examples, report = prepare(rows, renderer, data, cache=folder)
+    assert report.from_cache
+    assert [(e.where, e.ids.tolist(), e.weights.tolist()) for e in examples] == [
+        (e.where, e.ids.tolist(), e.weights.tolist()) for e in first[0]
+    ]
+    assert report.to_json() == first[1].to_json() | {"from_cache": True}
+
+
+CHANGES: dict[str, Any] = {
+    "a byte": lambda data, file: (data, 1, file.write_text(file.read_text().replace("answer 3", "answer 4"))),
+    "the seed": lambda data, file: (data, 2, None),
+    "how many are held out": lambda data, file: (replace(data, held_out=2), 1, None),
+    "the weight": lambda data, file: (replace(data, train=(SourceConfig(path=str(file), weight=2.0),)), 1, None),
+    "the cap": lambda data, file: (replace(data, train=(SourceConfig(path=str(file), cap=9),)), 1, None),
+    "strict": lambda data, file: (replace(data, strict=True), 1, file.write_text(file.read_text()[:-10])),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_whatever_decides_on_rows_is_in_the_key(
+    what: str, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = DataConfig(train=str(rows_file), held_out=3), tmp_path / "kept"
+    read_kept(data, seed=1, folder=folder)
+    changed, seed, _ = CHANGES[what](data, rows_file)
+    assert same(read_kept(changed, seed=seed, folder=folder), read_data(changed, seed=seed))
+    monkeypatch.setattr(cache, "code", lambda: "another version")
+    unread(monkeypatch)
+    with pytest.raises(AssertionError, match="was read"):
+        read_kept(data, seed=1, folder=folder)
+
+
+def test_neither_date_nor_mask_is_in_the_key_and_a_name_only_as_a_place(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = DataConfig(train=str(rows_file)), tmp_path / "kept"
+    first = read_kept(data, seed=1, folder=folder).train
+    moved = rows_file.rename(tmp_path / "other.jsonl")
+    elsewhere = read_kept(DataConfig(train=str(moved)), seed=1, folder=folder).train
+    assert elsewhere[0].where == f"{moved}:1"
+    assert isinstance(first, KeptRows)
+    assert isinstance(elsewhere, KeptRows)
+    assert first.key == elsewhere.key, "what is rendered is the same"
+    moved.rename(rows_file)
+    os.utime(rows_file, (1, 1))
+    unread(monkeypatch)
+    assert read_kept(replace(data, prompt_weight=0.5, max_tokens=5), seed=1, folder=folder).train[0] == first[0]
+
+
+def test_training_and_held_out_rows_have_keys_of_their_own(rows_file: Path, tmp_path: Path) -> None:
+    found = read_kept(DataConfig(train=str(rows_file), held_out=3), seed=1, folder=tmp_path / "kept")
+    assert isinstance(found.train, KeptRows)
+    assert isinstance(found.held_out, KeptRows)
+    assert found.train.key != found.held_out.key
+
+
+def test_a_damaged_file_is_made_again_and_said(rows_file: Path, tmp_path: Path) -> None:
+    data, folder = DataConfig(train=str(rows_file)), tmp_path / "kept"
+    plain = read_data(data, seed=1)
+    read_kept(data, seed=1, folder=folder)
+    (file,) = folder.iterdir()
+    raw = bytearray(file.read_bytes())
+    raw[-40] ^= 1
+    file.write_bytes(raw)
+    again = read_kept(data, seed=1, folder=folder)
+    assert list(again.train) == list(plain.train)
+    assert "was damaged" in again.notes[0]
+    assert same(read_kept(data, seed=1, folder=folder), plain), "and mended"
+
+
+def test_what_is_no_file_is_read_each_time_and_a_few_rows_too(rows_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    read_kept(DataConfig(train="builtin:docstrings"), seed=0, folder=folder)
+    read_kept(DataConfig(train=str(write(tmp_path / "one.jsonl", LINES[:1]))), seed=0, folder=folder)
+    read_kept(DataConfig(train=str(rows_file)), seed=0, folder=None)
+    assert not folder.exists()
+
+
+def test_rows_of_two_files_are_not_those_of_one(rows_file: Path, tmp_path: Path) -> None:
+    """The same bytes in another partition."""
+    folder = tmp_path / "kept"
+    a, b = write(tmp_path / "a.jsonl", LINES[:5]), write(tmp_path / "b.jsonl", LINES[5:9])
+    both = read_kept(DataConfig(train=(str(a), str(b))), seed=0, folder=folder)
+    whole = read_kept(DataConfig(train=str(write(tmp_path / "c.jsonl", LINES[:9]))), seed=0, folder=folder)
+    assert isinstance(both.train, KeptRows)
+    assert isinstance(whole.train, KeptRows)
+    assert both.train.key != whole.train.key

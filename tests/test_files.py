@@ -1,0 +1,49 @@
+"""A file is there whole or not at all, and what stood there before stays until then."""
+
+from pathlib import Path
+
+import pytest
+
+from graftlm.errors import OutputError
+from graftlm.files import check_new, whole
+
+
+def test_a_file_appears_when_its_block_ends_well(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "a.txt"
+    with whole(file) as draft:
+        draft.write_text("one")
+        assert not file.exists()
+    assert file.read_text() == "one"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("before")
+
+    def fail() -> None:
+        with whole(file) as draft:
+            draft.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=r"file/a\.txt: cannot be written"), whole(tmp_path / "file" / "a.txt"):
+        pass
+
+
+def test_something_that_would_be_lost_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    check_new(file, overwrite=False)
+    file.write_text("x")
+    with pytest.raises(OutputError, match="would be lost.*--overwrite"):
+        check_new(file, overwrite=False)
+    check_new(file, overwrite=True)
+    with pytest.raises(OutputError, match="is a folder"):
+        check_new(tmp_path, overwrite=True)
