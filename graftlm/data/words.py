@@ -41,8 +41,7 @@ class Words:
         self._find = re.compile(ascii_only(pattern), re.ASCII).findall
         vocabulary: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
         self._lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
-        for token, number in vocabulary.items():
-            self._lengths[number] = len(token)  # a character of a byte-level token is a byte
+        self._lengths[list(vocabulary.values())] = list(map(len, vocabulary))  # each of its characters is a byte
         self._added = {token.content: number for number, token in encoder.get_added_tokens_decoder().items()}
         longest_first = sorted(self._added, key=len, reverse=True)
         # Without added tokens a pattern that matches nowhere: an empty one would cut everywhere.
