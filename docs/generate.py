@@ -1,5 +1,5 @@
-"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, recipe.schema.json, and the
-figures in README.md.
+"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, policies.md, recipe.schema.json,
+and the figures in README.md.
 
 `python docs/generate.py` writes them; with `--check` it fails where one is stale, and says which.
 """
@@ -7,6 +7,7 @@ figures in README.md.
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from graftlm.cli import app
 from graftlm.config import json_schema
 from graftlm.deltas.inits import INITS
 from graftlm.training.advice import facts, measured
+from graftlm.training.policies import POLICIES
 from graftlm.training.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -146,6 +148,33 @@ swept: each method has its default.
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def policies() -> str:
+    """The table of policies: what each does in a line, what it costs, and its options."""
+    intro = f"""{MADE}# Policies
+
+{len(POLICIES)} policies: what acts between the steps of a run, or on the numbers of a step, whatever the method and the
+loss. A recipe names any number of them, with their options or without; of those that bring an optimiser, one:
+
+```yaml
+base: smollm2
+data: {{train: rows.jsonl}}
+policies: [ema, {{name: galore, rank: 8}}]
+```
+
+A policy that has no meaning for what is trained is refused with the reason, before the first step.
+The file of each opens with its equation and says where it departs from the paper: `graftlm/training/policies/`.
+"""
+    lines = [intro, "| name | what it does | paper | cost | options |", "|---|---|---|---|---|"]
+    for name, row in POLICIES.items():
+        described = (import_module(row.policy.__module__).__doc__ or "").splitlines()[0]
+        what = described.partition(": ")[2].partition(" (")[0].partition(". ")[0].rstrip(".")
+        section = json.loads(json_schema(row.config))["properties"]
+        options = [f"`{key}: {json.dumps(f.get('default'))}`" for key, f in section.items() if key != "name"]
+        cells = (what, row.policy.paper, row.policy.cost, ", ".join(options) or "-")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def readme() -> str:
@@ -286,6 +315,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli,
     "recipe.md": recipe,
     "methods.md": methods,
+    "policies.md": policies,
     "recipe.schema.json": lambda: json_schema(Recipe),
 }
 

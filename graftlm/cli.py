@@ -16,6 +16,7 @@ from graftlm.training import ranks
 if TYPE_CHECKING:
     from graftlm.data.formats import Message
     from graftlm.training.recipe import Recipe
+    from graftlm.training.runs import Comparison
 
 app = typer.Typer(
     name="graft",
@@ -81,6 +82,14 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume with a recipe that is not the one the run began with.")
     ] = False,
+    probe_lr: Annotated[
+        bool,
+        typer.Option("--probe-lr", help="Train nothing: try learning rates, and say how many rows a step is worth."),
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="With --probe-lr: the page to write; default probe-lr.html.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --probe-lr: print JSON, for scripts.")] = False,
 ) -> None:
     """Train the delta that a recipe describes. Exit codes: 0 done, 75 stopped and ready for --resume, other: error."""
     from rich.console import Console
@@ -91,6 +100,11 @@ def train(
 
     ranks.start()  # before anything can go wrong, so that it is said once
     _quiet_libraries()
+    if probe_lr:
+        _probe(read_recipe(recipe, overrides or []), html or Path("probe-lr.html"), as_json, title=str(recipe))
+        return
+    if html or as_json:
+        raise typer.BadParameter("this belongs to --probe-lr", param_hint="--html" if html else "--json")
     result = run(
         read_recipe(recipe, overrides or []),
         out,
@@ -101,6 +115,20 @@ def train(
     )
     if result.summary.get("interrupted"):
         raise typer.Exit(RESUMABLE)
+
+
+def _probe(recipe: "Recipe", page: Path, as_json: bool, title: str) -> None:
+    from rich.console import Console
+
+    from graftlm.training import probe
+
+    found = probe.probe(recipe, console=Console(stderr=True))
+    probe.write(page, found, recipe, title=f"learning rates: {title}")
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for line in (*probe.lines(found, recipe), f"wrote {page}"):
+            print(line)
 
 
 @app.command("plan")
@@ -128,6 +156,111 @@ def plan_command(
         print(f"  {name.replace('_', ' '):25} {seconds:8.2f} s")
     for line in found["advice"]:
         print(f"advice: {line}")
+
+
+SortOption = Annotated[str | None, typer.Option("--sort", metavar="COLUMN", help="Order the rows by this column.")]
+ReverseOption = Annotated[bool, typer.Option("--reverse", help="Largest first.")]
+TableOption = Annotated[
+    Path | None, typer.Option("--html", help="Write a page with the table and the loss of every step.")
+]
+
+
+@app.command("runs")
+def runs_command(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Where to look; by default here.")
+    ] = None,
+    sort: SortOption = None,
+    reverse: ReverseOption = False,
+    as_json: JsonOption = False,
+    html: TableOption = None,
+) -> None:
+    """Compare the runs in and below some folders: what differs in their recipes, and what came of them."""
+    from graftlm.training.runs import compare
+
+    _show_runs(compare(folders or [Path()]), sort, reverse, as_json, html)
+
+
+def _show_runs(
+    found: "Comparison", sort: str | None, reverse: bool, as_json: bool, html: Path | None, **more: Any
+) -> None:
+    """The table, or JSON with `more` beside it; the page too, where one is asked for."""
+    from graftlm.training import runs
+
+    rows = found.rows(sort, reverse=reverse)
+    if html:
+        from graftlm.model.store import writing
+
+        with writing(html):
+            html.write_text(runs.html(found, rows, title=f"{len(rows)} runs"), encoding="utf-8")
+        typer.secho(f"wrote {html}", err=True)
+    if as_json:
+        print(json.dumps(runs.to_json(found, sort, reverse=reverse) | more, indent=2))
+        return
+    for title, told in (("", rows), ("over seeds: mean +- standard deviation of single runs", found.over_seeds())):
+        if told:
+            _print_table(*runs.cells(told), title=title)
+    if not rows:
+        print("no run here: a run is a folder with a metrics.jsonl")
+    for folder, why in found.damaged.items():
+        typer.secho(f"{folder} cannot be read: {why}", fg="yellow", err=True)
+
+
+def _print_table(columns: list[str], rows: list[list[str]], title: str = "") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # as it is: brackets are no markup
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+
+
+WIDE = 250
+"""Columns of a table that goes into a file or a pipe, where nothing need be folded."""
+
+
+@app.command("sweep")
+def sweep_command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: see docs/recipe.md.")],
+    grid: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="key=VALUES...",
+            help="What to vary: lora.r=4,16,64 or seed=0..2. The end of a recipe's key will do, if it is of one only.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder for the runs; the same again goes on.")] = Path(
+        "sweep"
+    ),
+    on: Annotated[str, typer.Option("--on", help="local: one after another; ray: on the cluster that is running.")] = (
+        "local"
+    ),
+    sort: SortOption = None,
+    reverse: ReverseOption = False,
+    as_json: JsonOption = False,
+    html: TableOption = None,
+) -> None:
+    """Train a recipe with every combination of some values, and compare the runs."""
+    from graftlm.training import sweep as sweeping
+    from graftlm.training.run import RESUMABLE
+    from graftlm.training.runs import compare
+
+    points = sweeping.grid(recipe, grid)
+    outcome = sweeping.sweep(points, out, on=on, say=lambda line: typer.secho(line, err=True))
+    made = [out / point.name for point in points if (out / point.name).is_dir()]
+    _show_runs(compare(made), sort, reverse, as_json, html, failed=outcome.failed)
+    for name, why in outcome.failed.items():
+        typer.secho(f"{name} FAILED: {why}\n  all of it: {out / 'logs' / name}.log", fg="red", err=True)
+    if outcome.failed:
+        raise typer.Exit(1)
+    if len(outcome.skipped) + len(outcome.done) < len(points):
+        typer.secho("stopped: the same command goes on", err=True)
+        raise typer.Exit(RESUMABLE)
 
 
 @app.command("bench")
@@ -561,16 +694,9 @@ def methods(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     about = METHOD_COLUMNS if wanted is None else CHOSEN_COLUMNS
     shown = {key: heading for key, heading in about.items() if any(row.get(key) is not None for row in rows)}
-    table = Table(*shown.values())
-    table.columns[0].no_wrap = True
-    for row in rows:
-        table.add_row(*(_short(row.get(key)) for key in shown))
-    Console().print(table)
+    _print_table(list(shown.values()), [[_short(row.get(key)) for key in shown] for row in rows])
 
 
 METHOD_COLUMNS = {

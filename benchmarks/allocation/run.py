@@ -32,7 +32,8 @@ from graftlm.model.load import load_base  # noqa: E402
 from graftlm.training.held_out import held_out_loss  # noqa: E402
 from graftlm.training.policies.dylora import use_rank  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
-from graftlm.training.run import attach_deltas, plan_batches, prepare_data, training_steps  # noqa: E402
+from graftlm.training.run import prepare_data  # noqa: E402
+from graftlm.training.turns import attach_deltas, plan_batches, training_steps  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 RUNS = HERE / "runs.jsonl"

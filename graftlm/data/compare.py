@@ -25,6 +25,9 @@ from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row, for_supervised
 from graftlm.errors import DataError, numbered
 
+COMPARED = ("pairs", "feedback")
+"""What a loss needs where its rows become groups."""
+
 Usable = Callable[[Sequence[Row]], tuple[list[Row], list[str]]]
 """Rows -> those that a loss can use, and what is to be told of the others; DataError where a loss cannot do."""
 

@@ -70,6 +70,11 @@ class Group:
     def where(self) -> str:
         return self.answers[0].where
 
+    @property
+    def liked(self) -> list[Example]:
+        """Answers that one would imitate."""
+        return [answer for answer, mark in zip(self.answers, self.marks, strict=True) if mark > 0.5]
+
     def cost(self, *, share: bool = True) -> int:
         """Tokens that are computed for it alone; with `share`, its prompt once."""
         return _lone([self], share).tokens

@@ -48,7 +48,8 @@ class _LowRankLinear(Function):
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
         inner = rows @ A_.T
         z = F.linear(rows, W, b if gain is None else None).addmm_(inner, B_.T)
-        ctx.save_for_backward(rows, A_, B_, inner, gain, None if gain is None else z)
+        kept = rows if ctx.needs_input_grad[3] else None  # x is for the gradient of A alone
+        ctx.save_for_backward(kept, A_, B_, inner, gain, None if gain is None else z)
         ctx.shape = x.shape
         # 1 + (g - 1), so that a gain close to 1 keeps its digits where products run in half precision
         y = z if gain is None else torch.addcmul(z, z, (gain - 1).to(x.dtype))
@@ -78,9 +79,9 @@ class _LowRankLinear(Function):
 def low_rank_linear(x: Tensor, W: Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
     """gain * (x W^T + (x A^T) B^T) + b for frozen W and b: x [.. d_in], W [d_out, d_in], A [r, d_in], B [d_out, r].
 
-    No gradient for W, no cast of W, and nothing saved but x, x A^T and, with a gain [d_out], what it multiplies. A W
-    that is made is made again in the backward pass. A, B and the gain stay float32 outside, the products run in the
-    dtype of x.
+    No gradient for W, no cast of W, and nothing saved but x (where A learns), x A^T and, with a gain [d_out], what it
+    multiplies. A W that is made is made again in the backward pass. A, B and the gain stay float32 outside, the
+    products run in the dtype of x.
     """
     y: Tensor
     if torch.is_autocast_enabled(x.device.type):  # as F.linear would: in the dtype asked for, forward and backward

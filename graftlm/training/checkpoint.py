@@ -31,6 +31,7 @@ from torch import Tensor
 
 from graftlm.errors import TrainingError, numbered
 from graftlm.model.store import fill_delta, sha256_of, tensors_of_delta, writing
+from graftlm.training.objective import beside
 from graftlm.training.policies.base import Policy, Training
 
 FOLDER, UNFINISHED, METRICS = "checkpoints", "unfinished.json", "metrics.jsonl"
@@ -60,8 +61,10 @@ def take(training: Training, policies: Sequence[Policy], every: Sequence[str], *
     tensors: dict[str, Tensor] = {}
     for name in every:
         tensors |= {f"delta/{name}/{key}": t for key, t in tensors_of_delta(training.model, name).items()}
+    learns_too = beside(training.model)
+    tensors |= {f"beside/{name}": parameter for name, parameter in learns_too.items()}
     kept: dict[str, dict[str, Any]] = {}
-    for name, parameter in training.parameters().items():
+    for name, parameter in (training.parameters() | learns_too).items():
         for key, value in training.optimiser.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimiser/{name}/{key}"] = value
@@ -90,7 +93,10 @@ def put_back(snapshot: Snapshot, training: Training, policies: Sequence[Policy])
             f"the checkpoint is of optimiser {kept['class']}, the recipe makes {type(training.optimiser).__name__}"
         )
     training.done = snapshot.facts["done"]
-    parameters = training.parameters()
+    learns_too = beside(training.model)
+    for name, tensor in _under("beside", snapshot).items():
+        learns_too[name].data.copy_(tensor)
+    parameters = training.parameters() | learns_too
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in kept["kept"].items()}
     for name, tensor in _under("optimiser", snapshot).items():
         parameter, _, key = name.rpartition("/")

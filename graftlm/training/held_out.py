@@ -1,9 +1,9 @@
 """What a model does on rows that it never saw: loss in nats per supervised token, greedy answers, ROUGE-L."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,13 @@ from graftlm.training.objective import Objective, Sums
 
 @dataclass(frozen=True)
 class HeldOut:
-    loss_nats: float
+    loss_nats: float | None
+    """None where there is no answer to be imitated."""
     rouge_l: float | None
     """Mean ROUGE-L F1 over the answers; None where no row could be answered (raw text, or none asked for)."""
     answers: list[str]
+    objective: Mapping[str, float] = field(default_factory=dict)
+    """The loss and the metrics of an objective that compares answers; empty for others."""
 
 
 def rouge_l(reference: str, answer: str) -> float:
@@ -107,7 +110,7 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
 ) -> HeldOut:
     """Loss over `examples`, and answers to `rows` with their mean ROUGE-L."""
-    loss = held_out_loss(model, examples, pack_tokens=pack_tokens, packed=packed)
+    loss = held_out_loss(model, examples, pack_tokens=pack_tokens, packed=packed) if examples else None
     said = answers(model, renderer, rows, max_new_tokens, progress)
     scores = [rouge_l(row.messages[-1].content, text) for row, text in zip(rows, said, strict=True)]
     return HeldOut(loss, sum(scores) / len(scores) if scores else None, said)

@@ -136,11 +136,11 @@ def steps(
     for policy in policies:
         policy.on_start(run)
     fused = any(policy.fused for policy in policies)
+    rehearsed = any(policy.rehearses for policy in policies)
     still: set[str] | None = None if run.done == 0 else set()
     in_a_row = 0
     for number, packs in enumerate(batches, start=seen):
         started = time.perf_counter()
-        torch.manual_seed(_seed(run))  # so dropout depends on nothing that went before: there is no state to save
         parameters = trainable(model)
         probes, packs = [pack for pack in packs if pack.probe], [pack for pack in packs if not pack.probe]
         count, supervised, tokens, computed = ranks.totals(
@@ -152,24 +152,33 @@ def steps(
         rate = schedule(run.done)
         for group in optimiser.param_groups:
             group["lr"] = group.setdefault("largest_lr", group["lr"]) * rate
-        sums, bad = Sums(objective), list[str]()
         explained = partial(_memory_explained, model, packs, number + 1, checkpointing)
-        with ExitStack() as held:
-            held.enter_context(explained())
-            for policy in policies:
-                held.enter_context(policy.during(run))
-            held.enter_context(
-                training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
-            )
-            statistic = objective.statistic(model, probes)
-            for pack in packs:
-                part, log_probs = objective.part(model, pack, statistic)
-                if not torch.isfinite(part.sum):
-                    bad += pack.rows_of(~log_probs.isfinite())
-                    if not ranks.is_sharded(model):  # there the other ranks wait for this one in every layer
-                        continue
-                (part.sum / count).backward()
-                sums.add(part)
+        run.clip, run.norm = clip, math.nan
+        for run.rehearsal in (True, False) if rehearsed else (False,):
+            torch.manual_seed(_seed(run))  # so dropout depends on nothing that went before: there is no state to save
+            sums, bad = Sums(objective), list[str]()
+            run.last_pack = False
+            with ExitStack() as held:
+                held.enter_context(explained())
+                for policy in policies:
+                    held.enter_context(policy.during(run))
+                held.enter_context(
+                    training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
+                )
+                statistic = objective.statistic(model, probes)
+                for pack in packs:
+                    run.pack = pack
+                    part, log_probs = objective.part(model, pack, statistic)
+                    if not torch.isfinite(part.sum):
+                        bad += pack.rows_of(~log_probs.isfinite())
+                        if not ranks.is_sharded(model):  # there the other ranks wait for this one in every layer
+                            continue
+                    run.last_pack = pack is packs[-1] and not bad
+                    (part.sum / count).backward()
+                    sums.add(part)
+            run.pack, run.last_pack = None, False
+            if bad or (run.rehearsal and not math.isfinite(run.norm)):
+                break
         total, metrics = sums.totals()
         (failed,) = ranks.totals(len(bad))
         wrong, rows = "loss" if failed else "", ranks.gathered(bad) if failed else []
@@ -182,10 +191,10 @@ def steps(
                 still = _check_gradients(parameters, still, run.done)
                 for policy in policies:
                     policy.on_grads(run)
-                norm = nn.utils.clip_grad_norm_(parameters.values(), clip)
-                if not torch.isfinite(norm):
-                    named = ranks.gathered([row for pack in packs for row in pack.rows])
-                    wrong, rows = "gradient", list(dict.fromkeys(named))
+            norm = torch.tensor(run.norm) if fused else nn.utils.clip_grad_norm_(parameters.values(), clip)
+            if not torch.isfinite(norm):
+                named = ranks.gathered([row for pack in packs for row in pack.rows])
+                wrong, rows = "gradient", list(dict.fromkeys(named))
         if wrong:
             in_a_row += 1
             what = f"the {wrong} of step {number + 1}"

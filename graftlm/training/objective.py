@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from graftlm.data.compare import mismatched
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
+from graftlm.losses.dro import DroConfig
 from graftlm.model.attach import (
+    SHARED,
     activate,
     deltas_off,
     deltas_only,
@@ -22,6 +24,7 @@ from graftlm.model.attach import (
 from graftlm.model.forward import head, hidden_states, log_probs
 from graftlm.model.store import load_adapter
 from graftlm.training import ranks
+from graftlm.training.policies.base import Group as Parameters
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference` is called on the model."""
@@ -57,10 +60,9 @@ class Objective:
                 nn.init.zeros_(parameter)
             share(model, VALUES, head)
 
-    def learning(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """What is trained beside the deltas, by name."""
-        head = shared_of(model, VALUES)
-        return {} if head is None else {f"{VALUES}.{name}": p for name, p in head.named_parameters()}
+    def groups(self, model: nn.Module) -> list[Parameters]:
+        """What the optimiser trains beside the deltas."""
+        return [Parameters(beside(model), self.config.value_rate)] if isinstance(self.config, DroConfig) else []
 
     def count(self, pack: Pack) -> float:
         """What this pack adds to the number that the step's sum is divided by; nothing has to be computed for it."""
@@ -110,6 +112,12 @@ class Objective:
                 host.deltas[REFERENCE].eval()
         with deltas_only(model, REFERENCE):
             return log_probs(model, pack)
+
+
+def beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an objective trains beside the deltas, by its name in the model."""
+    head = shared_of(model, VALUES)
+    return {} if head is None else {f"{SHARED}.{VALUES}.{name}": p for name, p in head.named_parameters()}
 
 
 def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.config import to_tree
-from graftlm.data.pack import Example
+from graftlm.data.pack import Example, Group
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.model.store import check_new_folder, mend_folder, writing
-from graftlm.training import ranks
+from graftlm.training import ranks, trackers
 from graftlm.training.checkpoint import FOLDER, METRICS, UNFINISHED, Checkpoints, Metrics, Snapshot, read, sync
 from graftlm.training.recipe import Recipe, read_recipe
 
 SUMMARY, RECIPE = "summary.json", "recipe.yaml"
+
+KEPT = (FOLDER, trackers.FOLDER)
+"""What in OUT belongs to the run, not to the adapter, and stays when the adapter is written."""
 
 FREE = ("network", "report.", "train.keep", "train.on_nonfinite", "train.save_every", "train.threads")
 """Keys of a recipe that say nothing of what is learnt: a run may be resumed with others. (Other threads round
@@ -31,6 +34,14 @@ class Running:
 
     metrics: Metrics
     checkpoints: Checkpoints | None
+    tell: Callable[[Mapping[str, Any]], Sequence[dict[str, Any]]] = lambda line: ()
+    """Hears of every line, and returns lines of its own."""
+
+    def note(self, line: dict[str, Any]) -> None:
+        """A line for metrics.jsonl, and for whoever watches."""
+        self.metrics.write(line)
+        for more in self.tell(line):
+            self.metrics.write(more)
 
     def save(self, step: int, snapshot: Callable[..., Snapshot]) -> None:
         """Save what `snapshot(metrics=...)` takes, on the rank that writes."""
@@ -52,19 +63,19 @@ class Place:
     ) -> Literal["new", "finished", "unfinished"]:
         """Look at what is there. Raises OutputError where something would be lost, or is of another recipe."""
         if ranks.first():
-            mend_folder(self.out, keep=(FOLDER,))
+            mend_folder(self.out, keep=KEPT)
         unfinished = (self.folder / UNFINISHED).is_file()
         if not resume:
             if unfinished and not overwrite:
                 raise OutputError(f"{self.out} holds a run that is not done: say --resume to go on, or --overwrite")
-            check_new_folder(self.out, overwrite=overwrite, keep=(FOLDER,))
+            check_new_folder(self.out, overwrite=overwrite, keep=KEPT)
             return "new"
         if unfinished:
             began = json.loads((self.folder / UNFINISHED).read_text(encoding="utf-8"))
         elif (self.out / SUMMARY).is_file():
             began = to_tree(read_recipe(self.out / RECIPE))
         else:
-            check_new_folder(self.out, overwrite=overwrite or not self._holds_an_adapter(), keep=(FOLDER,))
+            check_new_folder(self.out, overwrite=overwrite or not self._holds_an_adapter(), keep=KEPT)
             return "new"
         changes = differences(began, self.tree)
         if changes:
@@ -79,7 +90,7 @@ class Place:
         return "unfinished" if self.resumes else "finished"
 
     def _holds_an_adapter(self) -> bool:
-        return self.out.is_dir() and any(path.name != FOLDER for path in self.out.iterdir())
+        return self.out.is_dir() and any(path.name not in KEPT for path in self.out.iterdir())
 
     def newest(self, facts: Mapping[str, Any], *, told: Callable[[str], None]) -> Snapshot | None:
         """The checkpoint to go on from, on every rank the same; None to start. TrainingError if `facts` differ."""
@@ -158,11 +169,14 @@ def _said(value: Any) -> str:
     return "(not there)" if value is None else json.dumps(value)
 
 
-def digest(examples: Sequence[Example]) -> str:
+def digest(items: Sequence[Example | Group]) -> str:
     """SHA-256 of all rows as they are trained on, in their order."""
     summed = hashlib.sha256()
-    for example in examples:
-        summed.update(len(example).to_bytes(8, "little"))
-        summed.update(example.ids.tobytes())
-        summed.update(example.weights.tobytes())
+    for item in items:
+        if isinstance(item, Group):
+            summed.update(repr((item.marks, item.pairs)).encode())
+        for example in item.answers:
+            summed.update(len(example).to_bytes(8, "little"))
+            summed.update(example.ids.tobytes())
+            summed.update(example.weights.tobytes())
     return summed.hexdigest()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, field_validator, model_validator
 
@@ -46,6 +46,9 @@ class ReportConfig:
     """Held-out rows that are answered, before and after, and scored by ROUGE-L; the loss is over all held-out rows."""
     max_new_tokens: PositiveCount = 96
     """The longest of those answers, in tokens; one that does not end by then is cut."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Where to watch the run beside metrics.jsonl: each is told the same lines. Their libraries must be installed;
+    nothing leaves this machine without `network`."""
 
 
 def _or_a_name(schema: dict[str, Any]) -> None:
@@ -70,7 +73,7 @@ class Recipe:
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     network: Flag = False
-    """Allow a base or a data set to be fetched from the hub."""
+    """Allow a base or a data set to be fetched from the hub, and trackers to send what they are told elsewhere."""
 
     @field_validator("select", mode="before")
     @classmethod
@@ -127,6 +130,10 @@ class Recipe:
                 )
             if self.select:
                 raise ValueError(f"select chooses rows for loss supervised; loss {name} takes them as they are")
+        if self.loss.needs_reference and "neftune" in [policy.name for policy in self.policies]:
+            raise ValueError(
+                f"policy neftune would disturb the reference of loss {name} as it does the policy: drop one"
+            )
         if needs == "pairs" and not self.data.pack:
             raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
         if LOSSES[name].statistic is not None and self.train.batch_rows < 2:

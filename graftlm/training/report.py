@@ -48,20 +48,16 @@ def html(
 
 
 def _loss_curve(steps: Sequence[Mapping[str, float]]) -> str:
-    figure, axis = _figure()
+    drawn, axis = figure()
     numbers, losses = [s["step"] for s in steps], [s["loss"] for s in steps]
     axis.plot(numbers, losses, color="#2da44e", linewidth=1, alpha=0.4)
-    width = max(1, len(losses) // 20)
-    smooth = [
-        sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1]) for i in range(len(losses))
-    ]
-    axis.plot(numbers, smooth, color="#2da44e", linewidth=2)
+    axis.plot(numbers, smoothed(losses), color="#2da44e", linewidth=2)
     compares = any(_shown(s) for s in steps)
     axis.set(xlabel="step", ylabel="loss" if compares else "loss, nats per supervised token")
     rate = axis.twinx()
     rate.plot(numbers, [s["learning_rate"] for s in steps], color="#8b8f96", linewidth=1, linestyle=":")
     rate.set_ylabel("learning rate (dotted)")
-    return _svg(figure)
+    return svg(drawn)
 
 
 ANSWERS = {"chosen": "#2da44e", "rejected": "#cf222e"}
@@ -75,7 +71,7 @@ def _answers_curve(steps: Sequence[Mapping[str, float]]) -> str:
     """How likely chosen and rejected answers are, and the margin between them; nothing where no answer is compared."""
     if not any(map(_shown, steps)):
         return ""
-    figure, axis = _figure()
+    drawn, axis = figure()
     for kind, color in ANSWERS.items():
         there = [s for s in steps if f"{kind}_log_prob" in s]
         found = [s[f"{kind}_log_prob"] for s in there]
@@ -87,25 +83,34 @@ def _answers_curve(steps: Sequence[Mapping[str, float]]) -> str:
         margin = axis.twinx()
         margin.plot([s["step"] for s in margins], [s["margin"] for s in margins], color="#0b6bcb", linestyle=":")
         margin.set_ylabel("margin (dotted)")
-    return _svg(figure)
+    return svg(drawn)
 
 
 def _lengths(lengths: Sequence[int]) -> str:
-    figure, axis = _figure(height=2.2)
+    drawn, axis = figure(height=2.2)
     axis.hist(lengths, bins=40, color="#0b6bcb")
     axis.set(xlabel="tokens of a row", ylabel="rows")
-    return _svg(figure)
+    return svg(drawn)
 
 
-def _figure(height: float = 3.2) -> tuple[Any, Any]:
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """The mean of each value and those just before it, a twentieth of all."""
+    width = max(1, len(losses) // 20)
+    parts = [losses[max(0, i - width) : i + 1] for i in range(len(losses))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def figure(height: float = 3.2) -> tuple[Any, Any]:
+    """A figure and its one pair of axes, as wide as a page."""
     # The object interface of matplotlib: no pyplot, so no window system and no global state.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, height), layout="constrained")
-    return figure, figure.add_subplot()
+    made = Figure(figsize=(9, height), layout="constrained")
+    return made, made.add_subplot()
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """The picture as an element of a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

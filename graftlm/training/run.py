@@ -21,24 +21,29 @@ from rich.console import Console
 
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
+from graftlm.data.compare import COMPARED, prepare_groups, usable_by
 from graftlm.data.mixing import read_data
-from graftlm.data.pack import Example, fill, saved_by_sharing
+from graftlm.data.pack import Example, Group, fill, saved_by_sharing
 from graftlm.data.render import Renderer
-from graftlm.data.source import Row
+from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import survey
 from graftlm.errors import TrainingError
+from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler
 from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
-from graftlm.training.checkpoint import FOLDER, METRICS, put_back, put_deltas_back, take
-from graftlm.training.held_out import HeldOut, can_be_answered, evaluate
+from graftlm.training.aside import put_aside
+from graftlm.training.checkpoint import METRICS, put_back, put_deltas_back, take
+from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
-from graftlm.training.place import RECIPE, SUMMARY, Place, digest
+from graftlm.training.objective import Objective
+from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.select.choose import choose
+from graftlm.training.trackers import Trackers
 from graftlm.training.turns import attach_deltas, plan_batches, turns
 
 SHARING_STEPS = 100
@@ -66,13 +71,16 @@ class Prepared:
     """The rows of a run, rendered: what `graft data check` reports and `train` trains on."""
 
     rows: list[Row]
-    examples: list[Example]
+    examples: Sequence[Example | Group]
+    """What a step is made of: rows, or groups of answers where the loss compares them."""
     report: Report
     held_out_rows: list[Row]
-    held_out: list[Example]
+    held_out: Sequence[Example | Group]
     first_rows: list[dict[str, Any]]
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
+    aside: list[Example | Group] = field(default_factory=list)
+    """Rows that are kept out of `examples` for policies that learn from them."""
 
 
 def prepare_data(
@@ -84,8 +92,9 @@ def prepare_data(
 
     With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
     """
-    data = recipe.data
-    read = read_data(data, seed=recipe.train.seed, network=recipe.network)
+    data, needs = recipe.data, LOSSES[recipe.loss.name].rows
+    usable = usable_by(recipe.loss.name, needs, data)
+    read = read_data(data, seed=recipe.train.seed, network=recipe.network, usable=usable)
     rows, aside = read.train, read.held_out
     chosen: list[str] = []
     if recipe.select:
@@ -93,8 +102,8 @@ def prepare_data(
         chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
     workers, kept = recipe.train.threads, cache_folder() / "rows"
-    examples, found = prepare(rows, renderer, data, format=read.format, workers=workers, cache=kept)
-    rows = _usable(rows, examples, found)
+    ready = partial(_ready, needs, renderer, workers=workers, cache=kept)
+    examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
     if data.pack:
         first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
@@ -102,15 +111,23 @@ def prepare_data(
         share, tokens = recipe.train.prefix_sharing, recipe.train.pack_tokens
         found.shared_share = saved_by_sharing(steps_of_rows, tokens) if share else None
         found.pack_fill = fill(steps_of_rows, tokens, share=share)
-    held_out: list[Example] = []
+    held_out: Sequence[Example | Group] = []
     if aside:  # every held-out row counts: one that is too long is cut, not left out
-        cut = replace(data, over_length="truncate")
-        held_out, found_aside = prepare(aside, renderer, cut, workers=workers, cache=kept)
-        aside = _usable(aside, held_out, found_aside)
+        held_out, aside, found_aside = ready(aside, replace(data, over_length="truncate"))
         found.problems += found_aside.problems
     if look:
         found.survey = survey(rows, aside)
     return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show), chosen)
+
+
+def _ready(
+    needs: str, renderer: Renderer, rows: list[Row], data: DataConfig, **options: Any
+) -> tuple[Sequence[Example | Group], list[Row], Report]:
+    """(what the loss trains on, the rows that it is made of, the report)"""
+    if needs in COMPARED:
+        return prepare_groups(rows, renderer, data, needs, **options)
+    examples, found = prepare(rows, renderer, data, **options)
+    return examples, _usable(rows, examples, found), found
 
 
 def _usable(rows: list[Row], examples: Sequence[Example], found: Report) -> list[Row]:
@@ -147,6 +164,12 @@ def train(
     if begun == "finished":
         console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
         return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
+    with Trackers(recipe, out) as trackers:
+        return _run(recipe, place, trackers, console)
+
+
+def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> Result:
+    out = place.out
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
@@ -157,7 +180,11 @@ def train(
         data = prepare_data(recipe, tokenizer, console=console)
     for line in data.chosen:
         console.print(line, highlight=False)
+    examples, aside = put_aside(recipe, data.examples)
+    data = replace(data, examples=examples, aside=aside)
     console.print(display.preflight(data.report))
+    if aside:
+        console.print(f"{len(aside)} of these rows are put aside for policies that learn from them", highlight=False)
     console.print(display.tokens(data.first_rows[0]))
     with console.status("loading the base"):
         in_parts = recipe.train.shard != "none" and ranks.count() > 1  # then no single device may hold it
@@ -167,9 +194,9 @@ def train(
     if recipe.train.compile:
         check_compiler(model.device)
     plan = plan_batches(recipe.train, data.examples)
-    log, stopped = _train(recipe, model, data, plan, place, console)
+    log, stopped = _train(recipe, model, data, plan, place, trackers, console)
     if ranks.first():
-        with new_folder(out, overwrite=True, keep=(FOLDER,)) as folder:
+        with new_folder(out, overwrite=True, keep=KEPT) as folder:
             for name in recipe.all_deltas():  # a single one is the folder itself, several are folders in it
                 write_adapter(model, folder if recipe.delta else _inside(folder, name), name=name, tokenizer=tokenizer)
             (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
@@ -182,6 +209,8 @@ def train(
             if not stopped:
                 _write_report(recipe, model, data, out, summary, log, samples)
             (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    for event in trackers.finish(None if stopped else summary):
+        console.print(f"{event['tracker']}: {event['why']}", highlight=False, markup=False)
     if stopped:
         steps = f"step {log[-1]['step']} of {len(plan)}" if log else "the start"
         console.print(f"stopped after {steps}. What was learnt by then is saved in {out}; --resume goes on from there")
@@ -196,7 +225,13 @@ def train(
 
 
 def _train(
-    recipe: Recipe, model: Any, data: Prepared, plan: list[list[int]], place: Place, console: Console
+    recipe: Recipe,
+    model: Any,
+    data: Prepared,
+    plan: list[list[int]],
+    place: Place,
+    trackers: Trackers,
+    console: Console,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped)."""
     prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
@@ -216,8 +251,10 @@ def _train(
     if found:
         console.print(f"goes on after step {seen} of {len(plan)}", highlight=False)
     with place.begin(found) as run, stop_on_signal() as stopping, display.progress(console) as bars:
+        trackers.begin(run.metrics.lines, resumes=found is not None)
+        run.tell = trackers.log
         bar = bars.add_task("training", total=len(plan), completed=seen, now="")
-        for turn in turns(recipe, model, len(plan)):
+        for turn in turns(recipe, model, len(plan), data.aside):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:
@@ -226,7 +263,7 @@ def _train(
             try:
                 for step in turn.steps(recipe, data.examples, plan, max(seen, turn.first)):
                     for line in _lines(step):
-                        run.metrics.write(line)
+                        run.note(line)
                     seen = step.number
                     now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
                     bars.update(bar, completed=seen, now=now)
@@ -269,6 +306,7 @@ def _lines(step: Step) -> list[dict[str, Any]]:
             "grad_norm": step.grad_norm,
             "learning_rate": step.learning_rate,
             "wall_s": round(step.wall_s, 4),
+            **step.metrics,
         }
     return [did, *({"step": step.number, **event} for event in step.events)]
 
@@ -283,24 +321,31 @@ def _measure(
     recipe: Recipe, base: Loaded, data: Prepared, console: Console
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
-    asked = [row for row in data.held_out_rows if can_be_answered(row)][: recipe.report.answers]
+    liked = [row for row in data.held_out_rows if row.desirable is not False]
+    asked = [row for row in liked if can_be_answered(row)][: recipe.report.answers]
     if not data.held_out:
         return None, None, []
     model, tokenizer = base
     renderer = Renderer(tokenizer)
+    groups = [item for item in data.held_out if isinstance(item, Group)]
+    wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
+    layout: dict[str, Any] = {"pack_tokens": recipe.train.pack_tokens, "packed": recipe.data.pack}
 
     def measured(name: str, bars: Any) -> HeldOut:
         bar = bars.add_task(f"{name} answers", total=len(asked), now="")
-        return evaluate(
+        found = evaluate(
             model,
             renderer,
-            data.held_out,
+            wanted,
             asked,
             max_new_tokens=recipe.report.max_new_tokens,
-            pack_tokens=recipe.train.pack_tokens,
-            packed=recipe.data.pack,
             progress=lambda done: bars.update(bar, completed=done),
+            **layout,
         )
+        if not groups:
+            return found
+        share = recipe.train.prefix_sharing
+        return replace(found, objective=held_out_metrics(model, groups, Objective(recipe.loss), share=share, **layout))
 
     with display.progress(console) as bars:
         with deltas_off(model):
@@ -335,7 +380,7 @@ def _summary(
     after: HeldOut | None,
     stopped: bool,
 ) -> dict[str, Any]:
-    summary = {
+    summary: dict[str, Any] = {
         "held_out": {
             "rouge_l": {"base": before and before.rouge_l, "tuned": after and after.rouge_l},
             "loss_nats": {"base": before and before.loss_nats, "tuned": after and after.loss_nats},
@@ -351,6 +396,8 @@ def _summary(
         "base_fingerprint": fingerprint(model).digest,
         "seed": recipe.train.seed,
     }
+    if before and after and before.objective:
+        summary["held_out"]["objective"] = {"base": before.objective, "tuned": after.objective}
     return summary | ({"interrupted": True} if stopped else {})
 
 
@@ -389,7 +436,7 @@ def _write_report(
         summary=summary,
         facts=facts,
         steps=log,
-        lengths=[len(e) for e in data.examples],
+        lengths=[len(answer) for item in data.examples for answer in item.answers],
         preflight=data.report.lines(),
         rows=data.first_rows,
         samples=samples[: recipe.report.samples],

@@ -19,6 +19,7 @@ from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of
 from graftlm.model.collect import collect
 from graftlm.model.forward import packed_attention
 from graftlm.training import ranks
+from graftlm.training.aside import loss_aside
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
 from graftlm.training.optim import warmup_cosine
@@ -39,7 +40,8 @@ def attach_deltas(
     Every rank looks at the same packs, so that all start from the same numbers. Without `start` they are there to be
     filled with what a checkpoint holds.
     """
-    deltas = recipe.all_deltas()
+    deltas, objective = recipe.all_deltas(), Objective(recipe.loss)
+    objective.add_reference(model)
     gathered = {
         name: collect(model, config, needs, _losses(recipe, model, examples, plan))
         for name, config in deltas.items()
@@ -47,6 +49,7 @@ def attach_deltas(
     }
     for name, config in deltas.items():
         attach(model, config, name=name, seed=recipe.train.seed, statistics=gathered.get(name), start=start)
+    objective.add_head(model)
 
 
 def _losses(
@@ -95,11 +98,18 @@ class Turn:
     ) -> Iterator[Step]:
         """The steps from batch `seen` of the plan on. Afterwards, if that was the end of the turn: `end`."""
         config, model = recipe.train, self.training.model
+        objective = Objective(recipe.loss)
         make = partial(packs_of, recipe, share=config.prefix_sharing)
-        packs = partial(ranks.packs_of, make=make, sharded=ranks.is_sharded(model))
+
+        def packs(rows: list[int]) -> Iterator[Pack]:
+            items = [examples[i] for i in rows]
+            for some in (items, objective.probes(items)):
+                for pack in ranks.packs_of(some, make, sharded=ranks.is_sharded(model)):
+                    yield pack.to(model.device)  # type: ignore[arg-type]
+
         return steps(
             model,
-            ([p.to(model.device) for p in packs([examples[i] for i in rows])] for rows in plan[seen : self.last]),  # type: ignore[arg-type]
+            (list(packs(rows)) for rows in plan[seen : self.last]),
             loss=recipe.loss,
             optimiser=self.training.optimiser,
             schedule=self.schedule,
@@ -119,8 +129,11 @@ class Turn:
             policy.on_end(self.training)
 
 
-def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
-    """All deltas together over `total` steps, or each in its turn and the others as they are."""
+def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Group] = ()) -> Iterator[Turn]:
+    """All deltas together over `total` steps, or each in its turn and the others as they are.
+
+    `aside` are rows that are kept for policies which learn from them.
+    """
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
     config, deltas = recipe.train, recipe.all_deltas()
@@ -137,6 +150,7 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
             ParameterGroup(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
             for name in names
         ]
+        groups += Objective(recipe.loss).groups(model)
         policies = make_policies(recipe.policies)
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
         schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))
@@ -145,6 +159,8 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
         training = Training(
             model, {name: deltas[name] for name in names}, optimiser, total=last - first, seed=config.seed
         )
+        if aside:
+            training.aside = loss_aside(recipe, training, aside, partial(packs_of, recipe, share=config.prefix_sharing))
         yield Turn(first, last, training, policies, schedule)
         first = last
     for parameters in learning.values():
@@ -153,9 +169,13 @@ def turns(recipe: Recipe, model: Any, total: int) -> Iterator[Turn]:
 
 
 def training_steps(
-    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]]
+    recipe: Recipe,
+    model: Any,
+    examples: Sequence[Example | Group],
+    plan: list[list[int]],
+    aside: Sequence[Example | Group] = (),
 ) -> Iterator[Step]:
     """Every step of a run, for who wants nothing but the steps."""
-    for turn in turns(recipe, model, len(plan)):
+    for turn in turns(recipe, model, len(plan), aside):
         yield from turn.steps(recipe, examples, plan, turn.first)
         turn.end()

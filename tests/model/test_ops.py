@@ -80,6 +80,19 @@ def test_low_rank_linear_of_the_first_layer_needs_no_gradient_of_x() -> None:
     assert x.grad is None
 
 
+def test_low_rank_linear_keeps_x_only_where_A_learns() -> None:
+    W, A, B = normal(10, 6, seed=0), normal(3, 6, seed=3), normal(10, 3, seed=4)
+    same(
+        lambda x, B: low_rank_linear(x, W, None, A, B),
+        lambda x, B: x @ W.T + x @ A.T @ B.T,
+        [normal(5, 6, seed=2), B],
+    )
+    for learns in (True, False):
+        y = low_rank_linear(normal(5, 6, seed=2), W, None, A.requires_grad_(learns), B.requires_grad_())
+        node = y.grad_fn.next_functions[0][0] if not hasattr(y.grad_fn, "saved_tensors") else y.grad_fn
+        assert any(t is not None and t.shape == (5, 6) for t in node.saved_tensors) is learns
+
+
 def test_low_rank_linear_gives_no_gradient_to_the_frozen_weight_and_changes_no_argument() -> None:
     arguments = [
         normal(5, 6, seed=2),

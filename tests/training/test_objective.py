@@ -16,7 +16,7 @@ from graftlm.losses import LOSSES
 from graftlm.model.attach import activate, attach, deltas_off, trainable
 from graftlm.model.forward import hidden_states, log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.objective import Objective, Sums
+from graftlm.training.objective import Objective, Sums, beside
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LOSSES),
@@ -189,8 +189,9 @@ def test_the_value_of_a_prompt_is_read_where_it_ends_and_is_learnt_beside_the_de
     model, found = moved(), [Group(g.answers, (0.8, 0.2)) for g in answered(4)]
     objective = Objective(LOSSES["dro"].config(tau=1e-6))  # type: ignore[call-arg]  # so the values alone matter
     objective.add_head(model)
-    assert sorted(objective.learning(model)) == ["value-head.bias", "value-head.weight"]
-    assert {id(p) for p in objective.learning(model).values()} < {id(p) for p in trainable(model).values()}
+    head = beside(model)
+    assert sorted(head) == ["graft_shared.value-head.bias", "graft_shared.value-head.weight"]
+    assert head.items() < trainable(model).items()
     packs = pack(found, 70, share=True)
     for part in packs:
         with packed_attention(model), torch.no_grad():
@@ -205,7 +206,7 @@ def test_the_value_of_a_prompt_is_read_where_it_ends_and_is_learnt_beside_the_de
                 wanted = hidden_states(model, alone)[-1]
             at = part.hidden_rows[part.answers == number].min()
             assert torch.allclose(hidden[at], wanted, atol=1e-5)
-    optimiser = torch.optim.Adam(objective.learning(model).values(), 0.05)
+    optimiser = torch.optim.Adam(head.values(), 0.05)
     for _ in range(200):
         _, gradients, metrics = step(model, "dro", {"tau": 1e-6}, packs)
         for name, p in trainable(model).items():

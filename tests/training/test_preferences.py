@@ -12,6 +12,7 @@ import graftlm
 from graftlm.config import build
 from graftlm.errors import DataError, RecipeError
 from graftlm.training.recipe import Recipe, read_recipe
+from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
 
 PAIRS = {"margin", "accuracy", "chosen_log_prob", "rejected_log_prob", "chosen_likelier"}
@@ -120,6 +121,20 @@ def test_two_runs_are_the_same_bytes(base_folder: Path, pairs: Path, tmp_path: P
     assert one == other
 
 
+@pytest.mark.parametrize("loss", ["dro", "kto"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    base_folder: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """The value head and its optimiser too: else the losses would part."""
+    made = recipe(base_folder, feedback, loss, train={"save_every": 2}, delta={"dropout": 0.2})
+    graftlm.train(made, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stopping_after(3, patch)
+        graftlm.train(made, tmp_path / "out", resume=True)
+    graftlm.train(made, tmp_path / "out", resume=True)
+    same(tmp_path / "out", tmp_path / "whole")
+
+
 def test_the_reference_may_be_an_adapter(base_folder: Path, pairs: Path, tmp_path: Path) -> None:
     """A policy that starts as its base is compared with an adapter that is not: the margin is minus the adapter's."""
     graftlm.train(recipe(base_folder, pairs, "dpo"), tmp_path / "first")
@@ -194,6 +209,13 @@ def test_a_loss_that_is_none_is_refused_with_its_line(lines: str, said: str, tmp
 def test_what_a_comparison_cannot_do_is_refused(data: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         recipe(tmp_path, tmp_path / "rows.jsonl", "dpo", data=data)
+
+
+def test_noise_and_a_reference_do_not_go_together(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: smollm2\ndata: {train: rows.jsonl}\nloss: dpo\npolicies: [neftune]\n")
+    with pytest.raises(RecipeError, match="would disturb the reference of loss dpo"):
+        read_recipe(file)
 
 
 def test_a_name_is_a_loss_with_its_defaults(tmp_path: Path) -> None:

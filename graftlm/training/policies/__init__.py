@@ -7,20 +7,35 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.training.optim import adamw
+from graftlm.training.policies.adalomo import AdaLomo, AdaLomoConfig
 from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
+from graftlm.training.policies.adamw_8bit import AdamW8bit, AdamW8bitConfig
+from graftlm.training.policies.allora import Allora, AlloraConfig
 from graftlm.training.policies.alora import Alora, AloraConfig
 from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig
 from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
 from graftlm.training.policies.bilora import BiLora, BiLoraConfig
+from graftlm.training.policies.coap import Coap, CoapConfig
 from graftlm.training.policies.cola import Cola, ColaConfig
 from graftlm.training.policies.diff_pruning import DiffPruningPolicy, DiffPruningPolicyConfig
 from graftlm.training.policies.diffora import DiffoRA, DiffoRAConfig
 from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
+from graftlm.training.policies.ema import Ema, EmaConfig
+from graftlm.training.policies.flora_compression import FloraCompression, FloraCompressionConfig
+from graftlm.training.policies.galore import Galore, GaloreConfig
 from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
 from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
+from graftlm.training.policies.lisa import Lisa, LisaConfig
+from graftlm.training.policies.lomo import Lomo, LomoConfig
+from graftlm.training.policies.lora_fa import LoraFa, LoraFaConfig
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
+from graftlm.training.policies.lora_sp import LoraSp, LoraSpConfig
 from graftlm.training.policies.lte import Lte, LteConfig
+from graftlm.training.policies.neftune import Neftune, NeftuneConfig
 from graftlm.training.policies.periodic_lora import PeriodicLora, PeriodicLoraConfig
+from graftlm.training.policies.riemannian import Riemannian, RiemannianConfig
+from graftlm.training.policies.schedule_free import ScheduleFree, ScheduleFreeConfig
+from graftlm.training.policies.sm3 import Sm3, Sm3Config
 from graftlm.training.policies.sora import Sora, SoraConfig
 from graftlm.training.policies.spiel import SpielPolicy, SpielPolicyConfig
 
@@ -34,19 +49,34 @@ class Row:
 
 
 POLICIES: dict[str, Row] = {
+    "adalomo": Row(AdaLomoConfig, AdaLomo),
     "adalora": Row(AdaLoraPolicyConfig, AdaLoraPolicy),
+    "adamw-8bit": Row(AdamW8bitConfig, AdamW8bit),
+    "allora": Row(AlloraConfig, Allora),
     "alora": Row(AloraConfig, Alora),
     "autolora": Row(AutoLoraConfig, AutoLora),
     "bilora": Row(BiLoraConfig, BiLora),
+    "coap": Row(CoapConfig, Coap),
     "cola": Row(ColaConfig, Cola),
     "diff-pruning": Row(DiffPruningPolicyConfig, DiffPruningPolicy),
     "diffora": Row(DiffoRAConfig, DiffoRA),
     "dylora": Row(DyLoraPolicyConfig, DyLoraPolicy),
+    "ema": Row(EmaConfig, Ema),
+    "flora-compression": Row(FloraCompressionConfig, FloraCompression),
+    "galore": Row(GaloreConfig, Galore),
     "increlora": Row(IncreLoraConfig, IncreLora),
     "lamda": Row(LamdaPolicyConfig, LamdaPolicy),
+    "lisa": Row(LisaConfig, Lisa),
+    "lomo": Row(LomoConfig, Lomo),
+    "lora-fa": Row(LoraFaConfig, LoraFa),
     "lora-plus": Row(LoraPlusConfig, LoraPlus),
+    "lora-sp": Row(LoraSpConfig, LoraSp),
     "lte": Row(LteConfig, Lte),
+    "neftune": Row(NeftuneConfig, Neftune),
     "periodic-lora": Row(PeriodicLoraConfig, PeriodicLora),
+    "riemannian": Row(RiemannianConfig, Riemannian),
+    "schedule-free": Row(ScheduleFreeConfig, ScheduleFree),
+    "sm3": Row(Sm3Config, Sm3),
     "sora": Row(SoraConfig, Sora),
     "spiel": Row(SpielPolicyConfig, SpielPolicy),
 }
@@ -76,3 +106,8 @@ def check_policies(policies: Sequence[Policy], training: Training) -> None:
         if reason := policy.refuse(training):
             methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))
             raise TrainingError(f"policies: {policy.config.name} with {methods}: {reason}")
+        looks = type(policy).on_grads is not Policy.on_grads
+        if looks and (fused := [other.config.name for other in policies if other.fused and other is not policy]):
+            raise TrainingError(
+                f"policies: {policy.config.name} acts on the gradient of a step, of which {fused[0]} leaves nothing"
+            )

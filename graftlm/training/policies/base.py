@@ -5,9 +5,10 @@
     refuse(training)      why this policy has no meaning for what is trained here, or an empty text
     on_start(training)    before the first step of this process, after a resume too
     during(training)      held over the forward and backward passes of a step
+    evaluating(training)  held where the deltas are looked at or written as an adapter in the middle of a run
     on_grads(training)    the gradient of the whole step stands in `.grad`, on every rank the same; before clipping
     on_step(training)     after the optimiser's step
-    on_end(training)      after the last step of the run
+    on_end(training)      after the last step, or where the run is stopped: the deltas are then as they shall be used
 
 A policy overrides what it needs and nothing else. All that must outlive the process stands in two dicts, `tensors` and
 `facts` (what JSON can say): checkpoints save and restore them, and nothing else of a policy. Randomness comes from
@@ -15,6 +16,7 @@ A policy overrides what it needs and nothing else. All that must outlive the pro
 Parameters keep their shape; what is switched off has zeros in it, or `requires_grad_(False)`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config import config
+from graftlm.data.pack import Pack
 from graftlm.deltas.base import Delta, DeltaConfig
 from graftlm.model.attach import hosts, shared_of
 
@@ -55,6 +58,16 @@ class Training:
     """For policies with `wants_aside`: the mean loss over some of the rows that were put aside for them, the same on
     every rank and the same rows whenever it is asked after as many steps; given True, it adds its gradient to every
     `.grad`."""
+    clip: float = math.inf
+    """Largest norm of the gradient of a step, for `fused` policies: nobody else can clip for them."""
+    norm: float = math.nan
+    """What a `fused` policy found that norm to be."""
+    rehearsal: bool = False
+    """In `during`: the packs go through for the norm alone and come again, for policies that rehearse."""
+    pack: Pack | None = None
+    """In `during`: the rows that are computed."""
+    last_pack: bool = False
+    """In `during`: this backward pass completes the gradient of the step, and no loss of it was other than finite."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What a policy did and a person would like to know; each becomes a line of metrics.jsonl."""
 
@@ -120,6 +133,8 @@ class Policy:
     """What it costs in time and memory, for the table in the documentation."""
     fused: ClassVar[bool] = False
     """The optimiser acts inside the backward pass: no gradient is left to look at or to clip when it ends."""
+    rehearses: bool = False
+    """Fused, and wants every step twice: first for the norm of its gradient, then to act."""
     wants_aside: ClassVar[float] = 0.0
     """The share of the training rows that is kept out of training for `training.aside`."""
 
@@ -151,6 +166,9 @@ class Policy:
     def on_start(self, training: Training) -> None: ...
 
     def during(self, training: Training) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def evaluating(self, training: Training) -> AbstractContextManager[None]:
         return nullcontext()
 
     def on_grads(self, training: Training) -> None: ...

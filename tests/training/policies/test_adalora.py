@@ -11,6 +11,7 @@ from torch import nn
 from graftlm.data.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.testing import perturbed, tiny_model
+from graftlm.training.policies import POLICIES
 from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
 from graftlm.training.policies.base import Policy, Training
 from tests.training.policies.test_policies import run, training
@@ -75,6 +76,14 @@ def test_every_step_is_that_of_the_algorithm() -> None:
             assert torch.equal(after[t - 1][number], wanted)
     assert int(sum((E != 0).sum() for E in after[-1])) == full // 2
     assert len({int((E != 0).sum()) for E in after[-1]}) > 1, "sites have ranks of their own"
+
+
+def test_beside_an_optimiser_that_leaves_no_gradient_it_is_refused() -> None:
+    lomo = POLICIES["lomo"].policy(POLICIES["lomo"].config())
+    state = training(perturbed("adalora", tiny_model()), [lomo], total=TOTAL)
+    chosen: list[Policy] = [AdaLoraPolicy(AdaLoraPolicyConfig(**SETTINGS)), lomo]
+    with pytest.raises(TrainingError, match="of which lomo leaves nothing"):
+        run(state, chosen, [[collate(examples())]])
 
 
 def test_scores_and_choice_are_those_of_peft() -> None:

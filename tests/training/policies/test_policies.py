@@ -1,6 +1,7 @@
 """What holds for every policy: it is in the table, says what it is, and acts at its place in a step."""
 
 import math
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,17 @@ def training(model: Any, chosen: list[Policy], *, rate: float = 0.01, total: int
     return Training(model, attachment(model).configs, optimiser, total=total, seed=3)
 
 
-def run(state: Training, chosen: list[Policy], batches: list[Any], **options: Any) -> list[Step]:
-    return list(
-        steps(
-            state.model, batches, loss="supervised", optimiser=state.optimiser, schedule=lambda step: 1.0, clip=1e9,
-            policies=chosen, training=state, seen=state.done, **options,
-        )
+def walk(
+    state: Training, chosen: list[Policy], batches: list[Any], *, clip: float = 1e9, **options: Any
+) -> Iterator[Step]:
+    return steps(
+        state.model, batches, loss="supervised", optimiser=state.optimiser, schedule=lambda step: 1.0, clip=clip,
+        policies=chosen, training=state, seen=state.done, **options,
     )  # fmt: skip
+
+
+def run(state: Training, chosen: list[Policy], batches: list[Any], **options: Any) -> list[Step]:
+    return list(walk(state, chosen, batches, **options))
 
 
 def test_every_file_is_in_the_table() -> None:

@@ -1,0 +1,105 @@
+"""Peak memory and step time of full-parameter runs under policies that save memory, against AdamW: a process each.
+
+Every run's result is kept in runs/ and not run again; delete runs/ to start over. See config.yaml for what is counted.
+
+    python benchmarks/policies/run.py              everything, writes result.json
+    python benchmarks/policies/run.py adamw lomo   only these, prints them
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from machine import write_result  # noqa: E402
+
+from graftlm.data.check import prepare  # noqa: E402
+from graftlm.data.pack import batches  # noqa: E402
+from graftlm.data.render import Renderer  # noqa: E402
+from graftlm.data.source import DataConfig, load_rows  # noqa: E402
+from graftlm.model.load import load_base, load_tokenizer  # noqa: E402
+
+RUNS = HERE / "runs"
+
+
+def write_inputs(config: dict[str, Any]) -> None:
+    """The rows of every step, and the base in bf16: converting a float32 file takes the memory of both."""
+    RUNS.mkdir(exist_ok=True)
+    if not (RUNS / "base").is_dir():
+        model, tokenizer = load_base(config["base"], store="bf16")
+        model.save_pretrained(RUNS / "base")
+        tokenizer.save_pretrained(RUNS / "base")
+    rows, _ = load_rows(config["rows"])
+    examples, _ = prepare(rows[:400], Renderer(load_tokenizer(config["base"])), DataConfig(train=config["rows"]))
+    with open(RUNS / "rows.jsonl", "w", encoding="utf-8") as out:
+        for chosen in batches(len(examples), config["batch_rows"], config["steps"], config["seed"]):
+            for example in (examples[i] for i in chosen):
+                out.write(json.dumps({"ids": example.ids.tolist(), "weights": example.weights.tolist()}) + "\n")
+
+
+def one_run(config: dict[str, Any], name: str, round_: int) -> dict[str, Any]:
+    slug = "".join(c if c.isalnum() else "-" for c in name)
+    out = RUNS / f"{slug}-{round_}.json"
+    if not out.is_file():
+        print(f"{out.stem} ...", flush=True)
+        given = {"base": RUNS / "base", "rows": RUNS / "rows.jsonl", "out": out}
+        flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+        flags += ["--settings", json.dumps(config), "--policies", json.dumps(config["shapes"][name])]
+        # Freed tensors go back to the system at once, so that what is resident is what is alive.
+        allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        threads = {"OMP_NUM_THREADS": str(config["threads"]), "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, str(HERE / "one.py"), *flags], check=True, env=os.environ | allocator | threads)
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def summarise(config: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians; each over AdamW's; and what is saved of AdamW's gradients and moments against what is published."""
+    table = {
+        name: {
+            "peak_gib": round(statistics.median(run["peak_gib"] for run in runs), 3),
+            "moments_gib": round(runs[0]["moments_gib"], 3),
+            "step_s": round(statistics.median(t for run in runs for t in run["step_wall_s"][1:]), 2),
+            "losses": [round(loss, 4) for loss in runs[0]["losses"]],
+        }
+        for name, runs in found.items()
+    }
+    adamw, gradients = table["adamw"], 4 * found["adamw"][0]["parameters"] / 2**30
+    for row in table.values():
+        less = adamw["peak_gib"] - row["peak_gib"]
+        row["peak_ratio"] = round(row["peak_gib"] / adamw["peak_gib"], 3)
+        row["step_ratio"] = round(row["step_s"] / adamw["step_s"], 2)
+        row["saved of gradients and moments"] = round(less / (gradients + adamw["moments_gib"]), 3)
+        row["saved of moments"] = round(1 - row["moments_gib"] / adamw["moments_gib"], 3)
+    bars = {}
+    for name, claim in config["published"].items():
+        saved = table[name][f"saved of {claim['of']}"]
+        met = abs(saved / claim["saved"] - 1) <= config["tolerance"]
+        bars[name] = claim | {"saved_here": saved, "peak_here": table[name]["peak_ratio"], "met": met}
+    return {"table": table, "weights_gib": round(found["adamw"][0]["weights_gib"], 3), "bars": bars}
+
+
+def main() -> None:
+    config = yaml.safe_load((HERE / "config.yaml").read_text())
+    write_inputs(config)
+    names = sys.argv[1:] or list(config["shapes"])
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for round_ in range(config["rounds"]):
+        for name in names:
+            found[name].append(one_run(config, name, round_))
+    if sys.argv[1:]:
+        print(json.dumps(found, indent=1))
+    else:
+        write_result(__file__, {"config": config, **summarise(config, found)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""`graft train RECIPE --probe-lr`: how large a learning rate may be, and how many rows a step is worth: a short run.
+
+The rate rises from 1e-6 to 1 by the same factor at every step (a range test: Smith 2015, arXiv:1506.01186, with an
+exponential rise) while a fresh delta learns from the recipe's own rows; it is thrown away. What counts of a step is by
+how much its loss is below the base's on the very same rows: rows differ far more from each other than a step changes,
+and so that difference falls out.
+
+The rate that is suggested lies a factor below the one at which this gain was largest (`BELOW_BEST`): there the steps
+already overshoot, and a run makes more of them at one rate than a probe does. Take it as a place to begin.
+
+The first steps, whose rates are too small to change anything, also say how much of a step's gradient is noise
+(`noise.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from graftlm.data.pack import Example, Group
+from graftlm.deltas import METHODS
+from graftlm.errors import TrainingError
+from graftlm.model.attach import deltas_off
+from graftlm.model.load import load_base, load_tokenizer
+from graftlm.model.store import writing
+from graftlm.training import display, ranks, report
+from graftlm.training.held_out import held_out_loss
+from graftlm.training.loop import NotFiniteError
+from graftlm.training.noise import NoiseScale, batch_for
+from graftlm.training.policies.base import Policy, PolicyConfig, Training
+from graftlm.training.prove import prove
+from graftlm.training.recipe import Recipe
+from graftlm.training.run import prepare_data
+from graftlm.training.turns import Turn, attach_deltas, plan_batches, turns
+
+STEPS = 80
+LOWEST, HIGHEST = 1e-6, 1.0
+
+SMOOTHING = 5
+"""Steps whose gains are averaged, as many on either side: the rate doubles in four."""
+
+BELOW_BEST = 5.0
+"""Measured: docs/log.md."""
+
+TOO_MUCH = 1.0
+"""Above the start, in the unit of the loss: two steps in a row, and the probe ends."""
+
+QUIET = 0.03
+"""Up to this share of the method's own rate a delta is taken to stand still, for the noise of its gradient."""
+
+LEAST = 8
+"""Gradients from which noise is told, whatever their rates."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One step of a probe."""
+
+    rate: float
+    loss: float
+    """Of this step's rows, before the step."""
+    before: float
+    """Of the same rows without the delta; 0 for objectives other than supervised training."""
+
+
+def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS) -> dict[str, Any]:
+    """Try rates on the recipe's rows: what `suggestion` says, "noise", "batch_rows", and "steps", a Tried each.
+
+    Rates are those of the first delta; others keep their ratio to it. Raises what `train` would raise before its first
+    step, and TrainingError under torchrun. Nothing is written.
+    """
+    if ranks.count() > 1:
+        raise TrainingError("--probe-lr is for one process: leave torchrun out")
+    console = console or Console(quiet=True)
+    config = replace(recipe.train, steps=count, epochs=None, in_turn=False, on_nonfinite="stop")
+    recipe = replace(recipe, train=config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    data = prepare_data(recipe, tokenizer, console=console)
+    with console.status("loading the base"):
+        model: Any = load_base(recipe.base, network=recipe.network).model
+    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
+    plan = plan_batches(config, data.examples)
+    attach_deltas(recipe, model, data.examples, plan)
+    (turn,) = turns(recipe, model, count)
+    watch = Watch(config.batch_rows, METHODS[next(iter(recipe.all_deltas().values())).method].delta.learning_rate)
+    turn.policies.append(watch)
+    tried: list[Tried] = []
+    with display.progress(console) as bars:
+        bar = bars.add_task("probing", total=count, now="")
+        for step in _steps(recipe, model, turn, data.examples, plan):
+            tried.append(step)
+            bars.update(bar, advance=1, now=f"rate {step.rate:.1e}  loss {step.loss:.3f}")
+    noise = watch.noise.found() if watch.noise.count > 1 else None
+    return suggestion(tried) | {
+        "noise": noise,
+        "batch_rows": noise and batch_for(noise),
+        "steps": [vars(step) for step in tried],
+    }
+
+
+def _steps(
+    recipe: Recipe, model: Any, turn: Turn, examples: Sequence[Example | Group], plan: list[list[int]]
+) -> Iterator[Tried]:
+    """Steps with rising rates, until the last or until the loss is far above its start or no number any more."""
+    of_the_base = recipe.loss.name == "supervised"
+    tokens, packed = recipe.train.pack_tokens, recipe.data.pack
+    rates = [LOWEST * (HIGHEST / LOWEST) ** (i / (len(plan) - 1)) for i in range(len(plan))]
+    own = turn.training.optimiser.param_groups[0]["lr"]
+    turn.schedule = lambda done: rates[done] / own
+    start: float | None = None
+    high = 0
+    try:
+        for step in turn.steps(recipe, examples, plan, 0):
+            before = 0.0
+            if of_the_base:
+                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]  # it has no others
+                with deltas_off(model):
+                    before = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
+            tried = Tried(rates[step.number - 1], step.loss, before)
+            start = tried.loss - tried.before if start is None else start
+            high = high + 1 if tried.loss - tried.before - start > TOO_MUCH else 0
+            yield tried
+            if high == 2:
+                return
+    except NotFiniteError:
+        return
+
+
+def suggestion(tried: Sequence[Tried]) -> dict[str, float | None]:
+    """What a range test says, None where it did not show:
+
+    learning_rate   to begin with
+    best_rate       where the loss was furthest below its start; it had fallen by `fell`
+    diverged_rate   from where on it was above its start
+    """
+    gains = smoothed_gains(tried)
+    best, deepest = 0, min(gains)
+    for i, gain in enumerate(gains):
+        if gain < gains[best]:
+            best = i
+        elif gains[best] < deepest / 4 and gain > gains[best] / 2:
+            break  # a valley, no ripple, and half of it is lost again: what comes after is another story
+    above = [step.rate for step, gain in zip(tried, gains, strict=True) if gain > 0 and step.rate > tried[best].rate]
+    fell = -gains[best]
+    found = fell > LITTLE
+    return {
+        "learning_rate": float(f"{tried[best].rate / BELOW_BEST:.1e}") if found else None,
+        "best_rate": tried[best].rate if found else None,
+        "fell": fell if found else None,
+        "diverged_rate": above[0] if above else None,
+    }
+
+
+LITTLE = 0.01
+"""Less than this, in the unit of the loss, is nothing."""
+
+
+def smoothed_gains(tried: Sequence[Tried]) -> list[float]:
+    """Loss over that of the start, on the same rows where that is known, averaged over SMOOTHING steps."""
+    raw = [step.loss - step.before for step in tried]
+    start = sum(raw[:SMOOTHING]) / len(raw[:SMOOTHING])
+    half = SMOOTHING // 2
+    parts = [raw[max(0, i - half) : i + half + 1] for i in range(len(raw))]
+    return [sum(part) / len(part) - start for part in parts]
+
+
+class Watch(Policy):
+    """Adds up the gradients of the first steps, while the delta all but stands still."""
+
+    def __init__(self, rows: int, usual_rate: float) -> None:
+        super().__init__(PolicyConfig(name="noise"))
+        self.rows, self.most = rows, QUIET * usual_rate
+        self.noise = NoiseScale()
+
+    def on_grads(self, training: Training) -> None:
+        if training.done < LEAST or training.optimiser.param_groups[0]["lr"] <= self.most:
+            gradients = (p.grad for p in training.parameters().values() if p.grad is not None)
+            self.noise.add(gradients, self.rows)
+
+
+# Shown -----------------------------------------------------------------------------------------------------------
+
+
+def lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What was found, in words."""
+    said = []
+    if found["learning_rate"] is None:
+        said.append("learning rate  none that was tried made the loss fall")
+    else:
+        said.append(
+            f"learning rate  {found['learning_rate']:.1e} to begin with: the loss fell most, by {found['fell']:.3f}, "
+            f"at {found['best_rate']:.1e}"
+        )
+    if found["diverged_rate"] is not None:
+        said.append(f"               and was above its start from {found['diverged_rate']:.1e} on")
+    noise = found["noise"]
+    if noise is None:
+        said.append("batch          no gradient to look at: the optimiser takes it within the backward pass")
+    elif noise["noise_rows"] is None:
+        said.append(
+            f"batch          more than {noise['least_rows']} rows: in so many there was nothing but noise to see"
+        )
+    else:
+        said.append(
+            f"batch          about {found['batch_rows']} rows a step: at the start a gradient over "
+            f"{noise['noise_rows']:.1f} rows is half noise, later on over more. This recipe: {recipe.train.batch_rows}"
+        )
+    return said
+
+
+def write(file: Path, found: dict[str, Any], recipe: Recipe, *, title: str) -> None:
+    """The page of a probe. Raises OutputError where it cannot be written."""
+    page = report.page(
+        "table.html.jinja",
+        title=title,
+        notes=lines(found, recipe),
+        picture=_picture(found),
+        tables=[
+            ("steps", ["rate", "loss", "before"], [[f"{v:.4g}" for v in step.values()] for step in found["steps"]])
+        ],
+        damaged={},
+    )
+    with writing(file):
+        file.write_text(page, encoding="utf-8")
+
+
+def _picture(found: dict[str, Any]) -> str:
+    tried = [Tried(**step) for step in found["steps"]]
+    rates = [step.rate for step in tried]
+    start = sum(step.loss - step.before for step in tried[:SMOOTHING]) / len(tried[:SMOOTHING])
+    drawn, axis = report.figure()
+    axis.plot(rates, [s.loss - s.before - start for s in tried], color="#2da44e", linewidth=1, alpha=0.4)
+    axis.plot(rates, smoothed_gains(tried), color="#2da44e", linewidth=2)
+    for key, colour in (("learning_rate", "#0b6bcb"), ("best_rate", "#8b8f96"), ("diverged_rate", "#cf222e")):
+        if found[key] is not None:
+            axis.axvline(found[key], color=colour, linestyle=":", label=f"{key.replace('_', ' ')} {found[key]:.1e}")
+    axis.axhline(0, color="#d8dbe0", linewidth=1)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="loss less that of the start")
+    axis.legend(fontsize="small")
+    return report.svg(drawn)

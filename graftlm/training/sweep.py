@@ -1,0 +1,312 @@
+"""`graft sweep`: a grid of values laid over a recipe, a run for each point, each in a process and a folder of its own.
+
+    OUT/recipes/NAME.yaml     the recipe of a point, whole, as it was when the sweep began
+    OUT/logs/NAME.log         what its process said
+    OUT/NAME/                 its run
+
+The same command goes on where it was: finished runs are skipped, an unfinished one resumes. One that fails is told and
+does not lose the others.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import graftlm
+from graftlm.config import to_tree, to_yaml
+from graftlm.errors import OutputError, RecipeError, TrainingError, nearest
+from graftlm.model.store import writing
+from graftlm.training.place import FREE
+from graftlm.training.recipe import Recipe, read_recipe
+from graftlm.training.run import RESUMABLE, stop_on_signal
+from graftlm.training.runs import compare, flat, short_names
+
+TAGS = ("method", "name", "by")
+"""Keys whose value says which config a mapping is: `lora.r` is then another word for `delta.r`."""
+
+
+@dataclass(frozen=True)
+class Point:
+    name: str
+    """Of its folder: the values by which it differs from the others."""
+    recipe: Recipe
+
+
+@dataclass
+class Outcome:
+    """What became of the points, by name; those in no list were not begun."""
+
+    skipped: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Name -> the last line of its log."""
+
+
+# The grid --------------------------------------------------------------------------------------------------------
+
+
+def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
+    """Every combination of the values of `key=v1,v2` and `key=a..b` over the recipe there; the last key changes first.
+
+    A key may be the end of a recipe's key, if of one only. Raises RecipeError for every point that is no recipe.
+    """
+    tree = to_tree(read_recipe(path))
+    axes: dict[str, list[str]] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{setting!r}: write what to vary as key=value,value or key=first..last")
+        full = resolve(key, tree)
+        if full in axes:
+            raise RecipeError(f"{setting!r}: {full} was already given")
+        axes[full] = values_of(setting, text)
+    varied = [key for key, values in axes.items() if len(values) > 1] or list(axes)
+    names = short_names(varied)
+    points, problems = [], []
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        name = ",".join(f"{names[key]}={_for_a_file(chosen[key])}" for key in varied) or "run"
+        try:
+            points.append(Point(name, read_recipe(path, [f"{key}={value}" for key, value in chosen.items()])))
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    return points
+
+
+def values_of(setting: str, text: str) -> list[str]:
+    """The values of one key, each as it would stand behind `key=`: ranges of whole numbers are counted out."""
+    values: list[str] = []
+    for part in _split(text):
+        if (ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", part)) is not None:
+            first, last = int(ends[1]), int(ends[2])
+            if last < first:
+                raise RecipeError(f"{setting!r}: the range {part} is empty: write the smaller number first")
+            values += map(str, range(first, last + 1))
+        elif ".." in part and re.fullmatch(r"[-+.\deE]+", part):
+            raise RecipeError(f"{setting!r}: {part} is no range: both ends must be whole numbers. Else list the values")
+        else:
+            values.append(part)
+    if len(set(values)) < len(values):
+        raise RecipeError(f"{setting!r}: {max(values, key=values.count)} stands here twice")
+    return values
+
+
+def _split(text: str) -> list[str]:
+    """At commas that stand in no bracket and in no quotation marks."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if character == "," and not depth and not quote:
+            parts.append("")
+            continue
+        if character in "\"'":
+            quote = "" if character == quote else quote or character
+        elif not quote:
+            depth += (character in "[{") - (character in "]}")
+        parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def resolve(key: str, tree: Mapping[str, Any]) -> str:
+    """The one dotted key of a recipe that is `key` or ends so. Raises RecipeError where there is none, or several."""
+    known = list(_spelled(tree))
+    if any(real == key for _, real in known):
+        return key
+    found = sorted({real for spelled, real in known if spelled == key or spelled.endswith(f".{key}")})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RecipeError(f"{key}: this may be {' or '.join(found)}: write more of it")
+    if key.split(".")[0] in {each.name for each in fields(Recipe)}:
+        return key  # of something that the recipe does not say yet; reading it will tell
+    ends = {".".join(spelled.split(".")[n:]) for spelled, _ in known for n in range(spelled.count(".") + 1)}
+    raise RecipeError(f"{key}: no key of the recipe ends so. {nearest(key, ends)}")
+
+
+def _spelled(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str = "") -> Iterator[tuple[str, str]]:
+    """(how it may be written, what it is) for every key of a recipe and for what is inside."""
+    for key, value in tree.items():
+        if "." in key:  # a pattern for names, which no dotted key can say
+            continue
+        here = f"{real}.{key}" if real else key
+        tag = next((str(value[t]) for t in TAGS if t in value), None) if isinstance(value, Mapping) else None
+        for word in {key, tag or key}:
+            yield ".".join((*spelled, word)), here
+            if isinstance(value, Mapping):
+                yield from _spelled(value, (*spelled, word), here)
+
+
+def _for_a_file(text: str) -> str:
+    """A value as a part of a folder's name; one that cannot stand there as it is ends in a number made of it."""
+    clean = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-.")[:40]
+    return clean if clean == text else f"{clean}-{crc32(text.encode()):08x}"
+
+
+# The runs --------------------------------------------------------------------------------------------------------
+
+
+def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callable[[str], None] = print) -> Outcome:
+    """Run what is not finished, one after another or on Ray; Ctrl-C stops the run at hand so that it can be resumed.
+
+    Raises OutputError where a folder holds a run of another recipe.
+    """
+    if on not in PLACES:
+        raise RecipeError(f"--on {on}: no such place. {nearest(on, PLACES)}")
+    outcome = Outcome()
+    todo = []
+    for point in points:
+        if _is_finished(out / point.name, point.recipe):
+            outcome.skipped.append(point.name)
+        else:
+            todo.append(point)
+    with writing(out):
+        for folder in ("recipes", "logs"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        for point in todo:
+            _recipe_file(out, point).write_text(to_yaml(point.recipe), encoding="utf-8")
+    if outcome.skipped:
+        say(f"{len(outcome.skipped)} of {len(points)} runs are finished already")
+
+    def ended(point: Point, code: int) -> None:
+        number = len(points) - len(todo) + len(outcome.done) + len(outcome.stopped) + len(outcome.failed) + 1
+        if code == 0:
+            outcome.done.append(point.name)
+        elif code == RESUMABLE:
+            outcome.stopped.append(point.name)
+        else:
+            outcome.failed[point.name] = _last_line(_log_file(out, point)) or _by_signal(code)
+        said = {0: "done", RESUMABLE: "stopped; the same command goes on with it"}.get(code, f"FAILED with code {code}")
+        say(f"{number}/{len(points)} {point.name}: {said}")
+
+    with stop_on_signal() as stopping:
+        PLACES[on](todo, out, ended, lambda: stopping.requested)
+    return outcome
+
+
+def _is_finished(folder: Path, recipe: Recipe) -> bool:
+    found = compare([folder]).runs if folder.is_dir() else []
+    if not found:  # of one that cannot be read, its process will say what is wrong
+        return False
+    wanted = flat(to_tree(recipe))
+    for key in dict.fromkeys((*wanted, *found[0].recipe)):
+        there, here = found[0].recipe.get(key), wanted.get(key)
+        if there != here and not key.startswith(FREE):
+            raise OutputError(
+                f"{folder} holds a run of another recipe ({key}: {there!r} there, {here!r} here): choose another "
+                "--out, or remove it"
+            )
+    return found[0].status == "finished"
+
+
+def _recipe_file(out: Path, point: Point) -> Path:
+    return out / "recipes" / f"{point.name}.yaml"
+
+
+def _log_file(out: Path, point: Point) -> Path:
+    return out / "logs" / f"{point.name}.log"
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _by_signal(code: int) -> str:
+    return f"its process ended by signal {signal.Signals(-code).name}" if code < 0 else "its process said nothing"
+
+
+Ended = Callable[[Point, int], None]
+
+
+def _here(todo: Sequence[Point], out: Path, ended: Ended, stop: Callable[[], bool]) -> None:
+    for point in todo:
+        ended(point, run_one(_recipe_file(out, point), out / point.name, _log_file(out, point), stop=stop))
+        if stop():
+            return
+
+
+def _on_ray(todo: Sequence[Point], out: Path, ended: Ended, stop: Callable[[], bool]) -> None:
+    """A task for each run: `train.threads` cores, one if that is not said, and a GPU where the cluster has some.
+
+    OUT must be a folder that all its machines see by this name, and graftlm be installed there.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise TrainingError("--on ray: not installed here: pip install 'graftlm[ray]'") from None
+    try:
+        ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
+    except ConnectionError:
+        raise TrainingError("--on ray: no cluster is running: `ray start --head`, or leave out --on") from None
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    running = {}
+    for point in todo:
+        task = ray.remote(run_one).options(num_cpus=point.recipe.train.threads or 1, num_gpus=gpus, max_retries=0)
+        paths = (_recipe_file(out, point), out / point.name, _log_file(out, point))
+        running[task.remote(*(path.absolute() for path in paths), cwd=os.getcwd())] = point
+    cancelled = False
+    while running:
+        if stop() and not cancelled:
+            cancelled = True
+            for each in running:
+                ray.cancel(each, force=False)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+        for each in ready:
+            point = running.pop(each)
+            try:
+                ended(point, ray.get(each))
+            except ray.exceptions.TaskCancelledError:  # before it had begun
+                continue
+            except ray.exceptions.RayError as error:
+                with open(_log_file(out, point), "a", encoding="utf-8") as log:
+                    log.write(f"{error}\n")
+                ended(point, 1)
+
+
+PLACES: dict[str, Callable[[Sequence[Point], Path, Ended, Callable[[], bool]], None]] = {"local": _here, "ray": _on_ray}
+
+
+def run_one(
+    recipe: Path, folder: Path, log: Path, *, stop: Callable[[], bool] = lambda: False, cwd: str | None = None
+) -> int:
+    """Train in a process of its own and return its exit code. Where `stop` becomes true, or at a first Ctrl-C, it is
+    asked to save and stop; a second one ends it at once."""
+    command = [sys.executable, "-m", "graftlm", "train", str(recipe), "--out", str(folder), "--resume"]
+    package = str(Path(graftlm.__file__).parent.parent)
+    paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with open(log, "ab") as said:
+        child = subprocess.Popen(  # noqa: S603 (ourselves; in a session of its own, else it had each Ctrl-C twice)
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": paths},
+            cwd=cwd,
+            start_new_session=True,
+        )
+    asked = False
+    while True:
+        try:
+            if stop() and not asked:
+                asked = True
+                child.terminate()
+            return child.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        except KeyboardInterrupt:
+            if asked:
+                child.kill()
+                child.wait()
+                raise
+            asked = True
+            child.terminate()

@@ -1,0 +1,45 @@
+"""EMA: the mean worked out from the parameters of every step, and a run that it does not change."""
+
+import torch
+
+from graftlm.data.pack import pack
+from graftlm.model.attach import trainable
+from graftlm.testing import perturbed, tiny_model
+from graftlm.training.policies.base import Policy, Training
+from graftlm.training.policies.ema import Ema, EmaConfig
+from tests.training.policies.test_policies import run, training
+from tests.training.test_loop import examples
+
+BATCHES = [pack(examples(seed=n), 60) for n in range(5)]
+
+
+class Following(Policy):
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_start(self, training: Training) -> None:
+        self.on_step(training)
+
+    def on_step(self, training: Training) -> None:
+        self.seen.append({name: p.detach().clone() for name, p in training.parameters().items()})
+
+
+def test_what_is_kept_is_the_mean_and_the_run_goes_on_as_it_would() -> None:
+    model, plain, following, ema = perturbed("lora", tiny_model()), Following(), Following(), Ema(EmaConfig(decay=0.25))
+    run(training(perturbed("lora", tiny_model()), []), [plain], BATCHES)
+    state = training(model, [])
+    run(state, [following, ema], BATCHES)
+    for one, other in zip(plain.seen, following.seen, strict=True):
+        assert all(torch.equal(p, other[name]) for name, p in one.items())
+    mean = following.seen[0]
+    for t, seen in enumerate(following.seen[1:], start=1):
+        a = min(0.25, t / (t + 9))
+        mean = {name: a * mean[name] + (1 - a) * p for name, p in seen.items()}
+    with ema.evaluating(state):
+        for name, p in trainable(model).items():
+            torch.testing.assert_close(p.detach(), mean[name])
+    assert all(torch.equal(p, following.seen[-1][name]) for name, p in trainable(model).items())
+    ema.on_end(state)
+    for name, p in trainable(model).items():
+        torch.testing.assert_close(p.detach(), mean[name])

@@ -1,0 +1,80 @@
+"""GaLore against Adam on P^T G with P from a singular value decomposition, for both ways a matrix can lie."""
+
+import pytest
+import torch
+from torch import nn
+
+from graftlm.training.policies.base import Group
+from graftlm.training.policies.galore import Galore, GaloreConfig
+
+
+def by_svd(W: torch.Tensor, gradients: list[torch.Tensor], r: int, every: int, scale: float, rate: float) -> None:
+    """W is changed in place; torch.optim.Adam moves a tensor of the projected shape, and what it moved is put back."""
+    wide = W.shape[0] <= W.shape[1]
+    low = nn.Parameter(torch.zeros(r, W.shape[1]) if wide else torch.zeros(W.shape[0], r))
+    adam = torch.optim.Adam([low], lr=rate)
+    for step, G in enumerate(gradients):
+        if step % every == 0:
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        before = low.detach().clone()
+        low.grad = U[:, :r].T @ G if wide else G @ Vh[:r].T
+        adam.step()
+        moved = low.detach() - before
+        W += scale * (U[:, :r] @ moved if wide else moved @ Vh[:r])
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+def test_its_steps_are_those_of_the_paper(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(6)]
+    W = start.clone()
+    by_svd(W, gradients, 4, 6, 0.25, 0.1)
+    p = nn.Parameter(start.clone())
+    optimiser = Galore(GaloreConfig(rank=4, every=6)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    for G in gradients:
+        p.grad = G.clone()
+        optimiser.step()
+    torch.testing.assert_close(p.detach(), W, rtol=1e-4, atol=1e-5)
+    assert {tuple(t.shape) for t in optimiser.state[p].values() if torch.is_tensor(t)} == {
+        (min(shape), 4),
+        (4, max(shape)),
+    }
+
+
+def test_the_projection_is_taken_anew() -> None:
+    """One after each step, so that what is kept of the moments is little: the paper's sign of P is open, so r = 1 and
+    positive gradients, whose first singular vector is positive or negative as a whole."""
+    torch.manual_seed(0)
+    gradients = [torch.rand(6, 9) + 0.1 for _ in range(3)]
+    p = nn.Parameter(torch.zeros(6, 9))
+    optimiser = Galore(GaloreConfig(rank=1, every=1, scale=1.0)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    for G in gradients:
+        p.grad = G.clone()
+        optimiser.step()
+        u = torch.linalg.svd(G)[0][:, 0]
+        torch.testing.assert_close(optimiser.state[p]["P"][:, 0].abs(), u.abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_small_keeps_adam() -> None:
+    torch.manual_seed(0)
+    p, q = nn.Parameter(torch.randn(3, 20)), nn.Parameter(torch.randn(7))
+    same = [nn.Parameter(t.detach().clone()) for t in (p, q)]
+    optimiser = Galore(GaloreConfig(rank=3)).optimiser([Group({"p": p, "q": q}, 0.1)], weight_decay=0.1)
+    adam = torch.optim.AdamW(same, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        for ours, theirs in zip((p, q), same, strict=True):
+            ours.grad = torch.randn(ours.shape)
+            theirs.grad = ours.grad.clone()
+        optimiser.step()
+        adam.step()
+    torch.testing.assert_close(p, same[0])
+    torch.testing.assert_close(q, same[1])
+
+
+def test_a_gradient_of_zero_gives_no_projection() -> None:
+    p = nn.Parameter(torch.ones(5, 8))
+    optimiser = Galore(GaloreConfig(rank=2)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    p.grad = torch.zeros(5, 8)
+    optimiser.step()
+    assert not optimiser.state[p]
+    assert torch.equal(p.detach(), torch.ones(5, 8))

@@ -1,0 +1,159 @@
+"""The probe: what it reads off a curve, that its noise is that of the steps, and that it leaves nothing."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from graftlm import cli
+from graftlm.config import build
+from graftlm.data.pack import lay_out
+from graftlm.errors import TrainingError
+from graftlm.model.attach import trainable
+from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.load import load_base
+from graftlm.training import probe as probing
+from graftlm.training import ranks
+from graftlm.training.probe import STEPS, Tried, probe, suggestion
+from graftlm.training.recipe import Recipe
+from graftlm.training.run import prepare_data
+from graftlm.training.turns import attach_deltas, plan_batches
+
+RATES = [10 ** (-6 + 6 * i / (STEPS - 1)) for i in range(STEPS)]
+
+
+def recipe(base: Path, rows: Path, **train: Any) -> Recipe:
+    tree = {
+        "base": {"name": str(base), "store": "fp32"},
+        "data": {"train": str(rows), "held_out": 4},
+        "delta": {"method": "lora", "r": 4},
+        "train": {"steps": 4, "batch_rows": 4, "seed": 3, **train},
+    }
+    return build(Recipe, tree, source="test")
+
+
+def curve(*points: tuple[float, float], noise: float = 0.0) -> list[Tried]:
+    """Straight lines between (rate, gain) over the logarithm of the rate, on rows that differ by several nats."""
+    generator = torch.Generator().manual_seed(0)
+    tried = []
+    for number, rate in enumerate(RATES):
+        right = next((i for i, (x, _) in enumerate(points) if x >= rate), None)
+        if right is None:
+            break
+        (x0, y0), (x1, y1) = points[max(0, right - 1)], points[right]
+        share = 0.0 if x1 == x0 else torch.log(torch.tensor(rate / x0)) / torch.log(torch.tensor(x1 / x0))
+        before = 2.0 + 5 * (number * 7 % 11) / 11
+        wobble = noise * float(torch.randn(1, generator=generator))
+        tried.append(Tried(rate, before + y0 + float(share) * (y1 - y0) + wobble, before))
+    return tried
+
+
+def test_the_suggestion_lies_below_where_the_loss_fell_most() -> None:
+    found = suggestion(curve((1e-6, 0.0), (1e-4, 0.0), (1e-2, -1.0), (1e-1, 1.5), noise=0.02))
+    assert found["best_rate"] == pytest.approx(1e-2, rel=0.3)
+    assert found["learning_rate"] == pytest.approx(found["best_rate"] / probing.BELOW_BEST, rel=0.05)
+    assert found["fell"] == pytest.approx(1.0, abs=0.1)
+    assert found["diverged_rate"] == pytest.approx(10 ** (-2 + 1 / 2.5), rel=0.3)
+
+
+def test_a_second_valley_behind_the_first_does_not_count() -> None:
+    found = suggestion(curve((1e-6, 0.0), (1e-4, 0.0), (1e-3, -0.8), (1e-2, -0.1), (1, -1.0)))
+    assert found["best_rate"] == pytest.approx(1e-3, rel=0.3)
+    assert found["diverged_rate"] is None
+
+
+def test_what_does_not_show_is_none_and_said_so(base_folder: Path, rows: Path) -> None:
+    found = suggestion(curve((1e-6, 0.0), (1, 0.0)))
+    assert (found["learning_rate"], found["best_rate"], found["diverged_rate"]) == (None, None, None)
+    words = probing.lines(found | {"noise": None, "batch_rows": None}, recipe(base_folder, rows))
+    assert "none that was tried made the loss fall" in words[0]
+    assert len(suggestion(curve((1e-6, 0.0), (1e-5, 2.0)))) == 4, "an early end is an end too"
+
+
+def test_a_probe_of_a_tiny_base_leaves_nothing_and_repeats_itself(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found = probe(recipe(base_folder, rows))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [step["rate"] for step in found["steps"]] == pytest.approx(RATES[: len(found["steps"])])
+    assert found["steps"][0]["loss"] == pytest.approx(found["steps"][0]["before"]), "a fresh LoRA is its base"
+    assert 1e-4 < found["learning_rate"] < 1e-1
+    assert found["fell"] > 0.1
+    assert probe(recipe(base_folder, rows)) == found
+    json.dumps(found)
+
+
+def test_a_loss_that_runs_away_ends_the_probe(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "HIGHEST", 1e6)
+    tree = recipe(base_folder, rows)
+    found = probe(replace(tree, delta=replace(tree.delta, targets=("lm_head", "down_proj"))))  # type: ignore[arg-type]
+    assert len(found["steps"]) < STEPS
+    assert found["diverged_rate"] is not None
+    assert found["learning_rate"] < found["diverged_rate"]
+
+
+def test_its_noise_is_that_of_the_gradients_of_the_steps(
+    base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "HIGHEST", 1e-6)
+    tree = recipe(base_folder, rows, clip=1e-3)
+    found = probe(tree, count=12)["noise"]
+    tree = replace(tree, train=replace(tree.train, steps=12))
+    model, tokenizer = load_base(tree.base)
+    examples = prepare_data(tree, tokenizer).examples
+    plan = plan_batches(tree.train, examples)
+    attach_deltas(tree, model, examples, plan)
+    gradients = []
+    for batch in plan:
+        packs = lay_out([examples[i] for i in batch], 1024, packed=True, share=False)
+        with packed_attention(model):
+            loss = -sum((log_probs(model, p) * p.weights).sum() for p in packs) / sum(p.weights.sum() for p in packs)
+        made = torch.autograd.grad(loss, list(trainable(model).values()))
+        gradients.append(torch.cat([g.flatten() for g in made]).double())
+    each = torch.stack(gradients)
+    variance = each.var(0).sum()  # of one step's gradient
+    true = each.mean(0).square().sum() - variance / len(plan)
+    assert (found["gradients"], found["rows"]) == (12, 48)
+    assert found["noise_rows"] == pytest.approx(float(4 * variance / true), rel=1e-2)
+
+
+def test_several_deltas_are_probed_together_and_keep_their_ratio(base_folder: Path, rows: Path) -> None:
+    tree = {
+        "base": {"name": str(base_folder), "store": "fp32"},
+        "data": {"train": str(rows), "held_out": 4},
+        "deltas": {"low": {"method": "lora", "r": 4}, "biases": {"method": "bitfit"}},
+        "train": {"batch_rows": 4, "in_turn": True},
+        "policies": ["lora-plus"],
+    }
+    assert len(probe(build(Recipe, tree, source="test"), count=20)["steps"]) == 20
+
+
+def test_several_processes_are_refused(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(TrainingError, match="leave torchrun out"):
+        probe(recipe(base_folder, rows))
+
+
+def test_the_command_prints_and_draws(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(
+        f"base: {{name: {base_folder}, store: fp32}}\ndata: {{train: {rows}}}\ntrain: {{batch_rows: 4}}\n"
+    )
+    said = CliRunner().invoke(cli.app, ["train", "recipe.yaml", "--probe-lr"])
+    assert said.exit_code == 0, said.output
+    assert "to begin with: the loss fell most" in said.stdout
+    assert "<svg" in Path("probe-lr.html").read_text()
+    told = CliRunner().invoke(cli.app, ["train", "recipe.yaml", "--probe-lr", "--json", "--html", "rates.html"])
+    assert json.loads(told.stdout).keys() >= {"learning_rate", "best_rate", "diverged_rate", "noise", "batch_rows"}
+    assert "<svg" in Path("rates.html").read_text()
+    assert not Path("adapter").exists()
+    for words in (["--json"], ["--html", "x.html"]):
+        assert "--probe-lr" in CliRunner().invoke(cli.app, ["train", "recipe.yaml", *words]).stderr
