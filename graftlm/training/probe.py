@@ -87,7 +87,7 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
     plan = plan_batches(config, data.examples, data.curriculum)
     attach_deltas(recipe, model, data.examples, plan)
-    (turn,) = turns(recipe, model, count)
+    (turn,) = turns(recipe, model, count, data.aside)
     watch = Watch(config.batch_rows, METHODS[next(iter(recipe.all_deltas().values())).method].delta.learning_rate)
     turn.policies.append(watch)
     tried: list[Tried] = []
