@@ -27,7 +27,6 @@ from graftlm.model.attach import deltas_off
 from graftlm.model.load import load_base, load_tokenizer
 from graftlm.model.store import writing
 from graftlm.training import display, ranks, report
-from graftlm.training.aside import put_aside
 from graftlm.training.held_out import held_out_loss
 from graftlm.training.loop import NotFiniteError
 from graftlm.training.noise import NoiseScale, batch_for
@@ -85,17 +84,16 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     data = prepare_data(recipe, tokenizer, console=console)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model
-    examples, aside = put_aside(recipe, data.examples)
-    prove(model, examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
-    plan = plan_batches(config, examples)
-    attach_deltas(recipe, model, examples, plan)
-    (turn,) = turns(recipe, model, count, aside)
+    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
+    plan = plan_batches(config, data.examples, data.curriculum)
+    attach_deltas(recipe, model, data.examples, plan)
+    (turn,) = turns(recipe, model, count, data.aside)
     watch = Watch(config.batch_rows, METHODS[next(iter(recipe.all_deltas().values())).method].delta.learning_rate)
     turn.policies.append(watch)
     tried: list[Tried] = []
     with display.progress(console) as bars:
         bar = bars.add_task("probing", total=count, now="")
-        for step in _steps(recipe, model, turn, examples, plan):
+        for step in _steps(recipe, model, turn, data.examples, plan):
             tried.append(step)
             bars.update(bar, advance=1, now=f"rate {step.rate:.1e}  loss {step.loss:.3f}")
     noise = watch.noise.found() if watch.noise.count > 1 else None
@@ -121,7 +119,7 @@ def _steps(
         for step in turn.steps(recipe, examples, plan, 0):
             before = 0.0
             if of_the_base:
-                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]  # all of them
+                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]
                 with deltas_off(model):
                     before = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
             tried = Tried(rates[step.number - 1], step.loss, before)
