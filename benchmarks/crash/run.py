@@ -159,7 +159,7 @@ def on_a_full_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: r
     place = work / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={CONFIG['disk_mb']}m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         return {"not_run": "no tmpfs can be mounted here"}
     try:
         while found["points"] < points:
@@ -199,10 +199,11 @@ def main() -> None:
         os.environ["GRAFT_CACHE"] = str(work / "cache")
         base = save_tiny_base(work / "base")
         rows = work / "rows.jsonl"
-        words = "red green blue seven eleven one two apple pear sky sea".split()
+        words = ["red", "green", "blue", "seven", "eleven", "one", "two", "apple", "pear", "sky", "sea"]
         rows.write_text(
             "".join(
-                json.dumps({"prompt": f"say {words[n % 11]}", "completion": " ".join(words[n % 11 :][: 1 + n % 7])}) + "\n"
+                json.dumps({"prompt": f"say {words[n % 11]}", "completion": " ".join(words[n % 11 :][: 1 + n % 7])})
+                + "\n"
                 for n in range(40)
             )
         )

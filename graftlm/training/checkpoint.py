@@ -37,6 +37,9 @@ from graftlm.training.policies.base import Policy, Training
 FOLDER, UNFINISHED, METRICS = "checkpoints", "unfinished.json", "metrics.jsonl"
 STATE, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
+BEST = "best"
+"""The checkpoint with the lowest held-out loss, under early stopping; not one of the last that are kept."""
+
 FROM_RECIPE = {"lr", "largest_lr", "weight_decay"}
 """What of an optimiser's groups follows from the recipe, so that a recipe that was changed on purpose counts."""
 
@@ -137,10 +140,10 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
-    def save(self, snapshot: Snapshot, step: int) -> None:
+    def save(self, snapshot: Snapshot, name: str) -> None:
         """Begin to write; raises what went wrong with the one before. OutputError where there is no room."""
         self.wait()
-        self._last = self._writer.submit(self._write, snapshot, step)
+        self._last = self._writer.submit(self._write, snapshot, name)
 
     def wait(self) -> None:
         """Until the last one is on the disk; raises what went wrong with it."""
@@ -154,8 +157,8 @@ class Checkpoints:
             self.wait()
         self._writer.shutdown()
 
-    def _write(self, snapshot: Snapshot, step: int) -> None:
-        final = self.folder / f"step-{step:08}"
+    def _write(self, snapshot: Snapshot, name: str) -> None:
+        final = self.folder / name
         draft = self.folder / f".{final.name}.part"
         try:
             with writing(final, needs=snapshot.bytes):
@@ -163,10 +166,10 @@ class Checkpoints:
                 draft.mkdir()
                 save_file(dict(snapshot.tensors), draft / STATE)
                 (draft / FACTS).write_text(json.dumps(snapshot.facts) + "\n", encoding="utf-8")
-                sums = json.dumps({name: _about(draft / name) for name in (STATE, FACTS)})
+                sums = json.dumps({file: _about(draft / file) for file in (STATE, FACTS)})
                 (draft / MANIFEST).write_text(f"{sums}\n{_sum(sums)}", encoding="utf-8")
-                for name in (STATE, FACTS, MANIFEST):
-                    sync(draft / name)
+                for file in (STATE, FACTS, MANIFEST):
+                    sync(draft / file)
                 sync(draft)
                 _remove(final)  # of a run that went back behind it
                 draft.rename(final)
@@ -198,6 +201,10 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint can be used:\n{numbered(problems)}\n--overwrite starts the run anew"
             )
         return None
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08}"
 
 
 class DamagedError(Exception):

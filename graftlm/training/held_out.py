@@ -58,7 +58,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, pack_tokens: int, 
 
 @torch.no_grad()
 def held_out_metrics(
-    model: Any, groups: Sequence[Group], objective: Objective, *, pack_tokens: int, packed: bool, share: bool
+    model: Any, groups: Sequence[Example | Group], objective: Objective, *, pack_tokens: int, packed: bool, share: bool
 ) -> dict[str, float]:
     """The loss and the metrics of an objective over all groups. Every rank has its share of them."""
     make = partial(lay_out, tokens=pack_tokens, packed=packed, share=share)

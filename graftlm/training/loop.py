@@ -11,14 +11,14 @@ result.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 from zlib import crc32
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.pack import Pack
@@ -29,6 +29,7 @@ from graftlm.model.forward import packed_attention
 from graftlm.model.recompute import offloaded, recomputed_layers
 from graftlm.model.sites import transformer_layers
 from graftlm.training import ranks
+from graftlm.training.guards import EarlyStopping
 from graftlm.training.objective import Objective, Sums
 from graftlm.training.policies import check_policies
 from graftlm.training.policies.base import Policy, Training
@@ -70,6 +71,11 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop, or leave the step out, name its rows and go on; after three in a
     row it stops in either case. Nothing is changed by such a step."""
+    on_spike: Literal["tell", "return"] = "tell"
+    """At a loss far above those before it: say so, or go back to the last checkpoint and leave out the batches since
+    then."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when the loss of the held-out rows falls no more, and keep the state in which it was lowest."""
     seed: Count = 0
     threads: PositiveCount | None = None
     """CPU threads; by default torch's own choice."""
@@ -155,31 +161,12 @@ def steps(
             group["lr"] = group.setdefault("largest_lr", group["lr"]) * rate
         explained = partial(_memory_explained, model, packs, number + 1, checkpointing)
         run.clip, run.norm = clip, math.nan
-        for run.rehearsal in (True, False) if rehearsed else (False,):
-            torch.manual_seed(_seed(run))  # so dropout depends on nothing that went before: there is no state to save
-            sums, bad = Sums(objective), list[str]()
-            run.last_pack = False
-            with ExitStack() as held:
-                held.enter_context(explained())
-                for policy in policies:
-                    held.enter_context(policy.during(run))
-                held.enter_context(
-                    training_pass(model, packed=packed, checkpointing=checkpointing, offload=offload, compiled=compiled)
-                )
-                statistic = objective.statistic(model, probes)
-                for pack in packs:
-                    run.pack = pack
-                    part, log_probs = objective.part(model, pack, statistic)
-                    if not torch.isfinite(part.sum):
-                        bad += pack.rows_of(~log_probs.isfinite())
-                        if not ranks.is_sharded(model):  # there the other ranks wait for this one in every layer
-                            continue
-                    run.last_pack = pack is packs[-1] and not bad
-                    (part.sum / count).backward()
-                    sums.add(part)
-            run.pack, run.last_pack = None, False
-            if bad or (run.rehearsal and not math.isfinite(run.norm)):
-                break
+        passes = partial(training_pass, model, packed=packed, checkpointing=checkpointing, offload=offload)
+        with explained():
+            for run.rehearsal in (True, False) if rehearsed else (False,):
+                sums, bad = _passes(run, objective, policies, packs, probes, count, partial(passes, compiled=compiled))
+                if bad or (run.rehearsal and not math.isfinite(run.norm)):
+                    break
         total, metrics = sums.totals()
         (failed,) = ranks.totals(len(bad))
         wrong, rows = "loss" if failed else "", ranks.gathered(bad) if failed else []
@@ -190,9 +177,13 @@ def steps(
             ranks.sum_gradients(parameters.values())
             if not fused:
                 still = _check_gradients(parameters, still, run.done)
+            norm = torch.tensor(run.norm) if fused else _norm(parameters)
+            if policies and not fused and torch.isfinite(norm):  # policies remember what they see
                 for policy in policies:
                     policy.on_grads(run)
-            norm = torch.tensor(run.norm) if fused else nn.utils.clip_grad_norm_(parameters.values(), clip)
+                norm = _norm(parameters)
+            if not fused:
+                nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
             if not torch.isfinite(norm):
                 named = ranks.gathered([row for pack in packs for row in pack.rows])
                 wrong, rows = "gradient", list(dict.fromkeys(named))
@@ -234,6 +225,42 @@ MOST_SKIPPED = 3
 
 class NotFiniteError(TrainingError):
     """A loss or gradient that is not a number: nothing was changed by its step."""
+
+
+def _passes(
+    run: Training,
+    objective: Objective,
+    policies: Sequence[Policy],
+    packs: Sequence[Pack],
+    probes: Sequence[Pack],
+    count: float,
+    held: Callable[[], AbstractContextManager[None]],
+) -> tuple[Sums, list[str]]:
+    """The packs of a step forward and backward: (loss and metrics, the rows whose loss is not finite)."""
+    torch.manual_seed(_seed(run))  # so dropout depends on nothing that went before: there is no state to save
+    sums, bad = Sums(objective), list[str]()
+    run.last_pack = False
+    with ExitStack() as during:
+        for policy in policies:
+            during.enter_context(policy.during(run))
+        during.enter_context(held())
+        statistic = objective.statistic(run.model, probes)
+        for pack in packs:
+            run.pack = pack
+            part, log_probs = objective.part(run.model, pack, statistic)
+            if not torch.isfinite(part.sum):
+                bad += pack.rows_of(~log_probs.isfinite())
+                if not ranks.is_sharded(run.model):  # there the other ranks wait for this one in every layer
+                    continue
+            run.last_pack = pack is packs[-1] and not bad
+            (part.sum / count).backward()
+            sums.add(part)
+    run.pack, run.last_pack = None, False
+    return sums, bad
+
+
+def _norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
 
 
 def _seed(run: Training) -> int:

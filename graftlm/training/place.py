@@ -15,7 +15,19 @@ from graftlm.data.pack import Example, Group
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.model.store import check_new_folder, mend_folder, writing
 from graftlm.training import ranks, trackers
-from graftlm.training.checkpoint import FOLDER, METRICS, UNFINISHED, Checkpoints, Metrics, Snapshot, read, sync
+from graftlm.training.checkpoint import (
+    BEST,
+    FOLDER,
+    METRICS,
+    UNFINISHED,
+    Checkpoints,
+    DamagedError,
+    Metrics,
+    Snapshot,
+    read,
+    step_name,
+    sync,
+)
 from graftlm.training.recipe import Recipe, read_recipe
 
 SUMMARY, RECIPE = "summary.json", "recipe.yaml"
@@ -43,10 +55,10 @@ class Running:
         for more in self.tell(line):
             self.metrics.write(more)
 
-    def save(self, step: int, snapshot: Callable[..., Snapshot]) -> None:
+    def save(self, step: int, snapshot: Callable[..., Snapshot], *, best: bool = False) -> None:
         """Save what `snapshot(metrics=...)` takes, on the rank that writes."""
         if self.checkpoints is not None:
-            self.checkpoints.save(snapshot(metrics=self.metrics.where()), step)
+            self.checkpoints.save(snapshot(metrics=self.metrics.where()), BEST if best else step_name(step))
 
 
 class Place:
@@ -92,20 +104,24 @@ class Place:
     def _holds_an_adapter(self) -> bool:
         return self.out.is_dir() and any(path.name not in KEPT for path in self.out.iterdir())
 
-    def newest(self, facts: Mapping[str, Any], *, told: Callable[[str], None]) -> Snapshot | None:
-        """The checkpoint to go on from, on every rank the same; None to start. TrainingError if `facts` differ."""
-        if not self.resumes:
-            return None
+    def last(self, told: Callable[[str], None]) -> Snapshot | None:
+        """The last checkpoint, on every rank the same; None if there is none."""
+        if ranks.first():
+            self.checkpoints.wait()
         found = self.checkpoints.newest(told) if ranks.first() else None
         (name, *_) = ranks.gathered([found[1].name if found else ""])
-        if not name:
+        return (found[0] if found else read(self.folder / name)) if name else None
+
+    def newest(self, facts: Mapping[str, Any], *, told: Callable[[str], None]) -> Snapshot | None:
+        """The checkpoint to go on from; None to start. TrainingError if it is of other `facts`."""
+        snapshot = self.last(told) if self.resumes else None
+        if snapshot is None:
             return None
-        snapshot = found[0] if found else read(self.folder / name)
         for key, what in (("rows", "training rows"), ("base", "base")):
             if snapshot.facts[key] != facts[key] and not self.changed:
                 raise TrainingError(
-                    f"{self.folder / name}: the {what} are not those that it was saved with, though the recipe is the "
-                    "same: files have changed. Put them back, or say --overwrite without --resume to start anew"
+                    f"{self.folder}, step {snapshot.facts['seen']}: the {what} are not those that it was saved with, "
+                    "though the recipe is the same: files have changed. Put them back, or say --overwrite without --resume to start anew"
                 )
         return snapshot
 
@@ -125,8 +141,8 @@ class Place:
             draft.write_text(json.dumps(self.tree, indent=1) + "\n", encoding="utf-8")
             sync(draft)
             draft.rename(self.folder / UNFINISHED)
-            for left in self.folder.glob(".step-*"):  # of a save that was killed
-                shutil.rmtree(left)
+            for left in self.folder.glob(".*.*"):  # of a save that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             metrics = Metrics(self.folder / METRICS, found.facts["metrics"] if found else None)
         try:
             with metrics, writing(self.out):
@@ -138,6 +154,13 @@ class Place:
                 shutil.rmtree(self.folder)
                 if not any(self.out.iterdir()):
                     self.out.rmdir()
+
+    def best(self) -> Snapshot | None:
+        """The checkpoint with the lowest held-out loss, if there is one; TrainingError if it is damaged."""
+        try:
+            return read(self.folder / BEST) if (self.folder / BEST).is_dir() else None
+        except DamagedError as error:
+            raise TrainingError(f"{error}: the state with the lowest held-out loss is lost") from None
 
     def close(self) -> None:
         """The run is done, and all of it is in OUT."""

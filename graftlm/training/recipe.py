@@ -151,6 +151,14 @@ class Recipe:
         return self
 
     @model_validator(mode="after")
+    def _stops_on_something(self) -> "Recipe":
+        if self.train.early_stopping and not self.data.held_out:
+            raise ValueError("train.early_stopping looks at held-out rows: set data.held_out")
+        if self.train.early_stopping and self.train.in_turn:
+            raise ValueError("train.early_stopping knows one end, and train.in_turn has several: leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _compiled_in_packs(self) -> "Recipe":
         if self.train.compile and not self.data.pack:
             raise ValueError("train.compile works on packs only: set `data: {pack: true}` or leave it at false")

@@ -9,8 +9,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,16 +36,17 @@ from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, loa
 from graftlm.model.store import model_card, new_folder, write_adapter, writing
 from graftlm.training import display, ranks, report
 from graftlm.training.aside import put_aside
-from graftlm.training.checkpoint import METRICS, put_back, put_deltas_back, take
+from graftlm.training.checkpoint import METRICS, Snapshot, put_back, put_deltas_back, take
+from graftlm.training.guards import Guards
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
 from graftlm.training.objective import Objective, start_of
-from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
+from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, Running, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.select.choose import choose
 from graftlm.training.trackers import Trackers
-from graftlm.training.turns import attach_deltas, plan_batches, turns
+from graftlm.training.turns import Turn, attach_deltas, plan_batches, turns
 
 SHARING_STEPS = 100
 """What shared beginnings save is counted over so many steps of the run."""
@@ -265,43 +266,91 @@ def _train(
     seen = found.facts["seen"] if found else 0
     if found:
         console.print(f"goes on after step {seen} of {len(plan)}", highlight=False)
+    every, settings = list(recipe.all_deltas()), recipe.train
     with place.begin(found) as run, stop_on_signal() as stopping, display.progress(console) as bars:
         trackers.begin(run.metrics.lines, resumes=found is not None)
         run.tell = trackers.log
+        guards = Guards(settings.early_stopping, run.metrics.lines)
         bar = bars.add_task("training", total=len(plan), completed=seen, now="")
+        stops = False
         for turn in turns(recipe, model, len(plan), data.aside):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:
                 put_back(found, turn.training, turn.policies)
-            snapshot = partial(take, turn.training, turn.policies, list(recipe.all_deltas()), turn=turn.first, **facts)
-            try:
-                for step in turn.steps(recipe, data.examples, plan, max(seen, turn.first)):
-                    for line in _lines(step):
-                        run.note(line)
-                    seen = step.number
-                    if seen == 1 and (told := start_of(recipe.loss, step.metrics)):
-                        console.print(told, highlight=False)
-                    now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
-                    bars.update(bar, completed=seen, now=now)
-                    stops = bool(ranks.totals(stopping.requested)[0])  # on any rank
-                    if stops or seen % recipe.train.save_every == 0 or seen == len(plan):
-                        run.save(seen, partial(snapshot, seen=seen))
-                    if stops and seen < len(plan):
-                        break
-            except NotFiniteError:
-                run.save(
-                    seen, partial(snapshot, seen=seen)
-                )  # what was reached is not lost, and `--resume` may leave the step out
-                raise
-            if seen < turn.last:
+            snapshot = partial(take, turn.training, turn.policies, every, turn=turn.first, **facts)
+            seen = max(seen, turn.first)
+            while seen < turn.last and not stops and not guards.ended:
+                back: Snapshot | None = None
+                try:
+                    for step in turn.steps(recipe, data.examples, plan, seen):
+                        seen = step.number
+                        for line in _lines(step):
+                            run.note(line)
+                        if seen == 1 and (told := start_of(recipe.loss, step.metrics)):
+                            console.print(told, highlight=False)
+                        now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
+                        bars.update(bar, completed=seen, now=now)
+                        for event in guards.look(seen, trainable(model)):
+                            run.note({"step": seen, **event})
+                        if not step.skipped and (event := guards.spike(step.loss)):
+                            back = place.last(console.print) if settings.on_spike == "return" else None
+                            to = {"returns_to": back.facts["seen"]} if back else {}
+                            run.note({"step": seen, **event, **to})
+                            if back is not None:
+                                break
+                        if settings.early_stopping and seen % settings.early_stopping.every == 0:
+                            _look_at_held_out(recipe, turn, data, guards, run, partial(snapshot, seen=seen))
+                        stops = bool(ranks.totals(stopping.requested)[0])  # on any rank
+                        if stops or seen % settings.save_every == 0 or seen == len(plan) or guards.ended:
+                            run.save(seen, partial(snapshot, seen=seen))
+                        if stops or guards.ended:
+                            break
+                except NotFiniteError:  # what was reached is not lost, and `--resume` may leave the step out
+                    run.save(seen, partial(snapshot, seen=seen))
+                    raise
+                if back is not None:
+                    put_deltas_back(back, model, every, place.out)
+                    put_back(back, turn.training, turn.policies)
+                    run.save(seen, partial(snapshot, seen=seen))
+            if stops and seen < len(plan):
                 break
             turn.end()
         log = [line for line in run.metrics.lines if "loss" in line]
+    stopped = stops and seen < len(plan)
+    if settings.early_stopping and not stopped and (best := place.best()):
+        put_deltas_back(best, model, every, place.out)
+        console.print(f"the held-out loss was lowest after step {best.facts['seen']}: that state is kept")
     for host in hosts(model).values():
         host.deltas.eval()
     return_freed_memory()
-    return log, seen < len(plan)
+    return log, stopped
+
+
+def _look_at_held_out(
+    recipe: Recipe, turn: Turn, data: Prepared, guards: Guards, run: Running, snapshot: Callable[..., Snapshot]
+) -> None:
+    """Measure the held-out loss as an event, and save the state with the lowest."""
+    model = turn.training.model
+    with ExitStack() as held:
+        for policy in turn.policies:
+            held.enter_context(policy.evaluating(turn.training))
+        for host in hosts(model).values():
+            host.deltas.eval()
+        objective, share = Objective(recipe.loss), recipe.train.prefix_sharing
+        found = held_out_metrics(
+            model,
+            data.held_out,
+            objective,
+            pack_tokens=recipe.train.pack_tokens,
+            packed=recipe.data.pack,
+            share=share,
+        )
+        run.note({"step": snapshot.keywords["seen"], "event": "held out", "held_out_loss": found["loss"]})  # type: ignore[attr-defined]
+        if guards.better(found["loss"]):
+            run.save(0, snapshot, best=True)
+    for host in hosts(model).values():
+        host.deltas.train()
 
 
 def _inside(folder: Path, name: str) -> Path:
