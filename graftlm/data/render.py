@@ -209,10 +209,9 @@ class Renderer:
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         wanted = [(0, count, False), (1, count, False), *((0, i, True) for i in said)]
         wanted += [(0, i + 1, False) for i in answers]
-        chats = [
-            messages,
-            [_outside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)],
-        ]
+        plain = [_as_fields(message) for message in messages]
+        around = [f"{marks[2 * i]}{m.content}{marks[2 * i + 1]}" for i, m in enumerate(messages)]
+        chats = [plain, [{**m, "content": around[i]} if i in marked else m for i, m in enumerate(plain)]]
         text, outside, *prefixes = yield from _texts(chats, wanted, tools)
         begins = dict(zip(said, prefixes, strict=False))
         spans = yield from self._spans(messages, tools, marked, marks, text, outside)
@@ -275,7 +274,8 @@ class Renderer:
     def _prompt(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[NDArray[np.int32]]:
         messages = [self._apart(message) for message in messages]
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
-        text, *begins = yield from _texts([messages], [(0, i, True) for i in (len(messages), *said)], tools)
+        chat = [_as_fields(message) for message in messages]
+        text, *begins = yield from _texts([chat], [(0, i, True) for i in (len(messages), *said)], tools)
         return self._encode(text, cuts=_cuts(text, begins))[0]
 
     def _apart(self, message: Message) -> Message:
@@ -330,7 +330,8 @@ class Renderer:
         wrong = ""
         for trims in (False, True):
             if trims:
-                chat = [_inside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)]
+                inside = [_inside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)]
+                chat = [_as_fields(message) for message in inside]
                 (outside,) = yield from _texts([chat], [(0, len(chat), False)], tools)
             plain, places = _remove_marks(outside, marks)
             counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in marked]
@@ -450,14 +451,14 @@ class Renderer:
 
 
 def _texts(
-    chats: Sequence[Sequence[Message]], wanted: Sequence[tuple[int, int, bool]], tools: Sequence[Fields]
+    chats: Sequence[Sequence[Fields]], wanted: Sequence[tuple[int, int, bool]], tools: Sequence[Fields]
 ) -> Work[list[str]]:
     """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
     different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
     try:
-        texts = yield Ask([[_as_fields(m) for m in chat] for chat in chats], different, tools)
+        texts = yield Ask(chats, different, tools)
     except TemplateError as error:
-        roles = ", ".join(m.role for m in chats[0])
+        roles = ", ".join(message["role"] for message in chats[0])
         raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
     return [texts[different.index(ask)] for ask in wanted]
 
@@ -521,10 +522,6 @@ def _as_fields(message: Message) -> dict[str, Any]:
     if message.thinking:
         fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.thinking)
     return fields
-
-
-def _outside(message: Message, before: str, after: str) -> Message:
-    return replace(message, content=f"{before}{message.content}{after}")
 
 
 def _inside(message: Message, before: str, after: str) -> Message:

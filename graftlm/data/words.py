@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers.models import BPE
 
 _LAST = r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -40,8 +41,7 @@ class Words:
         self._find = re.compile(ascii_only(pattern), re.ASCII).findall
         vocabulary: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
         self._lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
-        for token, number in vocabulary.items():
-            self._lengths[number] = len(token)  # a character of a byte-level token is a byte
+        self._lengths[list(vocabulary.values())] = list(map(len, vocabulary))  # each of its characters is a byte
         self._added = {token.content: number for number, token in encoder.get_added_tokens_decoder().items()}
         longest_first = sorted(self._added, key=len, reverse=True)
         # Without added tokens a pattern that matches nowhere: an empty one would cut everywhere.
@@ -52,17 +52,14 @@ class Words:
     @classmethod
     def of(cls, encoder: Any) -> "Words | None":
         """None where the tokenizer does anything but what is vouched for above."""
-        parts = json.loads(encoder.to_str())
-        pattern = _pattern(parts["pre_tokenizer"] or {})
-        model, normaliser = parts["model"], parts["normalizer"] or {"type": "NFC"}
+        model, pattern = encoder.model, _pattern(_state(encoder.pre_tokenizer))
         plain = (
-            model["type"] == "BPE"
-            and not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-            and normaliser["type"] == "NFC"  # which ASCII text is in already
+            isinstance(model, BPE)
+            and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+            and _state(encoder.normalizer).get("type", "NFC") == "NFC"  # which ASCII text is in already
             and not any(
-                token[key]
-                for token in parts["added_tokens"]
-                for key in ("lstrip", "rstrip", "single_word", "normalized")
+                token.lstrip or token.rstrip or token.single_word or token.normalized
+                for token in encoder.get_added_tokens_decoder().values()
             )
         )
         return cls(encoder, pattern) if plain and pattern is not None else None
@@ -105,7 +102,7 @@ class Words:
         except KeyError:
             if len(self._known) > MOST:
                 self._known.clear()
-            for word in {*words} - self._known.keys():
+            for word in {word for word in words if word not in self._known}:
                 if len(self._encoder.pre_tokenizer.pre_tokenize_str(word)) != 1:
                     return None
                 self._known[word] = self._encoder.encode(word, add_special_tokens=False).ids
@@ -123,6 +120,12 @@ def ascii_only(pattern: str) -> str:
 
 def _ranges(text: str) -> str:
     return text.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9")
+
+
+def _state(part: Any) -> dict[str, Any]:
+    """What tokenizer.json says of a part; nothing where there is none."""
+    said: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return said
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:

@@ -1,6 +1,5 @@
 """Word by word, the ids are those of the tokenizer, whatever the text; where that is not certain, it is asked."""
 
-import json
 import random
 import string
 from typing import Any
@@ -137,9 +136,3 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert encoded is not None
         assert encoded[0].tolist() == tokenizer.encode(f"word{number} and{number}").ids
         assert len(found._known) < 60
-
-
-def test_json_of_the_tokenizer_says_what_is_asked_of_it() -> None:
-    parts = json.loads(trained(splitting(GPT2)).to_str())
-    assert parts["pre_tokenizer"]["pretokenizers"][0]["behavior"] == "Isolated"
-    assert parts["normalizer"] is None
