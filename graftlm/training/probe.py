@@ -208,8 +208,8 @@ def lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
         )
     else:
         said.append(
-            f"batch          about {found['batch_rows']} rows a step: at the start a gradient over "
-            f"{noise['noise_rows']:.1f} rows is half noise, later on over more. This recipe: {recipe.train.batch_rows}"
+            f"batch          about {found['batch_rows']} rows a step, judging by {noise['rows']}: at the start a "
+            f"gradient over {noise['noise_rows']:.1f} is half noise, later over more. Here: {recipe.train.batch_rows}"
         )
     return said
 
@@ -242,5 +242,7 @@ def _picture(found: dict[str, Any]) -> str:
             axis.axvline(found[key], color=colour, linestyle=":", label=f"{key.replace('_', ' ')} {found[key]:.1e}")
     axis.axhline(0, color="#d8dbe0", linewidth=1)
     axis.set(xscale="log", xlabel="learning rate", ylabel="loss less that of the start")
+    if found["fell"]:  # what runs away would hide all else
+        axis.set_ylim(-1.5 * found["fell"], 1.5 * found["fell"])
     axis.legend(fontsize="small")
     return report.svg(drawn)

@@ -1,0 +1,236 @@
+"""Claim: a run that is killed, starved of disk or damaged at any instant ends in the bytes of one that was not.
+
+    python benchmarks/crash/run.py            all of it, for each kind of run in config.yaml; writes result.json
+    python benchmarks/crash/run.py --quick    a twentieth of it, and writes nothing
+
+Runs are children of this process, forked when everything is imported, so that a life costs a second. A life ends by
+SIGKILL at a random instant, at one write, sync, rename or deletion after the other, or by a full disk (a tmpfs of 5 MB,
+with a ballast of another size each time; needs root). The next life resumes. When a run is done, the bytes of its
+adapter and every loss that it logged are compared with those of the unbroken run.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from machine import write_result  # noqa: E402
+
+import graftlm.training.checkpoint as checkpoint  # noqa: E402
+from graftlm.config import build  # noqa: E402
+from graftlm.errors import GraftError  # noqa: E402
+from graftlm.testing import save_tiny_base  # noqa: E402
+from graftlm.training.recipe import Recipe  # noqa: E402
+from graftlm.training.run import train  # noqa: E402
+
+CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
+torch.set_num_threads(1)
+
+
+def life(recipe: Recipe, out: Path, before: Callable[[], None] = lambda: None) -> int:
+    """The process number of a child that resumes the run; it exits with 0, or 3 after a GraftError, told in a file."""
+    if child := os.fork():
+        return child
+    try:
+        before()
+        train(recipe, out, resume=True)
+        os._exit(0)
+    except GraftError as error:
+        out.with_suffix(".said").write_text(str(error))
+        os._exit(3)
+    except BaseException as error:  # a child must never come back into the parent's code
+        out.with_suffix(".said").write_text(repr(error))
+        os._exit(4)
+
+
+def ended(child: int) -> int:
+    """Its exit code, minus the signal if one killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def same(out: Path, whole: Path) -> bool:
+    def told(folder: Path) -> list[tuple[int, float]]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    name = "adapter_model.safetensors"
+    leftovers = [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.")]
+    return (out / name).read_bytes() == (whole / name).read_bytes() and told(out) == told(whole) and not leftovers
+
+
+def dying(at: int) -> Callable[[], None]:
+    """In the child: die at operation number `at` of those that change the disk."""
+
+    def prepare() -> None:
+        left = at
+
+        def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*given: Any, **named: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*given, **named)
+
+            return called
+
+        os.fsync, os.rename, os.unlink, os.mkdir = map(wrapped, (os.fsync, os.rename, os.unlink, os.mkdir))
+        os.replace, shutil.rmtree, shutil.copyfile = map(wrapped, (os.replace, shutil.rmtree, shutil.copyfile))
+        Path.write_text = wrapped(Path.write_text)  # type: ignore[method-assign]
+        checkpoint.save_file = wrapped(checkpoint.save_file)
+
+    return prepare
+
+
+def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, draw: random.Random) -> dict[str, int]:
+    """Kill at random instants until there were enough, those inside a save first; every run goes on to its end."""
+    found = {"kills": 0, "inside_a_save": 0, "runs": 0, "other_bytes": 0, "failed": 0}
+    started = time.perf_counter()
+    assert ended(life(recipe, work / "measured")) == 0
+    takes = time.perf_counter() - started
+    while found["kills"] < kills:
+        out = work / f"random-{found['runs']}"
+        for _ in range(12):  # lives of one run
+            child = life(recipe, out)
+            drafts = out / "checkpoints"
+            if found["inside_a_save"] < inside:
+                after = time.perf_counter() + draw.uniform(0, takes)
+                while os.waitpid(child, os.WNOHANG) == (0, 0):
+                    if time.perf_counter() > after and any(drafts.glob(".step-*")):
+                        break
+                else:
+                    break
+                time.sleep(draw.uniform(0, 0.004))
+            else:
+                time.sleep(draw.uniform(0, takes))
+            in_save = any(drafts.glob(".step-*"))
+            os.kill(child, signal.SIGKILL)
+            if ended(child) != -signal.SIGKILL:
+                break
+            found["kills"] += 1
+            found["inside_a_save"] += in_save
+        if ended(life(recipe, out)) != 0:
+            found["failed"] += 1
+        elif not same(out, whole):
+            found["other_bytes"] += 1
+        found["runs"] += 1
+        print(found, flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+    return found
+
+
+def at_every_operation(recipe: Recipe, whole: Path, work: Path, step: int) -> dict[str, int]:
+    """Die once at each operation that changes the disk, then go on."""
+    found, at = {"operations": 0, "other_bytes": 0, "failed": 0}, 1
+    while True:
+        out = work / f"operation-{at}"
+        if ended(life(recipe, out, dying(at))) != -signal.SIGKILL:
+            return found
+        found["operations"] += 1
+        if ended(life(recipe, out)) != 0:
+            found["failed"] += 1
+            print(out.with_suffix(".said").read_text(), flush=True)
+        elif not same(out, whole):
+            found["other_bytes"] += 1
+        shutil.rmtree(out, ignore_errors=True)
+        at += step
+
+
+def on_a_full_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: random.Random) -> dict[str, Any]:
+    """Begin with room for some steps, go on when there is room again."""
+    found: dict[str, Any] = {"points": 0, "told_path_and_bytes": 0, "leftovers": 0, "other_bytes": 0, "failed": 0}
+    place = work / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={CONFIG['disk_mb']}m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return {"not_run": "no tmpfs can be mounted here"}
+    try:
+        while found["points"] < points:
+            out, ballast = place / "out", place / "ballast"
+            free = shutil.disk_usage(place).free
+            ballast.write_bytes(b"x" * (free - draw.randrange(0, 400_000)))
+            code = ended(life(recipe, out))
+            said = out.with_suffix(".said")
+            if code == 3:
+                found["points"] += 1
+                found["told_path_and_bytes"] += "no room" in said.read_text() and "bytes" in said.read_text()
+                found["leftovers"] += bool(out.exists() and list((out / "checkpoints").glob(".step-*")))
+                found["leftovers"] += bool(list(place.glob(".out.*")))
+            elif code != 0:
+                found["failed"] += 1
+            ballast.unlink()
+            said.unlink(missing_ok=True)
+            if ended(life(recipe, out)) != 0:
+                found["failed"] += 1
+                print(said.read_text(), flush=True)
+            elif not same(out, whole):
+                found["other_bytes"] += 1
+            shutil.rmtree(out, ignore_errors=True)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    return found
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("--quick", action="store_true")
+    quick = reader.parse_args().quick
+    part = 20 if quick else 1
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        os.environ["GRAFT_CACHE"] = str(work / "cache")
+        base = save_tiny_base(work / "base")
+        rows = work / "rows.jsonl"
+        words = "red green blue seven eleven one two apple pear sky sea".split()
+        rows.write_text(
+            "".join(
+                json.dumps({"prompt": f"say {words[n % 11]}", "completion": " ".join(words[n % 11 :][: 1 + n % 7])}) + "\n"
+                for n in range(40)
+            )
+        )
+        for name, changes in CONFIG["runs"].items():
+            tree = {
+                "base": {"name": str(base), "store": "fp32"},
+                "data": {"train": str(rows), "held_out": 2},
+                "train": CONFIG["train"],
+                "report": {"samples": 1, "answers": 1, "max_new_tokens": 2},
+                **changes,
+            }
+            recipe = build(Recipe, tree, source="config.yaml")
+            place = work / name
+            place.mkdir()
+            whole = place / "whole"
+            assert ended(life(recipe, whole)) == 0, whole.with_suffix(".said").read_text()
+            draw = random.Random(CONFIG["seed"])
+            results[name] = {
+                "at_random": at_random(
+                    recipe, whole, place, CONFIG["kills"] // part, CONFIG["inside_a_save"] // part, draw
+                ),
+                "at_every_operation": at_every_operation(recipe, whole, place, part),
+                "full_disk": on_a_full_disk(recipe, whole, place, max(1, CONFIG["full_disk_points"] // part), draw),
+            }
+            print(name, json.dumps(results[name], indent=1), flush=True)
+    if not quick:
+        write_result(__file__, {"config": CONFIG, **results})
+
+
+if __name__ == "__main__":
+    main()
