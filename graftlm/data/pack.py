@@ -31,6 +31,8 @@ class Example:
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     where: str
+    before: NDArray[np.float32] | None = None
+    """float32 [n]: of answers that a policy sampled, its log-probability of each token then; only in groups."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,6 +105,8 @@ class Pack:
     """[P, 2]: answers that are compared, (chosen, rejected)."""
     marks: Tensor = field(default_factory=lambda: torch.empty(0))
     """[N]: what is known of each answer."""
+    before: Tensor | None = None
+    """float32 [S]: log-probabilities from when the answers were sampled."""
     probe: bool = False
 
     @property
@@ -129,7 +133,8 @@ class Pack:
         """The same forward pass, from which nothing is learnt."""
         learnt = ("hidden_rows", "targets", "weights", "answers", "pairs", "marks")
         nothing: dict[str, Any] = {name: getattr(self, name)[:0] for name in learnt}
-        return replace(self, **nothing, row_tokens=0)
+        before = None if self.before is None else self.before[:0]
+        return replace(self, **nothing, before=before, row_tokens=0)
 
 
 # The tree of beginnings ------------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ class _Tree:
         number = {id(segment): i for i, segment in enumerate(segments)}
         lengths = [len(segment.ids) for segment in segments]
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        hidden, targets, weights, answers = [], [], [], []
+        hidden, targets, weights, answers, sampled = [], [], [], [], []
         where: list[list[str]] = [[] for _ in segments]
         for last in segments:
             path = _path(last)
@@ -232,12 +237,20 @@ class _Tree:
                 targets.append(example.ids[trained])
                 weights.append(example.weights[trained])
                 answers.append(np.full(len(trained), row))
+                if example.before is not None:
+                    sampled.append(example.before[trained])
                 for segment in path:
                     where[number[id(segment)]].append(example.where)
         triples = np.stack([np.concatenate(hidden), np.concatenate(targets).astype(np.int64)])
         if self.marks:  # the same token of two answers stays two triples
             triples = np.concatenate([triples, np.concatenate(answers)[None]])
         triples, place = np.unique(triples, axis=1, return_inverse=True)
+        before = None
+        if sampled:
+            assert self.marks, "only answers in groups are told apart"
+            assert len(sampled) == len(self.examples), "all answers of a pack were sampled, or none"
+            before = torch.empty(triples.shape[1])
+            before[torch.from_numpy(place.reshape(-1))] = torch.from_numpy(np.concatenate(sampled))
         summed = np.bincount(place.reshape(-1), np.concatenate(weights), triples.shape[1])
         return Pack(
             ids=torch.from_numpy(np.concatenate([s.ids for s in segments]).astype(np.int64))[None],
@@ -252,6 +265,7 @@ class _Tree:
             answers=torch.from_numpy(triples[2].copy() if self.marks else np.empty(0, np.int64)),
             pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
             marks=torch.tensor(self.marks, dtype=torch.float32),
+            before=before,
             probe=self.probe,
         )
 

@@ -132,7 +132,7 @@ def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
 
 
 def batch_of(pack: Pack) -> Batch:
-    return Batch(pack.weights, pack.answers, pack.pairs, pack.marks)
+    return Batch(pack.weights, pack.answers, pack.pairs, pack.marks, pack.before)
 
 
 def start_of(config: LossConfig, metrics: Mapping[str, float]) -> str:

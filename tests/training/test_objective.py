@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,33 @@ def test_a_pack_tells_the_answers_apart_where_they_agree() -> None:
         assert part.targets[mine].tolist() == answer.ids[answer.weights > 0].tolist()
     assert part.pairs.tolist() == [[0, 1]]
     assert part.marks.tolist() == [1.0, 0.0]
+
+
+def test_what_was_sampled_stays_beside_its_token_however_answers_are_packed() -> None:
+    """Several updates after one sampling: the ratios are those of a policy that has moved since."""
+    model, found = moved(), answered(4)
+    draw, sampled = np.random.default_rng(3), []
+    for group in found:
+        rows = [replace(a, before=draw.uniform(-6, -5, len(a)).astype(np.float32)) for a in group.answers]
+        sampled.append(Group(tuple(rows), (1.0, -1.0)))
+    by_place = {row.where: row for group in sampled for row in group.answers}
+    for part in pack(sampled, 70, share=True):
+        assert part.before is not None
+        order = list(dict.fromkeys(row for rows in part.where for row in rows))
+        for number in range(len(part.marks)):
+            mine = part.answers == number
+            match = [
+                by_place[w]
+                for w in order
+                if by_place[w].ids[by_place[w].weights > 0].tolist() == part.targets[mine].tolist()
+            ]
+            assert any(np.array_equal(row.before[row.weights > 0], part.before[mine].numpy()) for row in match)  # type: ignore[index]
+        assert part.idle().before is not None
+        assert len(part.idle().before) == 0  # type: ignore[arg-type]
+    whole = step(model, "policy-gradient", {}, pack(sampled, 10_000))
+    same(step(model, "policy-gradient", {}, pack(sampled, 70, share=True)), whole, 1e-5)
+    fresh = step(model, "policy-gradient", {}, pack([Group(g.answers, (1.0, -1.0)) for g in found], 10_000))
+    assert fresh[0] != pytest.approx(whole[0], rel=1e-3)
 
 
 def test_groups_stay_whole_and_a_long_one_has_a_pack_of_its_own() -> None:
