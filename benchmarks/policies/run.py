@@ -54,7 +54,7 @@ def one_run(config: dict[str, Any], name: str, round_: int) -> dict[str, Any]:
         flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
         flags += ["--settings", json.dumps(config), "--policies", json.dumps(config["shapes"][name])]
         # Freed tensors go back to the system at once, so that what is resident is what is alive.
-        allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        allocator = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
         threads = {"OMP_NUM_THREADS": str(config["threads"]), "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, str(HERE / "one.py"), *flags], check=True, env=os.environ | allocator | threads)
     result: dict[str, Any] = json.loads(out.read_text())

@@ -105,6 +105,8 @@ class Report:
     """Rows of the files that cannot be used and are left out: `file:line: reason`."""
     notes: list[str] = field(default_factory=list)
     """What was noticed of rows that are kept, and of what the loss does not use."""
+    compared: bool = False
+    """Whether a loss compares answers, which leaves no choice of a mask."""
     from_cache: bool = False
     """Whether the tokens were rendered by an earlier run, from the same rows by the same means."""
     shared_share: float | None = None
@@ -126,6 +128,8 @@ class Report:
     @property
     def suggested_mask(self) -> str:
         """`instruction` where the published gain is (see LONG_PROMPTS), else what is set."""
+        if self.compared:
+            return self.mask
         worth_trying = self.prompt_ratio >= LONG_PROMPTS or (self.rows <= FEW_ROWS and self.prompt_ratio >= 1)
         return "instruction" if self.mask == "response" and worth_trying else self.mask
 

@@ -113,7 +113,10 @@ def prepare_groups(
     examples, report = prepare(answers_of(rows), renderer, data, **options)
     made, kept, problems = groups(rows, examples, needs)
     report.problems += problems
-    report.rows = len(made)
+    report.rows, report.compared = len(made), True
+    if needs == "feedback":
+        marks = [mark for group in made for mark in group.marks]
+        report.notes.append(f"{sum(marks):,.0f} answers were liked, {len(marks) - sum(marks):,.0f} were not")
     if problems and (data.strict or not made):
         raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
     if not made:

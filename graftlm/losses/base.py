@@ -95,10 +95,6 @@ class Loss:
     """For a number that is a mean over the whole step, like the KL divergence in KTO: its part of one pack of probes,
     without a gradient. The mean over all packs of probes is `batch.statistic` of the passes that learn."""
 
-    def __call__(self, policy: Tensor, reference: Tensor | None, weights: Tensor) -> LossSum:
-        """With the defaults of its config, for losses that tell no answers apart."""
-        return self.value(self.config(), policy, reference, Batch(weights))  # type: ignore[call-arg]
-
 
 # What is counted --------------------------------------------------------------------------------------------------
 

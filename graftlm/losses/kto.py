@@ -36,7 +36,10 @@ def value(config: KtoConfig, policy: Tensor, reference: Tensor | None, batch: Ba
     liked = batch.marks > 0.5
     gain = config.beta * (ratios - max(0.0, batch.statistic))
     losses = torch.where(liked, config.liked * (-gain).sigmoid(), config.not_liked * gain.sigmoid())
-    return LossSum(losses.sum(), answers(config, batch), feedback_metrics(policy, config.beta * ratios, batch))
+    count = answers(config, batch)
+    metrics = feedback_metrics(policy, config.beta * ratios, batch)
+    metrics["kl"] = (count * max(0.0, batch.statistic), count)
+    return LossSum(losses.sum(), count, metrics)
 
 
 def divergence(config: KtoConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:

@@ -43,7 +43,8 @@ class TrainConfig:
     batch_rows: PositiveCount = 8
     """Rows of one optimiser step."""
     learning_rate: PositiveRate | None = None
-    """The largest learning rate; by default the one that was measured as good for each delta's method."""
+    """The largest learning rate; by default that of each delta's method (`graft methods` lists them): the smallest that
+    gained 95 % of what the best one did on the job of benchmarks/methods. `--probe-lr` tries rates on your own rows."""
     in_turn: Flag = False
     """Train several deltas one after another, each for an equal share of the steps, instead of together."""
     warmup: Share = 0.05

@@ -1,6 +1,6 @@
 """An objective on a model: the passes over a pack that its function needs, with gradients or without."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +133,19 @@ def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
 
 def batch_of(pack: Pack) -> Batch:
     return Batch(pack.weights, pack.answers, pack.pairs, pack.marks)
+
+
+def start_of(config: LossConfig, metrics: Mapping[str, float]) -> str:
+    """What the metrics of the first step say of the reference; nothing where there is none."""
+    rewards = [metrics[name] for name in ("margin", "chosen_reward", "rejected_reward") if name in metrics]
+    if not config.needs_reference or not rewards:
+        return ""
+    if not any(rewards):
+        return "margin before the first step: 0, so the policy starts as its reference"
+    told = ", ".join(
+        f"{name} {metrics[name]:.3g}" for name in ("margin", "chosen_reward", "rejected_reward") if name in metrics
+    )
+    return f"before the first step the policy is not its reference: {told}"
 
 
 class Sums:

@@ -85,9 +85,9 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model
     prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
-    plan = plan_batches(config, data.examples)
+    plan = plan_batches(config, data.examples, data.curriculum)
     attach_deltas(recipe, model, data.examples, plan)
-    (turn,) = turns(recipe, model, count)
+    (turn,) = turns(recipe, model, count, data.aside)
     watch = Watch(config.batch_rows, METHODS[next(iter(recipe.all_deltas().values())).method].delta.learning_rate)
     turn.policies.append(watch)
     tried: list[Tried] = []
@@ -119,7 +119,7 @@ def _steps(
         for step in turn.steps(recipe, examples, plan, 0):
             before = 0.0
             if of_the_base:
-                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]  # it has no others
+                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]
                 with deltas_off(model):
                     before = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
             tried = Tried(rates[step.number - 1], step.loss, before)

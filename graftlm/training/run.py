@@ -22,8 +22,9 @@ from rich.console import Console
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.compare import COMPARED, prepare_groups, usable_by
-from graftlm.data.mixing import read_data
+from graftlm.data.order import Curriculum, curriculum
 from graftlm.data.pack import Example, Group, fill, saved_by_sharing
+from graftlm.data.reading import read_kept
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import survey
@@ -38,7 +39,7 @@ from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import METRICS, put_back, put_deltas_back, take
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
-from graftlm.training.objective import Objective
+from graftlm.training.objective import Objective, start_of
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
@@ -70,17 +71,19 @@ class Result:
 class Prepared:
     """The rows of a run, rendered: what `graft data check` reports and `train` trains on."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     examples: Sequence[Example | Group]
     """What a step is made of: rows, or groups of answers where the loss compares them."""
     report: Report
-    held_out_rows: list[Row]
+    held_out_rows: Sequence[Row]
     held_out: Sequence[Example | Group]
     first_rows: list[dict[str, Any]]
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
     aside: list[Example | Group] = field(default_factory=list)
     """Rows that are kept out of `examples` for policies that learn from them."""
+    curriculum: Curriculum | None = None
+    """The order of `examples` in an epoch; None where every epoch is shuffled."""
 
 
 def prepare_data(
@@ -94,35 +97,47 @@ def prepare_data(
     """
     data, needs = recipe.data, LOSSES[recipe.loss.name].rows
     usable = usable_by(recipe.loss.name, needs, data)
-    read = read_data(data, seed=recipe.train.seed, network=recipe.network, usable=usable)
-    rows, aside = read.train, read.held_out
+    kept = cache_folder() / "rows"
+    read = read_kept(data, seed=recipe.train.seed, network=recipe.network, folder=kept, needs=needs, usable=usable)
+    rows, held_out_rows = read.train, read.held_out
     chosen: list[str] = []
     if recipe.select:
         rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True))
         chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
-    workers, kept = recipe.train.threads, cache_folder() / "rows"
-    ready = partial(_ready, needs, renderer, workers=workers, cache=kept)
+    ready = partial(_ready, needs, renderer, workers=recipe.train.threads, cache=kept)
     examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
+    examples, aside = put_aside(recipe, examples)
+    order = curriculum(data.order, rows, examples) if data.order else None
     if data.pack:
-        first = plan_batches(recipe.train, examples)[:SHARING_STEPS]
+        first = plan_batches(recipe.train, examples, order)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]
         share, tokens = recipe.train.prefix_sharing, recipe.train.pack_tokens
         found.shared_share = saved_by_sharing(steps_of_rows, tokens) if share else None
         found.pack_fill = fill(steps_of_rows, tokens, share=share)
     held_out: Sequence[Example | Group] = []
-    if aside:  # every held-out row counts: one that is too long is cut, not left out
-        held_out, aside, found_aside = ready(aside, replace(data, over_length="truncate"))
-        found.problems += found_aside.problems
+    if held_out_rows:  # every one counts: one that is too long is cut, not left out
+        held_out, held_out_rows, about = ready(held_out_rows, replace(data, over_length="truncate"))
+        found.problems += about.problems
     if look:
-        found.survey = survey(rows, aside)
-    return Prepared(rows, examples, found, aside, held_out, shown_rows(rows, renderer, data, show), chosen)
+        found.survey = survey(rows, held_out_rows)
+    return Prepared(
+        rows,
+        examples,
+        found,
+        held_out_rows,
+        held_out,
+        shown_rows(rows, renderer, data, show),
+        chosen=chosen,
+        aside=aside,
+        curriculum=order,
+    )
 
 
 def _ready(
-    needs: str, renderer: Renderer, rows: list[Row], data: DataConfig, **options: Any
-) -> tuple[Sequence[Example | Group], list[Row], Report]:
+    needs: str, renderer: Renderer, rows: Sequence[Row], data: DataConfig, **options: Any
+) -> tuple[Sequence[Example | Group], Sequence[Row], Report]:
     """(what the loss trains on, the rows that it is made of, the report)"""
     if needs in COMPARED:
         return prepare_groups(rows, renderer, data, needs, **options)
@@ -130,7 +145,7 @@ def _ready(
     return examples, _usable(rows, examples, found), found
 
 
-def _usable(rows: list[Row], examples: Sequence[Example], found: Report) -> list[Row]:
+def _usable(rows: Sequence[Row], examples: Sequence[Example], found: Report) -> Sequence[Row]:
     """The rows without those that the template refused or that would have taught nothing."""
     if not found.problems:
         return rows
@@ -180,11 +195,11 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         data = prepare_data(recipe, tokenizer, console=console)
     for line in data.chosen:
         console.print(line, highlight=False)
-    examples, aside = put_aside(recipe, data.examples)
-    data = replace(data, examples=examples, aside=aside)
     console.print(display.preflight(data.report))
-    if aside:
-        console.print(f"{len(aside)} of these rows are put aside for policies that learn from them", highlight=False)
+    if data.aside:
+        console.print(
+            f"{len(data.aside)} of these rows are put aside for policies that learn from them", highlight=False
+        )
     console.print(display.tokens(data.first_rows[0]))
     with console.status("loading the base"):
         in_parts = recipe.train.shard != "none" and ranks.count() > 1  # then no single device may hold it
@@ -193,7 +208,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
     if recipe.train.compile:
         check_compiler(model.device)
-    plan = plan_batches(recipe.train, data.examples)
+    plan = plan_batches(recipe.train, data.examples, data.curriculum)
     log, stopped = _train(recipe, model, data, plan, place, trackers, console)
     if ranks.first():
         with new_folder(out, overwrite=True, keep=KEPT) as folder:
@@ -265,6 +280,8 @@ def _train(
                     for line in _lines(step):
                         run.note(line)
                     seen = step.number
+                    if seen == 1 and (told := start_of(recipe.loss, step.metrics)):
+                        console.print(told, highlight=False)
                     now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
                     bars.update(bar, completed=seen, now=now)
                     stops = bool(ranks.totals(stopping.requested)[0])  # on any rank

@@ -27,11 +27,14 @@ FIGURES: dict[str, Callable[["Run"], Any]] = {
     "tuned_loss": lambda run: run.said("held_out", "loss_nats", "tuned"),
     "base_rouge_l": lambda run: run.said("held_out", "rouge_l", "base"),
     "tuned_rouge_l": lambda run: run.said("held_out", "rouge_l", "tuned"),
+    "tuned_objective": lambda run: run.said("held_out", "objective", "tuned", "loss"),
+    "tuned_accuracy": lambda run: run.said("held_out", "objective", "tuned", "accuracy"),
     "tokens_per_s": lambda run: run.tokens_per_s(),
     "peak_rss_gib": lambda run: run.said("train", "peak_rss_gib"),
     "wall_s": lambda run: run.said("train", "wall_s"),
 }
-"""What is said of every run, None where it is not known: losses in nats per supervised token."""
+"""What is said of every run, None where it is not known. Losses are in nats per supervised token; `objective` is what
+another loss says of held-out answers, and `accuracy` how often it prefers the right one."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ SPREAD: dict[str, Callable[[Run], Any]] = {
     "tuned_loss": FIGURES["tuned_loss"],
     "gain": _gain,
     "tuned_rouge_l": FIGURES["tuned_rouge_l"],
+    "tuned_objective": FIGURES["tuned_objective"],
+    "tuned_accuracy": FIGURES["tuned_accuracy"],
     "tokens_per_s": FIGURES["tokens_per_s"],
 }
 """What is averaged over seeds. `gain` is base less tuned: another seed holds out other rows, and each its own base."""

@@ -21,7 +21,7 @@ from typing import Any
 from zlib import crc32
 
 import graftlm
-from graftlm.config import to_tree, to_yaml
+from graftlm.config import parse_yaml, to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError, nearest
 from graftlm.model.store import writing
 from graftlm.training.place import FREE
@@ -48,7 +48,7 @@ class Outcome:
     done: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Name -> the last line of its log."""
+    """Name -> what its log says of it."""
 
 
 # The grid --------------------------------------------------------------------------------------------------------
@@ -69,19 +69,36 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
         if full in axes:
             raise RecipeError(f"{setting!r}: {full} was already given")
         axes[full] = values_of(setting, text)
+    written, _ = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
+    kinds = {kind: value for key in axes for kind, value in _kinds(key, tree, written) if kind not in axes}
     varied = [key for key, values in axes.items() if len(values) > 1] or list(axes)
     names = short_names(varied)
     points, problems = [], []
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
+        laid_over = [f"{key}={value}" for key, value in (kinds | chosen).items()]
         name = ",".join(f"{names[key]}={_for_a_file(chosen[key])}" for key in varied) or "run"
         try:
-            points.append(Point(name, read_recipe(path, [f"{key}={value}" for key, value in chosen.items()])))
+            points.append(Point(name, read_recipe(path, laid_over)))
         except RecipeError as error:
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     return points
+
+
+def _kinds(key: str, tree: Any, written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What must be said too, so that `delta.r=4` means something where the recipe is silent on `delta`."""
+    inside: list[str] = []
+    said: Any = written
+    for part in key.split(".")[:-1]:
+        inside.append(part)
+        tree, said = tree.get(part, {}), said.get(part) if isinstance(said, Mapping) else None
+        for tag in TAGS:
+            if said is None and isinstance(tree, Mapping) and tag in tree:
+                yield ".".join((*inside, tag)), str(tree[tag])
+        if not isinstance(tree, Mapping):
+            return
 
 
 def values_of(setting: str, text: str) -> list[str]:
@@ -184,7 +201,7 @@ def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callabl
         elif code == RESUMABLE:
             outcome.stopped.append(point.name)
         else:
-            outcome.failed[point.name] = _last_line(_log_file(out, point)) or _by_signal(code)
+            outcome.failed[point.name] = _error_in(_log_file(out, point)) or _by_signal(code)
         said = {0: "done", RESUMABLE: "stopped; the same command goes on with it"}.get(code, f"FAILED with code {code}")
         say(f"{number}/{len(points)} {point.name}: {said}")
 
@@ -216,9 +233,12 @@ def _log_file(out: Path, point: Point) -> Path:
     return out / "logs" / f"{point.name}.log"
 
 
-def _last_line(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _error_in(file: Path) -> str:
+    """The last line that names an error, or the last line."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or [""])[-1]
 
 
 def _by_signal(code: int) -> str:

@@ -235,7 +235,12 @@ class Trackers:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         if (record := self.folder / RECORD).is_file():
-            self._told = json.loads(record.read_text(encoding="utf-8"))
+            try:
+                self._told = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError:
+                raise TrainingError(
+                    f"{record} is damaged, so what trackers were told is not known: delete {self.folder} to begin anew"
+                ) from None
         for name in names:
             tracker, told = TRACKERS[name](), self._told.setdefault(name, {"run": None, "step": 0})
             try:
@@ -258,7 +263,8 @@ class Trackers:
         if kind is not KeyboardInterrupt:  # who asks a second time does not want to wait for them
             self.finish(None)
         out = self.folder.parent
-        if kind is not None and self.folder.is_dir() and [path.name for path in out.iterdir()] == [FOLDER]:
+        failed = kind is not None and ranks.first() and self.folder.is_dir()
+        if failed and [path.name for path in out.iterdir()] == [FOLDER]:
             shutil.rmtree(out)
 
     def log(self, line: Mapping[str, Any]) -> list[dict[str, Any]]:

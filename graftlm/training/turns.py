@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graftlm.data.order import Curriculum
 from graftlm.data.pack import Example, Group, Pack, batches, lay_out
 from graftlm.deltas import METHODS
 from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable
@@ -74,9 +75,14 @@ def packs_of(recipe: Recipe, rows: Sequence[Example | Group], *, share: bool) ->
     return lay_out(rows, recipe.train.pack_tokens, packed=recipe.data.pack, share=share)
 
 
-def plan_batches(config: TrainConfig, examples: Sequence[Example | Group]) -> list[list[int]]:
-    """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once."""
+def plan_batches(
+    config: TrainConfig, examples: Sequence[Example | Group], order: Curriculum | None = None
+) -> list[list[int]]:
+    """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once. In a
+    curriculum no step is moved."""
     total = config.steps or max(1, round((config.epochs or 1) * len(examples) / config.batch_rows))
+    if order is not None:
+        return order.batches(config.batch_rows, total, config.seed)
     plan = batches(len(examples), config.batch_rows, total, config.seed)
     largest = max(range(total), key=lambda i: sum(len(examples[j]) for j in plan[i]))
     plan[0], plan[largest] = plan[largest], plan[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from graftlm.data.check import prepare
-from graftlm.data.compare import answers_of, groups, mismatched, usable_by
+from graftlm.data.compare import answers_of, groups, mismatched, prepare_groups, usable_by
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.pack import Group
 from graftlm.data.render import Renderer
@@ -110,6 +110,23 @@ def test_a_row_that_comes_twice_is_rendered_once_and_is_two_groups(renderer: Ren
     found, _ = made([row, row], renderer, "feedback")
     assert len(found) == 2
     assert found[0] == found[1]
+
+
+def test_the_report_counts_pairs_and_advises_no_mask_that_would_be_refused(renderer: Renderer) -> None:
+    rows = [pair(["X" * 40], ["GOOD"], ["BAD"]), pair(["Y" * 40], ["GOOD"], ["BAD"], where="f:2")]
+    found, kept, report = prepare_groups(rows, renderer, data(), "pairs")
+    assert (len(found), kept, report.rows) == (2, rows, 2)
+    assert report.suggested_mask == "response"
+    *_, report = prepare_groups(rows, renderer, data(), "feedback")
+    assert report.notes == ["2 answers were liked, 2 were not"]
+    same = [pair(["X"], ["SAMEGOOD"], ["SAMEBAD"])]
+    with pytest.raises(DataError, match="f:1: rejected answer 1 is rendered to the same tokens"):
+        prepare_groups(same, renderer, data(max_tokens=8, over_length="truncate"), "pairs")
+    with pytest.raises(DataError, match=r"each of 1 has an answer longer than max_tokens=8\. Raise"):
+        prepare_groups([pair(["X"], ["P"], ["Q" * 9])], renderer, data(max_tokens=8), "pairs")
+    strict = data(max_tokens=8, over_length="truncate", strict=True)
+    with pytest.raises(DataError, match="f:1: rejected answer 1"):
+        prepare_groups([*same, pair(["Y"], ["P"], ["Q"], where="f:2")], renderer, strict, "pairs")
 
 
 def test_a_pair_of_which_one_answer_is_too_long_is_left_out_whole(renderer: Renderer) -> None:

@@ -1,11 +1,13 @@
 """Whole runs of losses that compare answers: what they leave, and what they refuse."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import graftlm
@@ -147,6 +149,16 @@ def test_the_reference_may_be_an_adapter(base_folder: Path, pairs: Path, tmp_pat
     assert found["tuned"]["margin"] > found["base"]["margin"]
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
     assert one.keys() == other.keys(), "the reference is no part of what is saved"
+
+
+def test_a_run_says_whether_the_policy_starts_as_its_reference(base_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    told = []
+    for name, loss in (("first", "dpo"), ("second", {"name": "dpo", "reference": str(tmp_path / "first")})):
+        console = Console(file=io.StringIO(), width=200)
+        graftlm.train(recipe(base_folder, pairs, loss), tmp_path / name, console=console)
+        told.append(console.file.getvalue())  # type: ignore[attr-defined]
+    assert "margin before the first step: 0, so the policy starts as its reference" in told[0]
+    assert "before the first step the policy is not its reference: margin -" in told[1]
 
 
 def test_pretraining_is_supervised_training_of_raw_text(base_folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The probe: what it reads off a curve, that its noise is that of the steps, and that it leaves nothing."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,20 @@ def test_its_noise_is_that_of_the_gradients_of_the_steps(
     true = each.mean(0).square().sum() - variance / len(plan)
     assert (found["gradients"], found["rows"]) == (12, 48)
     assert found["noise_rows"] == pytest.approx(float(4 * variance / true), rel=1e-2)
+
+
+def test_an_objective_that_compares_answers_is_probed_by_its_own_loss(base_folder: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"question {n}", "chosen": "yes it is", "rejected": f"no {n}"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tree = {
+        "base": {"name": str(base_folder), "store": "fp32"},
+        "data": {"train": str(tmp_path / "pairs.jsonl")},
+        "loss": "dpo",
+        "train": {"batch_rows": 4},
+    }
+    found = probe(build(Recipe, tree, source="test"), count=40)
+    assert found["steps"][0] == {"rate": 1e-6, "loss": pytest.approx(math.log(2)), "before": 0.0}
+    assert found["fell"] > 0.05
 
 
 def test_several_deltas_are_probed_together_and_keep_their_ratio(base_folder: Path, rows: Path) -> None:

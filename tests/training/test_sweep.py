@@ -100,6 +100,15 @@ def test_the_end_of_a_key_is_enough(key: str, full: str, recipe: Path) -> None:
     assert resolve(key, to_tree(read_recipe(recipe))) == full
 
 
+def test_what_a_recipe_is_silent_on_can_be_varied_and_what_it_says_exchanged(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("data: {train: x}\n")
+    ranks = [point.recipe.delta.r for point in grid(tmp_path / "r.yaml", ["lora.r=4,8", "seed=0"])]  # type: ignore
+    assert ranks == [4, 8]
+    (tmp_path / "r.yaml").write_text("data: {train: x}\ndelta: {method: lora, r: 4}\n")
+    points = grid(tmp_path / "r.yaml", ["method=lora,dora,mora"])
+    assert [point.recipe.delta.method for point in points] == ["lora", "dora", "mora"]  # type: ignore[union-attr]
+
+
 def test_a_key_that_is_none_or_several_is_refused_with_what_is_near(recipe: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'learning_rate'"):
         grid(recipe, ["learning_rat=1e-3"])
@@ -180,6 +189,26 @@ def test_a_failed_run_is_told_and_loses_no_other_and_the_same_again_does_what_is
     assert again == Outcome(skipped=[names[0], names[3]], done=[names[1], names[2]])
     assert [row["run"] for row in compare([tmp_path / "out"]).rows()] == names
     assert sweep(points, tmp_path / "out", say=said.append).skipped == names
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("reading\nDataError: rows.jsonl: 2 rows cannot be used:\n  1: no answer\n  2: no answer\n", "DataError: rows"),
+        ("Traceback\n  File x\nValueError: no\n\nTraceback\nRuntimeError: out of memory\n", "RuntimeError: out of"),
+        ("step 4\nKilled\n\n", "Killed"),
+        ("", "its process ended by signal SIGKILL"),
+    ],
+)
+def test_what_failed_is_read_off_the_log(
+    log: str, why: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(recipe: Path, folder: Path, file: Path, **rest: Any) -> int:
+        file.write_text(log)
+        return -9
+
+    monkeypatch.setattr(sweeping, "run_one", fails)
+    assert sweep(grid(recipe, ["seed=0"]), tmp_path, say=lambda line: None).failed["seed=0"].startswith(why)
 
 
 def test_a_folder_with_a_run_of_another_recipe_is_left_alone(recipe: Path, trainer: Trainer, tmp_path: Path) -> None:

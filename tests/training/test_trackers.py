@@ -233,6 +233,13 @@ def test_what_cannot_begin_is_said_at_the_start(told: Told, tmp_path: Path, monk
         recipe("tensorbord")
 
 
+def test_a_damaged_record_is_said_and_not_guessed(told: Told, tmp_path: Path) -> None:
+    begun(recipe("wandb"), tmp_path).log(STEPS[0])
+    (tmp_path / "trackers" / "told.json").write_text('{"wandb": {"ru')
+    with pytest.raises(TrainingError, match="told.json is damaged.*delete"):
+        begun(recipe("wandb"), tmp_path, STEPS)
+
+
 def test_nothing_leaves_the_machine_unless_the_recipe_says_so(told: Told, tmp_path: Path) -> None:
     begun(recipe("wandb", "mlflow"), tmp_path)
     assert told.began[0][1]["mode"] == "offline"

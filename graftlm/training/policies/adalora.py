@@ -1,4 +1,5 @@
-"""AdaLoRA's budget: Adaptive Budget Allocation. Zhang et al. 2023, arXiv:2303.10512, Algorithm 1, equations 6 to 12.
+"""AdaLoRA's budget: fewer and fewer triplets live, those that matter most. Zhang et al. 2023, arXiv:2303.10512,
+Algorithm 1, equations 6 to 12.
 
 For every number w of P [d_out, r], E [r, 1] and Q [r, d_in] of every site:
 

@@ -1,4 +1,5 @@
-"""DyLoRA's draws: Valipour et al. 2022, arXiv:2210.07558, section 3 and Algorithm 1.
+"""DyLoRA: each step draws its rank, so that any is good afterwards. Valipour et al. 2022, arXiv:2210.07558, section 3
+and Algorithm 1.
 
     each step:  b ~ U{least .. r};  forward, backward and update with A[:b] and B[:, :b] (method dylora)
     frozen:     the same forward, but only row A[b-1] and column B[:, b-1] are updated (the paper's cheaper variant)

@@ -33,7 +33,7 @@ class Sm3Optimiser(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                G, state = p.grad, self.state[p]
+                G, state = p.grad if p.dim() else p.grad[None], self.state[p]
                 sides = [state.setdefault(f"side {i}", G.new_zeros(n)) for i, n in enumerate(G.shape)]
                 spread = [s.view([-1 if j == i else 1 for j in range(G.dim())]) for i, s in enumerate(sides)]
                 N = reduce(torch.minimum, spread) + G.square()
@@ -44,7 +44,7 @@ class Sm3Optimiser(torch.optim.Optimizer):
                 if group["momentum"]:
                     M = state.setdefault("M", torch.zeros_like(G))
                     step = M.mul_(group["momentum"]).add_(step, alpha=1 - group["momentum"])
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(p), alpha=group["lr"])
 
 
 class Sm3(Policy):

@@ -1,4 +1,4 @@
-"""SoRA's proximal step: Sparse Low-rank Adaptation. Ding et al. 2023, arXiv:2311.11696, equations 5 to 7.
+"""SoRA: a proximal step pulls the gates of ranks to zero. Ding et al. 2023, arXiv:2311.11696, equations 5 to 7.
 
     g <- T(g - eta dL/dg, eta lambda)        T(x, t) = sign(x) max(|x| - t, 0)        g [r], the gates of gated-lora
 

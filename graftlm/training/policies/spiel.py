@@ -66,14 +66,15 @@ class SpielPolicy(Policy):
         self.gradients[site] = G if site not in self.gradients else self.gradients[site].add_(G)
 
     def on_grads(self, training: Training) -> None:
-        if self.gradients:
-            whole = [nn.Parameter(G, requires_grad=False) for G in self.gradients.values()]
-            for G in whole:
-                G.grad = G.data
-            ranks.sum_gradients(whole)
-            for site, G in zip(list(self.gradients), whole, strict=True):
-                assert G.grad is not None
-                self.gradients[site] = G.grad
+        if not self._moves(training.done + 1, training):
+            return
+        for _, site, delta in training.sites():  # each in its message; a rank without rows has zeros to say
+            like, shape = delta.get_parameter("phi"), (delta.site.d_out, delta.site.d_in)
+            G = nn.Parameter(self.gradients.get(site, like.new_zeros(shape)), requires_grad=False)
+            G.grad = G.data
+            ranks.sum_gradients([G])
+            assert G.grad is not None
+            self.gradients[site] = G.grad
 
     @torch.no_grad()
     def on_step(self, training: Training) -> None:

@@ -12,6 +12,7 @@ from graftlm.model.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.policies.lomo import Lomo, LomoConfig
+from graftlm.training.policies.riemannian import Riemannian, RiemannianConfig
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 
@@ -57,6 +58,17 @@ def test_it_is_sgd_with_the_same_clipping(cut: str, clip: float) -> None:
     assert said == pytest.approx(norms, rel=1e-4)
     for name, p in wanted.items():
         torch.testing.assert_close(found[name], p, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", ["full", "dora", "vera"])
+def test_layers_that_are_computed_again_give_the_same_steps(method: str) -> None:
+    found = []
+    for again in (False, True):
+        model = perturbed(method, tiny_model())
+        chosen: list[Policy] = [Lomo(LomoConfig())]
+        run(training(model, chosen, rate=0.1), chosen, CUTS["several"], checkpointing=again)
+        found.append([p.detach() for p in trainable(model).values()])
+    assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(*found, strict=True))
 
 
 def test_one_gradient_is_alive_at_a_time() -> None:
@@ -118,6 +130,13 @@ def test_in_a_single_pass_such_a_step_stops_the_run() -> None:
     chosen: list[Policy] = [Lomo(LomoConfig(largest=1.0))]
     with pytest.raises(TrainingError, match="last checkpoint"):
         run(training(model, chosen), chosen, CUTS["one pack"], on_nonfinite="skip")
+
+
+def test_policies_that_want_a_whole_gradient_are_refused_beside_it() -> None:
+    model = perturbed("lora", tiny_model())
+    chosen: list[Policy] = [Lomo(LomoConfig()), Riemannian(RiemannianConfig())]
+    with pytest.raises(TrainingError, match="riemannian acts on the gradient of a step, of which lomo leaves nothing"):
+        run(training(model, chosen), chosen, CUTS["one pack"])
 
 
 def test_methods_with_a_penalty_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

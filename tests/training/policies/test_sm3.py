@@ -41,14 +41,15 @@ def test_its_steps_are_those_of_the_paper(momentum: float) -> None:
     assert sum(t.numel() for t in optimiser.state[p].values()) == 3 + 5 + (15 if momentum else 0)
 
 
-def test_a_vector_has_the_sum_of_its_squares() -> None:
+@pytest.mark.parametrize("shape", [(6,), ()])
+def test_a_vector_has_the_sum_of_its_squares(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    p = nn.Parameter(torch.zeros(6))
-    q = nn.Parameter(torch.zeros(6))
+    p = nn.Parameter(torch.zeros(shape))
+    q = nn.Parameter(torch.zeros(shape))
     optimiser = Sm3(Sm3Config(momentum=0.0)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
     adagrad = torch.optim.Adagrad([q], lr=0.1, eps=0.0)
     for _ in range(3):
-        p.grad = torch.randn(6)
+        p.grad = torch.randn(shape)
         q.grad = p.grad.clone()
         optimiser.step()
         adagrad.step()
