@@ -38,8 +38,13 @@ class Curriculum:
         return [indices[i * size : (i + 1) * size] for i in range(steps)]
 
 
-def curriculum(order: OrderConfig, rows: Sequence[Row], examples: Sequence[Example | Group]) -> Curriculum:
-    """The order of these examples; all that one row is rendered to has its score. DataError where a row has none."""
+def curriculum(
+    order: OrderConfig | None, rows: Sequence[Row], examples: Sequence[Example | Group]
+) -> Curriculum | None:
+    """The order of these examples, which are of these rows; all that one row is rendered to has its score. None where
+    no order is asked for; DataError where a row has no score."""
+    if order is None:
+        return None
     if order.by == LENGTH:
         return Curriculum(order, np.array([len(example) for example in examples], np.float64))
     scores = {row.where: row.score for row in rows}

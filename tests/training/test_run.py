@@ -22,7 +22,7 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
 from graftlm.model.attach import hosts
-from graftlm.model.load import BaseConfig, fingerprint, load_base
+from graftlm.model.load import BaseConfig, fingerprint, load_base, load_tokenizer
 from graftlm.model.store import adapters_in, load_adapter
 from graftlm.testing import logits, save_tiny_base
 from graftlm.training.recipe import Recipe
@@ -334,3 +334,26 @@ def test_checkpointing_changes_no_byte_that_matters(base_folder: Path, rows: Pat
 def test_offloading_on_a_cpu_is_refused_with_the_reason(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"train.offload: the model is on a CPU"):
         graftlm.train(recipe(base_folder, rows, train_offload=True), tmp_path / "out")
+
+
+@pytest.mark.parametrize("by", ["length", "hard"])
+def test_a_curriculum_is_what_is_trained_on(by: str, base_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "graded.jsonl"
+    lines = [
+        {"prompt": "q", "group": f"{n}", "completion": "a " * (1 + 5 * n % 12) + "b", "hard": (7 * n) % 12}
+        for n in range(12)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tree = {
+        "base": str(base_folder),
+        "data": {"train": str(file), "order": {"by": by}},
+        "train": {"epochs": 2, "batch_rows": 3},
+    }
+    made = build(Recipe, tree, source="test")
+    data = run_module.prepare_data(made, load_tokenizer(made.base))
+    plan = turns.plan_batches(made.train, data.examples, data.curriculum)
+    order = [int(data.examples[i].where.rpartition(":")[2]) - 1 for step in plan for i in step]
+    keys = [lines[n]["hard"] if by == "hard" else len(lines[n]["completion"]) for n in order]
+    assert keys[:12] == sorted(keys[:12])
+    assert keys[12:] == sorted(keys[12:])
+    assert graftlm.train(made, tmp_path / "out").summary["train"]["steps"] == 8
