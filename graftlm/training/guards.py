@@ -21,10 +21,10 @@ WINDOW = 32
 FEWEST = 8
 """With fewer it is not known yet what is usual."""
 
-TIMES, DEVIATIONS = 2.0, 8.0
+TIMES, DEVIATIONS = 3.0, 8.0
 """A spike is above so many times the median, and so many deviations above it (1.4826 times the median distance from it,
-which is the standard deviation where losses are normal). Batches of one row differ by less than the first, batches of
-many by less than the second: benchmarks/guards."""
+which is the standard deviation where losses are normal). The first is for steps that are all alike, the second for
+those of single rows, which are not."""
 
 EVERY = 50
 """Steps between two looks at tensors and memory."""

@@ -121,7 +121,8 @@ class Place:
             if snapshot.facts[key] != facts[key] and not self.changed:
                 raise TrainingError(
                     f"{self.folder}, step {snapshot.facts['seen']}: the {what} are not those that it was saved with, "
-                    "though the recipe is the same: files have changed. Put them back, or say --overwrite without --resume to start anew"
+                    "though the recipe is the same: files have changed. Put them back, or say --overwrite without "
+                    "--resume to start anew"
                 )
         return snapshot
 

@@ -293,10 +293,10 @@ def _train(
                         bars.update(bar, completed=seen, now=now)
                         for event in guards.look(seen, trainable(model)):
                             run.note({"step": seen, **event})
-                        if not step.skipped and (event := guards.spike(step.loss)):
+                        if not step.skipped and (spike := guards.spike(step.loss)):
                             back = place.last(console.print) if settings.on_spike == "return" else None
                             to = {"returns_to": back.facts["seen"]} if back else {}
-                            run.note({"step": seen, **event, **to})
+                            run.note({"step": seen, **spike, **to})
                             if back is not None:
                                 break
                         if settings.early_stopping and seen % settings.early_stopping.every == 0:

@@ -186,7 +186,7 @@ def test_ctrl_c_in_mid_training_saves_what_was_done_and_says_so(base_folder: Pat
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert "--resume goes on from there" in output
+    assert "--resume goes on from there" in " ".join(output.split())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["interrupted"] is True
     assert summary["train"]["steps"] == len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
