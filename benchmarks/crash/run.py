@@ -99,6 +99,13 @@ def dying(at: int) -> Callable[[], None]:
     return prepare
 
 
+def saving(folder: Path) -> bool:
+    try:
+        return any(name.startswith(".step-") for name in os.listdir(folder))
+    except FileNotFoundError:
+        return False
+
+
 def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, draw: random.Random) -> dict[str, int]:
     """Kill at random instants until there were enough, those inside a save first; every run goes on to its end."""
     found = {"kills": 0, "inside_a_save": 0, "runs": 0, "other_bytes": 0, "failed": 0}
@@ -113,14 +120,14 @@ def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, 
             if found["inside_a_save"] < inside:
                 after = time.perf_counter() + draw.uniform(0, takes)
                 while os.waitpid(child, os.WNOHANG) == (0, 0):
-                    if time.perf_counter() > after and any(drafts.glob(".step-*")):
+                    if time.perf_counter() > after and saving(drafts):
                         break
                 else:
                     break
                 time.sleep(draw.uniform(0, 0.004))
             else:
                 time.sleep(draw.uniform(0, takes))
-            in_save = any(drafts.glob(".step-*"))
+            in_save = saving(drafts)
             os.kill(child, signal.SIGKILL)
             if ended(child) != -signal.SIGKILL:
                 break
