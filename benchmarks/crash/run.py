@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,10 @@ def saving(folder: Path) -> bool:
 def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, draw: random.Random) -> dict[str, int]:
     """Kill at random instants until there were enough, those inside a save first; every run goes on to its end."""
     found = {"kills": 0, "inside_a_save": 0, "runs": 0, "other_bytes": 0, "failed": 0}
-    started = time.perf_counter()
-    assert ended(life(recipe, work / "measured")) == 0
-    takes = time.perf_counter() - started
+    for name in ("warm", "measured"):
+        started = time.perf_counter()
+        assert ended(life(recipe, work / name)) == 0
+        takes = 0.7 * (time.perf_counter() - started)
     while found["kills"] < kills:
         out = work / f"random-{found['runs']}"
         for _ in range(12):  # lives of one run
@@ -228,16 +230,17 @@ def main() -> None:
             whole = place / "whole"
             assert ended(life(recipe, whole)) == 0, whole.with_suffix(".said").read_text()
             draw = random.Random(CONFIG["seed"])
-            results[name] = {
-                "at_random": at_random(
-                    recipe, whole, place, CONFIG["kills"] // part, CONFIG["inside_a_save"] // part, draw
-                ),
-                "at_every_operation": at_every_operation(recipe, whole, place, part),
-                "full_disk": on_a_full_disk(recipe, whole, place, max(1, CONFIG["full_disk_points"] // part), draw),
-            }
-            print(name, json.dumps(results[name], indent=1), flush=True)
-    if not quick:
-        write_result(__file__, {"config": CONFIG, **results})
+            kills, inside = CONFIG["kills"] // part, CONFIG["inside_a_save"] // part
+            results[name] = found = {}
+            for what, measured in (
+                ("full_disk", partial(on_a_full_disk, points=max(1, CONFIG["full_disk_points"] // part), draw=draw)),
+                ("at_random", partial(at_random, kills=kills, inside=inside, draw=draw)),
+                ("at_every_operation", partial(at_every_operation, step=part)),
+            ):
+                found[what] = measured(recipe, whole, place)
+                print(name, what, found[what], flush=True)
+                if not quick:
+                    write_result(__file__, {"config": CONFIG, **results})
 
 
 if __name__ == "__main__":
