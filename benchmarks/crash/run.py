@@ -100,11 +100,12 @@ def dying(at: int) -> Callable[[], None]:
     return prepare
 
 
-def saving(folder: Path) -> bool:
+def saving(folder: Path) -> int:
+    """The step whose checkpoint is being written, 0 if none is."""
     try:
-        return any(name.startswith(".step-") for name in os.listdir(folder))
+        return max((int(name[6:14]) for name in os.listdir(folder) if name.startswith(".step-")), default=0)
     except FileNotFoundError:
-        return False
+        return 0
 
 
 def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, draw: random.Random) -> dict[str, int]:
@@ -120,16 +121,16 @@ def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, 
             child = life(recipe, out)
             drafts = out / "checkpoints"
             if found["inside_a_save"] < inside:
-                after = time.perf_counter() + draw.uniform(0, takes)
+                after = draw.randrange(CONFIG["train"]["steps"])
                 while os.waitpid(child, os.WNOHANG) == (0, 0):
-                    if time.perf_counter() > after and saving(drafts):
+                    if saving(drafts) > after:
                         break
                 else:
                     break
                 time.sleep(draw.uniform(0, 0.004))
             else:
                 time.sleep(draw.uniform(0, takes))
-            in_save = saving(drafts)
+            in_save = saving(drafts) > 0
             os.kill(child, signal.SIGKILL)
             if ended(child) != -signal.SIGKILL:
                 break
