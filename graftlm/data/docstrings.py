@@ -53,7 +53,7 @@ def first_sentence(docstring: str) -> str:
 
 def _without_docstring(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     """The function's source, dedented, with its docstring cut out; empty where nothing but a docstring is in it."""
-    docstring, lines = node.body[0], source.splitlines()
+    docstring, lines = node.body[0], source.split("\n")  # a form feed, too, would end a line of `splitlines`
     assert node.end_lineno is not None
     assert docstring.end_lineno is not None
     if len(node.body) == 1 or node.end_lineno - node.lineno not in LINES or docstring.lineno == node.lineno:

@@ -23,6 +23,7 @@ def html(
     summary: Mapping[str, Any],
     facts: Mapping[str, str],
     steps: Sequence[Mapping[str, float]],
+    events: Sequence[Mapping[str, Any]],
     lengths: Sequence[int],
     preflight: Sequence[tuple[str, str]],
     rows: Sequence[Mapping[str, Any]],
@@ -39,12 +40,20 @@ def html(
         facts=facts,
         loss_curve=_loss_curve(steps),
         answers_curve=_answers_curve(steps),
+        events=[_told(event) for event in events],
         lengths=_lengths(lengths),
         preflight=preflight,
         rows=rows,
         samples=samples,
         recipe=recipe,
     )
+
+
+def _told(event: Mapping[str, Any]) -> tuple[int, str, str]:
+    """(step, what happened, what is known of it)"""
+    known = ((key, value) for key, value in event.items() if key not in ("step", "event"))
+    shown = ((key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in known)
+    return event["step"], event["event"], "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in shown)
 
 
 def _loss_curve(steps: Sequence[Mapping[str, float]]) -> str:

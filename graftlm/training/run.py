@@ -210,7 +210,8 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     if recipe.train.compile:
         check_compiler(model.device)
     plan = plan_batches(recipe.train, data.examples, data.curriculum)
-    log, stopped = _train(recipe, model, data, plan, place, trackers, console)
+    lines, stopped = _train(recipe, model, data, plan, place, trackers, console)
+    log = [line for line in lines if "loss" in line]
     if ranks.first():
         with new_folder(out, overwrite=True, keep=KEPT) as folder:
             for name in recipe.all_deltas():  # a single one is the folder itself, several are folders in it
@@ -223,7 +224,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     if ranks.first():
         with writing(out):
             if not stopped:
-                _write_report(recipe, model, data, out, summary, log, samples)
+                _write_report(recipe, model, data, out, summary, lines, samples)
             (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     for event in trackers.finish(None if stopped else summary):
         console.print(f"{event['tracker']}: {event['why']}", highlight=False, markup=False)
@@ -316,7 +317,7 @@ def _train(
             if stops and seen < len(plan):
                 break
             turn.end()
-        log = [line for line in run.metrics.lines if "loss" in line]
+        lines = run.metrics.lines
     stopped = stops and seen < len(plan)
     if settings.early_stopping and not stopped and (best := place.best()):
         put_deltas_back(best, model, every, place.out)
@@ -324,7 +325,7 @@ def _train(
     for host in hosts(model).values():
         host.deltas.eval()
     return_freed_memory()
-    return log, stopped
+    return lines, stopped
 
 
 def _look_at_held_out(
@@ -473,7 +474,7 @@ def _write_report(
     data: Prepared,
     folder: Path,
     summary: dict[str, Any],
-    log: list[dict[str, float]],
+    lines: Sequence[dict[str, Any]],
     samples: list[dict[str, str]],
 ) -> None:
     done = summary["train"]
@@ -501,7 +502,8 @@ def _write_report(
         title=f"{methods} on {recipe.base if isinstance(recipe.base, str) else recipe.base.name}: {source}",
         summary=summary,
         facts=facts,
-        steps=log,
+        steps=[line for line in lines if "loss" in line],
+        events=[line for line in lines if "event" in line],
         lengths=[len(answer) for item in data.examples for answer in item.answers],
         preflight=data.report.lines(),
         rows=data.first_rows,

@@ -120,3 +120,15 @@ def test_a_file_that_is_no_python_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\ndef f(): pass\n")
     assert [list(docstrings._functions(tmp_path / name)) for name in ("broken.py", "latin.py")] == [[], []]
+
+
+def test_a_form_feed_does_not_shift_the_lines(tmp_path: Path) -> None:
+    file = tmp_path / "paged.py"
+    file.write_text(
+        'import os\n\x0c\n# another page\n\ndef one(a, b):\n    """Add a to b, whatever they are."""\n'
+        "    total = a + b\n    print('the sum of the two is', total)\n    return total\n"
+    )
+    ((code, sentence),) = docstrings._functions(file)
+    assert sentence == "Add a to b, whatever they are."
+    assert code.startswith("def one(a, b):\n    total = a + b")
+    assert code.endswith("return total")

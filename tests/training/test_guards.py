@@ -92,6 +92,9 @@ def test_after_a_spike_a_run_may_return_to_its_last_checkpoint(
         spiking_at(12, patch)
         graftlm.train(made, tmp_path / "out")
     (spike,) = events(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<td>spike</td>" in page
+    assert "returns to: 10" in page
     assert (spike["step"], spike["returns_to"]) == (12, 10)
     # batches 11 and 12 are as if they had not been: the optimiser has done 12 steps
     facts = json.loads((tmp_path / "out" / "checkpoints" / "step-00000014" / "state.json").read_text())
