@@ -65,7 +65,7 @@ class Guards:
         if len(self.losses) >= FEWEST:
             usual = median(self.losses)
             deviation = 1.4826 * median(abs(other - usual) for other in self.losses)
-            if loss > TIMES * usual and loss > usual + DEVIATIONS * deviation:
+            if loss > usual + max((TIMES - 1) * abs(usual), DEVIATIONS * deviation):
                 return {"event": "spike", "spike": loss, "usual": usual}
         self.losses.append(loss)
         return None

@@ -296,6 +296,8 @@ def _train(
                             run.note({"step": seen, **event})
                         if not step.skipped and (spike := guards.spike(step.loss)):
                             back = place.last(console.print) if settings.on_spike == "return" else None
+                            if back is not None and back.facts["turn"] != turn.first:
+                                back = None  # of an optimiser that is gone
                             to = {"returns_to": back.facts["seen"]} if back else {}
                             run.note({"step": seen, **spike, **to})
                             if back is not None:
