@@ -24,7 +24,7 @@ from graftlm.model.attach import (
 from graftlm.model.forward import head, hidden_states, log_probs
 from graftlm.model.store import load_adapter
 from graftlm.training import ranks
-from graftlm.training.policies.base import Group as Parameters
+from graftlm.training.policies.base import ParameterGroup
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference` is called on the model."""
@@ -60,9 +60,9 @@ class Objective:
                 nn.init.zeros_(parameter)
             share(model, VALUES, head)
 
-    def groups(self, model: nn.Module) -> list[Parameters]:
+    def groups(self, model: nn.Module) -> list[ParameterGroup]:
         """What the optimiser trains beside the deltas."""
-        return [Parameters(beside(model), self.config.value_rate)] if isinstance(self.config, DroConfig) else []
+        return [ParameterGroup(beside(model), self.config.value_rate)] if isinstance(self.config, DroConfig) else []
 
     def count(self, pack: Pack) -> float:
         """What this pack adds to the number that the step's sum is divided by; nothing has to be computed for it."""

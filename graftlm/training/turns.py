@@ -25,8 +25,7 @@ from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
 from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies import make_optimiser, make_policies
-from graftlm.training.policies.base import Group as ParameterGroup
-from graftlm.training.policies.base import Policy, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.recipe import Recipe
 
 STATISTICS_PACKS = 8

@@ -13,7 +13,7 @@ from graftlm.training.policies.adamw_8bit import AdamW8bit, AdamW8bitConfig
 from graftlm.training.policies.allora import Allora, AlloraConfig
 from graftlm.training.policies.alora import Alora, AloraConfig
 from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig
-from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
 from graftlm.training.policies.bilora import BiLora, BiLoraConfig
 from graftlm.training.policies.coap import Coap, CoapConfig
 from graftlm.training.policies.cola import Cola, ColaConfig
@@ -87,7 +87,7 @@ def make_policies(configs: Sequence[PolicyConfig]) -> list[Policy]:
 
 
 def make_optimiser(
-    policies: Sequence[Policy], groups: Sequence[Group], *, weight_decay: float
+    policies: Sequence[Policy], groups: Sequence[ParameterGroup], *, weight_decay: float
 ) -> torch.optim.Optimizer:
     """The optimiser that a policy brings, or AdamW; raises TrainingError where two bring one."""
     for policy in policies:

@@ -16,7 +16,7 @@ import torch
 
 from graftlm.config import Flag, config
 from graftlm.errors import TrainingError
-from graftlm.training.policies.base import Group, Policy, PolicyConfig
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig
 
 
 @config
@@ -30,7 +30,7 @@ class AdamW8bit(Policy):
     paper = "Dettmers et al. 2021, arXiv:2110.02861"
     cost = "2 bytes of moments a parameter in place of 8; a step of the optimiser takes longer on a CPU"
 
-    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer:
+    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
         if self.config.paged and any(p.device.type == "cpu" for group in groups for p in group.parameters.values()):
             raise TrainingError("policies: adamw-8bit: paged is for GPUs, and the model is on a CPU: leave it out")

@@ -33,7 +33,7 @@ from graftlm.model.attach import hosts, shared_of
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters by name that have one largest learning rate, and what else their optimiser is told of them."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -153,10 +153,10 @@ class Policy:
     def refuse(self, training: Training) -> str:
         return ""
 
-    def groups(self, groups: Sequence[Group]) -> Sequence[Group]:
+    def groups(self, groups: Sequence[ParameterGroup]) -> Sequence[ParameterGroup]:
         return groups
 
-    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer | None:
+    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer | None:
         return None
 
     def schedule(self, factor: Callable[[int], float]) -> Callable[[int], float]:

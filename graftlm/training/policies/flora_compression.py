@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from graftlm.config import PositiveCount, Share, config
-from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
 
 FLOOR = 1e-30
 
@@ -42,7 +42,7 @@ class FloraCompressionConfig(PolicyConfig):
 class FloraOptimiser(torch.optim.Optimizer):
     seed = 0
 
-    def __init__(self, config: FloraCompressionConfig, groups: Sequence[Group], weight_decay: float) -> None:
+    def __init__(self, config: FloraCompressionConfig, groups: Sequence[ParameterGroup], weight_decay: float) -> None:
         made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
         super().__init__(made, {"weight_decay": weight_decay})
         self.config: FloraCompressionConfig = config
@@ -102,7 +102,7 @@ class FloraCompression(Policy):
             )
         return ""
 
-    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer:
+    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return FloraOptimiser(self.config, groups, weight_decay)
 
     def on_start(self, training: Training) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from graftlm.config import PositiveCount, PositiveRate, config
-from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
 
 
 @config
@@ -38,7 +38,7 @@ class GaloreConfig(PolicyConfig):
 class ProjectedAdam(torch.optim.Optimizer):
     """AdamW whose moments are of P^T G for matrices with both sides over `rank`."""
 
-    def __init__(self, policy: "Projecting", groups: Sequence[Group], weight_decay: float) -> None:
+    def __init__(self, policy: "Projecting", groups: Sequence[ParameterGroup], weight_decay: float) -> None:
         made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
         super().__init__(made, {"weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
         self.policy = policy
@@ -84,7 +84,7 @@ class Projecting(Policy):
             return f"it projects matrices with both sides over its rank of {self.config.rank}, and none that learns is"
         return ""
 
-    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer:
+    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return ProjectedAdam(self, groups, weight_decay)
 
 

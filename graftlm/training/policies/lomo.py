@@ -28,7 +28,7 @@ from graftlm.config import PositiveRate, config
 from graftlm.errors import TrainingError
 from graftlm.model.attach import penalty
 from graftlm.training import ranks
-from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
 
 
 @config
@@ -60,7 +60,7 @@ class Fused(Policy):
             penalised = penalty(training.model) is not None
         return "the penalty of this method is added after the backward pass, in which this acts" if penalised else ""
 
-    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer:
+    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
         return Acted(made, {"weight_decay": weight_decay})
 

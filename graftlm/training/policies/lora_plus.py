@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from graftlm.config import PositiveRate, config
-from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
 
 
 @config
@@ -32,12 +32,12 @@ class LoraPlus(Policy):
             return "it gives the tensors named B a rate of their own, and no delta here has one that is trained"
         return ""
 
-    def groups(self, groups: Sequence[Group]) -> Sequence[Group]:
+    def groups(self, groups: Sequence[ParameterGroup]) -> Sequence[ParameterGroup]:
         made = []
         for group in groups:
             for wanted, factor in ((False, 1.0), (True, self.config.ratio)):
                 part = {name: p for name, p in group.parameters.items() if _is_B(name) is wanted}
-                made += [Group(part, factor * group.rate, group.options)] if part else []
+                made += [ParameterGroup(part, factor * group.rate, group.options)] if part else []
         return made
 
 

@@ -18,7 +18,7 @@ from pydantic import Field, Strict
 
 from graftlm.config import config
 from graftlm.errors import TrainingError
-from graftlm.training.policies.base import Group, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
 
 
 @config
@@ -32,7 +32,7 @@ class ScheduleFree(Policy):
     paper = "Defazio et al. 2024, arXiv:2405.15682"
     cost = "none: z stands where Adam has its first moment"
 
-    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer:
+    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         try:
             from schedulefree import AdamWScheduleFree
         except ImportError:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from graftlm.config import Share, config
-from graftlm.training.policies.base import Group, Policy, PolicyConfig
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig
 
 
 @config
@@ -51,6 +51,6 @@ class Sm3(Policy):
     paper = "Anil et al. 2019, arXiv:1901.11150"
     cost = "one moment in place of two, or none with `momentum: 0`"
 
-    def optimiser(self, groups: Sequence[Group], *, weight_decay: float) -> torch.optim.Optimizer:
+    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
         return Sm3Optimiser(made, {"weight_decay": weight_decay, "momentum": self.config.momentum})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies.base import Group
+from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.policies.coap import Coap, CoapConfig, corrected
 
 
@@ -36,7 +36,7 @@ def test_a_correction_goes_down_the_objective(size: float) -> None:
 def test_when_directions_change_and_how(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(shape))
-    optimiser = Coap(CoapConfig(rank=3, every=2, factor=2)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    optimiser = Coap(CoapConfig(rank=3, every=2, factor=2)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     state, before = optimiser.state[p], None
     for step in range(9):
         G = torch.randn(shape)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies.base import Group
+from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.policies.flora_compression import FloraCompression, FloraCompressionConfig, FloraOptimiser
 
 
 def optimiser_of(p: nn.Parameter, **options: object) -> FloraOptimiser:
-    made = FloraCompression(FloraCompressionConfig(**options)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)  # type: ignore[arg-type]
+    policy = FloraCompression(FloraCompressionConfig(**options))  # type: ignore[arg-type]
+    made = policy.optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     assert isinstance(made, FloraOptimiser)
     return made
 

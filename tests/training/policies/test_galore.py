@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies.base import Group
+from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.policies.galore import Galore, GaloreConfig
 
 
@@ -30,7 +30,7 @@ def test_its_steps_are_those_of_the_paper(shape: tuple[int, int]) -> None:
     W = start.clone()
     by_svd(W, gradients, 4, 6, 0.25, 0.1)
     p = nn.Parameter(start.clone())
-    optimiser = Galore(GaloreConfig(rank=4, every=6)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    optimiser = Galore(GaloreConfig(rank=4, every=6)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     for G in gradients:
         p.grad = G.clone()
         optimiser.step()
@@ -47,7 +47,9 @@ def test_the_projection_is_taken_anew() -> None:
     torch.manual_seed(0)
     gradients = [torch.rand(6, 9) + 0.1 for _ in range(3)]
     p = nn.Parameter(torch.zeros(6, 9))
-    optimiser = Galore(GaloreConfig(rank=1, every=1, scale=1.0)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    optimiser = Galore(GaloreConfig(rank=1, every=1, scale=1.0)).optimiser(
+        [ParameterGroup({"p": p}, 0.1)], weight_decay=0.0
+    )
     for G in gradients:
         p.grad = G.clone()
         optimiser.step()
@@ -59,7 +61,7 @@ def test_what_is_small_keeps_adam() -> None:
     torch.manual_seed(0)
     p, q = nn.Parameter(torch.randn(3, 20)), nn.Parameter(torch.randn(7))
     same = [nn.Parameter(t.detach().clone()) for t in (p, q)]
-    optimiser = Galore(GaloreConfig(rank=3)).optimiser([Group({"p": p, "q": q}, 0.1)], weight_decay=0.1)
+    optimiser = Galore(GaloreConfig(rank=3)).optimiser([ParameterGroup({"p": p, "q": q}, 0.1)], weight_decay=0.1)
     adam = torch.optim.AdamW(same, lr=0.1, weight_decay=0.1)
     for _ in range(3):
         for ours, theirs in zip((p, q), same, strict=True):
@@ -73,7 +75,7 @@ def test_what_is_small_keeps_adam() -> None:
 
 def test_a_gradient_of_zero_gives_no_projection() -> None:
     p = nn.Parameter(torch.ones(5, 8))
-    optimiser = Galore(GaloreConfig(rank=2)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    optimiser = Galore(GaloreConfig(rank=2)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     p.grad = torch.zeros(5, 8)
     optimiser.step()
     assert not optimiser.state[p]

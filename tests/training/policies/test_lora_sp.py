@@ -8,7 +8,7 @@ from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training import policies
-from graftlm.training.policies.base import Group, Policy, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.policies.lora_sp import LoraSp, LoraSpConfig
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
@@ -45,7 +45,7 @@ def test_whole_tensors() -> None:
 
 def test_weight_decay_is_refused() -> None:
     model, chosen = perturbed("lora", tiny_model()), [LoraSp(LoraSpConfig())]
-    optimiser = policies.make_optimiser(chosen, [Group(trainable(model), 0.1)], weight_decay=0.1)
+    optimiser = policies.make_optimiser(chosen, [ParameterGroup(trainable(model), 0.1)], weight_decay=0.1)
     state = Training(model, training(model, []).deltas, optimiser, total=1, seed=0)
     with pytest.raises(TrainingError, match="weight_decay: 0"):
         policies.check_policies(chosen, state)

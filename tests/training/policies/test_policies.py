@@ -17,7 +17,7 @@ from graftlm.model.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.loop import Step, steps
 from graftlm.training.policies import POLICIES
-from graftlm.training.policies.base import Group, Policy, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.recipe import Recipe
 from tests.training.test_loop import examples
 
@@ -25,7 +25,7 @@ FOLDER = Path(policies.__file__).parent
 
 
 def training(model: Any, chosen: list[Policy], *, rate: float = 0.01, total: int = 4) -> Training:
-    groups = [Group(trainable(model), rate)]
+    groups = [ParameterGroup(trainable(model), rate)]
     optimiser = policies.make_optimiser(chosen, groups, weight_decay=0.0)
     return Training(model, attachment(model).configs, optimiser, total=total, seed=3)
 
@@ -106,7 +106,9 @@ def test_two_optimisers_in_a_run_are_refused() -> None:
     one, other = Own(POLICIES["lora-plus"].config()), Own(POLICIES["lora-plus"].config())
     other.config = type("Other", (), {"name": "other"})
     with pytest.raises(TrainingError, match="a run has one"):
-        policies.make_optimiser([one, other], [Group(trainable(perturbed("lora", tiny_model())), 0.1)], weight_decay=0)
+        policies.make_optimiser(
+            [one, other], [ParameterGroup(trainable(perturbed("lora", tiny_model())), 0.1)], weight_decay=0
+        )
 
 
 def tree(given: Any) -> dict[str, Any]:

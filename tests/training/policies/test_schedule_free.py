@@ -8,7 +8,7 @@ from graftlm.data.pack import pack
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.optim import warmup_cosine
-from graftlm.training.policies.base import Group
+from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.policies.schedule_free import ScheduleFree, ScheduleFreeConfig
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
@@ -32,7 +32,7 @@ def test_its_steps_are_those_of_the_paper() -> None:
         x = (1 - c) * x + c * z
     p = nn.Parameter(start.clone())
     policy = ScheduleFree(ScheduleFreeConfig())
-    optimiser = policy.optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    optimiser = policy.optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     optimiser.train()  # type: ignore[attr-defined]
     for rate in rates:
         optimiser.param_groups[0]["lr"] = rate

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies.base import Group
+from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.policies.sm3 import Sm3, Sm3Config
 
 
@@ -33,7 +33,7 @@ def test_its_steps_are_those_of_the_paper(momentum: float) -> None:
     W = start.tolist()
     element_by_element(W, [G.tolist() for G in gradients], 0.1, momentum)
     p = nn.Parameter(start.clone())
-    optimiser = Sm3(Sm3Config(momentum=momentum)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    optimiser = Sm3(Sm3Config(momentum=momentum)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     for G in gradients:
         p.grad = G.clone()
         optimiser.step()
@@ -46,7 +46,7 @@ def test_a_vector_has_the_sum_of_its_squares(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(shape))
     q = nn.Parameter(torch.zeros(shape))
-    optimiser = Sm3(Sm3Config(momentum=0.0)).optimiser([Group({"p": p}, 0.1)], weight_decay=0.0)
+    optimiser = Sm3(Sm3Config(momentum=0.0)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     adagrad = torch.optim.Adagrad([q], lr=0.1, eps=0.0)
     for _ in range(3):
         p.grad = torch.randn(shape)
