@@ -134,6 +134,10 @@ class Recipe:
             raise ValueError(
                 f"policy neftune would disturb the reference of loss {name} as it does the policy: drop one"
             )
+        if self.loss.needs_reference and "i-lora" in [policy.name for policy in self.policies]:
+            raise ValueError(
+                f"policy i-lora ties hidden states, and loss {name} has those of a reference too: drop one"
+            )
         if needs == "pairs" and not self.data.pack:
             raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
         if LOSSES[name].statistic is not None and self.train.batch_rows < 2:

@@ -30,6 +30,7 @@ class PeriodicLoraConfig(PolicyConfig):
 class PeriodicLora(Policy):
     paper = "Meng et al. 2024, arXiv:2402.16141"
     cost = "the rank grows by r at each restart, in time, memory and on disk"
+    no_mean = "what was learnt goes into the base and the factors begin again: their mean is of different things"
 
     def refuse(self, training: Training) -> str:
         return why_no_restart(training, self.config.every)

@@ -31,6 +31,7 @@ class ScheduleFreeConfig(PolicyConfig):
 class ScheduleFree(Policy):
     paper = "Defazio et al. 2024, arXiv:2405.15682"
     cost = "none: z stands where Adam has its first moment"
+    no_mean = "it keeps a mean of its own, which is what is evaluated and saved"
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         try:

@@ -40,6 +40,7 @@ class SpielPolicyConfig(PolicyConfig):
 class SpielPolicy(Policy):
     paper = "Ansell et al. 2024, arXiv:2401.16405"
     cost = "at a move the whole gradient of every W, in time and memory; between moves none"
+    no_mean = "a number stands for another element of W after each move: the mean would be of different elements"
 
     def refuse(self, training: Training) -> str:
         if reason := needs_method(training, "spiel"):
