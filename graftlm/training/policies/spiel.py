@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, Share, config
 from graftlm.model.attach import hosts
-from graftlm.training import ranks
 from graftlm.training.policies.base import Policy, PolicyConfig, Training, needs_method
-from graftlm.training.policies.increlora import see_gradient
+from graftlm.training.policies.increlora import see_gradient, whole_gradient
 
 
 @config
@@ -69,13 +68,8 @@ class SpielPolicy(Policy):
     def on_grads(self, training: Training) -> None:
         if not self._moves(training.done + 1, training):
             return
-        for _, site, delta in training.sites():  # each in its message; a rank without rows has zeros to say
-            like, shape = delta.get_parameter("phi"), (delta.site.d_out, delta.site.d_in)
-            G = nn.Parameter(self.gradients.get(site, like.new_zeros(shape)), requires_grad=False)
-            G.grad = G.data
-            ranks.sum_gradients([G])
-            assert G.grad is not None
-            self.gradients[site] = G.grad
+        for _, site, delta in training.sites():
+            self.gradients[site] = whole_gradient(self.gradients.get(site), delta)
 
     @torch.no_grad()
     def on_step(self, training: Training) -> None:
