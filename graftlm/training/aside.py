@@ -51,13 +51,7 @@ def loss_aside(
         weight, total = sum(map(objective.count, packs)), 0.0
         torch.manual_seed(crc32(f"{training.seed}/{training.done}/aside".encode()))  # for dropout, as in a step
         with (
-            training_pass(
-                model,
-                packed=recipe.data.pack,
-                checkpointing=config.checkpointing,
-                offload=config.offload,
-                compiled=config.compile,
-            ),
+            training_pass(model, **recipe.passes()),
             torch.set_grad_enabled(gradient),
         ):
             for pack in packs:
