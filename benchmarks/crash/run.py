@@ -1,6 +1,6 @@
 """Claim: a run that is killed, starved of disk or damaged at any instant ends in the bytes of one that was not.
 
-    python benchmarks/crash/run.py            all of it, for each kind of run in config.yaml; writes result.json
+    python benchmarks/crash/run.py            what result.json does not hold yet, for each kind of run in config.yaml
     python benchmarks/crash/run.py --quick    a twentieth of it, and writes nothing
 
 Runs are children of this process, forked when everything is imported, so that a life costs a second. A life ends by
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULT = HERE / "result.json"
 sys.path.insert(0, str(HERE.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -203,7 +204,8 @@ def main() -> None:
     reader.add_argument("--quick", action="store_true")
     quick = reader.parse_args().quick
     part = 20 if quick else 1
-    results: dict[str, Any] = {}
+    before = json.loads(RESULT.read_text()) if RESULT.exists() and not quick else {}
+    results: dict[str, Any] = {name: before.get(name, {}) for name in CONFIG["runs"]}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         os.environ["GRAFT_CACHE"] = str(work / "cache")
@@ -232,12 +234,14 @@ def main() -> None:
             assert ended(life(recipe, whole)) == 0, whole.with_suffix(".said").read_text()
             draw = random.Random(CONFIG["seed"])
             kills, inside = CONFIG["kills"] // part, CONFIG["inside_a_save"] // part
-            results[name] = found = {}
+            found = results[name]
             for what, measured in (
                 ("full_disk", partial(on_a_full_disk, points=max(1, CONFIG["full_disk_points"] // part), draw=draw)),
                 ("at_random", partial(at_random, kills=kills, inside=inside, draw=draw)),
                 ("at_every_operation", partial(at_every_operation, step=part)),
             ):
+                if what in found:
+                    continue
                 found[what] = measured(recipe, whole, place)
                 print(name, what, found[what], flush=True)
                 if not quick:
