@@ -189,7 +189,7 @@ def _show_runs(
 
     rows = found.rows(sort, reverse=reverse)
     if html:
-        from graftlm.model.store import writing
+        from graftlm.files import writing
 
         with writing(html):
             html.write_text(runs.html(found, rows, title=f"{len(rows)} runs"), encoding="utf-8")

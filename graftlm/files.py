@@ -56,6 +56,15 @@ def writing(out: Path, *, needs: int = 0) -> Iterator[None]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _no_room(out: Path, needs: int) -> str:
     there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free

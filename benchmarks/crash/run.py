@@ -1,12 +1,12 @@
 """Claim: a run that is killed, starved of disk or damaged at any instant ends in the bytes of one that was not.
 
-    python benchmarks/crash/run.py            all of it, for each kind of run in config.yaml; writes result.json
+    python benchmarks/crash/run.py            what result.json does not hold yet, for each kind of run in config.yaml
     python benchmarks/crash/run.py --quick    a twentieth of it, and writes nothing
 
 Runs are children of this process, forked when everything is imported, so that a life costs a second. A life ends by
-SIGKILL at a random instant, at one write, sync, rename or deletion after the other, or by a full disk (a tmpfs of 5 MB,
-with a ballast of another size each time; needs root). The next life resumes. When a run is done, the bytes of its
-adapter and every loss that it logged are compared with those of the unbroken run.
+SIGKILL at a random instant, at one write, sync, rename or deletion after the other, or by a disk that is full (a tmpfs
+of 5 MB, with a ballast of another size each time) or cannot be written; both need root. The next life resumes. When a
+run is done, the bytes of its adapter and every loss that it logged are compared with those of the unbroken run.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULT = HERE / "result.json"
 sys.path.insert(0, str(HERE.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -45,19 +47,20 @@ CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 torch.set_num_threads(1)
 
 
-def life(recipe: Recipe, out: Path, before: Callable[[], None] = lambda: None) -> int:
+def life(recipe: Recipe, out: Path, before: Callable[[], None] = lambda: None, said: Path | None = None) -> int:
     """The process number of a child that resumes the run; it exits with 0, or 3 after a GraftError, told in a file."""
     if child := os.fork():
         return child
+    said = said or out.with_suffix(".said")
     try:
         before()
         train(recipe, out, resume=True)
         os._exit(0)
     except GraftError as error:
-        out.with_suffix(".said").write_text(str(error))
+        said.write_text(str(error))
         os._exit(3)
     except BaseException as error:  # a child must never come back into the parent's code
-        out.with_suffix(".said").write_text(repr(error))
+        said.write_text(repr(error))
         os._exit(4)
 
 
@@ -136,13 +139,9 @@ def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, 
                 break
             found["kills"] += 1
             found["inside_a_save"] += in_save
-        if ended(life(recipe, out)) != 0:
-            found["failed"] += 1
-        elif not same(out, whole):
-            found["other_bytes"] += 1
+        _goes_on(recipe, out, whole, found)
         found["runs"] += 1
         print(found, flush=True)
-        shutil.rmtree(out, ignore_errors=True)
     return found
 
 
@@ -154,24 +153,27 @@ def at_every_operation(recipe: Recipe, whole: Path, work: Path, step: int) -> di
         if ended(life(recipe, out, dying(at))) != -signal.SIGKILL:
             return found
         found["operations"] += 1
-        if ended(life(recipe, out)) != 0:
-            found["failed"] += 1
-            print(out.with_suffix(".said").read_text(), flush=True)
-        elif not same(out, whole):
-            found["other_bytes"] += 1
-        shutil.rmtree(out, ignore_errors=True)
+        _goes_on(recipe, out, whole, found)
         at += step
 
 
-def on_a_full_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: random.Random) -> dict[str, Any]:
-    """Begin with room for some steps, go on when there is room again."""
-    found: dict[str, Any] = {"points": 0, "told_path_and_bytes": 0, "leftovers": 0, "other_bytes": 0, "failed": 0}
-    place = work / "disk"
+@contextmanager
+def disk(place: Path) -> Iterator[None]:
+    """A tmpfs of its own at `place`; needs root."""
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={CONFIG['disk_mb']}m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        return {"not_run": "no tmpfs can be mounted here"}
+    size = f"size={CONFIG['disk_mb']}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)], check=True)
     try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def on_a_full_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: random.Random) -> dict[str, int]:
+    """Begin with room for some steps, go on when there is room again."""
+    found = {"points": 0, "told_path_and_bytes": 0, "leftovers": 0, "other_bytes": 0, "failed": 0}
+    place = work / "full"
+    with disk(place):
         while found["points"] < points:
             out, ballast = place / "out", place / "ballast"
             free = shutil.disk_usage(place).free
@@ -187,15 +189,39 @@ def on_a_full_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: r
                 found["failed"] += 1
             ballast.unlink()
             said.unlink(missing_ok=True)
-            if ended(life(recipe, out)) != 0:
-                found["failed"] += 1
-                print(said.read_text(), flush=True)
-            elif not same(out, whole):
-                found["other_bytes"] += 1
-            shutil.rmtree(out, ignore_errors=True)
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+            _goes_on(recipe, out, whole, found)
     return found
+
+
+def on_a_read_only_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: random.Random) -> dict[str, int]:
+    """Killed, then resumed where nothing can be written, and again where it can."""
+    found = {"points": 0, "told_path": 0, "changed": 0, "other_bytes": 0, "failed": 0}
+    place = work / "read-only"
+    with disk(place):
+        while found["points"] < points:
+            out = place / "out"
+            ended(life(recipe, out, dying(draw.randrange(20, 400))))
+            before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+            said = work / "read-only.said"
+            code = ended(life(recipe, out, said=said))
+            subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+            found["points"] += 1
+            found["failed"] += code != 3
+            found["told_path"] += str(out) in said.read_text()
+            found["changed"] += before != {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+            _goes_on(recipe, out, whole, found)
+    return found
+
+
+def _goes_on(recipe: Recipe, out: Path, whole: Path, found: dict[str, int]) -> None:
+    """To the end, to the bytes of the whole run; counted where it does not."""
+    if ended(life(recipe, out)) != 0:
+        found["failed"] += 1
+        print(out.with_suffix(".said").read_text(), flush=True)
+    elif not same(out, whole):
+        found["other_bytes"] += 1
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def main() -> None:
@@ -203,7 +229,8 @@ def main() -> None:
     reader.add_argument("--quick", action="store_true")
     quick = reader.parse_args().quick
     part = 20 if quick else 1
-    results: dict[str, Any] = {}
+    before = json.loads(RESULT.read_text()) if RESULT.exists() and not quick else {}
+    results: dict[str, Any] = {name: before.get(name, {}) for name in CONFIG["runs"]}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         os.environ["GRAFT_CACHE"] = str(work / "cache")
@@ -232,12 +259,16 @@ def main() -> None:
             assert ended(life(recipe, whole)) == 0, whole.with_suffix(".said").read_text()
             draw = random.Random(CONFIG["seed"])
             kills, inside = CONFIG["kills"] // part, CONFIG["inside_a_save"] // part
-            results[name] = found = {}
+            points = max(1, CONFIG["disk_points"] // part)
+            found = results[name]
             for what, measured in (
-                ("full_disk", partial(on_a_full_disk, points=max(1, CONFIG["full_disk_points"] // part), draw=draw)),
+                ("full_disk", partial(on_a_full_disk, points=points, draw=draw)),
+                ("read_only_disk", partial(on_a_read_only_disk, points=points, draw=draw)),
                 ("at_random", partial(at_random, kills=kills, inside=inside, draw=draw)),
                 ("at_every_operation", partial(at_every_operation, step=part)),
             ):
+                if what in found:
+                    continue
                 found[what] = measured(recipe, whole, place)
                 print(name, what, found[what], flush=True)
                 if not quick:

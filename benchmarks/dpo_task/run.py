@@ -40,7 +40,6 @@ def one_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
             name: round(statistics.mean(step[name] for step in steps[-10:]), 4)
             for name in ("loss", "margin", "accuracy", "chosen_log_prob", "rejected_log_prob")
         },
-        "train_wall_s": round(summary["train"]["wall_s"], 1),
     }
 
 

@@ -3,11 +3,6 @@
 The clock runs over the optimiser steps alone, as on the peer's side; the reference is computed in them.
 """
 
-import argparse
-import json
-import math
-import os
-import platform
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,26 +10,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import peak_rss_gib
-
-
-def peers_schedule(step: int, *, steps: int, warmup_steps: int) -> float:
-    """transformers' cosine schedule, whose first rate is 0. (Not quite 0 here: the loop checks that A learns in the
-    second step, and for that B must have moved in the first.)"""
-    if step < warmup_steps:
-        return max(step, 1e-4) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+from sides import arguments, peers_schedule, rows_of, use_threads, versions, write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, kind in {"--base": str, "--rows": Path, "--start": Path, "--out": Path, "--steps": int}.items():
-        parser.add_argument(name, type=kind, required=True)
-    numbers = {"--batch-pairs": 8, "--threads": 1, "--seed": 0, "--warmup-steps": 2, "--pack-tokens": 2048}
-    for name, default in (numbers | {"--learning-rate": 1e-4, "--beta": 0.1}).items():
-        parser.add_argument(name, type=type(default), default=default)
+    parser = arguments(__doc__, "batch-pairs", beta=0.1, **{"pack-tokens": 2048})
     parser.add_argument("--apart", action="store_true", help="compute the prompt of every answer")
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
+    use_threads(args.threads)
 
     import numpy as np
     import torch
@@ -48,7 +31,6 @@ def main() -> None:
     from graftlm.training.optim import adamw
 
     torch.set_num_threads(args.threads)
-    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
 
     def answer(row: dict[str, list[int]], kind: str) -> Example:
         weights = [0.0] * len(row["prompt_ids"]) + [1.0] * len(row[f"{kind}_ids"])
@@ -56,7 +38,7 @@ def main() -> None:
 
     groups = [
         Group((answer(row, "chosen"), answer(row, "rejected")), (1.0, 0.0), ((0, 1),))
-        for row in rows[: args.steps * args.batch_pairs]
+        for row in rows_of(args.rows, args.steps * args.batch_pairs)
     ]
     batches = [groups[i : i + args.batch_pairs] for i in range(0, len(groups), args.batch_pairs)]
     model, _ = graftlm.load_base(args.base, store="bf16")
@@ -87,9 +69,9 @@ def main() -> None:
         "margins": [step.metrics["margin"] for step in done],
         "beforehand_s": 0.0,
         "peak_rss_gib": peak_rss_gib(),
-        "versions": {"graftlm": graftlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(graftlm, torch),
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -17,27 +17,20 @@ The clock runs from the start of the first step to the end of the last: loading 
 
 import argparse
 import ctypes
-import json
 import os
-import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import peak_rss_gib
+from sides import LORA, arguments, begin_at, clock, peers_settings, rows_of, timed, use_threads, versions, write
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, kind in {"--base": Path, "--rows": Path, "--start": Path, "--out": Path, "--steps": int}.items():
-        parser.add_argument(name, type=kind, required=True)
-    numbers = {"--batch-rows": 8, "--threads": 1, "--seed": 0, "--warmup-steps": 3, "--r": 16, "--alpha": 32}
-    for name, default in (numbers | {"--learning-rate": 5e-4}).items():
-        parser.add_argument(name, type=type(default), default=default)
+    parser = arguments(__doc__, "batch-rows")
     parser.add_argument("--shape", choices=("best", "tuned", "documented"), default="best")
     parser.add_argument("--micro-rows", type=int, help="default: the whole batch as documented, else 1")
     args = parser.parse_args()
@@ -48,8 +41,7 @@ def parse_args() -> argparse.Namespace:
 
 def prepare_process(args: argparse.Namespace) -> None:
     """Set what must be in place before torch is imported."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
-    os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+    use_threads(args.threads)
     if args.shape == "tuned":
         # Every large tensor is a fresh mapping by default, and its page faults cost a tenth of a step. Let
         # torch ask for large pages and glibc keep freed blocks (M_TRIM_THRESHOLD, then M_MMAP_THRESHOLD).
@@ -60,7 +52,6 @@ def prepare_process(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir: str) -> dict[str, Any]:
     import peft
-    import safetensors.torch
     import torch
     import transformers
     import trl
@@ -73,64 +64,34 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
         assert hasattr(trl.trainer.utils, "_use_triton"), "this TRL cannot be patched so"
         trl.trainer.utils._use_triton = lambda device: True
 
-    marks: list[float] = []  # begin and end of every step, in turn
-
-    class StepClock(transformers.TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            marks.append(time.perf_counter())
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            marks.append(time.perf_counter())
-            assert torch.get_num_threads() == args.threads, torch.get_num_threads()
-
-    load, fast = {"dtype": "bfloat16"}, {}
-    if args.shape != "documented":
-        # Faster than sdpa: the CPU flash kernel's backward is slow on rows of a hundred tokens or so.
-        load["attn_implementation"] = "eager"
-        fast = dict.fromkeys(("bf16", "fp16", "gradient_checkpointing", "dataloader_pin_memory"), False)
+    step_clock, marks = clock(args.threads)
     config = trl.SFTConfig(
-        output_dir=output_dir, use_cpu=True, seed=args.seed, model_init_kwargs=load, max_steps=args.steps,
-        per_device_train_batch_size=args.micro_rows, max_length=None, completion_only_loss=True,
-        gradient_accumulation_steps=args.batch_rows // args.micro_rows, train_sampling_strategy="sequential",
-        optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=args.warmup_steps, save_strategy="no", report_to="none",
-        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, **fast,
+        output_dir=output_dir, per_device_train_batch_size=args.micro_rows, completion_only_loss=True,
+        gradient_accumulation_steps=args.batch_rows // args.micro_rows,
+        **peers_settings(args, documented=args.shape == "documented"),
     )  # fmt: skip
-    lora = peft.LoraConfig(
-        r=args.r, lora_alpha=args.alpha, lora_dropout=0.0, bias="none",
-        target_modules="all-linear", task_type="CAUSAL_LM")  # fmt: skip
+    lora = peft.LoraConfig(**LORA)
     data, base = Dataset.from_list(rows), str(args.base)
-    trainer = trl.SFTTrainer(base, config, train_dataset=data, peft_config=lora, callbacks=[StepClock()])
-    start = safetensors.torch.load_file(args.start / "adapter_model.safetensors")
-    found = peft.set_peft_model_state_dict(trainer.model, start)
-    assert not found.unexpected_keys, found.unexpected_keys
-    # PEFT makes adapters fp32 over a bf16 base; TRL casts them only over a quantised one. Hold them to it.
-    dtypes = {(p.requires_grad, p.dtype) for p in trainer.model.parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}, dtypes
+    trainer = trl.SFTTrainer(base, config, train_dataset=data, peft_config=lora, callbacks=[step_clock])
+    begin_at(trainer, args.start)
     trainer.train()
-
-    wall, tokens = marks[-1] - marks[0], sum(len(row["input_ids"]) for row in rows)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, trl, peft)}
-    versions["python"] = platform.python_version()
+    tokens = sum(len(row["input_ids"]) for row in rows)
     return {
         "shape": args.shape, "threads": args.threads, "micro_rows": args.micro_rows,
         "tokens": tokens,  # below, nothing predicts a row's first token, so it is never a trained one
         "supervised_tokens": sum(sum(row["completion_mask"][1:]) for row in rows),
-        "steps": len(marks) // 2, "train_wall_s": wall, "tokens_per_s": tokens / wall,
-        "step_wall_s": [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)],
+        **timed(marks), "tokens_per_s": tokens / (marks[-1] - marks[0]),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "peak_rss_gib": peak_rss_gib(), "versions": versions,
+        "peak_rss_gib": peak_rss_gib(), "versions": versions(torch, transformers, trl, peft),
     }  # fmt: skip
 
 
 def main() -> None:
     args = parse_args()
-    wanted = args.steps * args.batch_rows
-    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()[:wanted]]
-    assert len(rows) == wanted, f"{args.rows} has {len(rows)} rows; {args.steps} steps need {wanted}"
+    rows = rows_of(args.rows, args.steps * args.batch_rows)
     prepare_process(args)
     with tempfile.TemporaryDirectory() as output_dir:
-        args.out.write_text(json.dumps(train(args, rows, output_dir), indent=1) + "\n", encoding="utf-8")
+        write(args.out, train(args, rows, output_dir))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Loaded(NamedTuple):
 
 
 def load_base(
-    base: str | BaseConfig = "smollm2",
+    base: str | Path | BaseConfig = "smollm2",
     *,
     store: str | None = None,
     network: bool = False,
@@ -69,8 +69,7 @@ def load_base(
     `store` overrides the config's: auto, fp32, bf16, fp16, int8, nf4 or int4. `network` allows a hub id to be fetched.
     `leave_on_cpu`: what the device wants, but not yet there (it may hold only a part: `graftlm/training/ranks.py`).
     """
-    if isinstance(base, str):
-        base = BaseConfig(name=base)
+    base = base if isinstance(base, BaseConfig) else BaseConfig(name=str(base))
     where = locate(base, network=network)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(base, where, network)
@@ -161,9 +160,9 @@ def store_of(model: nn.Module) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
-def load_tokenizer(base: str | BaseConfig, *, network: bool = False) -> Any:
+def load_tokenizer(base: str | Path | BaseConfig, *, network: bool = False) -> Any:
     """The tokenizer of a base alone, with its chat template; raises BaseModelError."""
-    base = BaseConfig(name=base) if isinstance(base, str) else base
+    base = base if isinstance(base, BaseConfig) else BaseConfig(name=str(base))
     return _tokenizer(base, locate(base, network=network), network)
 
 

@@ -29,7 +29,7 @@ from graftlm.config import build, to_tree
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, OutputError, TargetError, nearest, numbered
-from graftlm.files import writing as writing  # still imported from here by training/run.py
+from graftlm.files import sync, writing
 from graftlm.model.attach import attach, attachment, base_parameters, detach, hosts, parameters_of, shared_of, sites_of
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import base_record, fingerprint, store_of
@@ -106,8 +106,7 @@ def _beside(out: Path, kind: str) -> Path:
 def _swap(partial: Path, out: Path, keep: Sequence[str]) -> None:
     for file in partial.rglob("*"):
         if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            sync(file)
     if out.exists():
         old = _beside(out, "old")
         out.rename(old)

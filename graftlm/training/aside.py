@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -49,15 +48,9 @@ def loss_aside(
         first, count = training.done * config.batch_rows, min(config.batch_rows, len(rows))
         packs = [p.to(model.device) for p in make([rows[(first + i) % len(rows)] for i in range(count)])]  # type: ignore[arg-type]
         weight, total = sum(map(objective.count, packs)), 0.0
-        torch.manual_seed(crc32(f"{training.seed}/{training.done}/aside".encode()))  # for dropout, as in a step
+        torch.manual_seed(training.seed_for("aside"))  # for dropout, as in a step
         with (
-            training_pass(
-                model,
-                packed=recipe.data.pack,
-                checkpointing=config.checkpointing,
-                offload=config.offload,
-                compiled=config.compile,
-            ),
+            training_pass(model, **recipe.passes()),
             torch.set_grad_enabled(gradient),
         ):
             for pack in packs:

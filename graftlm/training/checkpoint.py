@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftlm.errors import TrainingError, numbered
-from graftlm.model.store import fill_delta, sha256_of, tensors_of_delta, writing
+from graftlm.files import sync, writing
+from graftlm.model.store import fill_delta, sha256_of, tensors_of_delta
 from graftlm.training.objective import beside
 from graftlm.training.policies.base import Policy, Training
 
@@ -233,17 +234,20 @@ def read(path: Path) -> Snapshot:
 
 
 class Metrics:
-    """metrics.jsonl as it grows. `lines` are all of the run so far; without a file they are only remembered."""
+    """metrics.jsonl as it grows, from `where` a checkpoint says that it stood. `lines` are all of the run so far; what
+    is not to be written is only remembered."""
 
-    def __init__(self, file: Path | None, where: Mapping[str, Any] | None = None) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self._sum = hashlib.sha256()
-        self._file = open(file or os.devnull, "rb+" if where else "wb")  # noqa: SIM115
+    def __init__(self, file: Path, where: Mapping[str, Any] | None = None, *, writes: bool = True) -> None:
+        known = b""
         if where:
-            known = self._file.read(where["bytes"])
-            self._file.truncate()
-            self._sum.update(known)
-            self.lines = [json.loads(line) for line in known.splitlines()]
+            with open(file, "rb") as before:
+                known = before.read(where["bytes"])
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in known.splitlines()]
+        self._sum = hashlib.sha256(known)
+        self._file = open(file if writes else os.devnull, "rb+" if where else "wb")  # noqa: SIM115
+        if where and writes:
+            self._file.truncate(len(known))
+            self._file.seek(len(known))
 
     def __enter__(self) -> "Metrics":
         return self
@@ -264,22 +268,16 @@ class Metrics:
         return {"bytes": self._file.tell(), "sha256": self._sum.hexdigest()}
 
 
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _remove(path: Path) -> None:
     """Delete a folder so that no half of it keeps its name: what is being deleted is called otherwise first."""
-    if path.exists():
-        gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True) if gone != path else None
-        path.rename(gone) if gone != path else None
-        shutil.rmtree(gone)
+    if not path.exists():
+        return
+    gone = path
+    if not path.name.startswith("."):
+        gone = path.with_name(f".{path.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _about(file: Path) -> dict[str, Any]:

@@ -83,11 +83,9 @@ class Guards:
     def ended(self) -> bool:
         return self.stopping is not None and self.since >= self.stopping.patience
 
-    def look(self, step: int, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """Events of every EVERY-th step: which of the tensors that learn have not moved since, and whether memory has
+    def look(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """Events of the last EVERY steps: which of the tensors that learn have not moved, and whether memory has
         grown."""
-        if step % EVERY:
-            return []
         marks = {name: _mark(tensor) for name, tensor in tensors.items()}
         still = sorted(name for name, mark in marks.items() if self._marks.get(name) == mark)
         self._marks = marks
@@ -110,6 +108,11 @@ def memory_gib() -> float | None:
     """What this process holds now: on a GPU of its memory, else resident; None where nobody says."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
+    return resident_gib("VmRSS")
+
+
+def resident_gib(what: str) -> float | None:
+    """VmRSS, what this process has resident now, or VmHWM, the most that it ever had; None where there is no /proc."""
     with suppress(OSError), open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 2**20
+        return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
     return None

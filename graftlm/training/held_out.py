@@ -12,7 +12,7 @@ import torch
 from graftlm.data.pack import Example, Group, lay_out
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.forward import packed_attention
 from graftlm.model.generate import generate
 from graftlm.training import ranks
 from graftlm.training.objective import Objective, Sums
@@ -41,19 +41,10 @@ def rouge_l(reference: str, answer: str) -> float:
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
-@torch.no_grad()
 def held_out_loss(model: Any, examples: Sequence[Example], *, pack_tokens: int, packed: bool) -> float:
-    """Mean of -log p over all supervised tokens, in nats. Every rank has its share of the examples."""
-
-    make = partial(lay_out, tokens=pack_tokens, packed=packed)
-    total = count = 0.0
-    with packed_attention(model) if packed else nullcontext():
-        for part in ranks.packs_of(examples, make, sharded=ranks.is_sharded(model)):
-            part = part.to(model.device)
-            total -= float((log_probs(model, part) * part.weights).sum())
-            count += float(part.weights.sum())
-    total, count = ranks.totals(total, count)
-    return total / count
+    """Mean of -log p over all supervised tokens, in nats, whatever the model was trained for."""
+    supervised = Objective("supervised")
+    return held_out_metrics(model, examples, supervised, pack_tokens=pack_tokens, packed=packed, share=False)["loss"]
 
 
 @torch.no_grad()

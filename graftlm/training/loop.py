@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +236,8 @@ def _passes(
     held: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Sums, list[str]]:
     """The packs of a step forward and backward: (loss and metrics, the rows whose loss is not finite)."""
-    torch.manual_seed(_seed(run))  # so dropout depends on nothing that went before: there is no state to save
+    # Dropout depends on nothing that went before, so there is no state to save; ranks must not drop the same elements.
+    torch.manual_seed(run.seed_for(ranks.rank()))
     sums, bad = Sums(objective), list[str]()
     run.last_pack = False
     with ExitStack() as during:
@@ -261,11 +261,6 @@ def _passes(
 
 def _norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-
-
-def _seed(run: Training) -> int:
-    """A seed for this step on this rank: dropout must not zero the same elements everywhere."""
-    return crc32(f"{run.seed}/{run.done}/{ranks.rank()}".encode())
 
 
 @contextmanager

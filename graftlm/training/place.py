@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from graftlm.config import to_tree
+from graftlm.config import differences, to_tree
 from graftlm.data.pack import Example, Group
 from graftlm.errors import OutputError, TrainingError, numbered
-from graftlm.model.store import check_new_folder, mend_folder, writing
+from graftlm.files import sync, whole, writing
+from graftlm.model.store import check_new_folder, mend_folder
 from graftlm.training import ranks, trackers
 from graftlm.training.checkpoint import (
     BEST,
@@ -25,8 +26,6 @@ from graftlm.training.checkpoint import (
     Metrics,
     Snapshot,
     read,
-    step_name,
-    sync,
 )
 from graftlm.training.recipe import Recipe, read_recipe
 
@@ -55,10 +54,10 @@ class Running:
         for more in self.tell(line):
             self.metrics.write(more)
 
-    def save(self, step: int, snapshot: Callable[..., Snapshot], *, best: bool = False) -> None:
-        """Save what `snapshot(metrics=...)` takes, on the rank that writes."""
+    def save(self, name: str, snapshot: Callable[..., Snapshot]) -> None:
+        """Save what `snapshot(metrics=...)` takes under this name, on the rank that writes."""
         if self.checkpoints is not None:
-            self.checkpoints.save(snapshot(metrics=self.metrics.where()), BEST if best else step_name(step))
+            self.checkpoints.save(snapshot(metrics=self.metrics.where()), name)
 
 
 class Place:
@@ -92,7 +91,7 @@ class Place:
         changes = differences(began, self.tree)
         if changes:
             told(f"{self.out} was begun with another recipe:\n{numbered(changes)}")
-        matter = any(not change.startswith(FREE) for change in changes)
+        matter = any(map(matters, changes))
         if matter and not accept_changes:
             raise OutputError(
                 f"{self.out} was begun with another recipe:\n{numbered(changes)}\nChange it back, or say "
@@ -130,21 +129,19 @@ class Place:
     def begin(self, found: Snapshot | None) -> Iterator[Running]:
         """Inside, the run goes on; of one that fails before its first checkpoint nothing is left."""
         if not ranks.first():
-            with Metrics(None) as metrics:
-                metrics.lines += _lines_before(self.folder, found)
+            with Metrics(self.folder / METRICS, _metrics_at(found), writes=False) as metrics:
                 yield Running(metrics, None)
             return
         with writing(self.out):
             if found is None:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
-            draft = self.folder / f".{UNFINISHED}"
-            draft.write_text(json.dumps(self.tree, indent=1) + "\n", encoding="utf-8")
-            sync(draft)
-            draft.rename(self.folder / UNFINISHED)
+            with whole(self.folder / UNFINISHED) as draft:
+                draft.write_text(json.dumps(self.tree, indent=1) + "\n", encoding="utf-8")
+                sync(draft)
             for left in self.folder.glob(".*.*"):  # of a save that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            metrics = Metrics(self.folder / METRICS, found.facts["metrics"] if found else None)
+            metrics = Metrics(self.folder / METRICS, _metrics_at(found))
         try:
             with metrics, writing(self.out):
                 yield Running(metrics, self.checkpoints)
@@ -170,27 +167,13 @@ class Place:
             sync(self.folder)
 
 
-def _lines_before(folder: Path, found: Snapshot | None) -> list[dict[str, Any]]:
-    if found is None:
-        return []
-    with open(folder / METRICS, "rb") as file:
-        return [json.loads(line) for line in file.read(found.facts["metrics"]["bytes"]).splitlines()]
+def _metrics_at(found: Snapshot | None) -> Mapping[str, Any] | None:
+    return found.facts["metrics"] if found else None
 
 
-def differences(before: Any, after: Any, key: str = "") -> list[str]:
-    """What differs between two trees, a line each: `train.steps: 50 -> 100`."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        keys = list(dict.fromkeys([*before, *after]))
-        return [
-            line
-            for name in keys
-            for line in differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if before == after else [f"{key}: {_said(before)} -> {_said(after)}"]
-
-
-def _said(value: Any) -> str:
-    return "(not there)" if value is None else json.dumps(value)
+def matters(change: str) -> bool:
+    """Whether a line of `differences` between recipes is of what is learnt."""
+    return not change.startswith(FREE)
 
 
 def digest(items: Sequence[Example | Group]) -> str:

@@ -231,8 +231,8 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
     """
     for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
-    checkpointing, live = recipe.train.checkpointing, LiveBytes()
-    with training_pass(model, packed=recipe.data.pack, checkpointing=checkpointing, offload=recipe.train.offload), live:
+    live = LiveBytes()
+    with training_pass(model, **(recipe.passes() | {"compiled": False})), live:
         one_pass(model, pack, _loss(recipe))
     if products is not None:
         products |= live.products
@@ -281,7 +281,6 @@ def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape)
     chosen = ordered if len(ordered) <= PACKS_TIMED else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
     packs = [pack.to(made.model.device) for pack in chosen]
     scale = _tokens(ordered) / _tokens(chosen)
-    train = recipe.train
     shares: list[dict[str, float]] = []
 
     def seconds(model: Any) -> float:
@@ -289,13 +288,7 @@ def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape)
             for pack in packs:
                 one_pass(model, pack, _loss(recipe))
 
-        with training_pass(
-            model,
-            packed=recipe.data.pack,
-            checkpointing=train.checkpointing,
-            offload=train.offload,
-            compiled=train.compile,
-        ):
+        with training_pass(model, **recipe.passes()):
             found = best_s(passes, TRIES)
             shares.append({name: share * found for name, share in parts_of_time(passes).items()})
         return found

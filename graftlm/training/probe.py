@@ -23,9 +23,9 @@ from rich.console import Console
 from graftlm.data.pack import Example, Group
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
+from graftlm.files import writing
 from graftlm.model.attach import deltas_off
 from graftlm.model.load import load_base, load_tokenizer
-from graftlm.model.store import writing
 from graftlm.training import display, ranks, report
 from graftlm.training.held_out import held_out_loss
 from graftlm.training.loop import NotFiniteError

@@ -148,6 +148,12 @@ class Recipe:
         """Every delta by its name, in the order in which they act; a single one is called `default`."""
         return {"default": self.delta} if self.delta is not None else dict(self.deltas)
 
+    def passes(self) -> dict[str, bool]:
+        """How packs go through the model, as `loop.training_pass` takes it."""
+        train = self.train
+        how = {"checkpointing": train.checkpointing, "offload": train.offload, "compiled": train.compile}
+        return {"packed": self.data.pack} | how
+
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "Recipe":
         if self.train.steps is not None and self.train.epochs is not None:

@@ -9,8 +9,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,24 +29,25 @@ from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import survey
 from graftlm.errors import TrainingError
+from graftlm.files import writing
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler
 from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
-from graftlm.model.store import model_card, new_folder, write_adapter, writing
+from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.training import display, ranks, report
 from graftlm.training.aside import put_aside
-from graftlm.training.checkpoint import METRICS, Snapshot, put_back, put_deltas_back, take
-from graftlm.training.guards import Guards
+from graftlm.training.checkpoint import METRICS, put_deltas_back
+from graftlm.training.course import Course, Stopping, Watched
+from graftlm.training.guards import resident_gib
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
-from graftlm.training.loop import NotFiniteError, Step
-from graftlm.training.objective import Objective, start_of
-from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, Running, digest
+from graftlm.training.objective import Objective
+from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.select.choose import choose
 from graftlm.training.trackers import Trackers
-from graftlm.training.turns import Turn, attach_deltas, plan_batches, turns
+from graftlm.training.turns import attach_deltas, plan_batches
 
 SHARING_STEPS = 100
 """What shared beginnings save is counted over so many steps of the run."""
@@ -264,126 +265,27 @@ def _train(
     for name, config in recipe.all_deltas().items():
         count = sum(p.numel() for p in parameters_of(model, name))
         console.print(f"{config.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
-    seen = found.facts["seen"] if found else 0
     if found:
-        console.print(f"goes on after step {seen} of {len(plan)}", highlight=False)
-    every, settings = list(recipe.all_deltas()), recipe.train
+        console.print(f"goes on after step {found.facts['seen']} of {len(plan)}", highlight=False)
     with place.begin(found) as run, stop_on_signal() as stopping, display.progress(console) as bars:
         trackers.begin(run.metrics.lines, resumes=found is not None)
         run.tell = trackers.log
-        guards = Guards(settings.early_stopping, run.metrics.lines)
-        bar = bars.add_task("training", total=len(plan), completed=seen, now="")
-        stops = False
-        for turn in turns(recipe, model, len(plan), data.aside):
-            if found is not None and turn.first < found.facts["turn"]:
-                continue
-            if found is not None and turn.first == found.facts["turn"]:
-                put_back(found, turn.training, turn.policies)
-            snapshot = partial(take, turn.training, turn.policies, every, turn=turn.first, **facts)
-            seen = max(seen, turn.first)
-            while seen < turn.last and not stops and not guards.ended:
-                back: Snapshot | None = None
-                try:
-                    for step in turn.steps(recipe, data.examples, plan, seen):
-                        seen = step.number
-                        for line in _lines(step):
-                            run.note(line)
-                        if seen == 1 and (told := start_of(recipe.loss, step.metrics)):
-                            console.print(told, highlight=False)
-                        now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
-                        bars.update(bar, completed=seen, now=now)
-                        for event in guards.look(seen, trainable(model)):
-                            run.note({"step": seen, **event})
-                        if not step.skipped and (spike := guards.spike(step.loss)):
-                            back = place.last(console.print) if settings.on_spike == "return" else None
-                            if back is not None and back.facts["turn"] != turn.first:
-                                back = None  # of an optimiser that is gone
-                            to = {"returns_to": back.facts["seen"]} if back else {}
-                            run.note({"step": seen, **spike, **to})
-                            if back is not None:
-                                break
-                        if settings.early_stopping and seen % settings.early_stopping.every == 0:
-                            _look_at_held_out(recipe, turn, data, guards, run, partial(snapshot, seen=seen))
-                        stops = bool(ranks.totals(stopping.requested)[0])  # on any rank
-                        if stops or seen % settings.save_every == 0 or seen == len(plan) or guards.ended:
-                            run.save(seen, partial(snapshot, seen=seen))
-                        if stops or guards.ended:
-                            break
-                except NotFiniteError:  # what was reached is not lost, and `--resume` may leave the step out
-                    run.save(seen, partial(snapshot, seen=seen))
-                    raise
-                if back is not None:
-                    put_deltas_back(back, model, every, place.out)
-                    put_back(back, turn.training, turn.policies)
-                    run.save(seen, partial(snapshot, seen=seen))
-            if stops and seen < len(plan):
-                break
-            turn.end()
+        watched = Watched(place, run, stopping, console, bars)
+        course = Course(recipe, model, data.examples, data.held_out, plan, facts, watched)
+        course.go(found, data.aside)
         lines = run.metrics.lines
-    stopped = stops and seen < len(plan)
-    if settings.early_stopping and not stopped and (best := place.best()):
-        put_deltas_back(best, model, every, place.out)
+    if recipe.train.early_stopping and not course.stopped and (best := place.best()):
+        put_deltas_back(best, model, list(recipe.all_deltas()), place.out)
         console.print(f"the held-out loss was lowest after step {best.facts['seen']}: that state is kept")
     for host in hosts(model).values():
         host.deltas.eval()
     return_freed_memory()
-    return lines, stopped
-
-
-def _look_at_held_out(
-    recipe: Recipe, turn: Turn, data: Prepared, guards: Guards, run: Running, snapshot: Callable[..., Snapshot]
-) -> None:
-    """Measure the held-out loss as an event, and save the state with the lowest."""
-    model = turn.training.model
-    with ExitStack() as held:
-        for policy in turn.policies:
-            held.enter_context(policy.evaluating(turn.training))
-        for host in hosts(model).values():
-            host.deltas.eval()
-        objective, share = Objective(recipe.loss), recipe.train.prefix_sharing
-        found = held_out_metrics(
-            model,
-            data.held_out,
-            objective,
-            pack_tokens=recipe.train.pack_tokens,
-            packed=recipe.data.pack,
-            share=share,
-        )
-        run.note({"step": snapshot.keywords["seen"], "event": "held out", "held_out_loss": found["loss"]})  # type: ignore[attr-defined]
-        if guards.better(found["loss"]):
-            run.save(0, snapshot, best=True)
-    for host in hosts(model).values():
-        host.deltas.train()
+    return lines, course.stopped
 
 
 def _inside(folder: Path, name: str) -> Path:
     (folder / name).mkdir()
     return folder / name
-
-
-def _lines(step: Step) -> list[dict[str, Any]]:
-    """What metrics.jsonl says of a step: what it did or why it was left out, and what else happened."""
-    if step.skipped:
-        did: dict[str, Any] = {"step": step.number, "event": "skipped", "why": step.skipped, "rows": list(step.rows)}
-    else:
-        did = {
-            "step": step.number,
-            "loss": step.loss,
-            "tokens": step.tokens,
-            "computed_tokens": step.computed_tokens,
-            "supervised_tokens": step.supervised_tokens,
-            "grad_norm": step.grad_norm,
-            "learning_rate": step.learning_rate,
-            "wall_s": round(step.wall_s, 4),
-            **step.metrics,
-        }
-    return [did, *({"step": step.number, **event} for event in step.events)]
-
-
-def _speed(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens of rows a second, over all steps that were done."""
-    done = [line for line in lines if "loss" in line]
-    return sum(line["tokens"] for line in done) / sum(line["wall_s"] for line in done) if done else 0.0
 
 
 def _measure(
@@ -435,8 +337,8 @@ def _measure(
 
 def peak_rss_gib() -> float:
     """The most memory that this process had resident at any time."""
-    with suppress(OSError), open("/proc/self/status") as lines:  # the other figure begins at that of who started us
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    if (peak := resident_gib("VmHWM")) is not None:  # the other figure begins at that of who started us
+        return peak
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -455,7 +357,7 @@ def _summary(
             "loss_nats": {"base": before and before.loss_nats, "tuned": after and after.loss_nats},
         },
         "train": {
-            "tokens_per_s": _speed(log),
+            "tokens_per_s": sum(s["tokens"] for s in log) / sum(s["wall_s"] for s in log) if log else 0.0,
             "supervised_tokens": int(sum(s["supervised_tokens"] for s in log)),
             "steps": len(log),
             "wall_s": sum(s["wall_s"] for s in log),
@@ -515,14 +417,10 @@ def _write_report(
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-class _Stopping:
-    requested = False
-
-
 @contextmanager
-def stop_on_signal() -> Iterator[_Stopping]:
+def stop_on_signal() -> Iterator[Stopping]:
     """The first Ctrl-C (or SIGTERM) asks for a stop after the step; a second one stops at once."""
-    state = _Stopping()
+    state = Stopping()
 
     def ask(number: int, frame: object) -> None:
         if state.requested:

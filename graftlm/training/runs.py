@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from graftlm.config import parse_yaml
+from graftlm.config import flat, parse_yaml
 from graftlm.errors import GraftError, nearest
 from graftlm.training import report
 
@@ -214,16 +214,6 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid JSON") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: not a mapping")
-    return found
-
-
-def flat(tree: object, prefix: str = "") -> dict[str, Any]:
-    """A tree by its dotted keys; lists and empty mappings are values."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 

@@ -21,13 +21,13 @@ from typing import Any
 from zlib import crc32
 
 import graftlm
-from graftlm.config import parse_yaml, to_tree, to_yaml
-from graftlm.errors import OutputError, RecipeError, TrainingError, nearest
-from graftlm.model.store import writing
-from graftlm.training.place import FREE
+from graftlm.config import differences, parse_yaml, to_tree, to_yaml
+from graftlm.errors import OutputError, RecipeError, TrainingError, nearest, numbered
+from graftlm.files import writing
+from graftlm.training.place import matters
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.run import RESUMABLE, stop_on_signal
-from graftlm.training.runs import compare, flat, short_names
+from graftlm.training.runs import compare, short_names
 
 TAGS = ("method", "name", "by")
 """Keys whose value says which config a mapping is: `lora.r` is then another word for `delta.r`."""
@@ -214,14 +214,10 @@ def _is_finished(folder: Path, recipe: Recipe) -> bool:
     found = compare([folder]).runs if folder.is_dir() else []
     if not found:  # of one that cannot be read, its process will say what is wrong
         return False
-    wanted = flat(to_tree(recipe))
-    for key in dict.fromkeys((*wanted, *found[0].recipe)):
-        there, here = found[0].recipe.get(key), wanted.get(key)
-        if there != here and not key.startswith(FREE):
-            raise OutputError(
-                f"{folder} holds a run of another recipe ({key}: {there!r} there, {here!r} here): choose another "
-                "--out, or remove it"
-            )
+    if changes := [change for change in differences(found[0].recipe, to_tree(recipe)) if matters(change)]:
+        raise OutputError(
+            f"{folder} holds a run of another recipe:\n{numbered(changes)}\nChoose another --out, or remove it"
+        )
     return found[0].status == "finished"
 
 

@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from graftlm.config import to_tree, to_yaml
 from graftlm.errors import TrainingError
-from graftlm.model.store import writing
+from graftlm.files import writing
 from graftlm.training import ranks
 from graftlm.training.recipe import Recipe
 

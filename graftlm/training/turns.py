@@ -123,10 +123,7 @@ class Turn:
             training=self.training,
             seen=seen,
             on_nonfinite=config.on_nonfinite,
-            packed=recipe.data.pack,
-            checkpointing=config.checkpointing,
-            offload=config.offload,
-            compiled=config.compile,
+            **recipe.passes(),
         )
 
     def end(self) -> None:

@@ -50,7 +50,7 @@ def test_a_folder_gives_a_frozen_model_in_evaluation_mode_and_its_tokenizer(base
 )
 def test_a_store_is_a_dtype(base_folder: Path, store: str, dtype: torch.dtype) -> None:
     for model in (
-        load_base(str(base_folder), store=store).model,
+        load_base(base_folder, store=store).model,
         load_base(BaseConfig(name=str(base_folder), store=store)).model,  # type: ignore[arg-type]
     ):
         assert {p.dtype for p in model.parameters()} == {dtype}

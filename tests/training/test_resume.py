@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import graftlm
 import graftlm.training.checkpoint as checkpoint
 import graftlm.training.run as run_module
-from graftlm.config import build, to_yaml
+from graftlm.config import build, differences, to_yaml
 from graftlm.errors import GraftError, OutputError, TrainingError
 from graftlm.training.checkpoint import FACTS, MANIFEST, STATE
-from graftlm.training.place import differences
 from graftlm.training.recipe import Recipe
 from tests.training.test_run import adapter
 
@@ -117,6 +117,25 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert "interrupted" not in summary
     assert summary["train"]["steps"] == STEPS
     same(out, unbroken)
+
+
+def test_a_stopped_run_leaves_what_its_policies_would_leave_and_goes_on_from_where_it_was(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three, whole, out = (tmp_path / name for name in ("three", "whole", "out"))
+    ema = recipe(base_folder, rows, policies=[{"name": "ema", "decay": 0.5}], train__save_every=1)
+    graftlm.train(ema, whole)
+    for made, folder in ((ema, out), (recipe(base_folder, rows), three)):
+        with monkeypatch.context() as patch:
+            stopping_after(3, patch)
+            graftlm.train(made, folder)
+    plain, kept = (load_file(folder / "adapter_model.safetensors") for folder in (three, out))
+    assert any(not torch.equal(plain[name], kept[name]) for name in plain), "the mean of three steps is not the third"
+    state = load_file(out / "checkpoints" / "step-00000003" / "state.safetensors")
+    means = sorted(float(t.double().sum()) for name, t in state.items() if name.startswith("policy/ema/"))
+    assert sorted(float(tensor.double().sum()) for tensor in kept.values()) == pytest.approx(means)
+    graftlm.train(ema, out, resume=True)
+    same(out, whole)
 
 
 def test_stopped_at_every_step_in_turn(

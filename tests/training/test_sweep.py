@@ -214,7 +214,7 @@ def test_what_failed_is_read_off_the_log(
 def test_a_folder_with_a_run_of_another_recipe_is_left_alone(recipe: Path, trainer: Trainer, tmp_path: Path) -> None:
     sweep(grid(recipe, ["seed=0..1"]), tmp_path / "out", say=lambda line: None)
     trainer.ran.clear()
-    with pytest.raises(OutputError, match=r"seed=0 holds a run of another recipe \(train.steps: 2 there, 9 here\)"):
+    with pytest.raises(OutputError, match=r"seed=0 holds a run of another recipe:\n  train.steps: 2 -> 9"):
         sweep(grid(recipe, ["seed=0..1", "steps=9"]), tmp_path / "out")
     assert trainer.ran == []
 

@@ -16,7 +16,7 @@ import torch
 
 from graftlm.config import Flag, config
 from graftlm.errors import TrainingError
-from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, torch_groups
 
 
 @config
@@ -31,7 +31,6 @@ class AdamW8bit(Policy):
     cost = "2 bytes of moments a parameter in place of 8; a step of the optimiser takes longer on a CPU"
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
-        made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
         if self.config.paged and any(p.device.type == "cpu" for group in groups for p in group.parameters.values()):
             raise TrainingError("policies: adamw-8bit: paged is for GPUs, and the model is on a CPU: leave it out")
         try:
@@ -39,6 +38,6 @@ class AdamW8bit(Policy):
         except ImportError:
             raise TrainingError("policies: adamw-8bit is from bitsandbytes: pip install 'graftlm[4bit]'") from None
         optimiser: torch.optim.Optimizer = AdamW(
-            made, weight_decay=weight_decay, optim_bits=8, is_paged=self.config.paged
+            torch_groups(groups), weight_decay=weight_decay, optim_bits=8, is_paged=self.config.paged
         )
         return optimiser

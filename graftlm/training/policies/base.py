@@ -35,11 +35,10 @@ from graftlm.model.attach import hosts, shared_of
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters by name that have one largest learning rate, and what else their optimiser is told of them."""
+    """Parameters by name that have one largest learning rate."""
 
     parameters: Mapping[str, nn.Parameter]
     rate: float
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,8 +87,28 @@ class Training:
 
     def generator(self, what: str) -> torch.Generator:
         """Random numbers that depend on the seed, on the steps done and on `what` they are for."""
-        mixed = crc32(f"{self.seed}/{self.done}/{what}".encode())
-        return torch.Generator().manual_seed(mixed)
+        return torch.Generator().manual_seed(self.seed_for(what))
+
+    def seed_for(self, what: object) -> int:
+        """A number that depends on the seed, on the steps done and on `what` it is for."""
+        return crc32(f"{self.seed}/{self.done}/{what}".encode())
+
+
+def torch_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """Groups as the optimisers of torch take them."""
+    return [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
+
+
+def is_over(rank: int, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix with both sides over a rank: of others, a projection to that rank saves nothing."""
+    return parameter.dim() == 2 and min(parameter.shape) > rank
+
+
+def needs_matrices_over(rank: int, training: Training) -> str:
+    """A reason to refuse where nothing that learns `is_over` this rank, or an empty text."""
+    if any(is_over(rank, p) for p in training.parameters().values()):
+        return ""
+    return f"it acts on matrices with both sides over its rank of {rank}, and none that learns is"
 
 
 def needs_method(training: Training, wanted: str) -> str:

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from graftlm.config import PositiveCount, Share, config
-from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import (
+    ParameterGroup,
+    Policy,
+    PolicyConfig,
+    Training,
+    is_over,
+    needs_matrices_over,
+    torch_groups,
+)
 
 FLOOR = 1e-30
 
@@ -43,8 +51,7 @@ class FloraOptimiser(torch.optim.Optimizer):
     seed = 0
 
     def __init__(self, config: FloraCompressionConfig, groups: Sequence[ParameterGroup], weight_decay: float) -> None:
-        made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
-        super().__init__(made, {"weight_decay": weight_decay})
+        super().__init__(torch_groups(groups), {"weight_decay": weight_decay})
         self.config: FloraCompressionConfig = config
         self.names = {p: name for group in groups for name, p in group.parameters.items()}
 
@@ -62,7 +69,7 @@ class FloraOptimiser(torch.optim.Optimizer):
                     continue
                 state, turned = self.state[p], p.dim() == 2 and p.shape[0] > p.shape[1]
                 N = self._scaled(p.grad.T if turned else p.grad, state)
-                if p.dim() == 2 and min(p.shape) > self.config.rank:
+                if is_over(self.config.rank, p):
                     old, new = ((state["step"] - back) // self.config.every for back in (2, 1))
                     A = self.directions(self.names[p], max(0, old), len(N)).to(N)
                     C = state.setdefault("C", N.new_zeros(len(A), N.shape[1]))
@@ -96,11 +103,7 @@ class FloraCompression(Policy):
     cost = "one moment of r rows in place of two of all; its directions are drawn again at every step"
 
     def refuse(self, training: Training) -> str:
-        if not any(p.dim() == 2 and min(p.shape) > self.config.rank for p in training.parameters().values()):
-            return (
-                f"it compresses matrices with both sides over its rank of {self.config.rank}, and none that learns is"
-            )
-        return ""
+        return needs_matrices_over(self.config.rank, training)
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return FloraOptimiser(self.config, groups, weight_decay)

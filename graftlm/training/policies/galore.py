@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from graftlm.config import PositiveCount, PositiveRate, config
-from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import (
+    ParameterGroup,
+    Policy,
+    PolicyConfig,
+    Training,
+    is_over,
+    needs_matrices_over,
+    torch_groups,
+)
 
 
 @config
@@ -39,8 +47,7 @@ class ProjectedAdam(torch.optim.Optimizer):
     """AdamW whose moments are of P^T G for matrices with both sides over `rank`."""
 
     def __init__(self, policy: "Projecting", groups: Sequence[ParameterGroup], weight_decay: float) -> None:
-        made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
-        super().__init__(made, {"weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
+        super().__init__(torch_groups(groups), {"weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
         self.policy = policy
 
     @torch.no_grad()
@@ -51,7 +58,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state, G = self.state[p], p.grad
-                projected = p.dim() == 2 and min(p.shape) > self.policy.config.rank
+                projected = is_over(self.policy.config.rank, p)
                 if projected and "P" not in state and not G.any():
                     continue
                 turned = projected and p.shape[0] > p.shape[1]
@@ -80,9 +87,7 @@ class Projecting(Policy):
         """Set state["P"] [n, r] before step state["step"] + 1, if it is due; G [n, m], n <= m, is not all zero."""
 
     def refuse(self, training: Training) -> str:
-        if not any(p.dim() == 2 and min(p.shape) > self.config.rank for p in training.parameters().values()):
-            return f"it projects matrices with both sides over its rank of {self.config.rank}, and none that learns is"
-        return ""
+        return needs_matrices_over(self.config.rank, training)
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return ProjectedAdam(self, groups, weight_decay)

@@ -28,7 +28,7 @@ from graftlm.config import PositiveRate, config
 from graftlm.errors import TrainingError
 from graftlm.model.attach import penalty
 from graftlm.training import ranks
-from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
 
 
 @config
@@ -61,8 +61,7 @@ class Fused(Policy):
         return "the penalty of this method is added after the backward pass, in which this acts" if penalised else ""
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
-        made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
-        return Acted(made, {"weight_decay": weight_decay})
+        return Acted(torch_groups(groups), {"weight_decay": weight_decay})
 
     @contextmanager
     def during(self, training: Training) -> Iterator[None]:

@@ -37,7 +37,7 @@ class LoraPlus(Policy):
         for group in groups:
             for wanted, factor in ((False, 1.0), (True, self.config.ratio)):
                 part = {name: p for name, p in group.parameters.items() if _is_B(name) is wanted}
-                made += [ParameterGroup(part, factor * group.rate, group.options)] if part else []
+                made += [ParameterGroup(part, factor * group.rate)] if part else []
         return made
 
 

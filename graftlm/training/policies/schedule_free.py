@@ -18,7 +18,7 @@ from pydantic import Field, Strict
 
 from graftlm.config import config
 from graftlm.errors import TrainingError
-from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
 
 
 @config
@@ -40,9 +40,8 @@ class ScheduleFree(Policy):
             raise TrainingError(
                 "policies: schedule-free is a library of its own: pip install 'graftlm[schedule-free]'"
             ) from None
-        made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
         optimiser: torch.optim.Optimizer = AdamWScheduleFree(
-            made, betas=(self.config.momentum, 0.999), weight_decay=weight_decay
+            torch_groups(groups), betas=(self.config.momentum, 0.999), weight_decay=weight_decay
         )
         return optimiser
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from graftlm.config import Share, config
-from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig
+from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, torch_groups
 
 
 @config
@@ -52,5 +52,4 @@ class Sm3(Policy):
     cost = "one moment in place of two, or none with `momentum: 0`"
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
-        made = [{"params": list(group.parameters.values()), "lr": group.rate} for group in groups]
-        return Sm3Optimiser(made, {"weight_decay": weight_decay, "momentum": self.config.momentum})
+        return Sm3Optimiser(torch_groups(groups), {"weight_decay": weight_decay, "momentum": self.config.momentum})
