@@ -1,6 +1,6 @@
 """What the guards say in real runs: of clean steps, of planted spikes, and what is left of batches that are not finite.
 
-    nice python benchmarks/guards/run.py     writes result.json
+nice python benchmarks/guards/run.py     writes result.json
 """
 
 import json

@@ -2,6 +2,7 @@
 
     groups(groups)        before the optimiser is made: other rates for some tensors
     optimiser(groups)     another optimiser than AdamW; one policy of a run at most
+    state_bytes, waiting  how much memory its optimiser takes, and which parameters take none
     refuse(training)      why this policy has no meaning for what is trained here, or an empty text
     beside(others)        why it has none beside the run's other policies, or an empty text
     on_start(training)    before the first step of this process, after a resume too
@@ -177,6 +178,14 @@ class Policy:
 
     def beside(self, others: Sequence["Policy"]) -> str:
         return ""
+
+    def state_bytes(self, parameter: Tensor) -> int | None:
+        """What its optimiser keeps of a parameter, for `graft plan`; None where it brings no optimiser."""
+        return None
+
+    def waiting(self, training: Training) -> Sequence[nn.Parameter]:
+        """Parameters that have neither a gradient nor an optimiser's state, at the time when the others are largest."""
+        return ()
 
     def groups(self, groups: Sequence[ParameterGroup]) -> Sequence[ParameterGroup]:
         return groups

@@ -105,6 +105,11 @@ class FloraCompression(Policy):
     def refuse(self, training: Training) -> str:
         return needs_matrices_over(self.config.rank, training)
 
+    def state_bytes(self, parameter: Tensor) -> int:
+        sides = sum(parameter.shape) if parameter.dim() == 2 else parameter.numel()
+        compressed = is_over(self.config.rank, parameter)
+        return 4 * (sides + (self.config.rank * max(parameter.shape) if compressed else parameter.numel()))
+
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return FloraOptimiser(self.config, groups, weight_decay)
 

@@ -89,6 +89,11 @@ class Projecting(Policy):
     def refuse(self, training: Training) -> str:
         return needs_matrices_over(self.config.rank, training)
 
+    def state_bytes(self, parameter: Tensor) -> int:
+        if not is_over(self.config.rank, parameter):
+            return 8 * parameter.numel()
+        return 4 * self.config.rank * (2 * max(parameter.shape) + min(parameter.shape))  # M, V and P
+
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return ProjectedAdam(self, groups, weight_decay)
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, Strict
+from torch import Tensor
 
 from graftlm.config import config
 from graftlm.errors import TrainingError
@@ -32,6 +33,9 @@ class ScheduleFree(Policy):
     paper = "Defazio et al. 2024, arXiv:2405.15682"
     cost = "none: z stands where Adam has its first moment"
     no_mean = "it keeps a mean of its own, which is what is evaluated and saved"
+
+    def state_bytes(self, parameter: Tensor) -> int:
+        return 8 * parameter.numel()
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         try:
