@@ -242,7 +242,7 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
 
 
 def update_bytes(recipe: Recipe, model: Any, several_packs: bool) -> tuple[int, int]:
-    """Bytes of gradients and of the optimiser's state, as the recipe's policies say; AdamW keeps two float32 moments."""
+    """Bytes of gradients and of the optimiser's state, as the policies say; AdamW keeps two float32 moments."""
     policies = make_policies(recipe.policies)
     parameters = [p for name in recipe.all_deltas() for p in parameters_of(model, name)]
     unmade = torch.optim.SGD([torch.zeros(1)], lr=0.0)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from graftlm.config import Flag, config
 from graftlm.errors import TrainingError
@@ -34,7 +34,7 @@ class AdamW8bit(Policy):
     paper = "Dettmers et al. 2021, arXiv:2110.02861"
     cost = "2 bytes of moments a parameter in place of 8; a step of the optimiser takes longer on a CPU"
 
-    def state_bytes(self, parameter: Tensor) -> int:
+    def state_bytes(self, parameter: nn.Parameter) -> int:
         n = parameter.numel()
         return 8 * n if n < LEAST else 2 * n + 8 * -(-n // 256)  # codes, and a scale for each block
 

@@ -179,7 +179,7 @@ class Policy:
     def beside(self, others: Sequence["Policy"]) -> str:
         return ""
 
-    def state_bytes(self, parameter: Tensor) -> int | None:
+    def state_bytes(self, parameter: nn.Parameter) -> int | None:
         """What its optimiser keeps of a parameter, for `graft plan`; None where it brings no optimiser."""
         return None
 

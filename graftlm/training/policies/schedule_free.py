@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, Strict
-from torch import Tensor
+from torch import nn
 
 from graftlm.config import config
 from graftlm.errors import TrainingError
@@ -34,7 +34,7 @@ class ScheduleFree(Policy):
     cost = "none: z stands where Adam has its first moment"
     no_mean = "it keeps a mean of its own, which is what is evaluated and saved"
 
-    def state_bytes(self, parameter: Tensor) -> int:
+    def state_bytes(self, parameter: nn.Parameter) -> int:
         return 8 * parameter.numel()
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ from functools import reduce
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from graftlm.config import Share, config
 from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, torch_groups
@@ -52,7 +52,7 @@ class Sm3(Policy):
     paper = "Anil et al. 2019, arXiv:1901.11150"
     cost = "one moment in place of two, or none with `momentum: 0`"
 
-    def state_bytes(self, parameter: Tensor) -> int:
+    def state_bytes(self, parameter: nn.Parameter) -> int:
         return 4 * (sum(parameter.shape) + (parameter.numel() if self.config.momentum else 0))
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
