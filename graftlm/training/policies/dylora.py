@@ -4,7 +4,8 @@ and Algorithm 1.
     each step:  b ~ U{least .. r};  forward, backward and update with A[:b] and B[:, :b] (method dylora)
     frozen:     the same forward, but only row A[b-1] and column B[:, b-1] are updated (the paper's cheaper variant)
 
-One b for all sites and all rows of a step, as in the authors' code. What is beyond b has a gradient of zero; Adam's
+One b for all sites and all rows of a step, and alpha / b in front, as in the authors' code (huawei-noah/KD-NLP: it
+multiplies each factor by sqrt(r / b), and LoRA's alpha / r stands before both). What is beyond b has a gradient of zero; Adam's
 momentum goes on moving it a little, there and here. In the frozen variant the first two steps update the whole block:
 before B has moved, A has no gradient. The paper's other distributions of b are left out.
 
