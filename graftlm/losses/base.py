@@ -44,6 +44,8 @@ class Batch:
     """float [S]: log-probabilities from when the answers were sampled; None where the policy is still the same."""
     values: Tensor | None = None
     """float [N], with a gradient: V(x) of the prompt that each answer is to, for losses with a value head."""
+    divergences: Tensor | None = None
+    """float [S], with a gradient: how far the policy's whole distribution is from a teacher's, for distillation."""
     statistic: float = 0.0
     """A number that the whole step has in common, where `Loss.statistic` asks for one."""
 

@@ -197,4 +197,4 @@ def _part_by_name(event: Any) -> str | None:
     name = event.name.lower()
     if "attention" in name:
         return "attention"
-    return "head and loss" if "logprobs" in name or "cross_entropy" in name else None
+    return "head and loss" if any(part in name for part in ("logprobs", "readings", "cross_entropy")) else None

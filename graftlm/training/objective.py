@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,24 +11,14 @@ from torch import Tensor, nn
 from graftlm.data.compare import mismatched
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
+from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
-from graftlm.model.attach import (
-    SHARED,
-    activate,
-    deltas_off,
-    deltas_only,
-    hosts,
-    parameters_of,
-    share,
-    shared_of,
-)
-from graftlm.model.forward import head, hidden_states, log_probs
-from graftlm.model.store import load_adapter
+from graftlm.model.attach import SHARED, share, shared_of
+from graftlm.model.forward import head, head_read, hidden_states, log_probs
+from graftlm.model.ops import Comparison
 from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup
-
-REFERENCE = "reference"
-"""What the adapter of a config's `reference` is called on the model."""
+from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
 
 VALUES = "value-head"
 """What the value head of a loss is called among what deltas share."""
@@ -46,11 +37,12 @@ class Objective:
 
         Raises AdapterError for an adapter that does not fit.
         """
-        if folder := getattr(self.config, "reference", None):
-            load_adapter(model, folder, name=REFERENCE)
-            for parameter in parameters_of(model, REFERENCE):
-                parameter.requires_grad_(False)
-            activate(model)
+        if folder := getattr(self.config, "reference", None) or self._teacher_adapter():
+            add_adapter(model, folder)
+
+    def _teacher_adapter(self) -> str | None:
+        teacher: str | None = getattr(self.config, "teacher", None)
+        return teacher if teacher is not None and is_adapter(teacher) else None
 
     def add_head(self, model: Any) -> None:
         """Put the value head on the model, if this loss has one: after the deltas, which freeze everything else."""
@@ -73,13 +65,23 @@ class Objective:
         `statistic` is that of the step."""
         batch = replace(batch_of(pack), statistic=statistic)
         reference = self.reference(model, pack)
-        if self.loss.values:
-            hidden = hidden_states(model, pack)
-            policy = head(model, hidden.index_select(0, pack.hidden_rows), pack.targets)
-            batch = replace(batch, values=_values(model, hidden.detach(), pack))
+        comparisons = self.comparisons(model, pack)
+        hidden = hidden_states(model, pack)
+        at = hidden.index_select(0, pack.hidden_rows)
+        if comparisons:
+            read = head_read(model, at, pack.targets, comparisons)
+            policy, batch = read.log_probs, replace(batch, divergences=read.distances[0])
         else:
-            policy = log_probs(model, pack)
+            policy = head(model, at, pack.targets)
+        if self.loss.values:
+            batch = replace(batch, values=_values(model, hidden.detach(), pack))
         return self.loss.value(self.config, policy, reference, batch), policy.detach()
+
+    def comparisons(self, model: nn.Module, pack: Pack) -> list[Comparison]:
+        """Whole distributions that the policy's are compared with: those of a teacher."""
+        if not isinstance(self.config, DistillationConfig):
+            return []
+        return [comparison(model, pack, self.config.teacher, partial(distance, self.config))]
 
     def probes(self, step: Sequence[Example | Group]) -> list[Group]:
         """What is looked at before a step of these, for its statistic; nothing where the loss has none."""
@@ -104,13 +106,7 @@ class Objective:
         """log-probabilities of the targets under the reference, [S]: the same pack through the same model."""
         if not self.config.needs_reference:
             return None
-        if getattr(self.config, "reference", None) is None:
-            with deltas_off(model):
-                return log_probs(model, pack)
-        for host in hosts(model).values():
-            if REFERENCE in host.deltas:
-                host.deltas[REFERENCE].eval()
-        with deltas_only(model, REFERENCE):
+        with referring(model, getattr(self.config, "reference", None)):
             return log_probs(model, pack)
 
 
@@ -153,7 +149,9 @@ class Sums:
 
     def __init__(self, objective: Objective) -> None:
         nothing = torch.empty(0)  # every rank must know what there is, one without packs too
-        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing))
+        made = objective.loss.value(
+            objective.config, nothing, nothing, Batch(nothing, values=nothing, divergences=nothing)
+        )
         self.parts = {name: [0.0, 0.0] for name in made.metrics}
         self.loss = 0.0
 

@@ -14,6 +14,7 @@ from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import nearest
 from graftlm.losses import LOSSES, LossConfig
+from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
@@ -134,6 +135,14 @@ class Recipe:
             raise ValueError(
                 f"policy neftune would disturb the reference of loss {name} as it does the policy: drop one"
             )
+        if isinstance(self.loss, DistillationConfig):
+            if self.loss.teacher is None and not self.loss.supervised_weight:
+                raise ValueError(
+                    "loss distillation needs a teacher: another base, or the folder of an adapter for it. Without "
+                    "one the policy is held to its own base, which means something beside a supervised_weight only"
+                )
+            if "neftune" in [policy.name for policy in self.policies]:
+                raise ValueError("policy neftune would disturb the policy and not its teacher: drop one")
         if needs == "pairs" and not self.data.pack:
             raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
         if LOSSES[name].statistic is not None and self.train.batch_rows < 2:

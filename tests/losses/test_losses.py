@@ -22,6 +22,7 @@ from tests.losses.answers import Answers, answers
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LOSSES),
     *(("dpo", {"link": link}) for link in ("hinge", "ipo", "robust", "exo")),
+    ("distillation", {"supervised_weight": 0.3, "temperature": 2.0}),
     ("policy-gradient", {"divide": "tokens", "kl": 0.1}),
     ("policy-gradient", {"ratio": "answer"}),
     ("policy-gradient", {"ratio": "answer-mean", "kl": 0.1}),
@@ -32,6 +33,12 @@ COMPARES_PAIRS = [(name, options) for name, options in OPTIONS if LOSSES[name].r
 def made(name: str, options: dict[str, Any], given: Answers) -> LossSum:
     loss = LOSSES[name]
     return loss.value(loss.config(**options), given.rows(given.policy), given.rows(given.reference), given.batch)
+
+
+def spread(given: Answers, values: Tensor | None) -> Tensor:
+    """What is known of each token [S], at its place in the rows [2P, T]."""
+    assert values is not None
+    return torch.zeros(given.mask.shape, dtype=values.dtype).masked_scatter(given.mask, values)
 
 
 def part(given: Answers, numbers: list[int]) -> Answers:
@@ -45,6 +52,7 @@ def part(given: Answers, numbers: list[int]) -> Answers:
         pairs=torch.stack([own[: len(numbers)], own[len(numbers) :]], dim=1),
         marks=given.batch.marks[rows],
         values=None if given.batch.values is None else given.batch.values[rows],
+        divergences=spread(given, given.batch.divergences)[rows][mask],
     )
     return Answers(given.policy[rows], given.reference[rows], mask, batch)
 
@@ -93,7 +101,9 @@ def test_a_step_along_the_gradient_prefers_the_chosen_answers(name: str, options
     (gradient,) = torch.autograd.grad(made(name, options, given).sum, given.policy)
     towards = -(gradient * given.mask).sum(1)
     pairs = len(given.batch.pairs)
-    if LOSSES[name].rows in ("answers", "text"):
+    if name == "distillation" and not options:
+        assert not gradient.any(), "it has its gradient from whole distributions: tests/losses/test_distillation.py"
+    elif LOSSES[name].rows in ("answers", "text"):
         assert (towards > 0).all()
     else:
         assert towards[:pairs].mean() > towards[pairs:].mean()
@@ -222,6 +232,9 @@ def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
         ("dpo", {"link": "robust", "noise": 0.5}, "less than 0.5"),
         ("dpo", {"beta": 0}, "greater than 0"),
         ("dpo", {"gamma": 1}, "unknown key"),
+        ("distillation", {"beta": 0.3}, "beta is for the divergence jsd"),
+        ("distillation", {"divergence": "jsd", "beta": 1.0}, "less than 1"),
+        ("distillation", {"teacher_adapter": "x"}, "name that base in teacher"),
         ("simpo", {"reference": "x"}, "unknown key"),
         ("policy-gradient", {"ratio": "answer", "divide": "tokens"}, "divide: tokens is for ratio: token"),
     ],

@@ -18,10 +18,13 @@ from graftlm.model.attach import activate, attach, deltas_off, trainable
 from graftlm.model.forward import hidden_states, log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.objective import Objective, Sums, beside
+from graftlm.training.teacher import TEACHER
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LOSSES),
     *(("dpo", {"link": link}) for link in ("hinge", "ipo", "robust", "exo")),
+    ("distillation", {"divergence": "reverse", "supervised_weight": 0.3}),
+    ("distillation", {"divergence": "jsd", "temperature": 2.0, "teacher": "another/base"}),
     ("policy-gradient", {"kl": 0.1, "divide": "tokens"}),
 ]
 
@@ -78,7 +81,10 @@ def same(found: Any, wanted: Any, tolerance: float) -> None:
 
 
 def moved() -> Any:
-    return perturbed("lora", tiny_model())
+    """A model away from its base, and beside it a wider teacher that is another."""
+    model = perturbed("lora", tiny_model())
+    model.__dict__[TEACHER] = tiny_model(seed=5, hidden_size=48, num_hidden_layers=3)
+    return model
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
