@@ -15,7 +15,7 @@ from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
 from graftlm.model.attach import SHARED, share, shared_of
 from graftlm.model.forward import head, head_read, hidden_states, log_probs
-from graftlm.model.ops import Comparison
+from graftlm.model.ops import Comparison, Readings
 from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
@@ -68,9 +68,9 @@ class Objective:
         comparisons = self.comparisons(model, pack)
         hidden = hidden_states(model, pack)
         at = hidden.index_select(0, pack.hidden_rows)
-        if comparisons:
-            read = head_read(model, at, pack.targets, comparisons)
-            policy, batch = read.log_probs, replace(batch, divergences=read.distances[0])
+        if comparisons or self.config.reads:
+            read = head_read(model, at, pack.targets, comparisons, with_means="mean_log_probs" in self.config.reads)
+            policy, batch = read.log_probs, _with_readings(batch, read)
         else:
             policy = head(model, at, pack.targets)
         if self.loss.values:
@@ -127,6 +127,15 @@ def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
     return values[:, 0]
 
 
+def _with_readings(batch: Batch, read: Readings) -> Batch:
+    return replace(
+        batch,
+        divergences=read.distances[0] if read.distances else None,
+        normalisers=read.normalisers,
+        mean_log_probs=None if read.means is None else read.means - read.normalisers,
+    )
+
+
 def batch_of(pack: Pack) -> Batch:
     return Batch(pack.weights, pack.answers, pack.pairs, pack.marks, pack.before)
 
@@ -149,9 +158,8 @@ class Sums:
 
     def __init__(self, objective: Objective) -> None:
         nothing = torch.empty(0)  # every rank must know what there is, one without packs too
-        made = objective.loss.value(
-            objective.config, nothing, nothing, Batch(nothing, values=nothing, divergences=nothing)
-        )
+        readings: Any = {"divergences": nothing, "normalisers": nothing, "mean_log_probs": nothing}
+        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing, **readings))
         self.parts = {name: [0.0, 0.0] for name in made.metrics}
         self.loss = 0.0
 
