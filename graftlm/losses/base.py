@@ -30,6 +30,12 @@ class LossSum:
     sum: Tensor
     count: Tensor
     metrics: Metrics = field(default_factory=dict)
+    penalty: Tensor | None = None
+    """What a recipe adds for each supervised token, summed; it is divided by their number, not by `count`."""
+
+    def mean(self, count: float, tokens: float) -> Tensor:
+        """This part of a step that has so many things to be counted, and so many supervised tokens."""
+        return self.sum / count if self.penalty is None else self.sum / count + self.penalty / tokens
 
 
 @dataclass(frozen=True)

@@ -496,12 +496,11 @@ class _LinearReadings(Function):
                     bent = z.div(softcap).tanh_()
                     z, bend = bent * softcap, 1 - bent.square_()
                     towards[at] *= bend.gather(1, wanted).to(towards.dtype)
-                made = [
-                    _normaliser(z),
-                    *(c.distance(z, o[inner].float()) for c, o in zip(comparisons, others, strict=True)),
-                ]
+                log_softmax = z.log_softmax(-1)
+                log_probs[at] = log_softmax.gather(1, wanted)[:, 0]
+                made = [(z.gather(1, wanted)[:, 0] - log_probs[at], log_softmax.exp_())]
+                made += [c.distance(z, o[inner].float()) for c, o in zip(comparisons, others, strict=True)]
                 made += [(z.mean(-1), torch.full_like(z, 1 / V))] if with_means else []
-                log_probs[at] = z.gather(1, wanted)[:, 0] - made[0][0]
                 for reading, slope, (values, of_logits) in zip(readings, slopes, made, strict=True):
                     reading[at] = values
                     slope[inner] = of_logits if bend is None else of_logits * bend
@@ -517,11 +516,6 @@ class _LinearReadings(Function):
         for each in more:
             grad += each
         return grad, None, None, None, None, None, None
-
-
-def _normaliser(z: Tensor) -> tuple[Tensor, Tensor]:
-    log_softmax = z.log_softmax(-1)
-    return z[:, 0] - log_softmax[:, 0], log_softmax.exp_()
 
 
 def linear_readings(
@@ -574,8 +568,7 @@ def head_readings(
 
     def chunk(h: Tensor, t: Tensor, rows: slice) -> tuple[Tensor, ...]:
         z = head(h).float()
-        normalisers = z.logsumexp(-1)
-        made = [z.gather(1, t[:, None])[:, 0] - normalisers, normalisers]
+        made = [-F.cross_entropy(z, t, reduction="none"), z.logsumexp(-1)]
         made += [_Distance.apply(z, other.logits(rows).float(), other.distance) for other in comparisons]
         return (*made, z.mean(-1)) if with_means else tuple(made)
 

@@ -18,7 +18,11 @@ from graftlm.model.forward import head, head_read, hidden_states, log_probs
 from graftlm.model.ops import Comparison, Readings
 from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup
+from graftlm.training.regularisers import KlConfig
 from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
+
+TIE = "kl_to_base"
+"""What the divergence that a tie adds is called among metrics."""
 
 VALUES = "value-head"
 """What the value head of a loss is called among what deltas share."""
@@ -27,10 +31,11 @@ VALUES = "value-head"
 class Objective:
     """What a step minimises: the loss of a config as a function of model and pack."""
 
-    def __init__(self, config: LossConfig | str) -> None:
-        """A name is that loss with its defaults."""
+    def __init__(self, config: LossConfig | str, tie: KlConfig | None = None) -> None:
+        """A name is that loss with its defaults; `tie` adds a divergence from the base to it."""
         self.config = LOSSES[config].config() if isinstance(config, str) else config  # type: ignore[call-arg]
         self.loss = LOSSES[self.config.name]
+        self.tie = tie
 
     def add_reference(self, model: nn.Module) -> None:
         """Put the adapter that is the reference on the bare base, if there is one: before any delta.
@@ -75,13 +80,21 @@ class Objective:
             policy = head(model, at, pack.targets)
         if self.loss.values:
             batch = replace(batch, values=_values(model, hidden.detach(), pack))
-        return self.loss.value(self.config, policy, reference, batch), policy.detach()
+        made = self.loss.value(self.config, policy, reference, batch)
+        if self.tie is not None:
+            apart = (batch.weights * read.distances[-1]).sum()
+            metrics = {**made.metrics, TIE: (apart.detach(), batch.weights.sum())}
+            made = replace(made, metrics=metrics, penalty=self.tie.weight * apart)
+        return made, policy.detach()
 
     def comparisons(self, model: nn.Module, pack: Pack) -> list[Comparison]:
-        """Whole distributions that the policy's are compared with: those of a teacher."""
-        if not isinstance(self.config, DistillationConfig):
-            return []
-        return [comparison(model, pack, self.config.teacher, partial(distance, self.config))]
+        """Whole distributions that the policy's are compared with: those of a teacher, and last those of the base."""
+        found = []
+        if isinstance(self.config, DistillationConfig):
+            found.append(comparison(model, pack, self.config.teacher, partial(distance, self.config)))
+        if self.tie is not None:
+            found.append(comparison(model, pack, None, self.tie.distance()))
+        return found
 
     def probes(self, step: Sequence[Example | Group]) -> list[Group]:
         """What is looked at before a step of these, for its statistic; nothing where the loss has none."""
@@ -160,7 +173,7 @@ class Sums:
         nothing = torch.empty(0)  # every rank must know what there is, one without packs too
         readings: Any = {"divergences": nothing, "normalisers": nothing, "mean_log_probs": nothing}
         made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing, **readings))
-        self.parts = {name: [0.0, 0.0] for name in made.metrics}
+        self.parts = {name: [0.0, 0.0] for name in (*made.metrics, *([TIE] if objective.tie else []))}
         self.loss = 0.0
 
     def add(self, made: LossSum) -> None:

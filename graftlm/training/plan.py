@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graftlm.data.pack import Example, Group, Pack
-from graftlm.losses.base import ComparedConfig, LossConfig
+from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler, hidden_states
@@ -28,8 +28,10 @@ from graftlm.model.ops import KERNELS_KEPT
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
 from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
+from graftlm.training.objective import Objective
 from graftlm.training.optim import adamw
 from graftlm.training.recipe import Recipe
+from graftlm.training.regularisers import tie
 from graftlm.training.run import peak_rss_gib, prepare_data
 from graftlm.training.teacher import TEACHER, teacher_base
 from graftlm.training.turns import packs_of, plan_batches
@@ -265,18 +267,20 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
         parameter.grad = torch.zeros_like(parameter)
     checkpointing, live = recipe.train.checkpointing, LiveBytes()
     with training_pass(model, packed=recipe.data.pack, checkpointing=checkpointing, offload=recipe.train.offload), live:
-        one_pass(model, pack, _loss(recipe))
+        one_pass(model, pack, _objective(recipe))
     if products is not None:
         products |= live.products
     return live.peak
 
 
-def _loss(recipe: Recipe) -> LossConfig:
-    """The loss of the recipe. Where an adapter is its reference or teacher, the base stands for it."""
+def _objective(recipe: Recipe) -> Objective:
+    """The objective of the recipe. Where an adapter is its reference or teacher, the base stands for it."""
     loss = recipe.loss
     if isinstance(loss, DistillationConfig) and teacher_base(loss) is None:
-        return replace(loss, teacher=None)
-    return replace(loss, reference=None) if isinstance(loss, ComparedConfig) else loss
+        loss = replace(loss, teacher=None)
+    elif isinstance(loss, ComparedConfig):
+        loss = replace(loss, reference=None)
+    return Objective(loss, tie(recipe.regularisers))
 
 
 def kernels(products: set[Product], shape: Shape) -> int:
@@ -323,7 +327,7 @@ def time_of(
     def seconds(model: Any) -> float:
         def passes() -> None:
             for pack in packs:
-                one_pass(model, pack, _loss(recipe))
+                one_pass(model, pack, _objective(recipe))
 
         with training_pass(
             model,

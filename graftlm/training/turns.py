@@ -129,6 +129,7 @@ class Turn:
             schedule=self.schedule,
             clip=config.clip,
             policies=self.policies,
+            regularisers=recipe.regularisers,
             training=self.training,
             seen=seen,
             on_nonfinite=config.on_nonfinite,
