@@ -39,7 +39,7 @@ class DistillationConfig(LossConfig):
     teacher_store: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4", "int4"] = "auto"
     """How the weights of a teacher that is another base are kept, as `base.store`."""
     divergence: Divergence = "forward"
-    """KL(teacher || policy), KL(policy || teacher), or the generalised Jensen-Shannon divergence of the two."""
+    """forward covers all that the teacher finds likely, reverse keeps to what is likeliest, jsd lies between."""
     beta: Between | None = None
     """Only jsd (0.5 if not given): the teacher's share of the mixture."""
     temperature: PositiveRate = 1.0

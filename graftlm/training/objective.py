@@ -71,15 +71,20 @@ class Objective:
         batch = replace(batch_of(pack), statistic=statistic)
         reference = self.reference(model, pack)
         comparisons = self.comparisons(model, pack)
-        hidden = hidden_states(model, pack)
-        at = hidden.index_select(0, pack.hidden_rows)
-        if comparisons or self.config.reads:
-            read = head_read(model, at, pack.targets, comparisons, with_means="mean_log_probs" in self.config.reads)
-            policy, batch = read.log_probs, _with_readings(batch, read)
+        more = bool(comparisons or self.config.reads)
+        if more or self.loss.values:
+            hidden = hidden_states(model, pack)
+            at = hidden.index_select(0, pack.hidden_rows)
+            if more:
+                means = "mean_log_probs" in self.config.reads
+                read = head_read(model, at, pack.targets, comparisons, with_means=means)
+                policy, batch = read.log_probs, _with_readings(batch, read)
+            else:
+                policy = head(model, at, pack.targets)
+            if self.loss.values:
+                batch = replace(batch, values=_values(model, hidden.detach(), pack))
         else:
-            policy = head(model, at, pack.targets)
-        if self.loss.values:
-            batch = replace(batch, values=_values(model, hidden.detach(), pack))
+            policy = log_probs(model, pack)
         made = self.loss.value(self.config, policy, reference, batch)
         if self.tie is not None:
             apart = (batch.weights * read.distances[-1]).sum()

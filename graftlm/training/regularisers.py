@@ -15,9 +15,10 @@ pass. kl is a second pass without deltas over each pack and is divided by the su
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from graftlm.config import PositiveRate, config
@@ -33,16 +34,22 @@ class RegulariserConfig:
     """The base of all configs of regularisers; each adds `name`, its key in REGULARISERS, and its options."""
 
     name: str
-    weight: PositiveRate
-    """What it is multiplied with in the loss; `metrics.jsonl` has it without."""
+    weight: Annotated[
+        PositiveRate, Field(description="What it is multiplied with in the loss; `metrics.jsonl` has it without.")
+    ]
 
 
 @config
 class OfTensorsConfig(RegulariserConfig):
     """Of those that are functions of the delta's tensors."""
 
-    tensors: str = ".*"
-    """Regular expression for the end of a tensor's name, which is SITE.DELTA.TENSOR: `B`, or `q_proj.default.A`."""
+    tensors: Annotated[
+        str,
+        Field(
+            description="Regular expression for the end of a tensor's name, which is SITE.DELTA.TENSOR: `B`, or "
+            "`q_proj.default.A`."
+        ),
+    ] = ".*"
 
 
 @config
@@ -71,7 +78,7 @@ class GroupLassoConfig(OfTensorsConfig):
 class KlConfig(RegulariserConfig):
     name: Literal["kl"] = "kl"
     divergence: Literal["forward", "reverse"] = "reverse"
-    """reverse is KL(policy || base), forward KL(base || policy)."""
+    """reverse weighs log-ratios by the policy's probabilities, forward by those of the base."""
 
     def distance(self) -> Distance:
         return partial(divergence, self.divergence, 0.5)
