@@ -15,10 +15,13 @@ import typer
 
 from graftlm.cli import app
 from graftlm.config import json_schema
+from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
+from graftlm.losses import LOSSES
 from graftlm.training.advice import facts, measured
 from graftlm.training.policies import POLICIES
 from graftlm.training.recipe import Recipe
+from graftlm.training.select import SELECTORS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -178,13 +181,22 @@ The file of each opens with its equation and says where it departs from the pape
 
 
 def readme() -> str:
-    """README.md with the figures of benchmarks/*/result.json between its two marks."""
+    """README.md with the figures of benchmarks/*/result.json, and how many there are of what, between their marks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
     lines = [make(json.loads(file.read_text())) for name, make in FIGURES.items() if (file := _result(name)).is_file()]
     table = ["| measured | figure | |", "|---|---|---|", *lines]
-    return before + MARKS[0] + "\n" + "\n".join(table) + "\n" + MARKS[1] + after
+    counts = (
+        f"{len(METHODS)} methods ([table](docs/methods.md)), {len(INITS)} inits, {len(LOSSES)} objectives, "
+        f"{len(POLICIES)} training policies ([table](docs/policies.md)) and {len(SELECTORS)} ways to choose rows."
+    )
+    return _between("figures", "\n".join(table), _between("counts", counts, text))
+
+
+def _between(mark: str, made: str, text: str) -> str:
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{made}\n{end}{after}"
 
 
 def _result(name: str) -> Path:
@@ -294,11 +306,42 @@ def _damaged_rows(result: dict[str, Any]) -> str:
     return _rows(rows_of, _where("damaged_rows", result))
 
 
+def _masks(result: dict[str, Any]) -> str:
+    held, count = sum(one["holds"] for one in result["templates"].values()), len(result["templates"])
+    what = f"templates whose masks hold on {result['config']['conversations']:,} random conversations each"
+    return _rows({what: f"{held} of {count}"}, _where("masks", result))
+
+
+def _preference(result: dict[str, Any]) -> str:
+    rows = {
+        f"a DPO step, {threads} thread{'s' * (threads != '1')}, against TRL + PEFT at its best": (
+            f"{found['ratios']['step, to the best peer']:.2f} times as fast"
+        )
+        for threads, found in result["threads"].items()
+    }
+    return _rows(rows, _where("preference", result))
+
+
+def _dpo_task(result: dict[str, Any]) -> str:
+    before, after = (
+        [seed["held_out"][which]["accuracy"] for seed in result["seeds"].values()] for which in ("base", "tuned")
+    )
+    figure = f"{min(before):.2f} -> {min(after):.2f} to {max(after):.2f} over {len(after)} seeds"
+    return _rows({"DPO: held-out pairs put in the right order": figure}, _where("dpo_task", result))
+
+
+def _crash(result: dict[str, Any]) -> str:
+    parts = [part for kind in result["config"]["runs"] for part in result[kind].values()]
+    lives = sum(part.get("kills", 0) + part.get("operations", 0) + part.get("points", 0) for part in parts)
+    wrong = sum(part["failed"] + part["other_bytes"] for part in parts)
+    figure = f"{lives:,} deaths, {wrong} that did not end in the bytes of an unbroken run"
+    return _rows({"kill -9 at random and at every write, full and read-only disks": figure}, _where("crash", result))
+
+
 def _where(name: str, result: dict[str, Any]) -> str:
     return f"[{name}](benchmarks/{name}/result.json), {result['machine']['cores']} cores"
 
 
-MARKS = ("<!-- figures -->", "<!-- /figures -->")
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": _quickstart,
     "train_speed": _train_speed,
@@ -308,6 +351,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan": _plan,
     "startup": _startup,
     "damaged_rows": _damaged_rows,
+    "masks": _masks,
+    "preference": _preference,
+    "dpo_task": _dpo_task,
+    "crash": _crash,
 }
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -9,6 +9,8 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -118,6 +120,17 @@ def not_finite(config: dict[str, Any], base: Path, seed: int) -> dict[str, Any]:
     return {"seed": seed, "bad": bad, "skipped": sum(skipped), "tensors": len(wanted), "bit_equal": same}
 
 
+def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    file = HERE / "runs" / f"{name}.json"
+    if not file.is_file():
+        made = run()
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(made) + "\n")
+    found: dict[str, Any] = json.loads(file.read_text())
+    print(name, found, flush=True)
+    return found
+
+
 def main() -> None:
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     torch.set_num_threads(1)
@@ -127,14 +140,15 @@ def main() -> None:
         base = save_tiny_base(Path(folder), **config["model"])
         for kind in ("clean", "planted"):
             part = config[kind]
-            for batch_rows in part["batch_rows"]:
-                for seed in config["seeds"]:
-                    draw = random.Random(1000 * batch_rows + seed)
+            for rows, seeds in part["runs"].items():
+                for seed in range(seeds):
+                    draw = random.Random(1000 * rows + seed)
                     places = draw.sample(range(FEWEST + 1, part["steps"] + 1), part.get("spikes", 0))
-                    wanted = recipe(config, base, part["steps"], batch_rows, seed)
-                    found[kind].append(watched(wanted, set(places), part.get("times", 1)))
-                    print(kind, found[kind][-1], flush=True)
-        found["not_finite"] = [not_finite(config, base, seed) for seed in config["seeds"]]
+                    wanted = recipe(config, base, part["steps"], rows, seed)
+                    run = partial(watched, wanted, set(places), part.get("times", 1))
+                    found[kind].append(kept(f"{kind}-{rows}-{seed}", run))
+        for seed in range(config["not_finite"]["seeds"]):
+            found["not_finite"].append(kept(f"not-finite-{seed}", partial(not_finite, config, base, seed)))
     bars = {
         "clean steps": sum(run["steps"] for run in found["clean"]),
         "false alarms": sum(len(run["false_alarms"]) for run in found["clean"] + found["planted"]),

@@ -5,13 +5,14 @@ and says what to minimise as a sum and what to divide it by. Over accumulated pa
 up, so nothing is divided here. A new one is its file, its line here, and its comparison in the tests.
 """
 
-from graftlm.losses import cpo, dpo, dpop, dro, kto, orpo, policy_gradient, simpo, sppo, supervised
+from graftlm.losses import cpo, distillation, dpo, dpop, dro, kto, orpo, policy_gradient, simpo, sppo, supervised
 from graftlm.losses.base import Batch, Loss, LossConfig, LossSum, Metrics, answers, pairs, tokens
 
 __all__ = ["LOSSES", "Batch", "Loss", "LossConfig", "LossSum", "Metrics"]
 
 LOSSES: dict[str, Loss] = {
     "cpo": Loss(cpo.CpoConfig, cpo.value, pairs, rows="pairs"),
+    "distillation": Loss(distillation.DistillationConfig, distillation.value, tokens, rows="answers"),
     "dpo": Loss(dpo.DpoConfig, dpo.value, pairs, rows="pairs"),
     "dpop": Loss(dpop.DpopConfig, dpop.value, pairs, rows="pairs"),
     "dro": Loss(dro.DroConfig, dro.value, answers, rows="feedback", values=True),

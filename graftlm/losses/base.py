@@ -19,6 +19,10 @@ Metrics = Mapping[str, tuple[Tensor, Tensor | float]]
 """What is logged of a step beside its loss, by name: a sum, and over how many things. Neither has a gradient."""
 
 
+Reading = Literal["normalisers", "mean_log_probs"]
+"""What a loss may want of each distribution beside the probability of its target: a field of `Batch`."""
+
+
 @dataclass(frozen=True)
 class LossSum:
     """sum: a scalar with a gradient; count: what the sum is divided by, over all packs and ranks of a step."""
@@ -26,6 +30,12 @@ class LossSum:
     sum: Tensor
     count: Tensor
     metrics: Metrics = field(default_factory=dict)
+    penalty: Tensor | None = None
+    """What a recipe adds for each supervised token, summed; it is divided by their number, not by `count`."""
+
+    def mean(self, count: float, tokens: float) -> Tensor:
+        """This part of a step that has so many things to be counted, and so many supervised tokens."""
+        return self.sum / count if self.penalty is None else self.sum / count + self.penalty / tokens
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,12 @@ class Batch:
     """float [S]: log-probabilities from when the answers were sampled; None where the policy is still the same."""
     values: Tensor | None = None
     """float [N], with a gradient: V(x) of the prompt that each answer is to, for losses with a value head."""
+    divergences: Tensor | None = None
+    """float [S], with a gradient: how far the policy's whole distribution is from a teacher's, for distillation."""
+    normalisers: Tensor | None = None
+    """float [S], with a gradient: log sum_v exp(logit_v), for losses that ask for it (`LossConfig.reads`)."""
+    mean_log_probs: Tensor | None = None
+    """float [S], with a gradient: the mean of log-probabilities over the vocabulary, for losses that ask for it."""
     statistic: float = 0.0
     """A number that the whole step has in common, where `Loss.statistic` asks for one."""
 
@@ -58,6 +74,11 @@ class LossConfig:
     def needs_reference(self) -> bool:
         """Whether log-probabilities of the reference are needed."""
         return False
+
+    @property
+    def reads(self) -> tuple[Reading, ...]:
+        """What must be read of each distribution of the policy's."""
+        return ()
 
 
 @config

@@ -7,7 +7,7 @@ interface, and the head for supervised positions only. `check_packing` proves on
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,7 +20,18 @@ from transformers import AttentionInterface
 from graftlm.errors import TrainingError
 from graftlm.model.attach import deltas_off
 from graftlm.model.hosts import LayerHost
-from graftlm.model.ops import ELEMENTWISE, Elementwise, Plan, head_log_probs, linear_log_probs, segment_attention
+from graftlm.model.ops import (
+    ELEMENTWISE,
+    Comparison,
+    Elementwise,
+    Plan,
+    Readings,
+    head_log_probs,
+    head_readings,
+    linear_log_probs,
+    linear_readings,
+    segment_attention,
+)
 
 SEGMENTS = "graft_segments"
 AttentionInterface.register(SEGMENTS, segment_attention)
@@ -34,7 +45,7 @@ def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
     fuses the element-wise work: norms, gated units and rotary embeddings. Only these, because every layer, pack and
     model of a kind shares their few kernels, whatever deltas sit between them.
     """
-    if _is_packed(model):
+    if is_packed(model):
         yield
         return
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
@@ -190,7 +201,7 @@ def log_probs(model: Any, pack: Packed) -> Tensor:
 
 def hidden_states(model: Any, pack: Packed) -> Tensor:
     """The last hidden state of each token of a pack, as the head sees it: [T, d], in the model's dtype."""
-    plan = {"plan": Plan(pack.lengths, pack.parents)} if len(pack.lengths) > 1 or _is_packed(model) else {}
+    plan = {"plan": Plan(pack.lengths, pack.parents)} if len(pack.lengths) > 1 or is_packed(model) else {}
     backbone = model.get_decoder()
     hidden: Tensor = backbone(
         input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **plan
@@ -200,22 +211,49 @@ def hidden_states(model: Any, pack: Packed) -> Tensor:
 
 def head(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """log p(targets), float32 [S], from the last hidden states [S, d], without a [S, vocabulary] tensor."""
-    layer = model.get_output_embeddings()
+    layer, scale, softcap = _head(model)
+    if _is_linear(layer, scale):
+        return linear_log_probs(hidden if scale == 1 else hidden * scale, layer.weight, layer.bias, targets, softcap)
+    return head_log_probs(partial(logits, model), hidden, targets, model.config.get_text_config().vocab_size)
+
+
+def head_read(
+    model: Any, hidden: Tensor, targets: Tensor, comparisons: Sequence[Comparison] = (), *, with_means: bool = False
+) -> Readings:
+    """As `head`, and more of each distribution than the probability of its target."""
+    layer, scale, softcap = _head(model)
+    if _is_linear(layer, scale):
+        scaled = hidden if scale == 1 else hidden * scale
+        return linear_readings(scaled, layer.weight, layer.bias, targets, softcap, comparisons, with_means=with_means)
+    size = model.config.get_text_config().vocab_size
+    return head_readings(partial(logits, model), hidden, targets, size, comparisons, with_means=with_means)
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """What the head makes of last hidden states [n, d]: [n, vocabulary]."""
+    layer, scale, softcap = _head(model)
+    if _is_linear(layer, scale):  # the very products of `head`
+        out: Tensor = layer(hidden if scale == 1 else hidden * scale)
+    else:
+        out = layer(hidden) * scale
+    return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+
+def _head(model: Any) -> tuple[Any, float, float | None]:
+    """(output layer, what its logits are multiplied with, the cap on them)"""
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     # Cohere multiplies its logits, Granite divides them; whatever else a head does, `check_forward` finds out.
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    if type(layer) is nn.Linear and (scale == 1 or layer.bias is None):
-        return linear_log_probs(hidden if scale == 1 else hidden * scale, layer.weight, layer.bias, targets, softcap)
-
-    def logits(h: Tensor) -> Tensor:
-        out: Tensor = layer(h) * scale
-        return out if softcap is None else softcap * torch.tanh(out / softcap)
-
-    return head_log_probs(logits, hidden, targets, config.vocab_size)
+    return model.get_output_embeddings(), scale, softcap
 
 
-def _is_packed(model: Any) -> bool:
+def _is_linear(layer: Any, scale: float) -> bool:
+    """Whether the head is one frozen product."""
+    return type(layer) is nn.Linear and (scale == 1 or layer.bias is None)
+
+
+def is_packed(model: Any) -> bool:
     return bool(model.config._attn_implementation == SEGMENTS)
 
 

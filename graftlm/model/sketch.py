@@ -105,15 +105,21 @@ def only(made: Sketch, numbers: Sequence[int]) -> Iterator[Any]:
     """Inside, the model runs these layers, in this order."""
     name = made.names[0].rpartition(".")[0]
     whole = made.model.get_submodule(name)
-    for place, number in enumerate(numbers):
-        for module in made.layers[number].modules():
-            if hasattr(module, "layer_idx"):
-                module.__dict__["layer_idx"] = place  # by it a prompt's keys and values are found
-    _set(made.model, name, nn.ModuleList([made.layers[number] for number in numbers]))
+    shorten(made, numbers)
     try:
         yield made.model
     finally:
         _set(made.model, name, whole)
+
+
+def shorten(made: Sketch, numbers: Sequence[int]) -> None:
+    """From now on the model runs these layers, in this order."""
+    for place, number in enumerate(numbers):
+        for module in made.layers[number].modules():
+            if hasattr(module, "layer_idx"):
+                module.__dict__["layer_idx"] = place  # by it a prompt's keys and values are found
+    name = made.names[0].rpartition(".")[0]
+    _set(made.model, name, nn.ModuleList([made.layers[number] for number in numbers]))
 
 
 def kinds_of_layer(made: Sketch) -> list[list[int]]:

@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from graftlm.data.pack import Pack, pack
 from graftlm.data.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
-from graftlm.losses import LossConfig
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.bases import view
 from graftlm.model.forward import check_compiler
@@ -153,10 +152,10 @@ def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def one_pass(model: Any, batch: Pack, loss: LossConfig | str = "supervised") -> None:
-    """Forward and backward pass over one pack, as in a step; inside `training_pass`."""
-    part, _ = Objective(loss).part(model, batch)
-    part.sum.backward()
+def one_pass(model: Any, batch: Pack, objective: Objective | None = None) -> None:
+    """Forward and backward pass over one pack, as in a step, supervised by default; inside `training_pass`."""
+    part, _ = (objective or Objective("supervised")).part(model, batch)
+    part.mean(1.0, 1.0).backward()
 
 
 # Where the time goes ---------------------------------------------------------------------------------------------
@@ -197,4 +196,4 @@ def _part_by_name(event: Any) -> str | None:
     name = event.name.lower()
     if "attention" in name:
         return "attention"
-    return "head and loss" if "logprobs" in name or "cross_entropy" in name else None
+    return "head and loss" if any(part in name for part in ("logprobs", "readings", "cross_entropy")) else None

@@ -32,6 +32,7 @@ from graftlm.training.guards import EarlyStopping
 from graftlm.training.objective import Objective, Sums
 from graftlm.training.policies import check_policies
 from graftlm.training.policies.base import Policy, Training
+from graftlm.training.regularisers import RegulariserConfig, check_regularisers, terms, tie, weighted
 
 
 @config
@@ -119,6 +120,7 @@ def steps(
     schedule: Callable[[int], float],
     clip: float,
     policies: Sequence[Policy] = (),
+    regularisers: Sequence[RegulariserConfig] = (),
     training: Training | None = None,
     seen: int = 0,
     on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -129,19 +131,26 @@ def steps(
 ) -> Iterator[Step]:
     """Train the model's deltas, one optimiser step for each batch of packs: this rank's, where there are several.
 
-    `training` is what policies see; `seen` batches came before these, of which `training.done` were steps.
+    `regularisers` are added to what is minimised, and to a step's metrics. `training` is what policies see; `seen`
+    batches came before these, of which `training.done` were steps.
 
     Raises TrainingError, before anything is changed by that step, for a loss or gradient that is not finite (naming
     the rows), for a trainable tensor that gets no gradient (naming the tensor) and where memory is not enough. With
     `on_nonfinite="skip"` a step that is not finite changes nothing and the next batch follows; after three in a row it
     is an error again.
     """
-    objective = Objective(loss)
+    objective = Objective(loss, tie(regularisers))
+    check_regularisers(regularisers, model)
     run = training or Training(model=model, deltas={}, optimiser=optimiser, total=0, seed=0)
     check_policies(policies, run)
     for policy in policies:
         policy.on_start(run)
     fused = any(policy.fused for policy in policies)
+    if fused and terms(regularisers, model):
+        raise TrainingError(
+            "regularisers: those of the delta's tensors are added after the backward pass, in which a policy of this "
+            "recipe already acts (lomo, adalomo): of all, only kl can go with it"
+        )
     rehearsed = any(policy.rehearses for policy in policies)
     still: set[str] | None = None if run.done == 0 else set()
     in_a_row = 0
@@ -163,7 +172,9 @@ def steps(
         passes = partial(training_pass, model, packed=packed, checkpointing=checkpointing, offload=offload)
         with explained():
             for run.rehearsal in (True, False) if rehearsed else (False,):
-                sums, bad = _passes(run, objective, policies, packs, probes, count, partial(passes, compiled=compiled))
+                sums, bad = _passes(
+                    run, objective, policies, packs, probes, (count, supervised), partial(passes, compiled=compiled)
+                )
                 if bad or (run.rehearsal and not math.isfinite(run.norm)):
                     break
         total, metrics = sums.totals()
@@ -171,8 +182,11 @@ def steps(
         wrong, rows = "loss" if failed else "", ranks.gathered(bad) if failed else []
         norm = torch.tensor(math.nan)
         if not failed:
-            if ranks.first() and (extra := penalty(model)) is not None:  # once, not once a rank
-                extra.backward()
+            added = terms(regularisers, model)
+            metrics |= {name: float(value.detach()) for name, (_, value) in added.items()}
+            extras = [*weighted(added), *([] if (own := penalty(model)) is None else [own])]
+            if ranks.first() and extras:  # once, not once a rank
+                torch.stack(extras).sum().backward()
             ranks.sum_gradients(parameters.values())
             if not fused:
                 still = _check_gradients(parameters, still, run.done)
@@ -232,7 +246,7 @@ def _passes(
     policies: Sequence[Policy],
     packs: Sequence[Pack],
     probes: Sequence[Pack],
-    count: float,
+    counts: tuple[float, float],
     held: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Sums, list[str]]:
     """The packs of a step forward and backward: (loss and metrics, the rows whose loss is not finite)."""
@@ -253,7 +267,7 @@ def _passes(
                 if not ranks.is_sharded(run.model):  # there the other ranks wait for this one in every layer
                     continue
             run.last_pack = pack is packs[-1] and not bad
-            (part.sum / count).backward()
+            part.mean(*counts).backward()
             sums.add(part)
     run.pack, run.last_pack = None, False
     return sums, bad

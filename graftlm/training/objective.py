@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,24 +11,18 @@ from torch import Tensor, nn
 from graftlm.data.compare import mismatched
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
+from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
-from graftlm.model.attach import (
-    SHARED,
-    activate,
-    deltas_off,
-    deltas_only,
-    hosts,
-    parameters_of,
-    share,
-    shared_of,
-)
-from graftlm.model.forward import head, hidden_states, log_probs
-from graftlm.model.store import load_adapter
+from graftlm.model.attach import SHARED, share, shared_of
+from graftlm.model.forward import head, head_read, hidden_states, log_probs
+from graftlm.model.ops import Comparison, Readings
 from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup
+from graftlm.training.regularisers import KlConfig
+from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
 
-REFERENCE = "reference"
-"""What the adapter of a config's `reference` is called on the model."""
+TIE = "kl_to_base"
+"""What the divergence that a tie adds is called among metrics."""
 
 VALUES = "value-head"
 """What the value head of a loss is called among what deltas share."""
@@ -36,21 +31,23 @@ VALUES = "value-head"
 class Objective:
     """What a step minimises: the loss of a config as a function of model and pack."""
 
-    def __init__(self, config: LossConfig | str) -> None:
-        """A name is that loss with its defaults."""
+    def __init__(self, config: LossConfig | str, tie: KlConfig | None = None) -> None:
+        """A name is that loss with its defaults; `tie` adds a divergence from the base to it."""
         self.config = LOSSES[config].config() if isinstance(config, str) else config  # type: ignore[call-arg]
         self.loss = LOSSES[self.config.name]
+        self.tie = tie
 
     def add_reference(self, model: nn.Module) -> None:
         """Put the adapter that is the reference on the bare base, if there is one: before any delta.
 
         Raises AdapterError for an adapter that does not fit.
         """
-        if folder := getattr(self.config, "reference", None):
-            load_adapter(model, folder, name=REFERENCE)
-            for parameter in parameters_of(model, REFERENCE):
-                parameter.requires_grad_(False)
-            activate(model)
+        if folder := getattr(self.config, "reference", None) or self._teacher_adapter():
+            add_adapter(model, folder)
+
+    def _teacher_adapter(self) -> str | None:
+        teacher: str | None = getattr(self.config, "teacher", None)
+        return teacher if teacher is not None and is_adapter(teacher) else None
 
     def add_head(self, model: Any) -> None:
         """Put the value head on the model, if this loss has one: after the deltas, which freeze everything else."""
@@ -73,13 +70,36 @@ class Objective:
         `statistic` is that of the step."""
         batch = replace(batch_of(pack), statistic=statistic)
         reference = self.reference(model, pack)
-        if self.loss.values:
+        comparisons = self.comparisons(model, pack)
+        more = bool(comparisons or self.config.reads)
+        if more or self.loss.values:
             hidden = hidden_states(model, pack)
-            policy = head(model, hidden.index_select(0, pack.hidden_rows), pack.targets)
-            batch = replace(batch, values=_values(model, hidden.detach(), pack))
+            at = hidden.index_select(0, pack.hidden_rows)
+            if more:
+                means = "mean_log_probs" in self.config.reads
+                read = head_read(model, at, pack.targets, comparisons, with_means=means)
+                policy, batch = read.log_probs, _with_readings(batch, read)
+            else:
+                policy = head(model, at, pack.targets)
+            if self.loss.values:
+                batch = replace(batch, values=_values(model, hidden.detach(), pack))
         else:
             policy = log_probs(model, pack)
-        return self.loss.value(self.config, policy, reference, batch), policy.detach()
+        made = self.loss.value(self.config, policy, reference, batch)
+        if self.tie is not None:
+            apart = (batch.weights * read.distances[-1]).sum()
+            metrics = {**made.metrics, TIE: (apart.detach(), batch.weights.sum())}
+            made = replace(made, metrics=metrics, penalty=self.tie.weight * apart)
+        return made, policy.detach()
+
+    def comparisons(self, model: nn.Module, pack: Pack) -> list[Comparison]:
+        """Whole distributions that the policy's are compared with: those of a teacher, and last those of the base."""
+        found = []
+        if isinstance(self.config, DistillationConfig):
+            found.append(comparison(model, pack, self.config.teacher, partial(distance, self.config)))
+        if self.tie is not None:
+            found.append(comparison(model, pack, None, self.tie.distance()))
+        return found
 
     def probes(self, step: Sequence[Example | Group]) -> list[Group]:
         """What is looked at before a step of these, for its statistic; nothing where the loss has none."""
@@ -104,13 +124,7 @@ class Objective:
         """log-probabilities of the targets under the reference, [S]: the same pack through the same model."""
         if not self.config.needs_reference:
             return None
-        if getattr(self.config, "reference", None) is None:
-            with deltas_off(model):
-                return log_probs(model, pack)
-        for host in hosts(model).values():
-            if REFERENCE in host.deltas:
-                host.deltas[REFERENCE].eval()
-        with deltas_only(model, REFERENCE):
+        with referring(model, getattr(self.config, "reference", None)):
             return log_probs(model, pack)
 
 
@@ -129,6 +143,15 @@ def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
         return hidden.new_zeros(len(ends), dtype=torch.float32)
     values: Tensor = head(hidden.index_select(0, ends).float())
     return values[:, 0]
+
+
+def _with_readings(batch: Batch, read: Readings) -> Batch:
+    return replace(
+        batch,
+        divergences=read.distances[0] if read.distances else None,
+        normalisers=read.normalisers,
+        mean_log_probs=None if read.means is None else read.means - read.normalisers,
+    )
 
 
 def batch_of(pack: Pack) -> Batch:
@@ -153,8 +176,9 @@ class Sums:
 
     def __init__(self, objective: Objective) -> None:
         nothing = torch.empty(0)  # every rank must know what there is, one without packs too
-        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing))
-        self.parts = {name: [0.0, 0.0] for name in made.metrics}
+        readings: Any = {"divergences": nothing, "normalisers": nothing, "mean_log_probs": nothing}
+        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing, **readings))
+        self.parts = {name: [0.0, 0.0] for name in (*made.metrics, *([TIE] if objective.tie else []))}
         self.loss = 0.0
 
     def add(self, made: LossSum) -> None:

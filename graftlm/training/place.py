@@ -116,7 +116,8 @@ class Place:
         snapshot = self.last(told) if self.resumes else None
         if snapshot is None:
             return None
-        for key, what in (("rows", "training rows"), ("base", "base")):
+        compared = ("compared_with", "weights of the teacher or reference")
+        for key, what in (("rows", "training rows"), ("base", "base"), compared):
             if snapshot.facts[key] != facts[key] and not self.changed:
                 raise TrainingError(
                     f"{self.folder}, step {snapshot.facts['seen']}: the {what} are not those that it was saved with, "

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graftlm.data.pack import Example, Group, Pack
-from graftlm.losses.base import ComparedConfig, LossConfig
+from graftlm.losses.base import ComparedConfig
+from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
-from graftlm.model.forward import check_compiler
+from graftlm.model.forward import check_compiler, hidden_states
 from graftlm.model.load import BaseConfig, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.ops import KERNELS_KEPT
-from graftlm.model.sketch import Sketch, kinds_of_layer, only, sketch
+from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
 from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
+from graftlm.training.objective import Objective
 from graftlm.training.optim import adamw
 from graftlm.training.policies import make_policies
 from graftlm.training.policies.base import Training
 from graftlm.training.recipe import Recipe
+from graftlm.training.regularisers import tie
 from graftlm.training.run import peak_rss_gib, prepare_data
+from graftlm.training.teacher import TEACHER, teacher_base
 from graftlm.training.turns import packs_of, plan_batches
 
 GIB = 2**30
@@ -87,6 +91,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     shape = shape_of(recipe, prepare_data(recipe, tokenizer).examples)
     process = peak_rss_gib()
     made, groups = with_deltas(recipe)
+    teacher = with_teacher(recipe, made)
     device = made.model.device
     if recipe.train.compile:
         check_compiler(device)
@@ -103,11 +108,15 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "gradients_and_optimiser": sum(update_bytes(recipe, made.model, shape.packs_a_step > 1)) / GIB,
         "activations": live * (heap if device.type == "cpu" else 1.0) / GIB,
         "kernels": kernels(products, shape) * KERNEL_GIB if device.type == "cpu" else 0.0,
-    }
+    } | ({"teacher": teacher.sketch.base_bytes / GIB} if teacher else {})
     # transformers reads the file through a mapping, whose pages count while it converts them
     loading = process + (made.base_bytes + made.file_bytes) / GIB
+    if teacher:
+        loading = max(
+            loading, process + (made.base_bytes + teacher.sketch.base_bytes + teacher.sketch.file_bytes) / GIB
+        )
     peak = max(sum(memory.values()), loading)
-    seconds, parts = time_of(recipe, made, groups, shape)
+    seconds, parts = time_of(recipe, made, groups, shape, teacher)
     seconds += (updating := update_s(parameters, device))
     found = {
         "peak_gib": round(peak, 3),
@@ -161,10 +170,35 @@ def _tokens(packs: Sequence[Pack]) -> int:
 def with_deltas(recipe: Recipe) -> tuple[Sketch, list[list[int]]]:
     """The base of a recipe, sketched, with its deltas on it and one layer of each kind real; and the kinds."""
     base = recipe.base if isinstance(recipe.base, BaseConfig) else BaseConfig(name=recipe.base)
-    made = _attached(recipe, sketch(base, [0], network=recipe.network))
+    return _some_layers(lambda real: _attached(recipe, sketch(base, real, network=recipe.network)))
+
+
+def _some_layers(make: Callable[[Sequence[int]], Sketch]) -> tuple[Sketch, list[list[int]]]:
+    """A sketch with a few layers of each kind real, and the kinds."""
+    made = make([0])
     groups = kinds_of_layer(made)
     real = sorted(number for numbers in groups for number in numbers[: 1 + MORE_LAYERS])
-    return (made if real == [0] else _attached(recipe, sketch(base, real, network=recipe.network))), groups
+    return (made if real == [0] else make(real)), groups
+
+
+class Teacher(NamedTuple):
+    """Another base that teaches, beside the sketch of the recipe's own with a layer of each kind."""
+
+    sketch: Sketch
+    groups: list[list[int]]
+
+
+def with_teacher(recipe: Recipe, made: Sketch) -> Teacher | None:
+    """Put the sketch of a teacher that is another base beside that of the recipe's base.
+
+    It has one layer of each kind there: it keeps nothing for a backward pass, so more of them need no more memory.
+    """
+    if (base := teacher_base(recipe.loss)) is None:
+        return None
+    teacher = Teacher(*_some_layers(lambda real: sketch(base, real, network=recipe.network)))
+    shorten(teacher.sketch, sorted(numbers[0] for numbers in teacher.groups))
+    made.model.__dict__[TEACHER] = teacher.sketch.model
+    return teacher
 
 
 def _attached(recipe: Recipe, made: Sketch) -> Sketch:
@@ -235,7 +269,7 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
         parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
     with training_pass(model, **(recipe.passes() | {"compiled": False})), live:
-        one_pass(model, pack, _loss(recipe))
+        one_pass(model, pack, _objective(recipe))
     if products is not None:
         products |= live.products
     return live.peak
@@ -256,10 +290,14 @@ def update_bytes(recipe: Recipe, model: Any, several_packs: bool) -> tuple[int, 
     return (max if one_alive else sum)(gradients), sum(size or 0 for size in kept)
 
 
-def _loss(recipe: Recipe) -> LossConfig:
-    """The loss of the recipe. Where an adapter is its reference the base is measured, which takes as long."""
+def _objective(recipe: Recipe) -> Objective:
+    """The objective of the recipe. Where an adapter is its reference or teacher, the base stands for it."""
     loss = recipe.loss
-    return replace(loss, reference=None) if isinstance(loss, ComparedConfig) else loss
+    if isinstance(loss, DistillationConfig) and teacher_base(loss) is None:
+        loss = replace(loss, teacher=None)
+    elif isinstance(loss, ComparedConfig):
+        loss = replace(loss, reference=None)
+    return Objective(loss, tie(recipe.regularisers))
 
 
 def kernels(products: set[Product], shape: Shape) -> int:
@@ -292,7 +330,9 @@ def free_gib(device: torch.device) -> float:
 # Time ------------------------------------------------------------------------------------------------------------
 
 
-def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape) -> tuple[float, dict[str, float]]:
+def time_of(
+    recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape, teacher: Teacher | None = None
+) -> tuple[float, dict[str, float]]:
     """Seconds of a step without its update, and which part of them is what."""
     ordered = sorted(shape.step, key=lambda pack: pack.ids.numel())
     chosen = ordered if len(ordered) <= PACKS_TIMED else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
@@ -303,7 +343,7 @@ def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape)
     def seconds(model: Any) -> float:
         def passes() -> None:
             for pack in packs:
-                one_pass(model, pack, _loss(recipe))
+                one_pass(model, pack, _objective(recipe))
 
         with training_pass(model, **recipe.passes()):
             found = best_s(passes, TRIES)
@@ -315,7 +355,21 @@ def time_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape)
     layers = {name: sum(found[name] for found in shares) for name in shares[0]}
     rest = (total - head) / sum(layers.values())
     parts = {name: value * rest for name, value in layers.items()} | {"head and loss": head}
+    if teacher is not None:
+        parts["other layers of the teacher"] = (found := deeper_s(recipe, teacher, packs))
+        total += found
     return total * scale, {name: value * scale for name, value in parts.items()}
+
+
+def deeper_s(recipe: Recipe, teacher: Teacher, packs: Sequence[Pack]) -> float:
+    """Seconds that the teacher's layers take beside the first of each kind, which are a part of every pass already."""
+
+    @torch.no_grad()
+    def seconds(model: Any) -> float:
+        with training_pass(model, packed=recipe.data.pack):
+            return best_s(lambda: [hidden_states(model, pack) for pack in packs], TRIES)
+
+    return max(0.0, _over_layers(*teacher, seconds) - seconds(teacher.sketch.model))
 
 
 MEASURED_PARAMETERS = 2**20

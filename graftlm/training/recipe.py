@@ -14,11 +14,13 @@ from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import nearest
 from graftlm.losses import LOSSES, LossConfig
+from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.policies import POLICIES
 from graftlm.training.policies.base import PolicyConfig
+from graftlm.training.regularisers import REGULARISERS, RegulariserConfig, tie
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import SelectorConfig
 
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
     AnyDelta = DeltaConfig
     AnyLoss = LossConfig
     AnyPolicy = PolicyConfig
+    AnyRegulariser = RegulariserConfig
     AnySelector = SelectorConfig
 else:  # whichever configs are in the tables, told apart by their `method`, or `by`
     _SELECTORS = tuple(selector.config for selector in SELECTORS.values())
     AnySelector = Annotated[Union[_SELECTORS], Field(discriminator="by")]  # noqa: UP007
     _POLICIES = tuple(row.config for row in POLICIES.values())
     AnyPolicy = Annotated[Union[_POLICIES], Field(discriminator="name")] if len(_POLICIES) > 1 else _POLICIES[0]  # noqa: UP007
+    _REGULARISERS = tuple(config for config, _ in REGULARISERS.values())
+    AnyRegulariser = Annotated[Union[_REGULARISERS], Field(discriminator="name")]  # noqa: UP007
     _LOSSES = tuple(loss.config for loss in LOSSES.values())
     AnyLoss = Annotated[Union[_LOSSES], Field(discriminator="name")]  # noqa: UP007
     _CONFIGS = tuple(method.config for method in METHODS.values())
@@ -68,12 +73,23 @@ class Recipe:
     """Several by name, all on one model: each acts on what those before it left, each is an adapter of its own."""
     loss: AnyLoss = Field(default_factory=SupervisedConfig, json_schema_extra=_or_a_name)
     """The objective: a name, or `{name: NAME, ...}` with options."""
+    regularisers: tuple[AnyRegulariser, ...] = ()
+    """What is added to the objective: `{name: NAME, weight: WEIGHT, ...}` each, or one."""
     policies: tuple[AnyPolicy, ...] = ()
     """What acts between steps: names, or `{name: NAME, ...}` with options."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     network: Flag = False
     """Allow a base or a data set to be fetched from the hub, and trackers to send what they are told elsewhere."""
+
+    @field_validator("regularisers", mode="before")
+    @classmethod
+    def _one_regulariser(cls, given: object) -> object:
+        given = [given] if isinstance(given, Mapping) else given
+        for each in given if isinstance(given, list | tuple) else ():
+            if isinstance(each, Mapping) and (name := str(each.get("name"))) not in REGULARISERS:
+                raise ValueError(f"{name!r} is no regulariser. {nearest(name, REGULARISERS)}")
+        return given
 
     @field_validator("select", mode="before")
     @classmethod
@@ -104,13 +120,13 @@ class Recipe:
                 raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
         return named
 
-    @field_validator("policies")
+    @field_validator("policies", "regularisers")
     @classmethod
-    def _each_once(cls, policies: tuple[PolicyConfig, ...]) -> tuple[PolicyConfig, ...]:
-        names = [policy.name for policy in policies]
+    def _each_once(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [each.name for each in given]
         if len(names) > len(set(names)):
             raise ValueError(f"{max(names, key=names.count)!r} stands here twice")
-        return policies
+        return given
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "Recipe":
@@ -130,13 +146,25 @@ class Recipe:
                 )
             if self.select:
                 raise ValueError(f"select chooses rows for loss supervised; loss {name} takes them as they are")
+        if tie(self.regularisers) and "neftune" in [policy.name for policy in self.policies]:
+            raise ValueError("policy neftune would disturb the policy and not the base that regulariser kl ties it to")
         if self.loss.needs_reference and "neftune" in [policy.name for policy in self.policies]:
             raise ValueError(
                 f"policy neftune would disturb the reference of loss {name} as it does the policy: drop one"
             )
-        if self.loss.needs_reference and "i-lora" in [policy.name for policy in self.policies]:
+        if isinstance(self.loss, DistillationConfig):
+            if self.loss.teacher is None and not self.loss.supervised_weight:
+                raise ValueError(
+                    "loss distillation needs a teacher: another base, or the folder of an adapter for it. Without "
+                    "one the policy is held to its own base, which means something beside a supervised_weight only"
+                )
+            if "neftune" in [policy.name for policy in self.policies]:
+                raise ValueError("policy neftune would disturb the policy and not its teacher: drop one")
+        passes = self.loss.needs_reference or isinstance(self.loss, DistillationConfig) or tie(self.regularisers)
+        if passes and "i-lora" in [policy.name for policy in self.policies]:
             raise ValueError(
-                f"policy i-lora ties hidden states, and loss {name} has those of a reference too: drop one"
+                "policy i-lora ties the hidden states of the pass that learns: drop it, or what makes passes of its "
+                f"own ({'regulariser kl' if tie(self.regularisers) else f'loss {name}'})"
             )
         if needs == "pairs" and not self.data.pack:
             raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")

@@ -46,8 +46,9 @@ from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.select.choose import choose
+from graftlm.training.teacher import compared_with
 from graftlm.training.trackers import Trackers
-from graftlm.training.turns import attach_deltas, plan_batches
+from graftlm.training.turns import attach_deltas, load_teacher, plan_batches
 
 SHARING_STEPS = 100
 """What shared beginnings save is counted over so many steps of the run."""
@@ -253,7 +254,9 @@ def _train(
 ) -> tuple[list[dict[str, Any]], bool]:
     """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped)."""
     prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
+    load_teacher(recipe, model, data.examples)
     facts = {"rows": digest(data.examples), "base": fingerprint(model).digest}
+    facts["compared_with"] = compared_with(model, recipe.loss)
     found = place.newest(facts, told=console.print)
     with console.status("attaching the delta"):
         attach_deltas(recipe, model, data.examples, plan, start=found is None)

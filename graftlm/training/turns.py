@@ -26,7 +26,9 @@ from graftlm.training.objective import Objective
 from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies import make_optimiser, make_policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training
+from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe
+from graftlm.training.teacher import add_teacher
 
 STATISTICS_PACKS = 8
 """What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
@@ -42,6 +44,7 @@ def attach_deltas(
     """
     deltas, objective = recipe.all_deltas(), Objective(recipe.loss)
     objective.add_reference(model)
+    load_teacher(recipe, model, examples)
     gathered = {
         name: collect(model, config, needs, _losses(recipe, model, examples, plan))
         for name, config in deltas.items()
@@ -50,6 +53,12 @@ def attach_deltas(
     for name, config in deltas.items():
         attach(model, config, name=name, seed=recipe.train.seed, statistics=gathered.get(name), start=start)
     objective.add_head(model)
+
+
+def load_teacher(recipe: Recipe, model: Any, examples: Sequence[Example | Group]) -> None:
+    """Put another base beside the model where the loss has one as its teacher, proved on the rows."""
+    proved = partial(prove, items=examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
+    add_teacher(model, recipe.loss, base=recipe.base, network=recipe.network, proved=proved)
 
 
 def _losses(
@@ -120,6 +129,7 @@ class Turn:
             schedule=self.schedule,
             clip=config.clip,
             policies=self.policies,
+            regularisers=recipe.regularisers,
             training=self.training,
             seen=seen,
             on_nonfinite=config.on_nonfinite,

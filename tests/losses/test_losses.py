@@ -22,6 +22,8 @@ from tests.losses.answers import Answers, answers
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LOSSES),
     *(("dpo", {"link": link}) for link in ("hinge", "ipo", "robust", "exo")),
+    ("supervised", {"label_smoothing": 0.1, "z_loss": 1e-2}),
+    ("distillation", {"supervised_weight": 0.3, "temperature": 2.0}),
     ("policy-gradient", {"divide": "tokens", "kl": 0.1}),
     ("policy-gradient", {"ratio": "answer"}),
     ("policy-gradient", {"ratio": "answer-mean", "kl": 0.1}),
@@ -32,6 +34,12 @@ COMPARES_PAIRS = [(name, options) for name, options in OPTIONS if LOSSES[name].r
 def made(name: str, options: dict[str, Any], given: Answers) -> LossSum:
     loss = LOSSES[name]
     return loss.value(loss.config(**options), given.rows(given.policy), given.rows(given.reference), given.batch)
+
+
+def spread(given: Answers, values: Tensor | None) -> Tensor:
+    """What is known of each token [S], at its place in the rows [2P, T]."""
+    assert values is not None
+    return torch.zeros(given.mask.shape, dtype=values.dtype).masked_scatter(given.mask, values)
 
 
 def part(given: Answers, numbers: list[int]) -> Answers:
@@ -45,6 +53,9 @@ def part(given: Answers, numbers: list[int]) -> Answers:
         pairs=torch.stack([own[: len(numbers)], own[len(numbers) :]], dim=1),
         marks=given.batch.marks[rows],
         values=None if given.batch.values is None else given.batch.values[rows],
+        divergences=spread(given, given.batch.divergences)[rows][mask],
+        normalisers=spread(given, given.batch.normalisers)[rows][mask],
+        mean_log_probs=spread(given, given.batch.mean_log_probs)[rows][mask],
     )
     return Answers(given.policy[rows], given.reference[rows], mask, batch)
 
@@ -58,6 +69,32 @@ def test_supervised_is_the_weighted_sum_of_negative_log_likelihoods() -> None:
     found.sum.backward()
     assert policy.grad is not None
     assert policy.grad.tolist() == [-1.0, -0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 0.2}, {"z_loss": 0.03}, {"label_smoothing": 0.1, "z_loss": 1e-4}]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_label_smoothing_and_z_loss_are_those_of_torch(options: dict[str, float], dtype: torch.dtype) -> None:
+    """Also where weights differ, which torch's mean over tokens does not know."""
+    z = (4 * torch.randn(9, 31, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
+    z.requires_grad_()
+    targets = torch.arange(9)
+    for weights in (torch.ones(9, dtype=dtype), torch.linspace(0.1, 2, 9, dtype=dtype)):
+        e, size = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+        smooth = torch.nn.functional.cross_entropy(z, targets, reduction="none", label_smoothing=e)
+        wanted = (weights * (smooth + size * z.logsumexp(-1).square())).sum() / weights.sum()
+        log_p = z.log_softmax(-1)
+        batch = Batch(weights, normalisers=z.logsumexp(-1), mean_log_probs=log_p.mean(-1))
+        loss = LOSSES["supervised"]
+        found = loss.value(loss.config(**options), log_p[torch.arange(9), targets], None, batch)
+        tolerance = {"rtol": 1e-6, "atol": 1e-7}
+        torch.testing.assert_close(found.sum / found.count, wanted, **tolerance)
+        (ours,) = torch.autograd.grad(found.sum / found.count, z, retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(wanted, z)[0], **tolerance)
+        assert float(found.metrics["supervised_loss"][0]) == pytest.approx(
+            float(-(weights * log_p.detach()[torch.arange(9), targets]).sum()), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -93,7 +130,9 @@ def test_a_step_along_the_gradient_prefers_the_chosen_answers(name: str, options
     (gradient,) = torch.autograd.grad(made(name, options, given).sum, given.policy)
     towards = -(gradient * given.mask).sum(1)
     pairs = len(given.batch.pairs)
-    if LOSSES[name].rows in ("answers", "text"):
+    if name == "distillation" and not options:
+        assert not gradient.any(), "it has its gradient from whole distributions: tests/losses/test_distillation.py"
+    elif LOSSES[name].rows in ("answers", "text"):
         assert (towards > 0).all()
     else:
         assert towards[:pairs].mean() > towards[pairs:].mean()
@@ -222,6 +261,10 @@ def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
         ("dpo", {"link": "robust", "noise": 0.5}, "less than 0.5"),
         ("dpo", {"beta": 0}, "greater than 0"),
         ("dpo", {"gamma": 1}, "unknown key"),
+        ("supervised", {"label_smoothing": 1.0}, "less than 1"),
+        ("distillation", {"beta": 0.3}, "beta is for the divergence jsd"),
+        ("distillation", {"divergence": "jsd", "beta": 1.0}, "less than 1"),
+        ("distillation", {"teacher_adapter": "x"}, "name that base in teacher"),
         ("simpo", {"reference": "x"}, "unknown key"),
         ("policy-gradient", {"ratio": "answer", "divide": "tokens"}, "divide: tokens is for ratio: token"),
     ],

@@ -11,9 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from graftlm.model import ops
 from graftlm.model.ops import (
+    Comparison,
     Plan,
+    Readings,
     head_log_probs,
+    head_readings,
     linear_log_probs,
+    linear_readings,
     low_rank_linear,
     rms_norm,
     segment_attention,
@@ -428,6 +432,106 @@ def test_head_log_probs_gives_gradients_to_the_hidden_states_and_to_what_the_hea
         lambda h, W: plain_log_probs(logits(h, W), targets),
         [normal(11, 6, seed=3), normal(50, 6, seed=0)],
     )
+
+
+def apart(z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Half the squared distance of logits from others, and its gradient."""
+    return (z - other).square().sum(-1) / 2, z - other
+
+
+def others(count: int, *, seed: int) -> tuple[Tensor, Comparison]:
+    z = normal(count, 50, seed=seed)
+    return z, Comparison(lambda rows: z[rows], apart)
+
+
+def stacked(read: Readings) -> Tensor:
+    assert read.means is not None
+    return torch.stack([read.log_probs, read.normalisers, *read.distances, read.means])
+
+
+def plain_readings(z: Tensor, targets: Tensor, *compared: Tensor) -> Tensor:
+    distances = [(z - other).square().sum(-1) / 2 for other in compared]
+    return torch.stack([plain_log_probs(z, targets), z.logsumexp(-1), *distances, z.mean(-1)])
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3, 4, 11])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_readings_of_a_linear_head_are_those_of_its_whole_logits(
+    rows: int | None, softcap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked(monkeypatch, rows, 50)
+    if rows == 4:
+        monkeypatch.setattr(ops, "SOFTMAX_AT_ONCE", 3 * 50)  # which divides neither the chunk nor the rows
+    W, b = normal(50, 6, seed=0), normal(50, seed=1) if bias else None
+    targets = torch.randint(50, (11,), generator=torch.Generator().manual_seed(2))
+    (one, first), (two, second) = others(11, seed=4), others(11, seed=5)
+
+    def whole(h: Tensor) -> Tensor:
+        z = F.linear(h, W, b)
+        return plain_readings(z if softcap is None else softcap * torch.tanh(z / softcap), targets, one, two)
+
+    same(
+        lambda h: stacked(linear_readings(h, W, b, targets, softcap, [first, second], with_means=True)),
+        whole,
+        [normal(11, 6, seed=3)],
+    )
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3, 11])
+def test_readings_of_any_head_give_gradients_to_what_it_learns(
+    rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked(monkeypatch, rows, 50)
+    targets = torch.randint(50, (11,), generator=torch.Generator().manual_seed(2))
+    one, first = others(11, seed=4)
+
+    def logits(h: Tensor, W: Tensor) -> Tensor:
+        return 3 * torch.tanh(h @ W.T / 3)
+
+    same(
+        lambda h, W: stacked(head_readings(lambda x: logits(x, W), h, targets, 50, [first], with_means=True)),
+        lambda h, W: plain_readings(logits(h, W), targets, one),
+        [normal(11, 6, seed=3), normal(50, 6, seed=0)],
+    )
+
+
+def test_readings_of_no_rows_at_all_are_none() -> None:
+    W, nothing = normal(50, 6, seed=0), torch.zeros(0, dtype=torch.long)
+    _, none = others(0, seed=4)
+    for made in (
+        linear_readings(torch.zeros(0, 6, requires_grad=True), W, None, nothing, None, [none]),
+        head_readings(lambda h: h @ W.T, torch.zeros(0, 6, requires_grad=True), nothing, 50, [none]),
+    ):
+        assert made.log_probs.shape == made.normalisers.shape == made.distances[0].shape == (0,)
+        assert made.means is None
+        (made.log_probs.sum() + made.distances[0].sum()).backward()
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "any"])
+def test_no_logits_of_all_rows_are_kept_for_the_backward_pass(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are there ever those of more than one chunk."""
+    chunked(monkeypatch, 4, 50)
+    W, hidden = normal(50, 6, seed=0), normal(40, 6, seed=3).requires_grad_()
+    targets, asked, kept = torch.zeros(40, dtype=torch.long), [], []
+
+    def other(rows: slice) -> Tensor:
+        asked.append(rows.stop - rows.start)
+        return normal(len(hidden[rows]), 50, seed=5)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if linear:
+            made = linear_readings(hidden, W, None, targets, None, [Comparison(other, apart)])
+        else:
+            made = head_readings(lambda h: h @ W.T, hidden, targets, 50, [Comparison(other, apart)])
+    assert set(asked) == {4}
+    assert kept
+    assert all(tensor.shape[-1:] != (50,) for tensor in kept)
+    made.distances[0].sum().backward()
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +17,17 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
 from graftlm.model.attach import activate, attach, deltas_off, trainable
 from graftlm.model.forward import hidden_states, log_probs, packed_attention
-from graftlm.testing import perturbed, tiny_model
+from graftlm.model.recompute import recomputed_layers
+from graftlm.testing import move, perturbed, tiny_model
 from graftlm.training.objective import Objective, Sums, beside
+from graftlm.training.teacher import TEACHER
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LOSSES),
     *(("dpo", {"link": link}) for link in ("hinge", "ipo", "robust", "exo")),
+    ("supervised", {"label_smoothing": 0.1, "z_loss": 1e-2}),
+    ("distillation", {"divergence": "reverse", "supervised_weight": 0.3}),
+    ("distillation", {"divergence": "jsd", "temperature": 2.0, "teacher": "another/base"}),
     ("policy-gradient", {"kl": 0.1, "divide": "tokens"}),
 ]
 
@@ -78,7 +84,10 @@ def same(found: Any, wanted: Any, tolerance: float) -> None:
 
 
 def moved() -> Any:
-    return perturbed("lora", tiny_model())
+    """A model away from its base, and beside it a wider teacher that is another."""
+    model = perturbed("lora", tiny_model())
+    model.__dict__[TEACHER] = tiny_model(seed=5, hidden_size=48, num_hidden_layers=3)
+    return model
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -100,6 +109,31 @@ def test_in_double_precision_it_is_the_same_to_twelve_digits(name: str) -> None:
     model, found = moved().double(), answered(4)
     wanted = step(model, name, {}, pack(found, 10_000), pack(mismatched(found), 10_000))
     same(step(model, name, {}, pack(found, 60, share=True), pack(mismatched(found), 60)), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("lm_head", "v_proj")])
+def test_label_smoothing_and_z_loss_of_rows_alone(architecture: str, targets: tuple[str, ...]) -> None:
+    """With a soft cap, a scale on the logits, a delta on the head; rows packed, with shared beginnings, recomputed."""
+    model = tiny_model(architecture, **({"logit_scale": 2.0} if architecture == "cohere" else {}))
+    move(attach(model, LoraConfig(r=4, targets=targets)))
+    rows = items("supervised", answered(4))
+    total, count = torch.zeros(()), 0.0
+    for row in rows:
+        ids, weights = torch.from_numpy(row.ids.astype("int64"))[None], torch.from_numpy(row.weights)[1:]  # type: ignore[union-attr]
+        z = model(ids).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(z, ids[0, 1:], reduction="none", label_smoothing=0.1)
+        total = total + (weights * (each + 0.01 * z.logsumexp(-1).square())).sum()
+        count += float(weights.sum())
+    (total / count).backward()
+    gradients = {key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None}
+    for p in trainable(model).values():
+        p.grad = None
+    wanted = float(total.detach()) / count, gradients, {}
+    for held in (nullcontext, recomputed_layers):
+        with held(model):  # type: ignore[operator]
+            found = step(model, "supervised", {"label_smoothing": 0.1, "z_loss": 0.01}, pack(rows, 60, share=True))
+        same((*found[:2], {}), wanted, 2e-5)
 
 
 def test_a_pack_tells_the_answers_apart_where_they_agree() -> None:

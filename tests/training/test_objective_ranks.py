@@ -11,10 +11,9 @@ import graftlm.training.loop as loop
 from graftlm.data.pack import pack
 from graftlm.losses import LOSSES
 from graftlm.model.attach import trainable
-from graftlm.testing import perturbed, tiny_model
 from graftlm.training import ranks
 from graftlm.training.objective import Objective
-from tests.training.test_objective import OPTIONS, answered, items
+from tests.training.test_objective import OPTIONS, answered, items, moved
 from tests.training.together import together
 
 ROWS = 3
@@ -23,7 +22,7 @@ ROWS = 3
 
 def one(name: str, options: dict[str, Any], sharded: bool) -> dict[str, Any]:
     ranks.start()
-    model = perturbed("lora", tiny_model())
+    model = moved()
     objective = Objective(LOSSES[name].config(**options))
     objective.add_head(model)
     if sharded:

@@ -98,7 +98,26 @@ def exact_activations(made: Recipe) -> float:
     data = prepare_data(made, load_tokenizer(made.base))
     largest = shape_of(made, data.examples).largest
     sketched, groups = plan_module.with_deltas(made)
+    plan_module.with_teacher(made, sketched)
     return plan_module._over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
+
+
+def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_path: Path) -> None:
+    larger = save_tiny_base(tmp_path / "larger", seed=5, hidden_size=64, num_hidden_layers=LAYERS + 2)
+    loss = {"name": "distillation", "teacher": str(larger), "teacher_store": "fp32"}
+    made = recipe(base, rows, loss=loss)
+    model, largest = loaded(made)
+    assert exact_activations(made) == pytest.approx(live_bytes(made, model, largest), rel=0.02)
+    teacher = plan_module.with_teacher(made, plan_module.with_deltas(made)[0])
+    real = load_base(str(larger), store="fp32").model
+    assert teacher is not None
+    assert teacher.sketch.base_bytes == sum(4 * t.numel() for t in (*real.parameters(), *real.buffers()))
+    found = plan(made)
+    assert "teacher" in found["parts"]["memory_gib"]
+    assert found["parts"]["time_s"]["other layers of the teacher"] >= 0
+    alone = plan(recipe(base, rows))["parts"]
+    assert "teacher" not in alone["memory_gib"]
+    assert "other layers of the teacher" not in alone["time_s"]
 
 
 def test_kernels_are_counted_for_every_length_of_a_pack_and_of_a_segment(base: Path, rows: Path) -> None:

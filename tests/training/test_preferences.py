@@ -224,7 +224,8 @@ def test_what_a_comparison_cannot_do_is_refused(data: dict[str, Any], said: str,
 
 
 @pytest.mark.parametrize(
-    ("policy", "says"), [("neftune", "would disturb the reference of loss dpo"), ("i-lora", "loss dpo has those of a")]
+    ("policy", "says"),
+    [("neftune", "would disturb the reference of loss dpo"), ("i-lora", "passes of its own .loss dpo")],
 )
 def test_what_a_reference_does_not_go_with(policy: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
