@@ -82,7 +82,7 @@ def watched(wanted: Recipe, spikes: set[int], times: float) -> dict[str, Any]:
     }
 
 
-def trained(batches: list[Any], seed: int) -> tuple[list[torch.Tensor], list[bool]]:
+def trained(batches: list[Any], total: int, seed: int) -> tuple[list[torch.Tensor], list[bool]]:
     """Everything that a run leaves: parameters, optimiser state, what policies know; and which steps were skipped."""
     torch.manual_seed(seed)
     model = attach_tiny("adalora", tiny_model(), seed=seed, dropout=0.1)
@@ -92,7 +92,7 @@ def trained(batches: list[Any], seed: int) -> tuple[list[torch.Tensor], list[boo
     options = {"adalora": {"target_r": 2, "every": 5}, "ema": {}}
     policies = make_policies([build(POLICIES[n].config, {"name": n, **o}, source="") for n, o in options.items()])
     optimiser = make_optimiser(policies, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
-    state = Training(model, attachment(model).configs, optimiser, total=len(batches), seed=seed)
+    state = Training(model, attachment(model).configs, optimiser, total=total, seed=seed)
     done = steps(
         model, batches, loss="supervised", optimiser=optimiser, schedule=lambda step: 1.0, clip=1.0, policies=policies,
         training=state, on_nonfinite="skip",
@@ -115,7 +115,7 @@ def not_finite(config: dict[str, Any], base: Path, seed: int) -> dict[str, Any]:
             broken.weights[0] = math.inf
             with_bad.append([broken])
         with_bad.append(batch)
-    (wanted, _), (found, skipped) = trained(clean, seed), trained(with_bad, seed)
+    (wanted, _), (found, skipped) = trained(clean, count, seed), trained(with_bad, count, seed)
     same = len(found) == len(wanted) and all(map(torch.equal, found, wanted))
     return {"seed": seed, "bad": bad, "skipped": sum(skipped), "tensors": len(wanted), "bit_equal": same}
 
