@@ -24,6 +24,7 @@ from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.compare import COMPARED, prepare_groups, usable_by
 from graftlm.data.order import Curriculum, curriculum
 from graftlm.data.pack import Example, Group, fill, saved_by_sharing
+from graftlm.data.prompts import asked_in, prepare_prompts, shown_prompts
 from graftlm.data.reading import read_kept
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
@@ -41,9 +42,11 @@ from graftlm.training.guards import Guards
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.loop import NotFiniteError, Step
 from graftlm.training.objective import Objective, start_of
+from graftlm.training.online import mean_reward
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, Running, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
+from graftlm.training.scorers import make_scorer
 from graftlm.training.select.choose import choose
 from graftlm.training.trackers import Trackers
 from graftlm.training.turns import Turn, attach_deltas, plan_batches, turns
@@ -96,7 +99,7 @@ def prepare_data(
 
     With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
     """
-    data, needs = recipe.data, LOSSES[recipe.loss.name].rows
+    data, needs = recipe.data, "prompts" if recipe.online else LOSSES[recipe.loss.name].rows
     usable = usable_by(recipe.loss.name, needs, data)
     kept = cache_folder() / "rows"
     read = read_kept(data, seed=recipe.train.seed, network=recipe.network, folder=kept, needs=needs, usable=usable)
@@ -107,19 +110,27 @@ def prepare_data(
         chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
     ready = partial(_ready, needs, renderer, workers=recipe.train.threads, cache=kept)
-    examples, rows, found = ready(rows, data, format=read.format)
+    examples: Sequence[Example | Group]
+    if recipe.online:
+        room = recipe.online.max_new_tokens
+        examples, rows, found = prepare_prompts(rows, renderer, data, room=room, format=read.format)
+    else:
+        examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
-    examples, aside = put_aside(recipe, examples)
+    learnt, aside = put_aside(recipe, examples)
+    examples = learnt
     order = curriculum(data.order, rows, examples) if data.order else None
-    if data.pack:
+    if data.pack and not recipe.online:
         first = plan_batches(recipe.train, examples, order)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]
         share, tokens = recipe.train.prefix_sharing, recipe.train.pack_tokens
         found.shared_share = saved_by_sharing(steps_of_rows, tokens) if share else None
         found.pack_fill = fill(steps_of_rows, tokens, share=share)
     held_out: Sequence[Example | Group] = []
-    if held_out_rows:  # every one counts: one that is too long is cut, not left out
-        held_out, held_out_rows, about = ready(held_out_rows, replace(data, over_length="truncate"))
+    answered = [row for row in held_out_rows if asked_in(row)[1] is not None] if recipe.online else held_out_rows
+    if answered:  # every one counts: one that is too long is cut, not left out
+        held_out, answered, about = ready(answered, replace(data, over_length="truncate"))
+        held_out_rows = held_out_rows if recipe.online else answered
         found.problems += about.problems
     if look:
         found.survey = survey(rows, held_out_rows)
@@ -129,7 +140,7 @@ def prepare_data(
         found,
         held_out_rows,
         held_out,
-        shown_rows(rows, renderer, data, show),
+        shown_prompts(examples, renderer, show) if recipe.online else shown_rows(rows, renderer, data, show),
         chosen=chosen,
         aside=aside,
         curriculum=order,
@@ -291,10 +302,12 @@ def _train(
                         if seen == 1 and (told := start_of(recipe.loss, step.metrics)):
                             console.print(told, highlight=False)
                         now = step.skipped or f"loss {step.loss:.3f}  {_speed(run.metrics.lines):,.0f} tokens/s"
+                        now += f"  reward {step.metrics['reward']:.3f}" if "reward" in step.metrics else ""
                         bars.update(bar, completed=seen, now=now)
                         for event in guards.look(seen, trainable(model)):
                             run.note({"step": seen, **event})
-                        if not step.skipped and (spike := guards.spike(step.loss)):
+                        comparable = not recipe.online  # losses of answers that change with the model are not
+                        if comparable and not step.skipped and (spike := guards.spike(step.loss)):
                             back = place.last(console.print) if settings.on_spike == "return" else None
                             if back is not None and back.facts["turn"] != turn.first:
                                 back = None  # of an optimiser that is gone
@@ -365,6 +378,7 @@ def _lines(step: Step) -> list[dict[str, Any]]:
     """What metrics.jsonl says of a step: what it did or why it was left out, and what else happened."""
     if step.skipped:
         did: dict[str, Any] = {"step": step.number, "event": "skipped", "why": step.skipped, "rows": list(step.rows)}
+        did |= step.metrics
     else:
         did = {
             "step": step.number,
@@ -391,14 +405,15 @@ def _measure(
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
     liked = [row for row in data.held_out_rows if row.desirable is not False]
-    asked = [row for row in liked if can_be_answered(row)][: recipe.report.answers]
-    if not data.held_out:
+    asked = [row for row in liked if recipe.online or can_be_answered(row)][: recipe.report.answers]
+    if not data.held_out_rows:
         return None, None, []
     model, tokenizer = base
     renderer = Renderer(tokenizer)
     groups = [item for item in data.held_out if isinstance(item, Group)]
     wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
     layout: dict[str, Any] = {"pack_tokens": recipe.train.pack_tokens, "packed": recipe.data.pack}
+    scorer = make_scorer(recipe.online.scorer, network=recipe.network) if recipe.online else None
 
     def measured(name: str, bars: Any) -> HeldOut:
         bar = bars.add_task(f"{name} answers", total=len(asked), now="")
@@ -411,6 +426,9 @@ def _measure(
             progress=lambda done: bars.update(bar, completed=done),
             **layout,
         )
+        if scorer is not None and asked:
+            reward = mean_reward(scorer, asked, found.answers)
+            return found if reward is None else replace(found, objective={"reward": reward})
         if not groups:
             return found
         share = recipe.train.prefix_sharing
@@ -422,8 +440,8 @@ def _measure(
         after = measured("tuned", bars)
     samples = [
         {
-            "asked": row.messages[-2].content,
-            "wanted": row.messages[-1].content,
+            "asked": asked_in(row)[0][-1].content,
+            "wanted": asked_in(row)[1] or "",
             "base": b,
             "tuned": t,
             "where": row.where,

@@ -27,6 +27,7 @@ from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies import make_optimiser, make_policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.recipe import Recipe
+from graftlm.training.sampler import Sampler
 
 STATISTICS_PACKS = 8
 """What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
@@ -106,15 +107,19 @@ class Turn:
         objective = Objective(recipe.loss)
         make = partial(packs_of, recipe, share=config.prefix_sharing)
 
-        def packs(rows: list[int]) -> Iterator[Pack]:
-            items = [examples[i] for i in rows]
+        sampler = next((policy for policy in self.policies if isinstance(policy, Sampler)), None)
+
+        def packs(number: int) -> Iterator[Pack]:
+            items = [examples[i] for i in plan[number]]
+            if sampler is not None:
+                items = sampler.rows(self.training, number, lambda n: [examples[i] for i in plan[n]], self.last)
             for some in (items, objective.probes(items)):
                 for pack in ranks.packs_of(some, make, sharded=ranks.is_sharded(model)):
                     yield pack.to(model.device)  # type: ignore[arg-type]
 
         return steps(
             model,
-            (list(packs(rows)) for rows in plan[seen : self.last]),
+            (list(packs(number)) for number in range(seen, self.last)),
             loss=recipe.loss,
             optimiser=self.training.optimiser,
             schedule=self.schedule,
@@ -157,6 +162,7 @@ def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Grou
         ]
         groups += Objective(recipe.loss).groups(model)
         policies = make_policies(recipe.policies)
+        policies += [Sampler(recipe, first)] if recipe.online else []
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
         schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))
         for policy in policies:
