@@ -75,7 +75,7 @@ class Sampler(Policy):
         started = time.perf_counter()
         where = [(number, place) for number, some in steps.items() for place in range(len(some))]
         prompts = [steps[number][place] for number, place in where]
-        answers = self._answers(training, prompts)
+        answers = self._answers(training, prompts, f"answers from batch {min(steps)}")
         said = [self._said(prompt, ids) for prompt, some in zip(prompts, answers, strict=True) for ids in some]
         rewards = score(self.scorer, said)
         took, samples = time.perf_counter() - started, self.online.samples
@@ -103,7 +103,7 @@ class Sampler(Policy):
             }
         return found
 
-    def _answers(self, training: Training, prompts: Prompts) -> list[list[list[int]]]:
+    def _answers(self, training: Training, prompts: Prompts, purpose: str) -> list[list[list[int]]]:
         """`samples` answers to each prompt, as ids. Batches have the same prompts and draw the same numbers whatever
         the number of ranks, which share them; with a base in parts all ranks go through each together."""
         model, online = training.model, self.online
@@ -123,7 +123,7 @@ class Sampler(Policy):
                     max_new_tokens=online.max_new_tokens,
                     temperature=online.temperature,
                     top_p=online.top_p,
-                    seed=training.generator(f"answers {prompts[0].where} {batch}").initial_seed(),
+                    seed=training.generator(f"{purpose}, {batch}").initial_seed(),
                     batch_tokens=len(some) * max(len(ids[i // online.samples]) for i in some),
                     keep_stop=True,
                 )

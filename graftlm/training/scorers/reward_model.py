@@ -47,7 +47,7 @@ def make(config: RewardModelConfig, network: bool) -> Scorer:
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"{config.model}: no reward model: {str(error).strip()[:300]}") from None
     if about["missing_keys"] or model.config.num_labels != 1:
-        why = f"{model.config.num_labels} outputs" if model.config.num_labels != 1 else "no trained head"
+        why = "no trained head" if about["missing_keys"] else f"{model.config.num_labels} outputs"
         raise BaseModelError(
             f"{config.model}: a reward model has a head of one output, and this has {why}. A base is none: train one "
             "for sequence classification with num_labels=1"
