@@ -46,7 +46,7 @@ from graftlm.training.online import mean_reward
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, Running, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
-from graftlm.training.scorers import make_scorer
+from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose
 from graftlm.training.trackers import Trackers
 from graftlm.training.turns import Turn, attach_deltas, plan_batches, turns
@@ -88,6 +88,8 @@ class Prepared:
     """Rows that are kept out of `examples` for policies that learn from them."""
     curriculum: Curriculum | None = None
     """The order of `examples` in an epoch; None where every epoch is shuffled."""
+    scorer: Scorer | None = None
+    """What judges the answers that the model gives while it is trained."""
 
 
 def prepare_data(
@@ -205,6 +207,8 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
     with waiting, ranks.one_first():  # the others find what it has rendered
         data = prepare_data(recipe, tokenizer, console=console)
+    if recipe.online:
+        data = replace(data, scorer=make_scorer(recipe.online.scorer, network=recipe.network))
     for line in data.chosen:
         console.print(line, highlight=False)
     console.print(display.preflight(data.report))
@@ -285,7 +289,7 @@ def _train(
         guards = Guards(settings.early_stopping, run.metrics.lines)
         bar = bars.add_task("training", total=len(plan), completed=seen, now="")
         stops = False
-        for turn in turns(recipe, model, len(plan), data.aside):
+        for turn in turns(recipe, model, len(plan), data.aside, data.scorer):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:
@@ -413,7 +417,6 @@ def _measure(
     groups = [item for item in data.held_out if isinstance(item, Group)]
     wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
     layout: dict[str, Any] = {"pack_tokens": recipe.train.pack_tokens, "packed": recipe.data.pack}
-    scorer = make_scorer(recipe.online.scorer, network=recipe.network) if recipe.online else None
 
     def measured(name: str, bars: Any) -> HeldOut:
         bar = bars.add_task(f"{name} answers", total=len(asked), now="")
@@ -426,8 +429,8 @@ def _measure(
             progress=lambda done: bars.update(bar, completed=done),
             **layout,
         )
-        if scorer is not None and asked:
-            reward = mean_reward(scorer, asked, found.answers)
+        if data.scorer is not None and asked:
+            reward = mean_reward(data.scorer, asked, found.answers)
             return found if reward is None else replace(found, objective={"reward": reward})
         if not groups:
             return found

@@ -44,13 +44,13 @@ class Sampler(Policy):
     paper = "DeepSeekMath, Shao et al. 2024, arXiv:2402.03300, algorithm 1"
     cost = "the answers of a step: `samples` a prompt, each token of them a forward pass"
 
-    def __init__(self, recipe: Recipe, first: int) -> None:
+    def __init__(self, recipe: Recipe, first: int, scorer: Scorer | None = None) -> None:
         """`first` is the batch with which the turn begins: rounds are counted from there."""
         super().__init__(PolicyConfig(name="online"))
         assert recipe.online is not None
         self.recipe, self.first = recipe, first
         self.online: OnlineConfig = recipe.online
-        self.scorer: Scorer = make_scorer(recipe.online.scorer, network=recipe.network)
+        self.scorer: Scorer = scorer or make_scorer(recipe.online.scorer, network=recipe.network)
         self.renderer = Renderer(load_tokenizer(recipe.base, network=recipe.network))
 
     def rows(

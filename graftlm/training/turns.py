@@ -28,6 +28,7 @@ from graftlm.training.policies import make_optimiser, make_policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.recipe import Recipe
 from graftlm.training.sampler import Sampler
+from graftlm.training.scorers import Scorer
 
 STATISTICS_PACKS = 8
 """What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
@@ -139,10 +140,17 @@ class Turn:
             policy.on_end(self.training)
 
 
-def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Group] = ()) -> Iterator[Turn]:
+def turns(
+    recipe: Recipe,
+    model: Any,
+    total: int,
+    aside: Sequence[Example | Group] = (),
+    scorer: Scorer | None = None,
+) -> Iterator[Turn]:
     """All deltas together over `total` steps, or each in its turn and the others as they are.
 
-    `aside` are rows that are kept for policies which learn from them.
+    `aside` are rows that are kept for policies which learn from them; `scorer` judges the answers of `online`, and is
+    made of the recipe where it is not given.
     """
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
@@ -162,7 +170,7 @@ def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Grou
         ]
         groups += Objective(recipe.loss).groups(model)
         policies = make_policies(recipe.policies)
-        policies += [Sampler(recipe, first)] if recipe.online else []
+        policies += [Sampler(recipe, first, scorer)] if recipe.online else []
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
         schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))
         for policy in policies:
