@@ -316,12 +316,18 @@ def test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bytes(
 ) -> None:
     """In the middle of rounds too, where the model that answered is gone."""
     made = recipe(
-        base_folder, prompts, loss, delta={"dropout": 0.2}, online={"steps_per_round": length}, data={"held_out": 0}
+        base_folder,
+        prompts,
+        loss,
+        delta={"dropout": 0.2},
+        online={"steps_per_round": length},
+        data={"held_out": 0},
+        train={"steps": 4},
     )
     graftlm.train(made, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stopping_after(1, patch)
-        for step in range(1, 6):
+        for step in range(1, 4):
             graftlm.train(made, tmp_path / "out", resume=True)
             assert (tmp_path / "out" / "checkpoints" / f"step-{step:08}").is_dir()
     graftlm.train(made, tmp_path / "out", resume=True)
