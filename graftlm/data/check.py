@@ -32,6 +32,9 @@ FEW_ROWS = 2_000
 """Shi et al. 2024 (arXiv:2405.14394) found that loss over instructions helps where instructions are long against the
 answers and where rows are few. They give no threshold; these two are ours."""
 
+OF_ANSWERS = ("supervised", "tokens of an answer", "prompts to answers", "an answer ends with")
+"""What is said of rows with answers only."""
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -107,6 +110,8 @@ class Report:
     """What was noticed of rows that are kept, and of what the loss does not use."""
     compared: bool = False
     """Whether a loss compares answers, which leaves no choice of a mask."""
+    prompts: bool = False
+    """Whether the rows only ask, and the model answers while it is trained: counts are then of prompts."""
     from_cache: bool = False
     """Whether the tokens were rendered by an earlier run, from the same rows by the same means."""
     shared_share: float | None = None
@@ -164,6 +169,8 @@ class Report:
             ("prompts to answers", f"{self.prompt_ratio:.2g} tokens to one{self._advice()}"),
             ("an answer ends with", f"{end}, {'trained' if self.end_of_turn_trained else 'NOT trained'}"),
         ]
+        if self.prompts:
+            pairs = [pair for pair in pairs if pair[0] not in OF_ANSWERS]
         if self.unterminated:
             pairs.append(("end NOT trained", shown_places(self.unterminated)))
         pairs += [

@@ -146,6 +146,12 @@ class Renderer:
         """The ids after which the model should answer: int32 [n]."""
         return self._alone(self._prompt(messages, tools))
 
+    def prompts_of_all(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]
+    ) -> list[NDArray[np.int32] | DataError]:
+        """What `prompt` returns for each of many (messages, tools), or the DataError that it raises."""
+        return self._together([self._prompt(messages, tools) for messages, tools in conversations])
+
     # Rendering is written for one conversation and done for many: each is a generator that yields what it wants to know
     # of the template or of the tokenizer, and is sent the answer.
 

@@ -35,6 +35,7 @@ class SourceConfig:
         "sharegpt",
         "alpaca",
         "prompt-completion",
+        "prompt",
         "text",
         "preference",
         "feedback",
@@ -249,7 +250,7 @@ def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
 def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str | None) -> tuple[Row, list[str]]:
     """The checked row and what is to be told of it."""
     group = record.get("group")
-    notes = check(said.messages)
+    notes = check(said.messages, asks=said.asks)
     for number, other in enumerate(said.rejected, start=1):
         try:
             check(other)
