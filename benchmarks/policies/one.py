@@ -37,7 +37,7 @@ def main() -> None:
     from graftlm.model.attach import attach, attachment, trainable
     from graftlm.training.loop import steps
     from graftlm.training.policies import POLICIES, make_optimiser, make_policies
-    from graftlm.training.policies.base import Group, Training
+    from graftlm.training.policies.base import ParameterGroup, Training
 
     torch.set_num_threads(settings["threads"])
     torch.ones(64, 64) @ torch.ones(64, 64)
@@ -52,7 +52,7 @@ def main() -> None:
     attach(model, FullConfig(), seed=settings["seed"])
     learning = trainable(model)
     policies = make_policies([build(POLICIES[p["name"]].config, p, source="config.yaml") for p in args.policies])
-    optimiser = make_optimiser(policies, [Group(learning, settings["learning_rate"])], weight_decay=0.0)
+    optimiser = make_optimiser(policies, [ParameterGroup(learning, settings["learning_rate"])], weight_decay=0.0)
     state = Training(model, attachment(model).configs, optimiser, total=count, seed=settings["seed"])
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     held = resident_gib() - before

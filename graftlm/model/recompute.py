@@ -37,6 +37,11 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
+def is_recomputed(model: nn.Module) -> bool:
+    """Whether `recomputed_layers` holds this model at present."""
+    return any("forward" in vars(layer) for layer in transformer_layers(model).values())
+
+
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # What a prompt lets the layers say beforehand is kept: a second run would find it standing before itself.
     if not torch.is_grad_enabled() or is_recording(layer):

@@ -31,6 +31,8 @@ from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.optim import adamw
+from graftlm.training.policies import make_policies
+from graftlm.training.policies.base import Training
 from graftlm.training.recipe import Recipe
 from graftlm.training.regularisers import tie
 from graftlm.training.run import peak_rss_gib, prepare_data
@@ -109,7 +111,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "process": process + LIBRARIES_GIB,
         "base": made.base_bytes / GIB,
         "deltas": (4 * parameters + held) / GIB,
-        "gradients_and_optimiser": 12 * parameters / GIB,
+        "gradients_and_optimiser": sum(update_bytes(recipe, made.model, shape.packs_a_step > 1)) / GIB,
         "activations": live * (heap if device.type == "cpu" else 1.0) / GIB,
         "kernels": kernels(products, shape) * KERNEL_GIB if device.type == "cpu" else 0.0,
     } | ({"teacher": teacher.sketch.base_bytes / GIB} if teacher else {})
@@ -277,6 +279,21 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
     if products is not None:
         products |= live.products
     return live.peak
+
+
+def update_bytes(recipe: Recipe, model: Any, several_packs: bool) -> tuple[int, int]:
+    """Bytes of gradients and of the optimiser's state, as the policies say; AdamW keeps two float32 moments."""
+    policies = make_policies(recipe.policies)
+    parameters = [p for name in recipe.all_deltas() for p in parameters_of(model, name)]
+    unmade = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+    training = Training(model, recipe.all_deltas(), unmade, total=recipe.train.steps or 1, seed=recipe.train.seed)
+    waiting = {id(p) for policy in policies for p in policy.waiting(training)}
+    learning = [p for p in parameters if id(p) not in waiting]
+    gradients = [4 * p.numel() for p in learning]
+    own = [sizes for policy in policies if None not in (sizes := [policy.state_bytes(p) for p in learning])]
+    kept = own[0] if own and learning else [8 * p.numel() for p in learning]
+    one_alive = any(policy.fused for policy in policies) and not several_packs
+    return (max if one_alive else sum)(gradients), sum(size or 0 for size in kept)
 
 
 def _objective(recipe: Recipe) -> Objective:

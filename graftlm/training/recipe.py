@@ -165,6 +165,12 @@ class Recipe:
                 )
             if "neftune" in [policy.name for policy in self.policies]:
                 raise ValueError("policy neftune would disturb the policy and not its teacher: drop one")
+        passes = self.loss.needs_reference or isinstance(self.loss, DistillationConfig) or tie(self.regularisers)
+        if passes and "i-lora" in [policy.name for policy in self.policies]:
+            raise ValueError(
+                "policy i-lora ties the hidden states of the pass that learns: drop it, or what makes passes of its "
+                f"own ({'regulariser kl' if tie(self.regularisers) else f'loss {name}'})"
+            )
         if needs == "pairs" and not self.data.pack:
             raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
         if LOSSES[name].statistic is not None and self.train.batch_rows < 2:

@@ -223,10 +223,14 @@ def test_what_a_comparison_cannot_do_is_refused(data: dict[str, Any], said: str,
         recipe(tmp_path, tmp_path / "rows.jsonl", "dpo", data=data)
 
 
-def test_noise_and_a_reference_do_not_go_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [("neftune", "would disturb the reference of loss dpo"), ("i-lora", "passes of its own .loss dpo")],
+)
+def test_what_a_reference_does_not_go_with(policy: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text("base: smollm2\ndata: {train: rows.jsonl}\nloss: dpo\npolicies: [neftune]\n")
-    with pytest.raises(RecipeError, match="would disturb the reference of loss dpo"):
+    file.write_text(f"base: smollm2\ndata: {{train: rows.jsonl}}\nloss: dpo\npolicies: [{policy}]\n")
+    with pytest.raises(RecipeError, match=says):
         read_recipe(file)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from graftlm.model.attach import hosts
 from graftlm.model.load import BaseConfig, fingerprint, load_base, load_tokenizer
 from graftlm.model.store import adapters_in, load_adapter
 from graftlm.testing import logits, save_tiny_base
-from graftlm.training.recipe import Recipe
+from graftlm.training.recipe import Recipe, read_recipe
 
 SUMMARY = {
     "held_out": {"rouge_l": {"base", "tuned"}, "loss_nats": {"base", "tuned"}},
@@ -192,6 +193,50 @@ def test_ctrl_c_in_mid_training_saves_what_was_done_and_says_so(base_folder: Pat
     assert summary["train"]["steps"] == len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     model, _ = graftlm.load_base(str(base_folder))
     graftlm.load_adapter(model, tmp_path / "out")
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from graftlm.cli import main
+from graftlm.training.objective import Objective
+
+part, calls = Objective.part, []
+
+def stuck(*arguments):
+    calls.append(None)
+    if len(calls) == 3:
+        Path(sys.argv[-1], "stuck").touch()
+        time.sleep(600)
+    return part(*arguments)
+
+Objective.part = stuck
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_in_mid_step_and_what_was_saved_stays(
+    number: signal.Signals, base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    tree = {"base": str(base_folder), "data": {"train": str(rows), "held_out": 2}, "report": {"answers": 0}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree | {"train": {"steps": 4, "batch_rows": 2, "save_every": 2}}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", STUCK, "train", str(tmp_path / "r.yaml"), "--out", str(out)]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None and not (out / "stuck").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)  # the first asks for the end of the step, which does not come
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert not (out / "adapter_model.safetensors").exists()
+    (out / "stuck").unlink()
+    assert graftlm.train(read_recipe(tmp_path / "r.yaml"), out, resume=True).summary["train"]["steps"] == 4
 
 
 def test_held_out_questions_are_not_trained_on(base_folder: Path, tmp_path: Path) -> None:

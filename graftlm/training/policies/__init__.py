@@ -23,6 +23,7 @@ from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig
 from graftlm.training.policies.ema import Ema, EmaConfig
 from graftlm.training.policies.flora_compression import FloraCompression, FloraCompressionConfig
 from graftlm.training.policies.galore import Galore, GaloreConfig
+from graftlm.training.policies.i_lora import ILora, ILoraConfig
 from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
 from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
 from graftlm.training.policies.lisa import Lisa, LisaConfig
@@ -38,6 +39,7 @@ from graftlm.training.policies.schedule_free import ScheduleFree, ScheduleFreeCo
 from graftlm.training.policies.sm3 import Sm3, Sm3Config
 from graftlm.training.policies.sora import Sora, SoraConfig
 from graftlm.training.policies.spiel import SpielPolicy, SpielPolicyConfig
+from graftlm.training.policies.velora import Velora, VeloraConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ POLICIES: dict[str, Row] = {
     "ema": Row(EmaConfig, Ema),
     "flora-compression": Row(FloraCompressionConfig, FloraCompression),
     "galore": Row(GaloreConfig, Galore),
+    "i-lora": Row(ILoraConfig, ILora),
     "increlora": Row(IncreLoraConfig, IncreLora),
     "lamda": Row(LamdaPolicyConfig, LamdaPolicy),
     "lisa": Row(LisaConfig, Lisa),
@@ -79,6 +82,7 @@ POLICIES: dict[str, Row] = {
     "sm3": Row(Sm3Config, Sm3),
     "sora": Row(SoraConfig, Sora),
     "spiel": Row(SpielPolicyConfig, SpielPolicy),
+    "velora": Row(VeloraConfig, Velora),
 }
 
 
@@ -106,6 +110,8 @@ def check_policies(policies: Sequence[Policy], training: Training) -> None:
         if reason := policy.refuse(training):
             methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))
             raise TrainingError(f"policies: {policy.config.name} with {methods}: {reason}")
+        if reason := policy.beside([other for other in policies if other is not policy]):
+            raise TrainingError(f"policies: {policy.config.name} beside {reason}")
         looks = type(policy).on_grads is not Policy.on_grads
         if looks and (fused := [other.config.name for other in policies if other.fused and other is not policy]):
             raise TrainingError(

@@ -35,6 +35,9 @@ class AdaLomo(Fused):
     paper = "Lv et al. 2023, arXiv:2310.10195"
     cost = "a row and a column of state for each matrix and one gradient at a time"
 
+    def state_bytes(self, parameter: nn.Parameter) -> int:
+        return 4 * (sum(parameter.shape) if parameter.dim() == 2 else parameter.numel())
+
     @torch.no_grad()
     def on_start(self, training: Training) -> None:
         self.sizes: dict[nn.Parameter, float] = {}

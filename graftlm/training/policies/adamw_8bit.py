@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import nn
 
 from graftlm.config import Flag, config
 from graftlm.errors import TrainingError
 from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, torch_groups
+
+LEAST = 4096
+"""Of fewer elements bitsandbytes keeps moments of 32 bits."""
 
 
 @config
@@ -29,6 +33,10 @@ class AdamW8bitConfig(PolicyConfig):
 class AdamW8bit(Policy):
     paper = "Dettmers et al. 2021, arXiv:2110.02861"
     cost = "2 bytes of moments a parameter in place of 8; a step of the optimiser takes longer on a CPU"
+
+    def state_bytes(self, parameter: nn.Parameter) -> int:
+        n = parameter.numel()
+        return 8 * n if n < LEAST else 2 * n + 8 * -(-n // 256)  # codes, and a scale for each block
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         if self.config.paged and any(p.device.type == "cpu" for group in groups for p in group.parameters.values()):

@@ -5,6 +5,8 @@
 B starts at zero, where the factor is eta (`escape`); as a row grows the factor falls, so that what scales LoRA is
 learnt for each row and no alpha is needed: give `alpha` equal to `r`, and no dropout, as the authors do.
 
+The equation is taken from a survey of the paper; no code, of its authors or of others, was found to check it with.
+
 Departures: the paper multiplies the gradient, for SGD. Adam divides such a factor out again, so here it multiplies the
 step that the optimiser took. B_i is as before the step. What the weight decay took is multiplied with it.
 """

@@ -7,6 +7,8 @@ with the least IS are switched off (their columns of B are zero and stay so); si
 order of their mean IS, until as many ranks are on as before. B A counts the ranks that are on alone, so what is left
 is a plain LoRA.
 
+The equation is taken from a survey of the paper; no code, of its authors or of others, was found to check it with.
+
 Departures: the paper scores by the task's metric on a batch of validation rows, here it is the loss; and a rank that is
 given to a site starts like LoRA's own, B at zero. The optimiser keeps what it knew of that column.
 """

@@ -2,7 +2,9 @@
 
     groups(groups)        before the optimiser is made: other rates for some tensors
     optimiser(groups)     another optimiser than AdamW; one policy of a run at most
+    state_bytes, waiting  how much memory its optimiser takes, and which parameters take none
     refuse(training)      why this policy has no meaning for what is trained here, or an empty text
+    beside(others)        why it has none beside the run's other policies, or an empty text
     on_start(training)    before the first step of this process, after a resume too
     during(training)      held over the forward and backward passes of a step
     evaluating(training)  held where the deltas are looked at or written as an adapter in the middle of a run
@@ -158,6 +160,8 @@ class Policy:
     """Fused, and wants every step twice: first for the norm of its gradient, then to act."""
     wants_aside: ClassVar[float] = 0.0
     """The share of the training rows that is kept out of training for `training.aside`."""
+    no_mean: ClassVar[str] = ""
+    """Why a running mean of the parameters has no meaning beside this policy, where it has none."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -173,6 +177,17 @@ class Policy:
 
     def refuse(self, training: Training) -> str:
         return ""
+
+    def beside(self, others: Sequence["Policy"]) -> str:
+        return ""
+
+    def state_bytes(self, parameter: nn.Parameter) -> int | None:
+        """What its optimiser keeps of a parameter, for `graft plan`; None where it brings no optimiser."""
+        return None
+
+    def waiting(self, training: Training) -> Sequence[nn.Parameter]:
+        """Parameters that have neither a gradient nor an optimiser's state, at the time when the others are largest."""
+        return ()
 
     def groups(self, groups: Sequence[ParameterGroup]) -> Sequence[ParameterGroup]:
         return groups

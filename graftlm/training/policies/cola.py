@@ -36,6 +36,7 @@ class ColaConfig(PolicyConfig):
 class Cola(Policy):
     paper = "Xia, Qin and Hazan 2024, arXiv:2401.04151"
     cost = "the rank grows by r at each restart, in time, memory and on disk"
+    no_mean = "what was learnt goes into the base and the factors begin again: their mean is of different things"
 
     def refuse(self, training: Training) -> str:
         return why_no_restart(training, self.config.every)

@@ -4,9 +4,10 @@ and Algorithm 1.
     each step:  b ~ U{least .. r};  forward, backward and update with A[:b] and B[:, :b] (method dylora)
     frozen:     the same forward, but only row A[b-1] and column B[:, b-1] are updated (the paper's cheaper variant)
 
-One b for all sites and all rows of a step, as in the authors' code. What is beyond b has a gradient of zero; Adam's
-momentum goes on moving it a little, there and here. In the frozen variant the first two steps update the whole block:
-before B has moved, A has no gradient. The paper's other distributions of b are left out.
+One b for all sites and all rows of a step, and alpha / b in front, as in the authors' code (huawei-noah/KD-NLP: it
+multiplies each factor by sqrt(r / b), and LoRA's alpha / r stands before both). What lies beyond b has a zero gradient;
+Adam's momentum goes on moving it a little, there and here. In the frozen variant the first two steps update the whole
+block: before B has moved, A has no gradient. The paper's other distributions of b are left out.
 
 After training any rank is a LoRA: `use_rank(model, 8)` cuts a model's DyLoRA to its first 8 ranks, and it is saved,
 merged and exported so; `use_rank(model, None)` gives all back. In an adapter folder it is `"rank": 8` under `config` in

@@ -4,9 +4,10 @@
 
 The run is not changed by it: W goes on as it would. Evaluation and the adapter at the end have E. In the first steps a
 is no more than t / (t + 9), as is usual, so that the start is forgotten in short runs too (the paper leaves it open).
+Refused beside policies after which a parameter is not what it was before: they say why (`no_mean`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -26,6 +27,10 @@ class EmaConfig(PolicyConfig):
 class Ema(Policy):
     paper = "Morales-Brotons et al. 2024, arXiv:2411.18704"
     cost = "a copy of what is trained"
+    no_mean = "it keeps a mean of its own"
+
+    def beside(self, others: Sequence[Policy]) -> str:
+        return next((f"{other.config.name}: {other.no_mean}" for other in others if other.no_mean), "")
 
     def on_start(self, training: Training) -> None:
         for name, p in training.parameters().items():

@@ -20,7 +20,7 @@ from typing import Literal
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, Share, config
 from graftlm.training.policies.base import (
@@ -104,6 +104,11 @@ class FloraCompression(Policy):
 
     def refuse(self, training: Training) -> str:
         return needs_matrices_over(self.config.rank, training)
+
+    def state_bytes(self, parameter: nn.Parameter) -> int:
+        sides = sum(parameter.shape) if parameter.dim() == 2 else parameter.numel()
+        compressed = is_over(self.config.rank, parameter)
+        return 4 * (sides + (self.config.rank * max(parameter.shape) if compressed else parameter.numel()))
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return FloraOptimiser(self.config, groups, weight_decay)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.training.policies.base import (
@@ -88,6 +88,12 @@ class Projecting(Policy):
 
     def refuse(self, training: Training) -> str:
         return needs_matrices_over(self.config.rank, training)
+
+    def state_bytes(self, parameter: nn.Parameter) -> int:
+        if not is_over(self.config.rank, parameter):
+            return 8 * parameter.numel()
+        r: int = self.config.rank
+        return 4 * r * (2 * max(parameter.shape) + min(parameter.shape))  # M, V and P
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return ProjectedAdam(self, groups, weight_decay)

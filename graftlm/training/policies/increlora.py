@@ -11,8 +11,10 @@ starts to learn from there. At the target the reserves get E = 0.
 
 Departures: h is not given but follows from `until`, the share of the run at which the target is to be reached. All r
 ranks of the method are there from the start, E = 0 beyond the reserve, so they cost time and are held orthogonal from
-the first step. Where a batch is several packs, |dW . dL/dW| is summed over packs, so that dL/dW [d_out, d_in] of one
-site at a time is enough; for one pack it is the paper's.
+the first step.
+
+A step of one pack on one process needs dL/dW [d_out, d_in] of one site at a time. Where it is several packs, or several
+processes share it, those of all sites are added up first.
 """
 
 import math
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graftlm.config import PositiveCount, Share, config
-from graftlm.deltas.base import AdditiveDelta
+from graftlm.deltas.base import AdditiveDelta, Delta
 from graftlm.model.attach import hosts
 from graftlm.training import ranks
 from graftlm.training.policies.base import Policy, PolicyConfig, Training, needs_method
@@ -53,7 +55,10 @@ class IncreLoraConfig(PolicyConfig):
 
 class IncreLora(Policy):
     paper = "Zhang et al. 2023, arXiv:2308.12043"
-    cost = "while ranks are added, the gradient of every W: about half as much again in time, one W of memory"
+    cost = (
+        "while ranks are added, the gradient of every W: about half as much again in time; memory of one W, or of all "
+        "where a step is several packs or processes"
+    )
 
     def refuse(self, training: Training) -> str:
         if reason := needs_method(training, "adalora"):
@@ -70,21 +75,24 @@ class IncreLora(Policy):
     @contextmanager
     def during(self, training: Training) -> Iterator[None]:
         self.found: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}
         handles: list[RemovableHandle] = []
         if training.done < self._moments(training)[-1]:
             at = hosts(training.model)
             for name, site, delta in training.sites():
                 assert isinstance(delta, AdditiveDelta)
-                handles.append(see_gradient(at[site], partial(self._score, f"{name}/{site}", delta)))
+                handles.append(see_gradient(at[site], partial(self._see, training, f"{name}/{site}", delta)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _score(self, key: str, delta: AdditiveDelta, G: Tensor) -> None:
-        value = float((delta.matrix() * G).abs().sum()) / math.sqrt(G.numel())
-        self.found[key] = self.found.get(key, 0.0) + value
+    def _see(self, training: Training, key: str, delta: AdditiveDelta, G: Tensor) -> None:
+        if ranks.count() == 1 and training.last_pack and key not in self.sums:
+            self.found[key] = _score(delta, G)  # it is whole already
+        else:
+            self.sums[key] = self.sums[key].add_(G) if key in self.sums else G
 
     def on_grads(self, training: Training) -> None:
         for name, site, delta in training.sites():
@@ -92,10 +100,16 @@ class IncreLora(Policy):
             assert E.grad is not None
             E.grad[self.facts["ranks"][f"{name}/{site}"] :] = 0
         if training.done < self._moments(training)[-1]:
-            here = torch.tensor(ranks.totals(*(self.found.get(f"{n}/{site}", 0.0) for n, site, _ in training.sites())))
+            here = torch.tensor([self._whole_score(f"{name}/{site}", delta) for name, site, delta in training.sites()])
             smooth, unsure = self.kept("smooth", here), self.kept("unsure", here)
             smooth.lerp_(here, 1 - self.config.beta1)
             unsure.lerp_((here - smooth).abs(), 1 - self.config.beta2)
+
+    def _whole_score(self, key: str, delta: Delta) -> float:
+        assert isinstance(delta, AdditiveDelta)
+        if ranks.count() == 1 and key not in self.sums:
+            return self.found.get(key, 0.0)
+        return _score(delta, whole_gradient(self.sums.pop(key, None), delta))
 
     def on_step(self, training: Training) -> None:
         moments = self._moments(training)
@@ -132,6 +146,22 @@ class IncreLora(Policy):
         """The steps after which ranks are added."""
         start, end = int(self.config.warmup * training.total), int(self.config.until * training.total)
         return [t for t in range(max(1, start), end + 1) if t % self.config.every == 0]
+
+
+@torch.no_grad()
+def _score(delta: AdditiveDelta, G: Tensor) -> float:
+    return float((delta.matrix() * G).abs().sum()) / math.sqrt(G.numel())
+
+
+def whole_gradient(G: Tensor | None, delta: Delta) -> Tensor:
+    """The sum over the ranks of the gradient of a site's W' [d_out, d_in]; None is a rank without rows."""
+    like = next(delta.parameters())
+    mine = like.new_zeros(delta.site.d_out, delta.site.d_in) if G is None else G
+    held = nn.Parameter(mine, requires_grad=False)
+    held.grad = mine
+    ranks.sum_gradients([held])
+    assert held.grad is not None
+    return held.grad
 
 
 def see_gradient(host: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:

@@ -6,6 +6,9 @@
 The columns belong to singular values of W in falling order, so those of the least go first. T is the share `until` of
 the run (the paper: 30 % of the steps). A frozen column stays exactly where it is, whatever momentum the optimiser has;
 when all are frozen, their gradient is not computed any more.
+
+The 30 % stand in the authors' code too (ArminAzizi98/LaMDA). Which end goes first is by a survey of the paper: their
+code has no singular values, zeroes gradients from the first column on, and, lacking a factor r, stops at one.
 """
 
 from typing import Literal

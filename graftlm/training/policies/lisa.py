@@ -38,6 +38,10 @@ class Lisa(Policy):
             return f"it draws {self.config.layers} layers to learn, and deltas sit in {len(numbers)}"
         return ""
 
+    def waiting(self, training: Training) -> list[nn.Parameter]:
+        layers = sorted(self._by_layer(training).values(), key=lambda layer: -sum(p.numel() for p in layer))
+        return [p for layer in layers[self.config.layers :] for p in layer]
+
     def on_start(self, training: Training) -> None:
         if "learning" not in self.facts:
             self._draw(training)

@@ -109,6 +109,9 @@ class Lomo(Fused):
         super().__init__(config)
         self.rehearses = config.largest is None
 
+    def state_bytes(self, parameter: nn.Parameter) -> int:
+        return 0
+
     def act(self, training: Training, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
         if self.config.largest is not None:
             g.clamp_(-self.config.largest, self.config.largest)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftlm.config import config
 from graftlm.deltas.lora import Lora
@@ -33,6 +33,9 @@ class LoraFa(Policy):
 
     def refuse(self, training: Training) -> str:
         return "" if list(pairs(training)) else NO_PAIRS
+
+    def waiting(self, training: Training) -> list[nn.Parameter]:
+        return [part.A for part in pairs(training)]
 
     def on_start(self, training: Training) -> None:
         for part in pairs(training):

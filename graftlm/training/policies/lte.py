@@ -43,6 +43,7 @@ class LteConfig(PolicyConfig):
 class Lte(Policy):
     paper = "Huh et al. 2024, arXiv:2402.16828"
     cost = "N times the delta and its optimiser's state in memory; N + 1 times the rank in a step and in the adapter"
+    no_mean = "its heads take turns: the mean would be of different heads"
 
     def refuse(self, training: Training) -> str:
         if not isinstance(training.optimiser, torch.optim.AdamW):

@@ -5,8 +5,12 @@
 With m = 0 this is Chain of LoRA (cola.py, where the growing cost and the fixed offset in place of W are explained).
 Each V_t is a sum over stages, so W holds B_j A_j with the weight 1 - m^(age in stages): new stages come in by degrees,
 old ones whole, and the fixed offset needs one block a stage and no V. With m > 0 the model therefore moves at a
-restart, which is the point: a stage that went too far comes in with a part of its step. The paper's momentum is
-described in words; the recursion above is how we read it.
+restart, which is the point: a stage that went too far comes in with a part of its step.
+
+What this rests on: the abstract (unloading, a fresh start of weights and optimiser, "momentum-based unloading" against
+instability); no text of its equation and no code of its authors was at hand. The recursion above is how we read it. One
+implementation by others (hhnqqq/MyTransformers) reads it otherwise: m s B A goes into W, A and B go on as (1 - m) A and
+(1 - m) B, so that the model moves too. With m = 0 ours is a whole restart, theirs none.
 """
 
 from typing import Literal
@@ -30,6 +34,7 @@ class PeriodicLoraConfig(PolicyConfig):
 class PeriodicLora(Policy):
     paper = "Meng et al. 2024, arXiv:2402.16141"
     cost = "the rank grows by r at each restart, in time, memory and on disk"
+    no_mean = "what was learnt goes into the base and the factors begin again: their mean is of different things"
 
     def refuse(self, training: Training) -> str:
         return why_no_restart(training, self.config.every)

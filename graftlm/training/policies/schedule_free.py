@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, Strict
+from torch import nn
 
 from graftlm.config import config
 from graftlm.errors import TrainingError
@@ -31,6 +32,10 @@ class ScheduleFreeConfig(PolicyConfig):
 class ScheduleFree(Policy):
     paper = "Defazio et al. 2024, arXiv:2405.15682"
     cost = "none: z stands where Adam has its first moment"
+    no_mean = "it keeps a mean of its own, which is what is evaluated and saved"
+
+    def state_bytes(self, parameter: nn.Parameter) -> int:
+        return 8 * parameter.numel()
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         try:

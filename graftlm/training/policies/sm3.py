@@ -14,6 +14,7 @@ from functools import reduce
 from typing import Literal
 
 import torch
+from torch import nn
 
 from graftlm.config import Share, config
 from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, torch_groups
@@ -50,6 +51,9 @@ class Sm3Optimiser(torch.optim.Optimizer):
 class Sm3(Policy):
     paper = "Anil et al. 2019, arXiv:1901.11150"
     cost = "one moment in place of two, or none with `momentum: 0`"
+
+    def state_bytes(self, parameter: nn.Parameter) -> int:
+        return 4 * (sum(parameter.shape) + (parameter.numel() if self.config.momentum else 0))
 
     def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return Sm3Optimiser(torch_groups(groups), {"weight_decay": weight_decay, "momentum": self.config.momentum})

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, Share, config
 from graftlm.model.attach import hosts
-from graftlm.training import ranks
 from graftlm.training.policies.base import Policy, PolicyConfig, Training, needs_method
-from graftlm.training.policies.increlora import see_gradient
+from graftlm.training.policies.increlora import see_gradient, whole_gradient
 
 
 @config
@@ -40,6 +39,7 @@ class SpielPolicyConfig(PolicyConfig):
 class SpielPolicy(Policy):
     paper = "Ansell et al. 2024, arXiv:2401.16405"
     cost = "at a move the whole gradient of every W, in time and memory; between moves none"
+    no_mean = "a number stands for another element of W after each move: the mean would be of different elements"
 
     def refuse(self, training: Training) -> str:
         if reason := needs_method(training, "spiel"):
@@ -68,13 +68,8 @@ class SpielPolicy(Policy):
     def on_grads(self, training: Training) -> None:
         if not self._moves(training.done + 1, training):
             return
-        for _, site, delta in training.sites():  # each in its message; a rank without rows has zeros to say
-            like, shape = delta.get_parameter("phi"), (delta.site.d_out, delta.site.d_in)
-            G = nn.Parameter(self.gradients.get(site, like.new_zeros(shape)), requires_grad=False)
-            G.grad = G.data
-            ranks.sum_gradients([G])
-            assert G.grad is not None
-            self.gradients[site] = G.grad
+        for _, site, delta in training.sites():
+            self.gradients[site] = whole_gradient(self.gradients.get(site), delta)
 
     @torch.no_grad()
     def on_step(self, training: Training) -> None:

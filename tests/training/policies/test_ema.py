@@ -1,10 +1,14 @@
 """EMA: the mean worked out from the parameters of every step, and a run that it does not change."""
 
+import pytest
 import torch
 
+from graftlm.config import build
 from graftlm.data.pack import pack
+from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
+from graftlm.training.policies import POLICIES, check_policies, make_policies
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.policies.ema import Ema, EmaConfig
 from tests.training.policies.test_policies import run, training
@@ -43,3 +47,32 @@ def test_what_is_kept_is_the_mean_and_the_run_goes_on_as_it_would() -> None:
     ema.on_end(state)
     for name, p in trainable(model).items():
         torch.testing.assert_close(p.detach(), mean[name])
+
+
+@pytest.mark.parametrize("mean", ["ema", "i-lora"])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [("cola", "factors begin again"), ("periodic-lora", "factors begin again"), ("lte", "take turns"),
+     ("spiel", "another element"), ("schedule-free", "a mean of its own")],
+)  # fmt: skip
+def test_a_mean_of_what_is_not_the_same_is_refused(mean: str, other: str, says: str) -> None:
+    state = training(perturbed("spiel" if other == "spiel" else "lora", tiny_model()), [], total=200)
+    state.aside = lambda gradient: torch.tensor(0.0)
+    options = {"every": 2} if other != "schedule-free" else {}
+    chosen = make_policies(
+        [
+            build(POLICIES[name].config, {"name": name} | more, source="test")
+            for name, more in ((mean, {}), (other, options))
+        ]
+    )
+    for both in (chosen, chosen[::-1]):
+        with pytest.raises(TrainingError, match=f"{mean} beside {other}: .*{says}"):
+            check_policies(both, state)
+    check_policies(chosen[:1], state)
+
+
+def test_two_means_are_refused() -> None:
+    state = training(perturbed("lora", tiny_model()), [])
+    state.aside = lambda gradient: torch.tensor(0.0)
+    with pytest.raises(TrainingError, match="beside"):
+        check_policies(make_policies([POLICIES[name].config() for name in ("ema", "i-lora")]), state)

@@ -21,7 +21,7 @@ from graftlm.training.policies.base import Policy, Training
 from tests.training.policies.test_policies import run, training, walk
 from tests.training.test_loop import examples
 
-SMALL: dict[str, Any] = {"rank": 2, "every": 2, "layers": 1}
+SMALL: dict[str, Any] = {"rank": 2, "every": 2, "layers": 1, "groups": 8}
 """Values for options of these names at which a policy acts on the tiny model within three steps."""
 
 NO_LORA = ("mora", "vera", "full")
@@ -51,6 +51,8 @@ REFUSED = {
         for method in METHODS
     },
     **{("alora", method): "put aside" if method == "lora" else "method: lora" for method in METHODS},
+    **{("i-lora", method): "put aside" for method in METHODS},
+    **{("velora", method): f"of {method} not" for method in ("mora", "vera")},
     **{(n, m): "no product B A" for n in ("cola", "lte", "periodic-lora") for m in ("dora", "mora", "full")},
 }
 """The pairs that have no meaning, and what the reason says."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import collate
+from graftlm.data.pack import collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.attach import merged_state
 from graftlm.model.forward import log_probs, packed_attention
@@ -36,14 +36,16 @@ def dense_score(model: Any, site: str, pack: Any, change: torch.Tensor) -> float
     return float((change * W.grad).abs().sum()) / math.sqrt(W.numel())
 
 
-def test_scores_are_those_of_dense_gradients() -> None:
+@pytest.mark.parametrize("tokens", [1000, 60])
+def test_scores_are_those_of_dense_gradients(tokens: int) -> None:
+    """However many packs a step is."""
     state, policy = training(perturbed("adalora", tiny_model()), [], total=10), IncreLora(IncreLoraConfig(**SETTINGS))
     policy.on_start(state)
     smooth, unsure = 0.0, 0.0
     for number in range(2):
         batch = collate(examples(seed=number))
         here = [dense_score(state.model, site, batch, delta.matrix().detach()) for _, site, delta in state.sites()]
-        run(state, [policy], [[batch]])
+        run(state, [policy], [pack(examples(seed=number), tokens)])
         smooth = 0.6 * smooth + 0.4 * torch.tensor(here)
         unsure = 0.7 * unsure + 0.3 * (torch.tensor(here) - smooth).abs()
     torch.testing.assert_close(policy.tensors["smooth"], smooth, rtol=1e-4, atol=0)

@@ -27,12 +27,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "diff-pruning": ("diff-pruning", {"density": 0.05}),
     "diffora": ("gated-lora", {"search": 0.5}),
     "dylora": ("dylora", {"frozen": True}),
+    "i-lora": ("lora", {"decay": 0.6}),
     "increlora": ("adalora", {"target_r": 3, "every": 2}),
     "lamda": ("lamda", {"until": 0.6}),
     "lte": ("lora", {"heads": 2, "every": 2}),
     "periodic-lora": ("lora", {"every": 3}),
     "sora": ("gated-lora", {"sparsity": 3.0, "sparsity_last": 9.0}),
     "spiel": ("spiel", {"every": 3}),
+    "velora": ("lora", {"groups": 8}),
 }
 
 
