@@ -286,7 +286,7 @@ class Renderer:
             # A control token may swallow white space around it, of a text too: it is part of the text only if inside.
             inside = controls[bisect_left(controls, first) : bisect_left(controls, last)]
             across = [place for place in inside if starts[place] < start or ends[place] > end] if inside else []
-            kept = roles[across] if across else None
+            kept = roles[across] if across else roles[:0]
             answer = index in turns
             roles[first:last] = Role.ASSISTANT if answer else spans[index].role
             if answer and messages[index].tool_calls:
@@ -566,6 +566,10 @@ def _as_fields(message: Message) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         fields["tool_calls"] = list(message.tool_calls)
+    if message.call_id:
+        fields["tool_call_id"] = message.call_id
+    if message.name:
+        fields["name"] = message.name
     if message.thinking:
         fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.thinking)
     return fields

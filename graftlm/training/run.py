@@ -27,7 +27,7 @@ from graftlm.data.pack import Example, Group, fill, saved_by_sharing
 from graftlm.data.reading import read_kept
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
-from graftlm.data.survey import survey
+from graftlm.data.survey import not_told, survey
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
@@ -123,6 +123,7 @@ def prepare_data(
         found.problems += about.problems
     if look:
         found.survey = survey(rows, held_out_rows)
+        found.notes = not_told(found.notes, found.survey)
     return Prepared(
         rows,
         examples,
