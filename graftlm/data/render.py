@@ -128,7 +128,7 @@ class Renderer:
         # What can end a turn: some tokenizers have their end of turn as an added token that is not called special, and
         # some have runs of white space as added tokens, which end nothing.
         self._control = sorted(i for i, token in added.items() if token.special or token.content.strip())
-        count = 1 + max([*backend.get_vocab(with_added_tokens=True).values(), *added], default=0)
+        count = max(added, default=-1) + 2  # the last one stands for all that are higher
         self._is_control = np.zeros(count, np.bool_)
         self._is_control[self._control] = True
         self._outside = np.full(count, Role.BOILERPLATE, np.uint8)
@@ -279,7 +279,7 @@ class Renderer:
         before = starts.searchsorted([*places[len(parts) :], *(until for _, until in turns.values())], "left").tolist()
         bounds = dict(zip(turns, before[len(parts) :], strict=True))
 
-        roles = self._outside[tokens.ids]
+        roles = self._outside.take(tokens.ids, mode="clip")
         for (index, (start, end)), first, last, beyond in zip(
             parts.items(), after, before, after[len(parts) :], strict=False
         ):
@@ -300,7 +300,7 @@ class Renderer:
             if answer and not messages[index].tool_calls:
                 until = turns[index][1]
                 for place in chain((p for p in across if p >= beyond), range(max(last, beyond), bounds[index])):
-                    if self._is_control[tokens.ids[place]]:
+                    if self._is_control.take(tokens.ids[place], mode="clip"):
                         roles[place] = Role.END_OF_TURN
                         break
                     if ends[place] <= until:
@@ -455,7 +455,7 @@ class Renderer:
         return self._tokens(ids, starts + start, ends + start)
 
     def _tokens(self, ids: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> _Tokens:
-        return _Tokens(ids, starts, ends, self._is_control[ids].nonzero()[0].tolist())
+        return _Tokens(ids, starts, ends, self._is_control.take(ids, mode="clip").nonzero()[0].tolist())
 
     def _plain(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         if self._words is not None and (found := self._words.encode(text)) is not None:
