@@ -81,6 +81,10 @@ def _message(message: Message) -> dict[str, Any]:
     if message.tool_calls:
         fields["content"] = message.content or None
         fields["tool_calls"] = [_call(dict(call)) for call in message.tool_calls]
+    if message.call_id:
+        fields["tool_call_id"] = message.call_id
+    if message.name:
+        fields["name"] = message.name
     if message.thinking:
         fields["reasoning_content"] = message.thinking
     if message.weight is not None:

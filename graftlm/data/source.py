@@ -108,6 +108,7 @@ class DataConfig:
         return [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
 
 
+SAME = "says the same as"
 MEDIA = ("images", "videos", "audios")
 AHEAD = 100
 """The format of a file is told from so many rows."""
@@ -156,7 +157,7 @@ def load_rows(
         rows.append(found)
         first = seen.setdefault(hash(tuple((m.role, m.content) for m in found.messages)), found)
         if first is not found and _same(first, found):
-            told.append(Problem(found.where, f"says the same as {first.where}", left_out=False))
+            told.append(Problem(found.where, f"{SAME} {first.where}", left_out=False))
     name = ", ".join(formats)
     out = [str(problem) for problem in told if problem.left_out]
     if out and (problems is None or strict or not rows):

@@ -28,7 +28,7 @@ from graftlm.data.prompts import asked_in, prepare_prompts, shown_prompts
 from graftlm.data.reading import read_kept
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
-from graftlm.data.survey import survey
+from graftlm.data.survey import not_told, survey
 from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.losses import LOSSES
@@ -138,6 +138,7 @@ def prepare_data(
         found.problems += about.problems
     if look:
         found.survey = survey(rows, held_out_rows)
+        found.notes = not_told(found.notes, found.survey)
     return Prepared(
         rows,
         examples,

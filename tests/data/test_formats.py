@@ -141,7 +141,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
                 SAY,
             ]
         },
-        [ASKED[0], Message("assistant", "", ({"id": "1", **CALLED},)), Message("tool", "t"), ASKED[1]],
+        [ASKED[0], Message("assistant", "", ({"id": "1", **CALLED},)), Message("tool", "t", call_id="1"), ASKED[1]],
     ),
     "messages with OpenAI's older calls": (
         "messages",
@@ -153,7 +153,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
                 SAY,
             ]
         },
-        [ASKED[0], Message("assistant", "", (CALLED,)), Message("tool", "t"), ASKED[1]],
+        [ASKED[0], Message("assistant", "", (CALLED,)), Message("tool", "t", name="f"), ASKED[1]],
     ),
     "sharegpt with a function call": (
         "sharegpt",
