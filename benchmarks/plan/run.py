@@ -31,7 +31,8 @@ def measure(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     said = json.loads(graft("plan", str(recipe), *overrides, "--json"))
     graft("train", str(recipe), *overrides, "--out", str(folder), "--overwrite")
     peak = json.loads((folder / "summary.json").read_text())["train"]["peak_rss_gib"]
-    steps = [json.loads(line)["wall_s"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["wall_s"] for line in lines if "loss" in line]  # the others are events
     shutil.rmtree(folder)
     step_s = statistics.median(steps[1:])
     return {
