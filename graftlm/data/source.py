@@ -19,7 +19,7 @@ from graftlm.data import axolotl, llama_factory
 from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, Conversation, Message, RowError, check, detect
 from graftlm.data.messages import read_number
-from graftlm.data.records import Problem, records
+from graftlm.data.records import Problem, files, records
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
 
@@ -227,8 +227,8 @@ def content(path: str) -> str | None:
     where they are no files of this machine, or where there are none."""
     description = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
     digest = hashlib.sha256()
-    for name in dict.fromkeys([description, *(part.path for part in _parts(path))]):
-        file = Path(name).expanduser()
+    names = dict.fromkeys([description, *(part.path for part in _parts(path))])
+    for file in chain.from_iterable(map(files, names)):
         if not file.is_file():
             return None
         digest.update(f"{file.stat().st_size}:".encode())
