@@ -5,16 +5,21 @@ made: from YAML, from the command line or in Python. Reading is strict: an unkno
 type or a value out of range is an error that names file, line, key and what is near.
 """
 
+import ast
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on; pydantic brings it
 
 from graftlm.errors import RecipeError, nearest
@@ -35,9 +40,7 @@ Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys, wrong types and values out of range."""
-    return pydantic_dataclass(
-        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    )(cls)  # type: ignore[return-value]
+    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
 
 
 def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
@@ -80,7 +83,39 @@ def to_yaml(value: object) -> str:
 
 def json_schema(cls: type) -> str:
     """The JSON Schema of a config class, from which editors complete and check recipes."""
-    return json.dumps(TypeAdapter(cls).json_schema(), indent=2) + "\n"
+    return json.dumps(TypeAdapter(cls).json_schema(schema_generator=_WithDocs), indent=2) + "\n"
+
+
+class _WithDocs(GenerateJsonSchema):
+    """Describes each field by the string under it.
+
+    Pydantic would do so too (`use_attribute_docstrings`), but for each class when it is made, which takes as long as
+    all other imports of this package together.
+    """
+
+    def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+        made = super().dataclass_schema(schema)
+        lineage: tuple[type, ...] = schema["cls"].__mro__
+        for parent in filter(is_dataclass, reversed(lineage)):
+            for name, text in _field_docs(parent).items():
+                made["properties"][name]["description"] = text
+        return made
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The strings that stand under the fields of a class, in its source; none where it has no source."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return {}
+    (node,) = ast.parse(dedent(source)).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(under.value.value)
+        for field, under in pairwise(node.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(under, ast.Expr) and isinstance(under.value, ast.Constant) and isinstance(under.value.value, str)
+    }
 
 
 def flat(tree: object, prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """graftlm/config.py: what is read back is what was written, and every mistake is said with file, line and remedy."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from graftlm import Recipe
-from graftlm.config import build, parse_yaml, read, to_tree, to_yaml
+from graftlm.config import build, config, json_schema, parse_yaml, read, to_tree, to_yaml
 from graftlm.errors import RecipeError
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -103,3 +104,30 @@ def test_configs_check_themselves_in_python_too() -> None:
         LoraConfig(r=-1)
     with pytest.raises(ValueError, match="rr"):
         LoraConfig(rr=1)  # type: ignore[call-arg]
+
+
+def test_the_schema_describes_a_field_by_the_string_under_it_wherever_it_is_inherited() -> None:
+    @config
+    class Parent:
+        a: int = 1
+        """Of the parent,
+        in two lines."""
+        b: int = 2
+        c: int = 3
+        """Is said anew."""
+
+    @config
+    class Child(Parent):
+        """No field's."""
+
+        c: int = 4
+        """Of the child."""
+        d: str = "no description"
+
+    described = {name: field.get("description") for name, field in json.loads(json_schema(Child))["properties"].items()}
+    assert described == {"a": "Of the parent,\nin two lines.", "b": None, "c": "Of the child.", "d": None}
+    from_nowhere: dict[str, type] = {"config": config}  # type: ignore[dict-item]
+    exec("@config\nclass Told:\n    a: int = 1\n    'no source, no description'", from_nowhere)  # noqa: S102
+    assert json.loads(json_schema(from_nowhere["Told"]))["properties"]["a"] == {
+        "default": 1, "title": "A", "type": "integer"
+    }  # fmt: skip

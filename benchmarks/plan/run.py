@@ -1,4 +1,4 @@
-"""What `graft plan` says of ten recipes against what they then need, each in two processes of its own.
+"""What `graft plan` says of twenty recipes against what they then need, each in two processes of its own.
 
 Peak memory is the run's whole, from its summary.json; the time of a step is the median over metrics.jsonl, the first
 step left out. Every pair is kept in runs/ and not measured again; delete runs/ to start over. Names of recipes on the
@@ -18,6 +18,7 @@ import yaml
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import pairs  # noqa: E402
 from machine import write_result  # noqa: E402
 
 
@@ -30,7 +31,8 @@ def measure(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     said = json.loads(graft("plan", str(recipe), *overrides, "--json"))
     graft("train", str(recipe), *overrides, "--out", str(folder), "--overwrite")
     peak = json.loads((folder / "summary.json").read_text())["train"]["peak_rss_gib"]
-    steps = [json.loads(line)["wall_s"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["wall_s"] for line in lines if "loss" in line]  # the others are events
     shutil.rmtree(folder)
     step_s = statistics.median(steps[1:])
     return {
@@ -47,21 +49,27 @@ def main() -> None:
     runs.mkdir(exist_ok=True)
     recipe = runs / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config["common"]))
-    unknown = set(sys.argv[1:]) - set(config["recipes"])
+    pairs.write(runs / "pairs.jsonl")
+    recipes = config["recipes"] | config["held_out"]
+    unknown = set(sys.argv[1:]) - set(recipes)
     assert not unknown, f"no such recipe: {unknown}"
     found = {}
-    for name in sys.argv[1:] or config["recipes"]:
+    for name in sys.argv[1:] or recipes:
         kept = runs / f"{name}.json"
         if not kept.is_file():
-            kept.write_text(json.dumps(measure(recipe, config["recipes"][name], runs / "adapter")) + "\n")
+            overrides = [words.replace("{pairs}", str(runs / "pairs.jsonl")) for words in recipes[name]]
+            kept.write_text(json.dumps(measure(recipe, overrides, runs / "adapter")) + "\n")
         found[name] = json.loads(kept.read_text())
         for key in ("peak_gib", "step_s"):
             figures = found[name][key]
             print(f"{name:30} {key:9}{figures['planned']:8.2f}{figures['measured']:8.2f}{figures['error']:+8.1%}")
-    worst = {key: max(abs(each[key]["error"]) for each in found.values()) for key in ("peak_gib", "step_s")}
-    print(f"worst: {worst}")
     if not sys.argv[1:]:
-        write_result(__file__, {"config": config, "worst": worst, "recipes": found})
+        worst, worst_held_out = (
+            {key: max(abs(found[name][key]["error"]) for name in names) for key in ("peak_gib", "step_s")}
+            for names in (recipes, config["held_out"])
+        )
+        print(f"worst: {worst}, of those held out: {worst_held_out}")
+        write_result(__file__, {"config": config, "worst": worst, "worst_held_out": worst_held_out, "recipes": found})
 
 
 if __name__ == "__main__":

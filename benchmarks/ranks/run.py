@@ -25,7 +25,8 @@ def one_run(config: dict[str, Any], processes: int, threads: int, changes: list[
     command = [sys.executable, *launch, "-m", "graftlm", *words, "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, env=environment, cwd=ROOT, capture_output=True)
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]  # the others are events
     steady = steps[config["skipped_steps"] :]
     return {
         "tokens_per_s": sum(s["tokens"] for s in steady) / sum(s["wall_s"] for s in steady),

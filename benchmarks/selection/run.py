@@ -253,21 +253,22 @@ def demo(bench: Bench | None) -> dict[str, Any]:
     parts: dict[str, list[Row]] = {}
 
     def rows_of(name: str) -> list[Row]:
-        """pool, development or held_out: disjoint, and no module of the pool in what is measured on."""
+        """pool, development or held_out: disjoint, and no module of the pool in what is measured on. The modules of
+        the other two are the same: few rows of each task that is measured on are what LESS wants as target."""
         if not parts:
             assert bench is not None
             names = ("development", "held_out")
             rows = docstrings(None, settings["row_tokens"], bench.renderer)
             modules = sorted({row["group"] for row in rows})
             random.Random(1).shuffle(modules)
-            taken = 0
-            for n in names:
-                found: list[dict[str, str]] = []
-                while len(found) < settings[n]:
-                    found += [row for row in rows if row["group"] == modules[taken]]
-                    taken += 1
-                random.Random(2).shuffle(found)
-                parts[n] = load_rows(written(f"{n}.jsonl", found[: settings[n]]))[0]
+            taken, sizes = 0, [settings[n] for n in names]
+            found: list[dict[str, str]] = []
+            while len(found) < sum(sizes):
+                found += [row for row in rows if row["group"] == modules[taken]]
+                taken += 1
+            random.Random(2).shuffle(found)  # so the target has rows of every module that is measured on
+            for n, some in zip(names, (found[: sizes[0]], found[sizes[0] : sum(sizes)]), strict=True):
+                parts[n] = load_rows(written(f"{n}.jsonl", some))[0]
             rest = [row for row in rows if row["group"] in modules[taken:]]
             assert len(rest) >= settings["pool"], f"only {len(rest)} rows are left for the pool"
             parts["pool"] = load_rows(written("pool.jsonl", rest[: settings["pool"]]))[0]

@@ -11,10 +11,11 @@ def done(stage: str) -> None:
     stages[stage] = round(time.perf_counter() - started - sum(stages.values()), 3)
 
 
-from transformers import AutoModelForCausalLM  # noqa: E402, F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402, F401
 
 done("imports of torch and transformers")
 
+# what transformers imports when it first loads a model is among its imports, so that "graftlm" is ours alone
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
 from graftlm.data.pack import lay_out  # noqa: E402
 from graftlm.model.attach import trainable  # noqa: E402
@@ -27,7 +28,7 @@ done("imports of graftlm")
 model, tokenizer = load_base("smollm2")
 done("loading base and tokenizer")
 rows = prepare_data(Recipe(data=DataConfig(train="builtin:docstrings")), tokenizer).examples
-done("reading, rendering and checking 1,200 rows")
+done("rows as an earlier run left them")
 prove(model, rows, packed=True, sharing=True)
 done("proving the forward pass and packing")
 attach(model, LoraConfig(), seed=0)

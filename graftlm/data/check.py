@@ -7,6 +7,7 @@ like (duplicates, languages, refusals) is in `survey.py`.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,15 @@ _PROMPT = np.isin(np.arange(256), (Role.SYSTEM, Role.USER, Role.TOOL))
 
 LONG_PROMPTS = 4.0
 FEW_ROWS = 2_000
+LEAST_ROWS = 100
 """Shi et al. 2024 (arXiv:2405.14394) found that loss over instructions helps where instructions are long against the
-answers and where rows are few. They give no threshold; these two are ours."""
+answers and where rows are few. They give no threshold; these are ours. Of a handful of rows the lengths say nothing."""
+
+AT_ONCE = 2**20
+"""Tokens that are counted at a time."""
+
+OF_ANSWERS = ("supervised", "tokens of an answer", "prompts to answers", "an answer ends with")
+"""What is said of rows with answers only."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -107,6 +115,8 @@ class Report:
     """What was noticed of rows that are kept, and of what the loss does not use."""
     compared: bool = False
     """Whether a loss compares answers, which leaves no choice of a mask."""
+    prompts: bool = False
+    """Whether the rows only ask, and the model answers while it is trained: counts are then of prompts."""
     from_cache: bool = False
     """Whether the tokens were rendered by an earlier run, from the same rows by the same means."""
     shared_share: float | None = None
@@ -128,7 +138,7 @@ class Report:
     @property
     def suggested_mask(self) -> str:
         """`instruction` where the published gain is (see LONG_PROMPTS), else what is set."""
-        if self.compared:
+        if self.compared or self.rows < LEAST_ROWS:
             return self.mask
         worth_trying = self.prompt_ratio >= LONG_PROMPTS or (self.rows <= FEW_ROWS and self.prompt_ratio >= 1)
         return "instruction" if self.mask == "response" and worth_trying else self.mask
@@ -164,6 +174,8 @@ class Report:
             ("prompts to answers", f"{self.prompt_ratio:.2g} tokens to one{self._advice()}"),
             ("an answer ends with", f"{end}, {'trained' if self.end_of_turn_trained else 'NOT trained'}"),
         ]
+        if self.prompts:
+            pairs = [pair for pair in pairs if pair[0] not in OF_ANSWERS]
         if self.unterminated:
             pairs.append(("end NOT trained", shown_places(self.unterminated)))
         pairs += [
@@ -205,16 +217,19 @@ def prepare(
     report = _report(renderer, data, format)
     examples: list[Example] = []
     problems: list[str] = []
+    parts: list[str] = []
     done = 0
     for some, columns in _chunks(rows, renderer, data, report, workers, cache):
-        examples.extend(_examples(some, columns, renderer, data, report, problems))
+        examples.extend(_examples(some, columns, renderer, data, report, problems, parts))
         for number in range(done, done + len(some)):
             if progress:
                 progress(number + 1)
         done += len(some)
-    if problems and (data.strict or data.over_length == "error" or not examples):
-        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
+    wrong = [*problems, *parts]
+    if wrong and (data.strict or data.over_length == "error" or not examples):
+        raise DataError(f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong))
     report.problems += problems
+    report.notes += parts
     if not examples:
         raise DataError(
             f"no row is left to train on: all {len(rows)} are longer than max_tokens={data.max_tokens}. "
@@ -240,7 +255,7 @@ def stream(
     count = 0
     for some, columns in rendered(rows, renderer, data, workers):
         problems: list[str] = []
-        yield from _examples(some, columns, renderer, data, report, problems)
+        yield from _examples(some, columns, renderer, data, report, problems, problems)
         if problems:
             raise DataError("rows cannot be trained on:\n" + numbered(problems))
         count += len(some)
@@ -281,9 +296,16 @@ def _chunks(
 
 
 def _examples(
-    rows: Sequence[Row], columns: Columns, renderer: Renderer, data: DataConfig, report: Report, problems: list[str]
+    rows: Sequence[Row],
+    columns: Columns,
+    renderer: Renderer,
+    data: DataConfig,
+    report: Report,
+    problems: list[str],
+    parts: list[str],
 ) -> Iterator[Example]:
-    """The pieces within max_tokens that teach something; the others go to the report or to the problems."""
+    """The pieces within max_tokens that teach something; the others go to the report, to the problems or, where other
+    pieces of their rows stay, to `parts`."""
     starts, lengths = columns.starts, columns.ends - columns.starts
     kept_lengths = np.minimum(lengths, data.max_tokens)
     facts = _facts(columns, kept_lengths, renderer.tokenizer.bos_token_id)
@@ -311,7 +333,13 @@ def _examples(
         yield Example(columns.ids[start:end], columns.weights[start:end], where)
     # of a conversation in several pieces, one that has nothing to learn is no loss where another has
     wrong = {number: why for number, why in silent.items() if number not in taught} | wrong
-    problems += [f"{stands[number]}: {why}" for number, why in sorted(wrong.items())]
+    for number, why in sorted(wrong.items()):
+        if number in taught:
+            parts.append(
+                f"{stands[number]}: some of its answers, each of which is a row of its own, are left out: {why}"
+            )
+        else:
+            problems.append(f"{stands[number]}: {why}")
     _count(report, stands, columns, kept_lengths, keeps, facts)
 
 
@@ -352,8 +380,20 @@ class _Facts:
 
 
 def _facts(columns: Columns, lengths: NDArray[np.int64], bos: int | None) -> _Facts:
-    starts, roles = columns.starts, columns.roles
-    trained = columns.weights != 0
+    """The facts of all pieces, of some at a time: what is compared on the way then stays in the cache."""
+    lots = np.flatnonzero(np.diff(columns.starts // AT_ONCE, prepend=-1)).tolist()
+    found = [
+        _facts_of(columns, slice(first, last), lengths[first:last], bos)
+        for first, last in pairwise([*lots, len(lengths)])
+    ] or [_facts_of(columns, slice(0, 0), lengths, bos)]
+    return _Facts(*(np.concatenate([getattr(part, f.name) for part in found]) for f in fields(_Facts)))
+
+
+def _facts_of(columns: Columns, pieces: slice, lengths: NDArray[np.int64], bos: int | None) -> _Facts:
+    starts, ends = columns.starts[pieces], columns.ends[pieces]
+    begin, end = (int(starts[0]), int(ends[-1])) if len(starts) else (0, 0)
+    starts, ends = starts - begin, ends - begin
+    ids, roles, trained = columns.ids[begin:end], columns.roles[begin:end], columns.weights[begin:end] != 0
     answer, ending = roles == Role.ASSISTANT, roles == Role.END_OF_TURN
     # A trained answer is over where the next token is none of it; that one should be a trained end of turn. What
     # follows the last kept token belongs to another piece or is cut off: nothing follows it.
@@ -365,20 +405,20 @@ def _facts(columns: Columns, lengths: NDArray[np.int64], bos: int | None) -> _Fa
     def count(values: NDArray[np.bool_], lengths: NDArray[np.int64] = lengths) -> NDArray[np.int64]:
         return _sums(values, starts, lengths)
 
-    whole = columns.ends - starts
+    whole = ends - starts
     kept_ends = count(ending)
-    ends = kept_ends if np.array_equal(whole, lengths) else count(ending, whole)
+    all_ends = kept_ends if np.array_equal(whole, lengths) else count(ending, whole)
     begins = np.zeros(len(starts), np.int64)
     if bos is not None and len(starts):
-        second = (columns.ids[np.minimum(starts + 1, columns.ends - 1)] == bos) & (whole > 1)
-        begins = (columns.ids[starts] == bos) * (1 + second)
+        second = (ids[np.minimum(starts + 1, ends - 1)] == bos) & (whole > 1)
+        begins = (ids[starts] == bos) * (1 + second)
     return _Facts(
         supervised=count(trained),
         prompt=count(_PROMPT[roles]),
         answer=count(answer),
         unterminated=count(answer & trained & ~followed),
-        ends=ends,
-        ends_beyond=ends - kept_ends,
+        ends=all_ends,
+        ends_beyond=all_ends - kept_ends,
         bos=begins.astype(np.int64),
     )
 

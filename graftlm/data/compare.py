@@ -55,7 +55,8 @@ REMEDIES = {
     "feedback": "Give rows with a `label` (true or false), or pairs with `chosen` and `rejected`; loss `supervised` "
     "takes answers that nobody has judged",
     "text": "Give rows with a `text`, or set `data: {mask: everything}` to train every token of conversations",
-    "rewards": "Rewards come from a loop that generates answers and judges them, not from files",
+    "rewards": "Rewards come from a loop that generates answers and judges them, not from files: say how in `online`",
+    "prompts": "With `online` the model answers questions by itself: give rows that ask something",
 }
 
 
@@ -67,7 +68,9 @@ def _lacks(row: Row, needs: str, data: DataConfig) -> str:
     if needs == "rewards":
         return "no rewards"
     if raw:
-        return "raw text has no answer"
+        return "raw text asks nothing" if needs == "prompts" else "raw text has no answer"
+    if needs == "prompts":
+        return ""
     if any(said[-1].role != "assistant" for said in (row.messages, *row.rejected)):
         return "does not end with an answer"
     if needs == "pairs" or row.rejected:

@@ -2,7 +2,7 @@
 
 Beside `messages` and `tools` a line may have what OpenAI has no place for: `rejected` (whole conversations that were
 liked less), `desirable` (true or false) and `group`; a message may have `spans`, [start, end, weight] of characters of
-its content. Raw text has no messages: its lines are {text}.
+its content. Raw text has no messages: its lines are {text}; a row that only asks has them in {prompt}.
 """
 
 import json
@@ -58,7 +58,10 @@ def write_lines(file: Path, lines: Iterable[Any]) -> int:
 def to_fields(row: Row) -> dict[str, Any]:
     """The line of a row."""
     first = row.messages[0]
-    fields: dict[str, Any] = {"text": first.content} if first.role == TEXT else {"messages": _messages(row.messages)}
+    fields: dict[str, Any] = {"text": first.content} if first.role == TEXT else {}
+    if first.role != TEXT:
+        answered = any(message.role == "assistant" for message in row.messages)
+        fields["messages" if answered else "prompt"] = _messages(row.messages)
     if row.tools:
         fields["tools"] = list(row.tools)
     if row.rejected:
@@ -78,6 +81,10 @@ def _message(message: Message) -> dict[str, Any]:
     if message.tool_calls:
         fields["content"] = message.content or None
         fields["tool_calls"] = [_call(dict(call)) for call in message.tool_calls]
+    if message.call_id:
+        fields["tool_call_id"] = message.call_id
+    if message.name:
+        fields["name"] = message.name
     if message.thinking:
         fields["reasoning_content"] = message.thinking
     if message.weight is not None:

@@ -6,6 +6,7 @@ training. Rows differ a little between Python versions, as the library does.
 
 import ast
 import inspect
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -19,14 +20,26 @@ CODE_CHARACTERS = range(60, 801)
 
 def rows() -> list[dict[str, str]]:
     """{prompt: source without docstring, completion: first sentence, group: module}, in the order of the modules."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = _root()
     found: dict[str, dict[str, str]] = {}
-    for file in sorted(root.rglob("*.py")):
-        module = file.relative_to(root)
-        if not SKIPPED & set(module.parts):
-            for code, sentence in _functions(file):
-                found.setdefault(code, {"prompt": code, "completion": sentence, "group": module.as_posix()})
+    for file in files():
+        module = file.relative_to(root).as_posix()
+        for code, sentence in _functions(file):
+            found.setdefault(code, {"prompt": code, "completion": sentence, "group": module})
     return list(found.values())
+
+
+def files() -> list[Path]:
+    """The files that the rows are made from."""
+    found: list[Path] = []
+    for folder, inside, names in os.walk(_root()):
+        inside[:] = set(inside) - SKIPPED  # what is installed there may be far more than the library
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def _functions(file: Path) -> Iterator[tuple[str, str]]:

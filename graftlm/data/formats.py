@@ -36,6 +36,8 @@ class Conversation:
     """Whole conversations that were liked less than `messages`, the best of them first; a pair has one."""
     desirable: bool | None = None
     """Feedback without a pair: whether the answer was liked. None where nobody said."""
+    asks: bool = False
+    """Whether it may end without an answer, because the model is to give it."""
 
 
 # Conversations -----------------------------------------------------------------------------------------------------
@@ -82,6 +84,14 @@ def natural_instructions(row: Fields) -> Conversation:
     definition, text, answer = ("Definition", "input", "output") if new else ("definition", "inputs", "targets")
     asked = "\n\n".join(part for part in (_one_text(row, definition), read_text(row, text)) if part)
     return Conversation([Message("user", asked), Message("assistant", _one_text(row, answer))])
+
+
+def prompt(row: Fields) -> Conversation:
+    """{prompt}, or a conversation in any of the formats above that ends with a question: for `online`, where the model
+    answers by itself. An answer that stands there all the same is what scorers compare with."""
+    said = _question(row)
+    answer = next((key for key in ANSWERS if row.get(key)), None)
+    return Conversation([*said, *_answer(row, answer)] if answer else said, read_tools(row), asks=True)
 
 
 def text(row: Fields) -> Conversation:
@@ -157,6 +167,7 @@ FORMATS: dict[str, Callable[[Fields], Conversation]] = {
     "sharegpt": sharegpt,
     "alpaca": alpaca,
     "prompt-completion": prompt_completion,
+    "prompt": prompt,
     "text": text,
     "preference": preference,
     "feedback": feedback,
@@ -167,6 +178,8 @@ FORMATS: dict[str, Callable[[Fields], Conversation]] = {
 
 QUESTIONS, ANSWERS = ("prompt", "query"), ("completion", "response")
 FLAGS = ("label", "desirable", "kto_tag")
+BESIDE_A_PROMPT = ("system", "history", "tools", "group")
+"""What may stand beside a question that nobody has answered; of a row with more, somebody misspelt the answer."""
 
 _SIGNS: dict[str, tuple[frozenset[str], ...]] = {
     "natural-instructions": (
@@ -195,6 +208,8 @@ def detect(row: Fields) -> str:
         if any(sign <= keys for sign in signs):
             flagged = name in _SUPERVISED and any(isinstance(row.get(key), bool) for key in FLAGS)
             return "feedback" if flagged and not (name == "messages" and "desirable" in keys) else name
+    if keys & set(QUESTIONS) and keys <= {*QUESTIONS, *BESIDE_A_PROMPT}:
+        return "prompt"
     known = "; ".join(f"{name}: {', '.join(sorted(signs[0]))}" for name, signs in _SIGNS.items())
     raise RowError(
         f"fields {sorted(map(str, keys))} fit no known format. Known: {known}; feedback: one of these with a label "
@@ -290,7 +305,7 @@ INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u3
 _DAMAGE = re.compile("\0|[\ud800-\udfff]|\ufffd\ufffd")
 
 
-def check(conversation: list[Message]) -> list[str]:
+def check(conversation: list[Message], *, asks: bool = False) -> list[str]:
     """Raise RowError for what no template could save; return what may stand, and should be told.
 
     A trailing question is allowed (it trains nothing); two turns of one role in a row, a late system message and a
@@ -315,9 +330,16 @@ def check(conversation: list[Message]) -> list[str]:
         if role == "tool" and before not in ("assistant", "tool"):
             raise RowError(f"{where} is the result of a tool that no assistant has called before it")
         before = role
+    if asks:
+        if before == "system":
+            raise RowError("there is a system message and no question: what is to be answered?")
+        return []
     answers = [m for m in conversation if m.role in ("assistant", TEXT)]
     if not answers:
-        raise RowError(f"no assistant message among {[m.role for m in conversation]}: there is nothing to learn from")
+        raise RowError(
+            f"no assistant message among {[m.role for m in conversation]}: there is nothing to learn from. (Where the "
+            "model is to answer by itself, with `online` in the recipe: format prompt)"
+        )
     weights = [*(m.weight for m in answers), *(m.weight or 0 for m in conversation)]
     if not any(weight is None or weight > 0 for weight in [*weights, *(w for m in conversation for *_, w in m.spans)]):
         raise RowError("every answer has the weight 0: there is nothing to learn from")

@@ -36,7 +36,13 @@ def weights(rendered: Rendered, mask: str, prompt_weight: float = 0.0) -> NDArra
     trained = _TRAINED[mask][rendered.roles]
     if mask == "last-turn":
         trained &= rendered.turns == rendered.turns[trained].max(initial=-1)
-    found = np.where(np.isnan(rendered.given), np.where(trained, 1.0, prompt_weight), rendered.given)
-    found[rendered.turns < rendered.first] = 0  # each answer is trained once
+    found = trained.astype(np.float32)
+    if prompt_weight:
+        found[~trained] = prompt_weight
+    given = ~np.isnan(rendered.given)
+    if given.any():
+        found[given] = rendered.given[given]
+    if rendered.first:  # each answer is trained once
+        found[rendered.turns < rendered.first] = 0
     found[:1] = 0
-    return found.astype(np.float32)
+    return found

@@ -53,6 +53,10 @@ class Message:
     """The weight of its tokens in the loss in place of the mask's; None leaves it to the mask."""
     spans: tuple[tuple[int, int, float], ...] = ()
     """(start, end, weight): characters of `content` with a weight of their own."""
+    call_id: str = ""
+    """Of a tool's message: the `id` of the call that it answers, which some templates write."""
+    name: str = ""
+    """Of a tool's message: the name of the tool."""
 
 
 class RowError(ValueError):
@@ -159,7 +163,10 @@ def _message(turn: Fields, role: str, text_key: str) -> Message:
     thinking = ""
     if role == "assistant":
         thinking = read_text(turn, "reasoning_content" if "reasoning_content" in turn else "thinking", default="")
-    return Message(role, content, calls, thinking, _weight(turn, role), spans)
+    call_id, name = (
+        "" if role != "tool" or turn.get(key) is None else str(turn[key]) for key in ("tool_call_id", "name")
+    )
+    return Message(role, content, calls, thinking, _weight(turn, role), spans, call_id, name)
 
 
 def _content(turn: Fields, key: str, *, needed: bool) -> tuple[str, tuple[tuple[int, int, float], ...]]:

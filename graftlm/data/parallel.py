@@ -87,7 +87,7 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _shared_out(chunks: Iterator[list[Row]], renderer: Renderer, data: DataConfig, workers: int) -> Iterator[Chunk]:
-    start = pickle.dumps((renderer.tokenizer, renderer.template, data))
+    start = pickle.dumps((renderer.for_rows(), data))
     children = [_Child(start) for _ in range(workers - 1)]
     free: SimpleQueue[_Child] = SimpleQueue()
     for child in children:
@@ -167,12 +167,11 @@ class _Child:
 
 
 def work() -> None:
-    """What a child does: a tokenizer, a template and a config come in, then chunks; the columns of each go out."""
+    """What a child does: a renderer and a config come in, then chunks; the columns of each go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes our input
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the answers
-    tokenizer, template, data = pickle.load(requests)  # noqa: S301 (from our own parent)
-    renderer = Renderer(tokenizer, template)
+    renderer, data = pickle.load(requests)  # noqa: S301 (from our own parent)
     while True:
         said: Columns | Exception
         try:

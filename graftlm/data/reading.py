@@ -168,13 +168,8 @@ def _fields(row: Row) -> list[Any]:
 
 
 def _messages(messages: Sequence[Message]) -> list[Any]:
-    """The role and the content; with the rest where a message has more."""
-    return [
-        [m.role, m.content]
-        if not (m.tool_calls or m.thinking or m.weight is not None or m.spans)
-        else astuple(m)  # in the order of Message's fields
-        for m in messages
-    ]
+    """The role and the content; with the rest where a message has more, in the order of Message's fields."""
+    return [[m.role, m.content] if m == Message(m.role, m.content) else astuple(m) for m in messages]
 
 
 def _row(where: str, fields: Sequence[Any]) -> Row:
@@ -187,8 +182,8 @@ def _row(where: str, fields: Sequence[Any]) -> Row:
 def _read(messages: Sequence[Sequence[Any]]) -> list[Message]:
     found = []
     for role, text, *more in messages:
-        calls, thinking, weight, spans = more or ((), "", None, ())
-        found.append(Message(role, text, tuple(calls), thinking, weight, tuple(map(tuple, spans))))
+        calls, thinking, weight, spans, *named = more or ((), "", None, ())
+        found.append(Message(role, text, tuple(calls), thinking, weight, tuple(map(tuple, spans)), *named))
     return found
 
 

@@ -33,7 +33,8 @@ class Problem:
 
 Record = tuple[str, Any]  # where it stands, and what stands there
 
-BUILTIN: dict[str, Callable[[], list[dict[str, str]]]] = {"docstrings": docstrings.rows}
+BUILTIN = {"docstrings": docstrings}
+"""Name -> the module with the `rows()` of a data set, and the `files()` of this machine that they are made from."""
 NUL = "\udc00"
 """In text from a .csv file a byte of zero, which Python's csv cannot read; other odd bytes are U+DC80 to U+DCFF."""
 
@@ -45,7 +46,7 @@ def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
     if colon and kind == "builtin":
         if name not in BUILTIN:
             raise DataError(f"{path}: no such built-in data set. {nearest(name, BUILTIN)}")
-        return ((f"{path}:{i}", row) for i, row in enumerate(BUILTIN[name](), start=1))
+        return ((f"{path}:{i}", row) for i, row in enumerate(BUILTIN[name].rows(), start=1))
     if colon and kind == "hub":
         return _hub(name, network)
     file = Path(path).expanduser()
@@ -71,6 +72,12 @@ def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
             "iconv -f utf-16 -t utf-8"
         )
     return READERS[file.suffix](file)
+
+
+def files(path: str) -> list[Path]:
+    """The files of this machine that the records of a source are made from; some may not be there."""
+    kind, _, name = path.partition(":")
+    return BUILTIN[name].files() if kind == "builtin" and name in BUILTIN else [Path(path).expanduser()]
 
 
 # JSON --------------------------------------------------------------------------------------------------------------

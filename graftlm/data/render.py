@@ -15,6 +15,7 @@ belongs to the answer.
 import copy
 import hashlib
 import re
+from bisect import bisect_left
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -32,6 +33,7 @@ from graftlm.data.words import Words
 from graftlm.errors import BaseModelError, DataError
 
 PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
+FREE = "".join(map(chr, PRIVATE[:1000]))
 _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")
 
@@ -79,6 +81,17 @@ class _Span:
     """Where the message's text would begin if nothing of it had been trimmed."""
 
 
+class _Tokens(NamedTuple):
+    """Of a text of n tokens, in order: neither starts nor ends go back."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    """The character that each begins with."""
+    ends: NDArray[np.int64]
+    controls: list[int]
+    """The places of control tokens."""
+
+
 T = TypeVar("T")
 Work = Generator[Ask, list[str], T]
 """A conversation on its way to a T: it yields what the template is asked for, and is sent the texts."""
@@ -105,6 +118,7 @@ class Renderer:
                 "tokenizer.json (convert it once with transformers' convert_slow_tokenizer)"
             )
         self.tokenizer = tokenizer
+        self._end_ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         own = tokenizer.chat_template  # text, or for a few tokenizers several templates by name
         own = own.get("default") if isinstance(own, dict) else own
         self.template = template if template is not None else own
@@ -114,7 +128,12 @@ class Renderer:
         # What can end a turn: some tokenizers have their end of turn as an added token that is not called special, and
         # some have runs of white space as added tokens, which end nothing.
         self._control = sorted(i for i, token in added.items() if token.special or token.content.strip())
-        self._is_special, self._is_control = (_table(ids) for ids in (self.special_ids, self._control))
+        count = max(added, default=-1) + 2  # the last one stands for all that are higher
+        self._is_control = np.zeros(count, np.bool_)
+        self._is_control[self._control] = True
+        self._outside = np.full(count, Role.BOILERPLATE, np.uint8)
+        """The role of each id where it is part of no message's text."""
+        self._outside[list(self.special_ids)] = Role.SPECIAL
         self._encoder = copy.deepcopy(backend)
         self._encoder.no_truncation()
         self._encoder.no_padding()
@@ -123,6 +142,14 @@ class Renderer:
         self._words = Words.of(self._encoder)
         variables = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         self._chat = None if self.template is None else Template(self.template, variables)
+        self._knows_thoughts = "reasoning_content" in (self.template or "")
+
+    def for_rows(self) -> "Renderer":
+        """A copy that renders rows and no more. It is quick to send to another process, which need not import
+        transformers for it."""
+        own = copy.copy(self)
+        own.__dict__.update(tokenizer=None, _begin_ids=self._begin_ids)
+        return own
 
     @property
     def template_hash(self) -> str:
@@ -145,6 +172,12 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
         """The ids after which the model should answer: int32 [n]."""
         return self._alone(self._prompt(messages, tools))
+
+    def prompts_of_all(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]
+    ) -> list[NDArray[np.int32] | DataError]:
+        """What `prompt` returns for each of many (messages, tools), or the DataError that it raises."""
+        return self._together([self._prompt(messages, tools) for messages, tools in conversations])
 
     # Rendering is written for one conversation and done for many: each is a generator that yields what it wants to know
     # of the template or of the tokenizer, and is sent the answer.
@@ -209,79 +242,89 @@ class Renderer:
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         wanted = [(0, count, False), (1, count, False), *((0, i, True) for i in said)]
         wanted += [(0, i + 1, False) for i in answers]
-        plain = [_as_fields(message) for message in messages]
-        around = [f"{marks[2 * i]}{m.content}{marks[2 * i + 1]}" for i, m in enumerate(messages)]
-        chats = [plain, [{**m, "content": around[i]} if i in marked else m for i, m in enumerate(plain)]]
-        text, outside, *prefixes = yield from _texts(chats, wanted, tools)
+        chat = [_as_fields(message) for message in messages]
+        around = [(i, 0, len(messages[i].content), marks[2 * i], marks[2 * i + 1]) for i in marked]
+        if not around:  # nothing to look for
+            wanted[1] = wanted[0]
+        text, outside, *prefixes = yield from _texts(chat, wanted, tools, around)
         begins = dict(zip(said, prefixes, strict=False))
         spans = yield from self._spans(messages, tools, marked, marks, text, outside)
         untils = zip(answers, prefixes[len(said) :], strict=True)
         turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
-        ids, offsets = self._encode(text, cuts=_cuts(text, begins.values()))
-        roles, turn_of = self._roles(messages, spans, turns, ids, offsets, len(text))
-        return Rendered(ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, offsets[:, 0]))
+        tokens = self._encode(text, cuts=_cuts(text, begins.values()))
+        roles, turn_of = self._roles(messages, spans, turns, tokens, len(text))
+        return Rendered(tokens.ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, tokens.starts))
 
     def _roles(
         self,
         messages: Sequence[Message],
         spans: Mapping[int, _Span],
         turns: Mapping[int, tuple[int, int]],
-        ids: NDArray[np.int32],
-        offsets: NDArray[np.int64],
+        tokens: _Tokens,
         length: int,
     ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         """The role of every token, and the message that it belongs to; `turns` are those of the answers."""
-        roles = np.full(len(ids), Role.BOILERPLATE, np.uint8)
-        roles[_look_up(self._is_special, ids)] = Role.SPECIAL
-        starts, ends = offsets[:, 0], offsets[:, 1]
-        control = _look_up(self._is_control, ids)
-
-        def within(start: int, end: int) -> NDArray[np.bool_]:
-            # A control token may swallow white space around it, of a text too: it is part of the text only if inside.
-            overlap, inside = (starts < end) & (ends > start), (starts >= start) & (ends <= end)
-            return np.where(control, inside, overlap)
-
-        for index, span in spans.items():
-            if index not in turns:
-                roles[within(span.start, span.end)] = span.role
+        starts, ends, controls = tokens.starts, tokens.ends, tokens.controls
+        parts = {index: (span.start, span.end) for index, span in spans.items()}
         over = {index: span.end for index, span in spans.items()}  # where a message ends
         for index in (i for i, m in enumerate(messages) if m.role == "assistant" and i not in turns):
             over[index] = min((span.start for i, span in spans.items() if i > index), default=length)
         for index, (begin, until) in turns.items():
-            calls = bool(messages[index].tool_calls)
-            end = until if calls else spans[index].end if index in spans else None
-            if end is None:
+            if messages[index].tool_calls:
+                parts[index] = begin, until
+            elif index in spans:
+                parts[index] = begin, spans[index].end
+            else:
                 continue
-            answer = within(begin, end)
-            roles[answer] = Role.ASSISTANT
             over[index] = until
-            if calls:  # written by the template from the calls: its last control token is what ends the turn
-                inside = np.flatnonzero(answer)
-                stops = inside[control[inside]]
-                if len(stops):
-                    roles[stops[-1]] = Role.END_OF_TURN
-                    roles[inside[inside > stops[-1]]] = Role.BOILERPLATE
-                continue
-            after = np.flatnonzero(~answer & (ends > end) & np.where(control, starts < until, ends <= until))
-            stops = after[control[after]]
-            last = stops[0] if len(stops) else after[-1] if len(after) else -1
-            roles[after[after <= last]] = Role.END_OF_TURN
         closed = sorted((end, index) for index, end in over.items())
-        places = np.searchsorted([end for end, _ in closed], ends)
+
+        # As no token goes back, what overlaps a part of the text are the tokens from one place to another.
+        places = [part[0] for part in parts.values()] + [part[1] for part in parts.values()]
+        after = ends.searchsorted([*places, *(end for end, _ in closed)], "right").tolist()
+        before = starts.searchsorted([*places[len(parts) :], *(until for _, until in turns.values())], "left").tolist()
+        bounds = dict(zip(turns, before[len(parts) :], strict=True))
+
+        roles = self._outside.take(tokens.ids, mode="clip")
+        for (index, (start, end)), first, last, beyond in zip(
+            parts.items(), after, before, after[len(parts) :], strict=False
+        ):
+            # A control token may swallow white space around it, of a text too: it is part of the text only if inside.
+            inside = controls[bisect_left(controls, first) : bisect_left(controls, last)]
+            across = [place for place in inside if starts[place] < start or ends[place] > end] if inside else []
+            kept = roles[across] if across else roles[:0]
+            answer = index in turns
+            roles[first:last] = Role.ASSISTANT if answer else spans[index].role
+            if answer and messages[index].tool_calls:
+                # Written by the template from the calls: its last control token is what ends the turn.
+                stops = [place for place in inside if place not in across]
+                if stops:
+                    roles[stops[-1]] = Role.END_OF_TURN
+                    roles[stops[-1] + 1 : last] = Role.BOILERPLATE
+            if across:
+                roles[across] = kept
+            if answer and not messages[index].tool_calls:
+                until = turns[index][1]
+                for place in chain((p for p in across if p >= beyond), range(max(last, beyond), bounds[index])):
+                    if self._is_control.take(tokens.ids[place], mode="clip"):
+                        roles[place] = Role.END_OF_TURN
+                        break
+                    if ends[place] <= until:
+                        roles[place] = Role.END_OF_TURN
         numbers = np.array([index for _, index in closed] + [len(messages) - 1], np.int32)
-        return roles, numbers[places]
+        return roles, numbers.repeat([b - a for a, b in pairwise([0, *after[2 * len(parts) :], len(starts)])])
 
     def _prompt(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[NDArray[np.int32]]:
         messages = [self._apart(message) for message in messages]
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         chat = [_as_fields(message) for message in messages]
-        text, *begins = yield from _texts([chat], [(0, i, True) for i in (len(messages), *said)], tools)
-        return self._encode(text, cuts=_cuts(text, begins))[0]
+        text, *begins = yield from _texts(chat, [(0, i, True) for i in (len(messages), *said)], tools)
+        return self._encode(text, cuts=_cuts(text, begins)).ids
 
     def _apart(self, message: Message) -> Message:
         """An answer whose text holds its thoughts, as generation returns it, in two parts that the template knows."""
         content = message.content
-        if message.role != "assistant" or message.thinking or "reasoning_content" not in (self.template or ""):
+        if not self._knows_thoughts or message.role != "assistant" or message.thinking:
             return message
         before, closed, answer = content.partition("</think>")
         head, opened, thinking = before.partition("<think>")
@@ -295,13 +338,13 @@ class Renderer:
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: what training trains as the end of a turn is what generation stops at."""
         probe = [Message("user", "a"), Message("assistant", "b")]
-        eos = tuple(int(i) for i in (self.tokenizer.eos_token_id,) if i is not None)
+        eos = self._end_ids
         if self.template is None:
-            return eos
+            return tuple(eos)
         try:
             rendered = self.conversation(probe)
         except DataError:  # nothing can be trained with such a template, but the base can be talked to
-            return eos
+            return tuple(eos)
         ends = rendered.ids[rendered.roles == Role.END_OF_TURN].tolist()
         return tuple(dict.fromkeys([*(i for i in ends if i in self._control), *eos]))
 
@@ -330,9 +373,9 @@ class Renderer:
         wrong = ""
         for trims in (False, True):
             if trims:
-                inside = [_inside(m, *marks[2 * i : 2 * i + 2]) if i in marked else m for i, m in enumerate(messages)]
-                chat = [_as_fields(message) for message in inside]
-                (outside,) = yield from _texts([chat], [(0, len(chat), False)], tools)
+                chat = [_as_fields(message) for message in messages]
+                inside = [(i, *_core(messages[i].content), marks[2 * i], marks[2 * i + 1]) for i in marked]
+                (outside,) = yield from _texts(chat, [(1, len(chat), False)], tools, inside)
             plain, places = _remove_marks(outside, marks)
             counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in marked]
             odd = [
@@ -359,81 +402,86 @@ class Renderer:
 
     # The tokenizer -----------------------------------------------------------------------------------------------
 
-    def _encode(self, text: str, cuts: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """ids [n] and character offsets [n, 2]. At each cut generation would have begun: what is before it has the
-        very ids that it has as a prompt, whatever follows.
+    def _encode(self, text: str, cuts: Sequence[int]) -> _Tokens:
+        """The text's tokens. At each cut generation would have begun: what is before it has the very ids that it has
+        as a prompt, whatever follows.
 
         Mostly that is so by itself, and the text is tokenised as one. It is not where a token would lie across the
         cut, or where what follows changes the tokens before (a regular expression that looks ahead).
         """
         whole = self._piece(text, 0, len(text))
-        controls = np.flatnonzero(_look_up(self._is_control, whole[0]))
-        if all(self._is_prompt(text, cut, *whole, controls) for cut in cuts):
+        if all(self._is_prompt(text, cut, whole) for cut in cuts):
             return whole
-        found: list[tuple[NDArray[np.int32], NDArray[np.int64]]] = []
+        found: list[_Tokens] = []
         start = 0
         bounds = [*sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
         head = self._piece(text, 0, bounds[0])
         for cut, until in pairwise(bounds):
             whole = self._piece(text, start, until)
-            same = np.array_equal(whole[0][: len(head[0])], head[0])
-            across = ((whole[1][:, 0] < cut) & (whole[1][:, 1] > cut)).any()
+            same = np.array_equal(whole.ids[: len(head.ids)], head.ids)
+            across = ((whole.starts < cut) & (whole.ends > cut)).any()
             if same and not across:
                 head = whole
             else:
                 found.append(head)
                 start, head = cut, self._piece(text, cut, until)
-        ids, offsets = zip(*found, head, strict=True)
-        return np.concatenate(ids), np.concatenate(offsets)
+        found.append(head)
+        ids = np.concatenate([part.ids for part in found])
+        starts, ends = (np.concatenate([getattr(part, name) for part in found]) for name in ("starts", "ends"))
+        return self._tokens(ids, starts, ends)
 
-    def _is_prompt(
-        self, text: str, cut: int, ids: NDArray[np.int32], offsets: NDArray[np.int64], controls: NDArray[np.int64]
-    ) -> bool:
-        """Whether the tokens of the text before the cut are the very tokens that text[:cut] has by itself. `controls`
-        are the places of control tokens.
+    def _is_prompt(self, text: str, cut: int, tokens: _Tokens) -> bool:
+        """Whether the tokens of the text before the cut are the very tokens that text[:cut] has by itself.
 
         What stands before a control token is tokenised apart from what follows it, so only the tokens from the last
         one on can be others.
         """
-        before = int(np.searchsorted(offsets[:, 1], cut, "right"))
-        if before < len(ids) and offsets[before, 0] < cut:
+        before = int(tokens.ends.searchsorted(cut, "right"))
+        if before < len(tokens.ids) and tokens.starts[before] < cut:
             return False  # a token lies across
-        earlier = int(np.searchsorted(controls, before))
-        first = int(controls[earlier - 1]) if earlier else 0
-        tail = text[offsets[first, 0] if first else 0 : cut]
+        earlier = bisect_left(tokens.controls, before)
+        first = tokens.controls[earlier - 1] if earlier else 0
+        tail = text[tokens.starts[first] if first else 0 : cut]
         found = self._words.ids(tail) if self._words is not None else None
-        found = self._encoder.encode(tail, add_special_tokens=False).ids if found is None else found
-        return bool(found == ids[first:before].tolist())
+        if found is None:
+            return bool(self._encoder.encode(tail, add_special_tokens=False).ids == tokens.ids[first:before].tolist())
+        return found == tokens.ids[first:before].tobytes()
 
-    def _piece(self, text: str, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """ids and offsets of text[start:end]; what does not begin the text is tokenised as what does not."""
+    def _piece(self, text: str, start: int, end: int) -> _Tokens:
+        """The tokens of text[start:end]; what does not begin the text is tokenised as what does not."""
         if start == 0:
-            return self._plain(text[:end])
+            return self._tokens(*self._plain(text[:end]))
         for anchor in ANCHORS:  # some tokenizers put a space before whatever begins a text: let it begin with this
-            ids, offsets = self._plain(anchor + text[start:end])
-            offsets -= len(anchor)
-            if not ((offsets[:, 0] < 0) & (offsets[:, 1] > 0)).any():
-                own = offsets[:, 1] > 0
-                return ids[own], offsets[own] + start
-        ids, offsets = self._plain(text[start:end])
-        return ids, offsets + start
+            ids, starts, ends = self._plain(anchor + text[start:end])
+            shift = start - len(anchor)
+            if not ((starts < len(anchor)) & (ends > len(anchor))).any():
+                own = ends > len(anchor)
+                return self._tokens(ids[own], starts[own] + shift, ends[own] + shift)
+        ids, starts, ends = self._plain(text[start:end])
+        return self._tokens(ids, starts + start, ends + start)
 
-    def _plain(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _tokens(self, ids: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> _Tokens:
+        return _Tokens(ids, starts, ends, self._is_control.take(ids, mode="clip").nonzero()[0].tolist())
+
+    def _plain(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         if self._words is not None and (found := self._words.encode(text)) is not None:
             return found
         encoding = self._encoder.encode(text, add_special_tokens=False)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)
-        return np.array(encoding.ids, np.int32), offsets.reshape(-1, 2)
+        starts, ends = offsets[::2], offsets[1::2]
+        if (starts[1:] < starts[:-1]).any() or (ends[1:] < ends[:-1]).any():
+            raise DataError("the tokenizer gives places of tokens that go back, so it cannot be said what they are of")
+        return np.array(encoding.ids, np.int32), starts, ends
 
     def _raw(self, message: Message) -> Rendered:
         """Raw text between the tokenizer's begin and end tokens, where it has them; all of it is to be learnt."""
-        ids, offsets = self._encode(message.content, cuts=[])
-        begin, end = self._begin_ids, [i for i in (self.tokenizer.eos_token_id,) if i is not None]
+        ids, starts, _, _ = self._encode(message.content, cuts=[])
+        begin, end = self._begin_ids, self._end_ids
         parts = ((begin, Role.SPECIAL), (ids, Role.ASSISTANT), (end, Role.END_OF_TURN))
         roles = np.concatenate([np.full(len(part), role, np.uint8) for part, role in parts])
         given = np.full(len(roles), np.nan if message.weight is None else message.weight, np.float32)
         for start, stop, weight in message.spans:
-            at = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 0] < stop))
+            at = np.flatnonzero((starts >= start) & (starts < stop))
             given[len(begin) + at] = weight
         return Rendered(
             np.concatenate([np.array(part, np.int32) for part, _ in parts]),
@@ -451,14 +499,18 @@ class Renderer:
 
 
 def _texts(
-    chats: Sequence[Sequence[Fields]], wanted: Sequence[tuple[int, int, bool]], tools: Sequence[Fields]
+    chat: Sequence[Fields],
+    wanted: Sequence[tuple[int, int, bool]],
+    tools: Sequence[Fields],
+    marks: Sequence[tuple[int, int, int, str, str]] = (),
 ) -> Work[list[str]]:
-    """The texts of some beginnings of chats: (which of them, how many messages, whether an answer is to follow)."""
+    """The texts of some beginnings of a chat: (1 with marks or 0 without, how many messages, whether an answer is to
+    follow)."""
     different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
     try:
-        texts = yield Ask(chats, different, tools)
+        texts = yield Ask([chat], different, tools, marks)
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in chats[0])
+        roles = ", ".join(message["role"] for message in chat)
         raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
     return [texts[different.index(ask)] for ask in wanted]
 
@@ -471,7 +523,8 @@ def _given(
     starts: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """The weights that the row itself gives its tokens; NaN where it gives none."""
-    given = np.full(len(roles), np.nan, np.float32)
+    given = np.empty(len(roles), np.float32)
+    given.fill(np.nan)
     for index, message in enumerate(messages):
         if message.weight is None and not message.spans:
             continue
@@ -519,31 +572,25 @@ def _as_fields(message: Message) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         fields["tool_calls"] = list(message.tool_calls)
+    if message.call_id:
+        fields["tool_call_id"] = message.call_id
+    if message.name:
+        fields["name"] = message.name
     if message.thinking:
         fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.thinking)
     return fields
 
 
-def _inside(message: Message, before: str, after: str) -> Message:
-    core = message.content.strip()
-    head, _, tail = message.content.partition(core)
-    return replace(message, content=f"{head}{before}{core}{after}{tail}")
-
-
-def _table(ids: Iterable[int]) -> NDArray[np.bool_]:
-    """Which ids are among these, up to the highest of them."""
-    table = np.zeros(max(ids, default=-1) + 2, np.bool_)  # the last one stands for all that are higher
-    table[list(ids)] = True
-    return table
-
-
-def _look_up(table: NDArray[np.bool_], ids: NDArray[np.int32]) -> NDArray[np.bool_]:
-    return table[np.minimum(ids, len(table) - 1)]
+def _core(text: str) -> tuple[int, int]:
+    """Where the text begins and ends without the white space around it."""
+    return len(text) - len(text.lstrip()), len(text.rstrip())
 
 
 def _free_characters(count: int, messages: Sequence[Message]) -> str:
     """Characters for private use that occur in no message (icon fonts use some of them)."""
-    odd = (message.content for message in messages if not message.content.isascii())
+    odd = [message.content for message in messages if not message.content.isascii()]
+    if not odd and count <= len(FREE):
+        return FREE[:count]
     used = {character for content in odd for character in _PRIVATE.findall(content)}
     return "".join(islice((chr(code) for code in PRIVATE if chr(code) not in used), count))
 

@@ -19,7 +19,7 @@ from graftlm.data import axolotl, llama_factory
 from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, Conversation, Message, RowError, check, detect
 from graftlm.data.messages import read_number
-from graftlm.data.records import Problem, records
+from graftlm.data.records import Problem, files, records
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
 
@@ -35,6 +35,7 @@ class SourceConfig:
         "sharegpt",
         "alpaca",
         "prompt-completion",
+        "prompt",
         "text",
         "preference",
         "feedback",
@@ -107,6 +108,7 @@ class DataConfig:
         return [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
 
 
+SAME = "says the same as"
 MEDIA = ("images", "videos", "audios")
 AHEAD = 100
 """The format of a file is told from so many rows."""
@@ -155,7 +157,7 @@ def load_rows(
         rows.append(found)
         first = seen.setdefault(hash(tuple((m.role, m.content) for m in found.messages)), found)
         if first is not found and _same(first, found):
-            told.append(Problem(found.where, f"says the same as {first.where}", left_out=False))
+            told.append(Problem(found.where, f"{SAME} {first.where}", left_out=False))
     name = ", ".join(formats)
     out = [str(problem) for problem in told if problem.left_out]
     if out and (problems is None or strict or not rows):
@@ -225,8 +227,8 @@ def content(path: str) -> str | None:
     where they are no files of this machine, or where there are none."""
     description = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
     digest = hashlib.sha256()
-    for name in dict.fromkeys([description, *(part.path for part in _parts(path))]):
-        file = Path(name).expanduser()
+    names = dict.fromkeys([description, *(part.path for part in _parts(path))])
+    for file in chain.from_iterable(map(files, names)):
         if not file.is_file():
             return None
         digest.update(f"{file.stat().st_size}:".encode())
@@ -249,7 +251,7 @@ def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
 def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str | None) -> tuple[Row, list[str]]:
     """The checked row and what is to be told of it."""
     group = record.get("group")
-    notes = check(said.messages)
+    notes = check(said.messages, asks=said.asks)
     for number, other in enumerate(said.rejected, start=1):
         try:
             check(other)

@@ -15,7 +15,7 @@ from typing import Any
 from graftlm.data import near
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.languages import language
-from graftlm.data.source import Row
+from graftlm.data.source import SAME, Row
 
 NEAR_ROWS = 100_000
 """About a minute on one core at the most; half of it for rows of a few hundred words."""
@@ -143,6 +143,13 @@ def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     }
     findings = [Finding(kind, WHY[kind], entries) for kind, entries in found.items()]
     return Survey(len(rows), len(some), dict(guesses.most_common()), findings)
+
+
+def not_told(notes: Sequence[str], survey: Survey) -> list[str]:
+    """What reading noted, without the rows that are the same as others and that the survey tells of too."""
+    same = next(finding for finding in survey.findings if finding.kind == "exact duplicates")
+    known = {row for entry in same.entries for row in entry.rows[1:]}
+    return [note for note in notes if note.partition(f": {SAME} ")[0] not in known]
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -53,6 +53,9 @@ class Ask(NamedTuple):
     wanted: Sequence[tuple[int, int, bool]]
     """Of each text: which of the chats, how many of its messages, whether an answer is to follow."""
     tools: Sequence[Mapping[str, Any]] = ()
+    marks: Sequence[tuple[int, int, int, str, str]] = ()
+    """Where there are any, one more chat is rendered with: the first one, and in the content of some messages a text
+    before and a text after a part of it; (message, where the part begins, where it ends, before, after) of each."""
 
 
 @dataclass
@@ -95,7 +98,10 @@ class Template:
 
     def render_all(self, asks: Sequence[Ask]) -> list[list[str] | TemplateError]:
         """What `render` returns or raises for each of many rows; the limits are of each."""
-        requests = [{"chats": ask.chats, "wanted": ask.wanted, "tools": list(ask.tools) or None} for ask in asks]
+        requests = [
+            {"chats": ask.chats, "wanted": ask.wanted, "tools": list(ask.tools) or None, "marks": ask.marks}
+            for ask in asks
+        ]
         found: list[list[str] | TemplateError] = []
         most = len(requests)
         while len(found) < len(requests):
@@ -204,6 +210,7 @@ def _environment() -> Any:
     from jinja2 import nodes, pass_context
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
@@ -231,7 +238,16 @@ def _environment() -> Any:
     ) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
+    numbers = {"first", "last", "index", "index0", "revindex", "revindex0", "length", "depth", "depth0"}
+
+    class Environment(ImmutableSandboxedEnvironment):
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            # What most templates ask most often, and what the sandbox allows after long looking: numbers and flags.
+            if type(obj) is LoopContext and attribute in numbers:
+                return getattr(obj, attribute)
+            return super().getattr(obj, attribute)
+
+    environment = Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, loopcontrols],
@@ -271,10 +287,13 @@ def _limit_memory(mib: int | None, beside: int = 0) -> None:
 
 def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, Any]) -> list[str | int]:
     """The texts; of one that begins the first only its length, as most do."""
+    chats = request["chats"]
+    if request["marks"]:
+        chats = [*chats, _marked(chats[0], request["marks"])]
     whole, *others = [
         template.render(
             **variables,
-            messages=request["chats"][which][:count],
+            messages=chats[which][:count],
             tools=request["tools"],
             documents=None,
             add_generation_prompt=answer_next,
@@ -282,6 +301,14 @@ def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, An
         for which, count, answer_next in request["wanted"]
     ]
     return [whole, *(len(other) if whole.startswith(other) else other for other in others)]
+
+
+def _marked(chat: Sequence[dict[str, Any]], marks: Sequence[Any]) -> list[dict[str, Any]]:
+    found = list(chat)
+    for index, start, end, before, after in marks:
+        text = chat[index]["content"]
+        found[index] = {**chat[index], "content": f"{text[:start]}{before}{text[start:end]}{after}{text[end:]}"}
+    return found
 
 
 def _answers(template: Any, variables: Mapping[str, str], line: bytes) -> bytes:
@@ -325,6 +352,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         environment = _environment()
         _limit_memory(MEMORY_MIB, beside=4 * len(first["template"]))
         template = environment.from_string(first["template"])
+        template.globals = dict(template.globals)  # which is slow to go through, and goes into every render
         said = b"{}"
     except Exception as error:
         said = json.dumps({"error": f"it is not a template: {error}"}).encode()

@@ -33,6 +33,9 @@ class PolicyGradientConfig(ComparedConfig):
     """Every answer counts as much as any other, or every token; only where ratio is token."""
     low: PositiveRate = 0.2
     high: PositiveRate = 0.2
+    baseline: Literal["leave-one-out", "mean", "standardised"] = "standardised"
+    """What `online` makes of rewards: each less the mean of the other answers to its prompt (RLOO), less that of all
+    of them (Dr. GRPO), or that over their standard deviation (GRPO)."""
     kl: Rate = 0.0
     """The weight of the divergence from the reference; 0 needs no reference."""
 

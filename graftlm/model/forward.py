@@ -263,7 +263,7 @@ PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.
 
 @dataclass(frozen=True)
 class _Probe:
-    """Rows as `log_probs` takes them; the targets are those of the last."""
+    """A row as `log_probs` takes it, alone or in a pack."""
 
     ids: Tensor
     positions: Tensor
@@ -274,20 +274,24 @@ class _Probe:
 
     @classmethod
     def of(cls, row: Tensor, neighbour: Tensor | None = None, shared: int = 0) -> "_Probe":
-        """A row alone, or behind a neighbour with which it has its first `shared` tokens in common."""
-        parts = [row[:shared], row[:0] if neighbour is None else neighbour, row[shared:]]
-        starts, parents = [0, shared, shared], [-1, 0, 0] if shared else [-1, -1, -1]
-        there = [n for n, part in enumerate(parts) if len(part)]
-        ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
-        places = torch.cat([torch.arange(shared), torch.arange(ends[1], ends[2])]).to(row.device)
-        positions = [torch.arange(starts[n], starts[n] + len(parts[n]), device=row.device) for n in there]
+        """A row, behind a neighbour if there is one; with `shared`, the row once more behind the same neighbour, now
+        with their first `shared` tokens in common."""
+        behind = [] if neighbour is None else [(neighbour, 0, -1)]
+        segments, of_the_row = [*behind, (row, 0, -1)], [[len(behind)]]
+        if shared:
+            assert neighbour is not None
+            root = len(segments)
+            segments += [(row[:shared], 0, -1), (neighbour, shared, root), (row[shared:], shared, root)]
+            of_the_row.append([root, root + 2])
+        lengths = [len(ids) for ids, _, _ in segments]
+        places = torch.arange(sum(lengths), device=row.device).split(lengths)
         return cls(
-            ids=torch.cat(parts)[None],
-            positions=torch.cat(positions)[None],
-            lengths=[len(parts[n]) for n in there],
-            parents=[parents[n] for n in there],
-            hidden_rows=places[:-1],
-            targets=row[1:],
+            ids=torch.cat([ids for ids, _, _ in segments])[None],
+            positions=torch.cat([torch.arange(a, a + len(ids), device=row.device) for ids, a, _ in segments])[None],
+            lengths=lengths,
+            parents=[parent for _, _, parent in segments],
+            hidden_rows=torch.cat([torch.cat([places[n] for n in parts])[:-1] for parts in of_the_row]),
+            targets=row[1:].repeat(len(of_the_row)),
         )
 
 
@@ -315,35 +319,32 @@ def check_packing(model: Any, first: Tensor, second: Tensor, *, sharing: bool = 
     be what the model's own forward pass makes of it alone, up to rounding: this finds wrong positions. With `sharing`,
     the same for two rows that have the first half of the second in common.
     """
-    wanted = _own_log_probs(model, second)
-    _check_neighbours(model, first, second, 0, wanted, "packed", "data: {pack: false}` to run one row at a time")
+    ways = {"packed": "data: {pack: false}` to run one row at a time"}
     if sharing:
-        remedy = "train: {prefix_sharing: false}` to compute the beginning of every row"
-        _check_neighbours(model, first, second, len(second) // 2, wanted, "packed with shared beginnings", remedy)
-
-
-def _check_neighbours(
-    model: Any, first: Tensor, second: Tensor, shared: int, wanted: Tensor, packed_how: str, remedy: str
-) -> None:
+        ways["packed with shared beginnings"] = "train: {prefix_sharing: false}` to compute the beginning of every row"
     name, vocabulary = type(model).__name__, model.config.get_text_config().vocab_size
+    wanted, shared = _own_log_probs(model, second), len(second) // 2 if sharing else 0
     try:
         with packed_attention(model):
-            packed, packed_after_another = (
-                log_probs(model, _Probe.of(second, before, shared)) for before in (first, (first + 1) % vocabulary)
+            packed, after_another = (
+                log_probs(model, _Probe.of(second, before, shared)).view(len(ways), -1)
+                for before in (first, (first + 1) % vocabulary)
             )
     except (KeyError, TypeError, NotImplementedError) as error:
-        raise TrainingError(f"{name} cannot be {packed_how} ({type(error).__name__}: {error}). Set `{remedy}") from None
-    if not torch.equal(packed, packed_after_another):
-        leak = float((packed - packed_after_another).abs().max())
-        raise TrainingError(
-            f"{name} cannot be {packed_how}: a row changes by {leak:.3g} nats with its neighbour. Set `{remedy}"
-        )
-    difference, tolerance = _difference(model, packed, wanted)
-    if not difference <= tolerance:
-        raise TrainingError(
-            f"{name} cannot be {packed_how}: a row in a pack differs from the same row alone by {difference:.3g} nats "
-            f"a token (rounding is below {tolerance:g}), so its positions are not the usual ones. Set `{remedy}"
-        )
+        remedy = ways["packed"]
+        raise TrainingError(f"{name} cannot be packed ({type(error).__name__}: {error}). Set `{remedy}") from None
+    for (how, remedy), found, other in zip(ways.items(), packed, after_another, strict=True):
+        if not torch.equal(found, other):
+            leak = float((found - other).abs().max())
+            raise TrainingError(
+                f"{name} cannot be {how}: a row changes by {leak:.3g} nats with its neighbour. Set `{remedy}"
+            )
+        difference, tolerance = _difference(model, found, wanted)
+        if not difference <= tolerance:
+            raise TrainingError(
+                f"{name} cannot be {how}: a row in a pack differs from the same row alone by {difference:.3g} nats a "
+                f"token (rounding is below {tolerance:g}), so its positions are not the usual ones. Set `{remedy}"
+            )
 
 
 def _own_log_probs(model: Any, row: Tensor) -> Tensor:

@@ -62,12 +62,14 @@ def generate(
     seed: int = 0,
     batch_tokens: int = 2048,
     part: tuple[int, int] = (0, 1),
+    keep_stop: bool = False,
     on_token: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (index of the prompt, new ids without the one that stops), in batches of prompts of similar length.
 
     A batch is at most `batch_tokens` of prompts, padding included (a longer one is a batch of its own): memory grows
-    with it. `part=(i, n)`: only every n-th batch, from the i-th; the n parts together are the whole.
+    with it. `part=(i, n)`: only every n-th batch, from the i-th; the n parts together are the whole. `keep_stop`: an
+    answer that ended keeps the id that ended it, and one that was cut has none.
 
     temperature 0 is greedy, whatever settings the model came with. `on_token` is called with each new id, and needs a
     single prompt.
@@ -106,4 +108,4 @@ def generate(
         for row, i in enumerate(chosen):
             new = answered[row, width:].tolist()
             stop = next((n for n, token in enumerate(new) if token in stop_ids), len(new))
-            yield i, new[:stop]
+            yield i, new[: stop + keep_stop]

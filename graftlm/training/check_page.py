@@ -11,7 +11,7 @@ from typing import Any
 from graftlm.data.check import Lengths, shown_rows
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
-from graftlm.data.survey import evenly
+from graftlm.data.survey import WHY, evenly
 from graftlm.files import whole
 from graftlm.training import report
 from graftlm.training.run import Prepared
@@ -62,16 +62,17 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
         if named:
             facts = {"kind": finding.kind, "why": finding.why, "count": finding.count}
             findings.append(facts | {"places": listed, "more": len(named) - len(listed)})
-    left_out = len(notes.keys() - place.keys())
+    left_out, total = len(notes.keys() - place.keys()), len(data.rows) + len(data.held_out_rows)
     return report.page(
         "check.html.jinja",
         title=title,
-        lines=[*preflight.lines(), *survey.lines()],
+        lines=[*preflight.lines(), *(line for line in survey.lines() if line[0] not in WHY)],  # those are below
         histograms=[("prompts", _bars(preflight.prompt_tokens)), ("answers", _bars(preflight.answer_tokens))],
         findings=findings,
         roles=[role.label for role in Role],
-        sampled=f"{len(rows):,} of {len(data.rows) + len(data.held_out_rows):,} rows: some at even distances, and "
-        "those that are worth a look.",
+        sampled=f"{len(rows):,} of {total:,} rows: some at even distances, and those that are worth a look."
+        if len(rows) < total
+        else "All rows.",
         limit_text=f"{left_out:,} more of these are left out." if left_out else "",
         rows=_json(shown),
     )

@@ -19,6 +19,7 @@ from graftlm.training.loop import NotFiniteError, Step
 from graftlm.training.objective import Objective, start_of
 from graftlm.training.place import Place, Running
 from graftlm.training.recipe import Recipe
+from graftlm.training.scorers import Scorer
 from graftlm.training.turns import turns
 
 
@@ -70,12 +71,13 @@ class Course:
     def ends(self) -> bool:
         return self.asked_to_stop or self.guards.ended
 
-    def go(self, found: Snapshot | None, aside: Sequence[Example | Group] = ()) -> None:
+    def go(self, found: Snapshot | None, aside: Sequence[Example | Group] = (), scorer: Scorer | None = None) -> None:
         """All steps from where the checkpoint `found` stood, or from the first; until they are done or something ends
-        them. `aside` are rows that are kept for policies which learn from them."""
+        them. `aside` are rows that are kept for policies which learn from them; `scorer` judges the model's answers
+        where it gives them itself."""
         self.seen = found.facts["seen"] if found else 0
         self.bar = self.bars.add_task("training", total=len(self.plan), completed=self.seen, now="")
-        for turn in turns(self.recipe, self.model, len(self.plan), aside):
+        for turn in turns(self.recipe, self.model, len(self.plan), aside, scorer):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:
@@ -117,6 +119,7 @@ class Course:
         if not step.skipped:
             self.tokens, self.seconds = self.tokens + step.tokens, self.seconds + step.wall_s
         now = step.skipped or f"loss {step.loss:.3f}  {self.tokens / self.seconds:,.0f} tokens/s"
+        now += f"  reward {step.metrics['reward']:.3f}" if "reward" in step.metrics else ""
         self.bars.update(self.bar, completed=self.seen, now=now)
         if self.seen % EVERY == 0:
             for event in self.guards.look(trainable(self.model)):
@@ -124,7 +127,8 @@ class Course:
 
     def _spike(self, step: Step) -> Snapshot | None:
         """Note it if this loss is one; the checkpoint to go back to, if that is wanted and there is one."""
-        spike = None if step.skipped else self.guards.spike(step.loss)
+        comparable = not (step.skipped or self.recipe.online)  # answers of its own change with the model
+        spike = self.guards.spike(step.loss) if comparable else None
         if spike is None:
             return None
         back = self.place.last(self.console.print) if self.recipe.train.on_spike == "return" else None
@@ -172,7 +176,8 @@ class Course:
 def _lines(step: Step) -> Iterator[dict[str, Any]]:
     """What metrics.jsonl says of a step: what it did or why it was left out, and what else happened."""
     if step.skipped:
-        yield {"step": step.number, "event": "skipped", "why": step.skipped, "rows": list(step.rows)}
+        skipped = {"step": step.number, "event": "skipped", "why": step.skipped, "rows": list(step.rows)}
+        yield skipped | dict(step.metrics)
     else:
         yield {
             "step": step.number,

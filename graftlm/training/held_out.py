@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from graftlm.data.pack import Example, Group, lay_out
+from graftlm.data.prompts import asked_in
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
 from graftlm.model.forward import packed_attention
@@ -73,7 +74,7 @@ def answers(
     The ranks take turns with the batches, so the answers are those of one rank. A sharded base passes through its
     layers on all ranks at once: there, each answers everything.
     """
-    prompts = [renderer.prompt(row.messages[:-1]) for row in rows]
+    prompts = [renderer.prompt(asked_in(row)[0], row.tools) for row in rows]
     part = (0, 1) if ranks.is_sharded(model) else (ranks.rank(), ranks.count())
     results = generate(model, prompts, stop_ids=renderer.stop_ids, max_new_tokens=max_new_tokens, part=part)
     mine: list[tuple[int, str]] = []
@@ -103,5 +104,6 @@ def evaluate(
     """Loss over `examples`, and answers to `rows` with their mean ROUGE-L."""
     loss = held_out_loss(model, examples, pack_tokens=pack_tokens, packed=packed) if examples else None
     said = answers(model, renderer, rows, max_new_tokens, progress)
-    scores = [rouge_l(row.messages[-1].content, text) for row, text in zip(rows, said, strict=True)]
+    pairs = zip((asked_in(row)[1] for row in rows), said, strict=True)
+    scores = [rouge_l(wanted, text) for wanted, text in pairs if wanted is not None]
     return HeldOut(loss, sum(scores) / len(scores) if scores else None, said)

@@ -104,7 +104,8 @@ class Step:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What else the objective tells of the step: margins, log-probabilities of chosen and rejected answers."""
     skipped: str = ""
-    """What was not finite, if something was and the step was skipped: nothing was changed then."""
+    """Why the step was skipped, if it was: something was not finite, or there was nothing to learn from. Nothing was
+    changed then."""
     rows: tuple[str, ...] = ()
     """The rows that it comes from."""
     events: tuple[dict[str, Any], ...] = ()
@@ -164,6 +165,24 @@ def steps(
             sum(pack.row_tokens for pack in packs),
             sum(pack.ids.numel() for pack in (*packs, *probes)),
         )
+        told, run.metrics = run.metrics, {}
+        if not count:  # answers that the model gave itself may all be as good as each other
+            in_a_row, events, run.events = 0, tuple(run.events), []
+            yield Step(
+                number=number + 1,
+                done=run.done,
+                loss=math.nan,
+                tokens=0,
+                computed_tokens=0,
+                supervised_tokens=0.0,
+                grad_norm=math.nan,
+                learning_rate=optimiser.param_groups[0]["lr"],
+                wall_s=time.perf_counter() - started,
+                metrics=told,
+                skipped=f"step {number + 1} has nothing to learn from",
+                events=events,
+            )
+            continue
         rate = schedule(run.done)
         for group in optimiser.param_groups:
             group["lr"] = group.setdefault("largest_lr", group["lr"]) * rate
@@ -222,7 +241,7 @@ def steps(
             tokens=int(tokens),
             computed_tokens=int(computed),
             supervised_tokens=supervised,
-            metrics={} if wrong else metrics,
+            metrics=told if wrong else {**told, **metrics},
             grad_norm=float(norm),
             learning_rate=optimiser.param_groups[0]["lr"],
             wall_s=time.perf_counter() - started,

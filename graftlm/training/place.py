@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from graftlm.config import differences, to_tree
 from graftlm.data.pack import Example, Group
+from graftlm.data.prompts import Prompt
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
 from graftlm.model.store import check_new_folder, mend_folder
@@ -187,4 +188,6 @@ def digest(items: Sequence[Example | Group]) -> str:
             summed.update(len(example).to_bytes(8, "little"))
             summed.update(example.ids.tobytes())
             summed.update(example.weights.tobytes())
+            if isinstance(example, Prompt):
+                summed.update(repr(example.reference).encode("utf-8", "surrogatepass"))
     return summed.hexdigest()

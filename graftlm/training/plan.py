@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graftlm.data.pack import Example, Group, Pack
+from graftlm.errors import TrainingError
 from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
@@ -87,6 +88,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    if recipe.online:
+        raise TrainingError(
+            "graft plan measures rows that are there, and with `online` the model writes them as it goes. Plan the "
+            "same recipe without `online`, on rows with answers as long as online.max_new_tokens"
+        )
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
     shape = shape_of(recipe, prepare_data(recipe, tokenizer).examples)
     process = peak_rss_gib()

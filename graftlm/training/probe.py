@@ -74,6 +74,8 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     """
     if ranks.count() > 1:
         raise TrainingError("--probe-lr is for one process: leave torchrun out")
+    if recipe.online:
+        raise TrainingError("--probe-lr compares losses of the same rows, and with `online` no two steps have the same")
     console = console or Console(quiet=True)
     config = replace(recipe.train, steps=count, epochs=None, in_turn=False, on_nonfinite="stop")
     recipe = replace(recipe, train=config)

@@ -16,8 +16,10 @@ from graftlm.errors import nearest
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
+from graftlm.model.attach import needed_statistics
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
+from graftlm.training.online import OnlineConfig
 from graftlm.training.policies import POLICIES
 from graftlm.training.policies.base import PolicyConfig
 from graftlm.training.regularisers import REGULARISERS, RegulariserConfig, tie
@@ -75,6 +77,9 @@ class Recipe:
     """The objective: a name, or `{name: NAME, ...}` with options."""
     regularisers: tuple[AnyRegulariser, ...] = ()
     """What is added to the objective: `{name: NAME, weight: WEIGHT, ...}` each, or one."""
+    online: OnlineConfig | None = None
+    """Let the model answer the rows' questions by itself while it is trained, and train on these answers by what a
+    scorer says of them."""
     policies: tuple[AnyPolicy, ...] = ()
     """What acts between steps: names, or `{name: NAME, ...}` with options."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -170,6 +175,45 @@ class Recipe:
             raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
         if LOSSES[name].statistic is not None and self.train.batch_rows < 2:
             raise ValueError(f"loss {name} needs answers to other prompts of a step: set train.batch_rows to 2 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _online(self) -> "Recipe":
+        online, data, train, name = self.online, self.data, self.train, self.loss.name
+        needs = LOSSES[name].rows
+        if online is None:
+            return self
+        if needs == "text":
+            raise ValueError(f"loss {name} trains raw text, and online gives answers: use supervised, or another loss")
+        if needs == "rewards" and (online.temperature, online.top_p) != (1.0, 1.0):
+            raise ValueError(
+                f"loss {name} needs online.temperature and top_p at 1: its gradient is that of answers which the "
+                "policy itself gives, and these would be drawn from another distribution"
+            )
+        if needs != "answers" and not data.pack:
+            raise ValueError(f"loss {name} sees several answers in one pass: set `data: {{pack: true}}`")
+        if data.mask != "response" or data.prompt_weight:
+            raise ValueError("online trains what the model answered: use data.mask response and no data.prompt_weight")
+        if data.over_length == "truncate":
+            raise ValueError("a question that was cut asks something else: online takes data.over_length drop or error")
+        if data.max_tokens <= online.max_new_tokens:
+            raise ValueError(
+                f"data.max_tokens {data.max_tokens} must hold a prompt and online.max_new_tokens "
+                f"{online.max_new_tokens}: raise the one or lower the other"
+            )
+        if self.select or data.desirable_share is not None:
+            key = "select" if self.select else "data.desirable_share"
+            raise ValueError(f"{key} chooses rows by their answers, and online takes questions only: leave one out")
+        if train.early_stopping or train.on_spike == "return":
+            key = "early_stopping" if train.early_stopping else "on_spike: return"
+            raise ValueError(f"train.{key} looks at the loss, which says nothing where answers change with the model")
+        if aside := [p.name for p in self.policies if POLICIES[p.name].policy.wants_aside]:
+            raise ValueError(f"policy {aside[0]} learns from rows that are put aside, and online makes its rows itself")
+        if starts := [c.method for c in self.all_deltas().values() if needed_statistics(c)]:
+            raise ValueError(
+                f"delta {starts[0]} starts from what it sees of training rows, and online makes them later: choose "
+                "another init or method"
+            )
         return self
 
     def all_deltas(self) -> dict[str, DeltaConfig]:

@@ -40,7 +40,8 @@ def html(
         facts=facts,
         loss_curve=_loss_curve(steps),
         answers_curve=_answers_curve(steps),
-        events=[_told(event) for event in events],
+        rewards_curve=_rewards_curve([*steps, *events]),
+        events=[_told(event) for event in events if event["event"] != NO_SIGNAL],  # the curve has their share
         lengths=_lengths(lengths),
         preflight=preflight,
         rows=rows,
@@ -92,6 +93,27 @@ def _answers_curve(steps: Sequence[Mapping[str, float]]) -> str:
         margin = axis.twinx()
         margin.plot([s["step"] for s in margins], [s["margin"] for s in margins], color="#0b6bcb", linestyle=":")
         margin.set_ylabel("margin (dotted)")
+    return svg(drawn)
+
+
+NO_SIGNAL = "no signal"
+"""The event of prompts whose answers all have the same reward."""
+
+
+def _rewards_curve(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Mean rewards of answers that the model gave, step by step, and what share of prompts said nothing; nothing where
+    it gave none."""
+    there = sorted((line for line in lines if "reward" in line), key=lambda line: line["step"])
+    if not there:
+        return ""
+    drawn, axis = figure()
+    numbers, rewards = [line["step"] for line in there], [line["reward"] for line in there]
+    axis.plot(numbers, rewards, color="#2da44e", linewidth=1, alpha=0.4)
+    axis.plot(numbers, smoothed(rewards), color="#2da44e", linewidth=2)
+    axis.set(xlabel="step", ylabel="mean reward of the answers")
+    share = axis.twinx()
+    share.plot(numbers, [line["no_signal"] for line in there], color="#8b8f96", linewidth=1, linestyle=":")
+    share.set_ylabel("share of prompts without a signal (dotted)")
     return svg(drawn)
 
 

@@ -24,10 +24,11 @@ from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.compare import COMPARED, prepare_groups, usable_by
 from graftlm.data.order import Curriculum, curriculum
 from graftlm.data.pack import Example, Group, fill, saved_by_sharing
+from graftlm.data.prompts import asked_in, prepare_prompts, shown_prompts
 from graftlm.data.reading import read_kept
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
-from graftlm.data.survey import survey
+from graftlm.data.survey import not_told, survey
 from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.losses import LOSSES
@@ -42,9 +43,11 @@ from graftlm.training.course import Course, Stopping, Watched
 from graftlm.training.guards import resident_gib
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.objective import Objective
+from graftlm.training.online import mean_reward
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
+from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose
 from graftlm.training.teacher import compared_with
 from graftlm.training.trackers import Trackers
@@ -87,6 +90,8 @@ class Prepared:
     """Rows that are kept out of `examples` for policies that learn from them."""
     curriculum: Curriculum | None = None
     """The order of `examples` in an epoch; None where every epoch is shuffled."""
+    scorer: Scorer | None = None
+    """What judges the answers that the model gives while it is trained."""
 
 
 def prepare_data(
@@ -98,7 +103,7 @@ def prepare_data(
 
     With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
     """
-    data, needs = recipe.data, LOSSES[recipe.loss.name].rows
+    data, needs = recipe.data, "prompts" if recipe.online else LOSSES[recipe.loss.name].rows
     usable = usable_by(recipe.loss.name, needs, data)
     kept = cache_folder() / "rows"
     read = read_kept(data, seed=recipe.train.seed, network=recipe.network, folder=kept, needs=needs, usable=usable)
@@ -109,29 +114,38 @@ def prepare_data(
         chosen = [choice.line() for choice in choices]
     renderer = Renderer(tokenizer)
     ready = partial(_ready, needs, renderer, workers=recipe.train.threads, cache=kept)
-    examples, rows, found = ready(rows, data, format=read.format)
+    examples: Sequence[Example | Group]
+    if recipe.online:
+        room = recipe.online.max_new_tokens
+        examples, rows, found = prepare_prompts(rows, renderer, data, room=room, format=read.format)
+    else:
+        examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
-    examples, aside = put_aside(recipe, examples)
+    learnt, aside = put_aside(recipe, examples)
+    examples = learnt
     order = curriculum(data.order, rows, examples) if data.order else None
-    if data.pack:
+    if data.pack and not recipe.online:
         first = plan_batches(recipe.train, examples, order)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]
         share, tokens = recipe.train.prefix_sharing, recipe.train.pack_tokens
         found.shared_share = saved_by_sharing(steps_of_rows, tokens) if share else None
         found.pack_fill = fill(steps_of_rows, tokens, share=share)
     held_out: Sequence[Example | Group] = []
-    if held_out_rows:  # every one counts: one that is too long is cut, not left out
-        held_out, held_out_rows, about = ready(held_out_rows, replace(data, over_length="truncate"))
+    answered = [row for row in held_out_rows if asked_in(row)[1] is not None] if recipe.online else held_out_rows
+    if answered:  # every one counts: one that is too long is cut, not left out
+        held_out, answered, about = ready(answered, replace(data, over_length="truncate"))
+        held_out_rows = held_out_rows if recipe.online else answered
         found.problems += about.problems
     if look:
         found.survey = survey(rows, held_out_rows)
+        found.notes = not_told(found.notes, found.survey)
     return Prepared(
         rows,
         examples,
         found,
         held_out_rows,
         held_out,
-        shown_rows(rows, renderer, data, show),
+        shown_prompts(examples, renderer, show) if recipe.online else shown_rows(rows, renderer, data, show),
         chosen=chosen,
         aside=aside,
         curriculum=order,
@@ -196,6 +210,8 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
     with waiting, ranks.one_first():  # the others find what it has rendered
         data = prepare_data(recipe, tokenizer, console=console)
+    if recipe.online:
+        data = replace(data, scorer=make_scorer(recipe.online.scorer, network=recipe.network))
     for line in data.chosen:
         console.print(line, highlight=False)
     console.print(display.preflight(data.report))
@@ -275,7 +291,7 @@ def _train(
         run.tell = trackers.log
         watched = Watched(place, run, stopping, console, bars)
         course = Course(recipe, model, data.examples, data.held_out, plan, facts, watched)
-        course.go(found, data.aside)
+        course.go(found, data.aside, data.scorer)
         lines = run.metrics.lines
     if recipe.train.early_stopping and not course.stopped and (best := place.best()):
         put_deltas_back(best, model, list(recipe.all_deltas()), place.out)
@@ -296,8 +312,8 @@ def _measure(
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
     liked = [row for row in data.held_out_rows if row.desirable is not False]
-    asked = [row for row in liked if can_be_answered(row)][: recipe.report.answers]
-    if not data.held_out:
+    asked = [row for row in liked if recipe.online or can_be_answered(row)][: recipe.report.answers]
+    if not data.held_out_rows:
         return None, None, []
     model, tokenizer = base
     renderer = Renderer(tokenizer)
@@ -316,6 +332,9 @@ def _measure(
             progress=lambda done: bars.update(bar, completed=done),
             **layout,
         )
+        if data.scorer is not None and asked:
+            reward = mean_reward(data.scorer, asked, found.answers)
+            return found if reward is None else replace(found, objective={"reward": reward})
         if not groups:
             return found
         share = recipe.train.prefix_sharing
@@ -327,8 +346,8 @@ def _measure(
         after = measured("tuned", bars)
     samples = [
         {
-            "asked": row.messages[-2].content,
-            "wanted": row.messages[-1].content,
+            "asked": asked_in(row)[0][-1].content,
+            "wanted": asked_in(row)[1] or "",
             "base": b,
             "tuned": t,
             "where": row.where,

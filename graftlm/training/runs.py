@@ -29,6 +29,7 @@ FIGURES: dict[str, Callable[["Run"], Any]] = {
     "tuned_rouge_l": lambda run: run.said("held_out", "rouge_l", "tuned"),
     "tuned_objective": lambda run: run.said("held_out", "objective", "tuned", "loss"),
     "tuned_accuracy": lambda run: run.said("held_out", "objective", "tuned", "accuracy"),
+    "tuned_reward": lambda run: run.said("held_out", "objective", "tuned", "reward"),
     "tokens_per_s": lambda run: run.tokens_per_s(),
     "peak_rss_gib": lambda run: run.said("train", "peak_rss_gib"),
     "wall_s": lambda run: run.said("train", "wall_s"),

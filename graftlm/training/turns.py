@@ -28,6 +28,8 @@ from graftlm.training.policies import make_optimiser, make_policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe
+from graftlm.training.sampler import Sampler
+from graftlm.training.scorers import Scorer
 from graftlm.training.teacher import add_teacher
 
 STATISTICS_PACKS = 8
@@ -115,15 +117,19 @@ class Turn:
         objective = Objective(recipe.loss)
         make = partial(packs_of, recipe, share=config.prefix_sharing)
 
-        def packs(rows: list[int]) -> Iterator[Pack]:
-            items = [examples[i] for i in rows]
+        sampler = next((policy for policy in self.policies if isinstance(policy, Sampler)), None)
+
+        def packs(number: int) -> Iterator[Pack]:
+            items = [examples[i] for i in plan[number]]
+            if sampler is not None:
+                items = sampler.rows(self.training, number, lambda n: [examples[i] for i in plan[n]], self.last)
             for some in (items, objective.probes(items)):
                 for pack in ranks.packs_of(some, make, sharded=ranks.is_sharded(model)):
                     yield pack.to(model.device)  # type: ignore[arg-type]
 
         return steps(
             model,
-            (list(packs(rows)) for rows in plan[seen : self.last]),
+            (list(packs(number)) for number in range(seen, self.last)),
             loss=recipe.loss,
             optimiser=self.training.optimiser,
             schedule=self.schedule,
@@ -141,10 +147,17 @@ class Turn:
             policy.on_end(self.training)
 
 
-def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Group] = ()) -> Iterator[Turn]:
+def turns(
+    recipe: Recipe,
+    model: Any,
+    total: int,
+    aside: Sequence[Example | Group] = (),
+    scorer: Scorer | None = None,
+) -> Iterator[Turn]:
     """All deltas together over `total` steps, or each in its turn and the others as they are.
 
-    `aside` are rows that are kept for policies which learn from them.
+    `aside` are rows that are kept for policies which learn from them; `scorer` judges the answers of `online`, and is
+    made of the recipe where it is not given.
     """
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
@@ -164,6 +177,7 @@ def turns(recipe: Recipe, model: Any, total: int, aside: Sequence[Example | Grou
         ]
         groups += Objective(recipe.loss).groups(model)
         policies = make_policies(recipe.policies)
+        policies += [Sampler(recipe, first, scorer)] if recipe.online else []
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
         schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))
         for policy in policies:

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.data.check import FEW_ROWS, Lengths, prepare, shown_rows, stream
+from graftlm.data import check
+from graftlm.data.check import FEW_ROWS, LEAST_ROWS, Lengths, prepare, shown_rows, stream
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
 
-from .shapes import SHAPES, chat, tokenizer_for
+from .shapes import SHAPES, THINKING, chat, tokenizer_for, tokenizer_of
 
 # One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.
 LETTERS = (
@@ -104,6 +105,42 @@ def test_rows_with_nothing_to_supervise_are_listed_by_line(renderer: Renderer) -
         "  f:8: no token of this row is supervised (the first 10 tokens hold no answer): it would teach nothing",
         "  f:9: no token of this row is supervised (mask 'response'): it would teach nothing",
     ]
+
+
+def test_a_row_of_which_one_answer_cannot_be_trained_on_is_not_called_left_out() -> None:
+    """This template makes a row of every answer, and the second question is too long."""
+    renderer = Renderer(tokenizer_of(THINKING))
+    several = row("a", "b", "the question " * 40, "d", where="f:7")
+    limit = {"max_tokens": 60, "over_length": "truncate"}
+    examples, report = prepare([several], renderer, data(**limit))
+    assert [example.where for example in examples] == ["f:7"]
+    assert report.problems == []
+    why = "no token of this row is supervised (the first 60 tokens hold no answer): it would teach nothing"
+    assert report.notes == [
+        f"f:7: some of its answers, each of which is a row of its own, are left out: {why}",
+    ]
+    with pytest.raises(DataError, match="some of its answers"):
+        prepare([several], renderer, data(strict=True, **limit))
+    with pytest.raises(DataError, match="some of its answers"):
+        list(stream([several], renderer, data(**limit)))
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 30, 10**6])
+def test_however_many_tokens_are_counted_at_a_time_the_report_is_the_same(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    rows = [*ROWS, row("X", "P" * 20, where="f:4"), row("<|im_end|>", "Q", where="f:5")]
+    for changes in ({}, {"max_tokens": 20, "over_length": "truncate"}, {"mask": "last-turn", "prompt_weight": 0.5}):
+        wanted = [prepare([each], renderer, data(**changes))[1] for each in rows]
+        with monkeypatch.context() as patch:
+            patch.setattr(check, "AT_ONCE", at_once)
+            _, report = prepare(rows, renderer, data(**changes))
+        assert report.supervised_tokens == sum(one.supervised_tokens for one in wanted)
+        assert report.tokens == sum(one.tokens for one in wanted)
+        assert report.unterminated == [where for one in wanted for where in one.unterminated]
+        assert report.truncated_without_end == sum(one.truncated_without_end for one in wanted)
+        assert report.prompt_tokens.total == sum(one.prompt_tokens.total for one in wanted)
+        assert report.answer_tokens.total == sum(one.answer_tokens.total for one in wanted)
 
 
 def test_a_row_that_the_template_refuses_is_named_and_the_others_are_still_looked_at() -> None:
@@ -254,12 +291,13 @@ def test_quantiles_and_histograms_of_lengths_are_numpys(seed: int) -> None:
 @pytest.mark.parametrize(
     ("mask", "prompt", "rows", "wanted"),
     [
-        ("response", 40, 1, "instruction"),
-        ("response", 2, 1, "response"),
-        ("response", 4, 1, "instruction"),
+        ("response", 40, LEAST_ROWS, "instruction"),
+        ("response", 2, LEAST_ROWS, "response"),
+        ("response", 4, LEAST_ROWS, "instruction"),
+        ("response", 40, LEAST_ROWS - 1, "response"),
         ("response", 8, FEW_ROWS + 1, "response"),
         ("response", 20, FEW_ROWS + 1, "instruction"),
-        ("everything", 40, 1, "everything"),
+        ("everything", 40, LEAST_ROWS, "everything"),
     ],
 )
 def test_long_prompts_and_few_rows_suggest_the_loss_over_instructions(

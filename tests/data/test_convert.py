@@ -33,7 +33,8 @@ def test_every_format_comes_back_as_the_same_rows(case: str, tmp_path: Path) -> 
     assert (count, [p for p in problems if p.left_out]) == (2, [])
     after, name = load_rows(str(tmp_path / "out.jsonl"))
     assert content(after) == content(before)
-    assert name == ("text" if before[0].messages[0].role == "text" else "messages")
+    roles = [message.role for message in before[0].messages]
+    assert name == ("text" if "text" in roles else "messages" if "assistant" in roles else "prompt")
     convert(str(tmp_path / "out.jsonl"), tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
 

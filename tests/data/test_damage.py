@@ -70,6 +70,7 @@ CLEAN: dict[str, Any] = {
         "history": [["b", "c"]] * (n % 3),
     },
     "prompt-completion": pair,
+    "prompt": lambda n: {"prompt": f"question {n}", "system": "s"} if n % 2 else {"query": f"question {n}"},
     "text": lambda n: {"text": f"raw {n}\n"},
     "preference": lambda n: {"prompt": f"q {n}", "chosen": "a", "rejected": "b"},
     "feedback": lambda n: pair(n) | {"label": bool(n % 2)},
@@ -135,7 +136,7 @@ def test_no_row_however_odd_is_more_than_a_row_that_cannot_be_used(name: str) ->
         try:
             said = FORMATS[name](row if isinstance(row, dict) else {})
             for conversation in (said.messages, *said.rejected):
-                check(conversation)
+                check(conversation, asks=said.asks)
         except RowError:
             refused += 1
     assert 0 < refused < 3000

@@ -141,7 +141,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
                 SAY,
             ]
         },
-        [ASKED[0], Message("assistant", "", ({"id": "1", **CALLED},)), Message("tool", "t"), ASKED[1]],
+        [ASKED[0], Message("assistant", "", ({"id": "1", **CALLED},)), Message("tool", "t", call_id="1"), ASKED[1]],
     ),
     "messages with OpenAI's older calls": (
         "messages",
@@ -153,7 +153,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
                 SAY,
             ]
         },
-        [ASKED[0], Message("assistant", "", (CALLED,)), Message("tool", "t"), ASKED[1]],
+        [ASKED[0], Message("assistant", "", (CALLED,)), Message("tool", "t", name="f"), ASKED[1]],
     ),
     "sharegpt with a function call": (
         "sharegpt",
@@ -207,6 +207,12 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
     "a pair": ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}, ASKED),
     "feedback": ("feedback", {"prompt": "q", "completion": "a", "label": True}, ASKED),
     "a ranked list": ("ranked", {"prompt": "q", "responses": ["b", "a"], "scores": [1, 2]}, ASKED),
+    "a question alone": ("prompt", {"prompt": "q"}, ASKED[:1]),
+    "a question after a system and a history": (
+        "prompt",
+        {"query": "q", "system": "s", "history": [["q", "a"]]},
+        [SYSTEM, *ASKED, ASKED[0]],
+    ),
     "text": ("text", {"text": " raw \n", "meta": 1}, [Message(TEXT, " raw \n")]),
 }
 
@@ -295,8 +301,10 @@ def test_every_format_has_a_row_here() -> None:
 def test_a_row_is_detected_and_becomes_messages(case: str) -> None:
     name, row, wanted = ROWS[case]
     assert detect(row) == name
-    assert FORMATS[name](row).messages == wanted
-    assert check(wanted) == []
+    found = FORMATS[name](row)
+    assert found.messages == wanted
+    assert found.asks == (name == "prompt")
+    assert check(wanted, asks=found.asks) == []
 
 
 @pytest.mark.parametrize("role", ["human", "user"])
@@ -465,6 +473,18 @@ def test_an_empty_question_or_system_is_allowed() -> None:
 def test_a_conversation_without_an_answer_is_refused_with_its_roles() -> None:
     with pytest.raises(RowError, match=r"no assistant message among \['system', 'user'\]"):
         check([SYSTEM, Message("user", "q")])
+
+
+def test_a_question_needs_no_answer_where_the_model_gives_it() -> None:
+    for row in ({"messages": turns("q")}, {"instruction": "q", "group": 3}, {"prompt": turns("q")}):
+        found = FORMATS["prompt"](row)
+        assert (found.messages, found.asks) == (ASKED[:1], True)
+    for row in ({"messages": turns("q", "a")}, {"prompt": "q", "completion": "a"}):
+        assert FORMATS["prompt"](row).messages == ASKED, "an answer that is there is kept, to compare with"
+    with pytest.raises(RowError, match="a system message and no question"):
+        check([SYSTEM], asks=True)
+    with pytest.raises(RowError, match="fit no known format"):
+        detect({"prompt": "q", "answer": "a"})
 
 
 def test_characters_that_are_no_text_are_refused_with_their_place() -> None:

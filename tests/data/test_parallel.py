@@ -1,6 +1,7 @@
 """Rendering on all cores gives what one core gives, in order, and leaves no process behind."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from graftlm.data import parallel
 from graftlm.data.columns import Columns, join, render
+from graftlm.data.formats import TEXT, Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError
@@ -163,8 +165,21 @@ def test_a_caller_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
     assert done.stdout.split() == ["once", "100"]
 
 
-def test_a_worker_imports_no_torch() -> None:
-    program = "import sys, graftlm.data.parallel; print('torch' in sys.modules)"
+@pytest.mark.parametrize("name", ["llama-3", "gemma", "llama-2"])
+def test_a_worker_needs_neither_torch_nor_transformers_to_render_the_same(name: str) -> None:
+    renderer = Renderer(tokenizer_for(name))
+    raw = Row([Message(TEXT, "raw text")], "f:raw", "r")
+    rows = [*(row(i) for i in range(5)), Row(chat("\u00e9", "<|im_end|> b"), "f:5", "a"), raw]
+    program = (
+        "import sys, pickle; from graftlm.data.columns import render; "
+        "columns = render(*pickle.load(sys.stdin.buffer)); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules], file=sys.stderr); "
+        "pickle.dump(columns, sys.stdout.buffer)"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "False"
+    given = pickle.dumps((rows, renderer.for_rows(), DATA))
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=given, capture_output=True, env=environment, check=True
+    )
+    assert done.stderr.decode().strip() == "[]"
+    assert equal(pickle.loads(done.stdout), render(rows, renderer, DATA))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from graftlm.data import cache, mixing, parallel, reading
+from graftlm.data import cache, docstrings, mixing, parallel, reading
 from graftlm.data.check import prepare
 from graftlm.data.mixing import Data, read_data
 from graftlm.data.reading import KeptRows, read_kept
 from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, SourceConfig
+from graftlm.data.source import DataConfig, SourceConfig, content
 from graftlm.testing import tiny_tokenizer
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2.5, null]}'}}
@@ -183,9 +183,30 @@ def test_a_damaged_file_is_made_again_and_said(rows_file: Path, tmp_path: Path) 
     assert same(read_kept(data, seed=1, folder=folder), plain), "and mended"
 
 
+def test_the_built_in_rows_are_known_by_the_library_that_they_are_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, folder, data = tmp_path / "library", tmp_path / "kept", DataConfig(train="builtin:docstrings")
+    (library / "test").mkdir(parents=True)
+    monkeypatch.setattr(docstrings, "_root", lambda: library)
+    monkeypatch.setattr(parallel, "MANY", 100)
+    code = 'def {}(a, b):\n    """Adds what is given to it, twice."""\n    x = a + b  # a long, long line\n'
+    body = "    y = a + b  # and another one\n    return x + y\n\n\n"
+    (library / "a.py").write_text((code + body).format("one") + (code + body).format("two"))
+    first = read_kept(data, seed=0, folder=folder)
+    assert isinstance(first.train, KeptRows)
+    assert list(first.train) == list(read_data(data, seed=0).train)
+    (library / "test" / "c.py").write_text((code + body).format("four"))  # of which no row is made
+    with monkeypatch.context() as now:
+        unread(now)
+        assert same(read_kept(data, seed=0, folder=folder), first)
+    (library / "b.py").write_text((code + body).format("three"))
+    assert len(read_kept(data, seed=0, folder=folder).train) == 3
+
+
 def test_what_is_no_file_is_read_each_time_and_a_few_rows_too(rows_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
-    read_kept(DataConfig(train="builtin:docstrings"), seed=0, folder=folder)
+    assert content("hub:org/name") is None
     read_kept(DataConfig(train=str(write(tmp_path / "one.jsonl", LINES[:1]))), seed=0, folder=folder)
     read_kept(DataConfig(train=str(rows_file)), seed=0, folder=None)
     assert not folder.exists()

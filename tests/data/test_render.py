@@ -257,6 +257,20 @@ def test_what_the_template_writes_between_prompt_and_answer_is_trained_with_it()
     assert trained == ["<think>\n\n</think>\n\nb<|im_end|>"]
 
 
+def test_templates_may_write_which_call_a_tool_answers_and_its_name() -> None:
+    named = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}"
+        "{% if m['role'] == 'tool' %}{{ ' ' + m.name + ' ' + m['tool_call_id'] }}{% endif %}"
+        "{{ '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    renderer = Renderer(tiny_tokenizer(named))
+    turns = [*chat("a", "b"), Message("tool", "c", call_id="i1", name="add"), Message("assistant", "d")]
+    rendered = renderer.conversation(turns)
+    assert "<|im_start|>tool add i1\nc<|im_end|>" in rendered.text
+    assert runs(renderer, rendered, rendered.roles == Role.TOOL) == ["c"]
+
+
 def test_what_the_prompt_already_holds_of_an_answer_is_not_trained() -> None:
     opened = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

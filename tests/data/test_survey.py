@@ -8,7 +8,7 @@ from graftlm.data import survey as module
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.languages import language
 from graftlm.data.source import Row
-from graftlm.data.survey import Entry, survey
+from graftlm.data.survey import Entry, not_told, survey
 
 from .shapes import chat
 
@@ -39,6 +39,12 @@ def test_rows_that_are_the_same_are_named_together() -> None:
     assert found([*clean(), *twice]) == {"exact duplicates": [Entry(["f:1", "f:2", "f:5"])]}
     (finding,) = [f for f in survey(twice).findings if f.entries]
     assert finding.count == 2
+
+
+def test_what_reading_told_of_the_same_rows_is_not_told_twice() -> None:
+    looked = survey([row(1, "a", "b"), row(2, "c", "d"), row(3, "a", "b")])
+    notes = ["f:3: says the same as f:1", "f:9: says the same as f:8", "f:3: the line is blank"]
+    assert not_told(notes, looked) == notes[1:]
 
 
 def test_rows_that_are_nearly_the_same_are_named_with_how_much() -> None:

@@ -104,6 +104,24 @@ def test_beginnings_of_several_chats_in_one_call() -> None:
     ]
 
 
+def test_marks_stand_around_a_part_of_a_message_in_one_more_chat() -> None:
+    template = Template("{% for m in messages %}{{ m.role }}:{{ m['content'] }};{% endfor %}", {})
+    chat = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "bc"}]
+    marks = [(0, 1, 2, "<", ">"), (1, 0, 2, "[", "]")]
+    ask = Ask([chat], [(0, 2, False), (1, 2, False), (1, 1, False)], marks=marks)
+    assert template.render_all([ask]) == [["user: a ;assistant:bc;", "user: <a> ;assistant:[bc];", "user: <a> ;"]]
+
+
+def test_what_a_loop_knows_of_itself() -> None:
+    """Asked for without the sandbox's long look: the same as jinja2 says, and nothing of what is inside."""
+    names = ("first", "last", "index", "index0", "revindex", "revindex0", "length", "depth", "depth0")
+    said = "{% for m in messages %}" + ",".join(f"{{{{ loop.{name} }}}}" for name in names) + ";{% endfor %}"
+    assert render(said) == "True,False,1,0,2,1,2,1,0;False,True,2,1,1,0,2,1,0;"
+    assert render("{% for m in messages %}{{ loop.changed(m.role) }};{% endfor %}") == "True;True;"
+    for name in ("__class__", "_iterator", "__init__"):
+        assert render(f"{{% for m in messages %}}[{{{{ loop.{name} }}}}]{{% endfor %}}") == "[][]"
+
+
 def test_many_rows_at_once_are_the_same_and_one_that_is_stopped_costs_itself() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     large = "{{ ('a' * 99999999)[:1] }}"

@@ -69,6 +69,20 @@ def test_an_answer_ends_before_the_first_of_the_stop_ids() -> None:
     assert not any(set(f) & set(stops) for f in found)
 
 
+def test_an_answer_may_keep_the_very_id_that_ended_it_and_one_that_was_cut_has_none() -> None:
+    model, asked = varied(), prompts()
+    free = answers(model, asked, stop_ids=[])
+    stops = sorted({new[4] for new in free})
+    kept, bare = answers(model, asked, stop_ids=stops, keep_stop=True), answers(model, asked, stop_ids=stops)
+    for whole, new, without in zip(kept, free, bare, strict=True):
+        ends = [n for n, token in enumerate(new) if token in stops]
+        assert whole == new[: ends[0] + 1], "every one of these answers ends"
+        assert without == whole[:-1]
+    assert len({whole[-1] for whole in kept}) > 1, "of several stop ids, the one that was written"
+    never = next(token for token in range(3, 300) if not any(token in new for new in free))
+    assert answers(model, asked, stop_ids=[never], keep_stop=True) == free
+
+
 def test_no_more_than_asked_for_is_generated() -> None:
     assert all(len(a) <= 4 for a in answers(varied(), prompts(), max_new_tokens=4))
 

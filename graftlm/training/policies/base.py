@@ -69,6 +69,8 @@ class Training:
     """In `during`: the rows that are computed."""
     last_pack: bool = False
     """In `during`: this backward pass completes the gradient of the step, and no loss of it was other than finite."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What else is to be told of the step at hand, beside what its objective tells."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What a policy did and a person would like to know; each becomes a line of metrics.jsonl."""
 

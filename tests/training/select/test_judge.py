@@ -1,10 +1,6 @@
 """The judge: a base of ours by its probabilities, and an endpoint that is a server of the test's own."""
 
-import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,45 +12,8 @@ from graftlm.testing import tiny_model
 from graftlm.training.select import judge
 from graftlm.training.select.base import Pool
 from graftlm.training.select.judge import JudgeConfig
+from tests.training.judging import Endpoint
 from tests.training.select.conftest import some_rows
-
-
-class Endpoint:
-    """Answers with what `reply` makes of a prompt: a text, or a status code."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.reply: Callable[[str], str | int] = lambda prompt: "3"
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.asked.append(body | {"path": self.path})
-                endpoint.keys.append(self.headers["Authorization"])
-                made = endpoint.reply(body["messages"][0]["content"])
-                self.send_response(made if isinstance(made, int) else 200)
-                self.end_headers()
-                self.wfile.write(json.dumps({"choices": [{"message": {"content": made}}]}).encode())
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
-    made = Endpoint()
-    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
 
 
 def test_an_endpoint_grades_every_row(

@@ -1,0 +1,11 @@
+"""What a summary line should look like: a reward that can be checked."""
+
+from graftlm.training.scorers import Said
+
+
+def form(said: Said) -> float:
+    """From 0 to 1, a quarter for each: it is over, on one line, at most ten words, one sentence with its full stop."""
+    text = said.answer
+    points = [not said.cut, bool(text) and "\n" not in text, 0 < len(text.split()) <= 10]
+    points.append(text.endswith(".") and ". " not in text)
+    return sum(points) / len(points)

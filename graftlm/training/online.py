@@ -1,0 +1,152 @@
+"""Training on answers that the model gives itself: what a recipe says of it, and what a loss is given of rewards.
+
+For each prompt of a step the model gives several answers, a scorer gives each a reward, and the group of them becomes
+what the loss trains on:
+
+| the loss needs | it is given | of rewards r_1 ... r_n |
+|---|---|---|
+| rewards (policy-gradient) | all answers, with advantages | RLOO, GRPO, Dr. GRPO: `baseline` of the loss |
+| pairs (dpo, simpo ..) | the best against the worst | online DPO (Guo et al. 2024, arXiv:2402.04792) |
+| answers (supervised) | the best | best-of-n, RAFT (Dong et al. 2023, arXiv:2304.06767) |
+| feedback: kto | all, liked or not | above or below the mean; what equals it is left out |
+| feedback: sppo | all, with their share of wins | (others that are worse + half of those as good) / (n - 1) |
+| feedback: dro | all, with their rewards | as they are |
+
+A group whose rewards are all the same says nothing of which answer is better: it is left out, as DAPO does (Yu et al.
+2025, arXiv:2503.14476, section 3.2), but for dro, which regresses on rewards themselves.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import torch
+from pydantic import Field, Strict
+
+from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.data.pack import Example, Group
+from graftlm.data.prompts import asked_in
+from graftlm.data.source import Row
+from graftlm.errors import TrainingError, numbered
+from graftlm.losses import LOSSES, LossConfig
+from graftlm.losses.policy_gradient import advantages
+from graftlm.training import ranks
+from graftlm.training.scorers import SCORERS, Reward, Said, Scorer, ScorerConfig
+
+if TYPE_CHECKING:
+    AnyScorer = ScorerConfig
+else:  # whichever configs are in the table, told apart by their `by`
+    _SCORERS = tuple(row.config for row in SCORERS.values())
+    AnyScorer = Annotated[Union[_SCORERS], Field(discriminator="by")]  # noqa: UP007
+
+Nucleus = Annotated[float, Strict(), Field(gt=0, le=1)]
+
+
+@config
+class OnlineConfig:
+    scorer: AnyScorer
+    """What gives an answer its reward."""
+    samples: Annotated[int, Strict(), Field(ge=2)] = 4
+    """Answers to each prompt."""
+    max_new_tokens: PositiveCount = 64
+    """The longest answer, in tokens; one that does not end by then is cut, and its end is not trained."""
+    temperature: PositiveRate = 1.0
+    """What logits are divided by. Loss policy-gradient takes 1 only: its gradient is that of answers which the policy
+    itself gives, and with another temperature these would be another policy's."""
+    top_p: Nucleus = 1.0
+    """Sample among the likeliest tokens that together have this probability; for policy-gradient 1 only, likewise."""
+    at_once: PositiveCount = 32
+    """Answers that are generated together; several processes share these batches out. What is drawn depends on it."""
+    steps_per_round: PositiveCount = 1
+    """Steps that are made of answers from one state of the model: their prompts are all answered before the first of
+    them. With more than 1, policy-gradient compares the policy with the one that answered."""
+
+
+# Rewards ---------------------------------------------------------------------------------------------------------
+
+
+def score(scorer: Scorer, answers: Sequence[Said]) -> list[Reward]:
+    """The reward of each answer, the ranks sharing the work; TrainingError for one that is not finite, or missing."""
+    mine = list(range(ranks.rank(), len(answers), ranks.count()))
+    rewards = list(scorer([answers[i] for i in mine])) if mine else []
+    if len(rewards) != len(mine):
+        raise TrainingError(f"the scorer gave {len(rewards)} rewards for {len(mine)} answers")
+    bad = [
+        f"{answers[i].where}: {reward} for {answers[i].answer[:80]!r}"
+        for i, reward in zip(mine, rewards, strict=True)
+        if reward is not None and not math.isfinite(reward)
+    ]
+    if bad:
+        raise TrainingError(
+            f"the scorer gave rewards that are not finite:\n{numbered(bad)}\nLet it return a number, or None for an "
+            "answer that it cannot judge: that is left out"
+        )
+    found: dict[int, Reward] = dict(ranks.gathered(list(zip(mine, rewards, strict=True))))
+    return [found[i] for i in range(len(answers))]
+
+
+def mean_reward(scorer: Scorer, rows: Sequence[Row], texts: Sequence[str]) -> float | None:
+    """The mean reward of answers to these rows; None where none can be judged. Whether they were cut is not known."""
+    asked = [asked_in(row) for row in rows]
+    said = [
+        Said(messages, text, reference, cut=False, where=row.where)
+        for row, (messages, reference), text in zip(rows, asked, texts, strict=True)
+    ]
+    known = [reward for reward in score(scorer, said) if reward is not None]
+    return fmean(known) if known else None
+
+
+def material(loss: LossConfig, answers: Sequence[Example], rewards: Sequence[Reward]) -> Example | Group | None:
+    """What the loss trains on, of several answers to one prompt; None where they say nothing.
+
+    An answer whose reward is None is left out.
+    """
+    known = [(answer, reward) for answer, reward in zip(answers, rewards, strict=True) if reward is not None]
+    values = [reward for _, reward in known]
+    if len(set(values)) < 2 and not (values and loss.name == "dro"):
+        return None
+    best, worst = (known[values.index(extreme(values))][0] for extreme in (max, min))
+    needs = LOSSES[loss.name].rows
+    if needs == "answers":
+        return best
+    if needs == "pairs":
+        return Group((best, worst), (1.0, 0.0), ((0, 1),))
+    if needs == "rewards":
+        marks: list[float | None] = [*_advantages(loss, values)]
+    else:
+        marks = FEEDBACK[loss.name](values)
+    kept = [(answer, mark) for (answer, _), mark in zip(known, marks, strict=True) if mark is not None]
+    return Group(tuple(answer for answer, _ in kept), tuple(mark for _, mark in kept))
+
+
+def _advantages(loss: Any, rewards: Sequence[float]) -> list[float]:
+    one_group = torch.zeros(len(rewards), dtype=torch.int64)
+    found: list[float] = advantages(torch.tensor(rewards, dtype=torch.float64), one_group, loss.baseline).tolist()
+    return found
+
+
+def _liked(rewards: Sequence[float]) -> list[float | None]:
+    mean = fmean(rewards)
+    return [None if reward == mean else float(reward > mean) for reward in rewards]
+
+
+def _wins(rewards: Sequence[float]) -> list[float | None]:
+    """The share of comparisons with the other answers that each wins."""
+    others = len(rewards) - 1
+    return [
+        (sum(other < reward for other in rewards) + 0.5 * (sum(other == reward for other in rewards) - 1)) / others
+        for reward in rewards
+    ]
+
+
+def _as_they_are(rewards: Sequence[float]) -> list[float | None]:
+    return [*rewards]
+
+
+FEEDBACK: dict[str, Callable[[Sequence[float]], list[float | None]]] = {
+    "dro": _as_they_are,
+    "kto": _liked,
+    "sppo": _wins,
+}
+"""What losses that need feedback are given of the rewards of a group."""

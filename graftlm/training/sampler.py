@@ -1,0 +1,216 @@
+"""The loop of `online`: prompts -> answers of the model as it is -> rewards -> what a step trains on.
+
+It sits where a step takes its rows (`turns.Turn.steps`), so everything behind it is what it is for rows of files. It
+is a policy, because it is something that acts between steps: what it must remember when a run is stopped is in its
+`facts`, which checkpoints keep. That is nothing as long as every step has answers of its own: what is drawn follows
+from the seed, the steps done and the batch alone, so a resumed run draws it again. With `steps_per_round` the model
+that answered is gone after a step, and the answers of the steps to come are kept.
+
+What is trained are the very ids that were generated after the very ids of the prompt: no text is tokenised again. An
+answer that ended is trained with the token that ended it, one that was cut without.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftlm.data.pack import Example, Group, collate
+from graftlm.data.prompts import Prompt
+from graftlm.data.render import Renderer
+from graftlm.losses import LOSSES
+from graftlm.model.attach import hosts
+from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.generate import generate
+from graftlm.model.load import load_tokenizer
+from graftlm.training import ranks
+from graftlm.training.online import OnlineConfig, material, score
+from graftlm.training.policies.base import Policy, PolicyConfig, Training
+from graftlm.training.recipe import Recipe
+from graftlm.training.report import NO_SIGNAL
+from graftlm.training.scorers import Said, Scorer, make_scorer
+
+Prompts = Sequence[Example | Group]
+
+
+class Sampler(Policy):
+    """Makes the rows of a step of its prompts; made once a turn."""
+
+    paper = "DeepSeekMath, Shao et al. 2024, arXiv:2402.03300, algorithm 1"
+    cost = "the answers of a step: `samples` a prompt, each token of them a forward pass"
+
+    def __init__(self, recipe: Recipe, first: int, scorer: Scorer | None = None) -> None:
+        """`first` is the batch with which the turn begins: rounds are counted from there."""
+        super().__init__(PolicyConfig(name="online"))
+        assert recipe.online is not None
+        self.recipe, self.first = recipe, first
+        self.online: OnlineConfig = recipe.online
+        self.scorer: Scorer = scorer or make_scorer(recipe.online.scorer, network=recipe.network)
+        self.renderer = Renderer(load_tokenizer(recipe.base, network=recipe.network))
+
+    def rows(
+        self, training: Training, number: int, prompts_of: Callable[[int], Prompts], last: int
+    ) -> list[Example | Group]:
+        """What batch `number` trains on; what is to be told of it goes to `training`. `prompts_of` are those of any
+        batch, and `last` is where the turn ends."""
+        length = self.online.steps_per_round
+        kept = {key: made for key, made in self.facts.items() if int(key) >= number}
+        if str(number) not in kept:
+            until = min(last, number - (number - self.first) % length + length)
+            kept = self._round(training, {n: prompts_of(n) for n in range(number, until)})
+        self.facts = kept if length > 1 else {}
+        made = kept[str(number)]
+        training.metrics |= made["metrics"]
+        training.events += made["events"]
+        prompts = prompts_of(number)
+        return [_row(one, prompts[one["prompt"]]) for one in made["rows"]]
+
+    def _round(self, training: Training, steps: Mapping[int, Prompts]) -> dict[str, Any]:
+        """{batch: {rows, metrics, events}}, as JSON can say it."""
+        started = time.perf_counter()
+        where = [(number, place) for number, some in steps.items() for place in range(len(some))]
+        prompts = [steps[number][place] for number, place in where]
+        answers = self._answers(training, prompts, f"answers from batch {min(steps)}")
+        said = [self._said(prompt, ids) for prompt, some in zip(prompts, answers, strict=True) for ids in some]
+        rewards = score(self.scorer, said)
+        took, samples = time.perf_counter() - started, self.online.samples
+        parts = [slice(i * samples, (i + 1) * samples) for i in range(len(prompts))]
+        made = [
+            material(self.recipe.loss, [_example(prompt, ids) for ids in some], rewards[part])
+            for prompt, some, part in zip(prompts, answers, parts, strict=True)
+        ]
+        if self.online.steps_per_round > 1 and LOSSES[self.recipe.loss.name].rows == "rewards":
+            made = self._with_before(training, made)
+        found: dict[str, Any] = {}
+        for number in steps:
+            own = [i for i, (batch, _) in enumerate(where) if batch == number]
+            of_step = [i for n in own for i in range(parts[n].start, parts[n].stop)]
+            silent = [prompts[i].where for i in own if made[i] is None]
+            found[str(number)] = {
+                "rows": [_fields(one, where[i][1]) for i in own if (one := made[i]) is not None],
+                "metrics": {
+                    **_metrics([rewards[i] for i in of_step], [said[i] for i in of_step]),
+                    "no_signal": len(silent) / len(own),
+                    "answer_tokens": fmean(len(ids) for i in own for ids in answers[i]),
+                    "generate_s": round(took / len(steps), 4),
+                },
+                "events": [{"event": NO_SIGNAL, "prompts": silent}] if silent else [],
+            }
+        return found
+
+    def _answers(self, training: Training, prompts: Prompts, purpose: str) -> list[list[list[int]]]:
+        """`samples` answers to each prompt, as ids. Batches have the same prompts and draw the same numbers whatever
+        the number of ranks, which share them; with a base in parts all ranks go through each together."""
+        model, online = training.model, self.online
+        ids = [prompt.answers[0].ids for prompt in prompts]
+        order = sorted(range(len(ids) * online.samples), key=lambda i: len(ids[i // online.samples]))
+        together = ranks.is_sharded(model)
+        mine: list[tuple[int, list[int]]] = []
+        with still(model):
+            for batch, start in enumerate(range(0, len(order), online.at_once)):
+                if not together and batch % ranks.count() != ranks.rank():
+                    continue
+                some = order[start : start + online.at_once]
+                found = generate(
+                    model,
+                    [ids[i // online.samples] for i in some],
+                    stop_ids=self.renderer.stop_ids,
+                    max_new_tokens=online.max_new_tokens,
+                    temperature=online.temperature,
+                    top_p=online.top_p,
+                    seed=training.generator(f"{purpose}, {batch}").initial_seed(),
+                    batch_tokens=len(some) * max(len(ids[i // online.samples]) for i in some),
+                    keep_stop=True,
+                )
+                mine += [(some[i], new) for i, new in found]
+        every = dict(mine if together else ranks.gathered(mine))
+        return [[every[i * online.samples + n] for n in range(online.samples)] for i in range(len(prompts))]
+
+    def _said(self, prompt: Example | Group, ids: Sequence[int]) -> Said:
+        assert isinstance(prompt, Prompt)
+        cut = ids[-1] not in self.renderer.stop_ids
+        answer = self.renderer.decode(ids if cut else ids[:-1]).strip()
+        return Said(prompt.messages, answer, prompt.reference, cut, prompt.where)
+
+    @torch.no_grad()
+    def _with_before(self, training: Training, made: Sequence[Any]) -> list[Any]:
+        """Groups whose answers know how likely they were when they were given; the ranks share the work."""
+        model: Any = training.model
+        together = ranks.is_sharded(model)
+        mine: list[tuple[int, list[list[float]]]] = []
+        with still(model), packed_attention(model) if self.recipe.data.pack else nullcontext():
+            for i, group in enumerate(made):
+                if group is None or not (together or i % ranks.count() == ranks.rank()):
+                    continue
+                pack = collate([group], share=self.recipe.train.prefix_sharing).to(model.device)
+                values = log_probs(model, pack).float().cpu()
+                # Triples are in the order of their hidden rows, so those of an answer are in the order of its tokens.
+                of_answer = [values[pack.answers.cpu() == n].tolist() for n in range(len(group.answers))]
+                mine.append((i, of_answer))
+        known = dict(mine if together else ranks.gathered(mine))
+        return [None if group is None else _remember(group, known[i]) for i, group in enumerate(made)]
+
+
+@contextmanager
+def still(model: Any) -> Iterator[None]:
+    """Inside, the deltas are as they are used: without dropout."""
+    for host in hosts(model).values():
+        host.deltas.eval()
+    try:
+        yield
+    finally:
+        for host in hosts(model).values():
+            host.deltas.train()
+
+
+def _example(prompt: Example | Group, ids: Sequence[int]) -> Example:
+    asked = prompt.answers[0].ids
+    weights = np.concatenate([np.zeros(len(asked), np.float32), np.ones(len(ids), np.float32)])
+    return Example(np.concatenate([asked, np.array(ids, np.int32)]), weights, prompt.where)
+
+
+def _remember(group: Group, log_probs: Sequence[Sequence[float]]) -> Group:
+    answers = []
+    for answer, values in zip(group.answers, log_probs, strict=True):
+        before = np.zeros(len(answer), np.float32)
+        before[answer.weights > 0] = values
+        answers.append(replace(answer, before=before))
+    return replace(group, answers=tuple(answers))
+
+
+def _metrics(rewards: Sequence[float | None], said: Sequence[Said]) -> dict[str, float]:
+    """The mean reward and its spread, and which shares of the answers were cut, or could not be judged."""
+    known = [reward for reward in rewards if reward is not None]
+    found = {"reward": fmean(known), "reward_spread": pstdev(known)} if known else {}
+    found["cut"] = fmean(one.cut for one in said)
+    if len(known) < len(rewards):
+        found["not_judged"] = 1 - len(known) / len(rewards)
+    return found
+
+
+# Rows as JSON, for checkpoints -----------------------------------------------------------------------------------
+
+
+def _fields(made: Example | Group, prompt: int) -> dict[str, Any]:
+    """A row without its prompt, which is the number of one of the step's."""
+    answers = []
+    for answer in made.answers:
+        trained = answer.weights > 0
+        before = None if answer.before is None else answer.before[trained].tolist()
+        answers.append([answer.ids[trained].tolist(), before])
+    marks, pairs = (made.marks, made.pairs) if isinstance(made, Group) else (None, ())
+    return {"prompt": prompt, "answers": answers, "marks": marks, "pairs": pairs}
+
+
+def _row(fields: Mapping[str, Any], prompt: Example | Group) -> Example | Group:
+    answers = tuple(_example(prompt, ids) for ids, _ in fields["answers"])
+    if fields["marks"] is None:
+        return answers[0]
+    group = Group(answers, tuple(fields["marks"]), tuple((a, b) for a, b in fields["pairs"]))
+    before = [values for _, values in fields["answers"] if values is not None]
+    return _remember(group, before) if before else group

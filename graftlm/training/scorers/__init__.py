@@ -1,0 +1,33 @@
+"""SCORERS: the table of every way of judging answers. A new one is its file, its line here, and its test."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from graftlm.training.scorers import exact, judge, pattern, python, reward_model, rouge
+from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+
+__all__ = ["SCORERS", "Reward", "Said", "Scorer", "ScorerConfig", "make_scorer"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the config that names the scorer, and what makes it."""
+
+    config: type[ScorerConfig]
+    make: Callable[[Any, bool], Scorer]
+    """(config, whether the network may be used); raises a GraftError where it could not work."""
+
+
+SCORERS: dict[str, Row] = {
+    "exact": Row(exact.ExactConfig, exact.make),
+    "judge": Row(judge.JudgeScorerConfig, judge.make),
+    "pattern": Row(pattern.PatternConfig, pattern.make),
+    "python": Row(python.PythonConfig, python.make),
+    "reward-model": Row(reward_model.RewardModelConfig, reward_model.make),
+    "rouge-l": Row(rouge.RougeConfig, rouge.make),
+}
+
+
+def make_scorer(config: ScorerConfig, *, network: bool) -> Scorer:
+    return SCORERS[config.by].make(config, network)

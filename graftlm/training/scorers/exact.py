@@ -1,0 +1,63 @@
+"""Exact match: 1 where the answer is the row's own, else 0; or where what is taken out of both is the same.
+
+`take: "#### (.*)"` compares the results of GSM8K's rows (Cobbe et al. 2021, arXiv:2110.14168) and not the way there.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import field_validator
+
+from graftlm.config import Flag, config
+from graftlm.errors import DataError
+from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+
+
+@config
+class ExactConfig(ScorerConfig):
+    by: Literal["exact"] = "exact"
+    take: str | None = None
+    """A regular expression: the first group (or all) of its last match is compared, in place of the whole text. An
+    answer without a match has 0."""
+    ignore_case: Flag = False
+
+    @field_validator("take")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        return compiles(pattern)
+
+
+def make(config: ExactConfig, network: bool) -> Scorer:
+    def score(answers: Sequence[Said]) -> list[Reward]:
+        found: list[Reward] = []
+        for said in answers:
+            wanted = taken(config, said.wanted("exact"))
+            if wanted is None:
+                raise DataError(
+                    f"{said.where}: scorer 'exact': {config.take!r} matches nothing in the row's own answer"
+                )
+            found.append(float(taken(config, said.answer) == wanted))
+        return found
+
+    return score
+
+
+def taken(config: ExactConfig, text: str) -> str | None:
+    """What is compared of a text; None where `take` has no match."""
+    if config.take is not None:
+        matches = list(re.finditer(config.take, text))
+        if not matches:
+            return None
+        text = matches[-1][1 if matches[-1].re.groups else 0] or ""
+    text = text.strip()
+    return text.lower() if config.ignore_case else text
+
+
+def compiles(pattern: str | None) -> str | None:
+    """The pattern; ValueError where it is no regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return pattern

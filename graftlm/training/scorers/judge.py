@@ -1,0 +1,38 @@
+"""A judge: the grade that the model behind an OpenAI-compatible endpoint writes for an answer.
+
+A reply without a grade is None, so its answer is left out; where more than half of a step's replies are, it is an
+error.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from graftlm.config import config
+from graftlm.training.endpoint import GRADE, EndpointConfig, ask, check, grades
+from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+
+
+@config
+class JudgeScorerConfig(EndpointConfig, ScorerConfig):
+    by: Literal["judge"] = "judge"
+    url: str
+    """An OpenAI-compatible endpoint, up to /v1. One that is not on this machine needs `network: true`."""
+    prompt: str = GRADE
+    """What the judge is asked; {question}, {answer} and {reference} (the row's own answer) are replaced."""
+
+
+def make(config: JudgeScorerConfig, network: bool) -> Scorer:
+    key = check(config, network=network)
+
+    def score(answers: Sequence[Said]) -> list[Reward]:
+        replies = list(ask(config, key, [_question(config, said) for said in answers]))
+        return grades(replies)
+
+    return score
+
+
+def _question(config: JudgeScorerConfig, said: Said) -> str:
+    asked = config.prompt.replace("{question}", "\n\n".join(message.content for message in said.messages))
+    if "{reference}" in asked:
+        asked = asked.replace("{reference}", said.wanted("judge"))
+    return asked.replace("{answer}", said.answer)

@@ -1,0 +1,79 @@
+"""A function of the user's: `rewards.py:score`.
+
+    def score(said) -> float | None:            # rewards.py
+        return -abs(len(said.answer.split()) - 10)
+
+`said` is a `graftlm.training.scorers.base.Said`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
+file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as all
+paths in a recipe are.
+"""
+
+import importlib.util
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from graftlm.config import config
+from graftlm.errors import RecipeError, TrainingError, nearest
+from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+
+
+@config
+class PythonConfig(ScorerConfig):
+    by: Literal["python"] = "python"
+    function: str
+    """FILE.py:NAME, a function of one answer that returns its reward: a number, or None where it cannot say."""
+
+    @field_validator("function")
+    @classmethod
+    def _file_and_name(cls, function: str) -> str:
+        file, colon, name = function.rpartition(":")
+        if not (colon and file.endswith(".py") and name.isidentifier()):
+            raise ValueError("write FILE.py:NAME, for example rewards.py:score")
+        return function
+
+
+def make(config: PythonConfig, network: bool) -> Scorer:
+    """Raises RecipeError for a file or a function that is not there, or that does not run."""
+    path, _, name = config.function.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        there = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise RecipeError(f"online.scorer.function: {file}: no such file. {nearest(str(file), there)}")
+    spec = importlib.util.spec_from_file_location(f"graftlm_scorer_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RecipeError(f"online.scorer.function: {file} does not run: {_told(error, file)}") from error
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise RecipeError(f"online.scorer.function: {file} has no function {name!r}. {nearest(name, known)}")
+
+    def score(answers: Sequence[Said]) -> list[Reward]:
+        return [_one(said) for said in answers]
+
+    def _one(said: Said) -> Reward:
+        try:
+            found = function(said)
+            return None if found is None else float(found)
+        except Exception as error:
+            raise TrainingError(
+                f"{config.function} failed on an answer to {said.where}: {_told(error, file)}\nThe answer: "
+                f"{said.answer[:200]!r}. It must return a number, or None"
+            ) from error
+
+    return score
+
+
+def _told(error: Exception, file: Path) -> str:
+    """What went wrong, and in which line of the user's file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    at = f"line {lines[-1]}: " if lines else ""
+    return f"{at}{type(error).__name__}: {error}"

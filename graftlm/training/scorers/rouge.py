@@ -1,0 +1,20 @@
+"""ROUGE-L F1 against the row's own answer: from 0 to 1."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from graftlm.config import config
+from graftlm.training.held_out import rouge_l
+from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+
+
+@config
+class RougeConfig(ScorerConfig):
+    by: Literal["rouge-l"] = "rouge-l"
+
+
+def make(config: RougeConfig, network: bool) -> Scorer:
+    def score(answers: Sequence[Said]) -> list[Reward]:
+        return [rouge_l(said.wanted("rouge-l"), said.answer) for said in answers]
+
+    return score

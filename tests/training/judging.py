@@ -1,0 +1,32 @@
+"""An OpenAI-compatible endpoint that is a server of the test's own."""
+
+import json
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+
+class Endpoint:
+    """Answers with what `reply` makes of a prompt: a text, or a status code."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.reply: Callable[[str], str | int] = lambda prompt: "3"
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.asked.append(body | {"path": self.path})
+                endpoint.keys.append(self.headers["Authorization"])
+                made = endpoint.reply(body["messages"][0]["content"])
+                self.send_response(made if isinstance(made, int) else 200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": made}}]}).encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"

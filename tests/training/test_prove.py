@@ -1,0 +1,82 @@
+"""graftlm/training/prove.py: the proof is short, and still finds what packing or sharing would spoil."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from graftlm.data.pack import Example
+from graftlm.errors import TrainingError
+from graftlm.testing import tiny_model
+from graftlm.training.prove import PROBE_TOKENS, prove
+
+
+def examples(*lengths: int) -> list[Example]:
+    """Rows of which all but the last few tokens are alike."""
+    ids = np.random.default_rng(0).integers(3, 60, 400).astype(np.int32)
+    rows = [np.concatenate([ids[: n - 40], ids[n : n + 40]]) for n in lengths]
+    return [Example(row, np.ones(len(row), np.float32), str(len(row))) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_a_model_that_computes_as_it_should_passes_on_a_few_tokens(kind: str) -> None:
+    model, seen = tiny_model(kind), list[int]()
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, inputs, said: seen.append(said["input_ids"].numel()), with_kwargs=True
+    )
+    prove(model, examples(300, 60, 100), packed=True, sharing=True)
+    assert max(seen) <= 4.5 * PROBE_TOKENS
+    assert len(seen) <= 5
+
+
+def leaking(model: Any) -> None:
+    """A layer that adds up what stands before a token, of whatever row."""
+    layer = model.model.layers[0].mlp
+    original = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = original(x)
+        return out + x.cumsum(1)
+
+    layer.forward = forward
+
+
+def counting(model: Any) -> None:
+    """Positions by the place in the pack, not in the row."""
+    decoder = model.get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda module, inputs, said: (
+            inputs,
+            {**said, "position_ids": torch.arange(said["input_ids"].numel())[None] ** 2},
+        ),  # fmt: skip
+        with_kwargs=True,
+    )
+
+
+@pytest.mark.parametrize("wrong", [leaking, counting])
+def test_what_packing_would_spoil_is_refused(wrong: Any) -> None:
+    model = tiny_model(initializer_range=0.5)
+    wrong(model)
+    with pytest.raises(TrainingError, match="pack: false"):
+        prove(model, examples(300, 60), packed=True, sharing=False)
+    if wrong is leaking:
+        prove(model, examples(300, 60), packed=False, sharing=False)
+
+
+def test_what_sharing_alone_would_spoil_says_how_to_do_without() -> None:
+    """Positions that rise by one throughout a row, but for the tail of a shared beginning."""
+    model = tiny_model(initializer_range=0.5)
+
+    def hook(_: Any, inputs: Any, said: Any) -> Any:
+        if said["position_ids"] is None:
+            return None
+        steps = said["position_ids"][0].diff(prepend=torch.tensor([-1]))
+        back = (steps != 1) & (said["position_ids"][0] > 0)
+        return inputs, {**said, "position_ids": said["position_ids"] + 7 * back.cumsum(0)}
+
+    model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    prove(model, examples(300, 60), packed=True, sharing=False)
+    with pytest.raises(TrainingError, match="prefix_sharing: false"):
+        prove(model, examples(300, 60), packed=True, sharing=True)
