@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from machine import write_result  # noqa: E402
+from machine import commit, write_result  # noqa: E402
 
 import graftlm.training.checkpoint as checkpoint  # noqa: E402
 from graftlm.config import build  # noqa: E402
@@ -146,7 +147,9 @@ def at_random(recipe: Recipe, whole: Path, work: Path, kills: int, inside: int, 
 
 
 def at_every_operation(recipe: Recipe, whole: Path, work: Path, step: int) -> dict[str, int]:
-    """Die once at each operation that changes the disk, then go on."""
+    """Die once at each operation that changes the disk in a run of fewer steps, then go on."""
+    recipe, whole = replace(recipe, train=replace(recipe.train, steps=CONFIG["operation_steps"])), work / "short"
+    assert ended(life(recipe, whole)) == 0
     found, at = {"operations": 0, "other_bytes": 0, "failed": 0}, 1
     while True:
         out = work / f"operation-{at}"
@@ -269,7 +272,7 @@ def main() -> None:
             ):
                 if what in found:
                     continue
-                found[what] = measured(recipe, whole, place)
+                found[what] = measured(recipe, whole, place) | {"commit": commit()}
                 print(name, what, found[what], flush=True)
                 if not quick:
                     write_result(__file__, {"config": CONFIG, **results})
