@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from graftlm.data import docstrings
 from graftlm.data.formats import Message
 from graftlm.data.records import Problem
 from graftlm.data.source import Row, SourceConfig, for_supervised, load_rows, split
@@ -128,10 +129,11 @@ def test_the_format_can_be_said_and_then_nothing_is_guessed(tmp_path: Path) -> N
     assert "field 'messages' is needed" in refused(SourceConfig(path=path, format="messages"))
 
 
-def test_the_built_in_rows_are_loaded_by_name() -> None:
+def test_the_built_in_rows_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docstrings, "_root", lambda: Path(json.__file__).parent)  # of all, a small part
     rows, name = load_rows("builtin:docstrings")
     assert name == "prompt-completion"
-    assert len(rows) > 3000
+    assert len(rows) > 3
     assert rows[0].where == "builtin:docstrings:1"
     assert all(row.group.endswith(".py") for row in rows)
 
