@@ -60,8 +60,9 @@ def life(recipe: Recipe, out: Path, before: Callable[[], None] = lambda: None, s
     except GraftError as error:
         said.write_text(str(error))
         os._exit(3)
-    except BaseException as error:  # a child must never come back into the parent's code
+    except BaseException as error:
         said.write_text(repr(error))
+    finally:  # a child must never come back into the parent's code
         os._exit(4)
 
 
@@ -181,8 +182,8 @@ def on_a_full_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: r
             out, ballast = place / "out", place / "ballast"
             free = shutil.disk_usage(place).free
             ballast.write_bytes(b"x" * (free - draw.randrange(0, 400_000)))
-            code = ended(life(recipe, out))
-            said = out.with_suffix(".said")
+            said = work / "full.said"  # where there is room
+            code = ended(life(recipe, out, said=said))
             if code == 3:
                 found["points"] += 1
                 found["told_path_and_bytes"] += "no room" in said.read_text() and "bytes" in said.read_text()
