@@ -17,6 +17,7 @@ import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -189,29 +190,38 @@ class Renderer:
         return found
 
     def _together(self, works: Sequence[Work[T]]) -> list[T | DataError]:
-        """Carry all of them on together, so that the template's process is asked once for many."""
+        """Carry all of them on together, so that the template's process is asked once for many. It renders for one half
+        of them while this process is busy with the other."""
         found: dict[int, T | DataError] = {}
-        answers: dict[int, Any] = dict.fromkeys(range(len(works)))
-        while answers:
-            asks: dict[int, Ask] = {}
-            for number, answer in answers.items():
-                try:
-                    failed = isinstance(answer, TemplateError)
-                    asks[number] = works[number].throw(answer) if failed else works[number].send(answer)
-                except StopIteration as end:
-                    found[number] = end.value
-                except DataError as error:
-                    found[number] = error
-            if asks and self._chat is None:
-                raise BaseModelError(
-                    "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name "
-                    "one with `base: {template: FILE.jinja}`"
-                )
-            answers = {}
-            if asks:
-                assert self._chat is not None
-                answers = dict(zip(asks, self._chat.render_all(list(asks.values())), strict=True))
+        half = len(works) // 2
+        asks = self._carried_on(works, dict.fromkeys(range(half)), found)
+        answers: dict[int, Any] = dict.fromkeys(range(half, len(works)))
+        while asks or answers:
+            with self._chat.rendering(list(asks.values())) if self._chat else nullcontext(list) as texts:
+                others = self._carried_on(works, answers, found)
+                answers = dict(zip(asks, texts(), strict=True))
+            asks = others
         return [found[number] for number in range(len(works))]
+
+    def _carried_on(
+        self, works: Sequence[Work[T]], answers: Mapping[int, Any], found: dict[int, T | DataError]
+    ) -> dict[int, Ask]:
+        """What these ask next, once they have their answers; what has come to its end is found."""
+        asks: dict[int, Ask] = {}
+        for number, answer in answers.items():
+            try:
+                failed = isinstance(answer, TemplateError)
+                asks[number] = works[number].throw(answer) if failed else works[number].send(answer)
+            except StopIteration as end:
+                found[number] = end.value
+            except DataError as error:
+                found[number] = error
+        if asks and self._chat is None:
+            raise BaseModelError(
+                "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name one "
+                "with `base: {template: FILE.jinja}`"
+            )
+        return asks
 
     def _rows(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[list[Rendered]]:
         try:

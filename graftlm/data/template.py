@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -98,42 +98,65 @@ class Template:
 
     def render_all(self, asks: Sequence[Ask]) -> list[list[str] | TemplateError]:
         """What `render` returns or raises for each of many rows; the limits are of each."""
+        with self.rendering(asks) as answers:
+            return answers()
+
+    @contextlib.contextmanager
+    def rendering(self, asks: Sequence[Ask]) -> Iterator[Callable[[], list[list[str] | TemplateError]]]:
+        """While the child renders these the caller may do something else. What it is given, to be called once, waits
+        for what `render_all` returns."""
         requests = [
             {"chats": ask.chats, "wanted": ask.wanted, "tools": list(ask.tools) or None, "marks": ask.marks}
             for ask in asks
         ]
-        found: list[list[str] | TemplateError] = []
-        most = len(requests)
-        while len(found) < len(requests):
-            answers = self._answers(requests[len(found) : len(found) + most])
-            found += map(_read, answers)
-            most = most if answers else 1  # one of them does not let the child answer: which?
-        return found
+        with contextlib.ExitStack() as first:
+            begun = first.enter_context(self._asked(requests)) if requests else list
 
-    def _answers(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The answers to the first of these, to one at least; to none where the child was stopped at one of several."""
+            def answers() -> list[list[str] | TemplateError]:
+                said, most = begun(), len(requests)
+                first.close()
+                found = list(map(_read, said))
+                while len(found) < len(requests):
+                    most = most if said else 1  # one of them does not let the child answer: which?
+                    with self._asked(requests[len(found) : len(found) + most]) as more:
+                        said = more()
+                    found += map(_read, said)
+                return found
+
+            yield answers
+
+    @contextlib.contextmanager
+    def _asked(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+        """The child has these. What is given waits for its answers to the first of them, to one at least; to none where
+        it was stopped at one of several."""
         child = self._running()
-        pipes, answers = child.process, None
+        pipes, said = child.process, None
         assert pipes.stdin is not None
         assert pipes.stdout is not None
+
+        def answers() -> list[dict[str, Any]]:
+            nonlocal said
+            assert pipes.stdout is not None
+            line = pipes.stdout.readline()
+            said = json.loads(line) if line.endswith(b"\n") else None  # a part of one: it was stopped
+            child.deadline = None
+            if said is None:
+                return [{"stopped": TOO_LONG if child.late else TOO_LARGE}] if len(requests) == 1 else []
+            return list(said)
+
         with child.lock:
             try:
                 child.deadline = time.monotonic() + CLOCK_SECONDS
                 with contextlib.suppress(BrokenPipeError):
                     pipes.stdin.write(json.dumps(requests).encode() + b"\n")
                     pipes.stdin.flush()
-                    answers = json.loads(pipes.stdout.readline() or b"null")
-                child.deadline = None
+                yield answers
             finally:
                 # An answer that was not waited for (Ctrl-C) must not be taken for the next one, and a process that was
                 # stopped may hold much: both are not asked again.
-                if answers is None or "stopped" in answers[-1]:
+                if said is None or "stopped" in said[-1]:
                     self._child = None
                     _end(child)
-        if answers is None:
-            return [{"stopped": TOO_LONG if child.late else TOO_LARGE}] if len(requests) == 1 else []
-        found: list[dict[str, Any]] = answers
-        return found
 
     def _running(self) -> _Child:
         """The child process, started where this process (after a fork: this one) has none yet."""

@@ -50,6 +50,22 @@ def equal(a: Columns, b: Columns) -> bool:
     )
 
 
+@pytest.mark.parametrize("count", range(6))
+def test_rows_together_are_what_each_is_alone(count: int, renderer: Renderer) -> None:
+    refused = Row(chat("a", "b")[1:], "f:0", "a")
+    rows = [refused if number == 2 else row(number) for number in range(count)]
+    together = renderer.rows_of_all([(one.messages, one.tools) for one in rows])
+    assert len(together) == count
+    for one, pieces in zip(rows, together, strict=True):
+        if one is refused:
+            assert isinstance(pieces, DataError)
+        else:
+            assert not isinstance(pieces, DataError)
+            (piece,), (alone,) = pieces, renderer.rows(one.messages, one.tools)
+            assert piece.ids.tolist() == alone.ids.tolist()
+            assert piece.roles.tolist() == alone.roles.tolist()
+
+
 def test_columns_hold_what_each_row_is_rendered_to(renderer: Renderer) -> None:
     rows = [row(1), row(5), row(2)]
     columns = render(rows, renderer, DATA)

@@ -182,6 +182,28 @@ def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(monkeypatch
     assert template.render([CHAT[1:]], [(0, 1, False)]) == ["b"]
 
 
+def test_something_else_may_be_done_while_rows_are_rendered() -> None:
+    template = Template("{{ messages[0].content * 2 }}", {})
+    asks = [Ask([[{"role": "user", "content": f"{i} " * 1000}]], [(0, 1, False)]) for i in range(300)]
+    with template.rendering(asks) as answers:
+        time.sleep(0.2)  # by then the child waits in its turn, with more than a pipe holds
+        assert answers() == [[f"{i} " * 2000] for i in range(300)]
+    with template.rendering([]) as answers:
+        assert answers() == []
+
+
+def test_rows_that_were_not_waited_for_are_not_taken_for_the_next() -> None:
+    template = Template("{{ messages[0].content }}", {})
+
+    def broken_off() -> None:
+        with template.rendering([Ask([CHAT], [(0, 1, False)])]):
+            raise RuntimeError("something else went wrong")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        broken_off()
+    assert template.render([CHAT[1:]], [(0, 1, False)]) == ["b"]
+
+
 def test_the_process_ends_with_its_template() -> None:
     template = Template("x", {})
     template.render([CHAT], [(0, 1, False)])
