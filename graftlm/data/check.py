@@ -19,7 +19,7 @@ from graftlm.data.columns import Columns, join
 from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
-from graftlm.data.parallel import many, rendered
+from graftlm.data.parallel import lasting, many, rendered
 from graftlm.data.reading import KeptRows, places
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
@@ -198,6 +198,7 @@ class Report:
         return better if self.suggested_mask != self.mask else ""
 
 
+@lasting()
 def prepare(
     rows: Sequence[Row],
     renderer: Renderer,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graftlm.data.parallel import lasting
 from graftlm.data.records import Problem
 from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
 from graftlm.errors import DataError
@@ -30,6 +31,7 @@ class Data:
     notes: list[str]
 
 
+@lasting()
 def read_data(
     data: DataConfig, *, seed: int, network: bool = False, usable: Callable[..., Any] = for_supervised
 ) -> Data:

@@ -9,6 +9,7 @@ text, go to the tokenizer as ever. One text in CHECKED goes both ways, and a dif
 
 import json
 import re
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ CHECKED = 64
 SHORT = 32
 """Characters of a text that is kept whole, as what templates write between control tokens is."""
 
-MOST = 200_000
-"""Words and short texts that are kept: some 40 MB."""
+MOST = 100_000
+"""Words and short texts of each of two lots that are kept, some 40 MB in all. When one is full it is the older, and the
+one before is dropped, so that what is met again and again stays."""
 
 
 class Words:
@@ -46,7 +48,7 @@ class Words:
         # Without added tokens a pattern that matches nowhere: an empty one would cut everywhere.
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._added = {text: np.int32(number).tobytes() for text, number in added.items()}
-        self._known: dict[str, bytes] = {}
+        self._known, self._older = dict[str, bytes](), dict[str, bytes]()
         """Bytes of ids, for bytes are joined quicker than lists, and are an array as they are."""
         self._asked = 0
 
@@ -98,19 +100,22 @@ class Words:
     def _of_words(self, part: str) -> bytes | None:
         """The ids of text without added tokens."""
         words = self._find(part)
-        try:
-            found = b"".join(map(self._known.__getitem__, words))
-        except KeyError:
+        found = list(map(self._known.get, words, repeat(b"")))  # which no word's ids are
+        if not all(found):
             if len(self._known) > MOST:
-                self._known.clear()
-            for word in {word for word in words if word not in self._known}:
-                if len(self._encoder.pre_tokenizer.pre_tokenize_str(word)) != 1:
-                    return None
-                self._known[word] = self._by_tokenizer(word)
-            found = b"".join(map(self._known.__getitem__, words))
+                self._older, self._known = self._known, {}
+            for place in [place for place, ids in enumerate(found) if not ids]:
+                word = words[place]
+                ids = self._known.get(word) or self._older.get(word, b"")
+                if not ids:
+                    if len(self._encoder.pre_tokenizer.pre_tokenize_str(word)) != 1:
+                        return None
+                    ids = self._by_tokenizer(word)
+                found[place] = self._known[word] = ids
+        joined = b"".join(found)
         if len(part) <= SHORT:
-            self._known[part] = found
-        return found
+            self._known[part] = joined
+        return joined
 
     def _by_tokenizer(self, text: str) -> bytes:
         return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int32).tobytes()

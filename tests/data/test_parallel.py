@@ -1,5 +1,6 @@
 """Rendering on all cores gives what one core gives, in order, and leaves no process behind."""
 
+import gc
 import os
 import pickle
 import subprocess
@@ -199,3 +200,24 @@ def test_a_worker_needs_neither_torch_nor_transformers_to_render_the_same(name: 
     )
     assert done.stderr.decode().strip() == "[]"
     assert equal(pickle.loads(done.stdout), render(rows, renderer, DATA))
+
+
+def test_the_collector_of_garbage_is_left_as_it_was() -> None:
+    kept = [[number] for number in range(100)]
+    assert gc.get_freeze_count() == 0
+
+    def fails() -> None:
+        with parallel.lasting(), parallel.lasting():
+            assert gc.get_freeze_count() > len(kept)
+            raise DataError("in between")
+
+    with pytest.raises(DataError, match="in between"):
+        fails()
+    assert gc.get_freeze_count() == 0
+    gc.freeze()  # as a server does that forks
+    try:
+        with parallel.lasting():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -138,3 +138,4 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert encoded is not None
         assert encoded[0].tolist() == tokenizer.encode(f"word{number} and{number}").ids
         assert len(found._known) < 60
+        assert len(found._older) < 60
