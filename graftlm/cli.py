@@ -347,14 +347,16 @@ def data_select(
         str | None,
         typer.Option(
             "--by",
-            help="less, ifd, reversed-ifd, k-center, cluster, diversity, longest, perplexity, judge, dedup, length or "
-            "format; by default what the recipe's own `select` says.",
+            help="less, rds, ifd, reversed-ifd, k-center, cluster, diversity, longest, perplexity, judge, dedup, "
+            "length or format; by default what the recipe's own `select` says.",
         ),
     ] = None,
     keep: Annotated[
         str | None, typer.Option("--keep", metavar="N_OR_SHARE", help="So many rows (100), or a share (0.1).")
     ] = None,
-    target: Annotated[str | None, typer.Option("--target", help="For less: a few rows of the kind wanted.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="For less and rds: a few rows of the kind wanted.")
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="The model that is asked; default smollm2.")] = None,
     template: Annotated[str | None, typer.Option("--template", help="A .jinja file to use as chat template.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,

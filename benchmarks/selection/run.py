@@ -280,7 +280,7 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         if method == "drawn":
             return random.Random(seed).sample(pool, settings["keep"])
         selector = {**settings["methods"][method], "keep": settings["keep"]}
-        if selector["by"] == "less":  # rows that are not in the comparison with chance
+        if selector["by"] in ("less", "rds"):  # rows that are not in the comparison with chance
             selector["target"] = str(SCRATCH / "development.jsonl")
         recipe = bench.recipe(str(SCRATCH / "pool.jsonl"), [selector], train={"pack_tokens": 640})
         return choose(recipe, pool, bench.tokenizer, Console())[0]

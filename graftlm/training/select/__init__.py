@@ -15,6 +15,7 @@ from graftlm.training.select import (
     less,
     longest,
     perplexity,
+    rds,
     reversed_ifd,
 )
 from graftlm.training.select import format as by_format
@@ -43,5 +44,6 @@ SELECTORS: dict[str, Selector] = {
     "less": Selector(less.LessConfig, less.score),
     "longest": Selector(longest.LongestConfig, longest.score),
     "perplexity": Selector(perplexity.PerplexityConfig, perplexity.score),
+    "rds": Selector(rds.RdsConfig, rds.score),
     "reversed-ifd": Selector(reversed_ifd.ReversedIfdConfig, reversed_ifd.score),
 }

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, Strict
-from torch import Tensor
 
 from graftlm.config import PositiveCount, config
 from graftlm.data.check import prepare
@@ -163,29 +162,43 @@ def row_losses(pool: Pool, what: str) -> NDArray[np.float64]:
     return found
 
 
-@torch.no_grad()
 def embeddings(pool: Pool) -> NDArray[np.float32]:
     """The mean of the base's last hidden states over each row's tokens, less the pool's mean, of length 1: [n, d].
 
-    Without taking the mean away all rows look alike: they share a template, and hidden states share a large part. A
-    row's last token is not among those that count, because training never computes it. Zero for rows that are too long.
+    Without taking the mean away all rows look alike: they share a template, and hidden states share a large part. Zero
+    for rows that are too long.
     """
+    means = hidden_means(pool)
+    return directions(means, means[pool.usable].mean(0)) * pool.usable[:, None]
+
+
+def directions(points: NDArray[np.float32], centre: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Points [n, d] seen from a centre [d], of length 1."""
+    away = points - centre
+    found: NDArray[np.float32] = away / np.linalg.norm(away, axis=1, keepdims=True).clip(1e-12)
+    return found
+
+
+@torch.no_grad()
+def hidden_means(pool: Pool, *, late: bool = False) -> NDArray[np.float32]:
+    """The mean of the base's last hidden states over each row's tokens [n, d]; with `late`, token i of n has the weight
+    i / (1 + ... + n). A row's last token is not among those that count, because training never computes it. Zero for
+    rows that are too long."""
     flat = [(number, example) for number, row in enumerate(pool.examples) for example in row]
-    sums, counts = torch.zeros(len(pool), pool.model.config.get_text_config().hidden_size), torch.zeros(len(pool), 1)
+    sums, weights = torch.zeros(len(pool), pool.model.config.get_text_config().hidden_size), torch.zeros(len(pool), 1)
     done = 0
     with pool.attention():
         for pack in pool.packs(_numbered([example for _, example in flat])):
             hidden = hidden_states(pool.model, pack).float().cpu()
             for where, piece in zip(pack.where, hidden.split(pack.lengths), strict=True):
                 number = flat[int(where[0])][0]
-                sums[number] += piece.sum(0)
-                counts[number] += len(piece)
+                weight = torch.arange(1.0, len(piece) + 1) if late else torch.ones(len(piece))
+                sums[number] += weight @ piece
+                weights[number] += weight.sum()
             done += len(pack.where)
             pool.progress("embedding", done, len(flat))
-    usable = torch.from_numpy(pool.usable)[:, None]
-    means = sums / counts.clamp(min=1)
-    centred: Tensor = torch.nn.functional.normalize(means - means[usable[:, 0]].mean(0)) * usable
-    return centred.numpy()
+    found: NDArray[np.float32] = (sums / weights.clamp(min=1)).numpy()
+    return found
 
 
 def _numbered(examples: Sequence[Example]) -> list[Example]:

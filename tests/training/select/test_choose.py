@@ -71,6 +71,7 @@ def test_every_selector_works_from_the_command_line(
 ) -> None:
     settings = {
         "less": ["--target", rows_file, "epochs=1", "batch_rows=4", "r=2"],
+        "rds": ["--target", rows_file],
         "cluster": ["clusters=5"],
         "format": ["lacks=tells"],
         "dedup": ["similar=0.999"],
