@@ -313,19 +313,27 @@ def demo(bench: Bench | None) -> dict[str, Any]:
     def runs(method: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
         return [kept("demo", f"{method} {seed}", lambda s=seed: run(method, s)) for seed in seeds]  # type: ignore[misc]
 
-    seed = settings["seed"]
-    base = runs("base", [seed])[0]
-    first = {method: runs(method, [seed])[0] for method in ("drawn", *settings["methods"])}
-    best = min(settings["methods"], key=lambda method: first[method]["development"])
-    pairs = {name: [line["held_out"] for line in runs(name, settings["seeds"])] for name in ("drawn", best)}
+    def losses(on: str) -> dict[str, list[float]]:
+        return {method: [line[on] for line in lines] for method, lines in found.items()}
+
+    def means(of: dict[str, list[float]]) -> dict[str, float]:
+        return {method: statistics.mean(each) for method, each in of.items()}
+
+    (base,) = runs("base", [0])  # nothing is drawn
+    found = {method: runs(method, settings["seeds"]) for method in ("drawn", *settings["methods"])}
+    development, held_out = losses("development"), losses("held_out")
+    best = min(settings["methods"], key=means(development).__getitem__)
     return {
         "base": {name: base[name] for name in ("development", "held_out")},
-        "development_loss": {method: line["development"] for method, line in first.items()},
-        "trained_tokens": {method: line["tokens"] for method, line in first.items()},
+        "trained_tokens": {
+            method: statistics.mean(line["tokens"] for line in lines) for method, lines in found.items()
+        },
+        "development_loss": development,
+        "development_loss_mean": means(development),
+        "held_out_loss": held_out,
+        "held_out_loss_mean": means(held_out),
         "best": best,
-        "held_out_loss": pairs,
-        "held_out_loss_mean": {name: statistics.mean(found) for name, found in pairs.items()},
-        "wins": sum(a < b for a, b in zip(pairs[best], pairs["drawn"], strict=True)),
+        "wins": sum(a < b for a, b in zip(held_out[best], held_out["drawn"], strict=True)),
     }
 
 
