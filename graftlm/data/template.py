@@ -31,6 +31,8 @@ machine too busy to give it that, when the patience is over."""
 AT_ONCE_SECONDS = 0.05
 """Of processor time: the child answers what it has by then, so that the clock is that of few rows."""
 
+TICK_SECONDS = 0.02
+
 START_SECONDS = 10.0
 """For python to start, and to read the template."""
 
@@ -201,24 +203,26 @@ def _end(child: _Child) -> None:
 
 def _watch(child: _Child) -> None:
     """Kill a child whose answer is late: a single long operation cannot be interrupted from inside."""
-    late_since, used_by_then = 0.0, 0.0
+    late_since, used_by_then, waited = 0.0, 0.0, 0.0
     while child.process.poll() is None:
         if (deadline := child.deadline) is not None and time.monotonic() > deadline:
             used = _processor_seconds(child.process.pid)
             if deadline != late_since:
-                late_since, used_by_then = deadline, used
-            if used - used_by_then > MORE_SECONDS or time.monotonic() > deadline + PATIENCE_SECONDS:
+                late_since, used_by_then, waited = deadline, used or 0.0, 0.0
+            used = waited if used is None else used - used_by_then
+            if used > MORE_SECONDS or waited > PATIENCE_SECONDS:
                 child.late = True
                 child.process.kill()
-        time.sleep(0.02)
+            waited += TICK_SECONDS  # not what the clock says: all of us may have been stopped (Ctrl-Z) and gone on
+        time.sleep(TICK_SECONDS)
 
 
-def _processor_seconds(pid: int) -> float:
-    """What a process has used of the processor; where nobody says so, the time on the clock."""
+def _processor_seconds(pid: int) -> float | None:
+    """What a process has used of the processor; None where nobody says so."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return time.monotonic()
+        return None
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

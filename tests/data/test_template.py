@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -202,6 +205,27 @@ def test_rows_that_were_not_waited_for_are_not_taken_for_the_next() -> None:
     with pytest.raises(RuntimeError, match="something else"):
         broken_off()
     assert template.render([CHAT[1:]], [(0, 1, False)]) == ["b"]
+
+
+def test_a_program_that_is_stopped_for_a_while_goes_on_where_it_was() -> None:
+    """Ctrl-Z, and later `fg`: the clock has gone on, and no row has taken too long for that."""
+    program = """
+import os, signal, time
+from graftlm.data import template
+template.CLOCK_SECONDS, template.MORE_SECONDS, template.PATIENCE_SECONDS = 0.05, 9.0, 1.0
+asked = template.Template("{{ messages[0].content * 9 }}", {})
+with asked.rendering([template.Ask([[{"content": "a" * 100_000}]], [(0, 1, False)])]) as answers:
+    print("begun", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.2)
+    print(answers() == [["a" * 900_000]])
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "True\n"
 
 
 def test_the_process_ends_with_its_template() -> None:
