@@ -17,6 +17,7 @@ from graftlm.model.attach import (
     base_parameters,
     config_at,
     deltas_off,
+    deltas_still,
     detach,
     find_sites,
     hosts,
@@ -320,6 +321,18 @@ def test_dropout_acts_in_training_only_and_on_the_deltas_input_only() -> None:
     kept = seen.abs() > 1e-3
     assert 0.3 < float(kept.float().mean()) < 0.7, "each element is dropped or kept by itself"
     assert relative_error(seen, 2 * x[:, :4] * kept) <= 1e-5, "what is kept is scaled by 1 / (1 - p)"
+
+
+def test_deltas_are_still_inside_and_each_is_in_its_own_mode_again_afterwards(model: Any) -> None:
+    attach(model, LoraConfig(r=2, dropout=0.5))
+    attach(model, LoraConfig(r=2, dropout=0.5), name="asleep")
+    for host in hosts(model).values():
+        host.deltas["default"].train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert len({*modes.values()}) == 2
+    with deltas_still(model):
+        assert not any(delta.training for host in hosts(model).values() for delta in host.deltas.values())
+    assert {name: module.training for name, module in model.named_modules()} == modes
 
 
 # Merging ---------------------------------------------------------------------------------------------------------
