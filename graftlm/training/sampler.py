@@ -123,7 +123,7 @@ class Sampler(Policy):
                     max_new_tokens=online.max_new_tokens,
                     temperature=online.temperature,
                     top_p=online.top_p,
-                    seed=training.generator(f"{purpose}, {batch}").initial_seed(),
+                    seed=training.seed_for(f"{purpose}, {batch}"),
                     batch_tokens=len(some) * max(len(ids[i // online.samples]) for i in some),
                     keep_stop=True,
                 )
