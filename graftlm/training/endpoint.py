@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Protocol
+from typing import Protocol
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from graftlm.config import PositiveCount, config
 from graftlm.errors import DataError
@@ -29,15 +29,16 @@ GRADE = (
 
 @config
 class EndpointConfig:
-    """The keys of all that asks a judge, beside its `url`. (Docstrings of fields are not inherited.)"""
+    """The keys of all that asks a judge, beside its `url`."""
 
-    model: Annotated[str | None, Field(description="The name of the endpoint's model.")] = None
-    key_from: Annotated[
-        str,
-        Field(description="The environment variable that holds the endpoint's key; the key itself is written nowhere."),
-    ] = "OPENAI_API_KEY"
-    prompt: Annotated[str, Field(description="What the judge is asked; {question} and {answer} are replaced.")] = GRADE
-    at_once: Annotated[PositiveCount, Field(description="Requests under way at a time.")] = 8
+    model: str | None = None
+    """The name of the endpoint's model."""
+    key_from: str = "OPENAI_API_KEY"
+    """The environment variable that holds the endpoint's key; the key itself is written nowhere."""
+    prompt: str = GRADE
+    """What the judge is asked; {question} and {answer} are replaced."""
+    at_once: PositiveCount = 8
+    """Requests under way at a time."""
 
     @field_validator("prompt")
     @classmethod
