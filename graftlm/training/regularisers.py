@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveRate, config
+from graftlm.config import Pattern, PositiveRate, config
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import divergence
 from graftlm.model.attach import hosts, shared_of
@@ -41,7 +41,7 @@ class RegulariserConfig:
 class OfTensorsConfig(RegulariserConfig):
     """Of those that are functions of the delta's tensors."""
 
-    tensors: str = ".*"
+    tensors: Pattern = ".*"
     """Regular expression for the end of a tensor's name, which is SITE.DELTA.TENSOR: `B`, or `q_proj.default.A`."""
 
 

@@ -147,6 +147,13 @@ def test_a_pattern_is_for_the_end_of_a_name_from_a_dot_on() -> None:
     assert config_at(config, "a.up_proj.b") == config
 
 
+def test_a_pattern_may_have_flags_and_groups_of_its_own() -> None:
+    config = LoraConfig(r=4, patterns={"(?i)UP_PROJ": {"r": 1}, r"(q|k)\.\1": {"r": 2}})
+    assert config_at(config, "layers.0.up_proj").r == 1  # type: ignore[attr-defined]
+    assert config_at(config, "layers.0.q.q").r == 2  # type: ignore[attr-defined]
+    assert config_at(config, "layers.0.q.k") == config
+
+
 @pytest.mark.parametrize(
     ("patterns", "error", "words"),
     [

@@ -107,7 +107,7 @@ def test_format_filters_by_expressions(pool_of: Callable[..., Pool]) -> None:
     pool = pool_of([qa("a", "one line."), qa("b", "one line"), qa("c", "As an AI, one line.")])
     kept = np.isfinite(by_format.score(by_format.FormatConfig(matches=r"\.$", lacks="As an AI"), pool))
     assert kept.tolist() == [True, False, False]
-    with pytest.raises(ValueError, match="not a regular expression"):
+    with pytest.raises(ValueError, match="no regular expression"):
         by_format.FormatConfig(matches="(")
 
 
