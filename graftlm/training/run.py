@@ -34,7 +34,15 @@ from graftlm.files import writing
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler
-from graftlm.model.load import Loaded, base_config, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
+from graftlm.model.load import (
+    Loaded,
+    base_config,
+    cache_folder,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    return_freed_memory,
+)
 from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.training import display, ranks, report
 from graftlm.training.aside import put_aside
