@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
@@ -81,6 +81,11 @@ def ask(endpoint: Endpoint, key: str | None, questions: Sequence[str]) -> Iterat
     """The replies, in the order of the questions, each as soon as it and those before it are there."""
     with ThreadPoolExecutor(endpoint.at_once) as workers:
         yield from workers.map(partial(_ask, endpoint, key), questions)
+
+
+def filled(prompt: str, texts: Mapping[str, str]) -> str:
+    """The prompt with each {name} replaced by its text; braces that stand in a text are left as they are."""
+    return re.sub(f"{{({'|'.join(texts)})}}", lambda name: texts[name[1]], prompt)
 
 
 def grades(replies: Sequence[str]) -> list[float | None]:
