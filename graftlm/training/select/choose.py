@@ -31,7 +31,7 @@ from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_
 if TYPE_CHECKING:
     from graftlm.training.recipe import Recipe
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 """Raised when a method's scores come to mean something else, so that old ones are not taken for new ones."""
 
 

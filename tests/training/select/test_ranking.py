@@ -122,6 +122,20 @@ def test_duplicates_leave_the_first(pool_of: Callable[..., Pool]) -> None:
     assert kept.tolist() == [True, True, False, True]
 
 
+def test_rows_that_call_or_think_otherwise_are_no_duplicates(pool_of: Callable[..., Pool]) -> None:
+    def acts(city: str, thinking: str = "") -> Row:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        answer = Message("assistant", "", tool_calls=(call,), thinking=thinking)
+        return Row([Message("user", "what weather is it there, where you looked for it before?"), answer], city, city)
+
+    rows = [acts("Rome"), acts("Oslo"), acts("Rome"), acts("Rome", "of all the cities that there are it is this one")]
+    pool = pool_of(some_rows(4))
+    pool.rows = rows
+    for near in (0.8, None):
+        kept = np.isfinite(dedup.score(dedup.DedupConfig(near=near), pool))
+        assert kept.tolist() == [True, True, False, True], near
+
+
 def test_near_duplicates_share_their_words(pool_of: Callable[..., Pool]) -> None:
     line = "the user asks and the assistant answers in one line what a system tells it to answer"
     words = line.split()
