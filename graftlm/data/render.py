@@ -14,6 +14,7 @@ belongs to the answer.
 
 import copy
 import hashlib
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -210,7 +211,14 @@ class Renderer:
             answers = {}
             if asks:
                 assert self._chat is not None
-                answers = dict(zip(asks, self._chat.render_all(list(asks.values())), strict=True))
+                try:
+                    texts = self._chat.render_all(list(asks.values()))
+                except TemplateError as error:
+                    raise BaseModelError(
+                        f"the chat template cannot be used: {error}. Mend it, or name another with "
+                        "`base: {template: FILE.jinja}`"
+                    ) from None
+                answers = dict(zip(asks, texts, strict=True))
         return [found[number] for number in range(len(works))]
 
     def _rows(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[list[Rendered]]:
@@ -251,6 +259,8 @@ class Renderer:
         spans = yield from self._spans(messages, tools, marked, marks, text, outside)
         untils = zip(answers, prefixes[len(said) :], strict=True)
         turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
+        for i, (begin, until) in turns.items():
+            _check_calls(messages[i], i, text[begin:until])
         tokens = self._encode(text, cuts=_cuts(text, begins.values()))
         roles, turn_of = self._roles(messages, spans, turns, tokens, len(text))
         return Rendered(tokens.ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, tokens.starts))
@@ -565,6 +575,18 @@ def _turn(text: str, index: int, begin: str, until: str) -> tuple[int, int]:
             "does. Give a template that does the same in both with `base: {template: FILE.jinja}`"
         )
     return len(begin), len(until)
+
+
+def _check_calls(message: Message, index: int, written: str) -> None:
+    """Raise DataError where what the template wrote of an answer does not name what the answer calls."""
+    for call in message.tool_calls:
+        name = str(call["function"]["name"])
+        if name not in written and json.dumps(name)[1:-1] not in written:
+            raise DataError(
+                f"the chat template drops the call of {name!r} in message {index + 1} ({message.role}): it has no place "
+                "for calls of tools, and nobody would learn to make one. Give a template that has with "
+                "`base: {template: FILE.jinja}`, or leave such conversations out"
+            )
 
 
 def _as_fields(message: Message) -> dict[str, Any]:
