@@ -17,7 +17,7 @@ from textwrap import dedent
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on; pydantic brings it
@@ -28,6 +28,16 @@ Tree = dict[str, Any]
 Key = tuple[str | int, ...]
 T = TypeVar("T")
 
+
+def expression(text: str) -> str:
+    """The text; ValueError where it is no regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return text
+
+
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0)]
 PositiveCount = Annotated[int, Strict(), Field(gt=0)]
@@ -35,6 +45,8 @@ Rate = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 PositiveRate = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Strict(), Field(ge=0, le=1)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Pattern = Annotated[str, AfterValidator(expression)]
+"""A regular expression of Python's."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

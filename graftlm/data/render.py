@@ -14,6 +14,7 @@ belongs to the answer.
 
 import copy
 import hashlib
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -196,11 +197,17 @@ class Renderer:
         half = len(works) // 2
         asks = self._carried_on(works, dict.fromkeys(range(half)), found)
         answers: dict[int, Any] = dict.fromkeys(range(half, len(works)))
-        while asks or answers:
-            with self._chat.rendering(list(asks.values())) if self._chat else nullcontext(list) as texts:
-                others = self._carried_on(works, answers, found)
-                answers = dict(zip(asks, texts(), strict=True))
-            asks = others
+        try:
+            while asks or answers:
+                with self._chat.rendering(list(asks.values())) if self._chat else nullcontext(list) as texts:
+                    others = self._carried_on(works, answers, found)
+                    answers = dict(zip(asks, texts(), strict=True))
+                asks = others
+        except TemplateError as error:  # of the template, and of no row
+            raise BaseModelError(
+                f"the chat template cannot be used: {error}. Mend it, or name another with `base: {{template: "
+                "FILE.jinja}`"
+            ) from None
         return [found[number] for number in range(len(works))]
 
     def _carried_on(
@@ -261,6 +268,8 @@ class Renderer:
         spans = yield from self._spans(messages, tools, marked, marks, text, outside)
         untils = zip(answers, prefixes[len(said) :], strict=True)
         turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
+        for i, (begin, until) in turns.items():
+            _check_calls(messages[i], i, text[begin:until])
         tokens = self._encode(text, cuts=_cuts(text, begins.values()))
         roles, turn_of = self._roles(messages, spans, turns, tokens, len(text))
         return Rendered(tokens.ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, tokens.starts))
@@ -575,6 +584,18 @@ def _turn(text: str, index: int, begin: str, until: str) -> tuple[int, int]:
             "does. Give a template that does the same in both with `base: {template: FILE.jinja}`"
         )
     return len(begin), len(until)
+
+
+def _check_calls(message: Message, index: int, written: str) -> None:
+    """Raise DataError where what the template wrote of an answer does not name what the answer calls."""
+    for call in message.tool_calls:
+        name = str(call["function"]["name"])
+        if name not in written and json.dumps(name)[1:-1] not in written:
+            raise DataError(
+                f"the chat template drops the call of {name!r} in message {index + 1} ({message.role}): it has no place "
+                "for calls of tools, and nobody would learn to make one. Give a template that has with "
+                "`base: {template: FILE.jinja}`, or leave such conversations out"
+            )
 
 
 def _as_fields(message: Message) -> dict[str, Any]:

@@ -7,10 +7,9 @@ model with its deltas, and pi_ref the reference, the same model without them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from graftlm.config import config
@@ -85,13 +84,9 @@ class LossConfig:
 class ComparedConfig(LossConfig):
     """Of the objectives that compare the policy with a reference."""
 
-    reference: Annotated[
-        str | None,
-        Field(
-            description="What the policy is compared with: by default the base without deltas, or an adapter folder, "
-            "which is put on the base beside them and stays as it is."
-        ),
-    ] = None
+    reference: str | None = None
+    """What the policy is compared with: by default the base without deltas, or an adapter folder, which is put on the
+    base beside them and stays as it is."""
 
     @property
     def needs_reference(self) -> bool:

@@ -9,9 +9,8 @@ e is `label_smoothing` (Szegedy et al. 2016, arXiv:1512.00567, section 7), z is 
 drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5, with 1e-4). Both are 0 unless asked for.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from graftlm.config import Rate, Share, config
@@ -20,12 +19,10 @@ from graftlm.losses.base import Batch, LossConfig, LossSum, Reading, tokens
 
 @config
 class ImitationConfig(LossConfig):
-    label_smoothing: Annotated[
-        Share, Field(description="The part of each token's weight that is spread evenly over the whole vocabulary.")
-    ] = 0.0
-    z_loss: Annotated[
-        Rate, Field(description="The weight of the squared logarithm of the softmax's denominator; 1e-4 is usual.")
-    ] = 0.0
+    label_smoothing: Share = 0.0
+    """The part of each token's weight that is spread evenly over the whole vocabulary."""
+    z_loss: Rate = 0.0
+    """The weight of the squared logarithm of the softmax's denominator; 1e-4 is usual."""
 
     @property
     def reads(self) -> tuple[Reading, ...]:

@@ -400,6 +400,19 @@ def deltas_only(model: nn.Module, *names: str) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def deltas_still(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the deltas are as they are used, without dropout; afterwards each is in the mode that it was in."""
+    before = [(delta, delta.training) for host in hosts(model).values() for delta in host.deltas.values()]
+    for delta, _ in before:
+        delta.eval()
+    try:
+        yield model
+    finally:
+        for delta, training in before:
+            delta.train(training)
+
+
+@contextmanager
 def by_row(model: nn.Module, rows: Sequence[Sequence[str]]) -> Iterator[nn.Module]:
     """Inside, each row of a batch has the deltas that `rows` names for it, in that order; () is the bare base."""
     _check_names(model, [name for names in rows for name in names])

@@ -331,6 +331,8 @@ def check_packing(model: Any, first: Tensor, second: Tensor, *, sharing: bool = 
                 for before in (first, (first + 1) % vocabulary)
             )
     except (KeyError, TypeError, NotImplementedError) as error:
+        # Shared beginnings cannot be the reason: the model's own code is told of them by nothing but positions, and
+        # what segment_attention refuses it refuses whatever the segments continue.
         remedy = ways["packed"]
         raise TrainingError(f"{name} cannot be packed ({type(error).__name__}: {error}). Set `{remedy}") from None
     for (how, remedy), found, other in zip(ways.items(), packed, after_another, strict=True):

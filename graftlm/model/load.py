@@ -49,6 +49,11 @@ class BaseConfig:
     """DANGER: lets the model's folder run any Python code in it as you (trust_remote_code in transformers)."""
 
 
+def base_config(base: str | Path | BaseConfig) -> BaseConfig:
+    """The config of a base that may be given by its name alone."""
+    return base if isinstance(base, BaseConfig) else BaseConfig(name=str(base))
+
+
 class Loaded(NamedTuple):
     """A base: unpack it as `model, tokenizer = load_base(name)`."""
 
@@ -69,7 +74,7 @@ def load_base(
     `store` overrides the config's: auto, fp32, bf16, fp16, int8, nf4 or int4. `network` allows a hub id to be fetched.
     `leave_on_cpu`: what the device wants, but not yet there (it may hold only a part: `graftlm/training/ranks.py`).
     """
-    base = base if isinstance(base, BaseConfig) else BaseConfig(name=str(base))
+    base = base_config(base)
     where = locate(base, network=network)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(base, where, network)
@@ -162,7 +167,7 @@ def store_of(model: nn.Module) -> str:
 
 def load_tokenizer(base: str | Path | BaseConfig, *, network: bool = False) -> Any:
     """The tokenizer of a base alone, with its chat template; raises BaseModelError."""
-    base = base if isinstance(base, BaseConfig) else BaseConfig(name=str(base))
+    base = base_config(base)
     return _tokenizer(base, locate(base, network=network), network)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graftlm.config import build, to_tree
+from graftlm.config import build, expression, to_tree
 from graftlm.deltas.base import DeltaConfig, Targets, matches
 from graftlm.errors import TargetError, nearest
 from graftlm.model.bases import KINDS, view
@@ -103,7 +103,7 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
             found = [name for name in found if _is_attention(name) == (targets == "all-attention")]
         return found
     if isinstance(targets, str):
-        pattern = _compile(targets)
+        pattern = _compiled(targets)
         found = [name for name in layers if pattern.fullmatch(name)]
         if not found:
             raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {_what_there_is(layers)}")
@@ -139,11 +139,11 @@ def _kinds(kinds: Sequence[str]) -> str:
     return ", ".join(name for kind in kinds for name in classes.get(kind, [f"a {kind}"]))
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise TargetError(f"{pattern!r} is no regular expression: {error}") from None
+        return re.compile(expression(pattern))
+    except ValueError as error:
+        raise TargetError(f"{pattern!r}: {error}") from None
 
 
 def _what_there_is(layers: Mapping[str, Any]) -> str:
@@ -166,7 +166,9 @@ def config_at(config: DeltaConfig, name: str) -> DeltaConfig:
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    """Whether a regular expression is the end of a name, from a dot on, or all of it."""
+    starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+    return any(re.compile(pattern).fullmatch(name, start) for start in starts)
 
 
 def check_patterns(config: DeltaConfig, sites: Sequence[str]) -> None:
@@ -174,7 +176,7 @@ def check_patterns(config: DeltaConfig, sites: Sequence[str]) -> None:
     if type(config).share is not DeltaConfig.share:
         allowed &= {"dropout"}  # what sites share has one size
     for pattern, overrides in config.patterns.items():
-        _compile(pattern)
+        _compiled(pattern)
         if not any(pattern_matches(pattern, name) for name in sites):
             raise TargetError(f"patterns: {pattern!r} matches none of the {len(sites)} sites, such as {sites[0]}")
         for key in overrides:

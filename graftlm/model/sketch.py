@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftlm.errors import BaseModelError
-from graftlm.model.load import BaseConfig, locate, quantise, stored_dtype
+from graftlm.model.load import BaseConfig, base_config, locate, quantise, stored_dtype
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import transformer_layers
 
@@ -52,7 +52,7 @@ def read_config(base: BaseConfig, *, network: bool = False) -> Any:
 
 def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False, device: str | None = None) -> Sketch:
     """The sketch of a base with the layers of these numbers real; no weight is read, only config.json."""
-    base = BaseConfig(name=base) if isinstance(base, str) else base
+    base = base_config(base)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if base.store in CODECS else stored_dtype(base.store, device)
     config = read_config(base, network=network)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from graftlm.data.pack import Example, Group
-from graftlm.model.attach import hosts, trainable
+from graftlm.model.attach import deltas_still, trainable
 from graftlm.training import ranks
 from graftlm.training.checkpoint import BEST, Snapshot, put_back, put_deltas_back, step_name, take
 from graftlm.training.guards import EVERY, Guards
@@ -151,8 +151,7 @@ class Course:
         with ExitStack() as held:
             for policy in self.turn.policies:
                 held.enter_context(policy.evaluating(self.turn.training))
-            for host in hosts(self.model).values():
-                host.deltas.eval()
+            held.enter_context(deltas_still(self.model))
             found = held_out_metrics(
                 self.model,
                 self.held_out,
@@ -164,8 +163,6 @@ class Course:
             self.run.note({"step": self.seen, "event": "held out", "held_out_loss": found["loss"]})
             if self.guards.better(found["loss"]):
                 self._save(BEST)
-        for host in hosts(self.model).values():
-            host.deltas.train()
 
     def _save(self, name: str) -> None:
         turn, every = self.turn, list(self.recipe.all_deltas())

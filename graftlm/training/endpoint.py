@@ -4,15 +4,15 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Protocol
+from typing import Protocol
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from graftlm.config import PositiveCount, config
 from graftlm.errors import DataError
@@ -29,15 +29,16 @@ GRADE = (
 
 @config
 class EndpointConfig:
-    """The keys of all that asks a judge, beside its `url`. (Docstrings of fields are not inherited.)"""
+    """The keys of all that asks a judge, beside its `url`."""
 
-    model: Annotated[str | None, Field(description="The name of the endpoint's model.")] = None
-    key_from: Annotated[
-        str,
-        Field(description="The environment variable that holds the endpoint's key; the key itself is written nowhere."),
-    ] = "OPENAI_API_KEY"
-    prompt: Annotated[str, Field(description="What the judge is asked; {question} and {answer} are replaced.")] = GRADE
-    at_once: Annotated[PositiveCount, Field(description="Requests under way at a time.")] = 8
+    model: str | None = None
+    """The name of the endpoint's model."""
+    key_from: str = "OPENAI_API_KEY"
+    """The environment variable that holds the endpoint's key; the key itself is written nowhere."""
+    prompt: str = GRADE
+    """What the judge is asked; {question} and {answer} are replaced."""
+    at_once: PositiveCount = 8
+    """Requests under way at a time."""
 
     @field_validator("prompt")
     @classmethod
@@ -80,6 +81,11 @@ def ask(endpoint: Endpoint, key: str | None, questions: Sequence[str]) -> Iterat
     """The replies, in the order of the questions, each as soon as it and those before it are there."""
     with ThreadPoolExecutor(endpoint.at_once) as workers:
         yield from workers.map(partial(_ask, endpoint, key), questions)
+
+
+def filled(prompt: str, texts: Mapping[str, str]) -> str:
+    """The prompt with each {name} replaced by its text; braces that stand in a text are left as they are."""
+    return re.sub(f"{{({'|'.join(texts)})}}", lambda name: texts[name[1]], prompt)
 
 
 def grades(replies: Sequence[str]) -> list[float | None]:

@@ -24,7 +24,7 @@ from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler, hidden_states
-from graftlm.model.load import BaseConfig, load_tokenizer, multiplies_bf16_fast
+from graftlm.model.load import load_tokenizer, multiplies_bf16_fast
 from graftlm.model.ops import KERNELS_KEPT
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
 from graftlm.training.bench import best_s, one_pass, parts_of_time
@@ -175,8 +175,7 @@ def _tokens(packs: Sequence[Pack]) -> int:
 
 def with_deltas(recipe: Recipe) -> tuple[Sketch, list[list[int]]]:
     """The base of a recipe, sketched, with its deltas on it and one layer of each kind real; and the kinds."""
-    base = recipe.base if isinstance(recipe.base, BaseConfig) else BaseConfig(name=recipe.base)
-    return _some_layers(lambda real: _attached(recipe, sketch(base, real, network=recipe.network)))
+    return _some_layers(lambda real: _attached(recipe, sketch(recipe.base, real, network=recipe.network)))
 
 
 def _some_layers(make: Callable[[Sequence[int]], Sketch]) -> tuple[Sketch, list[list[int]]]:

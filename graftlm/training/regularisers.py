@@ -15,13 +15,12 @@ pass. kl is a second pass without deltas over each pack and is divided by the su
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from graftlm.config import PositiveRate, config
+from graftlm.config import Pattern, PositiveRate, config
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import divergence
 from graftlm.model.attach import hosts, shared_of
@@ -34,22 +33,16 @@ class RegulariserConfig:
     """The base of all configs of regularisers; each adds `name`, its key in REGULARISERS, and its options."""
 
     name: str
-    weight: Annotated[
-        PositiveRate, Field(description="What it is multiplied with in the loss; `metrics.jsonl` has it without.")
-    ]
+    weight: PositiveRate
+    """What it is multiplied with in the loss; `metrics.jsonl` has it without."""
 
 
 @config
 class OfTensorsConfig(RegulariserConfig):
     """Of those that are functions of the delta's tensors."""
 
-    tensors: Annotated[
-        str,
-        Field(
-            description="Regular expression for the end of a tensor's name, which is SITE.DELTA.TENSOR: `B`, or "
-            "`q_proj.default.A`."
-        ),
-    ] = ".*"
+    tensors: Pattern = ".*"
+    """Regular expression for the end of a tensor's name, which is SITE.DELTA.TENSOR: `B`, or `q_proj.default.A`."""
 
 
 @config

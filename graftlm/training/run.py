@@ -34,7 +34,15 @@ from graftlm.files import writing
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
 from graftlm.model.forward import check_compiler
-from graftlm.model.load import Loaded, cache_folder, fingerprint, load_base, load_tokenizer, return_freed_memory
+from graftlm.model.load import (
+    Loaded,
+    base_config,
+    cache_folder,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    return_freed_memory,
+)
 from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.training import display, ranks, report
 from graftlm.training.aside import put_aside
@@ -425,7 +433,7 @@ def _write_report(
         ((folder if recipe.delta else folder / name) / "README.md").write_text(card, encoding="utf-8")
     methods = " + ".join(config.method for config in recipe.all_deltas().values())
     page = report.html(
-        title=f"{methods} on {recipe.base if isinstance(recipe.base, str) else recipe.base.name}: {source}",
+        title=f"{methods} on {base_config(recipe.base).name}: {source}",
         summary=summary,
         facts=facts,
         steps=[line for line in lines if "loss" in line],

@@ -11,8 +11,8 @@ answer that ended is trained with the token that ended it, one that was cut with
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from statistics import fmean, pstdev
 from typing import Any
@@ -24,7 +24,7 @@ from graftlm.data.pack import Example, Group, collate
 from graftlm.data.prompts import Prompt
 from graftlm.data.render import Renderer
 from graftlm.losses import LOSSES
-from graftlm.model.attach import hosts
+from graftlm.model.attach import deltas_still
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.model.generate import generate
 from graftlm.model.load import load_tokenizer
@@ -111,7 +111,7 @@ class Sampler(Policy):
         order = sorted(range(len(ids) * online.samples), key=lambda i: len(ids[i // online.samples]))
         together = ranks.is_sharded(model)
         mine: list[tuple[int, list[int]]] = []
-        with still(model):
+        with deltas_still(model):
             for batch, start in enumerate(range(0, len(order), online.at_once)):
                 if not together and batch % ranks.count() != ranks.rank():
                     continue
@@ -123,7 +123,7 @@ class Sampler(Policy):
                     max_new_tokens=online.max_new_tokens,
                     temperature=online.temperature,
                     top_p=online.top_p,
-                    seed=training.generator(f"{purpose}, {batch}").initial_seed(),
+                    seed=training.seed_for(f"{purpose}, {batch}"),
                     batch_tokens=len(some) * max(len(ids[i // online.samples]) for i in some),
                     keep_stop=True,
                 )
@@ -143,7 +143,7 @@ class Sampler(Policy):
         model: Any = training.model
         together = ranks.is_sharded(model)
         mine: list[tuple[int, list[list[float]]]] = []
-        with still(model), packed_attention(model) if self.recipe.data.pack else nullcontext():
+        with deltas_still(model), packed_attention(model) if self.recipe.data.pack else nullcontext():
             for i, group in enumerate(made):
                 if group is None or not (together or i % ranks.count() == ranks.rank()):
                     continue
@@ -154,18 +154,6 @@ class Sampler(Policy):
                 mine.append((i, of_answer))
         known = dict(mine if together else ranks.gathered(mine))
         return [None if group is None else _remember(group, known[i]) for i, group in enumerate(made)]
-
-
-@contextmanager
-def still(model: Any) -> Iterator[None]:
-    """Inside, the deltas are as they are used: without dropout."""
-    for host in hosts(model).values():
-        host.deltas.eval()
-    try:
-        yield
-    finally:
-        for host in hosts(model).values():
-            host.deltas.train()
 
 
 def _example(prompt: Example | Group, ids: Sequence[int]) -> Example:

@@ -458,6 +458,19 @@ def test_a_call_of_a_tool_is_trained_to_the_token_that_ends_its_turn() -> None:
         assert prompt.tolist() == rendered.ids[: len(prompt)].tolist()
 
 
+@pytest.mark.parametrize("content", ["", "Let me look."])
+def test_a_template_without_a_place_for_calls_is_refused(content: str) -> None:
+    renderer = Renderer(tokenizer_for("chatml"))
+    calling = [Message("user", "Where is it?"), Message("assistant", content, tool_calls=(CALL,)), *WITH_A_TOOL[2:]]
+    with pytest.raises(DataError, match=r"drops the call of 'find' in message 2 \(assistant\).*FILE\.jinja"):
+        renderer.rows(calling, TOOLS)
+
+
+def test_what_is_no_template_is_an_error_that_says_so() -> None:
+    with pytest.raises(BaseModelError, match=r"the chat template cannot be used: .*endfor.*FILE\.jinja"):
+        Renderer(tiny_tokenizer("{% for m in messages %}")).rows(chat("a", "b"))
+
+
 def test_words_and_calls_in_one_answer_are_both_trained() -> None:
     renderer = Renderer(tokenizer_of(THINKING))
     both = [Message("user", "a"), Message("assistant", "Let me look.", tool_calls=(CALL, CALL))]

@@ -17,6 +17,7 @@ from graftlm.model.attach import (
     base_parameters,
     config_at,
     deltas_off,
+    deltas_still,
     detach,
     find_sites,
     hosts,
@@ -144,6 +145,13 @@ def test_a_pattern_is_for_the_end_of_a_name_from_a_dot_on() -> None:
     assert config_at(config, "a.up_proj").r == 2  # type: ignore[attr-defined]
     assert config_at(config, "a.proj").r == 1  # type: ignore[attr-defined]
     assert config_at(config, "a.up_proj.b") == config
+
+
+def test_a_pattern_may_have_flags_and_groups_of_its_own() -> None:
+    config = LoraConfig(r=4, patterns={"(?i)UP_PROJ": {"r": 1}, r"(q|k)\.\1": {"r": 2}})
+    assert config_at(config, "layers.0.up_proj").r == 1  # type: ignore[attr-defined]
+    assert config_at(config, "layers.0.q.q").r == 2  # type: ignore[attr-defined]
+    assert config_at(config, "layers.0.q.k") == config
 
 
 @pytest.mark.parametrize(
@@ -320,6 +328,18 @@ def test_dropout_acts_in_training_only_and_on_the_deltas_input_only() -> None:
     kept = seen.abs() > 1e-3
     assert 0.3 < float(kept.float().mean()) < 0.7, "each element is dropped or kept by itself"
     assert relative_error(seen, 2 * x[:, :4] * kept) <= 1e-5, "what is kept is scaled by 1 / (1 - p)"
+
+
+def test_deltas_are_still_inside_and_each_is_in_its_own_mode_again_afterwards(model: Any) -> None:
+    attach(model, LoraConfig(r=2, dropout=0.5))
+    attach(model, LoraConfig(r=2, dropout=0.5), name="asleep")
+    for host in hosts(model).values():
+        host.deltas["default"].train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert len({*modes.values()}) == 2
+    with deltas_still(model):
+        assert not any(delta.training for host in hosts(model).values() for delta in host.deltas.values())
+    assert {name: module.training for name, module in model.named_modules()} == modes
 
 
 # Merging ---------------------------------------------------------------------------------------------------------

@@ -213,6 +213,7 @@ def test_a_recipe_has_a_list_of_them(base_folder: Path, rows: Path, tmp_path: Pa
         ([*added, added[0]], "'kl' stands here twice"),
         ([{"name": "l2", "weight": 0}], "greater than 0"),
         ([{"name": "l2"}], "must be given"),
+        ([{"name": "l2", "weight": 1, "tensors": "(B"}], r"regularisers.*tensors: no regular expression.*'\(B'"),
     ):
         with pytest.raises(RecipeError, match=said):
             recipe(base_folder, rows, regularisers=wrong)

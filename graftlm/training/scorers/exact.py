@@ -7,9 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import field_validator
-
-from graftlm.config import Flag, config
+from graftlm.config import Flag, Pattern, config
 from graftlm.errors import DataError
 from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
 
@@ -17,15 +15,10 @@ from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
 @config
 class ExactConfig(ScorerConfig):
     by: Literal["exact"] = "exact"
-    take: str | None = None
+    take: Pattern | None = None
     """A regular expression: the first group (or all) of its last match is compared, in place of the whole text. An
     answer without a match has 0."""
     ignore_case: Flag = False
-
-    @field_validator("take")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        return compiles(pattern)
 
 
 def make(config: ExactConfig, network: bool) -> Scorer:
@@ -52,12 +45,3 @@ def taken(config: ExactConfig, text: str) -> str | None:
         text = matches[-1][1 if matches[-1].re.groups else 0] or ""
     text = text.strip()
     return text.lower() if config.ignore_case else text
-
-
-def compiles(pattern: str | None) -> str | None:
-    """The pattern; ValueError where it is no regular expression."""
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
-    return pattern

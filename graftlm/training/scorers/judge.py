@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from graftlm.config import config
-from graftlm.training.endpoint import GRADE, EndpointConfig, ask, check, grades
+from graftlm.training.endpoint import GRADE, EndpointConfig, ask, check, filled, grades
 from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
 
 
@@ -32,7 +32,7 @@ def make(config: JudgeScorerConfig, network: bool) -> Scorer:
 
 
 def _question(config: JudgeScorerConfig, said: Said) -> str:
-    asked = config.prompt.replace("{question}", "\n\n".join(message.content for message in said.messages))
-    if "{reference}" in asked:
-        asked = asked.replace("{reference}", said.wanted("judge"))
-    return asked.replace("{answer}", said.answer)
+    texts = {"question": "\n\n".join(message.content for message in said.messages), "answer": said.answer}
+    if "{reference}" in config.prompt:
+        texts["reference"] = said.wanted("judge")
+    return filled(config.prompt, texts)

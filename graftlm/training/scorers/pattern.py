@@ -4,23 +4,15 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import field_validator
-
-from graftlm.config import config
+from graftlm.config import Pattern, config
 from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
-from graftlm.training.scorers.exact import compiles
 
 
 @config
 class PatternConfig(ScorerConfig):
     by: Literal["pattern"] = "pattern"
-    pattern: str
+    pattern: Pattern
     """A regular expression that is searched for in the answer; ^ and $ are its beginning and its end."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str | None:
-        return compiles(pattern)
 
 
 def make(config: PatternConfig, network: bool) -> Scorer:

@@ -22,7 +22,7 @@ from graftlm.data.render import Renderer
 from graftlm.data.source import SELECTED, Row
 from graftlm.errors import DataError, OutputError, RecipeError
 from graftlm.files import check_new, whole
-from graftlm.model.load import BaseConfig, cache_folder, load_base, locate, return_freed_memory
+from graftlm.model.load import base_config, cache_folder, load_base, locate, return_freed_memory
 from graftlm.training import display, ranks
 from graftlm.training.prove import prove
 from graftlm.training.select import SELECTORS
@@ -31,7 +31,7 @@ from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_
 if TYPE_CHECKING:
     from graftlm.training.recipe import Recipe
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 """Raised when a method's scores come to mean something else, so that old ones are not taken for new ones."""
 
 
@@ -172,7 +172,7 @@ def _of_rows(pool: Pool) -> list[Any]:
 
 def _base_stamp(recipe: "Recipe") -> str:
     """Which base: its config, and the names, sizes and times of its files, so that no weight needs to be read."""
-    base = recipe.base if not isinstance(recipe.base, str) else BaseConfig(name=recipe.base)
+    base = base_config(recipe.base)
     folder = Path(locate(base, network=recipe.network))
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return _hash(to_tree(base), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])

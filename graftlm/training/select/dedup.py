@@ -7,6 +7,7 @@
 x [d] is the embedding of a row. That paper compares within clusters; here every row is compared with all that stay.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import Field, Strict
 
 from graftlm.config import config
+from graftlm.data.formats import Message
 from graftlm.data.near import LEAST, NEAR_WORDS, Words, grams, near_duplicates
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, embeddings
 
@@ -33,13 +35,13 @@ class DedupConfig(SelectorConfig):
 def score(config: DedupConfig, pool: Pool) -> Scores:
     stays, seen = pool.usable, set[tuple[str, ...]]()
     for number, row in enumerate(pool.rows):
-        said = tuple(f"{m.role}: {' '.join(m.content.casefold().split())}" for m in row.messages)
+        said = tuple(f"{m.role}: {' '.join(_text(m).casefold().split())}" for m in row.messages)
         stays[number] &= said not in seen
         if stays[number]:
             seen.add(said)
     if config.near is not None:
         left = np.flatnonzero(stays)
-        texts = ["\n".join(m.content for m in pool.rows[number].messages) for number in left.tolist()]
+        texts = ["\n".join(map(_text, pool.rows[number].messages)) for number in left.tolist()]
         stays[left[later_ones(texts, config.near)]] = False
     if config.similar is not None:
         points, kept = embeddings(pool), list[int]()
@@ -49,6 +51,12 @@ def score(config: DedupConfig, pool: Pool) -> Scores:
             else:
                 kept.append(number)
     return np.where(stays, 0, LEFT_OUT).astype(np.float32)
+
+
+def _text(message: Message) -> str:
+    """All that a message says: thoughts and calls of tools are part of an answer."""
+    calls = [json.dumps(call["function"], sort_keys=True, default=str) for call in message.tool_calls]
+    return "\n".join(part for part in (message.thinking, message.content, *calls) if part)
 
 
 def later_ones(texts: Sequence[str], least: float) -> list[int]:

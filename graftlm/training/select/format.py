@@ -9,9 +9,8 @@ import re
 from typing import Literal
 
 import numpy as np
-from pydantic import field_validator
 
-from graftlm.config import config
+from graftlm.config import Pattern, config
 from graftlm.data.formats import TEXT
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
@@ -19,19 +18,10 @@ from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
 @config
 class FormatConfig(SelectorConfig):
     by: Literal["format"] = "format"
-    matches: str | None = None
+    matches: Pattern | None = None
     """A regular expression that has to be found in every answer of a row."""
-    lacks: str | None = None
+    lacks: Pattern | None = None
     """A regular expression that must be found in none: "As an AI" finds boilerplate, for example."""
-
-    @field_validator("matches", "lacks")
-    @classmethod
-    def _expression(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
 
 
 def score(config: FormatConfig, pool: Pool) -> Scores:

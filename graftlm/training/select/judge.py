@@ -19,7 +19,7 @@ from graftlm.data.pack import Example, collate
 from graftlm.data.source import Row
 from graftlm.errors import DataError
 from graftlm.model.forward import log_probs
-from graftlm.training.endpoint import EndpointConfig, ask, check, grades
+from graftlm.training.endpoint import EndpointConfig, ask, check, filled, grades
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 GRADES = ("1", "2", "3", "4", "5")
@@ -46,7 +46,7 @@ def _question(config: JudgeConfig, row: Row) -> str:
     """The row as the judge sees it: its last answer, and what was said before."""
     last = max(i for i, m in enumerate(row.messages) if m.role in ("assistant", TEXT))
     before = "\n\n".join(m.content for m in row.messages[:last])
-    return config.prompt.replace("{question}", before).replace("{answer}", row.messages[last].content)
+    return filled(config.prompt, {"question": before, "answer": row.messages[last].content})
 
 
 @torch.no_grad()

@@ -112,6 +112,9 @@ def test_a_judge_behind_an_endpoint(endpoint: Endpoint) -> None:
     endpoint.reply = lambda prompt: "4" if prompt == "is a like r?" else "1"
     against = JudgeScorerConfig(url=endpoint.url, prompt="is {answer} like {reference}?")
     assert rewards(against, said("a", "r")) == [4.0]
+    endpoint.reply = lambda prompt: "4" if prompt == "is {answer} what {reference}? asks?" else "1"
+    asking = JudgeScorerConfig(url=endpoint.url, prompt="is {answer} what {question} asks?")
+    assert rewards(asking, said("{answer}", question="{reference}?")) == [4.0], "braces of a text are its own"
 
 
 def test_nothing_is_sent_elsewhere_without_leave(monkeypatch: pytest.MonkeyPatch) -> None:

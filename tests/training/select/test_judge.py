@@ -13,7 +13,7 @@ from graftlm.training.select import judge
 from graftlm.training.select.base import Pool
 from graftlm.training.select.judge import JudgeConfig
 from tests.training.judging import Endpoint
-from tests.training.select.conftest import some_rows
+from tests.training.select.conftest import qa, some_rows
 
 
 def test_an_endpoint_grades_every_row(
@@ -32,6 +32,12 @@ def test_an_endpoint_grades_every_row(
     assert all(body["model"] == "judge" and body["path"] == "/v1/chat/completions" for body in endpoint.asked)
     assert set(endpoint.keys) == {"Bearer secret"}
     assert all(row.messages[0].content in "".join(str(b) for b in endpoint.asked) for row in pool.rows)
+
+
+def test_braces_of_a_row_are_its_own(endpoint: Endpoint, pool_of: Callable[..., Pool]) -> None:
+    endpoint.reply = lambda prompt: "5" if prompt == "Q fill in {answer} A 4 {question}" else "1"
+    pool = pool_of([qa("fill in {answer}", "4 {question}")])
+    assert judge.score(JudgeConfig(url=endpoint.url, prompt="Q {question} A {answer}"), pool).tolist() == [5.0]
 
 
 def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_not(

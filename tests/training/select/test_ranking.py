@@ -107,7 +107,7 @@ def test_format_filters_by_expressions(pool_of: Callable[..., Pool]) -> None:
     pool = pool_of([qa("a", "one line."), qa("b", "one line"), qa("c", "As an AI, one line.")])
     kept = np.isfinite(by_format.score(by_format.FormatConfig(matches=r"\.$", lacks="As an AI"), pool))
     assert kept.tolist() == [True, False, False]
-    with pytest.raises(ValueError, match="not a regular expression"):
+    with pytest.raises(ValueError, match="no regular expression"):
         by_format.FormatConfig(matches="(")
 
 
@@ -120,6 +120,20 @@ def test_duplicates_leave_the_first(pool_of: Callable[..., Pool]) -> None:
     ]
     kept = np.isfinite(dedup.score(dedup.DedupConfig(), pool_of(rows)))
     assert kept.tolist() == [True, True, False, True]
+
+
+def test_rows_that_call_or_think_otherwise_are_no_duplicates(pool_of: Callable[..., Pool]) -> None:
+    def acts(city: str, thinking: str = "") -> Row:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        answer = Message("assistant", "", tool_calls=(call,), thinking=thinking)
+        return Row([Message("user", "what weather is it there, where you looked for it before?"), answer], city, city)
+
+    rows = [acts("Rome"), acts("Oslo"), acts("Rome"), acts("Rome", "of all the cities that there are it is this one")]
+    pool = pool_of(some_rows(4))
+    pool.rows = rows
+    for near in (0.8, None):
+        kept = np.isfinite(dedup.score(dedup.DedupConfig(near=near), pool))
+        assert kept.tolist() == [True, True, False, True], near
 
 
 def test_near_duplicates_share_their_words(pool_of: Callable[..., Pool]) -> None:
