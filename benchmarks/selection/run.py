@@ -286,28 +286,36 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         return choose(recipe, pool, bench.tokenizer, Console())[0]
 
     def run(method: str, seed: int) -> dict[str, Any]:
-        """Train on what a method chooses, and measure."""
+        """Train on what a method chooses, in several orders, and measure."""
+        if method == "base":
+            return measured()
+        rows = chosen(method, seed)
+        found = [trained(rows, settings["orders"] * seed + order) for order in range(settings["orders"])]
+        means = {name: statistics.mean(line[name] for line in found) for name in ("development", "held_out")}
+        return {**means, "orders": [line["held_out"] for line in found], "tokens": found[0]["tokens"]}
+
+    def trained(rows: list[Row], seed: int) -> dict[str, Any]:
         assert bench is not None
-        measured_on = {n: rows_of(n) for n in ("development", "held_out")}
-        rows = chosen(method, seed) if method != "base" else []
         recipe = bench.recipe(str(SCRATCH / "pool.jsonl"), train={**settings["train"], "seed": seed})
-        line: dict[str, Any] = {}
+        examples = [example for row in examples_of(rows, bench.renderer, recipe.data) for example in row]
+        plan = plan_batches(recipe.train, examples)
+        torch.manual_seed(seed)
+        attach_deltas(recipe, bench.model, examples, plan)
         try:
-            if rows:
-                examples = [example for row in examples_of(rows, bench.renderer, recipe.data) for example in row]
-                plan = plan_batches(recipe.train, examples)
-                torch.manual_seed(seed)
-                attach_deltas(recipe, bench.model, examples, plan)
-                losses = [step.loss for step in training_steps(recipe, bench.model, examples, plan)]
-                bench.model.eval()
-                line["tokens"] = int(sum(e.weights.sum() for e in examples))
-                line["last_loss"] = round(losses[-1], 4)
-            for name, those in measured_on.items():
-                flat = [e for row in examples_of(those, bench.renderer, recipe.data) for e in row]
-                line[name] = held_out_loss(bench.model, flat, pack_tokens=640, packed=True)
+            for _ in training_steps(recipe, bench.model, examples, plan):
+                pass
+            bench.model.eval()
+            return {"tokens": int(sum(e.weights.sum() for e in examples)), **measured()}
         finally:
-            if rows:
-                detach(bench.model)
+            detach(bench.model)
+
+    def measured() -> dict[str, Any]:
+        assert bench is not None
+        recipe = bench.recipe(str(SCRATCH / "pool.jsonl"))
+        line = {}
+        for name in ("development", "held_out"):
+            flat = [e for row in examples_of(rows_of(name), bench.renderer, recipe.data) for e in row]
+            line[name] = held_out_loss(bench.model, flat, pack_tokens=640, packed=True)
         return line
 
     def runs(method: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
