@@ -583,8 +583,8 @@ def _check_calls(message: Message, index: int, written: str) -> None:
         name = str(call["function"]["name"])
         if name not in written and json.dumps(name)[1:-1] not in written:
             raise DataError(
-                f"the chat template drops the call of {name!r} in message {index + 1} ({message.role}): it has no place "
-                "for calls of tools, and nobody would learn to make one. Give a template that has with "
+                f"the chat template drops the call of {name!r} in message {index + 1} ({message.role}): it has no "
+                "place for calls of tools, and nobody would learn to make one. Give a template that has with "
                 "`base: {template: FILE.jinja}`, or leave such conversations out"
             )
 
