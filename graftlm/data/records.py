@@ -247,10 +247,22 @@ def _parquet(file: Path) -> Iterator[Record | Problem]:
             for batch in table.iter_batches(1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}: row {number}", row
+                    yield f"{file}: row {number}", _of_a_table(row)
     except Exception as error:
         after = f" (after row {number})" if number else ""
         raise DataError(f"{file}: not a readable parquet file: {error}{after}") from None
+
+
+def _of_a_table(row: Any) -> Any:
+    """The row without what only its table put into it: mappings of one column all have the same keys there, so one that
+    lacks a key (an argument of a call, say) has it with null."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
@@ -265,7 +277,7 @@ def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
     except Exception as error:
         off = "" if network else " It is not in the local cache, and the network is off: `network: true` fetches it."
         raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}") from None
-    return ((f"hub:{name}:{part}: row {index}", row) for index, row in enumerate(table, start=1))
+    return ((f"hub:{name}:{part}: row {index}", _of_a_table(row)) for index, row in enumerate(table, start=1))
 
 
 @contextmanager

@@ -116,6 +116,26 @@ def test_a_parquet_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert contents(load_rows(path)[0]) == [["another file of the same name"]]
 
 
+def test_what_a_table_fills_in_is_no_argument_of_a_call(tmp_path: Path) -> None:
+    """Columns of a table have one type: arguments of any call become arguments of every call, and null."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def calling(**arguments: str) -> list[dict[str, object]]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+
+    def tool(**properties: object) -> list[dict[str, object]]:
+        parameters = {"type": "object", "properties": properties}
+        return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    table = {"messages": [calling(city="Rome"), calling(unit="C")], "tools": [tool(city={"type": "string"}), tool()]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    rows, _ = load_rows(str(tmp_path / "rows.parquet"))
+    assert [r.messages[1].tool_calls[0]["function"]["arguments"] for r in rows] == [{"city": "Rome"}, {"unit": "C"}]
+    assert rows[0].tools == (tool(city={"type": "string"})[0],)
+
+
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, b"PAR1 and then nothing", "rows.parquet")
     assert refused(path).startswith(f"{path}: not a readable parquet file: ")
