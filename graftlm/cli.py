@@ -391,7 +391,7 @@ def data_select(
 
 def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str | None, settings: list[str]) -> "Recipe":
     """The recipe with the one selector that the command line describes, or with its own."""
-    from graftlm.config import build, parse_yaml, to_tree
+    from graftlm.config import build, lay_over, to_tree
     from graftlm.errors import RecipeError
     from graftlm.training.recipe import Recipe
     from graftlm.training.select import SELECTORS
@@ -410,13 +410,8 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
         )
     if by not in SELECTORS:
         raise RecipeError(f"--by {by}: no such method. {nearest(by, SELECTORS)}")
-    text = "" if keep is None else f"keep: {keep}\n"
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise RecipeError(f"{setting!r}: write a setting as key=value, for example seed=1")
-        text += f"{key}: {value}\n"
-    fields, _ = parse_yaml(text, "command line")
+    fields: dict[str, Any] = {}
+    lay_over(fields, [*settings, *([] if keep is None else [f"keep={keep}"])])
     fields |= {"by": by} if target is None else {"by": by, "target": target}
     config = build(SELECTORS[by].config, fields, source=f"--by {by}")
     return build(Recipe, to_tree(recipe) | {"select": [to_tree(config)]}, source="command line")

@@ -170,6 +170,9 @@ def test_what_is_there_is_not_overwritten(base_folder: Path, rows_file: Path, tm
         (["--by", "ifd", "--keep", "2", "--target", "x.jsonl"], "target: unknown key"),
         (["--keep", "2"], "--by"),
         (["--by", "format", "matches=nowhere"], "leaves out all 30 rows"),
+        (["--by", "format", "matches=["], r"'matches=\[': the value is not valid YAML"),
+        (["--by", "format", "matches"], "'matches': write an override as key=value"),
+        (["--by", "ifd", "--keep", "10%"], r"^--by ifd: keep: say how many rows \(100\) or which share.*'10%'\)$"),
     ],
 )
 def test_mistakes_are_explained(
