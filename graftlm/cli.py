@@ -419,7 +419,12 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
 
 @data_app.command("convert")
 def data_convert(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="Rows, or what another trainer describes.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="Rows, what another trainer describes, or a recipe: all rows of its source."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write.")],
     to: Annotated[str, typer.Option("--to", help="messages: OpenAI's, one conversation a line.")] = "messages",
     format: Annotated[str, typer.Option("--format", help="The format of FILE, if not to be detected.")] = "auto",
@@ -432,10 +437,17 @@ def data_convert(
     from graftlm.data.convert import convert
     from graftlm.data.source import SourceConfig
     from graftlm.errors import DataError, numbered
+    from graftlm.training.recipe import read_recipe
 
     if to != "messages":
         raise DataError(f"--to {to}: no such format to write. {nearest(to, ['messages'])}")
-    config = build(SourceConfig, {"path": source, "format": format}, source="command line")
+    if _is_recipe(source):
+        (config, *others) = read_recipe(source).data.sources()
+        if others or format != "auto":
+            why = "it has several sources: convert one after the other" if others else "the recipe says the format"
+            raise DataError(f"{source}: {why}")
+    else:
+        config = build(SourceConfig, {"path": source, "format": format}, source="command line")
     count, problems = convert(config, out, overwrite=overwrite, strict=strict, network=network)
     for title, left_out in (("left out", True), ("noted", False)):
         if told := [str(problem) for problem in problems if problem.left_out == left_out]:
@@ -443,13 +455,19 @@ def data_convert(
     typer.secho(f"wrote {count} rows to {out}", err=True)
 
 
+def _is_recipe(source: str) -> bool:
+    """Whether it is a recipe of ours, and neither a file of rows nor what another trainer describes."""
+    from graftlm.data.axolotl import is_axolotl
+
+    return Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source)
+
+
 def _recipe_for(source: str, base: str | None, mask: str | None, template: str | None, network: bool) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
     from graftlm.config import build, to_tree
-    from graftlm.data.axolotl import is_axolotl
     from graftlm.training.recipe import Recipe, read_recipe
 
-    if Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source):
+    if _is_recipe(source):
         recipe = read_recipe(source)
     else:
         recipe = build(Recipe, {"data": {"train": source}}, source="command line")
