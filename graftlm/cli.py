@@ -367,6 +367,7 @@ def data_select(
     from rich.console import Console
 
     from graftlm.data.mixing import read_data
+    from graftlm.data.source import every_row, for_supervised
     from graftlm.model.load import load_tokenizer
     from graftlm.training.select.choose import check_writable, choose, write_rows
 
@@ -374,7 +375,8 @@ def data_select(
     check_writable(out, overwrite=overwrite)
     recipe = _selecting(_recipe_for(source, base, None, template, network), by, keep, target, settings or [])
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-    read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network)
+    usable = for_supervised if _is_recipe(source) else every_row  # what a file of rows is for, nobody says
+    read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
     for problem in (*read.problems, *read.notes):
         typer.secho(problem, fg="yellow", err=True)
     rows = read.train

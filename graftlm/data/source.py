@@ -17,7 +17,7 @@ from pydantic import Field, Strict, field_validator
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
 from graftlm.data import axolotl, llama_factory
 from graftlm.data.foreign import Part
-from graftlm.data.formats import FORMATS, Conversation, Message, RowError, check, detect
+from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
 from graftlm.data.messages import read_number
 from graftlm.data.records import Problem, files, records
 from graftlm.data.wording import Template, ask
@@ -259,7 +259,12 @@ def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str |
             raise RowError(f"rejected answer {number}: {error}") from None
     if group is None or group == "":
         group = next((m.content for m in said.messages if m.role == "user"), said.messages[0].content)
-    value = None if score is None else read_number(record, score)
+    value = None
+    if score is not None:
+        try:
+            value = read_number(record, score)
+        except RowError as error:
+            raise RowError(f"data.order: by {score}: {error}") from None
     return Row(said.messages, where, str(group), said.tools, said.rejected, said.desirable, value), notes
 
 
@@ -289,6 +294,11 @@ def _same(first: Row, second: Row) -> bool:
 
 def for_supervised(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """The rows whose answers should be imitated, and what is said of those that hold more than that."""
+    if rows and not any(message.role in ("assistant", TEXT) for row in rows for message in row.messages):
+        raise DataError(
+            "the rows only ask, and loss `supervised` needs answers to imitate: give rows with answers, or let the "
+            "model answer by itself with `online` in a recipe"
+        )
     kept = [row for row in rows if row.desirable is not False]
     if not kept:
         raise DataError("every answer is marked as not liked: loss `supervised` would train the model to give them")
@@ -298,6 +308,11 @@ def for_supervised(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     if pairs := sum(bool(row.rejected) for row in kept):
         notes.append(f"{pairs} rows have rejected answers, which loss `supervised` does not use: it trains the chosen")
     return kept, notes
+
+
+def every_row(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """All rows: for those who do not know what they are for."""
+    return list(rows), []
 
 
 def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -352,6 +352,14 @@ def test_rows_with_pictures_are_left_out_and_raw_text_that_names_some_is_not(tmp
     assert load_rows(written(tmp_path, '{"text": "a", "images": ["x.png"]}'))[1] == "text"
 
 
+def test_a_row_without_what_an_order_asks_for_is_told_with_the_key_that_asks(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line(hard=1)}\n{line(hrd=2)}\n")
+    problems: list[Problem] = []
+    assert [row.score for row in load_rows(path, problems=problems, score="hard")[0]] == [1.0]
+    assert str(problems[0]).startswith(f"{path}:2: data.order: by hard: field 'hard' is needed, found")
+    assert "Did you mean 'hrd'?" in str(problems[0])
+
+
 def test_rows_that_say_the_same_are_kept_and_told(tmp_path: Path) -> None:
     path = written(tmp_path, f"{line()}\n{line(prompt='r')}\n{line(meta=1)}\n")
     problems: list[Problem] = []
@@ -369,6 +377,10 @@ def test_supervised_training_leaves_out_what_was_not_liked_and_says_so() -> None
     assert "was not liked" in notes[0]
     assert "rejected answers" in notes[1]
     assert for_supervised([plain]) == ([plain], [])
+    asks = Row([Message("user", "q")], "f:9", "q")
+    assert for_supervised([asks, plain])[0] == [asks, plain]
+    with pytest.raises(DataError, match="only ask.*`online`"):
+        for_supervised([asks, asks])
     with pytest.raises(DataError, match="every answer is marked as not liked"):
         for_supervised([disliked])
 

@@ -183,6 +183,18 @@ def test_mistakes_are_explained(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_answers_that_were_not_liked_are_chosen_among_too(base_folder: Path, tmp_path: Path) -> None:
+    """A recipe trains on what it chooses, and not on these; a file is chosen from as it is."""
+    file, kept = tmp_path / "liked.jsonl", tmp_path / "kept.jsonl"
+    rows = [{"prompt": f"{n}?", "completion": "one line", "label": n % 2 == 0} for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(f"data: {{train: {file}}}\nselect: {{by: dedup}}\n")
+    select(tmp_path / "recipe.yaml", "--base", base_folder, "--out", tmp_path / "fewer.jsonl")
+    assert len((tmp_path / "fewer.jsonl").read_text().splitlines()) == 2
+    select(file, "--by", "dedup", "--base", base_folder, "--out", kept)
+    assert [json.loads(line)["desirable"] for line in kept.read_text().splitlines()] == [True, False, True, False]
+
+
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
     tree = {"base": {"name": str(base), "store": "fp32"}, "data": {"train": str(rows), "held_out": 4}} | changes
     return build(Recipe, tree, source="test")
