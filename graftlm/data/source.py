@@ -166,7 +166,7 @@ def load_rows(
             + numbered(out)
         )
     if not rows:
-        raise DataError(f"{path}: holds no rows. Each line of a .jsonl file is one row")
+        raise DataError(f"{path}: holds no rows: in .jsonl a line is a row, in .csv a line below the header")
     if problems is not None:
         problems += told
     return rows, name
@@ -196,7 +196,10 @@ def stream_rows(
                 continue
             try:
                 if not isinstance(record, dict):
-                    raise RowError(f"a row is a mapping of fields to values, this is a {type(record).__name__}")
+                    several = " (a file that is one list of rows ends in .json)" if isinstance(record, list) else ""
+                    raise RowError(
+                        f"a row is a mapping of fields to values, this is a {type(record).__name__}{several}"
+                    )
                 fields = part.reshape(record)
                 fields = ask(source.templates, fields) if source.templates else fields
                 name = detect(fields) if name == "auto" else name
@@ -206,10 +209,20 @@ def stream_rows(
                     raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
                 row, notes = _row(FORMATS[name](fields), where, record, score)
             except RowError as error:
-                yield Problem(where, str(error))
+                yield Problem(where, f"{error}{_otherwise(record, part, source, name)}")
                 continue
             yield row
             yield from (Problem(where, note, left_out=False) for note in notes)
+
+
+def _otherwise(record: Any, part: Part, source: SourceConfig, name: str) -> str:
+    """Of a row that cannot be used: whether it is one of another format than its file."""
+    if isinstance(record, dict) and name != "auto" and (source.format, part.format) == ("auto", "auto"):
+        with suppress(RowError):
+            own = detect(part.reshape(record))
+            if own != name and not source.templates:
+                return f" (the row is of the format {own!r}, its file {name!r}: give it a file of its own)"
+    return ""
 
 
 def _parts(path: str) -> list[Part]:

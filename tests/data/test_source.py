@@ -246,6 +246,41 @@ def test_a_first_line_of_another_format_does_not_decide_for_the_others(tmp_path:
     assert str(problems[1]).startswith(f"{path}:3: message 2 (assistant) is empty")
 
 
+def test_a_row_of_another_format_than_its_file_says_so(tmp_path: Path) -> None:
+    path = written(tmp_path, f'{line()}\n{line(prompt="r")}\n{{"text": "raw"}}\n{{"prompt": 1, "completion": "a"}}')
+    problems: list[Problem] = []
+    load_rows(path, problems=problems)
+    assert str(problems[0]).endswith(
+        "(the row is of the format 'text', its file 'prompt-completion': give it a file of its own)"
+    )
+    assert "of the format" not in str(problems[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'[\n {"prompt": "q"}\n]', r"a\.jsonl:1: the file is one JSON list.*rename it to a\.json$"),
+        ("a.jsonl", b'[{"prompt": "q",\n"completion": "a"}]', "the file is one JSON list"),
+        (
+            "a.jsonl",
+            b'[{"prompt": "q", "completion": "a"}]',
+            r"this is a list \(a file that is one list of rows ends in",
+        ),
+        ("a.jsonl", b"\x1f\x8b\x08\x00abc", r"packed by gzip.*unpack"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", r"unpack it first\. Known: \.jsonl"),
+        ("a.csv", b"prompt;completion\nq;a\n", r"a\.csv:1: the header is one column, 'prompt;completion'.*commas"),
+        ("a.json", b'{"version": 1, "data": [{"prompt": "q"}]}', "If its rows are 'data', write that list alone"),
+        ("a.jsonl", b'{"prompt": "q', "Unterminated string starting at column 12"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused_with_what_it_is(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load_rows(str(tmp_path / name))
+
+
 def test_where_no_row_fits_a_format_it_is_said_of_each(tmp_path: Path) -> None:
     path = written(tmp_path, '{"question": "q"}\n{"answer": "a"}\n')
     said = refused(path)
@@ -389,7 +424,9 @@ def test_bad_json_is_refused_with_its_line_and_what_it_should_hold(tmp_path: Pat
     path = written(tmp_path, '{"data":\n [}', "rows.json")
     assert refused(path) == f"{path}:2: not valid JSON: Expecting value"
     path = written(tmp_path, json.dumps({"data": [GOOD]}), "rows.json")
-    assert refused(path) == f"{path}: a .json file of rows holds a list, this holds a dict"
+    said = refused(path)
+    assert said.startswith(f"{path}: a .json file of rows holds a list, this holds a dict")
+    assert "'data'" in said
 
 
 def test_json_by_the_line_is_read_whatever_its_ending(tmp_path: Path) -> None:
