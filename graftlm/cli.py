@@ -369,6 +369,7 @@ def data_select(
     from rich.console import Console
 
     from graftlm.data.mixing import read_data
+    from graftlm.data.source import every_row, for_supervised
     from graftlm.model.load import load_tokenizer
     from graftlm.training.select.choose import check_writable, choose, write_rows
 
@@ -376,7 +377,8 @@ def data_select(
     check_writable(out, overwrite=overwrite)
     recipe = _selecting(_recipe_for(source, base, None, template, network), by, keep, target, settings or [])
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-    read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network)
+    usable = for_supervised if _is_recipe(source) else every_row  # what a file of rows is for, nobody says
+    read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
     for problem in (*read.problems, *read.notes):
         typer.secho(problem, fg="yellow", err=True)
     rows = read.train
@@ -393,7 +395,7 @@ def data_select(
 
 def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str | None, settings: list[str]) -> "Recipe":
     """The recipe with the one selector that the command line describes, or with its own."""
-    from graftlm.config import build, parse_yaml, to_tree
+    from graftlm.config import build, lay_over, to_tree
     from graftlm.errors import RecipeError
     from graftlm.training.recipe import Recipe
     from graftlm.training.select import SELECTORS
@@ -412,13 +414,8 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
         )
     if by not in SELECTORS:
         raise RecipeError(f"--by {by}: no such method. {nearest(by, SELECTORS)}")
-    text = "" if keep is None else f"keep: {keep}\n"
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise RecipeError(f"{setting!r}: write a setting as key=value, for example seed=1")
-        text += f"{key}: {value}\n"
-    fields, _ = parse_yaml(text, "command line")
+    fields: dict[str, Any] = {}
+    lay_over(fields, [*settings, *([] if keep is None else [f"keep={keep}"])])
     fields |= {"by": by} if target is None else {"by": by, "target": target}
     config = build(SELECTORS[by].config, fields, source=f"--by {by}")
     return build(Recipe, to_tree(recipe) | {"select": [to_tree(config)]}, source="command line")
@@ -426,7 +423,12 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
 
 @data_app.command("convert")
 def data_convert(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="Rows, or what another trainer describes.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="Rows, what another trainer describes, or a recipe: all rows of its source."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write.")],
     to: Annotated[str, typer.Option("--to", help="messages: OpenAI's, one conversation a line.")] = "messages",
     format: Annotated[str, typer.Option("--format", help="The format of FILE, if not to be detected.")] = "auto",
@@ -439,10 +441,17 @@ def data_convert(
     from graftlm.data.convert import convert
     from graftlm.data.source import SourceConfig
     from graftlm.errors import DataError, numbered
+    from graftlm.training.recipe import read_recipe
 
     if to != "messages":
         raise DataError(f"--to {to}: no such format to write. {nearest(to, ['messages'])}")
-    config = build(SourceConfig, {"path": source, "format": format}, source="command line")
+    if _is_recipe(source):
+        (config, *others) = read_recipe(source).data.sources()
+        if others or format != "auto":
+            why = "it has several sources: convert one after the other" if others else "the recipe says the format"
+            raise DataError(f"{source}: {why}")
+    else:
+        config = build(SourceConfig, {"path": source, "format": format}, source="command line")
     count, problems = convert(config, out, overwrite=overwrite, strict=strict, network=network)
     for title, left_out in (("left out", True), ("noted", False)):
         if told := [str(problem) for problem in problems if problem.left_out == left_out]:
@@ -450,13 +459,19 @@ def data_convert(
     typer.secho(f"wrote {count} rows to {out}", err=True)
 
 
+def _is_recipe(source: str) -> bool:
+    """Whether it is a recipe of ours, and neither a file of rows nor what another trainer describes."""
+    from graftlm.data.axolotl import is_axolotl
+
+    return Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source)
+
+
 def _recipe_for(source: str, base: str | None, mask: str | None, template: str | None, network: bool) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
     from graftlm.config import build, to_tree
-    from graftlm.data.axolotl import is_axolotl
     from graftlm.training.recipe import Recipe, read_recipe
 
-    if Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source):
+    if _is_recipe(source):
         recipe = read_recipe(source)
     else:
         recipe = build(Recipe, {"data": {"train": source}}, source="command line")

@@ -65,12 +65,20 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from None
     tree, lines = parse_yaml(text, str(path))
-    for key, value in map(_parse_override, overrides):
-        _put(tree, key, value)
+    for key in lay_over(tree, overrides):
         lines[key] = 0
         for depth in range(1, len(key)):
             lines.setdefault(key[:depth], 0)
     return build(cls, tree, source=str(path), lines=lines)
+
+
+def lay_over(tree: Tree, overrides: Sequence[str]) -> list[Key]:
+    """Put the values of `key=value` strings into a tree, in place; returns their keys."""
+    keys: list[Key] = []
+    for key, value in map(_parse_override, overrides):
+        _put(tree, key, value)
+        keys.append(key)
+    return keys
 
 
 def build(cls: type[T], tree: Tree, *, source: str, lines: Mapping[Key, int] | None = None) -> T:
@@ -78,7 +86,11 @@ def build(cls: type[T], tree: Tree, *, source: str, lines: Mapping[Key, int] | N
     try:
         return TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
-        problems = [_explain(cls, tree, e, source, lines or {}) for e in error.errors(include_url=False)]
+        found = [_explain(cls, tree, e, source, lines or {}) for e in error.errors(include_url=False)]
+        # What is of another kind than one member of a union wants is of the kind that another wants, and wrong there.
+        nearer = {key[:depth] for key, _, _ in found for depth in range(len(key))}
+        nearer |= {key for key, kind, _ in found if not kind.endswith("_type")}
+        problems = [said for key, kind, said in found if not (kind.endswith("_type") and key in nearer)]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -219,20 +231,20 @@ def _put(tree: Tree, key: Key, value: object) -> None:
 # Errors ----------------------------------------------------------------------------------------------------------
 
 
-def _explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, int]) -> str:
-    """One pydantic error as `file:line: key: what, what is near`."""
+def _explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, int]) -> tuple[Key, str, str]:
+    """One pydantic error: its key, its kind, and `file:line: key: what, what is near`."""
     key, owner = _locate(cls, tree, error["loc"])
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = source if line is None else "command line" if line == 0 else f"{source}:{line}"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
-        return f"{where}: {_dotted(key)}: unknown key. {nearest(str(key[-1]), known)}"
+        return key, error["type"], f"{where}: {_dotted(key)}: unknown key. {nearest(str(key[-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):
-        return f"{where}: {_dotted(key)}: this key has no default and must be given"
+        return key, error["type"], f"{where}: {_dotted(key)}: this key has no default and must be given"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (given: {given!r})" if not isinstance(given, dict | list | tuple) else ""
-    return f"{where}: {_dotted(key) or 'the recipe'}: {message}{shown}"
+    return key, error["type"], f"{where}: {_dotted(key) or 'the recipe'}: {message}{shown}"
 
 
 def _locate(cls: type, tree: Tree, loc: Sequence[str | int]) -> tuple[Key, object]:

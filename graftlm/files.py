@@ -14,10 +14,17 @@ from graftlm.errors import OutputError
 
 def check_new(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a file would take the place of something, before anything is computed."""
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder: name a file in it")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists and would be lost: choose another file, or say --overwrite")
+    with writing(out):
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder: name a file in it")
+        if out.exists() and not overwrite:
+            raise OutputError(f"{out} exists and would be lost: choose another file, or say --overwrite")
+
+
+def check_lines(out: Path) -> None:
+    """Raise OutputError where the name of a file does not say what will stand in it: JSON by the line."""
+    if out.suffix != ".jsonl":
+        raise OutputError(f"{out}: rows are written one a line: give a name that ends in .jsonl")
 
 
 @contextmanager
@@ -47,13 +54,18 @@ def writing(out: Path, *, needs: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(_no_room(out, needs)) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        place = Path(str(error.filename))  # of a file that is not there: it may be another one, which is read inside
+        ours = place in (out, *out.parents) or place.name.startswith(f".{out.name}.")
+        if error.errno in _NO_PLACE or (error.errno == errno.ENOENT and ours):
             raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
         raise
     except SafetensorError as error:  # how safetensors reports a full disk
         if "No space left" in str(error):
             raise OutputError(_no_room(out, needs)) from None
         raise
+
+
+_NO_PLACE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def sync(path: Path) -> None:

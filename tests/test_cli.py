@@ -167,6 +167,25 @@ def test_rows_are_converted_to_messages(rows: Path, tmp_path: Path) -> None:
         graft("data", "convert", str(rows), "--to", "message", "--out", str(out))
 
 
+def test_labelled_rows_are_converted_by_the_templates_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("said,label\nfine,1\nbad,0\n")
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.jsonl"
+    way = "{prompt: 'Is it good? {said}', completion: '{label}', words: {label: ['no', 'yes']}}"
+    source = f"{{path: {tmp_path}/rows.csv, templates: [{way}]}}"
+    recipe.write_text(f"data: {{train: {source}}}\n")
+    assert graft("data", "convert", str(recipe), "--out", str(out)).exit_code == 0
+    said = [[turn["content"] for turn in json.loads(line)["messages"]] for line in out.read_text().splitlines()]
+    assert said == [["Is it good? fine", "yes"], ["Is it good? bad", "no"]]
+    recipe.write_text(f"data: {{train: [{source}, {tmp_path}/rows.csv]}}\n")
+    with pytest.raises(DataError, match="several sources: convert one after the other"):
+        graft("data", "convert", str(recipe), "--out", str(out), "--overwrite")
+
+
+def test_rows_are_written_to_a_name_that_says_what_they_are(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"out\.csv: .*a name that ends in \.jsonl"):
+        graft("data", "convert", str(rows), "--out", str(tmp_path / "out.csv"))
+
+
 def test_methods_are_listed_as_json() -> None:
     listed = json.loads(graft("methods", "--json").stdout)
     assert [m["name"] for m in listed] == list(METHODS)

@@ -78,6 +78,21 @@ def test_a_mistake_is_named_with_its_line_and_what_is_near(text: str, said: list
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ("{path: a, weight: 0}", ["data.train.weight: Input should be greater than 0 (given: 0)"]),
+        ("[a, {path: b, weight: 0}]", ["data.train.1.weight: Input should be greater than 0 (given: 0)"]),
+        ("{pth: a}", ["data.train.path: this key has no", "data.train.pth: unknown key. Did you mean 'path'?"]),
+        ("a, held_out: 1.5", ["data.held_out: Input should be less than 1 (given: 1.5)"]),
+    ],
+)
+def test_of_what_may_be_several_kinds_only_the_nearest_is_told(train: str, said: list[str], tmp_path: Path) -> None:
+    lines = error(f"data: {{train: {train}}}\ndelta: {{method: lora}}\n", tmp_path).splitlines()
+    assert len(lines) == len(said)
+    assert all(f"r.yaml:1: {wanted}" in line for wanted, line in zip(said, lines, strict=True))
+
+
 def test_a_mistake_on_the_command_line_says_so(tmp_path: Path) -> None:
     assert "command line: train.stps: unknown key. Did you mean 'steps'?" in error(GOOD, tmp_path, "train.stps=3")
     assert "write an override as key=value" in error(GOOD, tmp_path, "train.steps")

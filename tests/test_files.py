@@ -38,6 +38,31 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_name_that_no_file_can_have_is_named(tmp_path: Path) -> None:
+    file = tmp_path / ("a" * 300)
+    with pytest.raises(OutputError, match="a: cannot be written: File name too long"), whole(file):
+        pass
+    with pytest.raises(OutputError, match="a: cannot be written: File name too long"):
+        check_new(file, overwrite=False)
+
+
+def test_a_place_where_nothing_can_be_made_is_named_and_what_is_read_meanwhile_is_not_blamed_on_it(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.txt"
+
+    def into_nowhere() -> None:
+        with whole(file) as draft:
+            tmp_path.rmdir()
+            draft.touch()
+
+    with pytest.raises(OutputError, match=r"a\.txt: cannot be written: No such file"):
+        into_nowhere()
+    tmp_path.mkdir()
+    with pytest.raises(FileNotFoundError, match="other"), whole(file):
+        (tmp_path / "other.txt").read_text()
+
+
 def test_something_that_would_be_lost_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     check_new(file, overwrite=False)

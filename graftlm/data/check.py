@@ -21,7 +21,7 @@ from graftlm.data.mask import weights
 from graftlm.data.pack import Example
 from graftlm.data.parallel import lasting, many, rendered
 from graftlm.data.reading import KeptRows, places
-from graftlm.data.render import Renderer, Role
+from graftlm.data.render import THOUGHTS, Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import Survey, shown_places
 from graftlm.errors import DataError, numbered
@@ -471,6 +471,18 @@ def _ending(report: Report, columns: Columns, piece: slice, renderer: Renderer) 
     length = int(np.argmin(run)) if not run.all() else len(run)
     report.end_of_turn = "".join(renderer.token_texts(columns.ids[piece][first : first + length].tolist()))
     report.end_of_turn_trained = bool((columns.weights[piece][ending] != 0).all())
+
+
+def unheard(rows: Iterable[Row], renderer: Renderer) -> list[str]:
+    """What rows say and the chat template cannot write, as it never names it: tools, and thoughts before an answer."""
+    source, notes = renderer.template or "", []
+    if "tools" not in source and (count := sum(bool(row.tools) for row in rows)):
+        notes.append(f"{count:,} rows list tools, and the chat template never writes them: the model will not see any")
+    if not any(name in source for name in THOUGHTS):
+        count = sum(any(message.thinking for message in row.messages) for row in rows)
+        if count:
+            notes.append(f"{count:,} rows have thoughts, and the chat template never writes them: none is trained")
+    return notes
 
 
 def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from graftlm.data.formats import TEXT, Message
 from graftlm.data.records import Problem
 from graftlm.data.source import Row, SourceConfig, stream_rows
 from graftlm.errors import DataError, numbered
-from graftlm.files import check_new, whole
+from graftlm.files import check_lines, check_new, whole
 
 
 def convert(
@@ -22,9 +22,10 @@ def convert(
 ) -> tuple[int, list[Problem]]:
     """Write the rows of a source to `out` as they come; returns how many there are and what is wrong with the source.
 
-    `out` appears whole or not at all. Raises OutputError where it exists already and must not be overwritten, and
-    DataError where no row can be used or, under `strict`, where one cannot.
+    `out` appears whole or not at all. Raises OutputError where it exists already and must not be overwritten, or does
+    not end in .jsonl, and DataError where no row can be used or, under `strict`, where one cannot.
     """
+    check_lines(out)
     check_new(out, overwrite=overwrite)
     problems: list[Problem] = []
 

@@ -178,6 +178,8 @@ FORMATS: dict[str, Callable[[Fields], Conversation]] = {
 
 QUESTIONS, ANSWERS = ("prompt", "query"), ("completion", "response")
 FLAGS = ("label", "desirable", "kto_tag")
+_FLAG_TEXTS = ("true", "True", "TRUE", "false", "False", "FALSE")
+"""A .csv file has only text."""
 BESIDE_A_PROMPT = ("system", "history", "tools", "group")
 """What may stand beside a question that nobody has answered; of a row with more, somebody misspelt the answer."""
 
@@ -206,7 +208,7 @@ def detect(row: Fields) -> str:
     keys = set(row)
     for name, signs in _SIGNS.items():
         if any(sign <= keys for sign in signs):
-            flagged = name in _SUPERVISED and any(isinstance(row.get(key), bool) for key in FLAGS)
+            flagged = name in _SUPERVISED and _flagged(row)
             return "feedback" if flagged and not (name == "messages" and "desirable" in keys) else name
     if keys & set(QUESTIONS) and keys <= {*QUESTIONS, *BESIDE_A_PROMPT}:
         return "prompt"
@@ -282,9 +284,15 @@ def _history(row: Fields) -> list[Message]:
     return [Message(role, said) for turn in turns for role, said in zip(("user", "assistant"), turn, strict=True)]
 
 
+def _flagged(row: Fields) -> bool:
+    """Whether it says that its answer was liked, or not; the other names than `label` can mean nothing else."""
+    label, *others = (row.get(key) for key in FLAGS)
+    return isinstance(label, bool) or label in _FLAG_TEXTS or any(value is not None for value in others)
+
+
 def _flag(row: Fields, key: str) -> bool:
     value = row.get(key)
-    if value in ("true", "True", "false", "False"):  # a .csv file has only text
+    if value in _FLAG_TEXTS:
         return str(value).lower() == "true"
     if not isinstance(value, bool):
         if value is None:

@@ -58,6 +58,12 @@ class Message:
     name: str = ""
     """Of a tool's message: the name of the tool."""
 
+    @property
+    def all_text(self) -> str:
+        """All that it says: thoughts, text, and calls of tools as JSON."""
+        calls = [json.dumps(call["function"], sort_keys=True, default=str) for call in self.tool_calls]
+        return "\n".join(part for part in (self.thinking, self.content, *calls) if part)
+
 
 class RowError(ValueError):
     """What is wrong with one row; `source.py` adds where it stands."""

@@ -76,7 +76,9 @@ def mix(
     for index, (rows, source, count) in enumerate(zip(capped, sources, owed, strict=True)):
         again, times = _times(rows, count, seed, f"rest {index}")
         mixed += again
-        notes.append(f"{source.path}: {count:,} rows of an epoch, from {len(parts[index]):,}; each comes {times} times")
+        drawn = f", {len(rows):,} of which are drawn" if len(rows) < len(parts[index]) else ""
+        found = f"{len(parts[index]):,}{drawn}; each comes {times} times"
+        notes.append(f"{source.path}: {count:,} rows of an epoch, from {found}")
     return mixed, notes
 
 

@@ -35,6 +35,9 @@ Record = tuple[str, Any]  # where it stands, and what stands there
 
 BUILTIN = {"docstrings": docstrings}
 """Name -> the module with the `rows()` of a data set, and the `files()` of this machine that they are made from."""
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+GZIP = b"\x1f\x8b"
+"""What a file begins with that gzip has packed."""
 NUL = "\udc00"
 """In text from a .csv file a byte of zero, which Python's csv cannot read; other odd bytes are U+DC80 to U+DCFF."""
 
@@ -56,7 +59,9 @@ def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
         what = "is a folder, a file of rows is needed" if file.is_dir() else "no such file"
         raise DataError(f"{path}: {what}. {nearest(path, siblings)}")
     if file.suffix not in READERS:
-        raise DataError(f"{path}: cannot read {file.suffix or 'files without an ending'}. Known: {', '.join(READERS)}")
+        what = "is packed: unpack it first" if file.suffix in PACKED else ""
+        what = what or f"cannot read {file.suffix or 'files without an ending'}"
+        raise DataError(f"{path}: {what}. Known: {', '.join(READERS)}")
     try:
         with file.open("rb") as stream:
             head = stream.read(4096)
@@ -64,6 +69,8 @@ def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     if not head:
         raise DataError(f"{path}: the file is empty")
+    if head.startswith(GZIP):
+        raise DataError(f"{path}: is packed by gzip, whatever its name says: unpack it first (gunzip)")
     if file.suffix != ".parquet" and (
         head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * head.count(0) > len(head) > 8
     ):
@@ -111,7 +118,7 @@ def _json_reason(error: Exception, text: str) -> str:
         return str(error)
     cut = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
     end = ": the line ends in the middle of a value, it is cut off" if cut else ""
-    return f"not valid JSON: {error.msg} at column {error.colno}{end}"
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{end}"
 
 
 def _jsonl(file: Path) -> Iterator[Record | Problem]:
@@ -134,6 +141,11 @@ def _jsonl(file: Path) -> Iterator[Record | Problem]:
             try:
                 record = _STRICT.decode(text)
             except (ValueError, RecursionError) as error:
+                if number == 1 and (text.strip() == "[" or text.lstrip().startswith("[{")):
+                    raise DataError(
+                        f"{where}: the file is one JSON list, and a .jsonl file holds a row a line: rename it to "
+                        f"{file.stem}.json"
+                    ) from None
                 yield Problem(where, _json_reason(error, text))
                 continue
             yield where, record
@@ -179,7 +191,9 @@ def _json(file: Path) -> Iterator[Record | Problem]:
                 raise json.JSONDecodeError("Expecting a value" if comma else "Expecting ',' or ']'", text, place)
         except (json.JSONDecodeError, RecursionError) as error:
             at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            why = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+            why = (
+                error.msg.removesuffix(" at") if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+            )
             yield Problem(f"{file}:{at}", f"not valid JSON: {why}. What follows was not read")
             return
     if text[place + 1 :].strip():
@@ -200,6 +214,8 @@ def _json_object(file: Path, text: str) -> Iterator[Record]:
         return
     described = [name for name, entry in tree.items() if isinstance(entry, dict)] if isinstance(tree, dict) else []
     near = f". If it describes data sets, write {file}:NAME. {nearest('', described)}" if described else ""
+    listed = [name for name, entry in tree.items() if isinstance(entry, list)] if isinstance(tree, dict) else []
+    near = near or (f". If its rows are {listed[0]!r}, write that list alone into a file" if listed else "")
     raise DataError(f"{file}: a .json file of rows holds a list, this holds a {type(tree).__name__}{near}")
 
 
@@ -215,6 +231,8 @@ def _csv(file: Path) -> Iterator[Record | Problem]:
             header = next(reader, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{file}:1: two columns have the same name: {header}")
+            if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
+                raise DataError(f"{file}:1: the header is one column, {header[0]!r}: columns are separated by commas")
             while True:
                 where = f"{file}:{reader.line_num + 1}"
                 try:
@@ -247,10 +265,22 @@ def _parquet(file: Path) -> Iterator[Record | Problem]:
             for batch in table.iter_batches(1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}: row {number}", row
+                    yield f"{file}: row {number}", _of_a_table(row)
     except Exception as error:
         after = f" (after row {number})" if number else ""
         raise DataError(f"{file}: not a readable parquet file: {error}{after}") from None
+
+
+def _of_a_table(row: Any) -> Any:
+    """The row without what only its table put into it: mappings of one column all have the same keys there, so one that
+    lacks a key (an argument of a call, say) has it with null."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
@@ -265,7 +295,7 @@ def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
     except Exception as error:
         off = "" if network else " It is not in the local cache, and the network is off: `network: true` fetches it."
         raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}") from None
-    return ((f"hub:{name}:{part}: row {index}", row) for index, row in enumerate(table, start=1))
+    return ((f"hub:{name}:{part}: row {index}", _of_a_table(row)) for index, row in enumerate(table, start=1))
 
 
 @contextmanager

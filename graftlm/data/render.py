@@ -38,6 +38,8 @@ PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; mark
 FREE = "".join(map(chr, PRIVATE[:1000]))
 _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What templates call the thoughts before an answer."""
 
 
 class Role(IntEnum):
@@ -608,7 +610,7 @@ def _as_fields(message: Message) -> dict[str, Any]:
     if message.name:
         fields["name"] = message.name
     if message.thinking:
-        fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.thinking)
+        fields |= dict.fromkeys(THOUGHTS, message.thinking)
     return fields
 
 

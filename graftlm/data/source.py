@@ -17,7 +17,7 @@ from pydantic import Field, Strict, field_validator
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
 from graftlm.data import axolotl, llama_factory
 from graftlm.data.foreign import Part
-from graftlm.data.formats import FORMATS, Conversation, Message, RowError, check, detect
+from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
 from graftlm.data.messages import read_number
 from graftlm.data.records import Problem, files, records
 from graftlm.data.wording import Template, ask
@@ -166,7 +166,7 @@ def load_rows(
             + numbered(out)
         )
     if not rows:
-        raise DataError(f"{path}: holds no rows. Each line of a .jsonl file is one row")
+        raise DataError(f"{path}: holds no rows: in .jsonl a line is a row, in .csv a line below the header")
     if problems is not None:
         problems += told
     return rows, name
@@ -196,7 +196,10 @@ def stream_rows(
                 continue
             try:
                 if not isinstance(record, dict):
-                    raise RowError(f"a row is a mapping of fields to values, this is a {type(record).__name__}")
+                    several = " (a file that is one list of rows ends in .json)" if isinstance(record, list) else ""
+                    raise RowError(
+                        f"a row is a mapping of fields to values, this is a {type(record).__name__}{several}"
+                    )
                 fields = part.reshape(record)
                 fields = ask(source.templates, fields) if source.templates else fields
                 name = detect(fields) if name == "auto" else name
@@ -206,10 +209,20 @@ def stream_rows(
                     raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
                 row, notes = _row(FORMATS[name](fields), where, record, score)
             except RowError as error:
-                yield Problem(where, str(error))
+                yield Problem(where, f"{error}{_otherwise(record, part, source, name)}")
                 continue
             yield row
             yield from (Problem(where, note, left_out=False) for note in notes)
+
+
+def _otherwise(record: Any, part: Part, source: SourceConfig, name: str) -> str:
+    """Of a row that cannot be used: whether it is one of another format than its file."""
+    if isinstance(record, dict) and name != "auto" and (source.format, part.format) == ("auto", "auto"):
+        with suppress(RowError):
+            own = detect(part.reshape(record))
+            if own != name and not source.templates:
+                return f" (the row is of the format {own!r}, its file {name!r}: give it a file of its own)"
+    return ""
 
 
 def _parts(path: str) -> list[Part]:
@@ -259,7 +272,12 @@ def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str |
             raise RowError(f"rejected answer {number}: {error}") from None
     if group is None or group == "":
         group = next((m.content for m in said.messages if m.role == "user"), said.messages[0].content)
-    value = None if score is None else read_number(record, score)
+    value = None
+    if score is not None:
+        try:
+            value = read_number(record, score)
+        except RowError as error:
+            raise RowError(f"data.order: by {score}: {error}") from None
     return Row(said.messages, where, str(group), said.tools, said.rejected, said.desirable, value), notes
 
 
@@ -289,6 +307,11 @@ def _same(first: Row, second: Row) -> bool:
 
 def for_supervised(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """The rows whose answers should be imitated, and what is said of those that hold more than that."""
+    if rows and not any(message.role in ("assistant", TEXT) for row in rows for message in row.messages):
+        raise DataError(
+            "the rows only ask, and loss `supervised` needs answers to imitate: give rows with answers, or let the "
+            "model answer by itself with `online` in a recipe"
+        )
     kept = [row for row in rows if row.desirable is not False]
     if not kept:
         raise DataError("every answer is marked as not liked: loss `supervised` would train the model to give them")
@@ -298,6 +321,11 @@ def for_supervised(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     if pairs := sum(bool(row.rejected) for row in kept):
         notes.append(f"{pairs} rows have rejected answers, which loss `supervised` does not use: it trains the chosen")
     return kept, notes
+
+
+def every_row(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """All rows: for those who do not know what they are for."""
+    return list(rows), []
 
 
 def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -126,6 +126,7 @@ def _shown(entry: Entry) -> str:
 
 def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     """Look at training rows, and at the held-out rows that they should have nothing to do with."""
+    rows = list({row.where: row for row in rows}.values())  # one that a mixture draws several times is no duplicate
     guesses = Counter(language(_text(row)) for row in _some(rows, GUESSED_ROWS))
     same, firsts = _same(rows)
     some = _some(rows, NEAR_ROWS)
@@ -163,7 +164,7 @@ def _some(rows: Sequence[Row], most: int) -> list[Row]:
 
 def _text(row: Row) -> str:
     """What the row is about: a system message often stands in all of them."""
-    return "\n".join(message.content for message in row.messages if message.role != "system")
+    return "\n".join(message.all_text for message in row.messages if message.role != "system")
 
 
 def _digest(messages: Sequence[Message]) -> bytes:

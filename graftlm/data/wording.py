@@ -7,12 +7,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graftlm.config import config
 from graftlm.data.messages import Fields, RowError, missing
+from graftlm.errors import nearest
 
-FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 @config
@@ -23,6 +24,14 @@ class Template:
     """The answer, the same way: "{label}"."""
     words: Mapping[str, tuple[str, ...] | Mapping[str, str]] = Field(default_factory=dict)
     """By field, what its values are called: {label: [yes, maybe, no]} for 0, 1 and 2, or {label: {pos: good}}."""
+
+    @model_validator(mode="after")
+    def _words_of_its_fields(self) -> "Template":
+        known = {match[1] for match in FIELD.finditer(self.prompt + self.completion) if match[1] is not None}
+        for name in self.words:
+            if name not in known:
+                raise ValueError(f"words: {name!r} stands in neither prompt nor completion. {nearest(name, known)}")
+        return self
 
 
 def ask(templates: Sequence[Template], row: Fields) -> Fields:
@@ -48,7 +57,8 @@ def _filled(template: Template, text: str, row: Fields) -> str:
 def _word(template: Template, name: str, row: Fields) -> str:
     value: Any = row.get(name)
     if value is None:
-        raise missing(row, name)
+        written = "" if re.fullmatch(r"\w+", name) else " (A brace that stands for itself is written twice: {{)"
+        raise RowError(f"{missing(row, name)}{written}")
     words = template.words.get(name)
     if words is None:
         if not isinstance(value, str | int | float):

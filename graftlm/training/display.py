@@ -45,7 +45,7 @@ def tokens(row: dict[str, Any]) -> RenderableType:
     for token in row["tokens"]:
         text.append(token["text"], style=TRAINED if token["weight"] else ROLE_STYLES[token["role"]])
     legend = Text.assemble(("trained", TRAINED), "  ", *((f"{role}  ", style) for role, style in ROLE_STYLES.items()))
-    return Panel(Group(text, Text(), legend), title=row["where"], title_align="left")
+    return Panel(Group(text, Text(), legend), title=Text(row["where"]), title_align="left")
 
 
 def progress(console: Console) -> Progress:

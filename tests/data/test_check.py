@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from graftlm.data import check
-from graftlm.data.check import FEW_ROWS, LEAST_ROWS, Lengths, prepare, shown_rows, stream
+from graftlm.data.check import FEW_ROWS, LEAST_ROWS, Lengths, prepare, shown_rows, stream, unheard
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
@@ -40,6 +40,17 @@ def data(**changes: Any) -> DataConfig:
 
 ROWS = [row("XYZ", "PQ", where="f:1"), row("X", "P" * 10, "Y", "Q", where="f:2"), row("X", "P", where="f:3")]
 LENGTHS = [1 + 3 + 1 + 1 + 2 + 1, (1 + 1 + 1) + (1 + 10 + 1) + (1 + 1 + 1) + (1 + 1 + 1), 3 + 3]
+
+
+def test_tools_and_thoughts_that_a_template_never_writes_are_told(renderer: Renderer) -> None:
+    tool = {"type": "function", "function": {"name": "find"}}
+    thought = Row([Message("user", "X"), Message("assistant", "P", thinking="hm")], "f:1", "X")
+    rows = [thought, Row(chat("X", "P"), "f:2", "X", tools=(tool,)), *ROWS]
+    assert unheard(ROWS, renderer) == []
+    tools, thoughts = unheard(rows, renderer)
+    assert "1 rows list tools" in tools
+    assert "1 rows have thoughts" in thoughts
+    assert unheard(rows, Renderer(tokenizer_of(THINKING))) == []
 
 
 def test_the_report_counts_what_a_person_counts(renderer: Renderer) -> None:

@@ -261,6 +261,21 @@ def test_feedback_is_kept_beside_any_conversation(key: str, liked: bool) -> None
     )
 
 
+@pytest.mark.parametrize("said", ["True", "false", "TRUE"])
+def test_feedback_in_a_csv_file_is_text(said: str) -> None:
+    row = {"prompt": "q", "completion": "a", "label": said}
+    assert detect(row) == "feedback"
+    assert FORMATS["feedback"](row).desirable is (said.lower() == "true")
+
+
+@pytest.mark.parametrize("key", ["desirable", "kto_tag"])
+def test_feedback_that_is_neither_true_nor_false_is_refused_and_not_passed_over(key: str) -> None:
+    row = {"instruction": "q", "output": "a", key: 0}
+    assert detect(row) == "feedback"
+    with pytest.raises(RowError, match=f"field '{key}' must be true or false, this is 0"):
+        FORMATS["feedback"](row)
+
+
 def test_a_label_that_is_a_class_is_no_feedback() -> None:
     assert detect({"prompt": "q", "completion": "a", "label": 1}) == "prompt-completion"
     assert FORMATS["prompt-completion"]({"prompt": "q", "completion": "a", "label": 1}).desirable is None

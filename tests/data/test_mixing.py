@@ -63,8 +63,9 @@ def test_every_row_of_a_source_comes_equally_often_but_for_one_more() -> None:
 def test_a_cap_draws_rows_that_follow_from_the_seed() -> None:
     parts = [rows("a", 100), rows("b", 10)]
     sources = [source(cap=10), source()]
-    first, _ = mix(parts, sources, temperature=1.0, seed=0)
+    first, notes = mix(parts, sources, temperature=1.0, seed=0)
     assert count(first) == {"a": 10, "b": 10}
+    assert "10 rows of an epoch, from 100, 10 of which are drawn; each comes 1 times" in notes[0]
     assert first == mix(parts, sources, temperature=1.0, seed=0)[0]
     assert first != mix(parts, sources, temperature=1.0, seed=1)[0]
     assert [row.where for row in first[:10]] == sorted((r.where for r in first[:10]), key=lambda w: int(w[2:]))

@@ -116,6 +116,26 @@ def test_a_parquet_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert contents(load_rows(path)[0]) == [["another file of the same name"]]
 
 
+def test_what_a_table_fills_in_is_no_argument_of_a_call(tmp_path: Path) -> None:
+    """Columns of a table have one type: arguments of any call become arguments of every call, and null."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def calling(**arguments: str) -> list[dict[str, object]]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+
+    def tool(**properties: object) -> list[dict[str, object]]:
+        parameters = {"type": "object", "properties": properties}
+        return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    table = {"messages": [calling(city="Rome"), calling(unit="C")], "tools": [tool(city={"type": "string"}), tool()]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    rows, _ = load_rows(str(tmp_path / "rows.parquet"))
+    assert [r.messages[1].tool_calls[0]["function"]["arguments"] for r in rows] == [{"city": "Rome"}, {"unit": "C"}]
+    assert rows[0].tools == (tool(city={"type": "string"})[0],)
+
+
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, b"PAR1 and then nothing", "rows.parquet")
     assert refused(path).startswith(f"{path}: not a readable parquet file: ")
@@ -226,6 +246,41 @@ def test_a_first_line_of_another_format_does_not_decide_for_the_others(tmp_path:
     assert str(problems[1]).startswith(f"{path}:3: message 2 (assistant) is empty")
 
 
+def test_a_row_of_another_format_than_its_file_says_so(tmp_path: Path) -> None:
+    path = written(tmp_path, f'{line()}\n{line(prompt="r")}\n{{"text": "raw"}}\n{{"prompt": 1, "completion": "a"}}')
+    problems: list[Problem] = []
+    load_rows(path, problems=problems)
+    assert str(problems[0]).endswith(
+        "(the row is of the format 'text', its file 'prompt-completion': give it a file of its own)"
+    )
+    assert "of the format" not in str(problems[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'[\n {"prompt": "q"}\n]', r"a\.jsonl:1: the file is one JSON list.*rename it to a\.json$"),
+        ("a.jsonl", b'[{"prompt": "q",\n"completion": "a"}]', "the file is one JSON list"),
+        (
+            "a.jsonl",
+            b'[{"prompt": "q", "completion": "a"}]',
+            r"this is a list \(a file that is one list of rows ends in",
+        ),
+        ("a.jsonl", b"\x1f\x8b\x08\x00abc", r"packed by gzip.*unpack"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", r"unpack it first\. Known: \.jsonl"),
+        ("a.csv", b"prompt;completion\nq;a\n", r"a\.csv:1: the header is one column, 'prompt;completion'.*commas"),
+        ("a.json", b'{"version": 1, "data": [{"prompt": "q"}]}', "If its rows are 'data', write that list alone"),
+        ("a.jsonl", b'{"prompt": "q', "Unterminated string starting at column 12"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused_with_what_it_is(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load_rows(str(tmp_path / name))
+
+
 def test_where_no_row_fits_a_format_it_is_said_of_each(tmp_path: Path) -> None:
     path = written(tmp_path, '{"question": "q"}\n{"answer": "a"}\n')
     said = refused(path)
@@ -332,6 +387,14 @@ def test_rows_with_pictures_are_left_out_and_raw_text_that_names_some_is_not(tmp
     assert load_rows(written(tmp_path, '{"text": "a", "images": ["x.png"]}'))[1] == "text"
 
 
+def test_a_row_without_what_an_order_asks_for_is_told_with_the_key_that_asks(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{line(hard=1)}\n{line(hrd=2)}\n")
+    problems: list[Problem] = []
+    assert [row.score for row in load_rows(path, problems=problems, score="hard")[0]] == [1.0]
+    assert str(problems[0]).startswith(f"{path}:2: data.order: by hard: field 'hard' is needed, found")
+    assert "Did you mean 'hrd'?" in str(problems[0])
+
+
 def test_rows_that_say_the_same_are_kept_and_told(tmp_path: Path) -> None:
     path = written(tmp_path, f"{line()}\n{line(prompt='r')}\n{line(meta=1)}\n")
     problems: list[Problem] = []
@@ -349,6 +412,10 @@ def test_supervised_training_leaves_out_what_was_not_liked_and_says_so() -> None
     assert "was not liked" in notes[0]
     assert "rejected answers" in notes[1]
     assert for_supervised([plain]) == ([plain], [])
+    asks = Row([Message("user", "q")], "f:9", "q")
+    assert for_supervised([asks, plain])[0] == [asks, plain]
+    with pytest.raises(DataError, match="only ask.*`online`"):
+        for_supervised([asks, asks])
     with pytest.raises(DataError, match="every answer is marked as not liked"):
         for_supervised([disliked])
 
@@ -357,7 +424,9 @@ def test_bad_json_is_refused_with_its_line_and_what_it_should_hold(tmp_path: Pat
     path = written(tmp_path, '{"data":\n [}', "rows.json")
     assert refused(path) == f"{path}:2: not valid JSON: Expecting value"
     path = written(tmp_path, json.dumps({"data": [GOOD]}), "rows.json")
-    assert refused(path) == f"{path}: a .json file of rows holds a list, this holds a dict"
+    said = refused(path)
+    assert said.startswith(f"{path}: a .json file of rows holds a list, this holds a dict")
+    assert "'data'" in said
 
 
 def test_json_by_the_line_is_read_whatever_its_ending(tmp_path: Path) -> None:

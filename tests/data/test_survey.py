@@ -41,6 +41,22 @@ def test_rows_that_are_the_same_are_named_together() -> None:
     assert finding.count == 2
 
 
+def test_a_row_that_a_mixture_draws_several_times_is_no_duplicate() -> None:
+    again = row(1, LONG, "yes")
+    looked = survey([again, again, *clean()])
+    assert {f.kind: f.entries for f in looked.findings if f.entries} == {}
+    assert looked.rows == 31
+
+
+def test_rows_that_call_tools_otherwise_are_not_nearly_the_same() -> None:
+    def calling(number: int, city: str) -> Row:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        asked = "what weather is it where we were before?"
+        return Row([Message("user", asked), Message("assistant", "", tool_calls=(call,))], f"f:{number}", asked)
+
+    assert found([calling(1, "Rome"), calling(2, "Oslo")]) == {}
+
+
 def test_what_reading_told_of_the_same_rows_is_not_told_twice() -> None:
     looked = survey([row(1, "a", "b"), row(2, "c", "d"), row(3, "a", "b")])
     notes = ["f:3: says the same as f:1", "f:9: says the same as f:8", "f:3: the line is blank"]

@@ -19,6 +19,19 @@ def test_fields_are_filled_in_and_labels_get_their_words() -> None:
     assert ask([named], ROW) == {"prompt": "{It rains.}", "completion": "ja"}
 
 
+def test_the_name_of_a_field_may_have_any_characters() -> None:
+    way = Template(prompt="{sentence 1} / {text-b} / {{label}}", completion="{Is it?}")
+    asked = ask([way], {"sentence 1": "a", "text-b": "b", "Is it?": "c"})
+    assert asked == {"prompt": "a / b / {label}", "completion": "c"}
+
+
+def test_words_for_a_field_that_no_text_names_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="words: 'lable' stands in neither prompt nor completion. Did you mean 'label'"
+    ):
+        Template(prompt="{premise}", completion="{label}", words={"lable": ("yes", "no")})
+
+
 def test_braces_in_a_field_are_not_filled_again() -> None:
     assert ask([ONE], ROW | {"premise": "{label}"})["prompt"] == "{label} So it is wet?"
 
@@ -41,6 +54,11 @@ def test_every_template_is_used_and_the_same_row_is_always_asked_the_same_way() 
 def test_a_row_that_does_not_fit_is_refused(row: dict[str, object], said: str) -> None:
     with pytest.raises(RowError, match=said):
         ask([ONE], row)
+
+
+def test_a_brace_that_was_not_meant_is_not_passed_over() -> None:
+    with pytest.raises(RowError, match=r"""field '"a": 1' is needed.*written twice: \{\{"""):
+        ask([Template(prompt='like {"a": 1}', completion="{label}")], ROW)
 
 
 def test_a_source_with_templates_gives_rows(tmp_path: Path) -> None:

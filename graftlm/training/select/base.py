@@ -16,7 +16,7 @@ from typing import Annotated, Any, Union
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, Strict
+from pydantic import BeforeValidator, Field, Strict
 
 from graftlm.config import PositiveCount, config
 from graftlm.data.check import prepare
@@ -29,7 +29,15 @@ Scores = NDArray[np.float32]
 LEFT_OUT = -np.inf
 
 PositiveShare = Annotated[float, Strict(), Field(gt=0, le=1)]
-Keep = Union[PositiveCount, PositiveShare]  # noqa: UP007 (pydantic shows it so)
+
+
+def _is_a_number(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError("say how many rows (100) or which share of them (0.1, which is a tenth)")
+    return value
+
+
+Keep = Annotated[Union[PositiveCount, PositiveShare], BeforeValidator(_is_a_number)]  # noqa: UP007 (pydantic shows so)
 
 
 @config

@@ -20,8 +20,8 @@ from graftlm.data.cache import key as tokens_key
 from graftlm.data.convert import to_fields, write_lines
 from graftlm.data.render import Renderer
 from graftlm.data.source import SELECTED, Row
-from graftlm.errors import DataError, OutputError, RecipeError
-from graftlm.files import check_new, whole
+from graftlm.errors import DataError, RecipeError
+from graftlm.files import check_lines, check_new, whole
 from graftlm.model.load import base_config, cache_folder, load_base, locate, return_freed_memory
 from graftlm.training import display, ranks
 from graftlm.training.prove import prove
@@ -223,6 +223,5 @@ def write_rows(out: Path, rows: Sequence[Row], choices: Sequence[Choice]) -> lis
 
 def check_writable(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError where rows cannot be written, before anything is computed."""
-    if out.suffix != ".jsonl":
-        raise OutputError(f"{out}: rows are written one a line: give a name that ends in .jsonl")
+    check_lines(out)
     check_new(out, overwrite=overwrite)

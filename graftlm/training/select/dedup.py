@@ -7,7 +7,6 @@
 x [d] is the embedding of a row. That paper compares within clusters; here every row is compared with all that stay.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -15,7 +14,6 @@ import numpy as np
 from pydantic import Field, Strict
 
 from graftlm.config import config
-from graftlm.data.formats import Message
 from graftlm.data.near import LEAST, NEAR_WORDS, Words, grams, near_duplicates
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, embeddings
 
@@ -33,15 +31,17 @@ class DedupConfig(SelectorConfig):
 
 
 def score(config: DedupConfig, pool: Pool) -> Scores:
-    stays, seen = pool.usable, set[tuple[str, ...]]()
-    for number, row in enumerate(pool.rows):
-        said = tuple(f"{m.role}: {' '.join(_text(m).casefold().split())}" for m in row.messages)
-        stays[number] &= said not in seen
-        if stays[number]:
-            seen.add(said)
+    firsts: dict[str, int] = {}  # a row of more weight comes several times, and stays or goes as a whole
+    first = np.array([firsts.setdefault(row.where, number) for number, row in enumerate(pool.rows)], np.int64)
+    stays, seen = pool.usable & (first == np.arange(len(pool))), set[tuple[str, ...]]()
+    for number in np.flatnonzero(stays).tolist():
+        row = pool.rows[number]
+        said = tuple(f"{m.role}: {' '.join(m.all_text.casefold().split())}" for m in row.messages)
+        stays[number] = said not in seen
+        seen.add(said)
     if config.near is not None:
         left = np.flatnonzero(stays)
-        texts = ["\n".join(map(_text, pool.rows[number].messages)) for number in left.tolist()]
+        texts = ["\n".join(m.all_text for m in pool.rows[number].messages) for number in left.tolist()]
         stays[left[later_ones(texts, config.near)]] = False
     if config.similar is not None:
         points, kept = embeddings(pool), list[int]()
@@ -50,13 +50,7 @@ def score(config: DedupConfig, pool: Pool) -> Scores:
                 stays[number] = False
             else:
                 kept.append(number)
-    return np.where(stays, 0, LEFT_OUT).astype(np.float32)
-
-
-def _text(message: Message) -> str:
-    """All that a message says: thoughts and calls of tools are part of an answer."""
-    calls = [json.dumps(call["function"], sort_keys=True, default=str) for call in message.tool_calls]
-    return "\n".join(part for part in (message.thinking, message.content, *calls) if part)
+    return np.where(stays[first], 0, LEFT_OUT).astype(np.float32)
 
 
 def later_ones(texts: Sequence[str], least: float) -> list[int]:

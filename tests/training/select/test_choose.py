@@ -171,6 +171,9 @@ def test_what_is_there_is_not_overwritten(base_folder: Path, rows_file: Path, tm
         (["--by", "ifd", "--keep", "2", "--target", "x.jsonl"], "target: unknown key"),
         (["--keep", "2"], "--by"),
         (["--by", "format", "matches=nowhere"], "leaves out all 30 rows"),
+        (["--by", "format", "matches=["], r"'matches=\[': the value is not valid YAML"),
+        (["--by", "format", "matches"], "'matches': write an override as key=value"),
+        (["--by", "ifd", "--keep", "10%"], r"^--by ifd: keep: say how many rows \(100\) or which share.*'10%'\)$"),
     ],
 )
 def test_mistakes_are_explained(
@@ -179,6 +182,18 @@ def test_mistakes_are_explained(
     with pytest.raises(GraftError, match=said):
         select(rows_file, *arguments, "--base", base_folder, "--out", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_that_were_not_liked_are_chosen_among_too(base_folder: Path, tmp_path: Path) -> None:
+    """A recipe trains on what it chooses, and not on these; a file is chosen from as it is."""
+    file, kept = tmp_path / "liked.jsonl", tmp_path / "kept.jsonl"
+    rows = [{"prompt": f"{n}?", "completion": "one line", "label": n % 2 == 0} for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(f"data: {{train: {file}}}\nselect: {{by: dedup}}\n")
+    select(tmp_path / "recipe.yaml", "--base", base_folder, "--out", tmp_path / "fewer.jsonl")
+    assert len((tmp_path / "fewer.jsonl").read_text().splitlines()) == 2
+    select(file, "--by", "dedup", "--base", base_folder, "--out", kept)
+    assert [json.loads(line)["desirable"] for line in kept.read_text().splitlines()] == [True, False, True, False]
 
 
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:

@@ -122,13 +122,22 @@ def test_duplicates_leave_the_first(pool_of: Callable[..., Pool]) -> None:
     assert kept.tolist() == [True, True, False, True]
 
 
+def test_a_row_of_more_weight_is_no_duplicate_of_itself(pool_of: Callable[..., Pool]) -> None:
+    one, two = qa("a question", "one line", "1"), qa("A question", "one line", "2")
+    kept = np.isfinite(dedup.score(dedup.DedupConfig(similar=0.99), pool_of([one, one, *some_rows(2), two, two])))
+    assert kept.tolist() == [True, True, True, True, False, False]
+
+
 def test_rows_that_call_or_think_otherwise_are_no_duplicates(pool_of: Callable[..., Pool]) -> None:
-    def acts(city: str, thinking: str = "") -> Row:
+    def acts(number: int, city: str, thinking: str = "") -> Row:
         call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
         answer = Message("assistant", "", tool_calls=(call,), thinking=thinking)
-        return Row([Message("user", "what weather is it there, where you looked for it before?"), answer], city, city)
+        return Row(
+            [Message("user", "what weather is it there, where you looked for it before?"), answer], str(number), city
+        )
 
-    rows = [acts("Rome"), acts("Oslo"), acts("Rome"), acts("Rome", "of all the cities that there are it is this one")]
+    thought = "of all the cities that there are it is this one"
+    rows = [acts(1, "Rome"), acts(2, "Oslo"), acts(3, "Rome"), acts(4, "Rome", thought)]
     pool = pool_of(some_rows(4))
     pool.rows = rows
     for near in (0.8, None):
