@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -60,7 +61,7 @@ def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
     files = _rotary_files(model) if compiled else []
     rotary = [(file, file.apply_rotary_pos_emb) for file in files]
     for file, function in rotary:
-        file.apply_rotary_pos_emb = _compiled(function)
+        file.apply_rotary_pos_emb = _compiled(by_halves if turns_by_halves(function) else function)
     try:
         yield
     finally:
@@ -92,6 +93,40 @@ def _rotary_files(model: Any) -> list[Any]:
     """The modelling files with a function for rotary embeddings of their own, under the name that all of them use."""
     files = {type(module).__module__: sys.modules[type(module).__module__] for module in model.modules()}
     return [file for file in files.values() if hasattr(file, "apply_rotary_pos_emb")]
+
+
+def by_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The rotary embedding of most models: q and k [.. D] turned, dimension n with n + D / 2; cos and sin [rows, T, D].
+
+    For a compiler, which makes separate passes over memory of the concatenation that modelling files have in its place.
+    """
+    (cos, cos_), (sin, sin_) = (t.unsqueeze(unsqueeze_dim).chunk(2, -1) for t in (cos, sin))
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.stack([a * cos - b * sin, b * cos_ + a * sin_], -2).flatten(-2).to(x.dtype)
+
+    return turned(q), turned(k)
+
+
+@cache
+@torch.no_grad()
+def turns_by_halves(function: Callable[..., Any]) -> bool:
+    """Whether a modelling file's function is `by_halves`, found by what it does: other models turn neighbours, or only
+    a part of each head."""
+    q, k, cos, sin = (_probe(n, 8, torch.zeros(())).view(1, -1, 3, 8) for n in (12, 6, 3, 6))
+    cos, sin = cos[0], sin[0, 1:]
+    try:
+        found, wanted = function(q, k, cos, sin), by_halves(q, k, cos, sin)
+    except (TypeError, RuntimeError, ValueError):
+        return False
+    if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)):
+        return False
+    try:
+        function(q, k, cos[..., :4], sin[..., :4])
+    except RuntimeError:
+        return list(signature(function).parameters) == list(signature(by_halves).parameters)
+    return False
 
 
 def check_compiler(device: torch.device) -> None:

@@ -335,6 +335,14 @@ def test_nothing_of_one_segment_reaches_another() -> None:
     assert not torch.equal(before[:, 4:], after[:, 4:])
 
 
+@pytest.mark.parametrize("keys", [1, 60, 64, 95, 256, 257])
+def test_bf16_probabilities_of_any_number_of_keys_are_rounded_once(keys: int) -> None:
+    scores = (4 * normal(2, 6, keys, seed=0)).bfloat16()
+    found, wanted = ops._softmax(scores), scores.double().softmax(-1)
+    assert found.dtype == torch.bfloat16
+    assert float(((found.double() - wanted).abs() / wanted).max()) <= 0.501 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1)}])
 def test_attention_that_is_not_computed_here_is_refused(extra: dict[str, Any]) -> None:
     q, k, v = (normal(1, 2, 4, 8, seed=s) for s in range(3))
