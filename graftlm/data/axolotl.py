@@ -113,6 +113,8 @@ def parts(file: Path) -> list[Part]:
 def _entry(entry: Mapping[str, Any], where: str) -> tuple[str, Callable[[Fields], Fields]]:
     """The format and the renaming of one entry."""
     kind = entry.get("type")
+    if kind is None:
+        only(entry, _DATASET, _DATASET_CANNOT, where)  # it may be there, misspelt
     kind = "alpaca" if str(kind).startswith("alpaca:") else kind  # after the colon comes what stands around the rows
     if kind not in _TYPES:
         raise DataError(f"{where}: type: {kind!r:.60} is not read. Known: {', '.join(_TYPES)}")

@@ -22,6 +22,7 @@ ROLE_STYLES = {
     "end-of-turn": "magenta",
 }
 TRAINED = "bold black on green"
+TRAINED_LESS, TRAINED_MORE = "black on pale_green1", "bold white on dark_green"
 ATTENTION = {"control tokens in text", "left out"}
 
 
@@ -40,12 +41,22 @@ def preflight(report: Report, title: str = "pre-flight") -> RenderableType:
 
 
 def tokens(row: dict[str, Any]) -> RenderableType:
-    """One row of `data.check.shown_rows`: trained tokens on green, the others by role."""
-    text = Text()
-    for token in row["tokens"]:
-        text.append(token["text"], style=TRAINED if token["weight"] else ROLE_STYLES[token["role"]])
-    legend = Text.assemble(("trained", TRAINED), "  ", *((f"{role}  ", style) for role, style in ROLE_STYLES.items()))
+    """One row of `data.check.shown_rows`: trained tokens on green, lighter or darker where their weight is not 1, the
+    others by role."""
+    text, weights = Text(), [token["weight"] for token in row["tokens"]]
+    for token, weight in zip(row["tokens"], weights, strict=True):
+        text.append(token["text"], style=_trained(weight) if weight else ROLE_STYLES[token["role"]])
+    legend = Text.assemble(("trained", TRAINED), "  ")
+    for name, some in (("less", [w for w in weights if 0 < w < 1]), ("more", [w for w in weights if w > 1])):
+        if some:
+            legend.append(f"with {name} weight", style=_trained(some[0])).append("  ")
+    for role, style in ROLE_STYLES.items():
+        legend.append(f"{role}  ", style=style)
     return Panel(Group(text, Text(), legend), title=Text(row["where"]), title_align="left")
+
+
+def _trained(weight: float) -> str:
+    return TRAINED if weight == 1 else TRAINED_LESS if weight < 1 else TRAINED_MORE
 
 
 def progress(console: Console) -> Progress:

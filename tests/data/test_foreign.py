@@ -277,6 +277,7 @@ def test_a_template_of_the_whole_file_is_told_and_not_used(tmp_path: Path) -> No
     [
         ({"field_mesages": "x"}, {}, "field_mesages: unknown key. Did you mean 'field_messages'"),
         ({"type": "input_output"}, {}, "type: 'input_output' is not read. Known: chat_template"),
+        ({"type": None, "typ": "alpaca"}, {}, "typ: unknown key. Did you mean 'type'"),
         ({"train_on_eos": "last"}, {}, "train_on_eos: 'last' cannot be honoured"),
         (
             {"chat_template": "chatml"},
