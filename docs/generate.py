@@ -312,6 +312,35 @@ def _masks(result: dict[str, Any]) -> str:
     return _rows({what: f"{held} of {count}"}, _where("masks", result))
 
 
+def _rendering(result: dict[str, Any]) -> str:
+    config = result["config"]
+    cached = f"a second start with {config['cached_rows']:,} rows"
+    rows_of = {
+        "rows to ids and masks, against TRL's preparation": f"{result['times_faster']:.1f} times as fast",
+        cached: f"{max(result['second_start_s']):.1f} s, reading the file included",
+    }
+    return _rows(rows_of, _where("rendering", result))
+
+
+def _streaming(result: dict[str, Any]) -> str:
+    what = f"memory of a stream of {result['rows']:,} rows, all processes"
+    return _rows({what: f"{result['most_above_start_mib']:.0f} MiB above the start"}, _where("streaming", result))
+
+
+def _selection(result: dict[str, Any]) -> str:
+    found = result["demo"]
+    means, best = found["held_out_loss_mean"], found["best"]
+    rows_of = {
+        "LESS: rows of a task found among others, at 5 % of the pool": ", ".join(
+            f"{recall:.0%}" for recall in result["planted"]["recall_at_5_percent"]
+        ),
+        f"10 % chosen by {best} against 10 % drawn: held-out loss, mean of {len(found['held_out_loss'][best])} seeds": (
+            f"{means[best]:.2f} against {means['drawn']:.2f}, better in {found['wins']}"
+        ),
+    }
+    return _rows(rows_of, _where("selection", result))
+
+
 def _preference(result: dict[str, Any]) -> str:
     rows = {
         f"a DPO step, {threads} thread{'s' * (threads != '1')}, against TRL + PEFT at its best": (
@@ -352,6 +381,9 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "startup": _startup,
     "damaged_rows": _damaged_rows,
     "masks": _masks,
+    "rendering": _rendering,
+    "streaming": _streaming,
+    "selection": _selection,
     "preference": _preference,
     "dpo_task": _dpo_task,
     "crash": _crash,
