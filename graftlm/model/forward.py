@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from graftlm.errors import TrainingError
+from graftlm.model import kernels
 from graftlm.model.attach import deltas_off
 from graftlm.model.hosts import LayerHost
 from graftlm.model.ops import (
@@ -27,6 +28,7 @@ from graftlm.model.ops import (
     Elementwise,
     Plan,
     Readings,
+    by_halves,
     head_log_probs,
     head_readings,
     linear_log_probs,
@@ -34,34 +36,36 @@ from graftlm.model.ops import (
     segment_attention,
 )
 
-SEGMENTS = "graft_segments"
+SEGMENTS, SEGMENTS_BY_KERNELS = "graft_segments", "graft_segments_by_kernels"
 AttentionInterface.register(SEGMENTS, segment_attention)
+AttentionInterface.register(SEGMENTS_BY_KERNELS, partial(segment_attention, attend=kernels.attention))
 
 
 @contextmanager
 def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
     """Inside, the model attends by segments and needs a plan; outside, as it did before (generation, evaluation).
 
-    Held over the backward pass too, where recomputation may run the forward pass again. With `compiled`, torch.compile
-    fuses the element-wise work: norms, gated units and rotary embeddings. Only these, because every layer, pack and
-    model of a kind shares their few kernels, whatever deltas sit between them.
+    Held over the backward pass too, where recomputation may run the forward pass again. With `compiled`, what lies
+    between the products is done by compiled code: norms, gated units, rotary embeddings and attention by our kernels
+    for a processor, where they serve the model's dtype; elsewhere all but attention by torch.compile. Only these,
+    because every layer, pack and model of a kind shares them, whatever deltas sit between them.
     """
     if is_packed(model):
         yield
         return
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
+    own_kernels = compiled and kernels.serves(model.device, model.dtype)
     for config, _ in before:
-        config._attn_implementation = SEGMENTS
+        config._attn_implementation = SEGMENTS_BY_KERNELS if own_kernels else SEGMENTS
     hosted = {id(host.base) for host in model.modules() if isinstance(host, LayerHost)}  # with a gain that is learnt
     faster = [(module, forward) for module, forward in _faster(model) if id(module) not in hosted]
-    elementwise = _compiled_elementwise() if compiled else ELEMENTWISE
+    elementwise = KERNELS if own_kernels else _compiled_elementwise() if compiled else ELEMENTWISE
     for module, forward in faster:
         module.forward = partial(forward, elementwise)
-    files = _rotary_files(model) if compiled else []
-    rotary = [(file, file.apply_rotary_pos_emb) for file in files]
+    rotary = [(file, file.apply_rotary_pos_emb) for file in _rotary_files(model)]
     for file, function in rotary:
-        file.apply_rotary_pos_emb = _compiled(by_halves if turns_by_halves(function) else function)
+        file.apply_rotary_pos_emb = _rotary(function, elementwise)
     try:
         yield
     finally:
@@ -71,6 +75,16 @@ def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
             del module.forward
         for file, function in rotary:
             file.apply_rotary_pos_emb = function
+
+
+KERNELS = Elementwise(kernels.rms_norm, kernels.silu_gate, kernels.rotary)
+
+
+def _rotary(function: Callable[..., Any], elementwise: Elementwise) -> Callable[..., Any]:
+    """What takes the place of a modelling file's function."""
+    if elementwise.rotary is not None and turns_by_halves(function):
+        return elementwise.rotary
+    return _compiled(function) if elementwise is _compiled_elementwise() else function
 
 
 @cache
@@ -86,6 +100,7 @@ def _compiled_elementwise() -> Elementwise:
             lambda x, gain, eps: torch.nn.functional.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
         ),
         _compiled(lambda gate, up: torch.nn.functional.silu(gate) * up),
+        _compiled(by_halves),
     )
 
 
@@ -93,20 +108,6 @@ def _rotary_files(model: Any) -> list[Any]:
     """The modelling files with a function for rotary embeddings of their own, under the name that all of them use."""
     files = {type(module).__module__: sys.modules[type(module).__module__] for module in model.modules()}
     return [file for file in files.values() if hasattr(file, "apply_rotary_pos_emb")]
-
-
-def by_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """The rotary embedding of most models: q and k [.. D] turned, dimension n with n + D / 2; cos and sin [rows, T, D].
-
-    For a compiler, which makes separate passes over memory of the concatenation that modelling files have in its place.
-    """
-    (cos, cos_), (sin, sin_) = (t.unsqueeze(unsqueeze_dim).chunk(2, -1) for t in (cos, sin))
-
-    def turned(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return torch.stack([a * cos - b * sin, b * cos_ + a * sin_], -2).flatten(-2).to(x.dtype)
-
-    return turned(q), turned(k)
 
 
 @cache
@@ -289,7 +290,7 @@ def _is_linear(layer: Any, scale: float) -> bool:
 
 
 def is_packed(model: Any) -> bool:
-    return bool(model.config._attn_implementation == SEGMENTS)
+    return model.config._attn_implementation in (SEGMENTS, SEGMENTS_BY_KERNELS)
 
 
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}

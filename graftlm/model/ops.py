@@ -162,14 +162,30 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, gain.shape, gain, eps)
 
 
+def by_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The rotary embedding of most models: q and k [.. D] turned, dimension n with n + D / 2; cos and sin [rows, T, D].
+
+    For a compiler, which makes separate passes over memory of the concatenation that modelling files have in its place.
+    """
+    (cos, cos_), (sin, sin_) = (t.unsqueeze(unsqueeze_dim).chunk(2, -1) for t in (cos, sin))
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.stack([a * cos - b * sin, b * cos_ + a * sin_], -2).flatten(-2).to(x.dtype)
+
+    return turned(q), turned(k)
+
+
 class Elementwise(NamedTuple):
     """Ways to compute what a block does between its products."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     silu_gate: Callable[[Tensor, Tensor], Tensor]
+    rotary: Callable[..., tuple[Tensor, Tensor]] | None
+    """`by_halves`; None for the model's own code, which is as fast where nothing is compiled."""
 
 
-ELEMENTWISE = Elementwise(rms_norm, silu_gate)
+ELEMENTWISE = Elementwise(rms_norm, silu_gate, None)
 
 
 # Attention over the segments of a pack ---------------------------------------------------------------------------
@@ -201,6 +217,7 @@ class Plan:
     """The segment that each one continues, -1 for none: it sees all those on the way there. None: no one continues."""
     masks: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict)
     tiled: dict[tuple[int, int | None], list["Tile"]] = field(default_factory=dict)
+    as_kernels_read: dict[int, Any] = field(default_factory=dict)
 
     def tiles(self, always: int, at_once: int | None) -> list[Tile]:
         """The queries of each segment in equal parts of about `at_once`, with the keys of the row up to there.
@@ -245,7 +262,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """What a layer's attention is beside its inputs."""
 
     plan: Plan
@@ -284,7 +301,7 @@ class _TiledAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         (H, T, D), G = q.shape, k.shape[0]
         out = q.new_empty(T, H, v.shape[-1])
         kept: list[Tensor | None] = []
@@ -329,7 +346,15 @@ def _add_at(t: Tensor, ranges: list[slice], values: Tensor) -> None:
         t[:, r] += part
 
 
-def _stock_attention(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """Attention of the segments of a rule's plan: q [H, T, D], k and v [G, always + T, D] -> [T, H, D]."""
+    if q.device.type != "cpu":
+        return _stock_attention(q, k, v, rule)
+    out: Tensor = _TiledAttention.apply(q, k, v, rule)
+    return out
+
+
+def _stock_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """The same by torch's own kernels, a segment at a time: for devices where those are fast."""
     outputs = []
     for tile in rule.plan.tiles(rule.always, None):
@@ -356,6 +381,7 @@ def segment_attention(
     attention_mask: Tensor | None = None,
     *,
     plan: Plan,
+    attend: Callable[[Tensor, Tensor, Tensor, Rule], Tensor] = tiled_attention,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -378,8 +404,7 @@ def segment_attention(
     if before is not None:
         always = before[0].shape[2]
         key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-    rule = _Rule(plan, scale, sliding_window, softcap, always)
-    attend = _TiledAttention.apply if query.device.type == "cpu" else _stock_attention
+    rule = Rule(plan, scale, sliding_window, softcap, always)
     return attend(query[0], key[0], value[0], rule)[None], None
 
 

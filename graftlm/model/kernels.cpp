@@ -1,0 +1,416 @@
+// What a training step does between its large products, on a processor and in bfloat16: attention over the segments
+// of a pack, root-mean-square norms, gated units and rotary embeddings, forward and backward. `kernels.py` builds and
+// calls them; each says its equation and is tested against it.
+//
+// Numbers are stored in bfloat16 and computed in float32, sixteen at a time. Products take bfloat16 in pairs, as
+// processors multiply them (vdpbf16ps): both numbers of a pair stand next to each other, and are summed over.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+using bf16 = uint16_t;
+using pair = uint32_t;  // two bf16, the first one in the lower half
+constexpr int LANES = 16;
+using f32s = float __attribute__((vector_size(64)));
+using u32s = uint32_t __attribute__((vector_size(64)));
+using i32s = int32_t __attribute__((vector_size(64)));
+using bf16s = bf16 __attribute__((vector_size(32)));
+static const i32s LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+template <class To, class From>
+static inline To as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+template <class Vector, class Number>
+static inline Vector read(const Number* from) {
+    Vector v;
+    memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+static inline f32s all(float x) { return f32s{} + x; }
+static inline f32s floats(const bf16* x) { return as<f32s>(__builtin_convertvector(read<bf16s>(x), u32s) << 16); }
+
+static inline void write(float* to, f32s x) { memcpy(to, &x, sizeof(x)); }
+
+static inline void write(bf16* to, f32s x) {  // rounded to the nearest, to even where two are as near
+#ifdef __AVX512BF16__
+    const bf16s y = as<bf16s>(_mm512_cvtneps_pbh(as<__m512>(x)));
+#else
+    const u32s bits = as<u32s>(x);
+    const u32s nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const bf16s y = __builtin_convertvector(x == x ? nearest : (bits >> 16) | 0x40, bf16s);  // not a number stays so
+#endif
+    memcpy(to, &y, sizeof(y));
+}
+
+static inline f32s dot(f32s sum, u32s a, u32s b) {
+#ifdef __AVX512BF16__
+    return as<f32s>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(a), as<__m512bh>(b)));
+#else
+    sum += as<f32s>(a << 16) * as<f32s>(b << 16);
+    return sum + as<f32s>(a & 0xffff0000) * as<f32s>(b & 0xffff0000);
+#endif
+}
+
+static inline float sum(f32s x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+static inline float largest(f32s x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = std::max(most, x[i]);
+    return most;
+}
+
+// e^x for x in -87 .. 88, the nearest of these elsewhere; what is not a number stays so. e^x = 2^n e^r with r within
+// ln 2 / 2 of 0, and for e^r a polynomial (Cephes' expf), good to the last place or two of float32.
+static inline f32s exponential(f32s x) {
+    x = x < -87.0f ? all(-87.0f) : x;
+    x = x > 88.0f ? all(88.0f) : x;
+    const f32s shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 has no place for a fraction: n in the lowest bits
+    const f32s n = shifted - 12582912.0f;
+    const f32s r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact
+    f32s p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return as<f32s>(as<u32s>(p) + (as<u32s>(shifted) << 23));
+}
+
+static int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+using Room = std::unique_ptr<T[], decltype(&std::free)>;
+
+template <class T>
+static Room<T> room(long n) {  // as it comes, not zero
+    return {static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64)), &std::free};
+}
+
+// Products of small matrices ------------------------------------------------------------------------------------------
+
+struct Pairs {  // a matrix of pairs: (row, k) stands at [row * by_row + k * by_k]
+    const pair* at;
+    long by_row, by_k;
+};
+
+static Pairs in_rows(const bf16* at, long by_row) { return {reinterpret_cast<const pair*>(at), by_row / 2, 1}; }
+
+// R rows and V * 16 columns of a product, which stay in registers
+template <int R, int V>
+static void block(Pairs a, const pair* b, long b_row, float* c, long c_row, int K, bool add) {
+    f32s sums[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r][v] = add ? read<f32s>(c + r * c_row + v * LANES) : f32s{};
+    for (int k = 0; k < K; k++) {
+        u32s columns[V];
+        for (int v = 0; v < V; v++) columns[v] = read<u32s>(b + k * b_row + v * LANES);
+        for (int r = 0; r < R; r++) {
+            const u32s row = u32s{} + a.at[r * a.by_row + k * a.by_k];
+            for (int v = 0; v < V; v++) sums[r][v] = dot(sums[r][v], row, columns[v]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) write(c + r * c_row + v * LANES, sums[r][v]);
+}
+
+template <int V>
+static void strip(int rows, Pairs a, const pair* b, long b_row, float* c, long c_row, int K, bool add) {
+    const auto down = [&](auto block_of, int R) {
+        for (; rows >= R; rows -= R, a.at += R * a.by_row, c += R * c_row) block_of(a, b, b_row, c, c_row, K, add);
+    };
+    down(block<6, V>, 6);
+    down(block<2, V>, 2);
+    down(block<1, V>, 1);
+}
+
+// c [rows, columns] = (with `add`, +=) the sum over K of a(row, k) . b [K, columns]; columns in sixteens
+static void product(int rows, int columns, int K, Pairs a, const pair* b, long b_row, float* c, long c_row,
+                    bool add = false) {
+    int n = 0;
+    for (; n + 4 * LANES <= columns; n += 4 * LANES) strip<4>(rows, a, b + n, b_row, c + n, c_row, K, add);
+    const auto rest = (columns - n) / LANES == 3 ? strip<3> : (columns - n) / LANES == 2 ? strip<2> : strip<1>;
+    if (n < columns) rest(rows, a, b + n, b_row, c + n, c_row, K, add);
+}
+
+// Attention -----------------------------------------------------------------------------------------------------------
+
+struct Heads {  // bf16 (head, token, D): a row of D numbers at [head * by_head + token * by_token]
+    bf16* at;
+    long by_head, by_token;
+    bf16* row(int head, int token) const { return at + head * by_head + token * by_token; }
+};
+
+struct Shape {
+    int queries, keys;  // tokens of the pack; the same and what stands before all of them
+    int H, G, D;        // heads of queries, heads of keys and values, numbers of each
+    float scale;
+    int threads;
+};
+
+struct Segment {  // `length` queries from `start`; they see all of `keys` keys but those of their own that come later
+    int start, length, keys, ranges;
+    const int* range;  // [2 * ranges]: where the keys stand, from and to
+};
+
+constexpr int QUERIES = 48;  // at a time: their scores stay in the cache for the next pass, products are not flat
+
+static int most_keys(const Segment* segments, int count) {
+    int most = 0;
+    for (int n = 0; n < count; n++) most = std::max(most, up_to(segments[n].keys, LANES));
+    return most;
+}
+
+template <class Do>
+static void each_key(const Segment& s, Do work) {
+    int n = 0;
+    for (int r = 0; r < s.ranges; r++)
+        for (int key = s.range[2 * r]; key < s.range[2 * r + 1]; key++) work(n++, key);
+}
+
+static const bf16 ZEROS[1 << 15] = {};
+
+// Two rows of n numbers -> n pairs
+static void zip(const bf16* first, const bf16* second, int n, pair* to) {
+    for (int i = 0; i < n; i++) to[i] = first[i] | static_cast<pair>(second[i]) << 16;
+}
+
+// Rows under each other [count, n], count even or a row of zeros more -> [count / 2, n] pairs of neighbouring rows
+static void zip_rows(const bf16* rows, long by_row, int count, int n, pair* to) {
+    for (int i = 0; i < count; i += 2)
+        zip(rows + i * by_row, i + 1 < count ? rows + (i + 1) * by_row : ZEROS, n, to + i / 2 * n);
+}
+
+// The S keys of a segment [S, D], zeros up to `padded` -> [D / 2, padded]: pairs along D, to sum over D
+static void over_D(const Segment& s, Heads t, int head, int D, int padded, pair* to) {
+    each_key(s, [&](int n, int key) {
+        const bf16* row = t.row(head, key);
+        for (long d = 0; d < D / 2; d++) to[d * padded + n] = read<pair>(row + 2 * d);
+    });
+    for (long d = 0; d < D / 2; d++) std::fill(to + d * padded + s.keys, to + (d + 1) * padded, 0);
+}
+
+// The same -> [padded / 2, D]: pairs of neighbouring keys, to sum over keys
+static void over_keys(const Segment& s, Heads t, int head, int D, int padded, pair* to) {
+    const bf16* even = ZEROS;
+    const auto add = [&](int n, const bf16* row) {
+        if (n % 2) zip(even, row, D, to + n / 2 * D);
+        even = row;
+    };
+    each_key(s, [&](int n, int key) { add(n, t.row(head, key)); });
+    for (int n = s.keys; n < padded; n++) add(n, ZEROS);
+}
+
+// out = P v for P = softmax(scale q k^T) over the keys that each query sees. log_sums [H, queries]: the log of the sum
+// of exp(scale q k^T), by which the backward pass has P again
+extern "C" void attend(Heads q, Heads k, Heads v, Heads out, float* log_sums, Shape shape, const Segment* segments,
+                       int count) {
+    const int G = shape.G, D = shape.D, group = shape.H / G, most = most_keys(segments, count);
+#pragma omp parallel num_threads(shape.threads)
+    {
+        const auto keys = room<pair>(most * D / 2), values = room<pair>(most * D / 2);
+        const auto scores = room<float>(QUERIES * most), made = room<float>(QUERIES * D), sums = room<float>(QUERIES);
+        const auto P = room<bf16>(QUERIES * most);
+#pragma omp for schedule(static, 1)
+        for (int task = 0; task < count * G; task++) {
+            const Segment& s = segments[task / G];
+            const int g = task % G, padded = up_to(s.keys, LANES);
+            over_D(s, k, g, D, padded, keys.get());
+            over_keys(s, v, g, D, padded, values.get());
+            for (int h = g * group; h < (g + 1) * group; h++)
+                for (int first = 0; first < s.length; first += QUERIES) {
+                    const int rows = std::min(QUERIES, s.length - first), start = s.start + first;
+                    const int before = s.keys - s.length + first, seen = up_to(before + rows, LANES);
+                    product(rows, seen, D / 2, in_rows(q.row(h, start), q.by_token), keys.get(), padded, &scores[0],
+                            padded);
+                    for (int i = 0; i < rows; i++) {
+                        const float* score = &scores[i * padded];
+                        const int own = before + i + 1;
+                        f32s tops = all(-INFINITY), total{};
+                        for (int j = 0; j < own; j += LANES) {
+                            const f32s x = read<f32s>(score + j);
+                            tops = (LANE < own - j) & (x > tops) ? x : tops;
+                        }
+                        const float top = largest(tops);
+                        for (int j = 0; j < seen; j += LANES) {
+                            const f32s p = exponential((read<f32s>(score + j) - top) * shape.scale);
+                            const f32s shown = LANE < own - j ? p : f32s{};
+                            total += shown;
+                            write(&P[i * padded + j], shown);
+                        }
+                        sums[i] = sum(total);
+                        log_sums[h * shape.queries + start + i] = top * shape.scale + std::log(sums[i]);
+                    }
+                    product(rows, D, seen / 2, in_rows(P.get(), padded), values.get(), D, &made[0], D);
+                    for (int i = 0; i < rows; i++)
+                        for (int d = 0; d < D; d += LANES)
+                            write(out.row(h, start + i) + d, read<f32s>(&made[i * D + d]) / sums[i]);
+                }
+        }
+    }
+}
+
+// With dP = dO v^T and dS = scale P (dP - the sum of P dP over keys): dq = dS k, dk = dS^T q, dv = P^T dO. What several
+// segments and heads add to dk and dv [keys, G, D] is summed in float32, by thread and then in the order of threads, so
+// that a number of threads has one result
+extern "C" void attend_backward(Heads dO, Heads q, Heads k, Heads v, const float* log_sums, Heads dq, bf16* dk,
+                                bf16* dv, Shape shape, const Segment* segments, int count) {
+    const int G = shape.G, D = shape.D, group = shape.H / G, most = most_keys(segments, count);
+    const long size = static_cast<long>(shape.keys) * G * D;
+    const auto by_thread = room<float>(2 * size * shape.threads);
+#pragma omp parallel num_threads(shape.threads)
+    {
+        float* all_dk = &by_thread[2 * size * omp_get_thread_num()];
+        std::fill(all_dk, all_dk + 2 * size, 0.0f);
+        const auto keys = room<pair>(most * D / 2), values = room<pair>(most * D / 2), keys_ = room<pair>(most * D / 2);
+        const auto queries_ = room<pair>(QUERIES * D / 2), dO_ = room<pair>(QUERIES * D / 2);
+        const auto P_ = room<pair>(QUERIES * most / 2), dS_ = room<pair>(QUERIES * most / 2);
+        const auto P = room<bf16>(QUERIES * most), dS = room<bf16>(QUERIES * most);
+        const auto scores = room<float>(QUERIES * most), dP = room<float>(QUERIES * most);
+        const auto made = room<float>(QUERIES * D);
+        const auto sum_dk = room<float>(most * D), sum_dv = room<float>(most * D);
+#pragma omp for schedule(static, 1)
+        for (int task = 0; task < count * G; task++) {
+            const Segment& s = segments[task / G];
+            const int g = task % G, padded = up_to(s.keys, LANES);
+            over_D(s, k, g, D, padded, keys.get());
+            over_D(s, v, g, D, padded, values.get());
+            over_keys(s, k, g, D, padded, keys_.get());
+            std::fill(&sum_dk[0], &sum_dk[padded * D], 0.0f);
+            std::fill(&sum_dv[0], &sum_dv[padded * D], 0.0f);
+            for (int h = g * group; h < (g + 1) * group; h++)
+                for (int first = 0; first < s.length; first += QUERIES) {
+                    const int rows = std::min(QUERIES, s.length - first), start = s.start + first;
+                    const int before = s.keys - s.length + first, seen = up_to(before + rows, LANES);
+                    product(rows, seen, D / 2, in_rows(q.row(h, start), q.by_token), keys.get(), padded, &scores[0],
+                            padded);
+                    product(rows, seen, D / 2, in_rows(dO.row(h, start), dO.by_token), values.get(), padded, &dP[0],
+                            padded);
+                    for (int i = 0; i < rows; i++) {
+                        float *p = &scores[i * padded], *dp = &dP[i * padded];
+                        const float log_sum = log_sums[h * shape.queries + start + i];
+                        f32s total{};
+                        for (int j = 0; j < seen; j += LANES) {
+                            const f32s whole = exponential(read<f32s>(p + j) * shape.scale - log_sum);
+                            const f32s shown = LANE < before + i + 1 - j ? whole : f32s{};
+                            total += shown * read<f32s>(dp + j);
+                            write(p + j, shown);
+                            write(&P[i * padded + j], shown);
+                        }
+                        const float mean = sum(total);
+                        for (int j = 0; j < seen; j += LANES)
+                            write(&dS[i * padded + j], read<f32s>(p + j) * (read<f32s>(dp + j) - mean) * shape.scale);
+                    }
+                    product(rows, D, seen / 2, in_rows(dS.get(), padded), keys_.get(), D, &made[0], D);
+                    for (int i = 0; i < rows; i++)
+                        for (int d = 0; d < D; d += LANES)
+                            write(dq.row(h, start + i) + d, read<f32s>(&made[i * D + d]));
+                    zip_rows(P.get(), padded, rows, seen, P_.get());
+                    zip_rows(dS.get(), padded, rows, seen, dS_.get());
+                    zip_rows(q.row(h, start), q.by_token, rows, D, queries_.get());
+                    zip_rows(dO.row(h, start), dO.by_token, rows, D, dO_.get());
+                    product(seen, D, (rows + 1) / 2, {dS_.get(), 1, seen}, queries_.get(), D, &sum_dk[0], D, true);
+                    product(seen, D, (rows + 1) / 2, {P_.get(), 1, seen}, dO_.get(), D, &sum_dv[0], D, true);
+                }
+            each_key(s, [&](int n, int key) {
+                float *to_dk = all_dk + (static_cast<long>(key) * G + g) * D, *to_dv = to_dk + size;
+                for (int d = 0; d < D; d++) to_dk[d] += sum_dk[n * D + d], to_dv[d] += sum_dv[n * D + d];
+            });
+        }
+#pragma omp for schedule(static)
+        for (long i = 0; i < size; i += LANES) {
+            f32s for_k{}, for_v{};
+            for (int thread = 0; thread < shape.threads; thread++) {
+                for_k += read<f32s>(&by_thread[2 * size * thread + i]);
+                for_v += read<f32s>(&by_thread[2 * size * thread + size + i]);
+            }
+            write(dk + i, for_k);
+            write(dv + i, for_v);
+        }
+    }
+}
+
+// Passes over memory --------------------------------------------------------------------------------------------------
+
+// y = gain x / sqrt(mean(x^2) + eps) over rows of d
+extern "C" void rms_norm(const bf16* x, const bf16* gain, bf16* y, long rows, int d, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const bf16* x_ = x + row * d;
+        f32s squares{};
+        for (int i = 0; i < d; i += LANES) squares += floats(x_ + i) * floats(x_ + i);
+        const float by = 1 / std::sqrt(sum(squares) / d + eps);
+        for (int i = 0; i < d; i += LANES) write(y + row * d + i, floats(x_ + i) * by * floats(gain + i));
+    }
+}
+
+// dx = by (u - x by^2 mean(u x)) for u = gain dy and by = 1 / sqrt(mean(x^2) + eps)
+extern "C" void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* gain, bf16* dx, long rows, int d,
+                                  float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const bf16 *x_ = x + row * d, *dy_ = dy + row * d;
+        f32s squares{}, along{};
+        for (int i = 0; i < d; i += LANES) {
+            squares += floats(x_ + i) * floats(x_ + i);
+            along += floats(x_ + i) * floats(dy_ + i) * floats(gain + i);
+        }
+        const float by = 1 / std::sqrt(sum(squares) / d + eps), back = by * by * sum(along) / d;
+        for (int i = 0; i < d; i += LANES)
+            write(dx + row * d + i, by * (floats(dy_ + i) * floats(gain + i) - floats(x_ + i) * back));
+    }
+}
+
+// y = g sigmoid(g) up, over n numbers, n in sixteens
+extern "C" void silu_gate(const bf16* gate, const bf16* up, bf16* y, long n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i += LANES) {
+        const f32s g = floats(gate + i);
+        write(y + i, g / (1 + exponential(-g)) * floats(up + i));
+    }
+}
+
+// dgate = dy up s (1 + g (1 - s)), dup = dy g s, for s = sigmoid(g)
+extern "C" void silu_gate_backward(const bf16* dy, const bf16* gate, const bf16* up, bf16* dgate, bf16* dup, long n,
+                                   int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i += LANES) {
+        const f32s g = floats(gate + i), dy_ = floats(dy + i), s = 1 / (1 + exponential(-g));
+        write(dgate + i, dy_ * floats(up + i) * s * (1 + g * (1 - s)));
+        write(dup + i, dy_ * g * s);
+    }
+}
+
+// Each head's numbers turned, n with n + D / 2: y = a cos - b sin, b cos + a sin. `back` turns the other way, which is
+// the gradient. cos and sin [tokens, D]
+extern "C" void rotate(Heads x, const bf16* cos, const bf16* sin, Heads y, int heads, int tokens, int D, bool back,
+                       int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < tokens; t++)
+        for (int h = 0; h < heads; h++)
+            for (int i = 0, j = D / 2; i < D / 2; i += LANES, j += LANES) {
+                const bf16 *in = x.row(h, t), *c = cos + static_cast<long>(t) * D, *s = sin + static_cast<long>(t) * D;
+                const f32s a = floats(in + i), b = floats(in + j);
+                const f32s sin_a = back ? -floats(s + j) : floats(s + i), sin_b = back ? -floats(s + i) : floats(s + j);
+                write(y.row(h, t) + i, a * floats(c + i) - b * sin_a);
+                write(y.row(h, t) + j, b * floats(c + j) + a * sin_b);
+            }
+}

@@ -1,0 +1,258 @@
+"""What `kernels.cpp` computes, as functions with gradients: bfloat16 on a processor.
+
+The file is built by the machine's C++ compiler when it is first asked for, and kept in the cache folder, by what it was
+built from. It stands beside torch in the process, and shares its threads.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from graftlm.errors import TrainingError
+from graftlm.files import whole
+from graftlm.model import ops
+from graftlm.model.load import cache_folder
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+LANES = 16
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("by_head", ctypes.c_long), ("by_token", ctypes.c_long)]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("queries", "keys", "H", "G", "D")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    ]
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("start", "length", "keys", "ranges")),
+        ("range", ctypes.POINTER(ctypes.c_int)),
+    ]
+
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+_ARGUMENTS = {
+    "attend": [_Heads] * 4 + [_POINTER, _Shape, _POINTER, _INT],
+    "attend_backward": [_Heads] * 4 + [_POINTER, _Heads, _POINTER, _POINTER, _Shape, _POINTER, _INT],
+    "rms_norm": [_POINTER] * 3 + [_LONG, _INT, _FLOAT, _INT],
+    "rms_norm_backward": [_POINTER] * 4 + [_LONG, _INT, _FLOAT, _INT],
+    "silu_gate": [_POINTER] * 3 + [_LONG, _INT],
+    "silu_gate_backward": [_POINTER] * 5 + [_LONG, _INT],
+    "rotate": [_Heads, _POINTER, _POINTER, _Heads, _INT, _INT, _INT, ctypes.c_bool, _INT],
+}
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for tensors of a device and a dtype."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and sys.platform == "linux"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """kernels.cpp, built if it is not yet. Raises TrainingError with what the compiler said."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise TrainingError(
+            "train.compile: there is no C++ compiler here (no g++, clang++ or $CXX). Install one (apt-get install g++) "
+            "or leave train.compile at false"
+        )
+    native = _said(compiler, *FLAGS, "-###", "-E", "-x", "c++", "-")
+    what = (SOURCE.read_text(), FLAGS, _said(compiler, "--version"), native)
+    built = cache_folder() / "kernels" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    if not built.is_file():
+        with whole(built) as draft:
+            done = subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(draft)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise TrainingError(f"train.compile: {compiler} cannot build {SOURCE}:\n{done.stderr[-2000:]}")
+    found = ctypes.CDLL(str(built))
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def _said(*command: str) -> str:
+    """What a compiler says, with what `native` means on this machine: the folder may be shared by several."""
+    done = subprocess.run([*command], input="", capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def _heads(t: Tensor) -> _Heads:
+    assert t.stride(-1) == 1
+    return _Heads(t.data_ptr(), t.stride(0), t.stride(1))
+
+
+def _by_token(t: Tensor) -> Tensor:
+    """t [heads, T, D] with the numbers of a head next to each other."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _like(t: Tensor) -> Tensor:
+    """Room for [heads, T, D] that lies as [T, heads, D], as products want it."""
+    return t.new_empty(t.shape[1], t.shape[0], t.shape[2]).transpose(0, 1)
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+class _Segments:
+    """A plan's segments as the kernels read them."""
+
+    def __init__(self, plan: ops.Plan, always: int) -> None:
+        tiles = plan.tiles(always, None)
+        ends = [[end for keys in tile.keys for end in (keys.start, keys.stop)] for tile in tiles]
+        self.ranges = [(ctypes.c_int * len(each))(*each) for each in ends]
+        self.array = (_Segment * len(tiles))(
+            *(
+                _Segment(tile.queries.start, *tile.shape, len(tile.keys), range_)
+                for tile, range_ in zip(tiles, self.ranges, strict=True)
+            )
+        )
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float) -> Tensor:
+        q, k, v = _by_token(q), _by_token(k), _by_token(v)
+        (H, T, D), (G, keys, _) = q.shape, k.shape
+        out, log_sums = _like(q), torch.empty(H, T)
+        ctx.shape = _Shape(T, keys, H, G, D, scale, torch.get_num_threads())
+        rest = (log_sums.data_ptr(), ctx.shape, segments.array, len(segments.array))
+        library().attend(_heads(q), _heads(k), _heads(v), _heads(out), *rest)
+        ctx.segments = segments
+        ctx.save_for_backward(q, k, v, log_sums)
+        return out.transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_sums = ctx.saved_tensors
+        dq, dk, dv = _like(q), _like(k), _like(v)
+        inputs = (_heads(_by_token(grad.transpose(0, 1))), _heads(q), _heads(k), _heads(v), log_sums.data_ptr())
+        outputs = (_heads(dq), dk.data_ptr(), dv.data_ptr(), ctx.shape)
+        library().attend_backward(*inputs, *outputs, ctx.segments.array, len(ctx.segments.array))
+        return dq, dk, dv, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rule: ops.Rule) -> Tensor:
+    """`ops.tiled_attention`, for heads of one width, in sixteens; windows and capped scores are left to it."""
+    D, longest = q.shape[-1], max(tile.shape[1] for tile in rule.plan.tiles(rule.always, None))
+    windowed = rule.window is not None and rule.window < longest
+    if windowed or rule.softcap is not None or D % LANES or v.shape[-1] != D or not serves(q.device, q.dtype):
+        return ops.tiled_attention(q, k, v, rule)
+    known = rule.plan.as_kernels_read
+    if rule.always not in known:
+        known[rule.always] = _Segments(rule.plan, rule.always)
+    out: Tensor = _Attention.apply(q, k, v, known[rule.always], rule.scale)
+    return out
+
+
+# Passes over memory --------------------------------------------------------------------------------------------------
+
+
+class _RmsNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        y, d = torch.empty_like(x), x.shape[-1]
+        ctx.rest = (x.numel() // d, d, eps, torch.get_num_threads())
+        library().rms_norm(x.data_ptr(), gain.data_ptr(), y.data_ptr(), *ctx.rest)
+        ctx.save_for_backward(x, gain)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain = ctx.saved_tensors
+        grad, dx = grad.contiguous(), torch.empty_like(x)
+        library().rms_norm_backward(grad.data_ptr(), x.data_ptr(), gain.data_ptr(), dx.data_ptr(), *ctx.rest)
+        return dx, None, None
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm`."""
+    if not _served(x, gain) or not gain.is_contiguous():
+        return ops.rms_norm(x, gain, eps)
+    y: Tensor = _RmsNorm.apply(x, gain, eps)
+    return y
+
+
+class _SiluGate(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        ctx.rest = (gate.numel(), torch.get_num_threads())
+        library().silu_gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), *ctx.rest)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad, dgate, dup = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        pointers = [t.data_ptr() for t in (grad, gate, up, dgate, dup)]
+        library().silu_gate_backward(*pointers, *ctx.rest)
+        return dgate, dup
+
+
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """`ops.silu_gate`."""
+    if not _served(gate, up):
+        return ops.silu_gate(gate, up)
+    y: Tensor = _SiluGate.apply(gate, up)
+    return y
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotated(grad, *ctx.saved_tensors, back=True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    x = _by_token(x)
+    y, (heads, T, D) = _like(x), x.shape
+    rest = (heads, T, D, back, torch.get_num_threads())
+    library().rotate(_heads(x), cos.data_ptr(), sin.data_ptr(), _heads(y), *rest)
+    return y
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """`ops.by_halves` for q [1, H, T, D], k [1, G, T, D], cos and sin [1, T, D]."""
+    one_row = unsqueeze_dim == 1 and q.dim() == 4 and len(q) == 1 and cos.dim() == 3 and len(cos) == 1
+    if not one_row or q.shape[-1] % (2 * LANES) or cos.shape[-1] != q.shape[-1] or not _served(q, k, cos, sin):
+        return ops.by_halves(q, k, cos, sin, unsqueeze_dim)
+    cos, sin = cos[0].contiguous(), sin[0].contiguous()
+    return _Rotate.apply(q[0], cos, sin)[None], _Rotate.apply(k[0], cos, sin)[None]
+
+
+def _served(*tensors: Tensor) -> bool:
+    return all(serves(t.device, t.dtype) and t.shape[-1] % LANES == 0 for t in tensors)
