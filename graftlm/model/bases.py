@@ -26,6 +26,7 @@ class LinearBase:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.d_out, self.d_in = self.stored_weight.shape
+        self.fused = low_rank_linear
         self._row_squares: tuple[tuple[int, int], Tensor] | None = None
 
     @property
@@ -81,7 +82,7 @@ class LinearBase:
         return F.linear(x, A)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
-        return low_rank_linear(x, self.frozen, self.stored_bias, A, B, gain)
+        return self.fused(x, self.frozen, self.stored_bias, A, B, gain)
 
     def product(self, A: Tensor) -> Tensor:
         W = self.stored_weight.detach()
@@ -124,6 +125,7 @@ class QuantisedBase(LinearBase):
         self.layer: QuantisedLinear = layer
         self.d_out, self.d_in = layer.shape
         self.transposed = layer.transposed
+        self.fused = low_rank_linear
         self._row_squares = None
 
     @property

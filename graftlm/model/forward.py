@@ -33,6 +33,7 @@ from graftlm.model.ops import (
     head_readings,
     linear_log_probs,
     linear_readings,
+    low_rank_linear,
     segment_attention,
 )
 
@@ -58,11 +59,14 @@ def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
     own_kernels = compiled and kernels.serves(model.device, model.dtype)
     for config, _ in before:
         config._attn_implementation = SEGMENTS_BY_KERNELS if own_kernels else SEGMENTS
-    hosted = {id(host.base) for host in model.modules() if isinstance(host, LayerHost)}  # with a gain that is learnt
+    hosts = [host for host in model.modules() if isinstance(host, LayerHost)]
+    hosted = {id(host.base) for host in hosts}  # with a gain that is learnt
     faster = [(module, forward) for module, forward in _faster(model) if id(module) not in hosted]
     elementwise = KERNELS if own_kernels else _compiled_elementwise() if compiled else ELEMENTWISE
     for module, forward in faster:
         module.forward = partial(forward, elementwise)
+    for host in hosts if own_kernels else []:
+        host.view.fused = kernels.low_rank_linear
     rotary = [(file, file.apply_rotary_pos_emb) for file in _rotary_files(model)]
     for file, function in rotary:
         file.apply_rotary_pos_emb = _rotary(function, elementwise)
@@ -73,6 +77,8 @@ def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
             config._attn_implementation = implementation
         for module, _ in faster:
             del module.forward
+        for host in hosts:
+            host.view.fused = low_rank_linear
         for file, function in rotary:
             file.apply_rotary_pos_emb = function
 

@@ -348,6 +348,135 @@ extern "C" void attend_backward(Heads dO, Heads q, Heads k, Heads v, const float
     }
 }
 
+// Frozen linear layers with low-rank factors --------------------------------------------------------------------------
+
+constexpr int PANEL = 4 * LANES;      // columns of a product that are computed together, from one packed piece of W
+constexpr int ROWS = 192, DEPTH = 512;  // rows and pairs of a piece of a product: what it needs stays in the cache
+
+// Rows of a matrix, one a column of a product: [n, 2 K] -> [K, n] pairs, n in sixteens, to sum along the rows
+static void pack_along(const bf16* rows, long by_row, int n, int K, pair* to) {
+    for (int k = 0; k < K; k += LANES)
+        for (int i = 0; i < n; i += LANES)
+            for (int row = i; row < i + LANES; row++)
+                for (int at = k; at < std::min(K, k + LANES); at++)
+                    to[static_cast<long>(at) * n + row] = read<pair>(rows + row * by_row + 2 * at);
+}
+
+// Columns of a matrix, one a column of a product: [2 K, n] -> [K, n] pairs, to sum down the columns
+static void pack_down(const bf16* rows, long by_row, int n, int K, pair* to) { zip_rows(rows, by_row, 2 * K, n, to); }
+
+struct Linear {  // x [tokens, d_in], W [d_out, d_in], A [r, d_in], B [d_out, r]; all but tokens in sixteens
+    int tokens, d_in, d_out, r, threads;
+};
+
+// What a thread does of a number of rows: from .. to, in sixes as long as there are any
+static void share(int rows, int thread, int threads, int* from, int* to) {
+    const int each = up_to((rows + threads - 1) / threads, 6);
+    *from = std::min(rows, thread * each), *to = std::min(rows, *from + each);
+}
+
+// y [from .. to, columns] = x . b + u . c for b [K, columns] and c [R, columns], which stand under each other in one piece
+static void deep_product(const bf16* x, int K, const bf16* u, int R, int from, int to, int columns, const pair* b,
+                         bf16* y, int by_row, float* sums) {
+    for (int first = from; first < to; first += ROWS) {
+        const int rows = std::min(ROWS, to - first);
+        for (int k = 0; k < K; k += DEPTH)
+            product(rows, columns, std::min(DEPTH, K - k), in_rows(x + first * 2L * K + 2 * k, 2 * K),
+                    b + static_cast<long>(k) * columns, columns, sums, columns, k > 0);
+        if (R)
+            product(rows, columns, R, in_rows(u + first * 2L * R, 2 * R), b + static_cast<long>(K) * columns, columns,
+                    sums, columns, true);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j += LANES)
+                write(y + static_cast<long>(first + i) * by_row + j, read<f32s>(sums + i * columns + j));
+    }
+}
+
+// u = x A^T [tokens, r], y = x W^T + u B^T
+extern "C" void low_rank(const bf16* x, const bf16* W, const bf16* A, const bf16* B, bf16* u, bf16* y, Linear shape) {
+    const int K = shape.d_in / 2, R = shape.r / 2, panels = (shape.d_out + PANEL - 1) / PANEL;
+    const auto A_ = room<pair>(static_cast<long>(K) * shape.r), W_ = room<pair>(static_cast<long>(K + R) * shape.d_out);
+#pragma omp parallel num_threads(shape.threads)
+    {
+        const auto sums = room<float>(ROWS * std::max(PANEL, shape.r));
+#pragma omp for schedule(static)
+        for (int panel = -1; panel < panels; panel++) {
+            const int first = panel * PANEL, n = std::min(PANEL, shape.d_out - first);
+            if (panel < 0) {
+                pack_along(A, shape.d_in, shape.r, K, A_.get());
+            } else {
+                pair* to = &W_[static_cast<long>(K + R) * first];
+                pack_along(W + static_cast<long>(first) * shape.d_in, shape.d_in, n, K, to);
+                pack_along(B + static_cast<long>(first) * shape.r, shape.r, n, R, to + static_cast<long>(K) * n);
+            }
+        }
+        int from, to;
+        share(shape.tokens, omp_get_thread_num(), shape.threads, &from, &to);
+        deep_product(x, K, nullptr, 0, from, to, shape.r, A_.get(), u, shape.r, sums.get());
+        for (int first = 0; first < shape.d_out; first += PANEL)
+            deep_product(x, K, u, R, from, to, std::min(PANEL, shape.d_out - first),
+                         &W_[static_cast<long>(K + R) * first], y + first, shape.d_out, sums.get());
+    }
+}
+
+// c [r, columns] = a^T b over tokens, for a [tokens, r] as pairs of neighbouring tokens and b [tokens, columns]
+static void over_tokens(const pair* a, const bf16* b, long by_row, int tokens, int r, int columns, float* c, long c_row,
+                        pair* scratch) {
+    for (int first = 0; first < tokens; first += 2 * DEPTH) {
+        const int rows = std::min(2 * DEPTH, tokens - first);
+        zip_rows(b + first * by_row, by_row, rows, columns, scratch);
+        product(r, columns, (rows + 1) / 2, {a + static_cast<long>(first / 2) * r, 1, r}, scratch, columns, c, c_row,
+                first > 0);
+    }
+}
+
+// With du = dy B: dx = dy W + du A (unless null), dA [r, d_in] = du^T x, dB^T [r, d_out] = u^T dy (each unless null)
+extern "C" void low_rank_backward(const bf16* dy, const bf16* x, const bf16* u, const bf16* W, const bf16* A,
+                                  const bf16* B, bf16* dx, float* dA, float* dB, Linear shape) {
+    const int K = shape.d_out / 2, R = shape.r / 2, r = shape.r, pairs = (shape.tokens + 1) / 2;
+    const int panels = (shape.d_in + PANEL - 1) / PANEL;
+    const auto B_ = room<pair>(static_cast<long>(K) * r), W_ = room<pair>(static_cast<long>(K + R) * shape.d_in);
+    const auto du = room<bf16>(static_cast<long>(shape.tokens) * r);
+    const auto du_ = room<pair>(static_cast<long>(pairs) * r), u_ = room<pair>(static_cast<long>(pairs) * r);
+#pragma omp parallel num_threads(shape.threads)
+    {
+        const auto sums = room<float>(ROWS * std::max(PANEL, r));
+        const auto scratch = room<pair>(DEPTH * PANEL);
+#pragma omp for schedule(static)
+        for (int panel = -1; panel < (dx ? panels : 0); panel++) {
+            const int first = panel * PANEL, n = std::min(PANEL, shape.d_in - first);
+            if (panel < 0) {
+                pack_down(B, r, r, K, B_.get());
+            } else {
+                pair* to = &W_[static_cast<long>(K + R) * first];
+                pack_down(W + first, shape.d_in, n, K, to);
+                pack_down(A + first, shape.d_in, n, R, to + static_cast<long>(K) * n);
+            }
+        }
+        int from, to;
+        share(shape.tokens, omp_get_thread_num(), shape.threads, &from, &to);
+        deep_product(dy, K, nullptr, 0, from, to, r, B_.get(), du.get(), r, sums.get());
+        for (int first = 0; dx && first < shape.d_in; first += PANEL)
+            deep_product(dy, K, du.get(), R, from, to, std::min(PANEL, shape.d_in - first),
+                         &W_[static_cast<long>(K + R) * first], dx + first, shape.d_in, sums.get());
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int token = 0; token < shape.tokens; token += 2) {
+            const int rows = std::min(2, shape.tokens - token);
+            zip_rows(du.get() + static_cast<long>(token) * r, r, rows, r, &du_[static_cast<long>(token / 2) * r]);
+            zip_rows(u + static_cast<long>(token) * r, r, rows, r, &u_[static_cast<long>(token / 2) * r]);
+        }
+#pragma omp for schedule(static) nowait
+        for (int first = 0; first < (dA ? shape.d_in : 0); first += PANEL)
+            over_tokens(du_.get(), x + first, shape.d_in, shape.tokens, r, std::min(PANEL, shape.d_in - first),
+                        dA + first, shape.d_in, scratch.get());
+#pragma omp for schedule(static)
+        for (int first = 0; first < (dB ? shape.d_out : 0); first += PANEL)
+            over_tokens(u_.get(), dy + first, shape.d_out, shape.tokens, r, std::min(PANEL, shape.d_out - first),
+                        dB + first, shape.d_out, scratch.get());
+    }
+}
+
 // Passes over memory --------------------------------------------------------------------------------------------------
 
 // y = gain x / sqrt(mean(x^2) + eps) over rows of d

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -48,10 +49,16 @@ class _Segment(ctypes.Structure):
     ]
 
 
+class _Linear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "d_in", "d_out", "r", "threads")]
+
+
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
     "attend": [_Heads] * 4 + [_POINTER, _Shape, _POINTER, _INT],
     "attend_backward": [_Heads] * 4 + [_POINTER, _Heads, _POINTER, _POINTER, _Shape, _POINTER, _INT],
+    "low_rank": [_POINTER] * 6 + [_Linear],
+    "low_rank_backward": [_POINTER] * 9 + [_Linear],
     "rms_norm": [_POINTER] * 3 + [_LONG, _INT, _FLOAT, _INT],
     "rms_norm_backward": [_POINTER] * 4 + [_LONG, _INT, _FLOAT, _INT],
     "silu_gate": [_POINTER] * 3 + [_LONG, _INT],
@@ -165,6 +172,53 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rule: ops.Rule) -> Tensor:
         known[rule.always] = _Segments(rule.plan, rule.always)
     out: Tensor = _Attention.apply(q, k, v, known[rule.always], rule.scale)
     return out
+
+
+# A frozen linear layer with low-rank factors on it -------------------------------------------------------------------
+
+
+class _LowRank(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        spare = -len(A) % LANES
+        A_, B_ = (F.pad(A.to(x.dtype), (0, 0, 0, spare)), F.pad(B.to(x.dtype), (0, spare)))
+        ctx.shape = _Linear(len(rows), A.shape[1], len(B), len(A_), torch.get_num_threads())
+        u, y = rows.new_empty(len(rows), len(A_)), rows.new_empty(len(rows), len(B))
+        library().low_rank(*(t.data_ptr() for t in (rows, W, A_, B_, u, y)), ctx.shape)
+        ctx.weight, ctx.x_shape, ctx.r = W, x.shape, len(A)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, u, A_, B_)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, u, A_, B_ = ctx.saved_tensors
+        needs_x, _, needs_A, needs_B = ctx.needs_input_grad
+        grad = grad.reshape(-1, len(B_)).contiguous()
+        dx = grad.new_empty(len(grad), A_.shape[1]) if needs_x else None
+        dA = torch.empty(A_.shape) if needs_A else None
+        dB = torch.empty(len(A_), len(B_)) if needs_B else None
+        pointers = [None if t is None else t.data_ptr() for t in (grad, rows, u, ctx.weight, A_, B_, dx, dA, dB)]
+        library().low_rank_backward(*pointers, ctx.shape)
+        return (
+            None if dx is None else dx.view(ctx.x_shape),
+            None,
+            None if dA is None else dA[: ctx.r],
+            None if dB is None else dB[: ctx.r].T,
+        )
+
+
+def low_rank_linear(
+    x: Tensor, W: ops.Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None
+) -> Tensor:
+    """`ops.low_rank_linear`, for weights that lie in rows; biases, gains and weights that are made are left to it."""
+    if b is not None or gain is not None or not isinstance(W, Tensor) or not W.is_contiguous() or not _served(x, W):
+        return ops.low_rank_linear(x, W, b, A, B, gain)
+    if len(W) % LANES or A.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
+        return ops.low_rank_linear(x, W, b, A, B, gain)
+    y: Tensor = _LowRank.apply(x, W, A, B)
+    return y
 
 
 # Passes over memory --------------------------------------------------------------------------------------------------
