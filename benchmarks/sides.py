@@ -52,11 +52,11 @@ LORA: dict[str, Any] = {
 }  # fmt: skip
 
 
-def peers_settings(args: argparse.Namespace, *, documented: bool) -> dict[str, Any]:
+def peers_settings(args: argparse.Namespace, *, documented: bool, dtype: str = "bfloat16") -> dict[str, Any]:
     """What both of TRL's trainers are told; unless as documented, with what makes them fastest on a CPU: eager
     attention (the flash kernel's backward is slow on rows of a hundred tokens or so), neither autocast nor
     checkpointing."""
-    load, fast = {"dtype": "bfloat16"}, {}
+    load, fast = {"dtype": dtype}, {}
     if not documented:
         load["attn_implementation"] = "eager"
         fast = dict.fromkeys(("bf16", "fp16", "gradient_checkpointing", "dataloader_pin_memory"), False)
@@ -87,9 +87,9 @@ def clock(threads: int) -> tuple[Any, list[float]]:
     return StepClock(), marks
 
 
-def begin_at(trainer: Any, start: Path) -> None:
+def begin_at(trainer: Any, start: Path, dtype: str = "bfloat16") -> None:
     """Put the common adapter into a trainer's model, and hold it to the same dtypes: PEFT makes adapters fp32 over a
-    bf16 base, and TRL casts them only over a quantised one."""
+    bf16 base, and TRL casts them only over a quantised one. `dtype` is the base's."""
     import peft
     import safetensors.torch
     import torch
@@ -99,7 +99,7 @@ def begin_at(trainer: Any, start: Path) -> None:
     )
     assert not found.unexpected_keys, found.unexpected_keys
     dtypes = {(p.requires_grad, p.dtype) for p in trainer.model.parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}, dtypes
+    assert dtypes == {(True, torch.float32), (False, getattr(torch, dtype))}, dtypes
 
 
 def timed(marks: list[float]) -> dict[str, Any]:

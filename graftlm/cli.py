@@ -267,7 +267,9 @@ def sweep_command(
 def bench_command(
     base: BaseOption = "smollm2",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's own.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Measure with train.compile on.")] = False,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="train.compile; default auto.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
     network: NetworkOption = False,
 ) -> None:
@@ -275,7 +277,7 @@ def bench_command(
     from graftlm.training.bench import bench
 
     _quiet_libraries()
-    found = bench(base, threads=threads, compiled=compiled, network=network)
+    found = bench(base, threads=threads, compiled="auto" if compiled is None else compiled, network=network)
     if as_json:
         print(json.dumps(found, indent=2))
         return

@@ -16,7 +16,7 @@ from sides import arguments, peers_schedule, rows_of, use_threads, versions, wri
 def main() -> None:
     parser = arguments(__doc__, "batch-rows", **{"pack-tokens": 2048})
     parser.add_argument("--share", action="store_true", help="compute shared beginnings once")
-    parser.add_argument("--compile", action="store_true", help="train.compile")
+    parser.add_argument("--no-kernels", action="store_true", help="train.compile: false, in place of auto")
     parser.add_argument("--checkpointing", action="store_true", help="train.checkpointing")
     args = parser.parse_args()
     use_threads(args.threads)
@@ -50,7 +50,7 @@ def main() -> None:
             optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,
-            compiled=args.compile,
+            compiled=False if args.no_kernels else "auto",
             checkpointing=args.checkpointing,
         )
     )

@@ -7,10 +7,11 @@ speed, every step's loss and peak memory as JSON. One run is one shape, in a pro
   autocast and gradient checkpointing are on.
 * best: its fastest configuration on a CPU. One row at a time, accumulated (`--micro-rows` pads more together); no
   autocast, no checkpointing, eager attention.
+* float32: as best, with the base in float32: what the losses of the steps are where nothing is rounded to bf16.
 * tuned: beyond configuration. A private function of TRL is replaced, so that its loss skips unsupervised positions
   as it does on a GPU, and the process's allocator is tuned. Nobody runs it so; it shows how far it could go.
 
-Both hold the base in bf16 and the adapter in fp32, and share the adapter's start, rows, order, schedule, optimiser
+Both hold the base in bf16 (but for float32) and the adapter in fp32, and share its start, rows, order, schedule, optimiser
 and clipping.
 The clock runs from the start of the first step to the end of the last: loading and label building are out.
 """
@@ -31,7 +32,7 @@ from sides import LORA, arguments, begin_at, clock, peers_settings, rows_of, tim
 
 def parse_args() -> argparse.Namespace:
     parser = arguments(__doc__, "batch-rows")
-    parser.add_argument("--shape", choices=("best", "tuned", "documented"), default="best")
+    parser.add_argument("--shape", choices=("best", "float32", "tuned", "documented"), default="best")
     parser.add_argument("--micro-rows", type=int, help="default: the whole batch as documented, else 1")
     args = parser.parse_args()
     args.micro_rows = args.micro_rows or (args.batch_rows if args.shape == "documented" else 1)
@@ -64,16 +65,17 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
         assert hasattr(trl.trainer.utils, "_use_triton"), "this TRL cannot be patched so"
         trl.trainer.utils._use_triton = lambda device: True
 
+    dtype = "float32" if args.shape == "float32" else "bfloat16"
     step_clock, marks = clock(args.threads)
     config = trl.SFTConfig(
         output_dir=output_dir, per_device_train_batch_size=args.micro_rows, completion_only_loss=True,
         gradient_accumulation_steps=args.batch_rows // args.micro_rows,
-        **peers_settings(args, documented=args.shape == "documented"),
+        **peers_settings(args, documented=args.shape == "documented", dtype=dtype),
     )  # fmt: skip
     lora = peft.LoraConfig(**LORA)
     data, base = Dataset.from_list(rows), str(args.base)
     trainer = trl.SFTTrainer(base, config, train_dataset=data, peft_config=lora, callbacks=[step_clock])
-    begin_at(trainer, args.start)
+    begin_at(trainer, args.start, dtype)
     trainer.train()
     tokens = sum(len(row["input_ids"]) for row in rows)
     return {

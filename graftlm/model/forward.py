@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,27 +42,33 @@ AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionInterface.register(SEGMENTS_BY_KERNELS, partial(segment_attention, attend=kernels.attention))
 
 
+Compiled = Literal["auto"] | bool
+"""Whether compiled code does what lies between the products: ours for a processor, where it serves the model, and
+torch.compile's elsewhere. "auto": ours, where it serves and can be built, and never torch.compile's."""
+
+
 @contextmanager
-def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
+def packed_attention(model: Any, *, compiled: Compiled = False) -> Iterator[None]:
     """Inside, the model attends by segments and needs a plan; outside, as it did before (generation, evaluation).
 
-    Held over the backward pass too, where recomputation may run the forward pass again. With `compiled`, what lies
-    between the products is done by compiled code: norms, gated units, rotary embeddings and attention by our kernels
-    for a processor, where they serve the model's dtype; elsewhere all but attention by torch.compile. Only these,
-    because every layer, pack and model of a kind shares them, whatever deltas sit between them.
+    Held over the backward pass too, where recomputation may run the forward pass again. Compiled are norms, gated
+    units and rotary embeddings, and by our own kernels attention and layers with low-rank factors. Only these, because
+    every layer, pack and model of a kind shares them, whatever deltas sit between them.
     """
     if is_packed(model):
         yield
         return
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
-    own_kernels = compiled and kernels.serves(model.device, model.dtype)
+    own_kernels = compiled is not False and kernels_serve(model)
+    if own_kernels and compiled == "auto":
+        own_kernels = kernels.compiler() is not None
     for config, _ in before:
         config._attn_implementation = SEGMENTS_BY_KERNELS if own_kernels else SEGMENTS
     hosts = [host for host in model.modules() if isinstance(host, LayerHost)]
     hosted = {id(host.base) for host in hosts}  # with a gain that is learnt
     faster = [(module, forward) for module, forward in _faster(model) if id(module) not in hosted]
-    elementwise = KERNELS if own_kernels else _compiled_elementwise() if compiled else ELEMENTWISE
+    elementwise = KERNELS if own_kernels else _compiled_elementwise() if compiled is True else ELEMENTWISE
     for module, forward in faster:
         module.forward = partial(forward, elementwise)
     for host in hosts if own_kernels else []:
@@ -84,6 +90,11 @@ def packed_attention(model: Any, *, compiled: bool = False) -> Iterator[None]:
 
 
 KERNELS = Elementwise(kernels.rms_norm, kernels.silu_gate, kernels.rotary)
+
+
+def kernels_serve(model: Any) -> bool:
+    """Whether our own kernels are made for this model: in bfloat16, on a processor."""
+    return kernels.serves(model.device, model.dtype)
 
 
 def _rotary(function: Callable[..., Any], elementwise: Elementwise) -> Callable[..., Any]:
@@ -141,7 +152,7 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
         raise TrainingError(
             "train.compile: torch.compile writes C++ on a CPU and there is no compiler here (no g++, clang++ or $CXX). "
-            "Install one (apt-get install g++) or leave train.compile at false"
+            "Install one (apt-get install g++) or leave train.compile at auto"
         )
 
 
@@ -353,13 +364,16 @@ def check_forward(model: Any, row: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: Any, first: Tensor, second: Tensor, *, sharing: bool = False) -> None:
+def check_packing(
+    model: Any, first: Tensor, second: Tensor, *, sharing: bool = False, compiled: Compiled = False
+) -> None:
     """Prove on two rows of ids that packing them is right; raise TrainingError with the remedy if it is not.
 
     The second row, of two tokens at least, must not change by one bit when the tokens of the first are replaced: this
     finds architectures that ignore the attention interface, and layers that carry a state from row to row. And it must
     be what the model's own forward pass makes of it alone, up to rounding: this finds wrong positions. With `sharing`,
-    the same for two rows that have the first half of the second in common.
+    the same for two rows that have the first half of the second in common. With `compiled`, by our own kernels; what
+    torch.compile makes would take its time here, and has no part in attention.
     """
     ways = {"packed": "data: {pack: false}` to run one row at a time"}
     if sharing:
@@ -367,7 +381,7 @@ def check_packing(model: Any, first: Tensor, second: Tensor, *, sharing: bool = 
     name, vocabulary = type(model).__name__, model.config.get_text_config().vocab_size
     wanted, shared = _own_log_probs(model, second), len(second) // 2 if sharing else 0
     try:
-        with packed_attention(model):
+        with packed_attention(model, compiled="auto" if compiled else False):
             packed, after_another = (
                 log_probs(model, _Probe.of(second, before, shared)).view(len(ways), -1)
                 for before in (first, (first + 1) % vocabulary)

@@ -66,6 +66,17 @@ static inline f32s dot(f32s sum, u32s a, u32s b) {
 #endif
 }
 
+// Lane by lane a number of a (0 .. 15) or of b (16 .. 31)
+static inline u32s chosen(u32s a, u32s b, i32s lanes) {
+#ifdef __clang__
+    u32s c{};
+    for (int i = 0; i < LANES; i++) c[i] = lanes[i] < LANES ? a[lanes[i]] : b[lanes[i] - LANES];
+    return c;
+#else
+    return __builtin_shuffle(a, b, as<u32s>(lanes));
+#endif
+}
+
 static inline float sum(f32s x) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
@@ -137,6 +148,7 @@ static void strip(int rows, Pairs a, const pair* b, long b_row, float* c, long c
     const auto down = [&](auto block_of, int R) {
         for (; rows >= R; rows -= R, a.at += R * a.by_row, c += R * c_row) block_of(a, b, b_row, c, c_row, K, add);
     };
+    if (V == 1) down(block<12, V>, 12);  // products take some cycles: a processor wants a dozen of them under way
     down(block<6, V>, 6);
     down(block<2, V>, 2);
     down(block<1, V>, 1);
@@ -353,13 +365,32 @@ extern "C" void attend_backward(Heads dO, Heads q, Heads k, Heads v, const float
 constexpr int PANEL = 4 * LANES;      // columns of a product that are computed together, from one packed piece of W
 constexpr int ROWS = 192, DEPTH = 512;  // rows and pairs of a piece of a product: what it needs stays in the cache
 
+// One step of a transposition of sixteen rows of sixteen: the blocks of S that lie off the diagonal change places
+template <int S>
+static inline void exchange(u32s rows[LANES]) {
+    const i32s first = (LANE & S) != 0 ? LANE + LANES - S : LANE, second = (LANE & S) != 0 ? LANE + LANES : LANE + S;
+    for (int i = 0; i < LANES; i++)
+        if (!(i & S)) {
+            const u32s a = rows[i], b = rows[i + S];
+            rows[i] = chosen(a, b, first);
+            rows[i + S] = chosen(a, b, second);
+        }
+}
+
 // Rows of a matrix, one a column of a product: [n, 2 K] -> [K, n] pairs, n in sixteens, to sum along the rows
 static void pack_along(const bf16* rows, long by_row, int n, int K, pair* to) {
-    for (int k = 0; k < K; k += LANES)
-        for (int i = 0; i < n; i += LANES)
+    for (int i = 0; i < n; i += LANES) {
+        int k = 0;
+        for (; k + LANES <= K; k += LANES) {
+            u32s square[LANES];
+            for (int row = 0; row < LANES; row++) square[row] = read<u32s>(rows + (i + row) * by_row + 2 * k);
+            exchange<8>(square), exchange<4>(square), exchange<2>(square), exchange<1>(square);
+            for (int row = 0; row < LANES; row++) memcpy(to + static_cast<long>(k + row) * n + i, &square[row], 64);
+        }
+        for (; k < K; k++)
             for (int row = i; row < i + LANES; row++)
-                for (int at = k; at < std::min(K, k + LANES); at++)
-                    to[static_cast<long>(at) * n + row] = read<pair>(rows + row * by_row + 2 * at);
+                to[static_cast<long>(k) * n + row] = read<pair>(rows + row * by_row + 2 * k);
+    }
 }
 
 // Columns of a matrix, one a column of a product: [2 K, n] -> [K, n] pairs, to sum down the columns

@@ -39,6 +39,17 @@ def _made(W: Frozen, x: Tensor) -> Tensor:
     return W if isinstance(W, Tensor) else W(x.dtype)
 
 
+def _rounded_once(x: Tensor, u: Tensor, W: Tensor, B: Tensor, b: Tensor | None = None) -> Tensor:
+    """x W^T + u B^T + b, where in half precision the sum is rounded and not its parts.
+
+    What a young delta adds is smaller than the rounding of x W^T: added to what was rounded, most of it is lost, and
+    training begins slower than in float32 (docs/decisions/042). A sum inside one product costs copies of x and W.
+    """
+    if x.dtype == torch.float32:
+        return F.linear(x, W, b).addmm_(u, B.T)
+    return F.linear(torch.cat([x, u], 1), torch.cat([W, B], 1), b)
+
+
 class _LowRankLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None) -> Tensor:
@@ -47,7 +58,7 @@ class _LowRankLinear(Function):
         rows = x.reshape(-1, x.shape[-1])
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
         inner = (A_ @ rows.T).T  # the few rows of the small factor first: a quarter less time than rows A^T
-        z = F.linear(rows, W, b if gain is None else None).addmm_(inner, B_.T)
+        z = _rounded_once(rows, inner, W, B_, b if gain is None else None)
         kept = rows if ctx.needs_input_grad[3] else None  # x is for the gradient of A alone
         ctx.save_for_backward(kept, A_, B_, inner, gain, None if gain is None else z)
         ctx.shape = x.shape
@@ -218,6 +229,7 @@ class Plan:
     masks: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict)
     tiled: dict[tuple[int, int | None], list["Tile"]] = field(default_factory=dict)
     as_kernels_read: dict[int, Any] = field(default_factory=dict)
+    """By `always`: the segments as `kernels.py` lays them out."""
 
     def tiles(self, always: int, at_once: int | None) -> list[Tile]:
         """The queries of each segment in equal parts of about `at_once`, with the keys of the row up to there.

@@ -19,7 +19,7 @@ from graftlm.data.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.bases import view
-from graftlm.model.forward import check_compiler
+from graftlm.model.forward import Compiled, check_compiler
 from graftlm.model.load import load_base, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.sites import output_head, transformer_layers
 from graftlm.training.loop import TrainConfig, steps, training_pass
@@ -41,7 +41,7 @@ ROWS = 16
 
 
 def bench(
-    base: str = "smollm2", *, threads: int | None = None, compiled: bool = False, network: bool = False
+    base: str = "smollm2", *, threads: int | None = None, compiled: Compiled = "auto", network: bool = False
 ) -> dict[str, Any]:
     """Measure the machine's matrix rate and a few training steps on it, and set them against each other."""
     if threads:
@@ -49,7 +49,7 @@ def bench(
     recipe = Recipe(base=base, data=DataConfig(train="builtin:docstrings", max_tokens=TOKENS), network=network)
     examples = prepare_data(recipe, load_tokenizer(recipe.base, network=network)).examples
     model: Any = load_base(base, network=network).model
-    if compiled:
+    if compiled is True:
         check_compiler(model.device)
     dtype, device = next(model.parameters()).dtype, model.device
     shapes = linear_shapes(model)

@@ -24,7 +24,7 @@ from graftlm.data.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LossConfig
 from graftlm.model.attach import penalty, trainable
-from graftlm.model.forward import packed_attention
+from graftlm.model.forward import Compiled, packed_attention
 from graftlm.model.recompute import offloaded, recomputed_layers
 from graftlm.model.sites import transformer_layers
 from graftlm.training import ranks
@@ -61,9 +61,11 @@ class TrainConfig:
     """Keep each layer's input alone and run the layer again in the backward pass: less memory, about a third slower."""
     offload: Flag = False
     """Keep activations in the machine's memory instead of the GPU's; refused on a CPU, where they are there already."""
-    compile: Flag = False
-    """Let torch.compile fuse norms, gated units and rotary embeddings: a tenth faster, after some 10 s at the start.
-    Needs `data.pack`, and on a CPU a C++ compiler."""
+    compile: Literal["auto"] | Flag = "auto"
+    """Compiled code for attention, norms, gated units, rotary embeddings and layers with low-rank factors: a third less
+    time. `auto`: our own kernels for a processor, where the base is in bf16 and a C++ compiler is there, and nothing
+    else. `true`: those, or an error where they cannot be built; on a GPU and for other dtypes torch.compile, without
+    attention and factors, after some 10 s at the start. Needs `data.pack`."""
     save_every: PositiveCount = 50
     """Steps between two checkpoints, from which `--resume` goes on; one is saved at the end and at Ctrl-C too."""
     keep: PositiveCount = 2
@@ -128,7 +130,7 @@ def steps(
     packed: bool = True,
     checkpointing: bool = False,
     offload: bool = False,
-    compiled: bool = False,
+    compiled: Compiled = "auto",
 ) -> Iterator[Step]:
     """Train the model's deltas, one optimiser step for each batch of packs: this rank's, where there are several.
 
@@ -298,7 +300,7 @@ def _norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
 
 @contextmanager
 def training_pass(
-    model: nn.Module, *, packed: bool, checkpointing: bool = False, offload: bool = False, compiled: bool = False
+    model: nn.Module, *, packed: bool, checkpointing: bool = False, offload: bool = False, compiled: Compiled = "auto"
 ) -> Iterator[None]:
     """What a recipe says of forward and backward passes, held over both."""
     with ExitStack() as held:

@@ -99,7 +99,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     made, groups = with_deltas(recipe)
     teacher = with_teacher(recipe, made)
     device = made.model.device
-    if recipe.train.compile:
+    if recipe.train.compile is True:
         check_compiler(device)
     parameters = sum(p.numel() for name in recipe.all_deltas() for p in parameters_of(made.model, name))
     held = sum(p.numel() * p.element_size() for host in hosts(made.model).values() for p in host.deltas.buffers())
@@ -273,7 +273,8 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
     for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
-    with training_pass(model, **(recipe.passes() | {"compiled": False})), live:
+    compiled = "auto" if recipe.train.compile else False  # torch.compile's own products are not seen here
+    with training_pass(model, **(recipe.passes() | {"compiled": compiled})), live:
         one_pass(model, pack, _objective(recipe))
     if products is not None:
         products |= live.products

@@ -86,7 +86,7 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     data = prepare_data(recipe, tokenizer, console=console)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model
-    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
+    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing, compiled=config.compile)
     plan = plan_batches(config, data.examples, data.curriculum)
     attach_deltas(recipe, model, data.examples, plan)
     (turn,) = turns(recipe, model, count, data.aside)

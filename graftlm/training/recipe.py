@@ -220,7 +220,7 @@ class Recipe:
         """Every delta by its name, in the order in which they act; a single one is called `default`."""
         return {"default": self.delta} if self.delta is not None else dict(self.deltas)
 
-    def passes(self) -> dict[str, bool]:
+    def passes(self) -> dict[str, Any]:
         """How packs go through the model, as `loop.training_pass` takes it."""
         train = self.train
         how = {"checkpointing": train.checkpointing, "offload": train.offload, "compiled": train.compile}
@@ -242,8 +242,8 @@ class Recipe:
 
     @model_validator(mode="after")
     def _compiled_in_packs(self) -> "Recipe":
-        if self.train.compile and not self.data.pack:
-            raise ValueError("train.compile works on packs only: set `data: {pack: true}` or leave it at false")
+        if self.train.compile is True and not self.data.pack:
+            raise ValueError("train.compile works on packs only: set `data: {pack: true}` or leave it at auto")
         return self
 
 

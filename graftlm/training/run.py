@@ -33,7 +33,8 @@ from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
-from graftlm.model.forward import check_compiler
+from graftlm.model.forward import check_compiler, kernels_serve
+from graftlm.model.kernels import compiler
 from graftlm.model.load import (
     Loaded,
     base_config,
@@ -233,8 +234,10 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
     if recipe.train.offload and model.device.type == "cpu":
         raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
-    if recipe.train.compile:
+    if recipe.train.compile is True:
         check_compiler(model.device)
+    elif recipe.train.compile and recipe.data.pack and kernels_serve(model) and not compiler():
+        console.print("no C++ compiler here (g++): steps without kernels take half as long again", highlight=False)
     plan = plan_batches(recipe.train, data.examples, data.curriculum)
     lines, stopped = _train(recipe, model, data, plan, place, trackers, console)
     log = [line for line in lines if "loss" in line]
@@ -277,7 +280,8 @@ def _train(
     console: Console,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped)."""
-    prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
+    train = recipe.train
+    prove(model, data.examples, packed=recipe.data.pack, sharing=train.prefix_sharing, compiled=train.compile)
     load_teacher(recipe, model, data.examples)
     facts = {"rows": digest(data.examples), "base": fingerprint(model).digest}
     facts["compared_with"] = compared_with(model, recipe.loss)

@@ -50,6 +50,20 @@ def same(
         assert relative_error(a, b) <= tolerance, "output" if number == 0 else f"gradient of input {number - 1}"
 
 
+def assert_small_increments_stay(linear: Callable[..., Tensor]) -> None:
+    """What is added is a tenth of the rounding of y: rounded one by one all outputs would stay where they were, but
+    rounded together a tenth of them moves."""
+    x, W, A = (normal(*shape, seed=n, dtype=torch.bfloat16) for n, shape in enumerate(((300, 64), (512, 64), (16, 64))))
+    u = x.double() @ A.double().T
+    B = normal(512, 16, seed=4).mul_(2e-4)
+    y = x.double() @ W.double().T
+    added = u @ B.bfloat16().double().T
+    assert float((added.abs() / y.abs()).median()) <= 0.2 * torch.finfo(torch.bfloat16).eps
+    found = linear(x, W, None, A.float(), B).double() - y
+    kept = float((found * added).sum() / added.square().sum())
+    assert abs(kept - 1) <= 0.1, f"{kept:.2f} of what was added is there"
+
+
 # Low-rank linear -------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +219,11 @@ def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient() -> None:
     rms_norm(x, torch.ones(8), 1e-6).sum().backward()
     assert x.grad is not None
     assert relative_error(x.grad, torch.full((2, 8), 1e3)) <= 1e-5  # 1 / sqrt(eps)
+
+
+@pytest.mark.parametrize("gain", [None, torch.ones(512)])
+def test_what_a_young_delta_adds_is_not_lost_beside_what_it_is_added_to(gain: Tensor | None) -> None:
+    assert_small_increments_stay(lambda *given: low_rank_linear(*given, gain))
 
 
 # Attention over segments -----------------------------------------------------------------------------------------

@@ -1,0 +1,315 @@
+"""The kernels for a processor against the equations in their file, in float64: outputs and all gradients."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftlm.data.pack import Example, collate
+from graftlm.deltas.lora import LoraConfig
+from graftlm.errors import TrainingError
+from graftlm.model import kernels, ops
+from graftlm.model.attach import attach, trainable
+from graftlm.model.forward import check_packing, log_probs, packed_attention
+from graftlm.model.ops import Plan, Rule, segment_attention
+from graftlm.testing import tiny_model
+from tests.model.test_ops import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
+from tests.peers import relative_error
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or sys.platform != "linux", reason="kernels are built by a C++ compiler, on Linux"
+)
+
+ROUNDING = 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.fixture(params=["this processor", "any processor"])
+def built(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels as they are built here, and as they would be without products of bfloat16 pairs."""
+    if request.param == "any processor":
+        monkeypatch.setattr(kernels, "FLAGS", tuple(f for f in kernels.FLAGS if f != "-march=native"))
+        kernels.library.cache_clear()
+    yield
+    if request.param == "any processor":
+        kernels.library.cache_clear()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def same(
+    ours: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor], tolerance: float = ROUNDING
+) -> None:
+    """Outputs and gradients of all inputs; `plain` is given the same numbers in float64."""
+    results = []
+    for function, dtype in ((ours, None), (plain, torch.float64)):
+        leaves = [t.detach().to(dtype or t.dtype).clone().requires_grad_(t.requires_grad) for t in inputs]
+        out = function(*leaves)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        torch.autograd.backward(
+            outs, [normal(*o.shape, seed=99 + n, dtype=torch.bfloat16).to(o.dtype) for n, o in enumerate(outs)]
+        )
+        results.append([*outs, *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+    for number, (a, b) in enumerate(zip(*results, strict=True)):
+        assert a is not None
+        if not b.any():
+            assert float(a.abs().max()) <= 1e-6, number
+        else:
+            assert relative_error(a, b) <= tolerance, f"number {number} of outputs and gradients"
+
+
+def half(*shape: int, seed: int, learns: bool = True) -> Tensor:
+    return normal(*shape, seed=seed, dtype=torch.bfloat16).requires_grad_(learns)
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+TREES = {
+    "rows": ([9, 1, 50, 17, 130], None),
+    "a tree": ([60, 3, 49, 5, 64, 1], [-1, 0, 1, 0, -1, 4]),
+    "one token": ([1], None),
+}
+
+
+@pytest.mark.parametrize("D", [16, 64, 80])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_attention_is_its_equation(tree: str, heads: tuple[int, int], D: int, threads: int, built: None) -> None:
+    lengths, parents = TREES[tree]
+    (H, G), T = heads, sum(lengths)
+    rule = Rule(Plan(lengths, parents), 0.3, None, None, 0)
+    seen = seen_in_a_tree(lengths, parents or [-1] * len(lengths), None)
+    same(
+        lambda q, k, v: kernels.attention(q, k, v, rule),
+        lambda q, k, v: attention_by_mask(q[None], k[None], v[None], seen, scale=0.3, softcap=None)[0],
+        [half(n, T, D, seed=s) for s, n in enumerate((H, G, G))],
+    )
+
+
+def test_keys_before_all_segments_are_seen_by_all() -> None:
+    lengths, T = [20, 7], 27
+    rule = Rule(Plan(lengths), 0.3, None, None, 5)
+    seen = F.pad(seen_in_a_tree(lengths, [-1, -1], None), (5, 0), value=True)
+    same(
+        lambda q, k, v: kernels.attention(q, k, v, rule),
+        lambda q, k, v: attention_by_mask(q[None], k[None], v[None], seen, scale=0.3, softcap=None)[0],
+        [half(4, T, 32, seed=0), half(2, T + 5, 32, seed=1), half(2, T + 5, 32, seed=2)],
+    )
+
+
+def test_heads_may_lie_in_memory_in_any_order() -> None:
+    rule = Rule(Plan([10, 6]), 0.3, None, None, 0)
+    q, k, v = (normal(16, n, 32, seed=n, dtype=torch.bfloat16).transpose(0, 1) for n in (4, 2, 2))
+    assert torch.equal(kernels.attention(q, k, v, rule), kernels.attention(*(t.contiguous() for t in (q, k, v)), rule))
+    across = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert torch.equal(kernels.attention(q, k, v, rule), kernels.attention(across[0], across[1], across[2], rule))
+
+
+@pytest.mark.parametrize("settings", [{"sliding_window": 4}, {"softcap": 2.0}, {}], ids=str)
+@pytest.mark.parametrize("D", [8, 32])
+def test_attention_of_another_kind_is_that_of_ops(settings: dict[str, Any], D: int) -> None:
+    q, k, v = (normal(1, n, 20, D, seed=n, dtype=torch.bfloat16) for n in (4, 2, 2))
+    found, wanted = (
+        segment_attention(nn.Module(), q, k, v, plan=Plan([13, 7]), attend=attend, **settings)[0]
+        for attend in (kernels.attention, ops.tiled_attention)
+    )
+    assert relative_error(found, wanted) <= ROUNDING
+    if settings or D == 8:
+        assert torch.equal(found, wanted)
+
+
+def test_large_scores_are_finite_and_what_is_not_stays_in_its_row() -> None:
+    rule = Rule(Plan([8, 8]), 1.0, None, None, 0)
+    q, k, v = (normal(2, 16, 32, seed=n, dtype=torch.bfloat16) * 100 for n in range(3))
+    assert kernels.attention(q, k, v, rule).isfinite().all()
+    for hurt in (q, k, v):
+        before = hurt[0, 3, 5].clone()
+        hurt[0, 3, 5] = float("nan")
+        out = kernels.attention(q, k, v, rule)
+        assert out[:8, 0].isnan().any()
+        assert out[8:].isfinite().all()
+        hurt[0, 3, 5] = before
+
+
+def test_the_same_threads_give_the_same_bits(threads: int) -> None:
+    lengths, parents = TREES["a tree"]
+    runs = []
+    for _ in range(3):
+        q, k, v = (half(n, sum(lengths), 64, seed=n) for n in (6, 3, 3))
+        kernels.attention(q, k, v, Rule(Plan(lengths, parents), 0.1, None, None, 0)).sum().backward()
+        runs.append([q.grad, k.grad, v.grad])
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert a is not None
+            assert b is not None
+            assert torch.equal(a, b)
+
+
+# Frozen linear layers with factors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r", [1, 16, 24])
+@pytest.mark.parametrize(("d_in", "d_out"), [(64, 64), (48, 208), (2080, 16)])
+@pytest.mark.parametrize("tokens", [1, 7, 500])
+def test_a_low_rank_layer_is_its_equation(
+    tokens: int, d_in: int, d_out: int, r: int, threads: int, built: None
+) -> None:
+    W = half(d_out, d_in, seed=0, learns=False)
+    x = half(1, tokens, d_in, seed=1)
+    A, B = (normal(*s, seed=2).bfloat16().float().requires_grad_() for s in ((r, d_in), (d_out, r)))
+    assert type(kernels.low_rank_linear(x, W, None, A, B).grad_fn).__name__ == "_LowRankBackward"
+    same(
+        lambda x, W, A, B: kernels.low_rank_linear(x, W, None, A, B),
+        lambda x, W, A, B: x @ W.T + x @ A.T @ B.T,
+        [x, W, A, B],
+    )
+
+
+@pytest.mark.parametrize("frozen", [0, 2, 3])
+def test_only_the_gradients_that_are_wanted_are_computed(frozen: int) -> None:
+    inputs = [half(5, 32, seed=0), half(48, 32, seed=1, learns=False), normal(16, 32, seed=2), normal(48, 16, seed=3)]
+    inputs[2], inputs[3] = (t.bfloat16().float().requires_grad_() for t in inputs[2:])
+    inputs[frozen].requires_grad_(False)
+    same(
+        lambda x, W, A, B: kernels.low_rank_linear(x, W, None, A, B),
+        lambda x, W, A, B: x @ W.T + x @ A.T @ B.T,
+        inputs,
+    )
+
+
+def test_layers_of_another_kind_are_those_of_ops() -> None:
+    x, W = half(5, 32, seed=0), half(48, 32, seed=1, learns=False)
+    A, B, b, gain = normal(4, 32, seed=2), normal(48, 4, seed=3), half(48, seed=4, learns=False), normal(48, seed=5)
+    across = W.T.contiguous().T
+    for given in ((x, W, b, A, B), (x, W, None, A, B, gain), (x, across, None, A, B), (x, lambda dtype: W, None, A, B)):
+        assert torch.equal(kernels.low_rank_linear(*given), ops.low_rank_linear(*given))  # type: ignore[arg-type]
+
+
+def test_what_a_young_delta_adds_is_not_lost_beside_what_it_is_added_to() -> None:
+    assert_small_increments_stay(kernels.low_rank_linear)
+
+
+# Passes over memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_norm_is_its_equation(size: float, threads: int, built: None) -> None:
+    gain = half(48, seed=1, learns=False)
+    x = (normal(1, 7, 48, seed=0) * size).bfloat16().requires_grad_()
+    same(
+        lambda x, gain: kernels.rms_norm(x, gain, 1e-6),
+        lambda x, gain: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain,
+        [x, gain],
+    )
+
+
+def test_a_gated_unit_is_its_equation(threads: int, built: None) -> None:
+    gate = torch.cat([normal(1, 6, 48, seed=0) * 4, torch.full((1, 1, 48), 1e4), torch.full((1, 1, 48), -1e4)], 1)
+    same(
+        kernels.silu_gate,
+        lambda gate, up: F.silu(gate) * up,
+        [gate.bfloat16().requires_grad_(), half(1, 8, 48, seed=1)],
+    )
+
+
+def test_a_rotary_embedding_is_its_equation(threads: int, built: None) -> None:
+    cos, sin = (half(1, 9, 32, seed=s, learns=False) for s in (2, 3))
+    same(kernels.rotary, ops.by_halves, [half(1, 4, 9, 32, seed=0), half(1, 2, 9, 32, seed=1), cos, sin])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_and_dtypes_without_a_kernel_are_computed_by_ops(dtype: torch.dtype) -> None:
+    x, gain, up = (normal(*shape, seed=n, dtype=dtype) for n, shape in enumerate(((3, 20), (20,), (3, 20))))
+    assert torch.equal(kernels.rms_norm(x, gain, 1e-6), ops.rms_norm(x, gain, 1e-6))
+    assert torch.equal(kernels.silu_gate(x, up), ops.silu_gate(x, up))
+    q, k, cos, sin = (normal(*shape, 20, seed=3, dtype=dtype) for shape in ((2, 4, 5), (2, 2, 5), (2, 5), (2, 5)))
+    for found, wanted in zip(kernels.rotary(q, k, cos, sin), ops.by_halves(q, k, cos, sin), strict=True):
+        assert torch.equal(found, wanted)
+
+
+# A whole model -------------------------------------------------------------------------------------------------------
+
+
+def model_in(dtype: torch.dtype, kind: str) -> Any:
+    changes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
+    model = tiny_model(kind, initializer_range=0.1, num_key_value_heads=2, **changes).to(dtype)
+    attach(model, LoraConfig(r=4, alpha=8))
+    for number, parameter in enumerate(trainable(model).values()):
+        parameter.data.add_(0.1 * normal(*parameter.shape, seed=number))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
+def test_a_model_in_bf16_is_as_near_to_float32_with_kernels_as_without(kind: str) -> None:
+    rows = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (70, 9, 33)]
+    pack = collate([Example(row.int().numpy(), np.arange(len(row), dtype=np.float32), "") for row in rows])
+    found = []
+    for dtype, compiled in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = model_in(dtype, kind)
+        with packed_attention(model, compiled=compiled):
+            made = log_probs(model, pack)
+            made.mean().backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
+        found.append((made.detach(), gradient))
+        check_packing(model, rows[1], rows[0], sharing=True, compiled=compiled)
+    truth, plain, fast = found
+    for right, without, with_kernels in zip(truth, plain, fast, strict=True):
+        assert relative_error(with_kernels, right) <= 1.3 * relative_error(without, right)
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    kernels.library.cache_clear()
+    yield tmp_path / "kernels"
+    kernels.library.cache_clear()
+
+
+def test_kernels_are_built_once_and_anew_where_the_source_is_another(
+    nothing_built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels.library()
+    (first,) = nothing_built.iterdir()
+    stamp = first.stat().st_mtime_ns
+    kernels.library.cache_clear()
+    kernels.library()
+    assert first.stat().st_mtime_ns == stamp
+    changed = tmp_path / "changed.cpp"
+    changed.write_text(kernels.SOURCE.read_text() + "// another\n")
+    monkeypatch.setattr(kernels, "SOURCE", changed)
+    kernels.library.cache_clear()
+    kernels.library()
+    assert len(list(nothing_built.iterdir())) == 2
+
+
+def test_what_the_compiler_says_is_told_and_nothing_is_left(
+    nothing_built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int half a function(")
+    monkeypatch.setattr(kernels, "SOURCE", broken)
+    with pytest.raises(TrainingError, match=r"cannot build .*broken\.cpp\. .*false(?s:.)*error"):
+        kernels.library()
+    assert not list(nothing_built.iterdir())
+
+
+def test_without_a_compiler_the_remedy_is_told(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(TrainingError, match=r"no C\+\+ compiler here.*leave train.compile at auto"):
+        kernels.library()
