@@ -11,8 +11,8 @@ speed, every step's loss and peak memory as JSON. One run is one shape, in a pro
 * tuned: beyond configuration. A private function of TRL is replaced, so that its loss skips unsupervised positions
   as it does on a GPU, and the process's allocator is tuned. Nobody runs it so; it shows how far it could go.
 
-Both hold the base in bf16 (but for float32) and the adapter in fp32, and share its start, rows, order, schedule, optimiser
-and clipping.
+Both sides hold the base in bf16 (but for float32) and the adapter in fp32, and share the adapter's start, rows, order,
+schedule, optimiser and clipping.
 The clock runs from the start of the first step to the end of the last: loading and label building are out.
 """
 
