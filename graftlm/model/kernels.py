@@ -77,25 +77,29 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-@cache
 def library() -> ctypes.CDLL:
     """kernels.cpp, built if it is not yet. Raises TrainingError with what the compiler said."""
+    return _built(SOURCE, FLAGS)
+
+
+@cache
+def _built(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     by = compiler()
     if by is None:
         raise TrainingError(
             "train.compile: there is no C++ compiler here (no g++, clang++ or $CXX). Install one (apt-get install g++) "
             "or leave train.compile at auto"
         )
-    native = _said(by, *FLAGS, "-###", "-E", "-x", "c++", "-")
-    what = (SOURCE.read_text(), FLAGS, _said(by, "--version"), native)
+    native = _said(by, *flags, "-###", "-E", "-x", "c++", "-")
+    what = (source.read_text(), flags, _said(by, "--version"), native)
     built = cache_folder() / "kernels" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
     if not built.is_file():
         with whole(built) as draft:
-            command = [by, *FLAGS, str(SOURCE), "-o", str(draft)]
+            command = [by, *flags, str(source), "-o", str(draft)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own source)
             if done.returncode:
                 raise TrainingError(
-                    f"{by} cannot build {SOURCE}. Set train.compile to false to go on without, a third slower. It "
+                    f"{by} cannot build {source}. Set train.compile to false to go on without, a third slower. It "
                     f"says:\n{done.stderr[-2000:]}"
                 )
     found = ctypes.CDLL(str(built))

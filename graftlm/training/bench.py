@@ -162,6 +162,9 @@ def one_pass(model: Any, batch: Pack, objective: Objective | None = None) -> Non
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::linear")
 
+OF_KERNELS = {"_LowRank": "matrix products"} | dict.fromkeys(("_RmsNorm", "_SiluGate", "_Rotate"), "element-wise")
+"""What the functions of `kernels.py` do, which torch sees from outside; the name of attention's speaks for itself."""
+
 
 def parts_of_time(work: Callable[[], Any]) -> dict[str, float]:
     """The shares of matrix products, attention, head and loss, element-wise work and the rest in one call of `work`.
@@ -196,4 +199,6 @@ def _part_by_name(event: Any) -> str | None:
     name = event.name.lower()
     if "attention" in name:
         return "attention"
-    return "head and loss" if any(part in name for part in ("logprobs", "readings", "cross_entropy")) else None
+    if any(part in name for part in ("logprobs", "readings", "cross_entropy")):
+        return "head and loss"
+    return OF_KERNELS.get(event.name.removesuffix("Backward"))

@@ -31,14 +31,10 @@ ROUNDING = 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.fixture(params=["this processor", "any processor"])
-def built(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as they are built here, and as they would be without products of bfloat16 pairs."""
     if request.param == "any processor":
-        monkeypatch.setattr(kernels, "FLAGS", tuple(f for f in kernels.FLAGS if f != "-march=native"))
-        kernels.library.cache_clear()
-    yield
-    if request.param == "any processor":
-        kernels.library.cache_clear()
+        monkeypatch.setattr(kernels, "FLAGS", tuple(flag for flag in kernels.FLAGS if flag != "-march=native"))
 
 
 @pytest.fixture(params=[1, 2])
@@ -275,9 +271,9 @@ def test_a_model_in_bf16_is_as_near_to_float32_with_kernels_as_without(kind: str
 @pytest.fixture
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
-    kernels.library.cache_clear()
+    kernels._built.cache_clear()
     yield tmp_path / "kernels"
-    kernels.library.cache_clear()
+    kernels._built.cache_clear()
 
 
 def test_kernels_are_built_once_and_anew_where_the_source_is_another(
@@ -286,13 +282,13 @@ def test_kernels_are_built_once_and_anew_where_the_source_is_another(
     kernels.library()
     (first,) = nothing_built.iterdir()
     stamp = first.stat().st_mtime_ns
-    kernels.library.cache_clear()
+    kernels._built.cache_clear()
     kernels.library()
     assert first.stat().st_mtime_ns == stamp
     changed = tmp_path / "changed.cpp"
     changed.write_text(kernels.SOURCE.read_text() + "// another\n")
     monkeypatch.setattr(kernels, "SOURCE", changed)
-    kernels.library.cache_clear()
+    kernels._built.cache_clear()
     kernels.library()
     assert len(list(nothing_built.iterdir())) == 2
 

@@ -42,7 +42,8 @@ def test_linear_layers_are_counted_by_shape_under_deltas_too() -> None:
     assert linear_shapes(perturbed("lora", tiny_model())) == wanted
 
 
-def test_parts_are_told_apart() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_told_apart(dtype: torch.dtype) -> None:
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -50,7 +51,7 @@ def test_parts_are_told_apart() -> None:
         Example(random.integers(3, 300, n).astype(np.int32), np.array([0.0] + [1.0] * (n - 1), np.float32), "row")
         for n in (40, 25)
     ]
-    model = perturbed("lora", tiny_model())
+    model = perturbed("lora", tiny_model().to(dtype))
     with training_pass(model, packed=True):
         parts = parts_of_time(lambda: one_pass(model, collate(rows)))
     assert parts.keys() == PARTS
