@@ -60,9 +60,7 @@ def packed_attention(model: Any, *, compiled: Compiled = False) -> Iterator[None
         return
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
-    own_kernels = compiled is not False and kernels_serve(model)
-    if own_kernels and compiled == "auto":
-        own_kernels = kernels.compiler() is not None
+    own_kernels = uses_kernels(model, compiled)
     for config, _ in before:
         config._attn_implementation = SEGMENTS_BY_KERNELS if own_kernels else SEGMENTS
     hosts = [host for host in model.modules() if isinstance(host, LayerHost)]
@@ -95,6 +93,11 @@ KERNELS = Elementwise(kernels.rms_norm, kernels.silu_gate, kernels.rotary)
 def kernels_serve(model: Any) -> bool:
     """Whether our own kernels are made for this model: in bfloat16, on a processor."""
     return kernels.serves(model.device, model.dtype)
+
+
+def uses_kernels(model: Any, compiled: Compiled) -> bool:
+    """Whether a pass over packs is computed by them."""
+    return compiled is not False and kernels_serve(model) and (compiled is True or kernels.compiler() is not None)
 
 
 def _rotary(function: Callable[..., Any], elementwise: Elementwise) -> Callable[..., Any]:
