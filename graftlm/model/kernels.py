@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from graftlm.errors import TrainingError
+from graftlm.errors import OutputError, TrainingError
 from graftlm.files import whole
 from graftlm.model import ops
 from graftlm.model.load import cache_folder
@@ -74,7 +75,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 def compiler() -> str | None:
     """What builds them, if it is there."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def library() -> ctypes.CDLL:
@@ -87,34 +88,48 @@ def _built(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     by = compiler()
     if by is None:
         raise TrainingError(
-            "train.compile: there is no C++ compiler here (no g++, clang++ or $CXX). Install one (apt-get install g++) "
-            "or leave train.compile at auto"
+            f"train.compile: there is no C++ compiler here ({os.environ.get('CXX', 'g++')}). Install one "
+            "(apt-get install g++) or leave train.compile at auto"
         )
     native = _said(by, *flags, "-###", "-E", "-x", "c++", "-")
     what = (source.read_text(), flags, _said(by, "--version"), native)
     built = cache_folder() / "kernels" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    command = [by, *flags, str(source), "-o"]
     if not built.is_file():
-        with whole(built) as draft:
-            command = [by, *flags, str(source), "-o", str(draft)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own source)
-            if done.returncode:
-                raise TrainingError(
-                    f"{by} cannot build {source}. Set train.compile to false to go on without, a third slower. It "
-                    f"says:\n{done.stderr[-2000:]}"
-                )
+        try:
+            _build(command, built)
+        except OutputError:  # a cache that cannot be written: built for this process alone
+            with TemporaryDirectory() as folder:
+                return _loaded(_build(command, Path(folder) / built.name))
+    return _loaded(built)
+
+
+def _build(command: list[str], built: Path) -> Path:
+    with whole(built) as draft:
+        done = subprocess.run([*command, str(draft)], capture_output=True, text=True, check=False)  # noqa: S603 (ours)
+        if done.returncode:
+            raise TrainingError(
+                f"{command[0]} cannot build {SOURCE}. Set train.compile to false to go on without, a third slower. It "
+                f"says:\n{done.stderr[-2000:]}"
+            )
+    return built
+
+
+def _loaded(built: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(built))
-    _keep_freed_memory()
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
+    _keep_freed_memory()
     return found
 
 
 def _keep_freed_memory() -> None:
     """What a step frees the next one takes again: given back to the system in between, each of its pages would be
     cleared anew, which costs some 4 % of a step. (glibc: M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD at its most.)"""
-    for option, size in ((-1, 2**31 - 1), (-3, 2**25)):
-        ctypes.CDLL(None).mallopt(option, size)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, size in ((-1, 2**31 - 1), (-3, 2**25)):
+            libc.mallopt(option, size)
 
 
 def _said(*command: str) -> str:

@@ -304,6 +304,14 @@ def test_what_the_compiler_says_is_told_and_nothing_is_left(
     assert not list(nothing_built.iterdir())
 
 
+def test_where_nothing_can_be_kept_kernels_are_built_for_the_process_alone(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_built.write_text("a file where the folder should be")
+    assert kernels.library().rms_norm is not None
+    assert nothing_built.is_file()
+
+
 def test_without_a_compiler_the_remedy_is_told(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
