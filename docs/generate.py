@@ -236,6 +236,11 @@ def _train_speed(result: dict[str, Any]) -> str:
         ):
             if name in ratios:
                 rows[f"{on}, against {label}, beginnings shared"] = f"{ratios[name]:.2f} times"
+        exact = "loss differs from peer's code in float32 at most by"
+        if exact in ratios:
+            rows["losses of 12 steps in bf16 against the same in float32, at most apart"] = (
+                f"{ratios[exact]:.1%} (TRL + PEFT: {found['table'][found['best_peer']][exact]:.1%})"
+            )
         small = found["ratios"].get("ours, small packs")
         if small:
             ours = found["table"]["ours, small packs"]
