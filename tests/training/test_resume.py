@@ -355,7 +355,7 @@ def test_killed_at_every_write_sync_and_rename_it_goes_on_to_the_same_bytes(
     assert count > 40
     out, deaths, at = tmp_path / "out", 0, 1
     while (done := run(at, out)).returncode == -signal.SIGKILL:
-        deaths, at = deaths + 1, at + 29  # dies again and again on the way, later each time
+        deaths, at = deaths + 1, at + 17  # dies again and again on the way, later each time
     assert done.returncode == 0, done.stderr
     assert deaths > 2
     same(out, unbroken)
