@@ -104,7 +104,7 @@ def _rotary(function: Callable[..., Any], elementwise: Elementwise) -> Callable[
     """What takes the place of a modelling file's function."""
     if elementwise.rotary is not None and turns_by_halves(function):
         return elementwise.rotary
-    return _compiled(function) if elementwise is _compiled_elementwise() else function
+    return function if elementwise in (ELEMENTWISE, KERNELS) else _compiled(function)
 
 
 @cache

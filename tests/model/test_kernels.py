@@ -1,6 +1,7 @@
 """The kernels for a processor against the equations in their file, in float64: outputs and all gradients."""
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -317,3 +318,16 @@ def test_without_a_compiler_the_remedy_is_told(nothing_built: Path, monkeypatch:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(TrainingError, match=r"no C\+\+ compiler here.*leave train.compile at auto"):
         kernels.library()
+
+
+@pytest.mark.parametrize("compiled", [False, "auto"])
+def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it(compiled: Any) -> None:
+    code = (
+        "import sys, torch\n"
+        "from graftlm.model.forward import packed_attention\n"
+        "from graftlm.testing import tiny_model\n"
+        f"with packed_attention(tiny_model('gpt_neox').bfloat16(), compiled={compiled!r}): pass\n"
+        "print('torch._inductor.compile_fx' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
