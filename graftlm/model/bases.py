@@ -22,11 +22,12 @@ class LinearBase:
     kind = "linear"
     transposed = False
     """Whether a state dict holds the weight as [d_in, d_out]."""
+    fused = staticmethod(low_rank_linear)
+    """What computes the layer with factors on it. A view may be given another that computes the same."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.d_out, self.d_in = self.stored_weight.shape
-        self.fused = low_rank_linear
         self._row_squares: tuple[tuple[int, int], Tensor] | None = None
 
     @property
@@ -125,7 +126,6 @@ class QuantisedBase(LinearBase):
         self.layer: QuantisedLinear = layer
         self.d_out, self.d_in = layer.shape
         self.transposed = layer.transposed
-        self.fused = low_rank_linear
         self._row_squares = None
 
     @property

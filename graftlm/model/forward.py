@@ -4,7 +4,6 @@ The model's own code runs, with two things of ours in it: attention per segment,
 interface, and the head for supervised positions only. `check_packing` proves on the model at hand that both are right.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,6 @@ from graftlm.model.ops import (
     head_readings,
     linear_log_probs,
     linear_readings,
-    low_rank_linear,
     segment_attention,
 )
 
@@ -73,7 +71,7 @@ def packed_attention(model: Any, *, compiled: Compiled = False) -> Iterator[None
         host.view.fused = kernels.low_rank_linear
     rotary = [(file, file.apply_rotary_pos_emb) for file in _rotary_files(model)]
     for file, function in rotary:
-        file.apply_rotary_pos_emb = _rotary(function, elementwise)
+        file.apply_rotary_pos_emb = elementwise.rotary(function)
     try:
         yield
     finally:
@@ -81,13 +79,10 @@ def packed_attention(model: Any, *, compiled: Compiled = False) -> Iterator[None
             config._attn_implementation = implementation
         for module, _ in faster:
             del module.forward
-        for host in hosts:
-            host.view.fused = low_rank_linear
+        for host in hosts if own_kernels else []:
+            del host.view.fused
         for file, function in rotary:
             file.apply_rotary_pos_emb = function
-
-
-KERNELS = Elementwise(kernels.rms_norm, kernels.silu_gate, kernels.rotary)
 
 
 def kernels_serve(model: Any) -> bool:
@@ -98,13 +93,6 @@ def kernels_serve(model: Any) -> bool:
 def uses_kernels(model: Any, compiled: Compiled) -> bool:
     """Whether a pass over packs is computed by them."""
     return compiled is not False and kernels_serve(model) and (compiled is True or kernels.compiler() is not None)
-
-
-def _rotary(function: Callable[..., Any], elementwise: Elementwise) -> Callable[..., Any]:
-    """What takes the place of a modelling file's function."""
-    if elementwise.rotary is not None and turns_by_halves(function):
-        return elementwise.rotary
-    return function if elementwise in (ELEMENTWISE, KERNELS) else _compiled(function)
 
 
 @cache
@@ -120,7 +108,7 @@ def _compiled_elementwise() -> Elementwise:
             lambda x, gain, eps: torch.nn.functional.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
         ),
         _compiled(lambda gate, up: torch.nn.functional.silu(gate) * up),
-        _compiled(by_halves),
+        lambda function: _compiled(by_halves if turns_by_halves(function) else function),
     )
 
 
@@ -150,9 +138,16 @@ def turns_by_halves(function: Callable[..., Any]) -> bool:
     return False
 
 
+KERNELS = Elementwise(
+    kernels.rms_norm,
+    kernels.silu_gate,
+    lambda function: kernels.rotary if turns_by_halves(function) else function,
+)
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise TrainingError where torch.compile has no compiler to call: on a CPU it writes C++."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
+    if device.type == "cpu" and not kernels.compiler() and not shutil.which("clang++"):
         raise TrainingError(
             "train.compile: torch.compile writes C++ on a CPU and there is no compiler here (no g++, clang++ or $CXX). "
             "Install one (apt-get install g++) or leave train.compile at auto"

@@ -198,17 +198,18 @@ static void each_key(const Segment& s, Do work) {
         for (int key = s.range[2 * r]; key < s.range[2 * r + 1]; key++) work(n++, key);
 }
 
-static const bf16 ZEROS[1 << 15] = {};
-
 // Two rows of n numbers -> n pairs
 static void zip(const bf16* first, const bf16* second, int n, pair* to) {
     for (int i = 0; i < n; i++) to[i] = first[i] | static_cast<pair>(second[i]) << 16;
 }
 
+// A row and zeros
+static void zip(const bf16* row, int n, pair* to) { std::copy(row, row + n, to); }
+
 // Rows under each other [count, n], count even or a row of zeros more -> [count / 2, n] pairs of neighbouring rows
 static void zip_rows(const bf16* rows, long by_row, int count, int n, pair* to) {
-    for (int i = 0; i < count; i += 2)
-        zip(rows + i * by_row, i + 1 < count ? rows + (i + 1) * by_row : ZEROS, n, to + i / 2 * n);
+    for (int i = 0; i + 1 < count; i += 2) zip(rows + i * by_row, rows + (i + 1) * by_row, n, to + i / 2 * n);
+    if (count % 2) zip(rows + (count - 1) * by_row, n, to + count / 2 * n);
 }
 
 // The S keys of a segment [S, D], zeros up to `padded` -> [D / 2, padded]: pairs along D, to sum over D
@@ -222,13 +223,35 @@ static void over_D(const Segment& s, Heads t, int head, int D, int padded, pair*
 
 // The same -> [padded / 2, D]: pairs of neighbouring keys, to sum over keys
 static void over_keys(const Segment& s, Heads t, int head, int D, int padded, pair* to) {
-    const bf16* even = ZEROS;
-    const auto add = [&](int n, const bf16* row) {
-        if (n % 2) zip(even, row, D, to + n / 2 * D);
-        even = row;
-    };
-    each_key(s, [&](int n, int key) { add(n, t.row(head, key)); });
-    for (int n = s.keys; n < padded; n++) add(n, ZEROS);
+    const bf16* before = nullptr;
+    each_key(s, [&](int n, int key) {
+        const bf16* row = t.row(head, key);
+        if (n % 2) zip(before, row, D, to + n / 2 * D);
+        before = row;
+    });
+    if (s.keys % 2) zip(before, D, to + s.keys / 2 * D);
+    std::fill(to + (s.keys + 1) / 2 * D, to + padded / 2 * D, 0);
+}
+
+// Some queries of a segment, in one of the heads that share their keys: `rows` of them from `start`, the first behind
+// `before` keys, none of which sees more than `seen`
+struct Queries {
+    int head, start, rows, before, seen;
+};
+
+template <class Do>
+static void each_queries(const Segment& s, int g, int group, Do work) {
+    for (int head = g * group; head < (g + 1) * group; head++)
+        for (int first = 0; first < s.length; first += QUERIES) {
+            const int rows = std::min(QUERIES, s.length - first), before = s.keys - s.length + first;
+            work(Queries{head, s.start + first, rows, before, up_to(before + rows, LANES)});
+        }
+}
+
+// Each of these rows times all keys (or values) that are seen: [rows, padded]
+static void on_keys(const Queries& some, Heads t, const pair* keys, int D, int padded, float* to) {
+    const Pairs rows = in_rows(t.row(some.head, some.start), t.by_token);
+    product(some.rows, some.seen, D / 2, rows, keys, padded, to, padded);
 }
 
 // out = P v for P = softmax(scale q k^T) over the keys that each query sees. log_sums [H, queries]: the log of the sum
@@ -247,35 +270,31 @@ extern "C" void attend(Heads q, Heads k, Heads v, Heads out, float* log_sums, Sh
             const int g = task % G, padded = up_to(s.keys, LANES);
             over_D(s, k, g, D, padded, keys.get());
             over_keys(s, v, g, D, padded, values.get());
-            for (int h = g * group; h < (g + 1) * group; h++)
-                for (int first = 0; first < s.length; first += QUERIES) {
-                    const int rows = std::min(QUERIES, s.length - first), start = s.start + first;
-                    const int before = s.keys - s.length + first, seen = up_to(before + rows, LANES);
-                    product(rows, seen, D / 2, in_rows(q.row(h, start), q.by_token), keys.get(), padded, &scores[0],
-                            padded);
-                    for (int i = 0; i < rows; i++) {
-                        const float* score = &scores[i * padded];
-                        const int own = before + i + 1;
-                        f32s tops = all(-INFINITY), total{};
-                        for (int j = 0; j < own; j += LANES) {
-                            const f32s x = read<f32s>(score + j);
-                            tops = (LANE < own - j) & (x > tops) ? x : tops;
-                        }
-                        const float top = largest(tops);
-                        for (int j = 0; j < seen; j += LANES) {
-                            const f32s p = exponential((read<f32s>(score + j) - top) * shape.scale);
-                            const f32s shown = LANE < own - j ? p : f32s{};
-                            total += shown;
-                            write(&P[i * padded + j], shown);
-                        }
-                        sums[i] = sum(total);
-                        log_sums[h * shape.queries + start + i] = top * shape.scale + std::log(sums[i]);
+            each_queries(s, g, group, [&](const Queries& some) {
+                on_keys(some, q, keys.get(), D, padded, &scores[0]);
+                for (int i = 0; i < some.rows; i++) {
+                    const float* score = &scores[i * padded];
+                    const int own = some.before + i + 1;
+                    f32s tops = all(-INFINITY), total{};
+                    for (int j = 0; j < own; j += LANES) {
+                        const f32s x = read<f32s>(score + j);
+                        tops = (LANE < own - j) & (x > tops) ? x : tops;
                     }
-                    product(rows, D, seen / 2, in_rows(P.get(), padded), values.get(), D, &made[0], D);
-                    for (int i = 0; i < rows; i++)
-                        for (int d = 0; d < D; d += LANES)
-                            write(out.row(h, start + i) + d, read<f32s>(&made[i * D + d]) / sums[i]);
+                    const float top = largest(tops);
+                    for (int j = 0; j < some.seen; j += LANES) {
+                        const f32s p = exponential((read<f32s>(score + j) - top) * shape.scale);
+                        const f32s shown = LANE < own - j ? p : f32s{};
+                        total += shown;
+                        write(&P[i * padded + j], shown);
+                    }
+                    sums[i] = sum(total);
+                    log_sums[some.head * shape.queries + some.start + i] = top * shape.scale + std::log(sums[i]);
                 }
+                product(some.rows, D, some.seen / 2, in_rows(P.get(), padded), values.get(), D, &made[0], D);
+                for (int i = 0; i < some.rows; i++)
+                    for (int d = 0; d < D; d += LANES)
+                        write(out.row(some.head, some.start + i) + d, read<f32s>(&made[i * D + d]) / sums[i]);
+            });
         }
     }
 }
@@ -308,40 +327,36 @@ extern "C" void attend_backward(Heads dO, Heads q, Heads k, Heads v, const float
             over_keys(s, k, g, D, padded, keys_.get());
             std::fill(&sum_dk[0], &sum_dk[padded * D], 0.0f);
             std::fill(&sum_dv[0], &sum_dv[padded * D], 0.0f);
-            for (int h = g * group; h < (g + 1) * group; h++)
-                for (int first = 0; first < s.length; first += QUERIES) {
-                    const int rows = std::min(QUERIES, s.length - first), start = s.start + first;
-                    const int before = s.keys - s.length + first, seen = up_to(before + rows, LANES);
-                    product(rows, seen, D / 2, in_rows(q.row(h, start), q.by_token), keys.get(), padded, &scores[0],
-                            padded);
-                    product(rows, seen, D / 2, in_rows(dO.row(h, start), dO.by_token), values.get(), padded, &dP[0],
-                            padded);
-                    for (int i = 0; i < rows; i++) {
-                        float *p = &scores[i * padded], *dp = &dP[i * padded];
-                        const float log_sum = log_sums[h * shape.queries + start + i];
-                        f32s total{};
-                        for (int j = 0; j < seen; j += LANES) {
-                            const f32s whole = exponential(read<f32s>(p + j) * shape.scale - log_sum);
-                            const f32s shown = LANE < before + i + 1 - j ? whole : f32s{};
-                            total += shown * read<f32s>(dp + j);
-                            write(p + j, shown);
-                            write(&P[i * padded + j], shown);
-                        }
-                        const float mean = sum(total);
-                        for (int j = 0; j < seen; j += LANES)
-                            write(&dS[i * padded + j], read<f32s>(p + j) * (read<f32s>(dp + j) - mean) * shape.scale);
+            each_queries(s, g, group, [&](const Queries& some) {
+                const int rows = some.rows, seen = some.seen, pairs = (rows + 1) / 2;
+                on_keys(some, q, keys.get(), D, padded, &scores[0]);
+                on_keys(some, dO, values.get(), D, padded, &dP[0]);
+                for (int i = 0; i < rows; i++) {
+                    float *p = &scores[i * padded], *dp = &dP[i * padded];
+                    const float log_sum = log_sums[some.head * shape.queries + some.start + i];
+                    f32s total{};
+                    for (int j = 0; j < seen; j += LANES) {
+                        const f32s whole = exponential(read<f32s>(p + j) * shape.scale - log_sum);
+                        const f32s shown = LANE < some.before + i + 1 - j ? whole : f32s{};
+                        total += shown * read<f32s>(dp + j);
+                        write(p + j, shown);
+                        write(&P[i * padded + j], shown);
                     }
-                    product(rows, D, seen / 2, in_rows(dS.get(), padded), keys_.get(), D, &made[0], D);
-                    for (int i = 0; i < rows; i++)
-                        for (int d = 0; d < D; d += LANES)
-                            write(dq.row(h, start + i) + d, read<f32s>(&made[i * D + d]));
-                    zip_rows(P.get(), padded, rows, seen, P_.get());
-                    zip_rows(dS.get(), padded, rows, seen, dS_.get());
-                    zip_rows(q.row(h, start), q.by_token, rows, D, queries_.get());
-                    zip_rows(dO.row(h, start), dO.by_token, rows, D, dO_.get());
-                    product(seen, D, (rows + 1) / 2, {dS_.get(), 1, seen}, queries_.get(), D, &sum_dk[0], D, true);
-                    product(seen, D, (rows + 1) / 2, {P_.get(), 1, seen}, dO_.get(), D, &sum_dv[0], D, true);
+                    const float mean = sum(total);
+                    for (int j = 0; j < seen; j += LANES)
+                        write(&dS[i * padded + j], read<f32s>(p + j) * (read<f32s>(dp + j) - mean) * shape.scale);
                 }
+                product(rows, D, seen / 2, in_rows(dS.get(), padded), keys_.get(), D, &made[0], D);
+                for (int i = 0; i < rows; i++)
+                    for (int d = 0; d < D; d += LANES)
+                        write(dq.row(some.head, some.start + i) + d, read<f32s>(&made[i * D + d]));
+                zip_rows(P.get(), padded, rows, seen, P_.get());
+                zip_rows(dS.get(), padded, rows, seen, dS_.get());
+                zip_rows(q.row(some.head, some.start), q.by_token, rows, D, queries_.get());
+                zip_rows(dO.row(some.head, some.start), dO.by_token, rows, D, dO_.get());
+                product(seen, D, pairs, {dS_.get(), 1, seen}, queries_.get(), D, &sum_dk[0], D, true);
+                product(seen, D, pairs, {P_.get(), 1, seen}, dO_.get(), D, &sum_dv[0], D, true);
+            });
             each_key(s, [&](int n, int key) {
                 float *to_dk = all_dk + (static_cast<long>(key) * G + g) * D, *to_dv = to_dk + size;
                 for (int d = 0; d < D; d++) to_dk[d] += sum_dk[n * D + d], to_dv[d] += sum_dv[n * D + d];
@@ -350,7 +365,7 @@ extern "C" void attend_backward(Heads dO, Heads q, Heads k, Heads v, const float
 #pragma omp for schedule(static)
         for (long i = 0; i < size; i += LANES) {
             f32s for_k{}, for_v{};
-            for (int thread = 0; thread < shape.threads; thread++) {
+            for (int thread = 0; thread < omp_get_num_threads(); thread++) {
                 for_k += read<f32s>(&by_thread[2 * size * thread + i]);
                 for_v += read<f32s>(&by_thread[2 * size * thread + size + i]);
             }
@@ -400,10 +415,11 @@ struct Linear {  // x [tokens, d_in], W [d_out, d_in], A [r, d_in], B [d_out, r]
     int tokens, d_in, d_out, r, threads;
 };
 
-// What a thread does of a number of rows: from .. to, in sixes as long as there are any
-static void share(int rows, int thread, int threads, int* from, int* to) {
-    const int each = up_to((rows + threads - 1) / threads, 6);
-    *from = std::min(rows, thread * each), *to = std::min(rows, *from + each);
+// What this thread does of a number of rows: from .. to, in sixes as long as there are any. There may be fewer threads
+// than were asked for
+static void share(int rows, int* from, int* to) {
+    const int threads = omp_get_num_threads(), each = up_to((rows + threads - 1) / threads, 6);
+    *from = std::min(rows, omp_get_thread_num() * each), *to = std::min(rows, *from + each);
 }
 
 // y [from .. to, columns] = x . b + u . c for b [K, columns] and c [R, columns], which stand under each other in one piece
@@ -442,7 +458,7 @@ extern "C" void low_rank(const bf16* x, const bf16* W, const bf16* A, const bf16
             }
         }
         int from, to;
-        share(shape.tokens, omp_get_thread_num(), shape.threads, &from, &to);
+        share(shape.tokens, &from, &to);
         deep_product(x, K, nullptr, 0, from, to, shape.r, A_.get(), u, shape.r, sums.get());
         for (int first = 0; first < shape.d_out; first += PANEL)
             deep_product(x, K, u, R, from, to, std::min(PANEL, shape.d_out - first),
@@ -485,7 +501,7 @@ extern "C" void low_rank_backward(const bf16* dy, const bf16* x, const bf16* u, 
             }
         }
         int from, to;
-        share(shape.tokens, omp_get_thread_num(), shape.threads, &from, &to);
+        share(shape.tokens, &from, &to);
         deep_product(dy, K, nullptr, 0, from, to, r, B_.get(), du.get(), r, sums.get());
         for (int first = 0; dx && first < shape.d_in; first += PANEL)
             deep_product(dy, K, du.get(), R, from, to, std::min(PANEL, shape.d_in - first),

@@ -109,8 +109,8 @@ def _build(command: list[str], built: Path) -> Path:
         done = subprocess.run([*command, str(draft)], capture_output=True, text=True, check=False)  # noqa: S603 (ours)
         if done.returncode:
             raise TrainingError(
-                f"{command[0]} cannot build {SOURCE}. Set train.compile to false to go on without, a third slower. It "
-                f"says:\n{done.stderr[-2000:]}"
+                f"{command[0]} cannot build {SOURCE}. Set train.compile to false to go on without, half as slow "
+                f"again. It says:\n{done.stderr[-2000:]}"
             )
     return built
 
@@ -144,8 +144,8 @@ def _heads(t: Tensor) -> _Heads:
 
 
 def _by_token(t: Tensor) -> Tensor:
-    """t [heads, T, D] with the numbers of a head next to each other."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    """t [heads, T, D] with the numbers of a head next to each other, and rows whole pairs apart."""
+    return t if t.stride(-1) == 1 and t.stride(1) % 2 == 0 else t.contiguous()
 
 
 def _like(t: Tensor) -> Tensor:
@@ -197,8 +197,8 @@ class _Attention(Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rule: ops.Rule) -> Tensor:
     """`ops.tiled_attention`, for heads of one width, in sixteens; windows and capped scores are left to it."""
-    D, longest = q.shape[-1], max(tile.shape[1] for tile in rule.plan.tiles(rule.always, None))
-    windowed = rule.window is not None and rule.window < longest
+    D, tiles = q.shape[-1], rule.plan.tiles(rule.always, None)
+    windowed = rule.window is not None and any(rule.window < tile.shape[1] for tile in tiles)
     if windowed or rule.softcap is not None or D % LANES or v.shape[-1] != D or not serves(q.device, q.dtype):
         return ops.tiled_attention(q, k, v, rule)
     known = rule.plan.as_kernels_read

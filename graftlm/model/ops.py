@@ -192,11 +192,11 @@ class Elementwise(NamedTuple):
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     silu_gate: Callable[[Tensor, Tensor], Tensor]
-    rotary: Callable[..., tuple[Tensor, Tensor]] | None
-    """`by_halves`; None for the model's own code, which is as fast where nothing is compiled."""
+    rotary: Callable[[Callable[..., Any]], Callable[..., Any]]
+    """What takes the place of a modelling file's function for rotary embeddings."""
 
 
-ELEMENTWISE = Elementwise(rms_norm, silu_gate, None)
+ELEMENTWISE = Elementwise(rms_norm, silu_gate, lambda function: function)
 
 
 # Attention over the segments of a pack ---------------------------------------------------------------------------

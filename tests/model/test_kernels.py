@@ -1,5 +1,7 @@
 """The kernels for a processor against the equations in their file, in float64: outputs and all gradients."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,6 +114,52 @@ def test_heads_may_lie_in_memory_in_any_order() -> None:
     assert torch.equal(kernels.attention(q, k, v, rule), kernels.attention(*(t.contiguous() for t in (q, k, v)), rule))
     across = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     assert torch.equal(kernels.attention(q, k, v, rule), kernels.attention(across[0], across[1], across[2], rule))
+
+
+def test_rows_may_lie_an_odd_number_apart() -> None:
+    rule = Rule(Plan([10, 6]), 0.3, None, None, 0)
+    q, k, v = (normal(16, n, 32, seed=n, dtype=torch.bfloat16).transpose(0, 1) for n in (4, 2, 2))
+    apart = [
+        F.pad(t.transpose(0, 1).flatten(1), (0, 1))[:, :-1].unflatten(1, (-1, 32)).transpose(0, 1) for t in (q, k, v)
+    ]
+    assert all(t.stride(1) % 2 for t in apart)
+    assert torch.equal(kernels.attention(apart[0], apart[1], apart[2], rule), kernels.attention(q, k, v, rule))
+
+
+def test_keys_may_be_very_many() -> None:
+    rule = Rule(Plan([3]), 0.3, None, None, 40_000)
+    seen = F.pad(torch.ones(3, 3).tril().bool(), (40_000, 0), value=True)
+    same(
+        lambda q, k, v: kernels.attention(q, k, v, rule),
+        lambda q, k, v: attention_by_mask(q[None], k[None], v[None], seen, scale=0.3, softcap=None)[0],
+        [half(1, 3, 16, seed=0), half(1, 40_003, 16, seed=1), half(1, 40_003, 16, seed=2)],
+    )
+
+
+FEWER_THREADS = """
+import torch
+from graftlm.model import kernels
+from graftlm.model.ops import Plan, Rule
+torch.set_num_threads(2)
+generator = torch.Generator().manual_seed(0)
+def made(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+x, A, B, W = made(50, 32), made(16, 32, dtype=torch.float32), made(48, 16, dtype=torch.float32), made(48, 32).detach()
+kernels.low_rank_linear(x, W, None, A, B).sum().backward()
+q, k, v = made(4, 30, 32), made(2, 30, 32), made(2, 30, 32)
+kernels.attention(q, k, v, Rule(Plan([20, 10]), 0.3, None, None, 0)).sum().backward()
+print([float(t.grad.double().abs().sum()) for t in (x, A, B, q, k, v)])
+"""
+
+
+def test_fewer_threads_than_were_asked_for_do_all_of_the_work() -> None:
+    limited, free = (
+        subprocess.run(
+            [sys.executable, "-c", FEWER_THREADS], env=os.environ | more, capture_output=True, text=True, check=True
+        )
+        for more in ({"OMP_THREAD_LIMIT": "1"}, {})
+    )
+    assert json.loads(limited.stdout) == pytest.approx(json.loads(free.stdout), rel=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{"sliding_window": 4}, {"softcap": 2.0}, {}], ids=str)
