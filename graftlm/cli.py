@@ -267,17 +267,19 @@ def sweep_command(
 def bench_command(
     base: BaseOption = "smollm2",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's own.")] = None,
-    compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="train.compile; default auto.", show_default=False)
-    ] = None,
+    kernels: Annotated[
+        str, typer.Option("--kernels", help="As train.kernels: auto, ours, torch or compiled.")
+    ] = "auto",
     as_json: JsonOption = False,
     network: NetworkOption = False,
 ) -> None:
     """Measure how fast this machine could train, and how fast it does: LoRA on built-in rows, about half a minute."""
     from graftlm.training.bench import bench
+    from graftlm.training.loop import TrainConfig
 
     _quiet_libraries()
-    found = bench(base, threads=threads, compiled="auto" if compiled is None else compiled, network=network)
+    config = TrainConfig(kernels=kernels)  # type: ignore[arg-type]  # it checks the name
+    found = bench(base, threads=threads, kernels=config.kernels, network=network)
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -288,6 +290,10 @@ def bench_command(
     print(f"LoRA does {found['tokens_per_s']:,.0f} tokens/s: {found['share_of_floor']:.0%} of it")
     for name, share in found["parts"].items():
         print(f"  {name:16} {share:5.0%}")
+    print("kernels: " + "; ".join(found["kernels_by_operation"]))
+    for each in found["kernels"]["classes"]:
+        times = ", ".join(f"{name} {us:,.0f}" for name, us in each["microseconds"].items())
+        print(f"  {each['calls']:55} {each['by']:8} (microseconds: {times})")
 
 
 @data_app.command("check")

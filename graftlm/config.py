@@ -237,6 +237,8 @@ def _explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key,
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = source if line is None else "command line" if line == 0 else f"{source}:{line}"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if (instead := getattr(owner, "REPLACED", {}).get(str(key[-1]))) is not None:
+            return key, error["type"], f"{where}: {_dotted(key)}: this key was replaced by {instead}"
         known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
         return key, error["type"], f"{where}: {_dotted(key)}: unknown key. {nearest(str(key[-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):

@@ -39,8 +39,10 @@ def test_a_number_without_a_dot_is_a_number(tmp_path: Path) -> None:
 def test_compiling_what_is_not_packed_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(GOOD)
-    with pytest.raises(RecipeError, match="train.compile works on packs only"):
-        read(Recipe, file, ["train.compile=true", "data.pack=false"])
+    with pytest.raises(RecipeError, match="train.kernels: ours computes packs only"):
+        read(Recipe, file, ["train.kernels=ours", "data.pack=false"])
+    with pytest.raises(RecipeError, match=r"train.compile: this key was replaced by kernels \(auto, ours, torch or"):
+        read(Recipe, file, ["train.compile=true"])
 
 
 def test_overrides_are_laid_over_the_file(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     from graftlm import LoraConfig, attach, load_base
     from graftlm.data.pack import Example, collate
     from graftlm.model.attach import trainable
+    from graftlm.model.autotune import fastest_backend
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw, warmup_cosine
 
@@ -42,6 +43,7 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     model, _ = load_base(config["base"])
     attach(model, LoraConfig(r=rank, alpha=2 * rank), seed=config["seed"])
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    backend = fastest_backend(model, [collate(rows)])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     done = list(
         steps(
@@ -51,6 +53,7 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
             optimiser=adamw([(trainable(model).values(), 1e-4)], weight_decay=0.0),
             schedule=warmup_cosine(steps=config["steps"], warmup_steps=0),
             clip=1.0,
+            backend=backend,
         )
     )
     peak = peak_rss_gib()

@@ -26,6 +26,7 @@ def main() -> None:
     from graftlm.data.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
     from graftlm.model.attach import trainable
+    from graftlm.model.autotune import fastest_backend
     from graftlm.model.store import load_adapter
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw
@@ -45,14 +46,17 @@ def main() -> None:
     load_adapter(model, args.start)
     for parameter in trainable(model).values():
         assert parameter.dtype == torch.float32
+    packs = [pack(batch, args.pack_tokens, share=not args.apart) for batch in batches]
+    backend = fastest_backend(model, [each for some in packs for each in some])
     done = list(
         steps(
             model,
-            (pack(batch, args.pack_tokens, share=not args.apart) for batch in batches),
+            packs,
             loss=DpoConfig(beta=args.beta),
             optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,
+            backend=backend,
         )
     )
     wall = sum(step.wall_s for step in done)

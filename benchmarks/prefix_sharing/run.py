@@ -22,6 +22,7 @@ from graftlm.data.pack import Example, pack  # noqa: E402
 from graftlm.data.source import load_rows  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
 from graftlm.model.attach import attach, trainable  # noqa: E402
+from graftlm.model.autotune import fastest_backend  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402
 from graftlm.training.loop import Step, steps  # noqa: E402
 from graftlm.training.optim import adamw  # noqa: E402
@@ -42,7 +43,8 @@ def cut_rows(text: np.ndarray, *, rows: int, alike: int, shared: int, own: int) 
 def one_step(model: Any, rows: list[Example], tokens: int, share: bool) -> Step:
     optimiser = adamw([(trainable(model).values(), 0.0)], weight_decay=0.0)  # a rate of 0: every round is the same
     batches = [pack(rows, tokens, share=share)]
-    (step,) = steps(model, batches, loss="supervised", optimiser=optimiser, schedule=lambda step: 1.0, clip=1.0)
+    how = {"optimiser": optimiser, "schedule": lambda step: 1.0, "clip": 1.0}
+    (step,) = steps(model, batches, loss="supervised", backend=fastest_backend(model, batches[0]), **how)
     return step
 
 

@@ -19,13 +19,14 @@ sys.path.insert(0, str(HERE.parent))
 from machine import write_result  # noqa: E402
 
 
-def profiled(config: dict[str, Any], threads: int, compiled: bool) -> dict[str, Any]:
+def profiled(config: dict[str, Any], threads: int, kernels: Any) -> dict[str, Any]:
     """{"wall_s", "parts_s": {kind: seconds}, "operations": {name: {"calls", "self_s"}}} of the fastest pass."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
     from graftlm.data.pack import pack
+    from graftlm.model.autotune import fastest_backend
     from graftlm.model.load import load_tokenizer
     from graftlm.training.bench import ROWS, one_pass, parts_of_time
     from graftlm.training.loop import training_pass
@@ -38,7 +39,7 @@ def profiled(config: dict[str, Any], threads: int, compiled: bool) -> dict[str, 
     attach(model, LoraConfig(r=16, alpha=32))
     batch = max(pack(list(examples[: 4 * ROWS]), config["tokens"], share=False), key=lambda each: each.ids.numel())
     best: dict[str, Any] = {"wall_s": float("inf")}
-    with training_pass(model, packed=True, compiled=compiled):
+    with training_pass(model, packed=True, backend=fastest_backend(model, [batch], kernels)):
 
         def work() -> None:
             one_pass(model, batch)
@@ -63,17 +64,17 @@ def profiled(config: dict[str, Any], threads: int, compiled: bool) -> dict[str, 
 def main() -> None:
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     if len(sys.argv) > 1:
-        print(json.dumps(profiled(config, int(sys.argv[1]), sys.argv[2] == "True")))
+        print(json.dumps(profiled(config, int(sys.argv[1]), sys.argv[2])))
         return
     found: dict[str, Any] = {}
-    for compiled in config["compiled"]:
+    for kernels in config["kernels"]:
         runs = {}
         for threads in config["threads"]:
-            command = [sys.executable, __file__, str(threads), str(compiled)]
+            command = [sys.executable, __file__, str(threads), kernels]
             said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs[threads] = json.loads(said.splitlines()[-1])
         one, most = runs[min(runs)], runs[max(runs)]
-        found["compiled" if compiled else "plain"] = {
+        found[kernels] = {
             "by_threads": runs,
             "speed_up": {
                 "all": round(one["wall_s"] / most["wall_s"], 2),

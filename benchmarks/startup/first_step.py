@@ -19,6 +19,7 @@ done("imports of torch and transformers")
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
 from graftlm.data.pack import lay_out  # noqa: E402
 from graftlm.model.attach import trainable  # noqa: E402
+from graftlm.model.autotune import fastest_backend  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402
 from graftlm.training.optim import adamw  # noqa: E402
 from graftlm.training.prove import prove  # noqa: E402
@@ -35,6 +36,9 @@ attach(model, LoraConfig(), seed=0)
 done("attaching the delta")
 optimiser = adamw([(trainable(model).values(), 1e-3)], weight_decay=0.0)
 packs = [lay_out(rows[:8], 1024, packed=True, share=True)]
-next(iter(steps(model, packs, loss="supervised", optimiser=optimiser, schedule=lambda step: 1.0, clip=1.0)))
+backend = fastest_backend(model, packs[0])
+done("choosing kernels, as an earlier run measured them")
+how = {"optimiser": optimiser, "schedule": lambda step: 1.0, "clip": 1.0, "backend": backend}
+next(iter(steps(model, packs, loss="supervised", **how)))
 done("the first step")
 print(json.dumps(stages))

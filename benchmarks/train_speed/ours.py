@@ -16,7 +16,7 @@ from sides import arguments, peers_schedule, rows_of, use_threads, versions, wri
 def main() -> None:
     parser = arguments(__doc__, "batch-rows", **{"pack-tokens": 2048})
     parser.add_argument("--share", action="store_true", help="compute shared beginnings once")
-    parser.add_argument("--no-kernels", action="store_true", help="train.compile: false, in place of auto")
+    parser.add_argument("--kernels", default="auto", help="train.kernels: auto, ours, torch or compiled")
     parser.add_argument("--checkpointing", action="store_true", help="train.checkpointing")
     args = parser.parse_args()
     use_threads(args.threads)
@@ -28,6 +28,7 @@ def main() -> None:
     import graftlm
     from graftlm.data.pack import Example, pack
     from graftlm.model.attach import trainable
+    from graftlm.model.autotune import choose
     from graftlm.model.store import load_adapter
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw
@@ -42,15 +43,17 @@ def main() -> None:
     load_adapter(model, args.start)
     for parameter in trainable(model).values():
         assert parameter.dtype == torch.float32
+    packs = [pack(batch, args.pack_tokens, share=args.share) for batch in batches]
+    choice = choose(model, [each for some in packs for each in some], args.kernels)
     done = list(
         steps(
             model,
-            (pack(batch, args.pack_tokens, share=args.share) for batch in batches),
+            packs,
             loss="supervised",
             optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,
-            compiled=False if args.no_kernels else "auto",
+            backend=choice.backend(model.device, model.dtype),
             checkpointing=args.checkpointing,
         )
     )
@@ -67,6 +70,7 @@ def main() -> None:
         "step_wall_s": [step.wall_s for step in done],
         "losses": [step.loss for step in done],
         "peak_rss_gib": peak_rss_gib(),
+        "kernels": choice.lines(),
         "versions": versions(graftlm, torch, transformers),
     }
     write(args.out, result)

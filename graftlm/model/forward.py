@@ -4,112 +4,80 @@ The model's own code runs, with two things of ours in it: attention per segment,
 interface, and the head for supervised positions only. `check_packing` proves on the model at hand that both are right.
 """
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from inspect import signature
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from graftlm.errors import TrainingError
-from graftlm.model import kernels
 from graftlm.model.attach import deltas_off
+from graftlm.model.backend import TORCH, Backend, probe
 from graftlm.model.hosts import LayerHost
 from graftlm.model.ops import (
-    ELEMENTWISE,
     Comparison,
-    Elementwise,
     Plan,
     Readings,
-    by_halves,
     head_log_probs,
     head_readings,
-    linear_log_probs,
     linear_readings,
     segment_attention,
 )
 
-SEGMENTS, SEGMENTS_BY_KERNELS = "graft_segments", "graft_segments_by_kernels"
+SEGMENTS = "graft_segments"
 AttentionInterface.register(SEGMENTS, segment_attention)
-AttentionInterface.register(SEGMENTS_BY_KERNELS, partial(segment_attention, attend=kernels.attention))
-
-
-Compiled = Literal["auto"] | bool
-"""Whether compiled code does what lies between the products: ours for a processor, where it serves the model, and
-torch.compile's elsewhere. "auto": ours, where it serves and can be built, and never torch.compile's."""
 
 
 @contextmanager
-def packed_attention(model: Any, *, compiled: Compiled = False) -> Iterator[None]:
+def packed_attention(model: Any, backend: Backend = TORCH) -> Iterator[None]:
     """Inside, the model attends by segments and needs a plan; outside, as it did before (generation, evaluation).
 
-    Held over the backward pass too, where recomputation may run the forward pass again. Compiled are norms, gated
-    units and rotary embeddings, and by our own kernels attention and layers with low-rank factors. Only these, because
-    every layer, pack and model of a kind shares them, whatever deltas sit between them.
+    Held over the backward pass too, where recomputation may run the forward pass again. `backend` computes attention,
+    layers with low-rank factors, norms, gated units, rotary embeddings and the head: every layer, pack and model of a
+    kind shares these, whatever deltas sit between them.
     """
     if is_packed(model):
         yield
         return
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
-    own_kernels = uses_kernels(model, compiled)
     for config, _ in before:
-        config._attn_implementation = SEGMENTS_BY_KERNELS if own_kernels else SEGMENTS
+        config._attn_implementation = SEGMENTS
     hosts = [host for host in model.modules() if isinstance(host, LayerHost)]
     hosted = {id(host.base) for host in hosts}  # with a gain that is learnt
     faster = [(module, forward) for module, forward in _faster(model) if id(module) not in hosted]
-    elementwise = KERNELS if own_kernels else _compiled_elementwise() if compiled is True else ELEMENTWISE
     for module, forward in faster:
-        module.forward = partial(forward, elementwise)
-    for host in hosts if own_kernels else []:
-        host.view.fused = kernels.low_rank_linear
+        module.forward = partial(forward, backend)
+    for host in hosts:
+        host.view.fused = backend.low_rank_linear
     rotary = [(file, file.apply_rotary_pos_emb) for file in _rotary_files(model)]
     for file, function in rotary:
-        file.apply_rotary_pos_emb = elementwise.rotary(function)
+        file.apply_rotary_pos_emb = backend.rotary(function)
+    model.__dict__["graft_backend"] = backend
     try:
         yield
     finally:
+        del model.__dict__["graft_backend"]
         for config, implementation in before:
             config._attn_implementation = implementation
         for module, _ in faster:
             del module.forward
-        for host in hosts if own_kernels else []:
+        for host in hosts:
             del host.view.fused
         for file, function in rotary:
             file.apply_rotary_pos_emb = function
 
 
-def kernels_serve(model: Any) -> bool:
-    """Whether our own kernels are made for this model: in bfloat16, on a processor."""
-    return kernels.serves(model.device, model.dtype)
-
-
-def uses_kernels(model: Any, compiled: Compiled) -> bool:
-    """Whether a pass over packs is computed by them."""
-    return compiled is not False and kernels_serve(model) and (compiled is True or kernels.compiler() is not None)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)  # packs differ in length: one kernel for all of them
-
-
-@cache
-def _compiled_elementwise() -> Elementwise:
-    """Compiled from the plain equations: fused, they need neither pieces nor a backward pass by hand."""
-    return Elementwise(
-        _compiled(
-            lambda x, gain, eps: torch.nn.functional.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
-        ),
-        _compiled(lambda gate, up: torch.nn.functional.silu(gate) * up),
-        lambda function: _compiled(by_halves if turns_by_halves(function) else function),
-    )
+def backend_of(model: Any) -> Backend:
+    """The backend of the `packed_attention` that this model is in; outside of one, torch's operations."""
+    backend = model.__dict__.get("graft_backend", TORCH)
+    assert isinstance(backend, Backend)
+    return backend
 
 
 def _rotary_files(model: Any) -> list[Any]:
@@ -118,43 +86,7 @@ def _rotary_files(model: Any) -> list[Any]:
     return [file for file in files.values() if hasattr(file, "apply_rotary_pos_emb")]
 
 
-@cache
-@torch.no_grad()
-def turns_by_halves(function: Callable[..., Any]) -> bool:
-    """Whether a modelling file's function is `by_halves`, found by what it does: other models turn neighbours, or only
-    a part of each head."""
-    q, k, cos, sin = (_probe(n, 8, torch.zeros(())).view(1, -1, 3, 8) for n in (12, 6, 3, 6))
-    cos, sin = cos[0], sin[0, 1:]
-    try:
-        found, wanted = function(q, k, cos, sin), by_halves(q, k, cos, sin)
-    except (TypeError, RuntimeError, ValueError):
-        return False
-    if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)):
-        return False
-    try:
-        function(q, k, cos[..., :4], sin[..., :4])
-    except RuntimeError:
-        return list(signature(function).parameters) == list(signature(by_halves).parameters)
-    return False
-
-
-KERNELS = Elementwise(
-    kernels.rms_norm,
-    kernels.silu_gate,
-    lambda function: kernels.rotary if turns_by_halves(function) else function,
-)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise TrainingError where torch.compile has no compiler to call: on a CPU it writes C++."""
-    if device.type == "cpu" and not kernels.compiler() and not shutil.which("clang++"):
-        raise TrainingError(
-            "train.compile: torch.compile writes C++ on a CPU and there is no compiler here (no g++, clang++ or $CXX). "
-            "Install one (apt-get install g++) or leave train.compile at auto"
-        )
-
-
-def _faster(model: Any) -> list[tuple[Any, Callable[[Elementwise, Tensor], Tensor]]]:
+def _faster(model: Any) -> list[tuple[Any, Callable[[Backend, Tensor], Tensor]]]:
     """The modules that compute what one of our operations computes, found by what they do: (module, forward)."""
     unknown = [module for module in model.modules() if "graft_faster" not in module.__dict__]
     if unknown:
@@ -166,7 +98,7 @@ def _faster(model: Any) -> list[tuple[Any, Callable[[Elementwise, Tensor], Tenso
 
 
 @torch.no_grad()
-def _as_rms_norm(module: Any) -> Callable[[Elementwise, Tensor], Tensor] | None:
+def _as_rms_norm(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
     """A root-mean-square norm in one pass for a module that computes it, with either of the two ways to store a gain.
 
     A candidate is asked for the norm of rows so small that eps matters. Whatever differs by more than rounding keeps
@@ -176,20 +108,20 @@ def _as_rms_norm(module: Any) -> Callable[[Elementwise, Tensor], Tensor] | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or weight.requires_grad:
         return None
-    probe = _probe(4, len(weight), weight) * eps**0.5
+    rows = probe(4, len(weight), weight) * eps**0.5
     for above_one in (False, True):
         forward = partial(_normed, module, above_one, eps)
-        if _same(module, forward, probe):
+        if _same(module, forward, rows):
             return forward
     return None
 
 
-def _normed(module: Any, above_one: bool, eps: float, by: Elementwise, x: Tensor) -> Tensor:
+def _normed(module: Any, above_one: bool, eps: float, by: Backend, x: Tensor) -> Tensor:
     return by.rms_norm(x, 1 + module.weight if above_one else module.weight, eps)
 
 
 @torch.no_grad()
-def _as_gated(module: Any) -> Callable[[Elementwise, Tensor], Tensor] | None:
+def _as_gated(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
     """down(silu(gate(x)) * up(x)) for a feed-forward block that computes it, by its own layers and their deltas."""
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
         return None
@@ -198,25 +130,21 @@ def _as_gated(module: Any) -> Callable[[Elementwise, Tensor], Tensor] | None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None
     forward = partial(_gated, module)
-    return forward if _same(module, forward, _probe(4, weight.shape[-1], weight)) else None
+    return forward if _same(module, forward, probe(4, weight.shape[-1], weight)) else None
 
 
-def _gated(module: Any, by: Elementwise, x: Tensor) -> Tensor:
+def _gated(module: Any, by: Backend, x: Tensor) -> Tensor:
     y: Tensor = module.down_proj(by.silu_gate(module.gate_proj(x), module.up_proj(x)))
     return y
 
 
-def _probe(rows: int, d: int, like: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, rows * d, device=like.device).mul(40).sin().view(rows, d).to(like.dtype)
-
-
-def _same(module: nn.Module, forward: Callable[[Elementwise, Tensor], Tensor], probe: Tensor) -> bool:
+def _same(module: nn.Module, forward: Callable[[Backend, Tensor], Tensor], rows: Tensor) -> bool:
     try:
-        wanted = module(probe)
-        error = (forward(ELEMENTWISE, probe).float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        wanted = module(rows)
+        error = (forward(TORCH, rows).float() - wanted.float()).abs().max() / wanted.float().abs().max()
     except (TypeError, RuntimeError, AttributeError):
         return False
-    return bool(error <= 4 * torch.finfo(probe.dtype).eps)
+    return bool(error <= 4 * torch.finfo(rows.dtype).eps)
 
 
 class Packed(Protocol):
@@ -252,7 +180,9 @@ def log_probs(model: Any, pack: Packed) -> Tensor:
 
 def hidden_states(model: Any, pack: Packed) -> Tensor:
     """The last hidden state of each token of a pack, as the head sees it: [T, d], in the model's dtype."""
-    plan = {"plan": Plan(pack.lengths, pack.parents)} if len(pack.lengths) > 1 or is_packed(model) else {}
+    plan = {}
+    if len(pack.lengths) > 1 or is_packed(model):
+        plan["plan"] = Plan(pack.lengths, pack.parents, attend=backend_of(model).attention)
     backbone = model.get_decoder()
     hidden: Tensor = backbone(
         input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **plan
@@ -264,7 +194,8 @@ def head(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """log p(targets), float32 [S], from the last hidden states [S, d], without a [S, vocabulary] tensor."""
     layer, scale, softcap = _head(model)
     if _is_linear(layer, scale):
-        return linear_log_probs(hidden if scale == 1 else hidden * scale, layer.weight, layer.bias, targets, softcap)
+        scaled = hidden if scale == 1 else hidden * scale
+        return backend_of(model).head(scaled, layer.weight, layer.bias, targets, softcap)
     return head_log_probs(partial(logits, model), hidden, targets, model.config.get_text_config().vocab_size)
 
 
@@ -305,7 +236,7 @@ def _is_linear(layer: Any, scale: float) -> bool:
 
 
 def is_packed(model: Any) -> bool:
-    return model.config._attn_implementation in (SEGMENTS, SEGMENTS_BY_KERNELS)
+    return bool(model.config._attn_implementation == SEGMENTS)
 
 
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
@@ -363,15 +294,14 @@ def check_forward(model: Any, row: Tensor) -> None:
 
 @torch.no_grad()
 def check_packing(
-    model: Any, first: Tensor, second: Tensor, *, sharing: bool = False, compiled: Compiled = False
+    model: Any, first: Tensor, second: Tensor, *, sharing: bool = False, backend: Backend = TORCH
 ) -> None:
     """Prove on two rows of ids that packing them is right; raise TrainingError with the remedy if it is not.
 
     The second row, of two tokens at least, must not change by one bit when the tokens of the first are replaced: this
     finds architectures that ignore the attention interface, and layers that carry a state from row to row. And it must
     be what the model's own forward pass makes of it alone, up to rounding: this finds wrong positions. With `sharing`,
-    the same for two rows that have the first half of the second in common. With `compiled`, by our own kernels; what
-    torch.compile makes would take its time here, and has no part in attention.
+    the same for two rows that have the first half of the second in common.
     """
     ways = {"packed": "data: {pack: false}` to run one row at a time"}
     if sharing:
@@ -379,7 +309,7 @@ def check_packing(
     name, vocabulary = type(model).__name__, model.config.get_text_config().vocab_size
     wanted, shared = _own_log_probs(model, second), len(second) // 2 if sharing else 0
     try:
-        with packed_attention(model, compiled="auto" if compiled else False):
+        with packed_attention(model, backend):
             packed, after_another = (
                 log_probs(model, _Probe.of(second, before, shared)).view(len(ways), -1)
                 for before in (first, (first + 1) % vocabulary)

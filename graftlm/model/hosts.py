@@ -262,7 +262,7 @@ class ModelHost(Host):
         made: dict[tuple[str, ...], prefix.Before] = {}
         for combo in combos:
             if combo not in made:
-                made[combo] = self._before(decoder, self.on(combo), combo, packed="plan" in kwargs)
+                made[combo] = self._before(decoder, self.on(combo), combo, kwargs.get("plan"))
         self.before = prefix.stack([made[combo] for combo in combos])
         if self.before is None:
             return None
@@ -270,7 +270,7 @@ class ModelHost(Host):
         kwargs["position_ids"] = shift + _positions(given, kwargs)
         return args, kwargs
 
-    def _before(self, decoder: Any, deltas: list[Delta], combo: tuple[str, ...], packed: bool) -> "prefix.Before":
+    def _before(self, decoder: Any, deltas: list[Delta], combo: tuple[str, ...], pack: Plan | None) -> "prefix.Before":
         """The keys and values of one combination of deltas: prefixes as they are, prompts by a pass over them."""
         found: list[Tensor] = []
         prompts: list[Tensor] = []
@@ -287,7 +287,7 @@ class ModelHost(Host):
         embeddings = torch.cat(prompts)[None].to(weight.dtype)
         start = 0 if learnt is None else learnt.shape[3]
         positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
-        plan = {"plan": Plan([embeddings.shape[1]])} if packed else {}
+        plan = {"plan": Plan([embeddings.shape[1]], attend=pack.attend)} if pack is not None else {}
         self._busy, kept, rows = True, self.before, self.switch.rows
         self.before, self.switch.rows = prefix.stack([prefix.Before(learnt)]), None if rows is None else [combo]
         try:

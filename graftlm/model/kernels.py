@@ -1,19 +1,23 @@
 """What `kernels.cpp` computes, as functions with gradients: bfloat16 on a processor.
 
-The file is built by the machine's C++ compiler when it is first asked for, and kept in the cache folder, by what it was
-built from. It stands beside torch in the process, and shares its threads.
+The machine's C++ compiler builds the file at its first use, in some two seconds. The library stays in the cache folder
+under a name that says what it was built from, and the hash of its content. It is loaded from memory, after its content
+was compared with that hash: a damaged file, or one that another user could have written, is built again instead.
 """
 
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,50 +77,116 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and sys.platform == "linux"
 
 
-def compiler() -> str | None:
-    """What builds them, if it is there."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+def unavailable(device: torch.device, dtype: torch.dtype) -> str:
+    """Why our kernels cannot compute on a device in a dtype, as one line; empty where they can. Builds them."""
+    if sys.platform != "linux":
+        return f"our kernels are built on Linux, and this is {sys.platform}"
+    if not serves(device, dtype):
+        name = str(dtype).removeprefix("torch.")
+        return f"our kernels compute in bfloat16 on a CPU, and the base is in {name} on {device.type}"
+    found = _library(SOURCE, FLAGS)
+    return found if isinstance(found, str) else ""
+
+
+def compiler() -> tuple[str, ...] | None:
+    """The command of the C++ compiler, $CXX or the first that is installed, its program as a full path; None without.
+
+    $CXX may be several words, as in "ccache g++".
+    """
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for program, *rest in [wanted] if wanted else [["g++"], ["c++"], ["clang++"]]:
+        if (path := shutil.which(program)) is not None:
+            return path, *rest
+    return None
+
+
+class _Library(NamedTuple):
+    functions: ctypes.CDLL
+    digest: str
+    """Of its content."""
 
 
 def library() -> ctypes.CDLL:
-    """kernels.cpp, built if it is not yet. Raises TrainingError with what the compiler said."""
-    return _built(SOURCE, FLAGS)
+    """kernels.cpp as a library, built where there is none yet. Raises TrainingError with what went wrong."""
+    found = _library(SOURCE, FLAGS)
+    if isinstance(found, str):
+        raise TrainingError(f"train.kernels: {found}")
+    return found.functions
+
+
+def library_digest() -> str:
+    """Which build of kernels.cpp this process computes with: the hash of its content; empty where there is none."""
+    found = _library(SOURCE, FLAGS)
+    return "" if isinstance(found, str) else found.digest
 
 
 @cache
-def _built(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    by = compiler()
-    if by is None:
-        raise TrainingError(
-            f"train.compile: there is no C++ compiler here ({os.environ.get('CXX', 'g++')}). Install one "
-            "(apt-get install g++) or leave train.compile at auto"
-        )
-    native = _said(by, *flags, "-###", "-E", "-x", "c++", "-")
-    what = (source.read_text(), flags, _said(by, "--version"), native)
-    built = cache_folder() / "kernels" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
-    command = [by, *flags, str(source), "-o"]
-    if not built.is_file():
-        try:
-            _build(command, built)
-        except OutputError:  # a cache that cannot be written: built for this process alone
-            with TemporaryDirectory() as folder:
-                return _loaded(_build(command, Path(folder) / built.name))
-    return _loaded(built)
+def _library(source: Path, flags: tuple[str, ...]) -> _Library | str:
+    """The library, or why there is none. It is tried once in a process."""
+    command = compiler()
+    if command is None:
+        wanted = os.environ.get("CXX")
+        missing = f"$CXX, {wanted!r}, is not installed" if wanted else "there is no g++, c++ or clang++"
+        return f"no C++ compiler: {missing} (apt-get install g++)"
+    try:
+        native = _output(*command, *flags, "-###", "-E", "-x", "c++", "-")
+        inputs = (source.read_text(), flags, _output(*command, "--version"), native)
+        name, folder = _digest(repr(inputs).encode()), cache_folder() / "kernels"
+        content = _read(folder, name)
+        if content is not None:
+            return _Library(_load(content), _digest(content))
+        content = _build((*command, *flags, str(source)))
+        found = _Library(_load(content), _digest(content))
+        with suppress(OutputError):  # a cache that cannot be written: built for this process alone
+            _write(folder / f"{name}.{found.digest}.so", content)
+        return found
+    except _BuildError as error:
+        return f"{shlex.join(command)} cannot build {source.name}: {error}"
+    except (OSError, AttributeError) as error:  # of the loader, or of a library without our functions
+        return f"{source.name} was built by {shlex.join(command)} and cannot be loaded: {error}"
 
 
-def _build(command: list[str], built: Path) -> Path:
-    with whole(built) as draft:
-        done = subprocess.run([*command, str(draft)], capture_output=True, text=True, check=False)  # noqa: S603 (ours)
-        if done.returncode:
-            raise TrainingError(
-                f"{command[0]} cannot build {SOURCE}. Set train.compile to false to go on without, half as slow "
-                f"again. It says:\n{done.stderr[-2000:]}"
-            )
-    return built
+class _BuildError(Exception):
+    """What the compiler said."""
 
 
-def _loaded(built: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(built))
+def _build(command: tuple[str, ...]) -> bytes:
+    with TemporaryDirectory() as folder:
+        built = Path(folder) / "kernels.so"
+        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode or not built.is_file():
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+            raise _BuildError((lines or [f"exit code {done.returncode}"])[0][:300])
+        return built.read_bytes()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _read(folder: Path, name: str) -> bytes | None:
+    """A library of this name whose content has the hash in its file name, and which no other user can have written."""
+    for path in sorted(folder.glob(f"{name}.*.so")) if folder.is_dir() else []:
+        with suppress(OSError), path.open("rb") as file:
+            about, content = os.fstat(file.fileno()), file.read()
+            others = about.st_uid not in (0, os.geteuid()) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if not others and path.name == f"{name}.{_digest(content)}.so":
+                return content
+    return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    with whole(path) as draft:
+        draft.write_bytes(content)
+        draft.chmod(0o644)
+
+
+def _load(content: bytes) -> ctypes.CDLL:
+    """The library with these bytes, from memory: a cache folder may forbid to execute, and a file may change."""
+    file = os.memfd_create("graftlm-kernels")  # stays open: the loader knows a library by its path
+    with open(file, "wb", closefd=False) as memory:
+        memory.write(content)
+    found = ctypes.CDLL(f"/proc/self/fd/{file}")
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
@@ -132,8 +202,8 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, size)
 
 
-def _said(*command: str) -> str:
-    """What a compiler says, with what `native` means on this machine: the folder may be shared by several."""
+def _output(*command: str) -> str:
+    """What a compiler prints, with what `native` means on this machine: the folder may be shared by several."""
     done = subprocess.run(command, input="", capture_output=True, text=True, check=False)  # noqa: S603 (the compiler)
     return done.stdout + done.stderr
 

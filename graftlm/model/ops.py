@@ -187,18 +187,6 @@ def by_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int
     return turned(q), turned(k)
 
 
-class Elementwise(NamedTuple):
-    """Ways to compute what a block does between its products."""
-
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    silu_gate: Callable[[Tensor, Tensor], Tensor]
-    rotary: Callable[[Callable[..., Any]], Callable[..., Any]]
-    """What takes the place of a modelling file's function for rotary embeddings."""
-
-
-ELEMENTWISE = Elementwise(rms_norm, silu_gate, lambda function: function)
-
-
 # Attention over the segments of a pack ---------------------------------------------------------------------------
 
 QUERIES_AT_ONCE = 128
@@ -230,6 +218,8 @@ class Plan:
     tiled: dict[tuple[int, int | None], list["Tile"]] = field(default_factory=dict)
     as_kernels_read: dict[int, Any] = field(default_factory=dict)
     """By `always`: the segments as `kernels.py` lays them out."""
+    attend: "Callable[[Tensor, Tensor, Tensor, Rule], Tensor] | None" = None
+    """What computes attention over these segments; None: `tiled_attention`."""
 
     def tiles(self, always: int, at_once: int | None) -> list[Tile]:
         """The queries of each segment in equal parts of about `at_once`, with the keys of the row up to there.
@@ -393,7 +383,6 @@ def segment_attention(
     attention_mask: Tensor | None = None,
     *,
     plan: Plan,
-    attend: Callable[[Tensor, Tensor, Tensor, Rule], Tensor] = tiled_attention,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -417,7 +406,7 @@ def segment_attention(
         always = before[0].shape[2]
         key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
     rule = Rule(plan, scale, sliding_window, softcap, always)
-    return attend(query[0], key[0], value[0], rule)[None], None
+    return (plan.attend or tiled_attention)(query[0], key[0], value[0], rule)[None], None
 
 
 # The output head and the loss ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
+from graftlm.model.backend import Backend
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.policies import POLICIES
@@ -36,7 +37,7 @@ def put_aside(recipe: Recipe, examples: Sequence[R]) -> tuple[list[R], list[R]]:
 
 
 def loss_aside(
-    recipe: Recipe, training: Training, rows: Rows, make: Callable[[Rows], list[Pack]]
+    recipe: Recipe, training: Training, rows: Rows, make: Callable[[Rows], list[Pack]], backend: Backend
 ) -> Callable[[bool], Tensor]:
     """What `Training.aside` is: the mean loss over as many rows as a step has, others after each step, in turn.
 
@@ -50,7 +51,7 @@ def loss_aside(
         weight, total = sum(map(objective.count, packs)), 0.0
         torch.manual_seed(training.seed_for("aside"))  # for dropout, as in a step
         with (
-            training_pass(model, **recipe.passes()),
+            training_pass(model, **recipe.passes(), backend=backend),
             torch.set_grad_enabled(gradient),
         ):
             for pack in packs:

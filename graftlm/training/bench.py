@@ -18,8 +18,9 @@ from graftlm.data.pack import Pack, pack
 from graftlm.data.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.attach import attach, hosts, trainable
+from graftlm.model.autotune import choose
+from graftlm.model.backend import Kernels
 from graftlm.model.bases import view
-from graftlm.model.forward import Compiled, check_compiler
 from graftlm.model.load import load_base, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.sites import output_head, transformer_layers
 from graftlm.training.loop import TrainConfig, steps, training_pass
@@ -41,7 +42,7 @@ ROWS = 16
 
 
 def bench(
-    base: str = "smollm2", *, threads: int | None = None, compiled: Compiled = "auto", network: bool = False
+    base: str = "smollm2", *, threads: int | None = None, kernels: Kernels = "auto", network: bool = False
 ) -> dict[str, Any]:
     """Measure the machine's matrix rate and a few training steps on it, and set them against each other."""
     if threads:
@@ -49,8 +50,6 @@ def bench(
     recipe = Recipe(base=base, data=DataConfig(train="builtin:docstrings", max_tokens=TOKENS), network=network)
     examples = prepare_data(recipe, load_tokenizer(recipe.base, network=network)).examples
     model: Any = load_base(base, network=network).model
-    if compiled is True:
-        check_compiler(model.device)
     dtype, device = next(model.parameters()).dtype, model.device
     shapes = linear_shapes(model)
     head = output_head(model)
@@ -65,6 +64,8 @@ def bench(
         host.deltas.train()
     chosen = plan_batches(TrainConfig(steps=STEPS, batch_rows=ROWS), examples)
     made = [pack([examples[i] for i in rows], TOKENS) for rows in chosen]
+    choice = choose(model, [each.to(device) for packs in made for each in packs], kernels)
+    backend = choice.backend(model.device, dtype)
     done = list(
         steps(
             model,
@@ -73,14 +74,14 @@ def bench(
             optimiser=adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0),
             schedule=warmup_cosine(steps=STEPS, warmup_steps=1),
             clip=1.0,
-            compiled=compiled,
+            backend=backend,
         )
     )
     tokens_per_s = statistics.median(step.tokens / step.wall_s for step in done[1:])
     supervised = sum(step.supervised_tokens for step in done) / sum(step.tokens for step in done)
     needed = flop + supervised * head_flop
     floor = rate * 1e9 / needed
-    with training_pass(model, packed=True, compiled=compiled):
+    with training_pass(model, packed=True, backend=backend):
         first = made[0][0].to(device)
         one_pass(model, first)
         parts = parts_of_time(lambda: one_pass(model, first))
@@ -88,7 +89,8 @@ def bench(
         "base": base,
         "dtype": _name(dtype),
         "threads": torch.get_num_threads(),
-        "compiled": compiled,
+        "kernels": choice.to_json(),
+        "kernels_by_operation": choice.lines(),
         "device": str(device),
         "matrix_gflops": round(rate, 1),
         "matrix_gflops_by_dtype": {name: {k: round(v, 1) for k, v in found.items()} for name, found in rates.items()},

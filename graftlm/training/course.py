@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from graftlm.data.pack import Example, Group
 from graftlm.model.attach import deltas_still, trainable
+from graftlm.model.backend import Backend
 from graftlm.training import ranks
 from graftlm.training.checkpoint import BEST, Snapshot, put_back, put_deltas_back, step_name, take
 from graftlm.training.guards import EVERY, Guards
@@ -55,8 +56,10 @@ class Course:
         plan: list[list[int]],
         facts: Mapping[str, Any],
         watched: Watched,
+        backend: Backend,
     ) -> None:
         self.recipe, self.model, self.examples, self.held_out, self.plan = recipe, model, examples, held_out, plan
+        self.backend = backend
         self.facts, self.place, self.run, self.stopping = facts, watched.place, watched.run, watched.stopping
         self.console, self.bars = watched.console, watched.bars
         self.guards = Guards(recipe.train.early_stopping, self.run.metrics.lines)
@@ -77,7 +80,7 @@ class Course:
         where it gives them itself."""
         self.seen = found.facts["seen"] if found else 0
         self.bar = self.bars.add_task("training", total=len(self.plan), completed=self.seen, now="")
-        for turn in turns(self.recipe, self.model, len(self.plan), aside, scorer):
+        for turn in turns(self.recipe, self.model, len(self.plan), aside, scorer, self.backend):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:

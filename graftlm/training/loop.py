@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from graftlm.data.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LossConfig
 from graftlm.model.attach import penalty, trainable
-from graftlm.model.forward import Compiled, packed_attention
+from graftlm.model.backend import TORCH, Backend, Kernels
+from graftlm.model.forward import packed_attention
 from graftlm.model.recompute import offloaded, recomputed_layers
 from graftlm.model.sites import transformer_layers
 from graftlm.training import ranks
@@ -61,11 +62,15 @@ class TrainConfig:
     """Keep each layer's input alone and run the layer again in the backward pass: less memory, about a third slower."""
     offload: Flag = False
     """Keep activations in the machine's memory instead of the GPU's; refused on a CPU, where they are there already."""
-    compile: Literal["auto"] | Flag = "auto"
-    """Compiled code for attention, norms, gated units, rotary embeddings and layers with low-rank factors: a third less
-    time. `auto`: our own kernels for a processor, where the base is in bf16 and a C++ compiler is there, and nothing
-    else. `true`: those, or an error where they cannot be built; on a GPU and for other dtypes torch.compile, without
-    attention and factors, after some 10 s at the start. Needs `data.pack`."""
+    kernels: Kernels = "auto"
+    """What computes attention, layers with low-rank factors, norms, gated units and rotary embeddings. `ours`: kernels
+    for a CPU and a base in bf16, which need a C++ compiler. `torch`: torch's own operations. `compiled`: torch.compile
+    for norms, gates and rotary embeddings, torch for the rest. `auto`: the fastest of them for each shape, measured at
+    the first run of a base on a machine; kernels that cannot be built are left out, and the start says so. The others
+    are an error where they cannot compute, and need `data.pack`."""
+
+    REPLACED: ClassVar[Mapping[str, str]] = {"compile": "kernels (auto, ours, torch or compiled)"}
+    """Keys of earlier versions, and what took their place."""
     save_every: PositiveCount = 50
     """Steps between two checkpoints, from which `--resume` goes on; one is saved at the end and at Ctrl-C too."""
     keep: PositiveCount = 2
@@ -130,7 +135,7 @@ def steps(
     packed: bool = True,
     checkpointing: bool = False,
     offload: bool = False,
-    compiled: Compiled = "auto",
+    backend: Backend = TORCH,
 ) -> Iterator[Step]:
     """Train the model's deltas, one optimiser step for each batch of packs: this rank's, where there are several.
 
@@ -194,7 +199,7 @@ def steps(
         with explained():
             for run.rehearsal in (True, False) if rehearsed else (False,):
                 sums, bad = _passes(
-                    run, objective, policies, packs, probes, (count, supervised), partial(passes, compiled=compiled)
+                    run, objective, policies, packs, probes, (count, supervised), partial(passes, backend=backend)
                 )
                 if bad or (run.rehearsal and not math.isfinite(run.norm)):
                     break
@@ -300,12 +305,12 @@ def _norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
 
 @contextmanager
 def training_pass(
-    model: nn.Module, *, packed: bool, checkpointing: bool = False, offload: bool = False, compiled: Compiled = "auto"
+    model: nn.Module, *, packed: bool, checkpointing: bool = False, offload: bool = False, backend: Backend = TORCH
 ) -> Iterator[None]:
     """What a recipe says of forward and backward passes, held over both."""
     with ExitStack() as held:
         if packed:
-            held.enter_context(packed_attention(model, compiled=compiled))
+            held.enter_context(packed_attention(model, backend))
         if checkpointing:
             held.enter_context(recomputed_layers(model))
         if offload:

@@ -35,9 +35,13 @@ SUMMARY, RECIPE = "summary.json", "recipe.yaml"
 KEPT = (FOLDER, trackers.FOLDER)
 """What in OUT belongs to the run, not to the adapter, and stays when the adapter is written."""
 
-FREE = ("network", "report.", "train.keep", "train.on_nonfinite", "train.save_every", "train.threads")
-"""Keys of a recipe that say nothing of what is learnt: a run may be resumed with others. (Other threads round
-otherwise, so the last bits of a resumed run are then not those of an unbroken one.)"""
+FREE = (
+    "network", "report.", "train.compile", "train.keep", "train.kernels", "train.on_nonfinite", "train.save_every",
+    "train.threads",
+)  # fmt: skip
+"""Keys of a recipe that say nothing of what is learnt: a run may be resumed with others. (Other threads or kernels
+round otherwise, so the last bits of a resumed run are then not those of an unbroken one. `train.compile` was the name
+of `train.kernels`.)"""
 
 
 @dataclass

@@ -23,7 +23,9 @@ from graftlm.errors import TrainingError
 from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
-from graftlm.model.forward import check_compiler, hidden_states, uses_kernels
+from graftlm.model.autotune import Choice, choose
+from graftlm.model.backend import TORCH, Backend, pinned
+from graftlm.model.forward import hidden_states
 from graftlm.model.load import load_tokenizer, multiplies_bf16_fast
 from graftlm.model.ops import KERNELS_KEPT
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
@@ -102,14 +104,14 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     made, groups = with_deltas(recipe)
     teacher = with_teacher(recipe, made)
     device = made.model.device
-    if recipe.train.compile is True:
-        check_compiler(device)
+    choice = kernels_of(recipe, made, groups, shape)
+    backend = choice.backend(device, made.dtype)
     parameters = sum(p.numel() for name in recipe.all_deltas() for p in parameters_of(made.model, name))
     held = sum(p.numel() * p.element_size() for host in hosts(made.model).values() for p in host.deltas.buffers())
     largest = shape.largest.to(device)
     products: set[Product] = set()
-    live = _over_layers(made, groups, lambda model: live_bytes(recipe, model, largest, products))
-    by_kernels = recipe.data.pack and uses_kernels(made.model, recipe.train.compile)
+    live = _over_layers(made, groups, lambda model: live_bytes(recipe, model, largest, products, backend))
+    by_kernels = recipe.data.pack and (choice.kernels == "ours" or "ours" in choice.fastest.values())
     heap = HEAP_CHECKPOINTED if recipe.train.checkpointing else HEAP_WITH_KERNELS if by_kernels else HEAP
     memory = {
         "process": process + LIBRARIES_GIB,
@@ -126,7 +128,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             loading, process + (made.base_bytes + teacher.sketch.base_bytes + teacher.sketch.file_bytes) / GIB
         )
     peak = max(sum(memory.values()), loading)
-    seconds, parts = time_of(recipe, made, groups, shape, teacher)
+    seconds, parts = time_of(recipe, made, groups, shape, teacher, backend)
     seconds += (updating := update_s(parameters, device))
     found = {
         "peak_gib": round(peak, 3),
@@ -218,6 +220,18 @@ def _attached(recipe: Recipe, made: Sketch) -> Sketch:
     return made
 
 
+def kernels_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape) -> Choice:
+    """What would compute a run, measured on one layer of each kind."""
+    device, wanted = made.model.device, recipe.train.kernels
+    if wanted != "auto":
+        pinned(wanted, device, made.dtype)
+    if not recipe.data.pack:
+        return Choice(wanted)
+    packs = [pack.to(device) for pack in (*shape.step, shape.largest)]
+    with only(made, sorted(numbers[0] for numbers in groups)) as model:
+        return choose(model, packs, wanted)
+
+
 def _over_layers(made: Sketch, groups: list[list[int]], measure: Callable[[Any], float]) -> float:
     """What the whole model costs, from a model with one layer of each kind and others with more of one kind."""
     one_each = [numbers[0] for numbers in groups]
@@ -269,7 +283,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | None = None) -> int:
+def live_bytes(
+    recipe: Recipe, model: Any, pack: Pack, products: set[Product] | None = None, backend: Backend = TORCH
+) -> int:
     """The most bytes in use at one time of a forward and backward pass; gradients of parameters were there before.
 
     The half-precision products that ran are added to `products`.
@@ -277,8 +293,7 @@ def live_bytes(recipe: Recipe, model: Any, pack: Pack, products: set[Product] | 
     for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
-    compiled = "auto" if recipe.train.compile else False  # torch.compile's own products are not seen here
-    with training_pass(model, **(recipe.passes() | {"compiled": compiled})), live:
+    with training_pass(model, **recipe.passes(), backend=backend), live:
         one_pass(model, pack, _objective(recipe))
     if products is not None:
         products |= live.products
@@ -341,7 +356,12 @@ def free_gib(device: torch.device) -> float:
 
 
 def time_of(
-    recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape, teacher: Teacher | None = None
+    recipe: Recipe,
+    made: Sketch,
+    groups: list[list[int]],
+    shape: Shape,
+    teacher: Teacher | None = None,
+    backend: Backend = TORCH,
 ) -> tuple[float, dict[str, float]]:
     """Seconds of a step without its update, and which part of them is what."""
     ordered = sorted(shape.step, key=lambda pack: pack.ids.numel())
@@ -355,7 +375,7 @@ def time_of(
             for pack in packs:
                 one_pass(model, pack, _objective(recipe))
 
-        with training_pass(model, **recipe.passes()):
+        with training_pass(model, **recipe.passes(), backend=backend):
             found = best_s(passes, TRIES)
             shares.append({name: share * found for name, share in parts_of_time(passes).items()})
         return found

@@ -28,6 +28,7 @@ from graftlm.model.attach import deltas_off
 from graftlm.model.load import load_base, load_tokenizer
 from graftlm.training import display, ranks, report
 from graftlm.training.held_out import held_out_loss
+from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import NotFiniteError
 from graftlm.training.noise import NoiseScale, batch_for
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
@@ -86,10 +87,11 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     data = prepare_data(recipe, tokenizer, console=console)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model
-    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing, compiled=config.compile)
+    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
     plan = plan_batches(config, data.examples, data.curriculum)
     attach_deltas(recipe, model, data.examples, plan)
-    (turn,) = turns(recipe, model, count, data.aside)
+    _, backend = choose_kernels(recipe, model, data.examples, plan, console=console)
+    (turn,) = turns(recipe, model, count, data.aside, backend=backend)
     watch = Watch(config.batch_rows, METHODS[next(iter(recipe.all_deltas().values())).method].delta.learning_rate)
     turn.policies.append(watch)
     tried: list[Tried] = []

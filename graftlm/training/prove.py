@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from graftlm.data.pack import Example, Group
-from graftlm.model.forward import Compiled, check_forward, check_packing
+from graftlm.model.backend import TORCH, Backend
+from graftlm.model.forward import check_forward, check_packing
 
 PROBE_TOKENS = 32
 """The proof is on the last so many tokens of two rows (the first ones may be a system prompt that all rows have). A
@@ -16,7 +17,7 @@ is the same for every model: tests see to that."""
 
 
 def prove(
-    model: Any, items: Sequence[Example | Group], *, packed: bool, sharing: bool, compiled: Compiled = False
+    model: Any, items: Sequence[Example | Group], *, packed: bool, sharing: bool, backend: Backend = TORCH
 ) -> None:
     """TrainingError where the head, packed attention or shared beginnings give other numbers than the model's own."""
     examples = [answer for item in items for answer in item.answers]
@@ -24,4 +25,4 @@ def prove(
     short, long = (torch.from_numpy(example.ids[-PROBE_TOKENS:].astype("int64")).to(model.device) for example in probes)
     check_forward(model, long)
     if packed:
-        check_packing(model, short, long, sharing=sharing, compiled=compiled)
+        check_packing(model, short, long, sharing=sharing, backend=backend)

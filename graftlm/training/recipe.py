@@ -223,8 +223,7 @@ class Recipe:
     def passes(self) -> dict[str, Any]:
         """How packs go through the model, as `loop.training_pass` takes it."""
         train = self.train
-        how = {"checkpointing": train.checkpointing, "offload": train.offload, "compiled": train.compile}
-        return {"packed": self.data.pack} | how
+        return {"packed": self.data.pack, "checkpointing": train.checkpointing, "offload": train.offload}
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "Recipe":
@@ -241,9 +240,12 @@ class Recipe:
         return self
 
     @model_validator(mode="after")
-    def _compiled_in_packs(self) -> "Recipe":
-        if self.train.compile is True and not self.data.pack:
-            raise ValueError("train.compile works on packs only: set `data: {pack: true}` or leave it at auto")
+    def _kernels_in_packs(self) -> "Recipe":
+        if self.train.kernels in ("ours", "compiled") and not self.data.pack:
+            raise ValueError(
+                f"train.kernels: {self.train.kernels} computes packs only: set `data: {{pack: true}}` or "
+                "train.kernels: auto"
+            )
         return self
 
 

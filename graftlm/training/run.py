@@ -33,8 +33,8 @@ from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
-from graftlm.model.forward import check_compiler, kernels_serve
-from graftlm.model.kernels import compiler
+from graftlm.model.autotune import Choice
+from graftlm.model.backend import pinned
 from graftlm.model.load import (
     Loaded,
     base_config,
@@ -51,6 +51,7 @@ from graftlm.training.checkpoint import METRICS, put_deltas_back
 from graftlm.training.course import Course, Stopping, Watched
 from graftlm.training.guards import resident_gib
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
+from graftlm.training.kernels import choose_kernels
 from graftlm.training.objective import Objective
 from graftlm.training.online import mean_reward
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
@@ -234,12 +235,10 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
     if recipe.train.offload and model.device.type == "cpu":
         raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
-    if recipe.train.compile is True:
-        check_compiler(model.device)
-    elif recipe.train.compile and recipe.data.pack and kernels_serve(model) and not compiler():
-        console.print("no C++ compiler here (g++): steps without kernels take half as long again", highlight=False)
+    if recipe.train.kernels != "auto":
+        pinned(recipe.train.kernels, model.device, model.dtype)  # refused before anything else takes its time
     plan = plan_batches(recipe.train, data.examples, data.curriculum)
-    lines, stopped = _train(recipe, model, data, plan, place, trackers, console)
+    lines, stopped, choice = _train(recipe, model, data, plan, place, trackers, console)
     log = [line for line in lines if "loss" in line]
     if ranks.first():
         with new_folder(out, overwrite=True, keep=KEPT) as folder:
@@ -249,11 +248,11 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
             shutil.copyfile(place.checkpoints.folder / METRICS, folder / METRICS)
     # From here on the adapter is safe in its place; what is measured is added to it.
     before, after, samples = (None, None, []) if stopped else _measure(recipe, Loaded(model, tokenizer), data, console)
-    summary = _summary(recipe, model, log, before, after, stopped)
+    summary = _summary(recipe, model, log, before, after, stopped) | {"kernels": choice.to_json()}
     if ranks.first():
         with writing(out):
             if not stopped:
-                _write_report(recipe, model, data, out, summary, lines, samples)
+                _write_report(recipe, model, data, out, summary, lines, samples, choice)
             (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     for event in trackers.finish(None if stopped else summary):
         console.print(f"{event['tracker']}: {event['why']}", highlight=False, markup=False)
@@ -278,12 +277,12 @@ def _train(
     place: Place,
     trackers: Trackers,
     console: Console,
-) -> tuple[list[dict[str, Any]], bool]:
-    """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped)."""
-    train = recipe.train
-    prove(model, data.examples, packed=recipe.data.pack, sharing=train.prefix_sharing, compiled=train.compile)
+) -> tuple[list[dict[str, Any]], bool, Choice]:
+    """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped,
+    what computed it)."""
+    prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     load_teacher(recipe, model, data.examples)
-    facts = {"rows": digest(data.examples), "base": fingerprint(model).digest}
+    facts: dict[str, Any] = {"rows": digest(data.examples), "base": fingerprint(model).digest}
     facts["compared_with"] = compared_with(model, recipe.loss)
     found = place.newest(facts, told=console.print)
     with console.status("attaching the delta"):
@@ -291,6 +290,10 @@ def _train(
     if found is not None:
         put_deltas_back(found, model, list(recipe.all_deltas()), place.out)
     ranks.check_same(trainable(model))
+    saved = found.facts.get("kernels") if found else None
+    choice, backend = choose_kernels(recipe, model, data.examples, plan, saved, console)
+    console.print("kernels: " + "; ".join(choice.lines()), highlight=False, markup=False)
+    facts["kernels"] = choice.to_json()
     if recipe.train.shard == "fsdp":
         ranks.shard(model)
     for name, config in recipe.all_deltas().items():
@@ -302,7 +305,7 @@ def _train(
         trackers.begin(run.metrics.lines, resumes=found is not None)
         run.tell = trackers.log
         watched = Watched(place, run, stopping, console, bars)
-        course = Course(recipe, model, data.examples, data.held_out, plan, facts, watched)
+        course = Course(recipe, model, data.examples, data.held_out, plan, facts, watched, backend)
         course.go(found, data.aside, data.scorer)
         lines = run.metrics.lines
     if recipe.train.early_stopping and not course.stopped and (best := place.best()):
@@ -311,7 +314,7 @@ def _train(
     for host in hosts(model).values():
         host.deltas.eval()
     return_freed_memory()
-    return lines, course.stopped
+    return lines, course.stopped, choice
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -414,6 +417,7 @@ def _write_report(
     summary: dict[str, Any],
     lines: Sequence[dict[str, Any]],
     samples: list[dict[str, str]],
+    choice: Choice,
 ) -> None:
     done = summary["train"]
     processes = f"{done['ranks']} processes, each of " if done["ranks"] > 1 else ""
@@ -424,6 +428,7 @@ def _write_report(
         "supervised tokens": f"{done['supervised_tokens']:,}",
         "speed": f"{done['tokens_per_s']:,.0f} tokens/s",
         "machine": f"{processes}{torch.get_num_threads()} threads, {model.device}, {model.dtype}",
+        "kernels": "; ".join(choice.lines()),
         "training time": f"{done['wall_s']:.0f} s",
         "peak memory": f"{done['peak_rss_gib']:.2f} GiB",
     }

@@ -17,10 +17,12 @@ from graftlm.data.order import Curriculum
 from graftlm.data.pack import Example, Group, Pack, batches, lay_out
 from graftlm.deltas import METHODS
 from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable
+from graftlm.model.backend import TORCH, Backend
 from graftlm.model.collect import collect
 from graftlm.model.forward import packed_attention
 from graftlm.training import ranks
 from graftlm.training.aside import loss_aside
+from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
 from graftlm.training.optim import warmup_cosine
@@ -108,6 +110,7 @@ class Turn:
     training: Training
     policies: list[Policy]
     schedule: Callable[[int], float]
+    backend: Backend = TORCH
 
     def steps(
         self, recipe: Recipe, examples: Sequence[Example | Group], plan: list[list[int]], seen: int
@@ -139,6 +142,7 @@ class Turn:
             training=self.training,
             seen=seen,
             on_nonfinite=config.on_nonfinite,
+            backend=self.backend,
             **recipe.passes(),
         )
 
@@ -153,6 +157,7 @@ def turns(
     total: int,
     aside: Sequence[Example | Group] = (),
     scorer: Scorer | None = None,
+    backend: Backend = TORCH,
 ) -> Iterator[Turn]:
     """All deltas together over `total` steps, or each in its turn and the others as they are.
 
@@ -186,8 +191,9 @@ def turns(
             model, {name: deltas[name] for name in names}, optimiser, total=last - first, seed=config.seed
         )
         if aside:
-            training.aside = loss_aside(recipe, training, aside, partial(packs_of, recipe, share=config.prefix_sharing))
-        yield Turn(first, last, training, policies, schedule)
+            make = partial(packs_of, recipe, share=config.prefix_sharing)
+            training.aside = loss_aside(recipe, training, aside, make, backend)
+        yield Turn(first, last, training, policies, schedule, backend)
         first = last
     for parameters in learning.values():
         for parameter in parameters.values():
@@ -202,6 +208,7 @@ def training_steps(
     aside: Sequence[Example | Group] = (),
 ) -> Iterator[Step]:
     """Every step of a run, for who wants nothing but the steps."""
-    for turn in turns(recipe, model, len(plan), aside):
+    _, backend = choose_kernels(recipe, model, examples, plan)
+    for turn in turns(recipe, model, len(plan), aside, backend=backend):
         yield from turn.steps(recipe, examples, plan, turn.first)
         turn.end()

@@ -1,6 +1,5 @@
 """A packed forward pass is the rows one at a time, on many architectures; and what cannot be packed is refused."""
 
-import importlib
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,15 +18,13 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model import ops
 from graftlm.model.attach import attach, trainable
+from graftlm.model.backend import TORCH, Backend, compiled
 from graftlm.model.forward import (
     SEGMENTS,
-    by_halves,
-    check_compiler,
     check_forward,
     check_packing,
     log_probs,
     packed_attention,
-    turns_by_halves,
 )
 from graftlm.testing import tiny_model
 
@@ -93,9 +90,9 @@ def reference(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return together.detach(), gradients(model)
 
 
-def assert_packed_is_the_reference(model: Any, *, compiled: bool = False) -> None:
+def assert_packed_is_the_reference(model: Any, backend: Backend = TORCH) -> None:
     wanted, wanted_gradients = reference(model)
-    with packed_attention(model, compiled=compiled):
+    with packed_attention(model, backend):
         found = log_probs(model, pack(rows()))
         weighted_sum(found).backward()
     assert float((found.detach() - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
@@ -115,33 +112,8 @@ def test_compiled_is_one_row_at_a_time_and_leaves_the_modelling_file_as_it_was()
     model = family("llama")
     file = sys.modules[type(model).__module__]
     before = file.apply_rotary_pos_emb  # type: ignore[attr-defined]
-    assert_packed_is_the_reference(model, compiled=True)
+    assert_packed_is_the_reference(model, compiled())
     assert file.apply_rotary_pos_emb is before  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    {"llama": True, "qwen3": True, "gemma2": True, "gpt_neox": False, "phi3": False, "cohere": False}.items(),
-)
-def test_rotary_embeddings_are_turned_by_halves_where_the_model_does_that(name: str, wanted: bool) -> None:
-    file = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    assert turns_by_halves(file.apply_rotary_pos_emb) is wanted
-    generator = torch.Generator().manual_seed(3)
-    q, k, cos, sin = (
-        torch.randn(s, generator=generator) for s in ((2, 4, 5, 16), (2, 2, 5, 16), (2, 5, 16), (2, 5, 16))
-    )
-    same = [
-        torch.allclose(a, b, atol=1e-6)
-        for a, b in zip(by_halves(q, k, cos, sin), file.apply_rotary_pos_emb(q, k, cos, sin), strict=True)
-    ]
-    assert all(same) or not wanted
-
-
-def test_compiling_without_a_compiler_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(TrainingError, match=r"no compiler here.*apt-get install g\+\+\) or leave train.compile"):
-        check_compiler(torch.device("cpu"))
-    check_compiler(torch.device("cuda"))  # Triton brings its own
 
 
 def tree() -> tuple[list[Tensor], list[Tensor]]:

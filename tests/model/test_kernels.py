@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model import kernels, ops
 from graftlm.model.attach import attach, trainable
+from graftlm.model.backend import OURS, TORCH
 from graftlm.model.forward import check_packing, log_probs, packed_attention
 from graftlm.model.ops import Plan, Rule, segment_attention
 from graftlm.testing import tiny_model
@@ -301,14 +303,14 @@ def test_a_model_in_bf16_is_as_near_to_float32_with_kernels_as_without(kind: str
     rows = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (70, 9, 33)]
     pack = collate([Example(row.int().numpy(), np.arange(len(row), dtype=np.float32), "") for row in rows])
     found = []
-    for dtype, compiled in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+    for dtype, backend in ((torch.float32, TORCH), (torch.bfloat16, TORCH), (torch.bfloat16, OURS)):
         model = model_in(dtype, kind)
-        with packed_attention(model, compiled=compiled):
+        with packed_attention(model, backend):
             made = log_probs(model, pack)
             made.mean().backward()
         gradient = torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
         found.append((made.detach(), gradient))
-        check_packing(model, rows[1], rows[0], sharing=True, compiled=compiled)
+        check_packing(model, rows[1], rows[0], sharing=True, backend=backend)
     truth, plain, fast = found
     for right, without, with_kernels in zip(truth, plain, fast, strict=True):
         assert relative_error(with_kernels, right) <= 1.3 * relative_error(without, right)
@@ -318,63 +320,149 @@ def test_a_model_in_bf16_is_as_near_to_float32_with_kernels_as_without(kind: str
 
 
 @pytest.fixture
-def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
-    kernels._built.cache_clear()
-    yield tmp_path / "kernels"
-    kernels._built.cache_clear()
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of an empty cache in which libraries are stored."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    kernels._library.cache_clear()
+    yield tmp_path / "cache" / "kernels"
+    kernels._library.cache_clear()
+
+
+def built_again(folder: Path) -> list[Path]:
+    """The stored libraries after this process has forgotten its own and asked for it again."""
+    kernels._library.cache_clear()
+    assert kernels.library().rms_norm is not None
+    return sorted(folder.iterdir())
 
 
 def test_kernels_are_built_once_and_anew_where_the_source_is_another(
-    nothing_built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels.library()
-    (first,) = nothing_built.iterdir()
+    (first,) = built_again(cache)
     stamp = first.stat().st_mtime_ns
-    kernels._built.cache_clear()
-    kernels.library()
-    assert first.stat().st_mtime_ns == stamp
+    assert [path.stat().st_mtime_ns for path in built_again(cache)] == [stamp]
     changed = tmp_path / "changed.cpp"
     changed.write_text(kernels.SOURCE.read_text() + "// another\n")
     monkeypatch.setattr(kernels, "SOURCE", changed)
-    kernels._built.cache_clear()
-    kernels.library()
-    assert len(list(nothing_built.iterdir())) == 2
+    assert len(built_again(cache)) == 2
 
 
-def test_what_the_compiler_says_is_told_and_nothing_is_left(
-    nothing_built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("int half a function(")
-    monkeypatch.setattr(kernels, "SOURCE", broken)
-    with pytest.raises(TrainingError, match=r"cannot build .*broken\.cpp\. .*false(?s:.)*error"):
-        kernels.library()
-    assert not list(nothing_built.iterdir())
+def test_a_library_with_other_content_than_its_name_says_is_not_loaded(cache: Path) -> None:
+    (stored,) = built_again(cache)
+    right = stored.read_bytes()
+    for damaged in (right[:-100], b"", right.replace(b"rms_norm", b"rms_morn")):
+        stored.write_bytes(damaged)
+        assert [path.read_bytes() for path in built_again(cache)] == [right]
 
 
-def test_where_nothing_can_be_kept_kernels_are_built_for_the_process_alone(
-    nothing_built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nothing_built.write_text("a file where the folder should be")
+@pytest.mark.parametrize("who", ["the group may write", "all may write", "another user"])
+def test_a_library_that_another_user_can_have_written_is_not_loaded(who: str, cache: Path) -> None:
+    (stored,) = built_again(cache)
+    name = stored.name.partition(".")[0]
+    theirs = b"not a library"
+    planted = cache / f"{name}.{kernels._digest(theirs)}.so"
+    planted.write_bytes(theirs)
+    stored.unlink()
+    if who == "another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file to another user")
+        os.chown(planted, 12345, 12345)
+    else:
+        planted.chmod(0o664 if who == "the group may write" else 0o646)
+    assert stored in built_again(cache)
+
+
+def test_a_library_is_loaded_where_the_cache_forbids_to_execute(cache: Path) -> None:
+    cache.parent.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "noexec", "graftlm-test", cache.parent], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this user cannot mount a folder")
+    try:
+        (stored,) = built_again(cache)
+        assert stored.is_file()
+    finally:
+        subprocess.run(["umount", cache.parent], check=True)
+
+
+def test_where_nothing_can_be_stored_kernels_are_built_for_the_process_alone(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
     assert kernels.library().rms_norm is not None
-    assert nothing_built.is_file()
+    assert cache.is_file()
 
 
-def test_without_a_compiler_the_remedy_is_told(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(TrainingError, match=r"no C\+\+ compiler here.*leave train.compile at auto"):
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+BROKEN = {
+    "no compiler": ("", "no C++ compiler"),
+    "a compiler that fails": (
+        "echo 'fatal error: killed' >&2; exit 1",
+        "cannot build kernels.cpp: fatal error: killed",
+    ),
+    "a compiler that writes nothing": ("exit 0", "cannot build kernels.cpp: exit code 0"),
+    "no libgomp": (
+        'case "$*" in *-fopenmp*-o*) echo "/usr/bin/ld: error: cannot find -lgomp" >&2; exit 1;; esac; exec g++ "$@"',
+        "cannot find -lgomp",
+    ),
+    "clang without OpenMP": (
+        'case "$*" in *-o*) echo "kernels.cpp:1:10: fatal error: \'omp.h\' file not found" >&2; exit 1;; esac',
+        "'omp.h' file not found",
+    ),
+    "a library that cannot be loaded": (
+        'for last; do :; done; case "$*" in *-o*) echo garbage > "$last";; esac',
+        "cannot be loaded",
+    ),
+}
+"""What CXX runs, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_build_that_fails_is_a_reason_and_leaves_nothing(
+    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, reason = BROKEN[name]
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", text) if text else "no-such-compiler")
+    assert reason in kernels.unavailable(torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(TrainingError, match=re.escape(reason)):
         kernels.library()
+    assert not cache.is_dir() or not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("compiled", [False, "auto"])
-def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it(compiled: Any) -> None:
+def test_a_compiler_may_be_several_words(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ccache = script(tmp_path / "ccache", f'echo "$@" >> {tmp_path}/calls; exec "$@"')
+    monkeypatch.setenv("CXX", f"{ccache} g++")
+    assert built_again(cache)
+    assert "g++ -O3" in (tmp_path / "calls").read_text()
+
+
+def test_the_first_compiler_that_is_installed_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for installed in ([], ["clang++"], ["clang++", "g++"]):
+        for program in installed:
+            script(tmp_path / program, "")
+        wanted = str(tmp_path / installed[-1]) if installed else None
+        monkeypatch.delenv("CXX", raising=False)
+        assert kernels.compiler() == (None if wanted is None else (wanted,))
+    monkeypatch.setenv("CXX", "clang++ -v")
+    assert kernels.compiler() == (str(tmp_path / "clang++"), "-v")
+    monkeypatch.setenv("CXX", "icpx")
+    assert kernels.compiler() is None, "another one than was asked for is not taken"
+
+
+def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it() -> None:
     code = (
         "import sys, torch\n"
+        "from graftlm.model.autotune import choose\n"
         "from graftlm.model.forward import packed_attention\n"
         "from graftlm.testing import tiny_model\n"
-        f"with packed_attention(tiny_model('gpt_neox').bfloat16(), compiled={compiled!r}): pass\n"
+        "model = tiny_model('gpt_neox').bfloat16()\n"
+        "with packed_attention(model, choose(model, []).backend(model.device, model.dtype)): pass\n"
         "print('torch._inductor.compile_fx' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,7 +15,10 @@ from graftlm.cli import app
 from graftlm.config import build, to_yaml
 from graftlm.data.pack import Pack
 from graftlm.deltas import METHODS
+from graftlm.errors import TrainingError
 from graftlm.model.attach import hosts, parameters_of, trainable
+from graftlm.model.backend import TORCH, Backend
+from graftlm.model.kernels import unavailable
 from graftlm.model.load import load_base, load_tokenizer
 from graftlm.model.sketch import kinds_of_layer, only, sketch
 from graftlm.testing import save_tiny_base, tiny_config
@@ -126,7 +129,6 @@ def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_p
 
 def test_kernels_are_counted_for_every_length_of_a_pack_and_of_a_segment(base: Path, rows: Path) -> None:
     made = recipe(base, rows, base={"store": "bf16"})
-    made = replace(made, train=replace(made.train, compile=False))
     products: set[Any] = set()
     model, largest = loaded(made)
     live_bytes(made, model, largest, products)
@@ -194,25 +196,29 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
     json.dumps(found)
 
 
-def test_passes_are_compiled_where_a_run_would_compile_them(
-    base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_passes_are_computed_by_the_backend_of_a_run(
+    kernels: Any, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[Backend] = []
 
     def spied(model: Any, **settings: Any) -> Any:
-        seen.append(settings.pop("compiled", False))
+        seen.append(settings["backend"])
         return loop.training_pass(model, **settings)
 
+    made = recipe(base, rows, base={"store": "bf16"})
     monkeypatch.setattr(plan_module, "training_pass", spied)
-    monkeypatch.setattr(plan_module, "check_compiler", lambda device: seen.append("checked"))
-    found = recipe(base, rows)
-    plan(replace(found, train=replace(found.train, compile=True)))
-    assert seen[0] == "checked"
-    assert True in seen, "its time is that of compiled passes"
-    for setting in ("auto", False):
-        seen.clear()
-        plan(replace(found, train=replace(found.train, compile=setting)))
-        assert set(seen) == {setting}
+    plan(replace(made, train=replace(made.train, kernels=kernels)))
+    assert len(seen) > 2
+    assert len(set(map(id, seen))) == 1
+    ours = kernels == "auto" and not unavailable(torch.device("cpu"), torch.bfloat16)
+    assert (seen[0] is TORCH) is not ours
+
+
+def test_a_backend_that_cannot_compute_is_refused(base: Path, rows: Path) -> None:
+    made = recipe(base, rows)
+    with pytest.raises(TrainingError, match=r"train.kernels: ours: .*float32 on cpu"):
+        plan(replace(made, train=replace(made.train, kernels="ours")))
 
 
 def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:

@@ -28,6 +28,8 @@ from graftlm.data.pack import Example, batches
 from graftlm.data.source import SourceConfig
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.model.attach import attach, detach, parameters_of
+from graftlm.model.autotune import fastest_backend
+from graftlm.model.backend import TORCH
 from graftlm.model.forward import log_probs
 from graftlm.training.loop import steps
 from graftlm.training.optim import adamw, warmup_cosine
@@ -95,6 +97,9 @@ def _warmup(
     plan = batches(len(examples), config.batch_rows, config.epochs * per_epoch, config.seed)
     optimiser = adamw([(parameters, config.learning_rate or Lora.learning_rate)], weight_decay=0.0)
     rates = []
+    backend = TORCH
+    if pool.data.pack:
+        backend = fastest_backend(pool.model, list(pool.packs([examples[i] for i in plan[0]])), passes=len(plan))
     for step in steps(
         pool.model,
         (list(pool.packs([examples[i] for i in rows])) for rows in plan),
@@ -103,6 +108,7 @@ def _warmup(
         schedule=warmup_cosine(steps=len(plan), warmup_steps=round(0.03 * len(plan))),
         clip=1.0,
         packed=pool.data.pack,
+        backend=backend,
     ):
         rates.append(step.learning_rate)
         if step.number % per_epoch == 0:
