@@ -40,8 +40,8 @@ def compare(
     runs = here / "runs"
     runs.mkdir(exist_ok=True)
     write_rows(config, runs / "rows.jsonl")
-    _write_base(config, runs / "base")
-    _write_start(config, runs / "start")
+    write_base(config, runs / "base")
+    write_start(config, runs / "start")
     found: dict[int, Runs] = {threads: {} for threads in config["threads"]}
     for round_ in range(config["rounds"]):
         for threads in config["threads"]:
@@ -49,11 +49,11 @@ def compare(
                 slug = "".join(c if c.isalnum() else "-" for c in name)
                 out = runs / f"{slug}-{threads}t-{round_}.json"
                 given = {key: config[key] for key in options} | {"threads": threads}
-                found[threads].setdefault(name, []).append(_one_run(here, command, given, out))
+                found[threads].setdefault(name, []).append(one_run(here, command, given, out))
     write_result(script, {"config": config, "threads": {str(t): summarise(shapes) for t, shapes in found.items()}})
 
 
-def _one_run(here: Path, command: list[str], given: dict[str, Any], out: Path) -> dict[str, Any]:
+def one_run(here: Path, command: list[str], given: dict[str, Any], out: Path) -> dict[str, Any]:
     if not out.is_file():
         print(f"{out.stem} ...", flush=True)
         runs = out.parent
@@ -68,7 +68,7 @@ def _one_run(here: Path, command: list[str], given: dict[str, Any], out: Path) -
     return result
 
 
-def _write_base(config: Config, folder: Path) -> None:
+def write_base(config: Config, folder: Path) -> None:
     """The base in bf16, as hubs have it, for both sides: converting a float32 file takes the memory of both."""
     if not folder.is_dir():
         model, tokenizer = load_base(config["base"], store="bf16")
@@ -76,7 +76,7 @@ def _write_base(config: Config, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _write_start(config: Config, folder: Path) -> None:
+def write_start(config: Config, folder: Path) -> None:
     """The fresh adapter, in PEFT's files, that both sides train: so that losses can be compared step by step."""
     if not folder.is_dir():
         model = load_base(config["base"], store="bf16").model

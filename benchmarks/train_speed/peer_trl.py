@@ -8,6 +8,7 @@ speed, every step's loss and peak memory as JSON. One run is one shape, in a pro
 * best: its fastest configuration on a CPU. One row at a time, accumulated (`--micro-rows` pads more together); no
   autocast, no checkpointing, eager attention.
 * float32: as best, with the base in float32: what the losses of the steps are where nothing is rounded to bf16.
+* grid: one point of grid.py: `--attention`, `--micro-rows`, `--pack`, `--compile` and `--autocast` say which.
 * tuned: beyond configuration. A private function of TRL is replaced, so that its loss skips unsupervised positions
   as it does on a GPU, and the process's allocator is tuned. Nobody runs it so; it shows how far it could go.
 
@@ -32,7 +33,11 @@ from sides import LORA, arguments, begin_at, clock, peers_settings, rows_of, tim
 
 def parse_args() -> argparse.Namespace:
     parser = arguments(__doc__, "batch-rows")
-    parser.add_argument("--shape", choices=("best", "float32", "tuned", "documented"), default="best")
+    parser.add_argument("--shape", choices=("best", "float32", "tuned", "documented", "grid"), default="best")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager")
+    parser.add_argument("--pack", type=int, help="tokens of a pack, in place of padded rows; rows see each other there")
+    parser.add_argument("--compile", action="store_true", help="torch_compile of transformers' Trainer")
+    parser.add_argument("--autocast", action="store_true", help="bf16 of transformers' Trainer")
     parser.add_argument("--micro-rows", type=int, help="default: the whole batch as documented, else 1")
     args = parser.parse_args()
     args.micro_rows = args.micro_rows or (args.batch_rows if args.shape == "documented" else 1)
@@ -72,6 +77,13 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
         gradient_accumulation_steps=args.batch_rows // args.micro_rows,
         **peers_settings(args, documented=args.shape == "documented", dtype=dtype),
     )  # fmt: skip
+    if args.shape == "grid":
+        config.model_init_kwargs["attn_implementation"] = args.attention
+        config.torch_compile = args.compile
+        config.bf16 = args.autocast
+        if args.pack:
+            config.packing, config.max_length, config.gradient_accumulation_steps = True, args.pack, 1
+            config.max_steps = -1  # one pass over the rows
     lora = peft.LoraConfig(**LORA)
     data, base = Dataset.from_list(rows), str(args.base)
     trainer = trl.SFTTrainer(base, config, train_dataset=data, peft_config=lora, callbacks=[step_clock])
@@ -83,6 +95,7 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
         "tokens": tokens,  # below, nothing predicts a row's first token, so it is never a trained one
         "supervised_tokens": sum(sum(row["completion_mask"][1:]) for row in rows),
         **timed(marks), "tokens_per_s": tokens / (marks[-1] - marks[0]),
+        "step_cpu_s": [end - begin for begin, end in zip(step_clock.cpu_s[::2], step_clock.cpu_s[1::2], strict=True)],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "peak_rss_gib": peak_rss_gib(), "versions": versions(torch, transformers, trl, peft),
     }  # fmt: skip
