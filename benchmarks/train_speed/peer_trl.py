@@ -72,18 +72,17 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
 
     dtype = "float32" if args.shape == "float32" else "bfloat16"
     step_clock, marks = clock(args.threads)
-    config = trl.SFTConfig(
-        output_dir=output_dir, per_device_train_batch_size=args.micro_rows, completion_only_loss=True,
-        gradient_accumulation_steps=args.batch_rows // args.micro_rows,
-        **peers_settings(args, documented=args.shape == "documented", dtype=dtype),
-    )  # fmt: skip
+    settings = peers_settings(args, documented=args.shape == "documented", dtype=dtype)
+    settings["gradient_accumulation_steps"] = args.batch_rows // args.micro_rows
     if args.shape == "grid":
-        config.model_init_kwargs["attn_implementation"] = args.attention
-        config.torch_compile = args.compile
-        config.bf16 = args.autocast
-        if args.pack:
-            config.packing, config.max_length, config.gradient_accumulation_steps = True, args.pack, 1
-            config.max_steps = -1  # one pass over the rows
+        settings["model_init_kwargs"]["attn_implementation"] = args.attention
+        settings |= {"bf16": args.autocast, "torch_compile": args.compile}
+        if args.pack:  # one pass over the rows
+            settings |= {"packing": True, "max_length": args.pack, "gradient_accumulation_steps": 1, "max_steps": -1}
+            settings["num_train_epochs"] = 1
+    config = trl.SFTConfig(
+        output_dir=output_dir, per_device_train_batch_size=args.micro_rows, completion_only_loss=True, **settings
+    )  # fmt: skip
     lora = peft.LoraConfig(**LORA)
     data, base = Dataset.from_list(rows), str(args.base)
     trainer = trl.SFTTrainer(base, config, train_dataset=data, peft_config=lora, callbacks=[step_clock])
