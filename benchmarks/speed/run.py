@@ -27,10 +27,12 @@ def profiled(config: dict[str, Any], threads: int, compiled: bool) -> dict[str, 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
     from graftlm.data.pack import pack
     from graftlm.model.load import load_tokenizer
+    from graftlm.system import tune_process
     from graftlm.training.bench import ROWS, one_pass, parts_of_time
     from graftlm.training.loop import training_pass
     from graftlm.training.run import prepare_data
 
+    tune_process()
     torch.set_num_threads(threads)
     recipe = Recipe(data=DataConfig(train="builtin:docstrings"))
     examples = prepare_data(recipe, load_tokenizer(recipe.base)).examples

@@ -29,9 +29,11 @@ def main() -> None:
     from graftlm.data.pack import Example, pack
     from graftlm.model.attach import trainable
     from graftlm.model.store import load_adapter
+    from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw
 
+    tune_process()
     torch.set_num_threads(args.threads)
     examples = [
         Example(np.array(row["input_ids"], np.int32), np.array(row["completion_mask"], np.float32), str(number))
