@@ -15,7 +15,7 @@ setup: $(VENV)/.run
 
 # The main job: teach the packaged base to write docstrings. Leaves $(OUT)/ with the adapter and report.html.
 demo: $(VENV)/.run
-	$(BIN)/graft train recipes/quickstart.yaml --out $(OUT) --overwrite
+	$(BIN)/graft train graftlm/recipes/quickstart.yaml --out $(OUT) --overwrite
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -1,26 +1,25 @@
 """Where and with what a result was measured: every result.json carries this."""
 
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from graftlm.system import memory, processor
+
 PACKAGES = ("graftlm", "torch", "transformers", "peft", "trl")
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, versions and commit."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
-    flags = info.read_text() if info.is_file() else ""
+    found = processor()
     return {
-        "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "bf16_products": [name for name in ("avx512_bf16", "amx_bf16") if name in flags],
+        "processor": found.name,
+        "cores": found.cores,
+        "memory_gib": round(memory().total_gib),
+        "bf16_products": [name for name in ("avx512_bf16", "amx_bf16") if name in found.flags],
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name)) is not None},

@@ -6,6 +6,8 @@ The public names, on one screen. Each is imported when it is first used, so `imp
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from graftlm.system import require_supported_platform
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        require_supported_platform()
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'graftlm' has no attribute {name!r}")
 

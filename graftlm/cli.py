@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +12,11 @@ import typer
 
 from graftlm import __version__
 from graftlm.errors import GraftError, nearest
+from graftlm.system import require_supported_platform, tune_process
 from graftlm.training import ranks
 
 if TYPE_CHECKING:
+    from graftlm.cache import Entry
     from graftlm.data.formats import Message
     from graftlm.training.recipe import Recipe
     from graftlm.training.runs import Comparison
@@ -30,6 +33,12 @@ data_app = typer.Typer(
     help="Look at training data as training will see it.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
+cache_app = typer.Typer(
+    help="What graftlm keeps in its cache folder: $GRAFT_CACHE, else ~/.cache/graftlm.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(cache_app, name="cache")
 
 BaseOption = Annotated[str, typer.Option("--base", help="smollm2, a folder, a .gguf file or a hub id.")]
 AdapterOption = Annotated[
@@ -48,6 +57,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 def main() -> None:
     """The entry point: an error that the user can put right is one message and exit code 1, never a traceback."""
     try:
+        require_supported_platform()
+        tune_process()
         app()
     except GraftError as error:
         if ranks.shows_errors():
@@ -749,6 +760,108 @@ def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@app.command("init")
+def init_command(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe; without it, they are listed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The file to write; default NAME.yaml.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a recipe to start from, with comments. Without NAME, list the recipes."""
+    from graftlm.files import check_new, whole
+    from graftlm.recipes import recipes, title
+
+    known = recipes()
+    if name is None:
+        if out or overwrite:
+            raise typer.BadParameter("name the recipe to write", param_hint="NAME")
+        for each, file in known.items():
+            print(f"{each:14} {title(file)}")
+        print("\ngraft init NAME writes NAME.yaml; graft train NAME.yaml trains it")
+        return
+    if name not in known:
+        raise typer.BadParameter(f"{name}: no such recipe. {nearest(name, known)}", param_hint="NAME")
+    out = out or Path(f"{name}.yaml")
+    check_new(out, overwrite=overwrite)
+    with whole(out) as draft:
+        draft.write_bytes(known[name].read_bytes())
+    typer.secho(f"wrote {out}: graft train {out}", err=True)
+
+
+@app.command("env")
+def env_command(as_json: JsonOption = False) -> None:
+    """Print what a bug report needs: versions, platform, processor, memory, compiler, GPUs and cache."""
+    from graftlm import environment
+
+    found = environment.environment()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(environment.lines(found)))
+
+
+KindOption = Annotated[
+    list[str] | None,
+    typer.Option("--kind", help="bases, fingerprints, kernels, rows or scores; repeat the option for several."),
+]
+
+
+@cache_app.command("list")
+def cache_list(as_json: JsonOption = False) -> None:
+    """List what graftlm keeps in its cache folder, by kind: entries, size and age."""
+    from graftlm import cache
+    from graftlm.model.load import cache_folder
+
+    found, others = cache.entries(), cache.others()
+    if as_json:
+        tree = [entry._asdict() | {"path": str(entry.path)} for entry in found]
+        print(
+            json.dumps({"folder": str(cache_folder()), "entries": tree, "others": [str(p) for p in others]}, indent=2)
+        )
+        return
+    print(cache_folder())
+    for kind, about in cache.KINDS.items():
+        print(f"{kind:13} {_size_and_age([entry for entry in found if entry.kind == kind]):42} {about.holds}")
+    for path in others:
+        print(f"not written by graftlm, and left alone: {path}")
+
+
+@cache_app.command("clear")
+def cache_clear(
+    kind: KindOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove what graftlm keeps in its cache folder, all of it or some kinds; it is made again when it is needed."""
+    from graftlm import cache
+    from graftlm.model.load import cache_folder
+
+    kinds = tuple(dict.fromkeys(kind or cache.KINDS))
+    for each in kinds:
+        if each not in cache.KINDS:
+            raise typer.BadParameter(f"{each}: no such kind. {nearest(each, cache.KINDS)}", param_hint="--kind")
+    found = cache.entries(kinds)
+    if not found:
+        print(f"nothing to remove in {cache_folder()}")
+        return
+    for each in kinds:
+        if of_kind := [entry for entry in found if entry.kind == each]:
+            print(f"{each:13} {_size_and_age(of_kind)}")
+    if not yes:
+        typer.confirm(f"Remove these from {cache_folder()}?", abort=True)
+    cache.clear(found)
+    print(f"removed {len(found)} entries")
+
+
+def _size_and_age(found: "Sequence[Entry]") -> str:
+    if not found:
+        return "empty"
+    from graftlm.environment import megabytes
+
+    ages = sorted((time.time() - entry.modified) / 86400 for entry in found)
+    days = f"{ages[0]:.0f}" if round(ages[0]) == round(ages[-1]) else f"{ages[0]:.0f} to {ages[-1]:.0f}"
+    entries = "1 entry" if len(found) == 1 else f"{len(found)} entries"
+    return f"{entries}, {megabytes(sum(entry.bytes for entry in found))}, {days} days old"
 
 
 def _quiet_libraries() -> None:

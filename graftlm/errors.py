@@ -39,6 +39,10 @@ class TrainingError(GraftError):
     """A run that must not go on: a non-finite loss, a tensor that learns nothing, attention that leaks."""
 
 
+class PlatformError(GraftError):
+    """An operating system that graftlm does not run on."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence that names what `word` was probably meant to be, or what there is. Ends without a space."""
     options = sorted(set(known))

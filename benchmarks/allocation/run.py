@@ -29,6 +29,7 @@ from machine import commit, write_result  # noqa: E402
 from graftlm.config import build  # noqa: E402
 from graftlm.model.attach import detach, hosts  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402
+from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.held_out import held_out_loss  # noqa: E402
 from graftlm.training.policies.dylora import use_rank  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
@@ -163,6 +164,7 @@ def bars(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    tune_process()
     if sys.argv[1:] != ["table"]:
         grid()
     write_result(__file__, table())

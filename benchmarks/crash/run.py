@@ -40,6 +40,7 @@ from machine import commit, write_result  # noqa: E402
 import graftlm.training.checkpoint as checkpoint  # noqa: E402
 from graftlm.config import build  # noqa: E402
 from graftlm.errors import GraftError  # noqa: E402
+from graftlm.system import tune_process  # noqa: E402
 from graftlm.testing import save_tiny_base  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
 from graftlm.training.run import train  # noqa: E402
@@ -229,6 +230,7 @@ def _goes_on(recipe: Recipe, out: Path, whole: Path, found: dict[str, int]) -> N
 
 
 def main() -> None:
+    tune_process()
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("--quick", action="store_true")
     quick = reader.parse_args().quick

@@ -19,6 +19,7 @@ from machine import write_result  # noqa: E402
 
 import graftlm  # noqa: E402
 from graftlm.config import build  # noqa: E402
+from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
 
 
@@ -44,6 +45,7 @@ def one_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    tune_process()
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     seeds = {str(seed): one_seed(config, seed) for seed in config["seeds"]}
     names = next(iter(seeds.values()))["held_out"]["tuned"]

@@ -36,6 +36,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
+from graftlm.system import tune_process  # noqa: E402
+
 
 def recipe(config: dict[str, Any], base: Path, count: int, batch_rows: int, seed: int) -> Recipe:
     tree = {
@@ -132,6 +134,7 @@ def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    tune_process()
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     torch.set_num_threads(1)
     found: dict[str, list[dict[str, Any]]] = {"clean": [], "planted": [], "not_finite": []}

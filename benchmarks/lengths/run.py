@@ -30,9 +30,11 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     from graftlm.data.pack import Example, collate
     from graftlm.model.attach import trainable
     from graftlm.model.autotune import fastest_backend
+    from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw, warmup_cosine
 
+    tune_process()
     torch.set_num_threads(config["threads"])
     random = np.random.default_rng(config["seed"])
     rows = []

@@ -28,6 +28,7 @@ from machine import write_result  # noqa: E402
 
 from graftlm.model.load import load_base, load_tokenizer  # noqa: E402
 from graftlm.model.quantise import CODECS, QuantisedLinear, normal_levels  # noqa: E402
+from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.recipe import Recipe, read_recipe  # noqa: E402
 from graftlm.training.run import peak_rss_gib, prepare_data  # noqa: E402
 from graftlm.training.turns import attach_deltas, plan_batches, training_steps  # noqa: E402
@@ -266,6 +267,7 @@ def all_steps() -> dict[str, Any]:
 
 
 def main() -> None:
+    tune_process()
     torch.set_num_threads(CONFIG["steps"]["threads"])
     if sys.argv[1:2] == ["--steps"]:
         print(json.dumps(steps(sys.argv[2])))

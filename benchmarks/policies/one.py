@@ -35,10 +35,12 @@ def main() -> None:
     from graftlm.data.pack import Example, pack
     from graftlm.deltas.full import FullConfig
     from graftlm.model.attach import attach, attachment, trainable
+    from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.policies import POLICIES, make_optimiser, make_policies
     from graftlm.training.policies.base import ParameterGroup, Training
 
+    tune_process()
     torch.set_num_threads(settings["threads"])
     torch.ones(64, 64) @ torch.ones(64, 64)
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]

@@ -28,9 +28,11 @@ def main() -> None:
     from graftlm.model.attach import trainable
     from graftlm.model.autotune import fastest_backend
     from graftlm.model.store import load_adapter
+    from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw
 
+    tune_process()
     torch.set_num_threads(args.threads)
 
     def answer(row: dict[str, list[int]], kind: str) -> Example:

@@ -24,6 +24,7 @@ from graftlm.deltas.lora import LoraConfig  # noqa: E402
 from graftlm.model.attach import attach, trainable  # noqa: E402
 from graftlm.model.autotune import fastest_backend  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402
+from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.loop import Step, steps  # noqa: E402
 from graftlm.training.optim import adamw  # noqa: E402
 
@@ -49,6 +50,7 @@ def one_step(model: Any, rows: list[Example], tokens: int, share: bool) -> Step:
 
 
 def main() -> None:
+    tune_process()
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     torch.set_num_threads(config["threads"])
     model, tokenizer = load_base(config["base"], store="bf16")

@@ -38,6 +38,7 @@ from graftlm.data.render import Renderer  # noqa: E402
 from graftlm.data.source import Row, load_rows  # noqa: E402
 from graftlm.model.attach import detach  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402
+from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.held_out import held_out_loss  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
 from graftlm.training.select import ifd  # noqa: E402
@@ -349,6 +350,7 @@ PARTS = {"planted": planted, "own": own, "demo": demo}
 
 
 def main() -> None:
+    tune_process()
     asked = [word for word in sys.argv[1:] if word != "table"] or ([] if "table" in sys.argv else list(PARTS))
     bench = Bench() if asked else None
     for name in asked:

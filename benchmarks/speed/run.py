@@ -28,10 +28,12 @@ def profiled(config: dict[str, Any], threads: int, kernels: Any) -> dict[str, An
     from graftlm.data.pack import pack
     from graftlm.model.autotune import fastest_backend
     from graftlm.model.load import load_tokenizer
+    from graftlm.system import tune_process
     from graftlm.training.bench import ROWS, one_pass, parts_of_time
     from graftlm.training.loop import training_pass
     from graftlm.training.run import prepare_data
 
+    tune_process()
     torch.set_num_threads(threads)
     recipe = Recipe(data=DataConfig(train="builtin:docstrings"))
     examples = prepare_data(recipe, load_tokenizer(recipe.base)).examples

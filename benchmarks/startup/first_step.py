@@ -3,6 +3,9 @@
 import json
 import time
 
+from graftlm.system import tune_process
+
+tune_process()  # as the command line does
 stages: dict[str, float] = {}
 started = time.perf_counter()
 

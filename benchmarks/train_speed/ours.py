@@ -30,9 +30,11 @@ def main() -> None:
     from graftlm.model.attach import trainable
     from graftlm.model.autotune import choose
     from graftlm.model.store import load_adapter
+    from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw
 
+    tune_process()
     torch.set_num_threads(args.threads)
     examples = [
         Example(np.array(row["input_ids"], np.int32), np.array(row["completion_mask"], np.float32), str(number))

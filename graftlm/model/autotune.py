@@ -28,6 +28,7 @@ from graftlm.model.attach import trainable
 from graftlm.model.backend import OURS, TORCH, Backend, Kernels, compiled, pinned, rotates_halves
 from graftlm.model.forward import Packed, hidden_states, packed_attention
 from graftlm.model.load import cache_folder
+from graftlm.system import processor
 
 CALLS = 4
 """Calls of a class that are timed: of different layers, so that weights come from memory as they do in a step."""
@@ -203,7 +204,8 @@ def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, pas
     found = Choice("auto", reason, {each: t.fastest(leave_out) for each, t in timings.items()}, timings)
     if recorded:
         with suppress(OutputError), whole(stored) as draft:  # a cache that cannot be written costs time, nothing else
-            draft.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+            tree = {"measured_on": _measured_on(model)} | found.to_json()
+            draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -227,12 +229,19 @@ def representative(packs: Sequence[Packed]) -> list[Packed]:
     return sorted(middle, key=lambda p: -p.ids.numel())
 
 
-def _identity(model: Any, packs: Sequence[Packed]) -> str:
-    """What timings depend on: processor and threads, libraries, the model and its deltas, the sizes of packs."""
-    parts = {
-        "device": processor() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
+def _measured_on(model: Any) -> dict[str, Any]:
+    return {
+        "model": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+        "type": model.device.type,
+        "device": _device(model.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+    }
+
+
+def _identity(model: Any, packs: Sequence[Packed]) -> str:
+    """What timings depend on: processor and threads, libraries, the model and its deltas, the sizes of packs."""
+    parts = _measured_on(model) | {
         "library": kernels.library_digest() if model.device.type == "cpu" else "",
         "dtype": str(model.dtype),
         "config": model.config.to_dict() if hasattr(model, "config") else {},
@@ -242,15 +251,24 @@ def _identity(model: Any, packs: Sequence[Packed]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def processor() -> str:
-    """The name of this machine's processor and what it can do, as Linux says it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            lines = [line.partition(":") for line in info.read().split("\n\n")[0].splitlines()]
-    except OSError:
-        return ""
-    about = {name.strip(): value.strip() for name, _, value in lines}
-    return " ".join(about.get(key, "") for key in ("model name", "cpu family", "model", "stepping", "flags"))
+def stored_choices() -> list[dict[str, Any]]:
+    """What was measured on this machine with these libraries: for each base its type, threads and lines for people."""
+    found = []
+    for path in sorted((cache_folder() / "kernels").glob("timings-*.json")):
+        with suppress(OSError, ValueError, KeyError):
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            about = tree["measured_on"]
+            if (about["device"], about["torch"]) == (_device(torch.device(about["type"])), torch.__version__):
+                choice = Choice.from_json(tree)
+                found.append({"model": about["model"], "threads": about["threads"], "operations": choice.lines()})
+    return found
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    here = processor()
+    return " ".join((here.name, *here.flags))
 
 
 # Recording and timing ------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from graftlm.system import preserve_global_state
+
 Ids = Sequence[int] | np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -97,8 +99,8 @@ def generate(
         for row, i in enumerate(chosen):  # on the left, so that every answer begins in the same column
             ids[row, width - len(prompts[i]) :] = torch.as_tensor(np.asarray(prompts[i], np.int64))
             mask[row, width - len(prompts[i]) :] = 1
-        torch.manual_seed(seed + len(order))
-        with _nothing_shipped(model), _whole_rows(model):
+        with preserve_global_state(), _nothing_shipped(model), _whole_rows(model):
+            torch.manual_seed(seed + len(order))
             answered = model.generate(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),

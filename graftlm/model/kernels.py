@@ -190,16 +190,7 @@ def _load(content: bytes) -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
-    _keep_freed_memory()
     return found
-
-
-def _keep_freed_memory() -> None:
-    """What a step frees the next one takes again: given back to the system in between, each of its pages would be
-    cleared anew, which costs some 4 % of a step. (glibc: M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD at its most.)"""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, size in ((-1, 2**31 - 1), (-3, 2**25)):
-            libc.mallopt(option, size)
 
 
 def _output(*command: str) -> str:

@@ -6,7 +6,6 @@ T tokens of a pack, S supervised positions (in attention: keys), V vocabulary, r
 heads, L a segment, D head.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,14 +18,6 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.model import prefix
-
-KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 64}
-"""oneDNN compiles a kernel for every shape of a product, and it and torch above it keep 1,024 of them each, at 0.6 MiB.
-All layers of a pass share their shapes, but the next pack has others: so many serve as well. Read at the first product;
-what the environment says goes first."""
-
-for _cache, _kernels in KERNELS_KEPT.items():
-    os.environ.setdefault(_cache, str(_kernels))
 
 # A frozen linear layer with low-rank factors on it ---------------------------------------------------------------
 

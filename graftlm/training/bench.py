@@ -5,7 +5,6 @@ the gradient of x; none for weights), and 4 for each of the output head where th
 machine's rate of matrix products that is a time that no step can be below.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from graftlm.model.backend import Kernels
 from graftlm.model.bases import view
 from graftlm.model.load import load_base, load_tokenizer, multiplies_bf16_fast
 from graftlm.model.sites import output_head, transformer_layers
+from graftlm.system import preserve_global_state
 from graftlm.training.loop import TrainConfig, steps, training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.optim import adamw, warmup_cosine
@@ -41,6 +41,7 @@ ROWS = 16
 """Rows of builtin:docstrings that fill a pack of TOKENS, nearly."""
 
 
+@preserve_global_state()
 def bench(
     base: str = "smollm2", *, threads: int | None = None, kernels: Kernels = "auto", network: bool = False
 ) -> dict[str, Any]:
@@ -174,7 +175,6 @@ def parts_of_time(work: Callable[[], Any]) -> dict[str, float]:
     Attention and head are whatever runs inside of operations with such names; products and element-wise work are
     what is left of torch's operations, the rest is Python's. Call `work` once before: first calls take longer.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler says on standard error that it starts and stops
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         started = time.perf_counter()
         work()

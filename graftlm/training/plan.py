@@ -6,8 +6,6 @@ more layer costs, in bytes and in seconds, times the layers of that kind, is wha
 architecture needs a formula, and what is predicted is what this machine does.
 """
 
-import os
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +25,8 @@ from graftlm.model.autotune import Choice, choose
 from graftlm.model.backend import TORCH, Backend, pinned
 from graftlm.model.forward import hidden_states
 from graftlm.model.load import load_tokenizer, multiplies_bf16_fast
-from graftlm.model.ops import KERNELS_KEPT
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
+from graftlm.system import kernel_cache_capacity, memory, preserve_global_state
 from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
@@ -63,9 +61,9 @@ HEAP_CHECKPOINTED = 2.3
 """The same with checkpointing, where what is kept is small and lies strewn among what is not: 2.1 to 2.7."""
 
 KERNEL_GIB = 1.0 / 1024
-KERNELS = max(KERNELS_KEPT.values())
-"""torch keeps a compiled kernel for every shape of a half-precision product on a CPU, up to so many. Packs of ever new
-lengths fill the cache. One is 0.63 MiB by itself, and 1.0 with the holes that it pins: see docs/log.md."""
+"""Memory of a compiled kernel. torch keeps one for every shape of a half-precision product on a CPU, up to
+`kernel_cache_capacity`. Packs of ever new lengths fill the cache. One is 0.63 MiB by itself, and 1.0 with the holes
+that it pins: see docs/log.md."""
 
 LIBRARIES_GIB = 0.15
 """What is imported, mapped and cached after this moment, on the way through a run."""
@@ -86,6 +84,7 @@ class Shape:
     tokens_a_pack: float
 
 
+@preserve_global_state()
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Predict peak memory and time of a step: {"peak_gib", "step_s", "tokens_per_s", "parts", "advice", ...}.
 
@@ -334,22 +333,14 @@ def kernels(products: set[Product], shape: Shape) -> int:
     of_segments = sum("bmm" in name for name, _ in products)
     of_packs = len(products) - of_segments
     segments = len(set(shape.largest.lengths))
-    return min(KERNELS, int(of_packs * shape.lengths[0] + of_segments / segments * shape.lengths[1]))
+    return min(kernel_cache_capacity(), int(of_packs * shape.lengths[0] + of_segments / segments * shape.lengths[1]))
 
 
 def free_gib(device: torch.device) -> float:
     """What this process could take: of the machine's memory (or the container's), or of the GPU's."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0]) / GIB
-    if not sys.platform.startswith("linux"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            return min(free, (int(limit.read()) - int(used.read())) / GIB)
-    except (OSError, ValueError):  # no limit, or another kind of container
-        return free
+    return memory().free_gib
 
 
 # Time ------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.model.attach import deltas_off
 from graftlm.model.load import load_base, load_tokenizer
+from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks, report
 from graftlm.training.held_out import held_out_loss
 from graftlm.training.kernels import choose_kernels
@@ -67,6 +68,7 @@ class Tried:
     """Of the same rows without the delta; 0 for objectives other than supervised training."""
 
 
+@preserve_global_state()
 def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS) -> dict[str, Any]:
     """Try rates on the recipe's rows: what `suggestion` says, "noise", "batch_rows", and "steps", a Tried each.
 

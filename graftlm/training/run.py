@@ -45,6 +45,7 @@ from graftlm.model.load import (
     return_freed_memory,
 )
 from graftlm.model.store import model_card, new_folder, write_adapter
+from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks, report
 from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import METRICS, put_deltas_back
@@ -180,6 +181,7 @@ def _usable(rows: Sequence[Row], examples: Sequence[Example], found: Report) -> 
     return [row for row in rows if row.where in known]
 
 
+@preserve_global_state()
 def train(
     recipe: Recipe | str | Path,
     out: str | Path | None = None,

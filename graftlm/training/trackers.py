@@ -257,11 +257,17 @@ class Trackers:
                 raise TrainingError(f"report.trackers: {event['tracker']} cannot go on: {event['why']}")
 
     def __enter__(self) -> "Trackers":
+        self._environment = {name: os.environ.get(name) for name in SET_FOR_TRACKERS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:  # who asks a second time does not want to wait for them
             self.finish(None)
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         out = self.folder.parent
         failed = kind is not None and ranks.first() and self.folder.is_dir()
         if failed and [path.name for path in out.iterdir()] == [FOLDER]:
@@ -331,6 +337,14 @@ def _only_local(recipe: Recipe, *variables: str) -> None:
 
 
 LOCAL = ("", "file", "sqlite")
+
+SET_FOR_TRACKERS = (
+    "WANDB_ERROR_REPORTING",
+    "MLFLOW_DISABLE_TELEMETRY",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+)
+"""Environment variables that trackers set while they are in use; a run puts them back."""
 
 
 def _leaves(tree: object, between: str, prefix: str = "") -> Iterator[tuple[str, Any]]:

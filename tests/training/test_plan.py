@@ -21,9 +21,10 @@ from graftlm.model.backend import TORCH, Backend
 from graftlm.model.kernels import unavailable
 from graftlm.model.load import load_base, load_tokenizer
 from graftlm.model.sketch import kinds_of_layer, only, sketch
+from graftlm.system import kernel_cache_capacity
 from graftlm.testing import save_tiny_base, tiny_config
 from graftlm.training import loop
-from graftlm.training.plan import GIB, HEAP, HEAP_CHECKPOINTED, KERNELS, LiveBytes, kernels, live_bytes, plan, shape_of
+from graftlm.training.plan import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernels, live_bytes, plan, shape_of
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.turns import attach_deltas
@@ -141,7 +142,7 @@ def test_kernels_are_counted_for_every_length_of_a_pack_and_of_a_segment(base: P
     shape = shape_of(made, prepare_data(made, load_tokenizer(made.base)).examples)
     once = replace(shape, lengths=(1, len(segments)))
     assert kernels(products, once) == len(products)
-    assert kernels(products, replace(shape, lengths=(10**6, 0))) == KERNELS
+    assert kernels(products, replace(shape, lengths=(10**6, 0))) == kernel_cache_capacity()
     assert kernels(products, replace(shape, lengths=(1, 0))) < len(products)
     assert kernels(set(), shape) == 0, "float32 products go elsewhere"
 

@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_packed_is_refused_with_the_remedy(rows: Path, tm
 
 
 def test_ctrl_c_in_mid_training_saves_what_was_done_and_says_so(base_folder: Path, rows: Path, tmp_path: Path) -> None:
-    tree = yaml.safe_load(Path(__file__).parent.parent.parent.joinpath("recipes/quickstart.yaml").read_text())
+    tree = yaml.safe_load(Path(__file__).parent.parent.parent.joinpath("graftlm/recipes/quickstart.yaml").read_text())
     tree |= {"base": str(base_folder), "data": {"train": str(rows), "held_out": 2}}
     tree["train"] = {"steps": 100_000, "batch_rows": 2}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))

@@ -23,6 +23,7 @@ from graftlm.data.source import SELECTED, Row
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import check_lines, check_new, whole
 from graftlm.model.load import base_config, cache_folder, load_base, locate, return_freed_memory
+from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks
 from graftlm.training.prove import prove
 from graftlm.training.select import SELECTORS
@@ -59,6 +60,7 @@ class Choice:
         )
 
 
+@preserve_global_state()
 def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Console) -> tuple[list[Row], list[Choice]]:
     """The rows that the recipe's selectors keep, each asked about what those before it left; in the order given.
 
