@@ -122,7 +122,8 @@ class _WithDocs(GenerateJsonSchema):
         lineage: tuple[type, ...] = schema["cls"].__mro__
         for parent in filter(is_dataclass, reversed(lineage)):
             for name, text in _field_docs(parent).items():
-                made["properties"][name]["description"] = text
+                if name in made["properties"]:  # a ClassVar is none
+                    made["properties"][name]["description"] = text
         return made
 
 

@@ -45,7 +45,7 @@ def fill(folder: Path) -> dict[str, list[Path]]:
         "kernels": [
             write(folder / "kernels" / f"{'d' * 16}.so"),
             write(folder / "kernels" / f"{'d' * 32}.{'e' * 32}.so"),
-            write(folder / "kernels" / f"choice-{'f' * 32}.json"),
+            write(folder / "kernels" / f"timings-{'f' * 32}.json"),
         ],
         "rows": [old, write(folder / "rows" / f"{'1' * 32}.safetensors")],
         "scores": [write(folder / "scores" / f"{'2' * 32}.jsonl")],
