@@ -290,3 +290,60 @@ def test_free_memory_of_linux_of_a_container_and_of_macos(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(system, "output", lambda *command: VM_STAT)
     assert system.memory().free_gib == 2
+
+
+def test_generators_of_gpus_are_restored_where_they_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, restored = [torch.arange(4), torch.arange(5)], []
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    with system.preserve_global_state():
+        pass
+    assert restored == [], "a GPU that nobody uses is left alone"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(GraftError), system.preserve_global_state():
+        raise GraftError
+    assert [state.tolist() for state in restored[0]] == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
+
+
+AUDITED = """
+import sys
+seen = []
+sys.addaudithook(lambda event, args: seen.append((event, args[1:])) if event in WATCHED else None)
+WATCHED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+from graftlm import cli
+if PLANT:
+    import socket
+    try: socket.create_connection(("192.0.2.1", 9), timeout=0.01)
+    except OSError: pass
+try:
+    cli.main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("sockets", len(seen), seen)
+"""
+
+
+@pytest.mark.parametrize("plant", [False, True])
+def test_a_run_opens_no_connection(plant: bool, base_folder: Path, tmp_path: Path) -> None:
+    """Train and answer, with the hub's offline switch not set; a planted connection would be seen."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"p {n}", "completion": f"c {n}"}) + "\n" for n in range(8)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {base_folder}\ndata: {{train: {rows}, held_out: 2}}\ndelta: {{method: lora, r: 2}}\n"
+        "train: {steps: 1, batch_rows: 2}\nreport: {max_new_tokens: 2}\n"
+    )
+    environment = os.environ | {"GRAFT_CACHE": str(tmp_path / "cache")}
+    environment = {name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"}
+    out = str(tmp_path / "out")
+    for words in (
+        ["train", str(recipe), "--out", out],
+        ["generate", "--base", str(base_folder), "--adapter", out, "--prompt", "p", "--max-new-tokens", "2"],
+    )[: 1 if plant else 2]:
+        script = f"PLANT = {plant}\nimport sys; sys.argv = {['graft', *words]!r}\n{AUDITED}"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert ("sockets 0 " not in done.stdout) == plant, done.stdout[-500:]

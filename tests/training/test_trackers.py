@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -261,6 +262,21 @@ def test_nothing_leaves_the_machine_unless_the_recipe_says_so(told: Told, tmp_pa
     told.began.clear()
     begun(recipe("wandb", network=True), tmp_path)
     assert told.began[0][1]["mode"] is None, "as wandb itself is set up"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_environment_is_as_it_was_after_a_run(told: Told, tmp_path: Path, fails: bool) -> None:
+    """What trackers set for their libraries holds while they are in use."""
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "99"
+    before = dict(os.environ)
+    with suppress(ValueError), Trackers(recipe("wandb", "mlflow"), tmp_path) as trackers:
+        trackers.begin()
+        assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+        assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99", "the user's own"
+        if fails:
+            raise ValueError
+    assert dict(os.environ) == before
 
 
 def test_the_recipe_names_those_of_the_table() -> None:
