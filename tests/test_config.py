@@ -9,7 +9,7 @@ from graftlm import Recipe
 from graftlm.config import build, config, json_schema, parse_yaml, read, to_tree, to_yaml
 from graftlm.errors import RecipeError
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parent.parent / "graftlm" / "recipes" / "quickstart.yaml"
 
 
 def error(text: str, tmp_path: Path, *overrides: str) -> str:
