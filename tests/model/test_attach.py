@@ -28,6 +28,8 @@ from graftlm.model.attach import (
 from graftlm.testing import logits, perturbed, tiny_model
 from tests.peers import relative_error
 
+pytestmark = pytest.mark.versions
+
 LINEAR = [f"self_attn.{n}_proj" for n in "qkvo"] + [
     f"mlp.{n}_proj" for n in ("gate", "up", "down")
 ]  # the seven of a Llama block, in the order of the model

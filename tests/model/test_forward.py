@@ -34,6 +34,8 @@ from graftlm.model.forward import (
 )
 from graftlm.testing import tiny_model
 
+pytestmark = pytest.mark.versions
+
 LENGTHS = [5, 1, 12, 9, 2]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
