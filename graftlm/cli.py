@@ -110,7 +110,7 @@ def train(
     from graftlm.training.run import train as run
 
     ranks.start()  # before anything can go wrong, so that it is said once
-    _quiet_libraries()
+    _prepare_libraries()
     if probe_lr:
         _probe(read_recipe(recipe, overrides or []), html or Path("probe-lr.html"), as_json, title=str(recipe))
         return
@@ -154,7 +154,7 @@ def plan_command(
     from graftlm.training.plan import plan
     from graftlm.training.recipe import read_recipe
 
-    _quiet_libraries()
+    _prepare_libraries()
     found = plan(read_recipe(recipe, overrides or []))
     if as_json:
         print(json.dumps(found, indent=2))
@@ -288,7 +288,7 @@ def bench_command(
     from graftlm.training.bench import bench
     from graftlm.training.loop import TrainConfig
 
-    _quiet_libraries()
+    _prepare_libraries()
     config = TrainConfig(kernels=kernels)  # type: ignore[arg-type]  # it checks the name
     found = bench(base, threads=threads, kernels=config.kernels, network=network)
     if as_json:
@@ -334,7 +334,7 @@ def data_check(
     from graftlm.training import check_page, display
     from graftlm.training.run import prepare_data
 
-    _quiet_libraries()
+    _prepare_libraries()
     recipe = _recipe_for(source, base, mask, template, network)
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
     found = prepare_data(recipe, tokenizer, show=show, look=True, console=Console(stderr=True))
@@ -392,7 +392,7 @@ def data_select(
     from graftlm.model.load import load_tokenizer
     from graftlm.training.select.choose import check_writable, choose, write_rows
 
-    _quiet_libraries()
+    _prepare_libraries()
     check_writable(out, overwrite=overwrite)
     recipe = _selecting(_recipe_for(source, base, None, template, network), by, keep, target, settings or [])
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
@@ -601,7 +601,7 @@ def _load(base: str, adapters: list[Path], network: bool, store: str | None = No
     from graftlm.model.load import load_base
     from graftlm.model.store import adapters_in, load_adapter
 
-    _quiet_libraries()
+    _prepare_libraries()
     model, tokenizer = load_base(base, store=store, network=network)
     several = sum(len(adapters_in(folder)) for folder in adapters) > 1
     for number, folder in enumerate(adapters):
@@ -864,12 +864,16 @@ def _size_and_age(found: "Sequence[Entry]") -> str:
     return f"{entries}, {megabytes(sum(entry.bytes for entry in found))}, {days} days old"
 
 
-def _quiet_libraries() -> None:
-    """Our own bars are enough: transformers' loading bars and advice off."""
+def _prepare_libraries() -> None:
+    """Our own bars are enough: transformers' loading bars and advice off. Warn of versions that were never tested."""
     from transformers.utils import logging
+
+    from graftlm.versions import untested
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if ranks.first() and (warning := untested()):
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
 
 
 if __name__ == "__main__":

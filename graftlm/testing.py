@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from graftlm.data.pack import Example, collate
 from graftlm.deltas import METHODS
@@ -35,7 +36,7 @@ from graftlm.model.attach import (
 )
 from graftlm.model.collect import collect
 from graftlm.model.forward import log_probs, packed_attention
-from graftlm.model.hosts import Host, LayerHost
+from graftlm.model.hosts import CACHE_NAMES, Host, LayerHost
 from graftlm.model.recompute import recomputed_layers
 from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 
@@ -453,11 +454,9 @@ def generating_is_forward(name: str) -> None:
     row = ids(rows=1, length=7)
     with torch.no_grad():
         whole = model(row).logits
-        cache: Any = None
-        pieces: list[Tensor] = []
-        for piece in (row[:, :4], *row[:, 4:].split(1, dim=1)):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache, pieces = out.past_key_values, [*pieces, out.logits]
+        (argument,) = (name for name in CACHE_NAMES if name in signature(model.forward).parameters)
+        cache = {argument: DynamicCache(config=model.config)}  # the model appends to it in place
+        pieces = [model(piece, use_cache=True, **cache).logits for piece in (row[:, :4], *row[:, 4:].split(1, dim=1))]
     close(torch.cat(pieces, dim=1), whole, "logits with a cache against one pass", tolerance=1e-4)
 
 
@@ -504,7 +503,8 @@ def checkpointing_changes_nothing(name: str) -> None:
         model.config.use_cache = False
         torch.manual_seed(0)  # a method may draw while it trains
         if whose == "transformers'":
-            model.activation_checkpointing_enable()
+            name = "activation_checkpointing_enable"  # from transformers 5.23 on
+            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
         with recomputed_layers(model) if whose == "ours" else nullcontext():
             model(ids()).logits.square().sum().backward()
         gradients.append([p.grad for p in trainable(model).values()])

@@ -48,6 +48,7 @@ def graft(*arguments: str, input: str | None = None) -> Any:
     return result
 
 
+@pytest.mark.versions
 def test_train_generate_and_chat_work_end_to_end(recipe: Path, base_folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     trained = graft("train", str(recipe), "train.steps=20", "--out", out)
@@ -73,6 +74,7 @@ def test_chat_names_the_command_that_was_meant(base_folder: Path) -> None:
     assert "start with --adapter" in result.stderr
 
 
+@pytest.mark.versions
 def test_data_check_prints_json_for_scripts(base_folder: Path, rows: Path) -> None:
     result = graft(
         "data", "check", str(rows), "--base", str(base_folder), "--mask", "response", "--show", "2", "--json"
@@ -186,6 +188,7 @@ def test_rows_are_written_to_a_name_that_says_what_they_are(rows: Path, tmp_path
         graft("data", "convert", str(rows), "--out", str(tmp_path / "out.csv"))
 
 
+@pytest.mark.versions
 def test_methods_are_listed_as_json() -> None:
     listed = json.loads(graft("methods", "--json").stdout)
     assert [m["name"] for m in listed] == list(METHODS)
@@ -199,6 +202,7 @@ def test_methods_are_listed_as_json() -> None:
     assert "lora" in graft("methods").stdout
 
 
+@pytest.mark.versions
 def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path: Path) -> None:
     loaded = load_base(BaseConfig(name=str(base_folder), store="fp32"))
     move(attach(loaded.model, METHODS["dora"].config(r=4)))
@@ -222,6 +226,7 @@ def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path:
     assert "it refuses DoRA" in said
 
 
+@pytest.mark.versions
 def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path: Path) -> None:
     loaded = load_base(BaseConfig(name=str(base_folder), store="nf4"))
     move(attach(loaded.model, METHODS["lora"].config(r=4)))
@@ -255,6 +260,7 @@ def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], sai
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.versions
 def test_the_version_is_printed() -> None:
     assert graft("--version").stdout.startswith("graftlm ")
 

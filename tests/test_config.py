@@ -9,6 +9,8 @@ from graftlm import Recipe
 from graftlm.config import build, config, json_schema, parse_yaml, read, to_tree, to_yaml
 from graftlm.errors import RecipeError
 
+pytestmark = pytest.mark.versions
+
 QUICKSTART = Path(__file__).parent.parent / "graftlm" / "recipes" / "quickstart.yaml"
 
 

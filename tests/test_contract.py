@@ -22,9 +22,14 @@ from graftlm.deltas.vera import Vera
 from graftlm.model.attach import hosts
 from graftlm.testing import CONTRACT, attach_tiny, check_method, close, logits, tiny_model
 
+SAMPLE = ("lora", "dora", "ia3", "houlsby", "prefix", "prompt", "norm-tuning", "trainable-tokens")
+"""One method for each kind of place in a model: these run with every set of library versions too."""
+
 
 @pytest.mark.parametrize("clause", CONTRACT)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.versions] if m in SAMPLE else []) for m in METHODS]
+)
 def test_method_keeps(method: str, clause: str) -> None:
     CONTRACT[clause](method)
 

@@ -22,6 +22,9 @@ from graftlm.model import prefix
 from graftlm.model.bases import LinearBase, Residual, view
 from graftlm.model.ops import Plan
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""How transformers' decoders call the cache: from 5.24 on, and before."""
+
 
 class Switch:
     """One for each model, known to all its hosts: which deltas act on which row of a batch, where rows differ."""
@@ -303,6 +306,6 @@ def _positions(given: Tensor, kwargs: dict[str, Any]) -> Tensor:
     if kwargs.get("position_ids") is not None:
         positions: Tensor = kwargs["position_ids"]
         return positions
-    cache = kwargs.get("past_key_values")
+    cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     past = 0 if cache is None else int(cache.get_seq_length())
     return torch.arange(past, past + given.shape[1], device=given.device)[None]

@@ -12,6 +12,8 @@ from graftlm.data.records import Problem
 from graftlm.data.source import Row, SourceConfig, for_supervised, load_rows, split
 from graftlm.errors import DataError
 
+pytestmark = pytest.mark.versions
+
 GOOD = {"prompt": "q", "completion": "a"}
 
 

@@ -80,23 +80,27 @@ def test_a_template_that_does_not_end_or_needs_much_is_stopped_and_the_next_row_
     assert template.render([CHAT], [(0, 2, False)]) == ["fine"]
 
 
+@pytest.mark.versions
 def test_what_is_no_template_is_said() -> None:
     with pytest.raises(TemplateError, match="not a template.*endfor"):
         render("{% for m in messages %}")
 
 
+@pytest.mark.versions
 def test_what_a_template_refuses_is_passed_on_and_unknown_names_are_empty() -> None:
     with pytest.raises(TemplateError, match="^no tools here$"):
         render("{{ raise_exception('no tools here') }}")
     assert render("{{ bos_token }}{{ nothing }}{{ messages|length }}", variables={"bos_token": "<s>"}) == "<s>2"
 
 
+@pytest.mark.versions
 def test_answers_may_stand_in_generation_tags_and_dates_may_be_asked_for() -> None:
     source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     assert render(source) == "a"
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
 
 
+@pytest.mark.versions
 def test_beginnings_of_several_chats_in_one_call() -> None:
     template = Template("{{ messages|map(attribute='content')|join }}{{ '?' if add_generation_prompt }}", {})
     other = [{"role": "user", "content": "\u00e9\U0001f600"}]
@@ -115,6 +119,7 @@ def test_marks_stand_around_a_part_of_a_message_in_one_more_chat() -> None:
     assert template.render_all([ask]) == [["user: a ;assistant:bc;", "user: <a> ;assistant:[bc];", "user: <a> ;"]]
 
 
+@pytest.mark.versions
 def test_what_a_loop_knows_of_itself() -> None:
     """Asked for without the sandbox's long look: the same as jinja2 says, and nothing of what is inside."""
     names = ("first", "last", "index", "index0", "revindex", "revindex0", "length", "depth", "depth0")

@@ -15,6 +15,8 @@ from tokenizers.trainers import BpeTrainer
 from graftlm.data import words
 from graftlm.data.words import GPT2, KNOWN, Words, ascii_only
 
+pytestmark = pytest.mark.versions
+
 TEXT = [
     "It's what they'll say: don't, I'M, we'VE.",
     "x = [1, 23, 456, 7890]\n\n    return  x\t# no\r\n",

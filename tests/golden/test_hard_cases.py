@@ -12,6 +12,8 @@ from graftlm.model.attach import merged_state
 from graftlm.testing import _plain_with, close, ids, logits, perturbed, tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
 
+pytestmark = pytest.mark.versions
+
 LM = {"task_type": "CAUSAL_LM"}
 CASES: dict[str, tuple[str, Any]] = {
     "dora": ("dora", peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=LINEAR, **LM)),

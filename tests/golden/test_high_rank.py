@@ -161,7 +161,7 @@ def test_fourierft_is_a_sum_of_cosines() -> None:
         p, q = torch.arange(d_out, dtype=torch.float64)[:, None], torch.arange(d_in, dtype=torch.float64)
         waves = [torch.cos(2 * math.pi * (at // d_in * p / d_out + at % d_in * q / d_in)) for at in drawn]
         dW = 6 / (d_in * d_out) * torch.stack(waves, dim=-1) @ t["c"].double()
-        return (x.double() @ (W + dW).T).float()
+        return x @ (W + dW).T
 
     against_reference("fourierft", reference)
 
@@ -203,10 +203,10 @@ def test_vb_lora_refuses_sizes_that_sub_vectors_do_not_fill() -> None:
 
 def test_kasa_keeps_the_large_components_of_w() -> None:
     def reference(t: Mapping[str, Tensor], W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor:
-        U, S, V = torch.svd(W.double())
+        U, S, V = torch.svd(W)
         world = sum(S[i] * torch.outer(U[:, i], V[:, i]) for i in range(len(S) - 4))
         assert isinstance(world, Tensor)
-        y = x @ world.float().T + 6 / 4 * (t["sigma"] * (x @ t["V"].T)) @ t["U"].T
+        y = x @ world.T + 6 / 4 * (t["sigma"] * (x @ t["V"].T)) @ t["U"].T
         return y if b is None else y + b
 
     against_reference("kasa", reference, base=biased)
@@ -310,7 +310,7 @@ def test_glora(forms: str) -> None:
         for name, size in sizes.items():
             left, right = t.get(f"{name}.left"), t.get(f"{name}.right")
             whole[name] = (
-                torch.zeros(size) if left is None else left @ (torch.ones(1, size[1]) if right is None else right)
+                W.new_zeros(size) if left is None else left @ (W.new_ones(1, size[1]) if right is None else right)
             )
             whole[name] = whole[name].expand(size)
         shift = (whole["D"] * b[:, None] + whole["E"] + W @ whole["C"])[:, 0]

@@ -123,7 +123,7 @@ def test_on_embeddings(name: str) -> None:
     reference = REFERENCES[name][1]
 
     def one_hot(t: Tensors, W: Tensor, b: Tensor | None, x: Tensor, delta: Any) -> Tensor:
-        y: Tensor = reference(t, W, b, torch.nn.functional.one_hot(x, delta.site.d_in).float(), delta)
+        y: Tensor = reference(t, W, b, torch.nn.functional.one_hot(x, delta.site.d_in).double(), delta)
         return y
 
     against_reference(name, one_hot, targets=("embed_tokens",))

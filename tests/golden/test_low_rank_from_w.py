@@ -22,7 +22,7 @@ SCALE = 6 / 4  # alpha / r of the small configs
 
 
 def one_hot(x: Tensor, W: Tensor) -> Tensor:
-    return x if x.is_floating_point() else torch.eye(W.shape[1])[x]
+    return x if x.is_floating_point() else torch.eye(W.shape[1], dtype=W.dtype)[x]
 
 
 def plus(y: Tensor, b: Tensor | None) -> Tensor:
@@ -37,7 +37,7 @@ def lora_mini(t: Any, W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor:
 
 def nola(t: Any, W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor:
     d_out, d_in = W.shape
-    A, B = torch.zeros(4, d_in), torch.zeros(d_out, 4)
+    A, B = W.new_zeros(4, d_in), W.new_zeros(d_out, 4)
     for i in range(6):
         A = A + t["a"][i] * t["shared.A"][i, :d_in].T
         B = B + t["b"][i] * t["shared.B"][i, :d_out]
@@ -52,7 +52,7 @@ def loldu(t: Any, W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor:
 
 def nora(t: Any, W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor:
     values = torch.stack([u @ W @ v for u, v in zip(t["B_outer"].T, t["A_outer"], strict=True)]).detach()
-    left, right = torch.diag(values[:3].sqrt()), torch.eye(3, 4)
+    left, right = torch.diag(values[:3].sqrt()), torch.eye(3, 4, dtype=W.dtype)
     residual = W - t["B_outer"] @ right.T @ left @ left @ right @ t["A_outer"]
     x = one_hot(x, W)
     outer = x @ t["A_outer"].T
@@ -85,7 +85,7 @@ def eigenlorax(t: Any, W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor
 def rows_of_P(delta: Intrinsic, total: int) -> Tensor:
     """The rows of P [d_out * d_in, d] that belong to a site."""
     d_out, d_in, d = delta.site.d_out, delta.site.d_in, 50
-    P = torch.zeros(d_out * d_in, d)
+    P = torch.zeros(d_out * d_in, d, dtype=torch.float64)
     for i in range(d_out):
         for j in range(d_in):
             place = (int(delta.g[i]) + int(delta.h[j])) % d

@@ -5,6 +5,7 @@ that returns our log-probabilities.
 """
 
 import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,6 +33,8 @@ PLACE = SimpleNamespace(
 @pytest.fixture(scope="module")
 def trl() -> Any:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    if sys.version_info < (3, 11):
+        pytest.skip("this TRL needs Python 3.11")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.deltas.lora import LoraConfig
+from graftlm.deltas.prefix import PrefixConfig
 from graftlm.errors import RecipeError, TargetError
 from graftlm.model.attach import (
     Host,
@@ -26,6 +27,8 @@ from graftlm.model.attach import (
 )
 from graftlm.testing import logits, perturbed, tiny_model
 from tests.peers import relative_error
+
+pytestmark = pytest.mark.versions
 
 LINEAR = [f"self_attn.{n}_proj" for n in "qkvo"] + [
     f"mlp.{n}_proj" for n in ("gate", "up", "down")
@@ -422,3 +425,27 @@ def test_what_a_merged_state_holds_shares_no_memory_with_the_model() -> None:
         tensor.add_(1)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
+
+
+# Prefixes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # from transformers 5.24 on, and before
+def test_positions_continue_behind_the_cache_and_the_prefix(name: str, model: Any) -> None:
+    """For a decoder of either version, whichever is installed, in calls that give no positions."""
+
+    class Decoder(nn.Module):
+        def forward(self, input_ids: Any, position_ids: Any, **kwargs: Any) -> Any:
+            return position_ids
+
+    class Cache:
+        def get_seq_length(self) -> int:
+            return 7
+
+    attach(model, PrefixConfig(p=5))
+    (host,) = hosts(model).values()
+    decoder = Decoder()
+    decoder.register_forward_pre_hook(host._prepare, with_kwargs=True)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    assert decoder(input_ids=ids, **{name: Cache()}).tolist() == [[12, 13, 14]]
+    assert decoder(input_ids=ids, **{name: None}).tolist() == [[5, 6, 7]]

@@ -22,6 +22,8 @@ from graftlm.model.lint import lint
 from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, close, logits, move, perturbed, tiny_gpt2, tiny_model
 
+pytestmark = pytest.mark.versions
+
 MERGEABLE = [name for name, method in METHODS.items() if method.mergeable]
 WITH_FACTORS = [name for name, method in METHODS.items() if method.has_factors]
 UNTIED = {"full", "trainable-tokens"}  # sit on the embeddings, so that a tied head has to part

@@ -4,14 +4,17 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.llama import modeling_llama
 
 from graftlm.data.pack import Example, Pack, collate
 from graftlm.deltas.lora import LoraConfig
@@ -27,6 +30,8 @@ from graftlm.model.forward import (
     packed_attention,
 )
 from graftlm.testing import tiny_model
+
+pytestmark = pytest.mark.versions
 
 LENGTHS = [5, 1, 12, 9, 2]
 
@@ -46,10 +51,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def family(name: str) -> Any:
+def family(name: str, **more: Any) -> Any:
     """A tiny model of that family, attending as written in its paper, with LoRA away from its start on every layer."""
-    kind, changes = FAMILIES[name]
-    model = tiny_model(kind, attn_implementation="eager", initializer_range=0.1, **changes)
+    kind, changes = FAMILIES.get(name, (name, {}))
+    model = tiny_model(kind, attn_implementation="eager", initializer_range=0.1, **changes, **more)
     attach(model, LoraConfig(r=3, alpha=6))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -270,14 +275,49 @@ def test_packing_one_model_leaves_another_of_the_same_kind_alone() -> None:
 # What cannot be packed -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("bloom", {}), ("mamba", {}), ("gptj", {"rotary_dim": 8})])
-def test_a_model_that_ignores_or_lacks_the_attention_interface_is_refused_with_the_remedy(
-    kind: str, changes: dict[str, Any]
-) -> None:
-    model = tiny_model(kind, initializer_range=0.5, **changes)
+def assert_packing_is_refused_with_the_remedy(model: Any) -> None:
     with pytest.raises(TrainingError, match=r"cannot be packed.*\n?.*pack: false") as raised:
         check_packing(model, *rows()[2:4])
     assert type(model).__name__ in str(raised.value)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    assert_packing_is_refused_with_the_remedy(tiny_model("mamba", initializer_range=0.5))
+
+
+def test_a_model_that_ignores_the_attention_interface_is_refused() -> None:
+    """Its attention is plain causal attention over all that it gets, as in modeling files older than the interface."""
+    model = tiny_model(initializer_range=0.5)
+
+    def attend(
+        layer: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, **_: Any
+    ) -> Any:
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return layer.o_proj(mixed.transpose(1, 2).flatten(2)), None
+
+    row = rows()[2][None]
+    before = model(row).logits
+    for layer in model.model.layers:
+        layer.self_attn.forward = partial(attend, layer.self_attn)
+    torch.testing.assert_close(model(row).logits, before, msg="else the model is refused for another reason")
+    assert_packing_is_refused_with_the_remedy(model)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("bloom", {}), ("gptj", {"rotary_dim": 8})])
+def test_a_family_is_packed_from_the_version_of_transformers_on_that_gives_it_the_interface(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    """GPT-J has it from 5.24 on; before, it attends by code of its own and is refused."""
+    file = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    if hasattr(file, "ALL_ATTENTION_FUNCTIONS"):
+        assert_packed_is_the_reference(family(kind, **changes))
+    else:
+        assert_packing_is_refused_with_the_remedy(tiny_model(kind, initializer_range=0.5, **changes))
 
 
 @pytest.mark.parametrize(

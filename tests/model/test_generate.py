@@ -10,6 +10,8 @@ from graftlm.model.generate import generate
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.training.answer import answer
 
+pytestmark = pytest.mark.versions
+
 
 def varied(kind: str = "llama", **changes: Any) -> Any:
     """A tiny model with weights so large that its greedy answers differ from prompt to prompt."""

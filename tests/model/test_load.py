@@ -19,6 +19,8 @@ from graftlm.model.attach import attach, base_parameters
 from graftlm.model.load import BaseConfig, base_record, fingerprint, load_base, load_tokenizer
 from graftlm.testing import CHATML, logits, perturbed, save_tiny_base, tiny_config, tiny_model
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture
 def folder(base_folder: Path, tmp_path: Path) -> Path:

@@ -16,6 +16,8 @@ from graftlm.model.forward import log_probs, packed_attention
 from graftlm.model.recompute import offloaded, recomputed_layers
 from graftlm.testing import OneLayer, perturbed, tiny_config, tiny_model
 
+pytestmark = pytest.mark.versions
+
 METHODS = ("lora", "dora", "reslora", "prefix", "prompt", "houlsby", "vera")
 Context = Callable[[Any], AbstractContextManager[None]]
 

@@ -22,6 +22,8 @@ from graftlm.model.store import CONFIG, RECORD, WEIGHTS, load_adapter, save_adap
 from graftlm.testing import logits, perturbed, tiny_model
 from tests.peers import LAYERS, factors_of_ours, factors_of_peft, peft_model, relative_error
 
+pytestmark = pytest.mark.versions
+
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 

@@ -101,7 +101,7 @@ def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "stop_on_signal", soon)
 
 
-@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.versions), 5])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     after: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,9 @@ def make(rows: Sequence[Any]) -> list[Pack]:
 def whole_run(name: str) -> dict[str, Any]:
     method, options = CASES[name]
     policy = POLICIES[name].policy(build(POLICIES[name].config, {"name": name, **options}, source="test"))
-    state = with_aside(training(perturbed(method, tiny_model()), [], total=STEPS))
+    # In float64 the order of a sum, which the number of ranks changes, is far below the tolerance. What is left is the
+    # head's log-softmax in float32.
+    state = with_aside(training(perturbed(method, tiny_model()).double(), [], total=STEPS))
     # Adam would divide by the size of each gradient, and so make steps of rounding noise where there is no more.
     state.optimiser = torch.optim.SGD(trainable(state.model).values(), lr=0.1)
     batches = [ranks.packs_of(examples(seed=number), make) for number in range(STEPS)]

@@ -13,6 +13,8 @@ from graftlm.training.policies.schedule_free import ScheduleFree, ScheduleFreeCo
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 
+pytestmark = pytest.mark.versions
+
 pytest.importorskip("schedulefree")
 
 
