@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test test-all test-long check bench docs clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.run
@@ -17,8 +17,18 @@ setup: $(VENV)/.run
 demo: $(VENV)/.run
 	$(BIN)/graft train recipes/quickstart.yaml --out $(OUT) --overwrite
 
+# Three tiers: in eight minutes with the install, in thirty (.ci/run), and what runs before an issue closes.
+# One part of them: make test TESTS=tests/model; make test-long GROUPS=kill
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST) -m "not slow and not long" $(TESTS)
+
+test-all: $(VENV)/.dev
+	$(PYTEST) -m "not long" --durations=20 $(TESTS)
+
+test-long: $(VENV)/.dev
+	$(BIN)/python benchmarks/long/run.py $(GROUPS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -25,6 +25,8 @@ from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.turns import attach_deltas
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 LAYERS = 7
 
 

@@ -24,7 +24,7 @@ from graftlm.training.checkpoint import FACTS, MANIFEST, STATE
 from graftlm.training.recipe import Recipe
 from tests.training.test_run import adapter
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("without_pictures")]
 STEPS = 6
 
 
@@ -337,12 +337,14 @@ print("operations:", int(sys.argv[1]) - left)
 """
 
 
-def test_killed_at_every_write_sync_and_rename_it_goes_on_to_the_same_bytes(
-    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path
+@pytest.mark.parametrize("apart", [17, pytest.param(1, marks=pytest.mark.long(group="kill"))])
+def test_killed_at_writes_syncs_and_renames_it_goes_on_to_the_same_bytes(
+    apart: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path
 ) -> None:
+    """A process dies at its first operation, the one that resumes at its 18th (in the long test: at its second) ..."""
     made = tmp_path / "recipe.yaml"
     made.write_text(to_yaml(recipe(base_folder, rows)))
-    environment = os.environ | {"GRAFT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(dies_at: int, out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", DIES, str(dies_at), str(made), str(out)]
@@ -355,7 +357,7 @@ def test_killed_at_every_write_sync_and_rename_it_goes_on_to_the_same_bytes(
     assert count > 40
     out, deaths, at = tmp_path / "out", 0, 1
     while (done := run(at, out)).returncode == -signal.SIGKILL:
-        deaths, at = deaths + 1, at + 17  # dies again and again on the way, later each time
+        deaths, at = deaths + 1, at + apart  # dies again and again on the way, later each time
     assert done.returncode == 0, done.stderr
     assert deaths > 2
     same(out, unbroken)

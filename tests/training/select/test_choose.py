@@ -26,6 +26,8 @@ from graftlm.training.select.ifd import IfdConfig
 
 from .conftest import some_rows
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 FOLDER = Path(graftlm.__file__).parent / "training" / "select"
 GUIDE = Path(__file__).parents[3] / "docs" / "guide.md"
 
