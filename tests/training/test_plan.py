@@ -81,6 +81,7 @@ DELTAS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", DELTAS)
 def test_activations_are_those_of_the_whole_model(name: str, checkpointing: bool, base: Path, rows: Path) -> None:

@@ -153,6 +153,7 @@ def test_stopped_at_every_step_in_turn(
 SEVERAL = {"a": {"method": "lora", "r": 2, "init": "pissa"}, "b": {"method": "dora", "r": 2}}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "changes",
     [
@@ -270,6 +271,7 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
 @pytest.mark.parametrize("name", [STATE, FACTS, MANIFEST])
 def test_of_a_damaged_checkpoint_the_file_is_named_and_the_one_before_is_taken(
@@ -366,6 +368,7 @@ def test_killed_at_writes_syncs_and_renames_it_goes_on_to_the_same_bytes(
 # A disk that is full, a place that is closed ---------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("at", range(1, 9))
 def test_a_full_disk_is_said_with_path_and_bytes_and_loses_nothing(
     at: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
