@@ -18,7 +18,7 @@ demo: $(VENV)/.run
 	$(BIN)/graft train recipes/quickstart.yaml --out $(OUT) --overwrite
 
 # Three tiers: in eight minutes with the install, in thirty (.ci/run), and what runs before an issue closes.
-# One part of them: make test TESTS=tests/model; make test-long GROUPS=kill
+# One part of them: make test TESTS=tests/model; make test-long GROUP=kill
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test: $(VENV)/.dev
@@ -28,7 +28,7 @@ test-all: $(VENV)/.dev
 	$(PYTEST) -m "not long" --durations=20 $(TESTS)
 
 test-long: $(VENV)/.dev
-	$(BIN)/python benchmarks/long/run.py $(GROUPS)
+	$(BIN)/python benchmarks/long/run.py $(GROUP)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
