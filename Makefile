@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 INSTALL = -m pip --disable-pip-version-check --quiet install
 PIP    := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: setup demo test test-versions test-oldest test-newest check bench docs clean
+.PHONY: setup demo test test-all test-long test-versions test-oldest test-newest check bench docs clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.run
@@ -18,8 +18,18 @@ setup: $(VENV)/.run
 demo: $(VENV)/.run
 	$(BIN)/graft train graftlm/recipes/quickstart.yaml --out $(OUT) --overwrite
 
+# Three tiers: in eight minutes with the install, in thirty (.ci/run), and what runs before an issue closes.
+# One part of them: make test TESTS=tests/model; make test-long GROUP=kill
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST) -m "not slow and not long" $(TESTS)
+
+test-all: $(VENV)/.dev
+	$(PYTEST) -m "not long" --durations=20 $(TESTS)
+
+test-long: $(VENV)/.dev
+	$(BIN)/python benchmarks/long/run.py $(GROUP)
 
 # The tests marked `versions` with both ends of the ranges in pyproject.toml, each in an environment of its own.
 # With another Python: make test-oldest PYTHON=python3.10 TORCH=torch==2.11.0

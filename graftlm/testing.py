@@ -389,29 +389,48 @@ class OneLayer(nn.Module):
         return y
 
 
+def pairs_with(name: str) -> list[str]:
+    """The methods that can share a layer with this one, and be merged: none where it cannot itself."""
+    able = [each for each, m in METHODS.items() if m.mergeable and set(m.delta.kinds) & {"linear", "norm"}]
+    return able if name in able else []
+
+
 def two_deltas_compose(name: str) -> None:
-    """With every mergeable method as a second delta on the same layer: forward = merged, and detached = alone."""
-    if not METHODS[name].mergeable or not set(METHODS[name].delta.kinds) & {"linear", "norm"}:
-        return
+    """With one method of each sort as a second delta beside it. Neighbors in the table get different ones.
+
+    All pairs, whose number is the square of the number of methods: `two_deltas_compose_as`.
+    """
+    able, sorts = pairs_with(name), dict[Any, list[str]]()
+    for other in able:
+        sorts.setdefault(sort_of(other), []).append(other)
+    for members in sorts.values():
+        two_deltas_compose_as(name, members[able.index(name) % len(members)])
+
+
+def sort_of(name: str) -> tuple[str, bool, bool]:
+    """What decides how a method composes: its family, whether it adds to W, whether it sits on linear layers."""
+    delta = METHODS[name].delta
+    return delta.family, issubclass(delta, AdditiveDelta), "linear" in delta.kinds
+
+
+def two_deltas_compose_as(name: str, other: str) -> None:
+    """Two deltas on one layer: forward = merged, and the first is itself after the second was detached."""
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
-    for other, method in METHODS.items():
-        if not method.mergeable or not set(method.delta.kinds) & {"linear", "norm"}:
-            continue
-        model = OneLayer()
-        for number, each in enumerate((name, other)):
-            kinds = METHODS[each].delta.kinds
-            config = tiny_config(each, targets=("layer",) if "linear" in kinds else ("norm",), init="zero")
-            attach(model, config, name=f"d{number}", start=not METHODS[each].delta.needs)
-            move(model, scale=0.1, seed=number)
-        with torch.no_grad():
-            both = model(x)
-            plain = OneLayer()
-            plain.load_state_dict(merged_state(model))
-            close(plain(x), both, f"{name} and {other} merged against both on")
-            activate(model, "d0")
-            alone = model(x)
-            detach(model, "d1")
-            assert torch.equal(model(x), alone), f"{name} must be itself after {other} was taken off again"
+    model = OneLayer()
+    for number, each in enumerate((name, other)):
+        kinds = METHODS[each].delta.kinds
+        config = tiny_config(each, targets=("layer",) if "linear" in kinds else ("norm",), init="zero")
+        attach(model, config, name=f"d{number}", start=not METHODS[each].delta.needs)
+        move(model, scale=0.1, seed=number)
+    with torch.no_grad():
+        both = model(x)
+        plain = OneLayer()
+        plain.load_state_dict(merged_state(model))
+        close(plain(x), both, f"{name} and {other} merged against both on")
+        activate(model, "d0")
+        alone = model(x)
+        detach(model, "d1")
+        assert torch.equal(model(x), alone), f"{name} must be itself after {other} was taken off again"
 
 
 def rows_of_a_batch(name: str) -> None:

@@ -242,6 +242,7 @@ def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path:
     assert "it was trained on nf4, this base is kept in fp32" in other
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

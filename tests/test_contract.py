@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import graftlm.testing
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import Base, PeftLayout, Site
 from graftlm.deltas.bitfit import BitFit
@@ -20,7 +21,17 @@ from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.deltas.reslora import ResLora
 from graftlm.deltas.vera import Vera
 from graftlm.model.attach import hosts
-from graftlm.testing import CONTRACT, attach_tiny, check_method, close, logits, tiny_model
+from graftlm.testing import (
+    CONTRACT,
+    attach_tiny,
+    check_method,
+    close,
+    logits,
+    pairs_with,
+    sort_of,
+    tiny_model,
+    two_deltas_compose_as,
+)
 
 SAMPLE = ("lora", "dora", "ia3", "houlsby", "prefix", "prompt", "norm-tuning", "trainable-tokens")
 """One method for each kind of place in a model: these run with every set of library versions too."""
@@ -32,6 +43,25 @@ SAMPLE = ("lora", "dora", "ia3", "houlsby", "prefix", "prompt", "norm-tuning", "
 )
 def test_method_keeps(method: str, clause: str) -> None:
     CONTRACT[clause](method)
+
+
+@pytest.mark.long(group="compose")
+@pytest.mark.parametrize("method", METHODS)
+def test_method_composes_with_every_other(method: str) -> None:
+    for other in pairs_with(method):
+        two_deltas_compose_as(method, other)
+
+
+def test_pairs_of_deltas_meet_every_sort_and_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: set[tuple[str, str]] = set()
+    monkeypatch.setattr(graftlm.testing, "two_deltas_compose_as", lambda name, other: pairs.add((name, other)))
+    for method in METHODS:
+        CONTRACT["two_deltas_compose"](method)
+    able = pairs_with("lora")
+    assert {name for name, _ in pairs} == {other for _, other in pairs} == set(able)
+    for method in able:
+        met = [sort_of(other) for name, other in pairs if name == method]
+        assert sorted(met) == sorted({sort_of(other) for other in able})
 
 
 def test_check_method_runs_every_clause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -10,11 +11,15 @@ import jinja2
 
 def page(template: str, **values: Any) -> str:
     """A page from a template of this package; whatever it is given is escaped, and nothing may be missing."""
+    return _compiled(template).render(**values)
+
+
+@cache
+def _compiled(template: str) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    source = files("graftlm.training").joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(**values)
+    return environment.from_string(files("graftlm.training").joinpath(template).read_text(encoding="utf-8"))
 
 
 def html(

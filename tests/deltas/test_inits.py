@@ -170,6 +170,7 @@ def test_the_methods_that_each_init_was_written_for_admit_it() -> None:
     attach_tiny("nlora", tiny_model(), init="nystrom", targets=TARGETS)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("init", "method"), PAIRS)
 def test_a_fresh_delta_is_the_base_and_can_learn(init: str, method: str) -> None:
     model = base_for(init)
@@ -184,6 +185,7 @@ def test_a_fresh_delta_is_the_base_and_can_learn(init: str, method: str) -> None
         assert any(g is not None and bool(g.any()) for g in gradients), f"{site}: nothing would ever move"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("init", "method"), PAIRS)
 def test_off_is_the_base_merged_is_the_model_and_it_survives_the_disk(init: str, method: str, tmp_path: Path) -> None:
     model = base_for(init)

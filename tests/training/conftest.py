@@ -4,10 +4,12 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 import graftlm.training.endpoint
+import graftlm.training.report as report
 from tests.training.judging import Endpoint
 
 
@@ -21,6 +23,16 @@ def rows(tmp_path: Path) -> Path:
                 + "\n"
             )
     return file
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files with many runs: to draw the pictures of a report takes longer than to train for a few steps.
+
+    Files whose subject is the report, among them test_run.py and test_runs.py, have it drawn.
+    """
+    monkeypatch.setattr(report, "figure", lambda *given, **named: (MagicMock(), MagicMock()))
+    monkeypatch.setattr(report, "svg", lambda drawn: "<svg></svg>")
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from tests.training.policies.test_policies import training
 from tests.training.test_loop import examples
 from tests.training.test_resume import STEPS, recipe, rows, same, stopping_after
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 __all__ = ["rows"]
 
 CASES: dict[str, Any] = {

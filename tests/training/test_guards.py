@@ -18,6 +18,8 @@ from graftlm.training.guards import EarlyStopping, Guards
 from graftlm.training.recipe import Recipe
 from tests.training.test_resume import recipe, rows, same, stopping_after  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def falling(steps: int, seed: int, spread: float) -> Iterator[float]:
     """Losses as of a run: falling, and spread from batch to batch as a log-normal number."""

@@ -34,6 +34,8 @@ from tests.training.test_preferences import steps_of, written
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 GRPO = {"name": "policy-gradient"}
 RLOO = {"name": "policy-gradient", "ratio": "answer", "baseline": "leave-one-out"}
 

@@ -29,6 +29,8 @@ from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.turns import attach_deltas
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 LAYERS = 7
 
 
@@ -83,6 +85,7 @@ DELTAS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", DELTAS)
 def test_activations_are_those_of_the_whole_model(name: str, checkpointing: bool, base: Path, rows: Path) -> None:

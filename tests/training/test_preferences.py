@@ -17,6 +17,8 @@ from graftlm.training.recipe import Recipe, read_recipe
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 PAIRS = {"margin", "accuracy", "chosen_log_prob", "rejected_log_prob", "chosen_likelier"}
 FEEDBACK = {"chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob"}
 

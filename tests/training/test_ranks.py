@@ -29,6 +29,8 @@ from tests.training.test_loop import examples
 from tests.training.test_run import recipe
 from tests.training.together import command_line, together
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 CASES = [
     # method, rows of the step, packed, sharded
     ("lora", 7, True, False),

@@ -26,6 +26,8 @@ from graftlm.training.regularisers import REGULARISERS, check_regularisers, term
 from tests.training.test_objective import answered, items, moved
 from tests.training.together import together
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def tensors(model: Any, name: str) -> list[Tensor]:
     return [p for key, p in trainable(model).items() if key.endswith(f".{name}")]

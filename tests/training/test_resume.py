@@ -24,7 +24,7 @@ from graftlm.training.checkpoint import FACTS, MANIFEST, STATE
 from graftlm.training.recipe import Recipe
 from tests.training.test_run import adapter
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("without_pictures")]
 STEPS = 6
 
 
@@ -153,6 +153,7 @@ def test_stopped_at_every_step_in_turn(
 SEVERAL = {"a": {"method": "lora", "r": 2, "init": "pissa"}, "b": {"method": "dora", "r": 2}}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "changes",
     [
@@ -270,6 +271,7 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
 @pytest.mark.parametrize("name", [STATE, FACTS, MANIFEST])
 def test_of_a_damaged_checkpoint_the_file_is_named_and_the_one_before_is_taken(
@@ -337,12 +339,14 @@ print("operations:", int(sys.argv[1]) - left)
 """
 
 
-def test_killed_at_every_write_sync_and_rename_it_goes_on_to_the_same_bytes(
-    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path
+@pytest.mark.parametrize("apart", [17, pytest.param(1, marks=pytest.mark.long(group="kill"))])
+def test_killed_at_writes_syncs_and_renames_it_goes_on_to_the_same_bytes(
+    apart: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path
 ) -> None:
+    """A process dies at its first operation, the one that resumes at its 18th (in the long test: at its second) ..."""
     made = tmp_path / "recipe.yaml"
     made.write_text(to_yaml(recipe(base_folder, rows)))
-    environment = os.environ | {"GRAFT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(dies_at: int, out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", DIES, str(dies_at), str(made), str(out)]
@@ -355,7 +359,7 @@ def test_killed_at_every_write_sync_and_rename_it_goes_on_to_the_same_bytes(
     assert count > 40
     out, deaths, at = tmp_path / "out", 0, 1
     while (done := run(at, out)).returncode == -signal.SIGKILL:
-        deaths, at = deaths + 1, at + 17  # dies again and again on the way, later each time
+        deaths, at = deaths + 1, at + apart  # dies again and again on the way, later each time
     assert done.returncode == 0, done.stderr
     assert deaths > 2
     same(out, unbroken)
@@ -364,6 +368,7 @@ def test_killed_at_every_write_sync_and_rename_it_goes_on_to_the_same_bytes(
 # A disk that is full, a place that is closed ---------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("at", range(1, 9))
 def test_a_full_disk_is_said_with_path_and_bytes_and_loses_nothing(
     at: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

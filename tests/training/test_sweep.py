@@ -22,6 +22,8 @@ from graftlm.training.run import RESUMABLE
 from graftlm.training.runs import compare
 from graftlm.training.sweep import Outcome, grid, resolve, sweep, values_of
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture
 def recipe(base_folder: Path, rows: Path, tmp_path: Path) -> Path:

@@ -29,6 +29,8 @@ from tests.training.test_objective import answered, moved, same, step
 from tests.training.test_resume import same as same_run
 from tests.training.test_resume import stopping_after
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 KINDS = ("forward", "reverse", "jsd")
 
 

@@ -19,6 +19,8 @@ from graftlm.errors import RecipeError, TrainingError
 from graftlm.training.recipe import Recipe, ReportConfig
 from graftlm.training.trackers import TRACKERS, Trackers
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 STEPS = [{"step": n, "loss": 1 / n, "tokens": 10 * n} for n in range(1, 9)]
 ALL = list(TRACKERS)
 LAST = 10**9

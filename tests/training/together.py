@@ -49,6 +49,7 @@ def _one(number: int, count: int, port: int, queue: Any, function: Callable[...,
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as many processes as a test wants, wherever it runs
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else the ranks meet at the address that the host's name leads to
     try:
         queue.put((number, False, pickle.dumps(function(*arguments))))  # tensors as bytes, not as shared memory
     except BaseException:

@@ -84,6 +84,7 @@ def made(name: str, method: str) -> tuple[Training, Policy]:
 BATCHES = [pack(examples(seed=n), 60) for n in range(5)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_it_trains_or_says_why_not(name: str, method: str) -> None:
@@ -105,6 +106,7 @@ def test_it_trains_or_says_why_not(name: str, method: str) -> None:
     assert all(p.grad is None for p in state.model.parameters())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_checkpoint_keeps_is_all_that_a_policy_knows(name: str, method: str) -> None:

@@ -65,6 +65,7 @@ def end(name: str, stop: int | None) -> tuple[list[float], dict[str, torch.Tenso
     return losses, found | {f"learns {name}": p for name, p in trainable(state.model).items()}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_goes_on_is_the_unbroken_one(name: str) -> None:
     losses, wanted = end(name, None)

@@ -26,6 +26,8 @@ from graftlm.training.select.ifd import IfdConfig
 
 from .conftest import some_rows
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 FOLDER = Path(graftlm.__file__).parent / "training" / "select"
 GUIDE = Path(__file__).parents[3] / "docs" / "guide.md"
 
@@ -65,6 +67,7 @@ def test_of_equal_scores_the_first_rows_stay_and_what_is_left_out_never_does() -
     assert choose.best(scores, 5) == [0, 1, 3, 4]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("by", sorted(SELECTORS))
 def test_every_selector_works_from_the_command_line(
     by: str, base_folder: Path, rows_file: Path, tmp_path: Path
