@@ -1,5 +1,6 @@
 """A packed forward pass is the rows one at a time, on many architectures; and what cannot be packed is refused."""
 
+import importlib
 import shutil
 import sys
 from collections.abc import Iterator
