@@ -4,7 +4,9 @@ An audit hook writes every network address that the process uses into the file $
 `loopback EVENT ADDRESS` or `outside EVENT ADDRESS`. It refuses the second kind. `tests/guards.py` reads the file.
 
 Two kinds of sockets are not seen: those of a process that is started with `python -I`, which ignores PYTHONPATH (the
-processes that render templates and rows), and those that a C++ library opens by itself (torch.distributed).
+processes that render templates and rows), and those that a C++ library opens by itself. `strace -f -e trace=connect`
+shows both. Of the second kind are torch.distributed's: ranks meet on loopback, but its store asks the machine's DNS
+server for the name of 127.0.0.1.
 """
 
 import os
