@@ -43,8 +43,9 @@ def compare(
     write_base(config, runs / "base")
     write_start(config, runs / "start")
     found: dict[int, Runs] = {threads: {} for threads in config["threads"]}
-    for round_ in range(config["rounds"]):
-        for threads in config["threads"]:
+    rounds = config["rounds"] if isinstance(config["rounds"], dict) else dict.fromkeys(config["threads"], config["rounds"])
+    for round_ in range(max(rounds.values())):
+        for threads in (each for each in config["threads"] if round_ < rounds[each]):
             for name, command in (config["shapes"] | (config["once"] if round_ == 0 and threads == 1 else {})).items():
                 slug = "".join(c if c.isalnum() else "-" for c in name)
                 out = runs / f"{slug}-{threads}t-{round_}.json"

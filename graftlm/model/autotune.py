@@ -33,9 +33,9 @@ from graftlm.system import processor
 CALLS = 4
 """Calls of a class that are timed: of different layers, so that weights come from memory as they do in a step."""
 
-ROUNDS = 5
-BUDGET_S = 0.3
-"""Each candidate computes these calls up to ROUNDS times, less often where a class has taken this long."""
+ROUNDS = (2, 5)
+BUDGET_S = 0.6
+"""Each candidate computes these calls at least and at most so many times, less often where a class took this long."""
 
 COMPILING_S = 20.0
 """What torch.compile costs at the start of a run, about. It is a candidate where a run spends several times as much on
@@ -328,8 +328,9 @@ def _times(operation: str, calls: _Calls, candidates: Mapping[str, Backend]) -> 
     functions = {name: calls.function_of(backend) for name, backend in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     started = time.perf_counter()
-    for number in range(ROUNDS):
-        if number and time.perf_counter() - started > BUDGET_S:
+    least, most = ROUNDS
+    for number in range(most):
+        if number >= least and time.perf_counter() - started > BUDGET_S:
             break
         for name, function in list(functions.items())[:: -1 if number % 2 else 1]:
             seconds[name] += [_once(function, GRADIENTS[operation], *call) for call in calls.arguments]
