@@ -43,14 +43,18 @@ def compare(
     write_base(config, runs / "base")
     write_start(config, runs / "start")
     found: dict[int, Runs] = {threads: {} for threads in config["threads"]}
-    rounds = config["rounds"] if isinstance(config["rounds"], dict) else dict.fromkeys(config["threads"], config["rounds"])
-    for round_ in range(max(rounds.values())):
-        for threads in (each for each in config["threads"] if round_ < rounds[each]):
-            for name, command in (config["shapes"] | (config["once"] if round_ == 0 and threads == 1 else {})).items():
-                slug = "".join(c if c.isalnum() else "-" for c in name)
-                out = runs / f"{slug}-{threads}t-{round_}.json"
-                given = {key: config[key] for key in options} | {"threads": threads}
-                found[threads].setdefault(name, []).append(one_run(here, command, given, out))
+
+    def run(shapes: Config, threads: int, round_: int) -> None:
+        for name, command in shapes.items():
+            slug = "".join(c if c.isalnum() else "-" for c in name)
+            given = {key: config[key] for key in options} | {"threads": threads}
+            out = runs / f"{slug}-{threads}t-{round_}.json"
+            found[threads].setdefault(name, []).append(one_run(here, command, given, out))
+
+    for threads in config["threads"]:
+        for round_ in range(config["rounds"]):
+            run(config["shapes"], threads, round_)
+    run(config["once"], 1, 0)
     write_result(script, {"config": config, "threads": {str(t): summarise(shapes) for t, shapes in found.items()}})
 
 
