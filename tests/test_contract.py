@@ -34,6 +34,7 @@ from graftlm.testing import (
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("clause", CONTRACT)
 @pytest.mark.parametrize("method", METHODS)
 def test_method_keeps(method: str, clause: str) -> None:
