@@ -37,6 +37,7 @@ SAMPLE = ("lora", "dora", "ia3", "houlsby", "prefix", "prompt", "norm-tuning", "
 """One method for each kind of place in a model: these run with every set of library versions too."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("clause", CONTRACT)
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[pytest.mark.versions] if m in SAMPLE else []) for m in METHODS]

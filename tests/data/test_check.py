@@ -329,6 +329,7 @@ def test_rows_whose_end_is_not_trained_are_named(renderer: Renderer) -> None:
     assert prepare(ROWS, Renderer(tiny_tokenizer(endless)), data())[1].unterminated == ["f:1", "f:2", "f:3"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", ["response", "instruction", "everything"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_with_every_template_that_ends_answers_all_ends_are_trained(name: str, mask: str) -> None:

@@ -70,6 +70,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_does_not_end_or_needs_much_is_stopped_and_the_next_row_is_rendered(name: str) -> None:
     template = Template("{% if messages[0].content == 'bomb' %}" + BOMBS[name] + "{% endif %}fine", {})

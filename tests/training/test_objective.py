@@ -292,6 +292,7 @@ def margin(model: Any, found: Sequence[Group]) -> Tensor:
     return torch.stack(sums).view(-1, 2) @ torch.tensor([1.0, -1.0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "options"), [(n, o) for n, o in OPTIONS if LOSSES[n].rows in ("pairs", "feedback", "rewards")]
 )

@@ -293,6 +293,7 @@ def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("lively") / "base", initializer_range=0.2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("loss", [GRPO, RLOO, {"name": "dpo", "beta": 0.05}, "supervised"], ids=str)
 def test_a_tiny_model_learns_what_is_rewarded(lively: Path, prompts: Path, tmp_path: Path, loss: Any) -> None:
     made = recipe(
@@ -312,6 +313,7 @@ def test_a_tiny_model_learns_what_is_rewarded(lively: Path, prompts: Path, tmp_p
 RUNS = [(GRPO, 1), (RLOO, 3), ("dpo", 2), ("supervised", 4)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("loss", "length"), RUNS, ids=str)
 def test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bytes(
     base_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any, length: int

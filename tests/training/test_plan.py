@@ -164,6 +164,7 @@ def test_live_bytes_are_those_in_use_at_one_time() -> None:
     assert live.now == 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", METHODS)
 def test_trainable_parameters_are_those_of_a_run_whatever_the_method(name: str, base: Path) -> None:
     config = tiny_config(name)
