@@ -71,6 +71,8 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
             started = time.perf_counter()
             step = next(runs[name])
             seconds[name].append(time.perf_counter() - started)
+        if number % 5 == 4:
+            print(f"{number + 1} of {config['steps']} steps", flush=True)
         tokens += step.tokens
     return {
         "tokens_per_s": {name: round(tokens / sum(each), 1) for name, each in seconds.items()},
