@@ -198,7 +198,8 @@ def _how_speed_was_measured() -> str:
     steps, rounds = config["steps"], config["rounds"]
     return f"""TRL + PEFT *at its best*: eager attention, one row at a time, no autocast, no packing, no torch.compile;
 *as documented*: its own defaults. Speeds are of SmolLM2-135M over {steps} steps in {rounds} alternating
-rounds on this one machine; *as documented* and *patched* ran once. Other processors give other ratios."""
+rounds on this one machine; *as documented* and *patched* ran once. Other processors give other ratios, and so does
+this one from day to day, with the rate of its products ([log](docs/log.md))."""
 
 
 def package() -> str:
