@@ -175,7 +175,7 @@ def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, pas
     reason = kernels.unavailable(device, dtype)
     candidates = {"torch": TORCH} if reason else {"ours": OURS, "torch": TORCH}
     may_compile = passes >= 50 and (device.type != "cpu" or kernels.compiler() is not None)
-    if len(candidates) == 1 and not may_compile:
+    if not packs or (len(candidates) == 1 and not may_compile):
         return Choice("auto", reason)
     packs = representative(packs)
     stored = cache_folder() / "kernels" / f"timings-{_identity(model, packs)}.json"

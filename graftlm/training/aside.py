@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
-from graftlm.model.backend import Backend
+from graftlm.model.backend import TORCH, Backend
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.policies import POLICIES
@@ -37,7 +37,7 @@ def put_aside(recipe: Recipe, examples: Sequence[R]) -> tuple[list[R], list[R]]:
 
 
 def loss_aside(
-    recipe: Recipe, training: Training, rows: Rows, make: Callable[[Rows], list[Pack]], backend: Backend
+    recipe: Recipe, training: Training, rows: Rows, make: Callable[[Rows], list[Pack]], backend: Backend = TORCH
 ) -> Callable[[bool], Tensor]:
     """What `Training.aside` is: the mean loss over as many rows as a step has, others after each step, in turn.
 
