@@ -312,7 +312,6 @@ def _examples(
     facts = _facts(columns, kept_lengths, renderer.tokenizer.bos_token_id)
     wrong = dict(columns.problems)
     taught: set[int] = set()
-    silent: dict[int, str] = {}
     keeps = np.ones(len(lengths), np.bool_)
     odd = (lengths > data.max_tokens) | (facts.supervised == 0) | (facts.bos > 1)
     ends = (starts + kept_lengths).tolist()
@@ -325,15 +324,12 @@ def _examples(
             if why is not None:
                 keeps[piece] = False
                 if why:
-                    nothing = not facts.supervised[piece] and lengths[piece] <= data.max_tokens
-                    (silent if nothing else wrong).setdefault(number, why)
+                    wrong.setdefault(number, why)
                 continue
         if not report.end_of_turn and facts.ends[piece]:
             _ending(report, columns, slice(start, int(columns.ends[piece])), renderer)
         taught.add(number)
         yield Example(columns.ids[start:end], columns.weights[start:end], where)
-    # of a conversation in several pieces, one that has nothing to learn is no loss where another has
-    wrong = {number: why for number, why in silent.items() if number not in taught} | wrong
     for number, why in sorted(wrong.items()):
         if number in taught:
             parts.append(

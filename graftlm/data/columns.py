@@ -14,7 +14,8 @@ from graftlm.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """Pieces are what rows are rendered to, usually one each, and none for a row with a problem. T tokens, P pieces."""
+    """Pieces are what rows are rendered to, usually one each, and none for a row with a problem. Of a row in several
+    pieces those without a weight are left out. T tokens, P pieces."""
 
     ids: NDArray[np.int32]
     """[T]"""
@@ -44,10 +45,14 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
         if isinstance(pieces, DataError):
             problems[number] = str(pieces)
             continue
-        for piece in pieces:
+        given = [weights(piece, data.mask, data.prompt_weight) for piece in pieces]
+        some = any(values.any() for values in given)
+        for piece, values in zip(pieces, given, strict=True):
+            if some and not values.any():
+                continue  # another row of the same conversation has what is to be learnt
             ids.append(piece.ids)
             roles.append(piece.roles)
-            kept.append(weights(piece, data.mask, data.prompt_weight))
+            kept.append(values)
             numbers.append(number)
     return Columns(
         np.concatenate([np.empty(0, np.int32), *ids]),

@@ -74,6 +74,8 @@ class Rendered(NamedTuple):
     """The weight that the row itself gives to a token; NaN where it leaves that to the mask."""
     first: int = 0
     """Messages before this one are trained in another row of the same conversation: here they are only read."""
+    more: bool = False
+    """Whether a later answer of the same conversation is trained in another row: then the last one is not here."""
 
 
 @dataclass(frozen=True)
@@ -237,10 +239,11 @@ class Renderer:
             return [(yield from self._conversation(messages, tools))]
         except UnstableTemplateError:
             found, first = [], 0
-            for index in (i for i, message in enumerate(messages) if message.role == "assistant"):
+            answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+            for index in answers:
                 # Of such an answer only itself is to be learnt: the rest is as generation has it.
                 last = yield from self._rendered(messages[: index + 1], tools, [index])
-                found.append(last._replace(first=first))
+                found.append(last._replace(first=first, more=index != answers[-1]))
                 first = index + 1
             return found
 
