@@ -11,6 +11,8 @@ from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.errors import DataError
 
+LOST_THOUGHTS, LOST_TOOLS = 1, 2
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -29,6 +31,8 @@ class Columns:
     """[P]: the number of the row that each piece is of, from 0."""
     control: NDArray[np.bool_]
     """[rows]: whether the row's own text holds a control token of the tokenizer."""
+    lost: NDArray[np.uint8]
+    """[rows]: what the template does not write of a row: LOST_THOUGHTS, LOST_TOOLS or their sum."""
     problems: dict[int, str]
     """Why a row cannot be rendered, by its number."""
 
@@ -41,6 +45,7 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
     """The columns of these rows; a row that cannot be rendered is among their problems."""
     ids, roles, kept, numbers = [], [], [], []
     problems: dict[int, str] = {}
+    lost = np.zeros(len(rows), np.uint8)
     for number, pieces in enumerate(renderer.rows_of_all([(row.messages, row.tools) for row in rows])):
         if isinstance(pieces, DataError):
             problems[number] = str(pieces)
@@ -50,6 +55,7 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
         for piece, values in zip(pieces, given, strict=True):
             if some and not values.any():
                 continue  # another row of the same conversation has what is to be learnt
+            lost[number] |= LOST_THOUGHTS * piece.lost_thoughts | LOST_TOOLS * piece.lost_tools
             ids.append(piece.ids)
             roles.append(piece.roles)
             kept.append(values)
@@ -61,6 +67,7 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
         np.cumsum([len(piece) for piece in ids], dtype=np.int64),
         np.array(numbers, np.int64),
         _holds_control(rows, renderer.special_texts),
+        lost,
         problems,
     )
 
@@ -85,5 +92,6 @@ def join(parts: Sequence[Columns]) -> Columns:
         np.concatenate([np.empty(0, np.int64), *(p.ends + n for p, n in zip(parts, tokens, strict=False))]),
         np.concatenate([np.empty(0, np.int64), *(p.rows + n for p, n in zip(parts, rows, strict=False))]),
         np.concatenate([np.empty(0, np.bool_), *(part.control for part in parts)]),
+        np.concatenate([np.empty(0, np.uint8), *(part.lost for part in parts)]),
         {i + int(n): why for part, n in zip(parts, rows, strict=False) for i, why in part.problems.items()},
     )

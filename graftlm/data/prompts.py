@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.data.check import Report
+from graftlm.data.check import Report, unheard
 from graftlm.data.formats import Message
 from graftlm.data.pack import Example, Group
 from graftlm.data.render import Renderer, Role
@@ -80,9 +80,21 @@ def prepare_prompts(
     report.rows, report.tokens = len(made), int(lengths.sum())
     report.longest_tokens, report.longest_row = int(lengths[longest]), made[longest].where
     report.prompt_tokens.add(lengths)
+    report.notes += _lost(kept, renderer)
     if references := sum(prompt.reference is not None for prompt in made):
         report.notes.append(f"{references:,} rows have an answer: it is not trained, scorers may compare with it")
     return made, kept, report
+
+
+def _lost(rows: Sequence[Row], renderer: Renderer) -> list[str]:
+    """The notes on what the chat template does not write of these prompts. Thoughts of earlier answers are no loss."""
+    some = [(asked_in(row)[0], row.tools) for row in rows]
+    some = [(messages, tools) for messages, tools in some if tools or any(m.tool_calls for m in messages)]
+    found = [lost for lost in renderer.lost_of_all(some) if not isinstance(lost, DataError)]
+    notes = unheard(0, sum(lost.tools for lost in found))
+    if calls := sum(bool(lost.calls) for lost in found):
+        notes.append(f"{calls:,} rows have earlier calls of tools that the chat template does not write")
+    return notes
 
 
 def shown_prompts(prompts: Sequence[Example | Group], renderer: Renderer, count: int) -> list[dict[str, Any]]:

@@ -57,7 +57,8 @@ class Ask(NamedTuple):
     tools: Sequence[Mapping[str, Any]] = ()
     marks: Sequence[tuple[int, int, int, str, str]] = ()
     """Where there are any, one more chat is rendered with: the first one, and in the content of some messages a text
-    before and a text after a part of it; (message, where the part begins, where it ends, before, after) of each."""
+    before and a text after a part of it; (message, where the part begins, where it ends, before, after) of each. The
+    content is a text, or a list of one part with a text."""
 
 
 @dataclass
@@ -333,8 +334,11 @@ def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, An
 def _marked(chat: Sequence[dict[str, Any]], marks: Sequence[Any]) -> list[dict[str, Any]]:
     found = list(chat)
     for index, start, end, before, after in marks:
-        text = chat[index]["content"]
-        found[index] = {**chat[index], "content": f"{text[:start]}{before}{text[start:end]}{after}{text[end:]}"}
+        content = chat[index]["content"]
+        text = content if isinstance(content, str) else content[0]["text"]
+        text = f"{text[:start]}{before}{text[start:end]}{after}{text[end:]}"
+        marked = text if isinstance(content, str) else [{**content[0], "text": text}]
+        found[index] = {**chat[index], "content": marked}
     return found
 
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from graftlm.config import to_yaml
-from graftlm.data.check import Report, prepare, shown_rows, unheard
+from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.compare import COMPARED, prepare_groups, usable_by
 from graftlm.data.order import Curriculum, curriculum
 from graftlm.data.pack import Example, Group, fill, saved_by_sharing
@@ -149,7 +149,7 @@ def prepare_data(
         found.problems += about.problems
     if look:
         found.survey = survey(rows, held_out_rows)
-        found.notes = not_told(found.notes, found.survey) + unheard(rows, renderer)
+        found.notes = not_told(found.notes, found.survey)
     return Prepared(
         rows,
         examples,

@@ -9,9 +9,11 @@ import pytest
 
 from graftlm.data.check import Report, prepare
 from graftlm.data.formats import FORMATS
+from graftlm.data.mask import weights
 from graftlm.data.pack import Example
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
+from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
 
 
@@ -104,3 +106,330 @@ def test_a_conversation_whose_last_row_is_too_long_is_dropped_and_is_no_problem_
     assert report.dropped_over_length == ["rows.jsonl:1"]
     assert report.problems == report.notes == []
     assert report.rows == 1
+
+
+# Calls, thoughts and tools: looked for in the rendered text ----------------------------------------------------------
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(name: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": name, "description": "Looks.", "parameters": schema}}
+
+
+def template(answer: str, before: str = "") -> str:
+    """A template of the kind of ChatML that writes `answer` of an answer."""
+    return (
+        before + "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if m['role'] == 'assistant' %}" + answer + "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+CONTENT = "{{ m['content'] or '' }}"
+CALLS = "{% for c in m.tool_calls or [] %}{{ '<call>' ~ c.function | tojson ~ '</call>' }}{% endfor %}"
+KNOWS_CALLS = {
+    "the first alone": CONTENT + "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}",
+    "names alone": CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+    "arguments alone": CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}",
+    "the first argument": CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "{% for k in c.function.arguments %}{% if loop.first %}{{ k ~ c.function.arguments[k] }}{% endif %}"
+    "{% endfor %}{% endfor %}",
+    "arguments that are true": CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() if v %}{{ k ~ v }}{% endfor %}{% endfor %}",
+    "calls or text": "{% if m.content %}{{ m.content }}{% else %}" + CALLS + "{% endif %}",
+    "none": CONTENT,
+    "none, with a variable of that name": "{% set tool_calls = '' %}" + CONTENT,
+}
+
+
+@pytest.mark.parametrize("kind", KNOWS_CALLS)
+def test_a_call_that_is_not_written_whole_is_refused(kind: str) -> None:
+    text = "find(a=1, deep=false), find and find again: A 7, B 8"
+    calls = [call("find", parcel="A 7", deep=False), call("find", parcel="B 8", deep=True)]
+    thoughts = "I call find with parcel A 7 and parcel B 8, deep False and True."
+    renderer = Renderer(tiny_tokenizer(template(KNOWS_CALLS[kind])))
+    row = row_of(user("Where?"), assistant(text, tool_calls=calls, reasoning_content=thoughts), tools=[tool("find")])
+    with pytest.raises(DataError, match=r"the chat template drops the .*find.* in message 2"):
+        renderer.rows(row.messages, row.tools)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        CONTENT + CALLS,
+        CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function | tojson(ensure_ascii=true) }}{% endfor %}",
+        CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments }}{% endfor %}",
+        CONTENT + "{% for c in m.tool_calls or [] %}{% if c.function.name not in ('find', 'f') %}"
+        "{{ raise_exception('unknown') }}{% endif %}{{ c.function.name ~ c.function.arguments.values() | list }}"
+        "{% endfor %}",
+        CONTENT + "{% for c in m.tool_calls or [] %}{{ c.function.name ~ '(' ~ c.function.arguments.parcel ~ ', ' }}"
+        "{{ c.function.arguments.n ~ ')' }}{% endfor %}",
+    ],
+    ids=["JSON", "escaped JSON", "as Python has it", "known names", "known arguments"],
+)
+def test_calls_that_are_written_are_trained_in_whatever_form(written: str) -> None:
+    renderer = Renderer(tiny_tokenizer(template(written)))
+    calls = [call("find", parcel="A\U000f0000 7", n=3), call("find", parcel="B 8", n=4)]
+    (found,) = trained(renderer, row_of(user("Where?"), assistant("Looking.", tool_calls=calls)))
+    assert found.startswith("Looking.")
+    assert found.endswith("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "calls"),
+    [
+        ("gptoss", None, [call("get_weather", city="Rome"), call("get_weather", city="Oslo")]),
+        ("lfm2", "I will use get_weather.", [call("get_weather", city="Rome")]),
+        ("llama3", "I will use get_weather.", [call("get_weather", city="Rome")]),
+        ("gemma3", "I will use get_weather.", [call("get_weather", city="Rome")]),
+        ("phi3", "I will use get_weather.", [call("get_weather", city="Rome")]),
+        ("qwen2_5_vl", "I will use get_weather.", [call("get_weather", city="Rome")]),
+    ],
+)
+def test_calls_that_shipped_templates_drop_are_refused(name: str, content: str, calls: list[dict[str, Any]]) -> None:
+    renderer = Renderer(tiny_tokenizer(shipped(name)))
+    row = row_of(user("Weather?"), assistant(content, tool_calls=calls), tools=[tool("get_weather")])
+    with pytest.raises(DataError, match="the chat template drops the call of 'get_weather' in message 2"):
+        renderer.rows(row.messages, row.tools)
+
+
+THOUGHT = "Two and two make it."
+LOSES_THOUGHTS = ["gemma4", "gemma4_v2", "gemma4_v3", "llama3", "phi3", "qwen3_instruct_2507"]
+
+
+@pytest.mark.parametrize("name", [*LOSES_THOUGHTS, "qwen3", "glm4moe", "gptoss", "qwen3_5_think"])
+def test_thoughts_are_in_the_trained_answer_or_counted(name: str) -> None:
+    renderer = Renderer(tiny_tokenizer(shipped(name)))
+    thinking = row_of(user("2+2?"), assistant("It is 4. " + THOUGHT[:7], reasoning_content=THOUGHT))
+    lost = THOUGHT not in "".join(trained(renderer, thinking))
+    report = prepared(renderer, thinking)[1]
+    assert lost == (name in LOSES_THOUGHTS)
+    assert report.rows_without_thoughts == (["rows.jsonl:1"] if lost else [])
+    assert any("1 rows have thoughts" in note for note in report.notes) == lost
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{% set reasoning_content = m.reasoning_content %}" + CONTENT,
+        "{% if m.tool_calls and m.reasoning_content %}{{ m.reasoning_content }}{% endif %}" + CONTENT,
+        "{% if m.reasoning_content %}{{ m.reasoning_content[:8] }}{% endif %}" + CONTENT,
+        "{# thinking #}" + CONTENT,
+    ],
+    ids=["named", "beside calls", "cut", "a comment"],
+)
+def test_thoughts_that_a_template_only_names_are_counted(answer: str) -> None:
+    renderer = Renderer(tiny_tokenizer(template(answer)))
+    thinking = row_of(user("2+2?"), assistant(f"It is 4. {THOUGHT}", reasoning_content=THOUGHT))
+    untrained = row_of(user("2+2?"), assistant("It is 4.", reasoning_content=THOUGHT, weight=0), where="rows.jsonl:2")
+    rest = (user("3+3?"), assistant("6"))
+    untrained = Row([*untrained.messages, *row_of(*rest).messages], "rows.jsonl:2", "2")
+    _, report = prepared(renderer, thinking, untrained)
+    assert report.rows_without_thoughts == ["rows.jsonl:1"], "what has no weight loses nothing"
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_v3", "llama3", "qwen3_instruct_2507"])
+def test_thoughts_in_the_text_stay_there_where_the_template_drops_them_apart(name: str) -> None:
+    renderer = Renderer(tiny_tokenizer(shipped(name)))
+    within = row_of(user("2+2?"), assistant(f"<think>\n{THOUGHT}\n</think>\n\nIt is 4."))
+    (found,) = trained(renderer, within)
+    assert found.startswith(f"<think>\n{THOUGHT}\n</think>\n\nIt is 4.")
+    assert prepared(renderer, within)[1].rows_without_thoughts == []
+
+
+def test_tools_that_are_not_written_are_counted_whatever_the_template_names() -> None:
+    row = row_of(user("Use find."), assistant("No."), tools=[tool("find")])
+    for before, lost in (("{% set t = tools %}", True), ("{{ tools[0].function.name if tools }}", False)):
+        report = prepared(Renderer(tiny_tokenizer(template(CONTENT, before))), row)[1]
+        assert report.rows_without_tools == (["rows.jsonl:1"] if lost else [])
+        assert any("1 rows list tools" in note for note in report.notes) == lost
+    two = row_of(user("Use find."), assistant("No."), tools=[tool("find"), tool("look")])
+    report = prepared(Renderer(tiny_tokenizer(template(CONTENT, before))), two)[1]
+    assert report.rows_without_tools == ["rows.jsonl:1"], "one of two"
+
+
+# The end of an answer ------------------------------------------------------------------------------------------------
+
+TWO_ENDS = (
+    "{% for m in messages %}{{ '<|turn|>' + m['role'] + '|' + (m['content'] or '') }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ '<|response|>' + between }}{% endif %}{{ '<|im_end|>' }}{{ after }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant|' }}{% endif %}"
+)
+
+
+def with_controls(source: str, *names: str) -> Any:
+    tokenizer = tiny_tokenizer(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names)})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("between", "after", "end"),
+    [
+        ("", "", "<|response|><|im_end|>"),
+        ("<|close|>", "", "<|response|><|close|><|im_end|>"),
+        ("", "<|close|>", "<|response|><|im_end|>"),
+        ("\n", "", "<|response|>"),
+        (".", "", "<|response|>"),
+    ],
+    ids=["two", "three", "one behind the end of text", "a line break between", "a text between"],
+)
+def test_the_end_is_all_control_tokens_up_to_the_end_of_text(between: str, after: str, end: str) -> None:
+    source = f"{{% set between = {between!r} %}}{{% set after = {after!r} %}}" + TWO_ENDS
+    renderer = Renderer(with_controls(source, "<|turn|>", "<|response|>", "<|close|>"))
+    row = row_of(user("one"), assistant("uno"), user("two"), assistant("dos"))
+    assert trained(renderer, row) == [f"uno{end}", f"dos{end}"]
+    report = prepared(renderer, row)[1]
+    assert (report.end_of_turn, report.end_of_turn_trained, report.unterminated) == (end, True, [])
+    stops = renderer.tokenizer.convert_ids_to_tokens(list(renderer.stop_ids))
+    assert "<|im_end|>" in stops
+
+
+def test_an_answer_with_calls_ends_with_the_end_of_text_and_not_in_the_next_turn() -> None:
+    source = "{% set between = '' %}{% set after = '<|turn|>' %}" + TWO_ENDS
+    renderer = Renderer(with_controls(source, "<|turn|>", "<|response|>"))
+    calling = (user("Where?"), assistant(None, tool_calls=[call("find", parcel="A 7")]))
+    written = '{"name": "find", "arguments": {"parcel": "A 7"}}<|response|><|im_end|>'
+    assert trained(renderer, row_of(*calling)) == [written]
+    says_it = (user("Where?"), assistant(None, tool_calls=[call("find", parcel="A<|im_end|>7")]))
+    (found,) = trained(renderer, row_of(*says_it))
+    assert found.startswith(written.replace("A 7", "A<|im_end|>7")), "an end of text in the call itself ends nothing"
+
+
+@pytest.mark.parametrize("name", ["cohere2", "cohere"])
+def test_answers_of_cohere_end_with_the_token_that_servers_stop_at(name: str) -> None:
+    tokenizer = with_controls(shipped(name), "<|END_RESPONSE|>", "<|START_RESPONSE|>", "<|START_OF_TURN_TOKEN|>")
+    tokenizer.add_special_tokens({"eos_token": "<|END_OF_TURN_TOKEN|>"})
+    found = trained(Renderer(tokenizer), row_of(*NO_THOUGHTS), max_tokens=8192)
+    assert len(found) == 2
+    assert all(text.endswith("<|END_OF_TURN_TOKEN|>") for text in found)
+
+
+# Forms of calls ------------------------------------------------------------------------------------------------------
+
+ROME = [call("get_weather", city="Rome")]
+
+
+def calling(content: str | None = None) -> Row:
+    return row_of(user("Weather?"), assistant(content, tool_calls=ROME), tools=[tool("get_weather")])
+
+
+TAKES = {
+    "text": "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + c.function.arguments }}"
+    "{% endfor %}",
+    "null content": "{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function.name ~ ' ' }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}",
+    "text and null content": "{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function.name + ' ' }}"
+    "{{ c.function.arguments + '' }}{% endfor %}{% else %}{{ m.content }}{% endif %}",
+    "a mapping": "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name ~ ' ' }}"
+    "{% if c.function.arguments is not mapping %}{{ raise_exception('a mapping!') }}{% endif %}"
+    "{{ c.function.arguments | tojson }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("takes", TAKES)
+def test_calls_are_handed_over_as_the_template_takes_them(takes: str) -> None:
+    renderer = Renderer(tiny_tokenizer(template(TAKES[takes])))
+    row = calling()
+    assert trained(renderer, row) == ['get_weather {"city": "Rome"}<|im_end|>']
+    longer = [*row.messages, *row_of(user("a"), assistant("b")).messages]
+    (whole,) = renderer.rows(longer, row.tools)
+    prompt = renderer.prompt(longer[:-1], row.tools)
+    assert 'get_weather {"city": "Rome"}' in renderer.tokenizer.decode(prompt)
+    assert whole.ids[: len(prompt)].tolist() == prompt.tolist(), "generation reads what training does"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name ~ ' ' }}"
+        "{% if c.function.arguments is mapping %}{{ raise_exception('no') }}{% endif %}"
+        "{{ c.function.arguments | tojson }}{% endfor %}",
+        "{{ m.content }}{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+        "{% endif %}",
+    ],
+    ids=["JSON in JSON", "the word None"],
+)
+def test_a_form_that_writes_what_nobody_said_is_no_form(answer: str) -> None:
+    row = calling()
+    with pytest.raises(DataError, match="refuses a conversation|drops the call"):
+        Renderer(tiny_tokenizer(template(answer))).rows(row.messages, row.tools)
+
+
+@pytest.mark.parametrize("name", ["deepseekv3_training", "qwen2_5", "llama3_1"])
+def test_shipped_templates_write_one_call(name: str) -> None:
+    (found,) = trained(Renderer(tiny_tokenizer(shipped(name))), calling())
+    assert "get_weather" in found
+    assert '"city": "Rome"' in found
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", "llava_next"])
+def test_templates_that_take_content_in_parts_have_it_so(name: str) -> None:
+    renderer = Renderer(tiny_tokenizer(shipped(name)))
+    found = trained(renderer, row_of(user("one"), assistant(" uno\n"), user("two"), assistant("dos")))
+    assert [text.strip()[:3] for text in found] == ["uno", "dos"]
+
+
+# Templates that open the answer in the prompt ---------------------------------------------------------------------------
+
+THINKS = (user("2+2?"), assistant("It is 4.", reasoning_content=THOUGHT))
+SAYS_ITS_THOUGHTS = (user("2+2?"), assistant(f"<think>\n{THOUGHT}\n</think>\n\nIt is 4."))
+CLOSES_ITS_THOUGHTS = (user("2+2?"), assistant(f"{THOUGHT}\n</think>\n\nIt is 4."))
+R1 = ("deepseek_r1_distill", "deepseekv3")
+
+
+def follows_its_prompt(renderer: Renderer, row: Row) -> list[str]:
+    """What is trained; every row of the conversation begins with the very prompt of its answer."""
+    for piece in renderer.rows(row.messages, row.tools, row.variables):
+        answers = [i for i, m in enumerate(row.messages) if m.role == "assistant" and i >= piece.first]
+        prompt = renderer.prompt(row.messages[: answers[0]], row.tools, row.variables)
+        assert piece.ids[: len(prompt)].tolist() == prompt.tolist()
+        assert not weights(piece, "response")[: len(prompt)].any()
+        assert weights(piece, "response")[len(prompt)] == 1
+    return trained(renderer, row)
+
+
+@pytest.mark.parametrize("messages", [THINKS, SAYS_ITS_THOUGHTS, CLOSES_ITS_THOUGHTS], ids=["apart", "text", "closed"])
+@pytest.mark.parametrize("name", R1)
+def test_thoughts_follow_the_prompt_that_opens_them(name: str, messages: tuple[dict[str, Any], ...]) -> None:
+    tokenizer = with_controls(shipped(name), "<｜Assistant｜>", "<｜User｜>")
+    tokenizer.add_special_tokens({"eos_token": "<｜end▁of▁sentence｜>"})
+    renderer = Renderer(tokenizer)
+    row = row_of(*messages)
+    assert follows_its_prompt(renderer, row) == [f"{THOUGHT}\n</think>\n\nIt is 4.<｜end▁of▁sentence｜>"]
+    assert prepared(renderer, row)[1].notes == [], "no thought is lost"
+
+
+@pytest.mark.parametrize("name", R1)
+def test_an_answer_without_thoughts_closes_what_the_prompt_opened(name: str) -> None:
+    renderer = Renderer(tiny_tokenizer(shipped(name)))
+    found = follows_its_prompt(renderer, row_of(user("one"), assistant("uno"), user("two"), assistant("dos")))
+    assert [text.split("<｜")[0] for text in found] == ["\n</think>\n\nuno", "\n</think>\n\ndos"]
+
+
+def test_an_answer_to_an_opened_prompt_may_be_written_with_an_empty_block() -> None:
+    renderer = Renderer(tiny_tokenizer(shipped("nemotron_3_nano")))
+    assert follows_its_prompt(renderer, row_of(user("one"), assistant("uno"))) == ["</think>uno<|im_end|>"]
+    found = follows_its_prompt(renderer, row_of(*THINKS))
+    assert [text.split() for text in found] == [[*THOUGHT.split(), "</think>", "It", "is", "4.<|im_end|>"]]
+
+
+def test_a_block_that_the_prompt_closes_is_not_trained_and_takes_no_thoughts() -> None:
+    closed = template(CONTENT).replace("assistant\\n' }}{% endif %}", "assistant\\n<|x|>none<|x|>' }}{% endif %}")
+    renderer = Renderer(tiny_tokenizer(closed))
+    assert follows_its_prompt(renderer, row_of(*NO_THOUGHTS)) == ["uno<|im_end|>", "dos<|im_end|>"]
+    with pytest.raises(DataError, match=r"begins the answer of message 2 with .*template_variables"):
+        renderer.rows(row_of(*THINKS).messages)
+
+
+def test_a_call_follows_the_prompt_that_opens_its_thoughts() -> None:
+    opened = template(CONTENT + CALLS).replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
+    renderer = Renderer(tiny_tokenizer(opened))
+    row = row_of(user("Weather?"), assistant(None, tool_calls=ROME, reasoning_content=THOUGHT))
+    written = '<call>{"name": "get_weather", "arguments": {"city": "Rome"}}</call><|im_end|>'
+    assert follows_its_prompt(renderer, row) == [f"{THOUGHT}\n</think>\n\n{written}"]
