@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.data import cache as kept
-from graftlm.data.columns import LOST_THOUGHTS, LOST_TOOLS, Columns, join
+from graftlm.data.columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
 from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
@@ -109,6 +109,10 @@ class Report:
     """Rows with an answer whose thoughts the chat template does not write."""
     rows_without_tools: list[str] = field(default_factory=list)
     """Rows with tools that the chat template does not write."""
+    rows_with_moved_system: list[str] = field(default_factory=list)
+    """Rows whose system message the chat template has no place for; `data.turn_order` says what became of it."""
+    rows_with_unread_variables: list[str] = field(default_factory=list)
+    """Rows that set variables that the chat template does not read."""
     prompt_tokens: Lengths = field(default_factory=Lengths)
     """Tokens of system, user and tool messages, row by row."""
     answer_tokens: Lengths = field(default_factory=Lengths)
@@ -235,6 +239,14 @@ def prepare(
         raise DataError(f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong))
     report.problems += problems
     report.notes += parts + unheard(len(report.rows_without_thoughts), len(report.rows_without_tools))
+    if moved := len(report.rows_with_moved_system):
+        where = "is put before the first question" if data.turn_order == "merge" else "is left out"
+        report.notes.append(
+            f"{moved:,} rows have a system message, and the chat template has no place for it: it {where} "
+            f"(data.turn_order: {data.turn_order})"
+        )
+    if unread := len(report.rows_with_unread_variables):
+        report.notes.append(f"{unread:,} rows set template variables that the chat template does not read")
     if not examples:
         raise DataError(
             f"no row is left to train on: all {len(rows)} are longer than max_tokens={data.max_tokens}. "
@@ -458,6 +470,8 @@ def _count(
     lost = columns.lost[columns.rows]
     report.rows_without_thoughts += _places(stands, columns.rows[keeps & (lost & LOST_THOUGHTS > 0)])
     report.rows_without_tools += _places(stands, columns.rows[keeps & (lost & LOST_TOOLS > 0)])
+    report.rows_with_moved_system += _places(stands, columns.rows[keeps & (lost & MOVED_SYSTEM > 0)])
+    report.rows_with_unread_variables += _places(stands, columns.rows[keeps & (lost & UNREAD_VARIABLES > 0)])
     report.unterminated += _places(stands, columns.rows[keeps & (facts.unterminated > 0)])
 
 
@@ -490,7 +504,7 @@ def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count:
     """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}, one for each piece of a row."""
     shown = []
     for row in rows[:count]:
-        for piece in renderer.rows(row.messages, row.tools):
+        for piece in renderer.rows(row.messages, row.tools, row.variables):
             parts = zip(
                 piece.ids,
                 renderer.token_texts(piece.ids.tolist()),

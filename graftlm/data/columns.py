@@ -11,7 +11,7 @@ from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.errors import DataError
 
-LOST_THOUGHTS, LOST_TOOLS = 1, 2
+LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Columns:
     control: NDArray[np.bool_]
     """[rows]: whether the row's own text holds a control token of the tokenizer."""
     lost: NDArray[np.uint8]
-    """[rows]: what the template does not write of a row: LOST_THOUGHTS, LOST_TOOLS or their sum."""
+    """[rows]: what the template does not write or read of a row, the sum of LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM and
+    UNREAD_VARIABLES."""
     problems: dict[int, str]
     """Why a row cannot be rendered, by its number."""
 
@@ -46,7 +47,7 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
     ids, roles, kept, numbers = [], [], [], []
     problems: dict[int, str] = {}
     lost = np.zeros(len(rows), np.uint8)
-    for number, pieces in enumerate(renderer.rows_of_all([(row.messages, row.tools) for row in rows])):
+    for number, pieces in enumerate(renderer.rows_of_all([(row.messages, row.tools, row.variables) for row in rows])):
         if isinstance(pieces, DataError):
             problems[number] = str(pieces)
             continue
@@ -56,6 +57,8 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
             if some and not values.any():
                 continue  # another row of the same conversation has what is to be learnt
             lost[number] |= LOST_THOUGHTS * piece.lost_thoughts | LOST_TOOLS * piece.lost_tools
+            lost[number] |= MOVED_SYSTEM * piece.moved_system
+            lost[number] |= UNREAD_VARIABLES * bool(renderer.unread(rows[number].variables))
             ids.append(piece.ids)
             roles.append(piece.roles)
             kept.append(values)

@@ -53,7 +53,7 @@ def prepare_prompts(
     most = data.max_tokens - room
     for start in range(0, len(rows), AT_ONCE):
         some = rows[start : start + AT_ONCE]
-        found = renderer.prompts_of_all([(asked_in(row)[0], row.tools) for row in some])
+        found = renderer.prompts_of_all([(asked_in(row)[0], row.tools, row.variables) for row in some])
         for row, ids in zip(some, found, strict=True):
             if isinstance(ids, DataError):
                 problems.append(f"{row.where}: {ids}")
@@ -88,8 +88,8 @@ def prepare_prompts(
 
 def _lost(rows: Sequence[Row], renderer: Renderer) -> list[str]:
     """The notes on what the chat template does not write of these prompts. Thoughts of earlier answers are no loss."""
-    some = [(asked_in(row)[0], row.tools) for row in rows]
-    some = [(messages, tools) for messages, tools in some if tools or any(m.tool_calls for m in messages)]
+    whole = [(asked_in(row)[0], row.tools, row.variables) for row in rows]
+    some = [one for one in whole if one[1] or any(message.tool_calls for message in one[0])]
     found = [lost for lost in renderer.lost_of_all(some) if not isinstance(lost, DataError)]
     notes = unheard(0, sum(lost.tools for lost in found))
     if calls := sum(bool(lost.calls) for lost in found):

@@ -13,9 +13,9 @@ belongs to the answer.
 """
 
 import copy
+import datetime
 import hashlib
 import json
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
 from graftlm.data.formats import TEXT, Fields, Message
-from graftlm.data.template import Ask, Template, TemplateError
+from graftlm.data.template import Ask, Template, TemplateError, names_in
+from graftlm.data.turn_order import TurnOrder, without_system
 from graftlm.data.words import Words
 from graftlm.data.written import PRIVATE, Lost, Probe, needs_probe, probe
 from graftlm.errors import BaseModelError, DataError
@@ -82,6 +83,9 @@ class Rendered(NamedTuple):
     """Whether an answer that is trained has thoughts that the template does not write."""
     lost_tools: bool = False
     """Whether the template does not write all tools."""
+    moved_system: bool = False
+    """Whether the template has no place for the system message, and `turn_order` says where it went. Messages are then
+    counted without it."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,9 @@ class _Tokens(NamedTuple):
 
 
 T = TypeVar("T")
+NO_VARIABLES: Fields = {}
+Asked = tuple[Sequence[Message], Sequence[Fields]] | tuple[Sequence[Message], Sequence[Fields], Fields]
+"""A conversation: messages, tools and, where it sets any, variables of the template."""
 Work = Generator[Ask, list[str], T]
 """A conversation on its way to a T: it yields what the template is asked for, and is sent the texts."""
 
@@ -118,11 +125,22 @@ class UnstableTemplateError(DataError):
 class Renderer:
     """The one way from messages to ids, for one tokenizer and one chat template.
 
+    `today` is the day for templates that write the date: that of a run, so that its rows stay the same; None is the day
+    on which the renderer is made. `turn_order` is about system messages that the template has no place for: `refuse`,
+    `merge` (into the first question) or `drop`.
+
     Raises BaseModelError where there is no chat template or no fast tokenizer, and DataError for messages that the
     template refuses or rewrites.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        *,
+        today: datetime.date | None = None,
+        turn_order: TurnOrder = "refuse",
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise BaseModelError(
@@ -154,7 +172,10 @@ class Renderer:
         self._encoder.post_processor = ByteLevel(trim_offsets=False)
         self._words = Words.of(self._encoder)
         variables = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-        self._chat = None if self.template is None else Template(self.template, variables)
+        self.today = today or datetime.date.today()
+        self.turn_order = turn_order
+        self._chat = None if self.template is None else Template(self.template, variables, self.today)
+        self._names = names_in(self.template or "")
         self._knows_thoughts = "reasoning_content" in (self.template or "")
 
     def for_rows(self) -> "Renderer":
@@ -169,34 +190,39 @@ class Renderer:
         """The first 16 hexadecimal digits of the SHA-256 of the chat template."""
         return hashlib.sha256((self.template or "").encode()).hexdigest()[:16]
 
-    def rows(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> list[Rendered]:
-        """The conversation as training feeds it: one row, or one for every answer where the template changes what it
-        wrote before when more is said (many leave out what was thought before earlier answers)."""
-        return self._alone(self._rows(messages, tools))
+    def unread(self, variables: Fields) -> list[str]:
+        """Those of the variables that the template does not read."""
+        return [name for name in variables if name not in self._names]
 
-    def rows_of_all(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]) -> list[Rows]:
-        """What `rows` returns for each of many (messages, tools), or the DataError that it raises."""
-        return self._together([self._rows(messages, tools) for messages, tools in conversations])
+    def rows(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> list[Rendered]:
+        """The conversation as training feeds it: one row, or one for every answer where the template changes what it
+        wrote before when more is said (many leave out what was thought before earlier answers). `variables` are those
+        of the template that this conversation sets."""
+        return self._alone(self._rows(messages, tools, variables))
+
+    def rows_of_all(self, conversations: Sequence[Asked]) -> list[Rows]:
+        """What `rows` returns for each of many conversations, or the DataError that it raises."""
+        return self._together([self._rows(*conversation) for conversation in conversations])
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Rendered:
         """The whole conversation in one row; UnstableTemplateError where generation would never see it so."""
-        return self._alone(self._conversation(messages, tools))
+        return self._alone(self._conversation(messages, tools, NO_VARIABLES))
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> NDArray[np.int32]:
         """The ids after which the model should answer: int32 [n]."""
-        return self._alone(self._prompt(messages, tools))
+        return self._alone(self._prompt(messages, tools, variables))
 
-    def prompts_of_all(
-        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]
-    ) -> list[NDArray[np.int32] | DataError]:
-        """What `prompt` returns for each of many (messages, tools), or the DataError that it raises."""
-        return self._together([self._prompt(messages, tools) for messages, tools in conversations])
+    def prompts_of_all(self, conversations: Sequence[Asked]) -> list[NDArray[np.int32] | DataError]:
+        """What `prompt` returns for each of many conversations, or the DataError that it raises."""
+        return self._together([self._prompt(*conversation) for conversation in conversations])
 
-    def lost_of_all(
-        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]
-    ) -> list[Lost | DataError]:
-        """What the template does not write of each of many (messages, tools), or the DataError that it raises."""
-        return self._together([_lost(_Form(), messages, tools) for messages, tools in conversations])
+    def lost_of_all(self, conversations: Sequence[Asked]) -> list[Lost | DataError]:
+        """What the template does not write of each of many conversations, or the DataError that it raises."""
+        return self._together([_lost(*conversation) for conversation in conversations])
 
     # Rendering is written for one conversation and done for many: each is a generator that yields what it wants to know
     # of the template or of the tokenizer, and is sent the answer.
@@ -247,26 +273,62 @@ class Renderer:
             )
         return asks
 
-    def _rows(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[list[Rendered]]:
+    def _rows(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> Work[list[Rendered]]:
+        def rows(messages: Sequence[Message]) -> Work[list[Rendered]]:
+            return self._split_rows(messages, tools, variables)
+
+        found, moved = yield from self._with_system(messages, rows)
+        return [row._replace(moved_system=True) for row in found] if moved else found
+
+    def _with_system(
+        self, messages: Sequence[Message], attempt: Callable[[Sequence[Message]], Work[T]]
+    ) -> Work[tuple[T, bool]]:
+        """What `attempt` finds, and whether the template has no place for the system message, which `turn_order` then
+        took away from the beginning."""
         try:
-            return [(yield from self._conversation(messages, tools))]
+            return (yield from attempt(messages)), False
+        except DataError as error:
+            if messages[0].role != "system":
+                raise
+            if self.turn_order == "refuse":
+                raise type(error)(
+                    f"{error}. If it has no place for the system message: `data: {{turn_order: merge}}` puts it before "
+                    "the first question, `drop` leaves it out"
+                ) from None
+            moved = without_system(messages, self.turn_order)
+            if moved is None:
+                raise
+            try:
+                return (yield from attempt(moved)), True
+            except DataError:
+                raise error from None
+
+    def _split_rows(
+        self, messages: Sequence[Message], tools: Sequence[Fields], variables: Fields
+    ) -> Work[list[Rendered]]:
+        try:
+            return [(yield from self._conversation(messages, tools, variables))]
         except UnstableTemplateError:
             found, first = [], 0
             answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
             for index in answers:
                 # Of such an answer only itself is to be learnt: the rest is as generation has it.
-                last = yield from self._rendered(messages[: index + 1], tools, [index])
+                last = yield from self._rendered(messages[: index + 1], tools, variables, [index])
                 found.append(last._replace(first=first, more=index != answers[-1]))
                 first = index + 1
             return found
 
-    def _conversation(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[Rendered]:
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Fields], variables: Fields) -> Work[Rendered]:
         if messages[0].role == TEXT:
             return self._raw(messages[0])
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-        return (yield from self._rendered(messages, tools, answers))
+        return (yield from self._rendered(messages, tools, variables, answers))
 
-    def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Work[Rendered]:
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Fields], variables: Fields, answers: Sequence[int]
+    ) -> Work[Rendered]:
         """ids and roles, those of the answers at these indices exact: what other answers hold is only text here."""
         if 0 in answers:
             raise DataError("the conversation begins with an answer, and to what? Begin the row with a user message")
@@ -274,14 +336,16 @@ class Renderer:
         def rendered(form: _Form) -> Work[tuple[Rendered, bool]]:
             return self._rendered_as(form, messages, tools, answers)
 
-        return (yield from self._in_a_form(messages, rendered))
+        return (yield from self._in_a_form(messages, variables, rendered))
 
-    def _in_a_form(self, messages: Sequence[Message], attempt: Callable[["_Form"], Work[tuple[T, bool]]]) -> Work[T]:
+    def _in_a_form(
+        self, messages: Sequence[Message], variables: Fields, attempt: Callable[["_Form"], Work[tuple[T, bool]]]
+    ) -> Work[T]:
         """What `attempt` finds in the first form of the messages of which the template loses nothing; else in the first
         one that it can render. Raises the DataError of the first form where it can render none."""
         found: list[T] = []
         errors: list[DataError] = []
-        for form in self._forms(messages):
+        for form in self._forms(messages, variables):
             try:
                 one, whole = yield from attempt(form)
             except UnstableTemplateError:
@@ -296,7 +360,7 @@ class Renderer:
             raise errors[0]
         return found[0]
 
-    def _forms(self, messages: Sequence[Message]) -> list["_Form"]:
+    def _forms(self, messages: Sequence[Message], variables: Fields) -> list["_Form"]:
         """Ways to hand over the messages, the usual one first."""
         splits = [False]
         split = [message for message in messages if _split(message) is not message]
@@ -306,8 +370,8 @@ class Renderer:
         calls = [message for message in messages if message.tool_calls]
         texts = [False, True] if calls else [False]
         nulls = [False, True] if any(not message.content.strip() for message in calls) else [False]
-        plain = [_Form(split, text, null) for null in nulls for text in texts for split in splits]
-        return [*plain, *(_Form(split, parts=True) for split in splits)]
+        plain = [_Form(variables, split, text, null) for null in nulls for text in texts for split in splits]
+        return [*plain, *(_Form(variables, split, parts=True) for split in splits)]
 
     def _rendered_as(
         self, form: "_Form", messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]
@@ -324,7 +388,7 @@ class Renderer:
         around = [(i, 0, len(messages[i].content), marks[2 * i], marks[2 * i + 1]) for i in marked]
         if not around:  # nothing to look for
             wanted[1] = wanted[0]
-        text, outside, *prefixes = yield from _texts(chat, wanted, tools, around)
+        text, outside, *prefixes = yield from _texts(form, chat, wanted, tools, around)
         begins = dict(zip(said, prefixes, strict=False))
         spans = yield from self._spans(form, messages, tools, marked, marks, text, outside)
         untils = zip(answers, prefixes[len(said) :], strict=True)
@@ -336,7 +400,7 @@ class Renderer:
             turns = {count - 1: len(text)}
         elif other:
             raise UnstableTemplateError(_begins_otherwise(other[0], begins[other[0]]))
-        lost = yield from _lost(form, messages, tools)
+        lost = yield from _lost(messages, tools, form=form)
         for i, until in turns.items():
             _check_calls(i, lost)
             form.check(messages[i], text[len(begins[i]) : until])
@@ -424,11 +488,13 @@ class Renderer:
         said = any(text in message.all_text for text in self._end_texts)
         return controls if said or not ends else ends
 
-    def _prompt(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[NDArray[np.int32]]:
-        def prompted(form: _Form) -> Work[tuple[NDArray[np.int32], bool]]:
-            return self._prompt_as(form, messages, tools)
+    def _prompt(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> Work[NDArray[np.int32]]:
+        def prompted(messages: Sequence[Message]) -> Work[NDArray[np.int32]]:
+            return self._in_a_form(messages, variables, lambda form: self._prompt_as(form, messages, tools))
 
-        return (yield from self._in_a_form(messages, prompted))
+        return (yield from self._with_system(messages, prompted))[0]
 
     def _prompt_as(
         self, form: "_Form", messages: Sequence[Message], tools: Sequence[Fields]
@@ -437,8 +503,14 @@ class Renderer:
         own, messages = messages, form.messages(messages)
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         chat = form.fields(messages)
-        text, *begins = yield from _texts(chat, [(0, i, True) for i in (len(messages), *said)], tools)
-        lost = yield from _lost(form, messages, ())
+        text, *begins = yield from _texts(form, chat, [(0, i, True) for i in (len(messages), *said)], tools)
+        if self.turn_order != "refuse" and messages[0].role == "system" and messages[0].content.strip():
+            before, after = islice(_free_characters(messages, tools), 2)
+            around = [(0, *_core(messages[0].content), before, after)]
+            (outside,) = yield from _texts(form, chat, [(1, len(messages), True)], tools, around)
+            if before not in outside:
+                raise DataError("the chat template drops message 1 (system)")
+        lost = yield from _lost(messages, form=form)
         for message in messages:
             form.check(message, text)
         whole = not lost.calls and not any(messages[i] is not own[i] for i in lost.thoughts)
@@ -486,7 +558,7 @@ class Renderer:
             if trims:
                 chat = form.fields(messages)
                 inside = [(i, *_core(messages[i].content), marks[2 * i], marks[2 * i + 1]) for i in marked]
-                (outside,) = yield from _texts(chat, [(1, len(chat), False)], tools, inside)
+                (outside,) = yield from _texts(form, chat, [(1, len(chat), False)], tools, inside)
             plain, places = _remove_marks(outside, marks)
             counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in marked]
             odd = [
@@ -610,6 +682,7 @@ class Renderer:
 
 
 def _texts(
+    form: "_Form",
     chat: Sequence[Fields],
     wanted: Sequence[tuple[int, int, bool]],
     tools: Sequence[Fields],
@@ -619,7 +692,7 @@ def _texts(
     follow)."""
     different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
     try:
-        texts = yield Ask([chat], different, tools, marks)
+        texts = yield Ask([chat], different, tools, form.variables, marks)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in chat)
         raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
@@ -702,7 +775,7 @@ def _after_prompt(
             rest = f"{message.thinking}{line}{closed}"
             inserted = {index} if message.thinking else set()
     elif span is not None and not message.thinking and not message.tool_calls:
-        common = min(len(os.path.commonprefix([begin, text])), span.start)
+        common = min(_alike(begin, text), span.start)
         if text[common : span.start].strip():
             raise DataError(_begins_otherwise(index, begin))
         rest = text[span.start :]
@@ -715,8 +788,14 @@ def _after_prompt(
     return begin + rest, moved, inserted
 
 
-def _lost(form: "_Form", messages: Sequence[Message], tools: Sequence[Fields]) -> Work[Lost]:
+def _lost(
+    messages: Sequence[Message],
+    tools: Sequence[Fields] = (),
+    variables: Fields = NO_VARIABLES,
+    form: "_Form | None" = None,
+) -> Work[Lost]:
     """What the template does not write of these calls, thoughts and tools."""
+    form = form or _Form(variables)
     if not needs_probe(messages, tools):
         return Lost()
     first = yield from _lost_of(form, probe(messages, tools, _free_characters(messages, tools), names=True))
@@ -735,7 +814,7 @@ def _lost_of(form: "_Form", marked: Probe) -> Work[Lost | None]:
     """None where the template refuses the conversation with these marks."""
     chat = form.fields(marked.messages)
     try:
-        (text,) = yield from _texts(chat, [(0, len(chat), False)], marked.tools)
+        (text,) = yield from _texts(form, chat, [(0, len(chat), False)], marked.tools)
     except DataError:
         return None
     return marked.lost(text)
@@ -755,6 +834,8 @@ def _check_calls(index: int, lost: Lost) -> None:
 class _Form:
     """A way to hand a conversation to a template. What one template can write another can only if it is put so."""
 
+    variables: Fields
+    """Those of the template that the conversation sets."""
     split: bool = False
     """Thoughts within the text of an answer are handed over apart from it."""
     text_arguments: bool = False
@@ -804,8 +885,8 @@ def _json(function: Fields) -> str:
 
 
 def _split(message: Message) -> Message:
-    """An answer whose text holds its thoughts, as generation returns it, in two parts; any other message as it is. Where
-    the prompt opens the thoughts, the text of an answer only closes them."""
+    """An answer whose text holds its thoughts, as generation returns it, in two parts; any other message as it is.
+    Where the prompt opens the thoughts, the text of an answer only closes them."""
     content = message.content
     if message.role != "assistant" or message.thinking or CLOSE not in content:
         return message
@@ -817,6 +898,12 @@ def _split(message: Message) -> Message:
     shift = len(content) - len(answer.lstrip("\n"))
     spans = tuple((a - shift, b - shift, weight) for a, b, weight in message.spans if a >= shift)
     return replace(message, content=answer.lstrip("\n"), thinking=thinking.strip("\n"), spans=spans)
+
+
+def _alike(a: str, b: str) -> int:
+    """How many characters the texts have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    return next((place for place in range(shorter) if a[place] != b[place]), shorter)
 
 
 def _core(text: str) -> tuple[int, int]:

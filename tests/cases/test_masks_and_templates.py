@@ -1,20 +1,31 @@
 """Reported mistakes of chat templates and masks, on the templates that TRL ships and on tiny ones."""
 
+import datetime
 import importlib.util
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from graftlm.config import build
+from graftlm.data.cache import key
 from graftlm.data.check import Report, prepare
-from graftlm.data.formats import FORMATS
+from graftlm.data.convert import to_fields
+from graftlm.data.formats import FORMATS, Message
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
+from graftlm.data.records import Problem
 from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
-from graftlm.errors import DataError
-from graftlm.testing import tiny_tokenizer
+from graftlm.data.source import DataConfig, Row, load_rows
+from graftlm.data.template import with_variables
+from graftlm.data.turn_order import in_order
+from graftlm.errors import DataError, RecipeError
+from graftlm.testing import save_tiny_base, tiny_tokenizer
+from graftlm.training.recipe import Recipe
+from graftlm.training.tokenizer import recipe_tokenizer
 
 
 def shipped(name: str) -> str:
@@ -375,7 +386,7 @@ def test_templates_that_take_content_in_parts_have_it_so(name: str) -> None:
     assert [text.strip()[:3] for text in found] == ["uno", "dos"]
 
 
-# Templates that open the answer in the prompt ---------------------------------------------------------------------------
+# Templates that open the answer in the prompt ------------------------------------------------------------------------
 
 THINKS = (user("2+2?"), assistant("It is 4.", reasoning_content=THOUGHT))
 SAYS_ITS_THOUGHTS = (user("2+2?"), assistant(f"<think>\n{THOUGHT}\n</think>\n\nIt is 4."))
@@ -433,3 +444,175 @@ def test_a_call_follows_the_prompt_that_opens_its_thoughts() -> None:
     row = row_of(user("Weather?"), assistant(None, tool_calls=ROME, reasoning_content=THOUGHT))
     written = '<call>{"name": "get_weather", "arguments": {"city": "Rome"}}</call><|im_end|>'
     assert follows_its_prompt(renderer, row) == [f"{THOUGHT}\n</think>\n\n{written}"]
+
+
+# Variables of templates, the day, and the order of turns -------------------------------------------------------------
+
+MODES = (
+    "{% set effort = reasoning_effort | default('medium') %}{{ 'Effort: ' ~ effort ~ '. Today: ' }}"
+    "{{ date_string if date_string is defined else strftime_now('%d %B %Y') }}{{ '\\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+DAY = datetime.date(2020, 2, 29)
+
+
+def test_variables_of_a_recipe_become_part_of_the_template() -> None:
+    source = with_variables(MODES, {"reasoning_effort": "low", "date_string": "1 May 2026", "n": [1, None, True]})
+    renderer = Renderer(tiny_tokenizer(source), today=DAY)
+    asked = row_of(user("one"), assistant("uno"))
+    (piece,) = renderer.rows(asked.messages)
+    assert piece.text.startswith("Effort: low. Today: 1 May 2026\n<|im_start|>user\n")
+    chat = [{"role": "user", "content": "one"}]
+    plainly = renderer.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert piece.text.startswith(plainly), "transformers and servers write the same"
+    own = renderer.tokenizer.apply_chat_template(chat, tokenize=False, reasoning_effort="high")
+    assert own.startswith("Effort: high."), "who renders can set another value"
+
+
+def test_a_row_sets_variables_of_its_own() -> None:
+    renderer = Renderer(tiny_tokenizer(with_variables(MODES, {"reasoning_effort": "low"})), today=DAY)
+    row = row_of(user("one"), assistant("uno"))
+    (piece,) = renderer.rows(row.messages, (), {"reasoning_effort": "high"})
+    assert piece.text.startswith("Effort: high. Today: 29 February 2020\n")
+    prompt = renderer.prompt(row.messages[:1], (), {"reasoning_effort": "high"})
+    assert piece.ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+@pytest.mark.parametrize("name", ["template_variables", "chat_template_kwargs"])
+def test_variables_stand_in_a_row_and_unread_ones_are_counted(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    said = {"prompt": "one", "completion": "uno"}
+    lines = [said | {name: {"reasoning_effort": "high"}}, said | {name: json.dumps({"enable_thinking": False})}, said]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, _ = load_rows(str(file))
+    assert [dict(row.variables) for row in rows] == [{"reasoning_effort": "high"}, {"enable_thinking": False}, {}]
+    examples, report = prepared(Renderer(tiny_tokenizer(MODES), today=DAY), *rows)
+    texts = [tiny_tokenizer(MODES).decode(example.ids) for example in examples]
+    assert ["Effort: high" in text for text in texts] == [True, False, False]
+    assert report.rows_with_unread_variables == [f"{file}:2"]
+    assert any("1 rows set template variables" in note for note in report.notes)
+    assert [to_fields(row).get("template_variables") for row in rows] == [
+        *(dict(row.variables) for row in rows[:2]),
+        None,
+    ]
+
+
+@pytest.mark.parametrize("variables", ['{"messages": []}', '{"a b": 1}', "[1]", "no"])
+def test_variables_that_cannot_be_are_refused(variables: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "one", "completion": "uno", "template_variables": variables}) + "\n")
+    with pytest.raises(DataError, match="field 'template_variables'"):
+        load_rows(str(file))
+
+
+def test_a_recipe_refuses_variables_that_the_template_does_not_read(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", template=MODES)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "one", "completion": "uno"}) + "\n")
+
+    def recipe(**variables: Any) -> Recipe:
+        return Recipe(base=str(base), data={"train": str(tmp_path / "rows.jsonl"), "template_variables": variables})
+
+    told = recipe_tokenizer(recipe(reasoning_effort="low")).chat_template
+    assert (
+        Renderer(tiny_tokenizer(told))
+        .rows(row_of(user("a"), assistant("b")).messages)[0]
+        .text.startswith("Effort: low")
+    )
+    with pytest.raises(RecipeError, match=r"data.template_variables: .*'reasoning_efort'.*reasoning_effort"):
+        recipe_tokenizer(recipe(reasoning_efort="low"))
+    with pytest.raises(RecipeError, match="set by rendering itself"):
+        build(DataConfig, {"train": "x", "template_variables": {"tools": []}}, source="recipe.yaml")
+
+
+def test_thoughts_are_off_where_the_recipe_says_so() -> None:
+    source = with_variables(shipped("qwen3_5_think"), {"enable_thinking": False})
+    renderer = Renderer(tiny_tokenizer(source))
+    row = row_of(user("Where?"), assistant("In the van."))
+    assert follows_its_prompt(renderer, row) == ["In the van.<|im_end|>"]
+    on = Renderer(tiny_tokenizer(shipped("qwen3_5_think")))
+    assert follows_its_prompt(on, row) != ["In the van.<|im_end|>"]
+
+
+def test_the_day_is_given_and_decides_on_the_place_in_the_cache() -> None:
+    row = row_of(user("one"), assistant("uno"))
+    one, other = (Renderer(tiny_tokenizer(MODES), today=day) for day in (DAY, datetime.date(2020, 3, 1)))
+    assert one.rows(row.messages)[0].text != other.rows(row.messages)[0].text
+    data = DataConfig(train="x")
+    assert key([row], one, data) != key([row], other, data)
+    assert key([row], one, data) == key([row], Renderer(tiny_tokenizer(MODES), today=DAY), data)
+    assert Renderer(tiny_tokenizer(MODES)).today == datetime.date.today()
+    varied = replace(row, variables={"reasoning_effort": "low"})
+    assert key([varied], one, data) != key([row], one, data)
+
+
+NO_SYSTEM = template(CONTENT, "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}")
+DROPS_SYSTEM = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + template(CONTENT)
+
+
+@pytest.mark.parametrize("source", [NO_SYSTEM, DROPS_SYSTEM], ids=["refuses", "drops"])
+def test_a_system_message_without_a_place_goes_where_the_recipe_says(source: str) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    row = row_of(system, *NO_THOUGHTS)
+    tokenizer = tiny_tokenizer(source)
+    with pytest.raises(DataError, match=r"turn_order: merge"):
+        Renderer(tokenizer).rows(row.messages)
+    for how, first in (("merge", "user\nBe brief.\n\none<|im_end|>"), ("drop", "user\none<|im_end|>")):
+        renderer = Renderer(tokenizer, turn_order=how)
+        assert follows_its_prompt(renderer, row) == ["uno<|im_end|>", "dos<|im_end|>"]
+        assert f"<|im_start|>{first}" in renderer.rows(row.messages)[0].text
+        _, report = prepared(renderer, row, row_of(*NO_THOUGHTS, where="rows.jsonl:2"), turn_order=how)
+        assert report.rows_with_moved_system == ["rows.jsonl:1"]
+        assert any("1 rows have a system message" in note and how in note for note in report.notes)
+    has_a_place = Renderer(tiny_tokenizer(), turn_order="merge")
+    assert "system\nBe brief." in has_a_place.rows(row.messages)[0].text
+
+
+ODD = {
+    "two questions": ("UUA", ["U0\n\nU1", "A2"], ["U1", "A2"]),
+    "two answers": ("UAA", ["U0", "A1\n\nA2"], ["U0", "A1"]),
+    "begins with the model": ("AUA", None, ["U1", "A2"]),
+    "system, begins with the model": ("SAUA", ["S0", "A1", "U2", "A3"], ["S0", "A1", "U2", "A3"]),
+    "late system": ("UASUA", ["U0", "A1", "S2\n\nU3", "A4"], ["U0", "A1", "U3", "A4"]),
+    "two systems": ("SSUA", ["S0\n\nS1", "U2", "A3"], ["S0", "U2", "A3"]),
+    "in order": ("SUAUA", ["S0", "U1", "A2", "U3", "A4"], ["S0", "U1", "A2", "U3", "A4"]),
+}
+ROLES = {"U": "user", "A": "assistant", "S": "system"}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_turns_out_of_order_are_refused_merged_or_dropped_and_told(name: str, tmp_path: Path) -> None:
+    turns, merged, dropped = ODD[name]
+    messages = [{"role": ROLES[role], "content": f"{role}{i}"} for i, role in enumerate(turns)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    for how, wanted in (("refuse", None), ("merge", merged), ("drop", dropped)):
+        in_order_already = merged == [f"{role}{i}" for i, role in enumerate(turns)]
+        if wanted is None and not in_order_already:
+            with pytest.raises(DataError, match="turn_order: (merge|drop)"):
+                load_rows(str(file), turn_order=how)
+            continue
+        told: list[Problem] = []
+        (row,), _ = load_rows(str(file), turn_order=how, problems=told)
+        if in_order_already:
+            assert ([m.content for m in row.messages], told) == (merged, [])
+            continue
+        assert [m.content for m in row.messages] == wanted
+        assert all(not problem.left_out and f"turn_order: {how}" in problem.reason for problem in told)
+        assert told
+
+
+def test_weights_of_spans_stay_with_their_characters_when_messages_become_one() -> None:
+    two = [
+        Message("user", "one"),
+        Message("user", "two", spans=((0, 3, 1.0),)),
+        Message("assistant", "uno"),
+        Message("assistant", "dos", spans=((1, 2, 0.0),)),
+    ]
+    (question, answer), _ = in_order(two, "merge")
+    assert [question.content[a:b] for a, b, _ in question.spans] == ["two"]
+    assert [answer.content[a:b] for a, b, _ in answer.spans] == ["o"]
+    assert in_order([two[0], replace(two[2], weight=0.0), two[3]], "merge")[0][1:] == [
+        replace(two[2], weight=0.0),
+        two[3],
+    ], "answers of other weights stay two"
