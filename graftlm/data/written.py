@@ -120,7 +120,9 @@ def _call(call: Fields, marks: Iterator[str], numbers: Iterator[int], names: boo
 
 
 def _marked(value: Any, marks: Iterator[str], numbers: Iterator[int], seek: list[str], names: bool) -> Any:
-    """The value with a mark in each of its texts (and keys), which go into `seek`."""
+    """The value with a mark in each of its texts (and keys), which go into `seek`. What counts as false stays so."""
+    if not value:
+        return value
     if isinstance(value, str):
         seek.append(next(marks))
         return value + seek[-1]

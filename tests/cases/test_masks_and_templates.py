@@ -3,6 +3,8 @@
 import datetime
 import importlib.util
 import json
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -616,3 +618,60 @@ def test_weights_of_spans_stay_with_their_characters_when_messages_become_one() 
         replace(two[2], weight=0.0),
         two[3],
     ], "answers of other weights stay two"
+
+
+# Many rows -----------------------------------------------------------------------------------------------------------
+
+WRITES_THOUGHTS = "{% if m.reasoning_content %}{{ '<t>' ~ m.reasoning_content ~ '</t>' }}{% endif %}"
+LOSES: dict[str, tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], bool]]] = {
+    "nothing": (WRITES_THOUGHTS + CONTENT + CALLS, lambda m: False, lambda m: False),
+    "all calls but the first": (
+        WRITES_THOUGHTS + KNOWS_CALLS["the first alone"],
+        lambda m: len(m["tool_calls"]) > 1,
+        lambda m: False,
+    ),
+    "calls beside a text": (
+        WRITES_THOUGHTS + KNOWS_CALLS["calls or text"],
+        lambda m: bool(m["tool_calls"] and m["content"]),
+        lambda m: False,
+    ),
+    "arguments that are not true": (
+        WRITES_THOUGHTS + KNOWS_CALLS["arguments that are true"],
+        lambda m: any(not v for c in m["tool_calls"] for v in c["function"]["arguments"].values()),
+        lambda m: False,
+    ),
+    "thoughts without calls": (
+        "{% if m.tool_calls %}" + WRITES_THOUGHTS + "{% endif %}" + CONTENT + CALLS,
+        lambda m: False,
+        lambda m: bool(m["reasoning_content"] and not m["tool_calls"]),
+    ),
+}
+WORDS = ["find", "look", "find the parcel", "A 7", "7", "parcel", "deep", "false", "true", "I call find."]
+
+
+def random_answer(draw: random.Random) -> dict[str, Any]:
+    """An answer in which words, thoughts, names and arguments say the same things."""
+    values = [*WORDS, 7, 0, 2.5, True, False, None, "", {"deep": [7, "A 7"]}, []]
+    calls = [
+        call(
+            draw.choice(["find", "look"]),
+            **{k: draw.choice(values) for k in draw.sample(WORDS[5:8], draw.randint(0, 3))},
+        )
+        for _ in range(draw.randint(0, 3))
+    ]
+    content = " ".join(draw.choices(WORDS, k=draw.randint(0 if calls else 1, 4)))
+    thoughts = " ".join(draw.choices(WORDS, k=draw.randint(0, 4)))
+    return assistant(content, tool_calls=calls, reasoning_content=thoughts)
+
+
+@pytest.mark.parametrize("loses", LOSES)
+def test_of_many_rows_no_call_and_no_thought_is_lost_in_silence(loses: str) -> None:
+    answer, loses_calls, loses_thoughts = LOSES[loses]
+    renderer, draw = Renderer(tiny_tokenizer(template(answer))), random.Random(17)
+    answers = [random_answer(draw) for _ in range(200)]
+    rows = [row_of(user("Where?"), each) for each in answers]
+    found = renderer.rows_of_all([(row.messages, row.tools) for row in rows])
+    for said, pieces in zip(answers, found, strict=True):
+        assert isinstance(pieces, DataError) == loses_calls(said), (said, pieces)
+        if not isinstance(pieces, DataError):
+            assert pieces[0].lost_thoughts == loses_thoughts(said), said
