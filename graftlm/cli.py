@@ -330,13 +330,13 @@ def data_check(
     the rows look like: duplicates, overlap with held-out rows, refusals, damage."""
     from rich.console import Console
 
-    from graftlm.model.load import load_tokenizer
     from graftlm.training import check_page, display
     from graftlm.training.run import prepare_data
+    from graftlm.training.tokenizer import recipe_tokenizer
 
     _prepare_libraries()
     recipe = _recipe_for(source, base, mask, template, network)
-    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    tokenizer = recipe_tokenizer(recipe)
     found = prepare_data(recipe, tokenizer, show=show, look=True, console=Console(stderr=True))
     for line in found.chosen:
         typer.secho(line, err=True)
@@ -389,13 +389,13 @@ def data_select(
 
     from graftlm.data.mixing import read_data
     from graftlm.data.source import every_row, for_supervised
-    from graftlm.model.load import load_tokenizer
     from graftlm.training.select.choose import check_writable, choose, write_rows
+    from graftlm.training.tokenizer import recipe_tokenizer
 
     _prepare_libraries()
     check_writable(out, overwrite=overwrite)
     recipe = _selecting(_recipe_for(source, base, None, template, network), by, keep, target, settings or [])
-    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    tokenizer = recipe_tokenizer(recipe)
     usable = for_supervised if _is_recipe(source) else every_row  # what a file of rows is for, nobody says
     read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
     for problem in (*read.problems, *read.notes):
@@ -465,13 +465,15 @@ def data_convert(
     if to != "messages":
         raise DataError(f"--to {to}: no such format to write. {nearest(to, ['messages'])}")
     if _is_recipe(source):
-        (config, *others) = read_recipe(source).data.sources()
+        data = read_recipe(source).data
+        (config, *others), turn_order = data.sources(), data.turn_order
         if others or format != "auto":
             why = "it has several sources: convert one after the other" if others else "the recipe says the format"
             raise DataError(f"{source}: {why}")
     else:
         config = build(SourceConfig, {"path": source, "format": format}, source="command line")
-    count, problems = convert(config, out, overwrite=overwrite, strict=strict, network=network)
+        turn_order = "refuse"
+    count, problems = convert(config, out, overwrite=overwrite, strict=strict, network=network, turn_order=turn_order)
     for title, left_out in (("left out", True), ("noted", False)):
         if told := [str(problem) for problem in problems if problem.left_out == left_out]:
             typer.secho(f"{len(told)} {title}:\n{numbered(told)}", fg="yellow", err=True)

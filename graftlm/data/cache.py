@@ -5,7 +5,6 @@ source of this package's data code and the versions of what it stands on. Nothin
 date. A value is a safetensors file of columns with a checksum; it is mapped into memory, not read.
 """
 
-import datetime
 import hashlib
 import json
 import os
@@ -58,7 +57,8 @@ def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
     for part in (
         code(),
         template,
-        str(datetime.date.today()) if "strftime_now" in template else "",  # such a template writes the date
+        str(renderer.today) if "strftime_now" in template else "",  # such a template writes the date
+        renderer.turn_order,
         tokenizer.backend_tokenizer.to_str(),
         type(tokenizer).__name__,
         repr(sorted(tokenizer.special_tokens_map.items())),
@@ -82,6 +82,8 @@ def _parts(row: Row) -> Iterator[str]:
         if (rest := _rest(message)) != _PLAIN:
             yield json.dumps(rest, default=dict)
     yield f";{json.dumps(row.tools, default=dict)}" if row.tools else ";"
+    if row.variables:
+        yield json.dumps(row.variables, sort_keys=True, default=dict)
 
 
 def _add(digest: Any, text: str) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.data import cache as kept
-from graftlm.data.columns import Columns, join
+from graftlm.data.columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
 from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
 from graftlm.data.parallel import lasting, many, rendered
 from graftlm.data.reading import KeptRows, places
-from graftlm.data.render import THOUGHTS, Renderer, Role
+from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import Survey, shown_places
 from graftlm.errors import DataError, numbered
@@ -105,6 +105,14 @@ class Report:
     """The most begin-of-text tokens at the start of any row: more than one is refused."""
     rows_with_special_text: list[str] = field(default_factory=list)
     """Rows whose own text contains control tokens of the tokenizer, which the model will read as such."""
+    rows_without_thoughts: list[str] = field(default_factory=list)
+    """Rows with an answer whose thoughts the chat template does not write."""
+    rows_without_tools: list[str] = field(default_factory=list)
+    """Rows with tools that the chat template does not write."""
+    rows_with_moved_system: list[str] = field(default_factory=list)
+    """Rows whose system message the chat template has no place for; `data.turn_order` says what became of it."""
+    rows_with_unread_variables: list[str] = field(default_factory=list)
+    """Rows that set variables that the chat template does not read."""
     prompt_tokens: Lengths = field(default_factory=Lengths)
     """Tokens of system, user and tool messages, row by row."""
     answer_tokens: Lengths = field(default_factory=Lengths)
@@ -230,7 +238,15 @@ def prepare(
     if wrong and (data.strict or data.over_length == "error" or not examples):
         raise DataError(f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong))
     report.problems += problems
-    report.notes += parts
+    report.notes += parts + unheard(len(report.rows_without_thoughts), len(report.rows_without_tools))
+    if moved := len(report.rows_with_moved_system):
+        where = "is put before the first question" if data.turn_order == "merge" else "is left out"
+        report.notes.append(
+            f"{moved:,} rows have a system message, and the chat template has no place for it: it {where} "
+            f"(data.turn_order: {data.turn_order})"
+        )
+    if unread := len(report.rows_with_unread_variables):
+        report.notes.append(f"{unread:,} rows set template variables that the chat template does not read")
     if not examples:
         raise DataError(
             f"no row is left to train on: all {len(rows)} are longer than max_tokens={data.max_tokens}. "
@@ -312,7 +328,6 @@ def _examples(
     facts = _facts(columns, kept_lengths, renderer.tokenizer.bos_token_id)
     wrong = dict(columns.problems)
     taught: set[int] = set()
-    silent: dict[int, str] = {}
     keeps = np.ones(len(lengths), np.bool_)
     odd = (lengths > data.max_tokens) | (facts.supervised == 0) | (facts.bos > 1)
     ends = (starts + kept_lengths).tolist()
@@ -325,15 +340,12 @@ def _examples(
             if why is not None:
                 keeps[piece] = False
                 if why:
-                    nothing = not facts.supervised[piece] and lengths[piece] <= data.max_tokens
-                    (silent if nothing else wrong).setdefault(number, why)
+                    wrong.setdefault(number, why)
                 continue
         if not report.end_of_turn and facts.ends[piece]:
             _ending(report, columns, slice(start, int(columns.ends[piece])), renderer)
         taught.add(number)
         yield Example(columns.ids[start:end], columns.weights[start:end], where)
-    # of a conversation in several pieces, one that has nothing to learn is no loss where another has
-    wrong = {number: why for number, why in silent.items() if number not in taught} | wrong
     for number, why in sorted(wrong.items()):
         if number in taught:
             parts.append(
@@ -455,6 +467,11 @@ def _count(
     report.prompt_tokens.add(facts.prompt[keeps])
     report.answer_tokens.add(facts.answer[keeps])
     report.rows_with_special_text += _places(stands, columns.rows[keeps & columns.control[columns.rows]])
+    lost = columns.lost[columns.rows]
+    report.rows_without_thoughts += _places(stands, columns.rows[keeps & (lost & LOST_THOUGHTS > 0)])
+    report.rows_without_tools += _places(stands, columns.rows[keeps & (lost & LOST_TOOLS > 0)])
+    report.rows_with_moved_system += _places(stands, columns.rows[keeps & (lost & MOVED_SYSTEM > 0)])
+    report.rows_with_unread_variables += _places(stands, columns.rows[keeps & (lost & UNREAD_VARIABLES > 0)])
     report.unterminated += _places(stands, columns.rows[keeps & (facts.unterminated > 0)])
 
 
@@ -473,15 +490,13 @@ def _ending(report: Report, columns: Columns, piece: slice, renderer: Renderer) 
     report.end_of_turn_trained = bool((columns.weights[piece][ending] != 0).all())
 
 
-def unheard(rows: Iterable[Row], renderer: Renderer) -> list[str]:
-    """What rows say and the chat template cannot write, as it never names it: tools, and thoughts before an answer."""
-    source, notes = renderer.template or "", []
-    if "tools" not in source and (count := sum(bool(row.tools) for row in rows)):
-        notes.append(f"{count:,} rows list tools, and the chat template never writes them: the model will not see any")
-    if not any(name in source for name in THOUGHTS):
-        count = sum(any(message.thinking for message in row.messages) for row in rows)
-        if count:
-            notes.append(f"{count:,} rows have thoughts, and the chat template never writes them: none is trained")
+def unheard(thoughts: int, tools: int) -> list[str]:
+    """The notes on so many rows whose thoughts, or tools, the chat template does not write."""
+    notes = []
+    if tools:
+        notes.append(f"{tools:,} rows list tools that the chat template does not write: the model will not see them")
+    if thoughts:
+        notes.append(f"{thoughts:,} rows have thoughts that the chat template does not write: they are not trained")
     return notes
 
 
@@ -489,7 +504,7 @@ def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count:
     """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}, one for each piece of a row."""
     shown = []
     for row in rows[:count]:
-        for piece in renderer.rows(row.messages, row.tools):
+        for piece in renderer.rows(row.messages, row.tools, row.variables):
             parts = zip(
                 piece.ids,
                 renderer.token_texts(piece.ids.tolist()),

@@ -11,10 +11,13 @@ from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.errors import DataError
 
+LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES = 1, 2, 4, 8
+
 
 @dataclass(frozen=True)
 class Columns:
-    """Pieces are what rows are rendered to, usually one each, and none for a row with a problem. T tokens, P pieces."""
+    """Pieces are what rows are rendered to, usually one each, and none for a row with a problem. Of a row in several
+    pieces those without a weight are left out. T tokens, P pieces."""
 
     ids: NDArray[np.int32]
     """[T]"""
@@ -28,6 +31,9 @@ class Columns:
     """[P]: the number of the row that each piece is of, from 0."""
     control: NDArray[np.bool_]
     """[rows]: whether the row's own text holds a control token of the tokenizer."""
+    lost: NDArray[np.uint8]
+    """[rows]: what the template does not write or read of a row, the sum of LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM and
+    UNREAD_VARIABLES."""
     problems: dict[int, str]
     """Why a row cannot be rendered, by its number."""
 
@@ -40,14 +46,22 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
     """The columns of these rows; a row that cannot be rendered is among their problems."""
     ids, roles, kept, numbers = [], [], [], []
     problems: dict[int, str] = {}
-    for number, pieces in enumerate(renderer.rows_of_all([(row.messages, row.tools) for row in rows])):
+    lost = np.zeros(len(rows), np.uint8)
+    for number, pieces in enumerate(renderer.rows_of_all([(row.messages, row.tools, row.variables) for row in rows])):
         if isinstance(pieces, DataError):
             problems[number] = str(pieces)
             continue
-        for piece in pieces:
+        given = [weights(piece, data.mask, data.prompt_weight) for piece in pieces]
+        some = any(values.any() for values in given)
+        for piece, values in zip(pieces, given, strict=True):
+            if some and not values.any():
+                continue  # another row of the same conversation has what is to be learnt
+            lost[number] |= LOST_THOUGHTS * piece.lost_thoughts | LOST_TOOLS * piece.lost_tools
+            lost[number] |= MOVED_SYSTEM * piece.moved_system
+            lost[number] |= UNREAD_VARIABLES * bool(renderer.unread(rows[number].variables))
             ids.append(piece.ids)
             roles.append(piece.roles)
-            kept.append(weights(piece, data.mask, data.prompt_weight))
+            kept.append(values)
             numbers.append(number)
     return Columns(
         np.concatenate([np.empty(0, np.int32), *ids]),
@@ -56,6 +70,7 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
         np.cumsum([len(piece) for piece in ids], dtype=np.int64),
         np.array(numbers, np.int64),
         _holds_control(rows, renderer.special_texts),
+        lost,
         problems,
     )
 
@@ -80,5 +95,6 @@ def join(parts: Sequence[Columns]) -> Columns:
         np.concatenate([np.empty(0, np.int64), *(p.ends + n for p, n in zip(parts, tokens, strict=False))]),
         np.concatenate([np.empty(0, np.int64), *(p.rows + n for p, n in zip(parts, rows, strict=False))]),
         np.concatenate([np.empty(0, np.bool_), *(part.control for part in parts)]),
+        np.concatenate([np.empty(0, np.uint8), *(part.lost for part in parts)]),
         {i + int(n): why for part, n in zip(parts, rows, strict=False) for i, why in part.problems.items()},
     )

@@ -13,12 +13,19 @@ from typing import Any
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.records import Problem
 from graftlm.data.source import Row, SourceConfig, stream_rows
+from graftlm.data.turn_order import TurnOrder
 from graftlm.errors import DataError, numbered
 from graftlm.files import check_lines, check_new, whole
 
 
 def convert(
-    source: str | SourceConfig, out: Path, *, overwrite: bool = False, strict: bool = False, network: bool = False
+    source: str | SourceConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    network: bool = False,
+    turn_order: TurnOrder = "refuse",
 ) -> tuple[int, list[Problem]]:
     """Write the rows of a source to `out` as they come; returns how many there are and what is wrong with the source.
 
@@ -30,7 +37,7 @@ def convert(
     problems: list[Problem] = []
 
     def lines() -> Iterator[dict[str, Any]]:
-        for found in stream_rows(source, network=network):
+        for found in stream_rows(source, network=network, turn_order=turn_order):
             if isinstance(found, Problem):
                 problems.append(found)
             else:
@@ -65,6 +72,8 @@ def to_fields(row: Row) -> dict[str, Any]:
         fields["messages" if answered else "prompt"] = _messages(row.messages)
     if row.tools:
         fields["tools"] = list(row.tools)
+    if row.variables:
+        fields["template_variables"] = dict(row.variables)
     if row.rejected:
         fields["rejected"] = [_messages(other) for other in row.rejected]
     if row.desirable is not None:

@@ -8,6 +8,8 @@
 | no-boilerplate | every token but the text that the template writes by itself (2)   |
 | everything     | every token                                                       |
 
+A conversation that the template splits into rows has its last answer in the last of them.
+
 (1) "Instruction modelling", Shi et al. 2024, arXiv:2405.14394: no special tokens, no role tokens.
 (2) Control tokens between messages are trained, role names and a system message that nobody wrote are not.
 
@@ -35,7 +37,8 @@ def weights(rendered: Rendered, mask: str, prompt_weight: float = 0.0) -> NDArra
     """The weight of every token in the loss: float32 [n]. The first token of a row has no prediction: always 0."""
     trained = _TRAINED[mask][rendered.roles]
     if mask == "last-turn":
-        trained &= rendered.turns == rendered.turns[trained].max(initial=-1)
+        last = -1 if rendered.more else rendered.turns[trained].max(initial=-1)
+        trained &= rendered.turns == last
     found = trained.astype(np.float32)
     if prompt_weight:
         found[~trained] = prompt_weight

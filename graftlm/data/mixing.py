@@ -42,12 +42,13 @@ def read_data(
     told: list[Problem] = []
     sources = data.sources()
     field = data.order.field if data.order else None
-    loaded = [load_rows(source, network=network, strict=data.strict, problems=told, score=field) for source in sources]
+    how: dict[str, Any] = {"network": network, "strict": data.strict, "turn_order": data.turn_order}
+    loaded = [load_rows(source, problems=told, score=field, **how) for source in sources]
     rows, notes = usable([row for part, _ in loaded for row in part])
     if isinstance(data.held_out, int | float):
         rows, aside = split(rows, data.held_out, seed)
     else:
-        aside, _ = load_rows(data.held_out, network=network, strict=data.strict, problems=told)
+        aside, _ = load_rows(data.held_out, problems=told, **how)
         aside, _ = usable(aside)
     if len(sources) > 1 or sources[0].cap is not None:
         kept = {id(row) for row in rows}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.data.check import Report
+from graftlm.data.check import Report, unheard
 from graftlm.data.formats import Message
 from graftlm.data.pack import Example, Group
 from graftlm.data.render import Renderer, Role
@@ -53,7 +53,7 @@ def prepare_prompts(
     most = data.max_tokens - room
     for start in range(0, len(rows), AT_ONCE):
         some = rows[start : start + AT_ONCE]
-        found = renderer.prompts_of_all([(asked_in(row)[0], row.tools) for row in some])
+        found = renderer.prompts_of_all([(asked_in(row)[0], row.tools, row.variables) for row in some])
         for row, ids in zip(some, found, strict=True):
             if isinstance(ids, DataError):
                 problems.append(f"{row.where}: {ids}")
@@ -80,9 +80,21 @@ def prepare_prompts(
     report.rows, report.tokens = len(made), int(lengths.sum())
     report.longest_tokens, report.longest_row = int(lengths[longest]), made[longest].where
     report.prompt_tokens.add(lengths)
+    report.notes += _lost(kept, renderer)
     if references := sum(prompt.reference is not None for prompt in made):
         report.notes.append(f"{references:,} rows have an answer: it is not trained, scorers may compare with it")
     return made, kept, report
+
+
+def _lost(rows: Sequence[Row], renderer: Renderer) -> list[str]:
+    """The notes on what the chat template does not write of these prompts. Thoughts of earlier answers are no loss."""
+    whole = [(asked_in(row)[0], row.tools, row.variables) for row in rows]
+    some = [one for one in whole if one[1] or any(message.tool_calls for message in one[0])]
+    found = [lost for lost in renderer.lost_of_all(some) if not isinstance(lost, DataError)]
+    notes = unheard(0, sum(lost.tools for lost in found))
+    if calls := sum(bool(lost.calls) for lost in found):
+        notes.append(f"{calls:,} rows have earlier calls of tools that the chat template does not write")
+    return notes
 
 
 def shown_prompts(prompts: Sequence[Example | Group], renderer: Renderer, count: int) -> list[dict[str, Any]]:

@@ -163,7 +163,11 @@ def _fields(row: Row) -> list[Any]:
     return [
         row.group,
         _messages(row.messages),
-        *([row.tools, [_messages(other) for other in row.rejected], row.desirable, row.score] if _more(row) else ()),
+        *(
+            [row.tools, [_messages(other) for other in row.rejected], row.desirable, row.score, row.variables]
+            if _more(row)
+            else ()
+        ),
     ]
 
 
@@ -174,9 +178,9 @@ def _messages(messages: Sequence[Message]) -> list[Any]:
 
 def _row(where: str, fields: Sequence[Any]) -> Row:
     group, messages, *more = fields
-    tools, rejected, desirable, score = more or ((), (), None, None)
+    tools, rejected, desirable, score, variables = more or ((), (), None, None, {})
     others = tuple(_read(other) for other in rejected)
-    return Row(_read(messages), where, group, tuple(tools), others, desirable, score)
+    return Row(_read(messages), where, group, tuple(tools), others, desirable, score, variables)
 
 
 def _read(messages: Sequence[Sequence[Any]]) -> list[Message]:
@@ -188,9 +192,13 @@ def _read(messages: Sequence[Sequence[Any]]) -> list[Message]:
 
 
 def _more(row: Row) -> bool:
-    return bool(row.tools or row.rejected or row.desirable is not None or row.score is not None)
+    return bool(row.tools or row.rejected or row.desirable is not None or row.score is not None or row.variables)
 
 
 def _plain(row: Row) -> bool:
     """Whether all that the row says is text and numbers, which JSON gives back as they are."""
-    return not row.tools and not any(m.tool_calls for said in (row.messages, *row.rejected) for m in said)
+    return (
+        not row.tools
+        and not row.variables
+        and not any(m.tool_calls for said in (row.messages, *row.rejected) for m in said)
+    )

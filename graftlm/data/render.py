@@ -13,11 +13,12 @@ belongs to the answer.
 """
 
 import copy
+import datetime
 import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -30,14 +31,16 @@ from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
 from graftlm.data.formats import TEXT, Fields, Message
-from graftlm.data.template import Ask, Template, TemplateError
+from graftlm.data.template import Ask, Template, TemplateError, names_in
+from graftlm.data.turn_order import TurnOrder, without_system
 from graftlm.data.words import Words
+from graftlm.data.written import PRIVATE, Lost, Probe, needs_probe, probe
 from graftlm.errors import BaseModelError, DataError
 
-PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; marks are those that no message contains
-FREE = "".join(map(chr, PRIVATE[:1000]))
 _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")
+OPEN, CLOSE = "<think>", "</think>"
+"""What most templates put around thoughts."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What templates call the thoughts before an answer."""
 
@@ -74,6 +77,15 @@ class Rendered(NamedTuple):
     """The weight that the row itself gives to a token; NaN where it leaves that to the mask."""
     first: int = 0
     """Messages before this one are trained in another row of the same conversation: here they are only read."""
+    more: bool = False
+    """Whether a later answer of the same conversation is trained in another row: then the last one is not here."""
+    lost_thoughts: bool = False
+    """Whether an answer that is trained has thoughts that the template does not write."""
+    lost_tools: bool = False
+    """Whether the template does not write all tools."""
+    moved_system: bool = False
+    """Whether the template has no place for the system message, and `turn_order` says where it went. Messages are then
+    counted without it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,9 @@ class _Tokens(NamedTuple):
 
 
 T = TypeVar("T")
+NO_VARIABLES: Fields = {}
+Asked = tuple[Sequence[Message], Sequence[Fields]] | tuple[Sequence[Message], Sequence[Fields], Fields]
+"""A conversation: messages, tools and, where it sets any, variables of the template."""
 Work = Generator[Ask, list[str], T]
 """A conversation on its way to a T: it yields what the template is asked for, and is sent the texts."""
 
@@ -110,11 +125,22 @@ class UnstableTemplateError(DataError):
 class Renderer:
     """The one way from messages to ids, for one tokenizer and one chat template.
 
+    `today` is the day for templates that write the date: that of a run, so that its rows stay the same; None is the day
+    on which the renderer is made. `turn_order` is about system messages that the template has no place for: `refuse`,
+    `merge` (into the first question) or `drop`.
+
     Raises BaseModelError where there is no chat template or no fast tokenizer, and DataError for messages that the
     template refuses or rewrites.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        *,
+        today: datetime.date | None = None,
+        turn_order: TurnOrder = "refuse",
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise BaseModelError(
@@ -123,6 +149,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self._end_ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        self._end_texts = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
         own = tokenizer.chat_template  # text, or for a few tokenizers several templates by name
         own = own.get("default") if isinstance(own, dict) else own
         self.template = template if template is not None else own
@@ -145,7 +172,10 @@ class Renderer:
         self._encoder.post_processor = ByteLevel(trim_offsets=False)
         self._words = Words.of(self._encoder)
         variables = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-        self._chat = None if self.template is None else Template(self.template, variables)
+        self.today = today or datetime.date.today()
+        self.turn_order = turn_order
+        self._chat = None if self.template is None else Template(self.template, variables, self.today)
+        self._names = names_in(self.template or "")
         self._knows_thoughts = "reasoning_content" in (self.template or "")
 
     def for_rows(self) -> "Renderer":
@@ -160,28 +190,39 @@ class Renderer:
         """The first 16 hexadecimal digits of the SHA-256 of the chat template."""
         return hashlib.sha256((self.template or "").encode()).hexdigest()[:16]
 
-    def rows(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> list[Rendered]:
-        """The conversation as training feeds it: one row, or one for every answer where the template changes what it
-        wrote before when more is said (many leave out what was thought before earlier answers)."""
-        return self._alone(self._rows(messages, tools))
+    def unread(self, variables: Fields) -> list[str]:
+        """Those of the variables that the template does not read."""
+        return [name for name in variables if name not in self._names]
 
-    def rows_of_all(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]) -> list[Rows]:
-        """What `rows` returns for each of many (messages, tools), or the DataError that it raises."""
-        return self._together([self._rows(messages, tools) for messages, tools in conversations])
+    def rows(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> list[Rendered]:
+        """The conversation as training feeds it: one row, or one for every answer where the template changes what it
+        wrote before when more is said (many leave out what was thought before earlier answers). `variables` are those
+        of the template that this conversation sets."""
+        return self._alone(self._rows(messages, tools, variables))
+
+    def rows_of_all(self, conversations: Sequence[Asked]) -> list[Rows]:
+        """What `rows` returns for each of many conversations, or the DataError that it raises."""
+        return self._together([self._rows(*conversation) for conversation in conversations])
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Rendered:
         """The whole conversation in one row; UnstableTemplateError where generation would never see it so."""
-        return self._alone(self._conversation(messages, tools))
+        return self._alone(self._conversation(messages, tools, NO_VARIABLES))
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Fields] = ()) -> NDArray[np.int32]:
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> NDArray[np.int32]:
         """The ids after which the model should answer: int32 [n]."""
-        return self._alone(self._prompt(messages, tools))
+        return self._alone(self._prompt(messages, tools, variables))
 
-    def prompts_of_all(
-        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Fields]]]
-    ) -> list[NDArray[np.int32] | DataError]:
-        """What `prompt` returns for each of many (messages, tools), or the DataError that it raises."""
-        return self._together([self._prompt(messages, tools) for messages, tools in conversations])
+    def prompts_of_all(self, conversations: Sequence[Asked]) -> list[NDArray[np.int32] | DataError]:
+        """What `prompt` returns for each of many conversations, or the DataError that it raises."""
+        return self._together([self._prompt(*conversation) for conversation in conversations])
+
+    def lost_of_all(self, conversations: Sequence[Asked]) -> list[Lost | DataError]:
+        """What the template does not write of each of many conversations, or the DataError that it raises."""
+        return self._together([_lost(*conversation) for conversation in conversations])
 
     # Rendering is written for one conversation and done for many: each is a generator that yields what it wants to know
     # of the template or of the tokenizer, and is sent the answer.
@@ -232,49 +273,144 @@ class Renderer:
             )
         return asks
 
-    def _rows(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[list[Rendered]]:
+    def _rows(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> Work[list[Rendered]]:
+        def rows(messages: Sequence[Message]) -> Work[list[Rendered]]:
+            return self._split_rows(messages, tools, variables)
+
+        found, moved = yield from self._with_system(messages, rows)
+        return [row._replace(moved_system=True) for row in found] if moved else found
+
+    def _with_system(
+        self, messages: Sequence[Message], attempt: Callable[[Sequence[Message]], Work[T]]
+    ) -> Work[tuple[T, bool]]:
+        """What `attempt` finds, and whether the template has no place for the system message, which `turn_order` then
+        took away from the beginning."""
         try:
-            return [(yield from self._conversation(messages, tools))]
+            return (yield from attempt(messages)), False
+        except DataError as error:
+            if messages[0].role != "system":
+                raise
+            if self.turn_order == "refuse":
+                raise type(error)(
+                    f"{error}. If it has no place for the system message: `data: {{turn_order: merge}}` puts it before "
+                    "the first question, `drop` leaves it out"
+                ) from None
+            moved = without_system(messages, self.turn_order)
+            if moved is None:
+                raise
+            try:
+                return (yield from attempt(moved)), True
+            except DataError:
+                raise error from None
+
+    def _split_rows(
+        self, messages: Sequence[Message], tools: Sequence[Fields], variables: Fields
+    ) -> Work[list[Rendered]]:
+        try:
+            return [(yield from self._conversation(messages, tools, variables))]
         except UnstableTemplateError:
             found, first = [], 0
-            for index in (i for i, message in enumerate(messages) if message.role == "assistant"):
+            answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+            for index in answers:
                 # Of such an answer only itself is to be learnt: the rest is as generation has it.
-                last = yield from self._rendered(messages[: index + 1], tools, [index])
-                found.append(last._replace(first=first))
+                last = yield from self._rendered(messages[: index + 1], tools, variables, [index])
+                found.append(last._replace(first=first, more=index != answers[-1]))
                 first = index + 1
             return found
 
-    def _conversation(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[Rendered]:
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Fields], variables: Fields) -> Work[Rendered]:
         if messages[0].role == TEXT:
             return self._raw(messages[0])
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-        return (yield from self._rendered(messages, tools, answers))
+        return (yield from self._rendered(messages, tools, variables, answers))
 
-    def _rendered(self, messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]) -> Work[Rendered]:
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Fields], variables: Fields, answers: Sequence[int]
+    ) -> Work[Rendered]:
         """ids and roles, those of the answers at these indices exact: what other answers hold is only text here."""
-        messages = [self._apart(message) for message in messages]
-        marked = [i for i, m in enumerate(messages) if m.content.strip() and (m.role != "assistant" or i in answers)]
-        marks = _free_characters(2 * len(messages), messages)
         if 0 in answers:
             raise DataError("the conversation begins with an answer, and to what? Begin the row with a user message")
+
+        def rendered(form: _Form) -> Work[tuple[Rendered, bool]]:
+            return self._rendered_as(form, messages, tools, answers)
+
+        return (yield from self._in_a_form(messages, variables, rendered))
+
+    def _in_a_form(
+        self, messages: Sequence[Message], variables: Fields, attempt: Callable[["_Form"], Work[tuple[T, bool]]]
+    ) -> Work[T]:
+        """What `attempt` finds in the first form of the messages of which the template loses nothing; else in the first
+        one that it can render. Raises the DataError of the first form where it can render none."""
+        found: list[T] = []
+        errors: list[DataError] = []
+        for form in self._forms(messages, variables):
+            try:
+                one, whole = yield from attempt(form)
+            except UnstableTemplateError:
+                raise
+            except DataError as error:
+                errors.append(error)
+                continue
+            if whole:
+                return one
+            found.append(one)
+        if not found:
+            raise errors[0]
+        return found[0]
+
+    def _forms(self, messages: Sequence[Message], variables: Fields) -> list["_Form"]:
+        """Ways to hand over the messages, the usual one first."""
+        splits = [False]
+        split = [message for message in messages if _split(message) is not message]
+        if split:
+            whole = any(OPEN in message.content for message in split)
+            splits = [True, False] if self._knows_thoughts and whole else [False, True]
+        calls = [message for message in messages if message.tool_calls]
+        texts = [False, True] if calls else [False]
+        nulls = [False, True] if any(not message.content.strip() for message in calls) else [False]
+        plain = [_Form(variables, split, text, null) for null in nulls for text in texts for split in splits]
+        return [*plain, *(_Form(variables, split, parts=True) for split in splits)]
+
+    def _rendered_as(
+        self, form: "_Form", messages: Sequence[Message], tools: Sequence[Fields], answers: Sequence[int]
+    ) -> Work[tuple[Rendered, bool]]:
+        """The row, and whether nothing is lost that another form may save."""
+        own, messages = messages, form.messages(messages)
+        marked = [i for i, m in enumerate(messages) if m.content.strip() and (m.role != "assistant" or i in answers)]
+        marks = "".join(islice(_free_characters(messages, tools), 2 * len(messages)))
         count = len(messages)
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         wanted = [(0, count, False), (1, count, False), *((0, i, True) for i in said)]
         wanted += [(0, i + 1, False) for i in answers]
-        chat = [_as_fields(message) for message in messages]
+        chat = form.fields(messages)
         around = [(i, 0, len(messages[i].content), marks[2 * i], marks[2 * i + 1]) for i in marked]
         if not around:  # nothing to look for
             wanted[1] = wanted[0]
-        text, outside, *prefixes = yield from _texts(chat, wanted, tools, around)
+        text, outside, *prefixes = yield from _texts(form, chat, wanted, tools, around)
         begins = dict(zip(said, prefixes, strict=False))
-        spans = yield from self._spans(messages, tools, marked, marks, text, outside)
+        spans = yield from self._spans(form, messages, tools, marked, marks, text, outside)
         untils = zip(answers, prefixes[len(said) :], strict=True)
-        turns = {i: _turn(text, i, begins[i], until) for i, until in untils}
-        for i, (begin, until) in turns.items():
-            _check_calls(messages[i], i, text[begin:until])
+        turns = {i: _turn(text, i, until) for i, until in untils}
+        other = [i for i in answers if not text.startswith(begins[i])]
+        inserted: set[int] = set()
+        if other and answers == [count - 1]:
+            text, spans, inserted = _after_prompt(messages, spans, begins[count - 1], text)
+            turns = {count - 1: len(text)}
+        elif other:
+            raise UnstableTemplateError(_begins_otherwise(other[0], begins[other[0]]))
+        lost = yield from _lost(messages, tools, form=form)
+        for i, until in turns.items():
+            _check_calls(i, lost)
+            form.check(messages[i], text[len(begins[i]) : until])
+        bounds = {i: (len(begins[i]), until) for i, until in turns.items()}
         tokens = self._encode(text, cuts=_cuts(text, begins.values()))
-        roles, turn_of = self._roles(messages, spans, turns, tokens, len(text))
-        return Rendered(tokens.ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, tokens.starts))
+        roles, turn_of = self._roles(messages, spans, bounds, tokens, len(text))
+        given = _given(messages, spans, roles, turn_of, tokens.starts)
+        thoughts = {i for i in lost.thoughts - inserted if i in answers and messages[i].weight != 0}
+        row = Rendered(tokens.ids, roles, text, turn_of, given, lost_thoughts=bool(thoughts), lost_tools=lost.tools)
+        return row, not lost.calls and not any(messages[i] is not own[i] for i in thoughts)
 
     def _roles(
         self,
@@ -318,7 +454,7 @@ class Renderer:
             roles[first:last] = Role.ASSISTANT if answer else spans[index].role
             if answer and messages[index].tool_calls:
                 # Written by the template from the calls: its last control token is what ends the turn.
-                stops = [place for place in inside if place not in across]
+                stops = self._stops(messages[index], [p for p in inside if p not in across], tokens.ids)
                 if stops:
                     roles[stops[-1]] = Role.END_OF_TURN
                     roles[stops[-1] + 1 : last] = Role.BOILERPLATE
@@ -328,32 +464,57 @@ class Renderer:
                 until = turns[index][1]
                 for place in chain((p for p in across if p >= beyond), range(max(last, beyond), bounds[index])):
                     if self._is_control.take(tokens.ids[place], mode="clip"):
-                        roles[place] = Role.END_OF_TURN
+                        roles[place : self._end(tokens, place, bounds[index])] = Role.END_OF_TURN
                         break
                     if ends[place] <= until:
                         roles[place] = Role.END_OF_TURN
         numbers = np.array([index for _, index in closed] + [len(messages) - 1], np.int32)
         return roles, numbers.repeat([b - a for a, b in pairwise([0, *after[2 * len(parts) :], len(starts)])])
 
-    def _prompt(self, messages: Sequence[Message], tools: Sequence[Fields]) -> Work[NDArray[np.int32]]:
-        messages = [self._apart(message) for message in messages]
-        said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
-        chat = [_as_fields(message) for message in messages]
-        text, *begins = yield from _texts(chat, [(0, i, True) for i in (len(messages), *said)], tools)
-        return self._encode(text, cuts=_cuts(text, begins)).ids
+    def _end(self, tokens: _Tokens, place: int, bound: int) -> int:
+        """Where the end of an answer is over whose first control token is at `place`: behind the end-of-text token if
+        nothing but control tokens stands before it, else behind the first one."""
+        run = place
+        while run < bound and self._is_control.take(tokens.ids[run], mode="clip"):
+            if tokens.ids[run] in self._end_ids:
+                return run + 1
+            run += 1
+        return place + 1
 
-    def _apart(self, message: Message) -> Message:
-        """An answer whose text holds its thoughts, as generation returns it, in two parts that the template knows."""
-        content = message.content
-        if not self._knows_thoughts or message.role != "assistant" or message.thinking:
-            return message
-        before, closed, answer = content.partition("</think>")
-        head, opened, thinking = before.partition("<think>")
-        if not (closed and opened) or head.strip() or not answer.strip():
-            return message
-        shift = len(content) - len(answer.lstrip("\n"))
-        spans = tuple((a - shift, b - shift, weight) for a, b, weight in message.spans if a >= shift)
-        return replace(message, content=answer.lstrip("\n"), thinking=thinking.strip("\n"), spans=spans)
+    def _stops(self, message: Message, controls: list[int], ids: NDArray[np.int32]) -> list[int]:
+        """Those of the control tokens of a turn with calls that may end it. Some templates open the next turn behind
+        the end-of-text token; where the message itself says that token, all of them may."""
+        ends = [place for place in controls if ids[place] in self._end_ids]
+        said = any(text in message.all_text for text in self._end_texts)
+        return controls if said or not ends else ends
+
+    def _prompt(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> Work[NDArray[np.int32]]:
+        def prompted(messages: Sequence[Message]) -> Work[NDArray[np.int32]]:
+            return self._in_a_form(messages, variables, lambda form: self._prompt_as(form, messages, tools))
+
+        return (yield from self._with_system(messages, prompted))[0]
+
+    def _prompt_as(
+        self, form: "_Form", messages: Sequence[Message], tools: Sequence[Fields]
+    ) -> Work[tuple[NDArray[np.int32], bool]]:
+        """The ids, and whether nothing is lost that another form may save."""
+        own, messages = messages, form.messages(messages)
+        said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
+        chat = form.fields(messages)
+        text, *begins = yield from _texts(form, chat, [(0, i, True) for i in (len(messages), *said)], tools)
+        if self.turn_order != "refuse" and messages[0].role == "system" and messages[0].content.strip():
+            before, after = islice(_free_characters(messages, tools), 2)
+            around = [(0, *_core(messages[0].content), before, after)]
+            (outside,) = yield from _texts(form, chat, [(1, len(messages), True)], tools, around)
+            if before not in outside:
+                raise DataError("the chat template drops message 1 (system)")
+        lost = yield from _lost(messages, form=form)
+        for message in messages:
+            form.check(message, text)
+        whole = not lost.calls and not any(messages[i] is not own[i] for i in lost.thoughts)
+        return self._encode(text, cuts=_cuts(text, begins)).ids, whole
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -379,6 +540,7 @@ class Renderer:
 
     def _spans(
         self,
+        form: "_Form",
         messages: Sequence[Message],
         tools: Sequence[Fields],
         marked: Sequence[int],
@@ -394,9 +556,9 @@ class Renderer:
         wrong = ""
         for trims in (False, True):
             if trims:
-                chat = [_as_fields(message) for message in messages]
+                chat = form.fields(messages)
                 inside = [(i, *_core(messages[i].content), marks[2 * i], marks[2 * i + 1]) for i in marked]
-                (outside,) = yield from _texts(chat, [(1, len(chat), False)], tools, inside)
+                (outside,) = yield from _texts(form, chat, [(1, len(chat), False)], tools, inside)
             plain, places = _remove_marks(outside, marks)
             counts = [(i, len(places[2 * i]), len(places[2 * i + 1])) for i in marked]
             odd = [
@@ -520,6 +682,7 @@ class Renderer:
 
 
 def _texts(
+    form: "_Form",
     chat: Sequence[Fields],
     wanted: Sequence[tuple[int, int, bool]],
     tools: Sequence[Fields],
@@ -529,7 +692,7 @@ def _texts(
     follow)."""
     different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
     try:
-        texts = yield Ask([chat], different, tools, marks)
+        texts = yield Ask([chat], different, tools, form.variables, marks)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in chat)
         raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
@@ -568,50 +731,179 @@ def _cuts(text: str, begins: Iterable[str]) -> list[int]:
     return [len(begin) for begin in begins if text.startswith(begin)]
 
 
-def _turn(text: str, index: int, begin: str, until: str) -> tuple[int, int]:
-    """For the answer at `index`: where generation would begin it, and where its turn is over.
-
-    `begin` is the prompt of that answer, `until` the conversation up to it.
-    """
+def _turn(text: str, index: int, until: str) -> int:
+    """Where the turn of the answer at `index` is over; `until` is the conversation up to it."""
     if not text.startswith(until):
         raise UnstableTemplateError(
             f"the chat template changes what it wrote before when message {index + 2} follows, so "
             "generation would never see what training does. Split the conversation so that every answer is the "
             "last message of its row"
         )
-    if not text.startswith(begin):
+    return len(until)
+
+
+def _begins_otherwise(index: int, begin: str) -> str:
+    return (
+        f"the chat template begins the answer of message {index + 1} with {_ending(begin)} when it is to be "
+        "generated, and writes something else when it is there, so generation would never see what training does. "
+        "Set a variable of the template, as `data: {template_variables: {enable_thinking: true}}`, or give a "
+        "template that does the same in both with `base: {template: FILE.jinja}`"
+    )
+
+
+def _after_prompt(
+    messages: Sequence[Message], spans: Mapping[int, _Span], begin: str, text: str
+) -> tuple[str, dict[int, _Span], set[int]]:
+    """The row whose last answer follows its prompt, where the template writes the answer otherwise than it begins it:
+    (the text, the spans in it, the messages whose thoughts are in it though the template left them out).
+
+    Many templates open the thoughts in the prompt (`<think>`) and leave them out of an answer. Then the answer is its
+    thoughts, what closes them, and what the template writes of the rest. Others write a whole block there, or close a
+    turn before: then the answer is its text. Raises DataError where neither can be said.
+    """
+    index = len(messages) - 1
+    message, span = messages[index], spans.get(index)
+    opens = begin.rstrip().removesuffix(OPEN)
+    inserted: set[int] = set()
+    if begin.rstrip().endswith(OPEN) and text.startswith(opens):
+        rest = text[len(opens) :]
+        line = "\n" if begin.endswith("\n") else ""
+        if rest.startswith(OPEN):
+            rest = rest[len(OPEN) :].lstrip("\n")
+        elif not (CLOSE in message.content and not message.thinking):
+            closed = rest if rest.startswith(CLOSE) else f"{CLOSE}{2 * line}{rest}"
+            rest = f"{message.thinking}{line}{closed}"
+            inserted = {index} if message.thinking else set()
+    elif span is not None and not message.thinking and not message.tool_calls:
+        common = min(_alike(begin, text), span.start)
+        if text[common : span.start].strip():
+            raise DataError(_begins_otherwise(index, begin))
+        rest = text[span.start :]
+    else:
+        raise DataError(_begins_otherwise(index, begin))
+    shift = len(begin) + len(rest) - len(text)
+    moved = dict(spans)
+    if span is not None:
+        moved[index] = replace(span, start=span.start + shift, end=span.end + shift, content=span.content + shift)
+    return begin + rest, moved, inserted
+
+
+def _lost(
+    messages: Sequence[Message],
+    tools: Sequence[Fields] = (),
+    variables: Fields = NO_VARIABLES,
+    form: "_Form | None" = None,
+) -> Work[Lost]:
+    """What the template does not write of these calls, thoughts and tools."""
+    form = form or _Form(variables)
+    if not needs_probe(messages, tools):
+        return Lost()
+    first = yield from _lost_of(form, probe(messages, tools, _free_characters(messages, tools), names=True))
+    if first is not None and first.calls.keys() <= first.unnamed:
+        return first
+    # Perhaps it knows functions or arguments by their names.
+    marked = probe(messages, tools, _free_characters(messages, tools), names=False)
+    second = (yield from _lost_of(form, marked)) or marked.lost("")
+    if first is None:
+        return second
+    left = {i: missing for i, missing in first.calls.items() if i in first.unnamed or i in second.calls}
+    return replace(first, calls=left)
+
+
+def _lost_of(form: "_Form", marked: Probe) -> Work[Lost | None]:
+    """None where the template refuses the conversation with these marks."""
+    chat = form.fields(marked.messages)
+    try:
+        (text,) = yield from _texts(form, chat, [(0, len(chat), False)], marked.tools)
+    except DataError:
+        return None
+    return marked.lost(text)
+
+
+def _check_calls(index: int, lost: Lost) -> None:
+    """Raise DataError where the template does not write what the answer calls."""
+    if index in lost.calls:
         raise DataError(
-            f"the chat template begins the answer of message {index + 1} with {_ending(begin)} when it is to be "
-            "generated, and writes something else when it is there, so generation would never see what training "
-            "does. Give a template that does the same in both with `base: {template: FILE.jinja}`"
+            f"the chat template drops {lost.calls[index]} in message {index + 1}: it has no place for it, and nobody "
+            "would learn to make such a call. Give a template that has with `base: {template: FILE.jinja}`, or leave "
+            "such conversations out"
         )
-    return len(begin), len(until)
 
 
-def _check_calls(message: Message, index: int, written: str) -> None:
-    """Raise DataError where what the template wrote of an answer does not name what the answer calls."""
-    for call in message.tool_calls:
-        name = str(call["function"]["name"])
-        if name not in written and json.dumps(name)[1:-1] not in written:
-            raise DataError(
-                f"the chat template drops the call of {name!r} in message {index + 1}: it has no place for calls of "
-                "tools, and nobody would learn to make one. Give a template that has with `base: {template: "
-                "FILE.jinja}`, or leave such conversations out"
-            )
+@dataclass(frozen=True)
+class _Form:
+    """A way to hand a conversation to a template. What one template can write another can only if it is put so."""
+
+    variables: Fields
+    """Those of the template that the conversation sets."""
+    split: bool = False
+    """Thoughts within the text of an answer are handed over apart from it."""
+    text_arguments: bool = False
+    """The arguments of a call are JSON in a text, in place of a mapping."""
+    null_content: bool = False
+    """A message with calls and no text has no content, in place of an empty one."""
+    parts: bool = False
+    """Content is a list of one part, in place of a text."""
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        return [_split(message) if self.split else message for message in messages]
+
+    def fields(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as templates take them; those that know thoughts call them by one of three names."""
+        return [self._fields(message) for message in messages]
+
+    def _fields(self, message: Message) -> dict[str, Any]:
+        content: Any = [{"type": "text", "text": message.content}] if self.parts else message.content
+        if self.null_content and message.tool_calls and not message.content.strip():
+            content = None
+        fields: dict[str, Any] = {"role": message.role, "content": content}
+        if message.tool_calls:
+            fields["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        if message.call_id:
+            fields["tool_call_id"] = message.call_id
+        if message.name:
+            fields["name"] = message.name
+        if message.thinking:
+            fields |= dict.fromkeys(THOUGHTS, message.thinking)
+        return fields
+
+    def _call(self, call: Fields) -> Fields:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": _json(function)}} if self.text_arguments else call
+
+    def check(self, message: Message, written: str) -> None:
+        """Raise DataError where what the template wrote of a message with calls shows that it takes another form."""
+        functions = [call["function"] for call in message.tool_calls]
+        if self.text_arguments and not all(_json(function) in written for function in functions):
+            raise DataError("the chat template does not write the JSON text of arguments as it is")
+        if self.null_content and "None" in written and "None" not in f"{functions}{message.all_text}":
+            raise DataError("the chat template writes None for a message without content")
 
 
-def _as_fields(message: Message) -> dict[str, Any]:
-    """A message as templates take it; those that know thoughts call them by one of three names."""
-    fields: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        fields["tool_calls"] = list(message.tool_calls)
-    if message.call_id:
-        fields["tool_call_id"] = message.call_id
-    if message.name:
-        fields["name"] = message.name
-    if message.thinking:
-        fields |= dict.fromkeys(THOUGHTS, message.thinking)
-    return fields
+def _json(function: Fields) -> str:
+    return json.dumps(function["arguments"], ensure_ascii=False)
+
+
+def _split(message: Message) -> Message:
+    """An answer whose text holds its thoughts, as generation returns it, in two parts; any other message as it is.
+    Where the prompt opens the thoughts, the text of an answer only closes them."""
+    content = message.content
+    if message.role != "assistant" or message.thinking or CLOSE not in content:
+        return message
+    before, _, answer = content.partition(CLOSE)
+    head, opened, thinking = before.partition(OPEN)
+    thinking = thinking if opened else head
+    if (opened and head.strip()) or not answer.strip():
+        return message
+    shift = len(content) - len(answer.lstrip("\n"))
+    spans = tuple((a - shift, b - shift, weight) for a, b, weight in message.spans if a >= shift)
+    return replace(message, content=answer.lstrip("\n"), thinking=thinking.strip("\n"), spans=spans)
+
+
+def _alike(a: str, b: str) -> int:
+    """How many characters the texts have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    return next((place for place in range(shorter) if a[place] != b[place]), shorter)
 
 
 def _core(text: str) -> tuple[int, int]:
@@ -619,13 +911,13 @@ def _core(text: str) -> tuple[int, int]:
     return len(text) - len(text.lstrip()), len(text.rstrip())
 
 
-def _free_characters(count: int, messages: Sequence[Message]) -> str:
-    """Characters for private use that occur in no message (icon fonts use some of them)."""
-    odd = [message.content for message in messages if not message.content.isascii()]
-    if not odd and count <= len(FREE):
-        return FREE[:count]
-    used = {character for content in odd for character in _PRIVATE.findall(content)}
-    return "".join(islice((chr(code) for code in PRIVATE if chr(code) not in used), count))
+def _free_characters(messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Iterator[str]:
+    """Characters for private use that occur nowhere in the conversation (icon fonts use some of them)."""
+    odd = [said for message in messages for said in (message.content, message.thinking) if not said.isascii()]
+    others = [*(message.tool_calls for message in messages if message.tool_calls), *([tools] if tools else [])]
+    odd += [json.dumps(other, ensure_ascii=False, default=str) for other in others]
+    used = {character for text in odd for character in _PRIVATE.findall(text)}
+    return (character for character in map(chr, PRIVATE) if character not in used)
 
 
 def _remove_marks(marked: str, marks: str) -> tuple[str, list[list[int]]]:

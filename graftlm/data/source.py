@@ -4,13 +4,14 @@ Files are read strictly and in one pass: every row that cannot be used is left o
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Strict, field_validator
 
@@ -20,6 +21,8 @@ from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
 from graftlm.data.messages import read_number
 from graftlm.data.records import Problem, files, records
+from graftlm.data.template import check_names
+from graftlm.data.turn_order import TurnOrder, in_order
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
 
@@ -87,6 +90,13 @@ class DataConfig:
     """Rows (100), a share (0.05), or a source of its own; rows with the same group never end up on both sides."""
     strict: Flag = False
     """Stop at rows that cannot be used, instead of leaving them out and reporting them."""
+    template_variables: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, by name: `enable_thinking: false`, `reasoning_effort: low`, `date_string: 1 May
+    2026`. They become part of the template that the adapter keeps, so whoever asks it has them too. A row may set its
+    own, in a field of the same name."""
+    turn_order: TurnOrder = "refuse"
+    """What becomes of two questions or two answers in a row, an answer to nothing, a late system message, and a system
+    message that the chat template has no place for: `merge` joins them with their neighbors, `drop` leaves them out."""
     mask: Literal["response", "last-turn", "instruction", "no-boilerplate", "everything"] = "response"
     prompt_weight: Weight = 0.0
     """The weight, from 0 to 1, of tokens that the mask leaves out."""
@@ -101,6 +111,12 @@ class DataConfig:
         if train == ():
             raise ValueError("an empty list of sources: name one at least")
         return train
+
+    @field_validator("template_variables")
+    @classmethod
+    def _names(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        check_names(variables)
+        return variables
 
     def sources(self) -> list[SourceConfig]:
         """What is trained on, one or several."""
@@ -129,6 +145,8 @@ class Row:
     """Feedback without a pair: whether the answer was liked. None where nobody said."""
     score: float | None = None
     """What `data.order` sorts by: a number that stands in the row, or that a selector gave it."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template that the row sets (`enable_thinking`)."""
 
 
 def load_rows(
@@ -138,6 +156,7 @@ def load_rows(
     strict: bool = False,
     problems: list[Problem] | None = None,
     score: str | None = None,
+    turn_order: TurnOrder = "refuse",
 ) -> tuple[list[Row], str]:
     """All rows of a source that can be used, and the name of their format.
 
@@ -150,7 +169,7 @@ def load_rows(
     told: list[Problem] = []
     formats: list[str] = []
     seen: dict[int, Row] = {}
-    for found in stream_rows(source, network=network, formats=formats, score=score):
+    for found in stream_rows(source, network=network, formats=formats, score=score, turn_order=turn_order):
         if isinstance(found, Problem):
             told.append(found)
             continue
@@ -178,6 +197,7 @@ def stream_rows(
     network: bool = False,
     formats: list[str] | None = None,
     score: str | None = None,
+    turn_order: TurnOrder = "refuse",
 ) -> Iterator[Row | Problem]:
     """Rows and problems of a source in the order of its files, one at a time, so that memory does not grow with them.
     Names of formats go into `formats` as they are met."""
@@ -207,7 +227,7 @@ def stream_rows(
                     formats.append(name)
                 if name != "text" and (shown := [key for key in MEDIA if fields.get(key)]):
                     raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
-                row, notes = _row(FORMATS[name](fields), where, record, score)
+                row, notes = _row(FORMATS[name](fields), where, record, score, turn_order)
             except RowError as error:
                 yield Problem(where, f"{error}{_otherwise(record, part, source, name)}")
                 continue
@@ -261,13 +281,18 @@ def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
     return votes.most_common(1)[0][0] if votes else "auto"
 
 
-def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str | None) -> tuple[Row, list[str]]:
+def _row(
+    said: Conversation, where: str, record: Mapping[str, Any], score: str | None, turn_order: TurnOrder
+) -> tuple[Row, list[str]]:
     """The checked row and what is to be told of it."""
     group = record.get("group")
-    notes = check(said.messages, asks=said.asks)
+    messages, notes = in_order(said.messages, turn_order)
+    rejected = [in_order(other, turn_order)[0] for other in said.rejected]
+    said = replace(said, messages=messages, rejected=tuple(rejected))
+    notes += _checked(said.messages, asks=said.asks)
     for number, other in enumerate(said.rejected, start=1):
         try:
-            check(other)
+            _checked(other)
         except RowError as error:
             raise RowError(f"rejected answer {number}: {error}") from None
     if group is None or group == "":
@@ -278,7 +303,48 @@ def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str |
             value = read_number(record, score)
         except RowError as error:
             raise RowError(f"data.order: by {score}: {error}") from None
-    return Row(said.messages, where, str(group), said.tools, said.rejected, said.desirable, value), notes
+    return Row(
+        said.messages, where, str(group), said.tools, said.rejected, said.desirable, value, _variables(record)
+    ), notes
+
+
+def _checked(messages: list[Message], *, asks: bool = False) -> list[str]:
+    """What `check` says of the messages; where their order is what is wrong, with what can be done."""
+    try:
+        return check(messages, asks=asks)
+    except RowError as error:
+        if hint := _hint(messages, asks):
+            raise RowError(f"{error}. {hint}") from None
+        raise
+
+
+def _hint(messages: list[Message], asks: bool) -> str:
+    """Which `turn_order` would read the row, and how; empty where none would."""
+    for how in get_args(TurnOrder):
+        other, done = in_order(messages, how)
+        with suppress(RowError):
+            if done:
+                check(other, asks=asks)
+                return f"`data: {{turn_order: {how}}}` would read it: {done[0]}"
+    return ""
+
+
+def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the chat template that a row sets, under our name for them or transformers'."""
+    names = [name for name in ("template_variables", "chat_template_kwargs") if record.get(name)]
+    if len(names) > 1:
+        raise RowError("template_variables and chat_template_kwargs are two names of the same field: give one")
+    found = record[names[0]] if names else {}
+    if isinstance(found, str):
+        with suppress(ValueError):
+            found = json.loads(found)
+    if not isinstance(found, dict):
+        raise RowError(f"field {names[0]!r} must be a mapping of names to values, this is {found!r:.60}")
+    try:
+        check_names(found)
+    except ValueError as error:
+        raise RowError(f"field {names[0]!r}: {error}") from None
+    return found
 
 
 def _instances(found: Iterator[tuple[str, Any] | Problem]) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from graftlm.data.pack import Example
 from graftlm.data.records import Problem
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row, SourceConfig, content, stream_rows
+from graftlm.data.turn_order import TurnOrder
 from graftlm.errors import DataError, nearest, numbered
 
 BLOCK = 4096
@@ -68,9 +69,11 @@ class Stream:
         supervised: bool = True,
         network: bool = False,
         cursor: Cursor | None = None,
+        turn_order: TurnOrder = "refuse",
     ) -> None:
         self.sources = list(sources)
         self.seed, self.supervised, self.network = seed, supervised, network
+        self.turn_order: TurnOrder = turn_order
         self.problems: list[str] = []
         """The first of the rows that cannot be used; only a stream without a cursor looks for them."""
         self.left_out = 0
@@ -136,7 +139,7 @@ class Stream:
         self, number: int, last: str | None, told: Callable[[Problem], None] = lambda problem: None
     ) -> Iterator[Row]:
         """The rows of one pass over a source, those with a higher number than `last` left out."""
-        for found in stream_rows(self.sources[number], network=self.network):
+        for found in stream_rows(self.sources[number], network=self.network, turn_order=self.turn_order):
             if isinstance(found, Problem):
                 told(found)
             elif self.supervised and found.desirable is False:

@@ -6,15 +6,17 @@ time and 64 MiB for each row, which holds nothing and can be thrown away. Rows t
 """
 
 import contextlib
+import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -44,8 +46,35 @@ TOO_LONG = f"it ran for more than {SECONDS:g} s and was stopped"
 TOO_LARGE = f"it needs more than {MEMORY_MIB} MiB and was stopped"
 
 
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+"""Variables that rendering sets itself."""
+
+
 class TemplateError(Exception):
     """What a template said when it refused, or why it was stopped."""
+
+
+def names_in(source: str) -> frozenset[str]:
+    """All names in a template; a variable that is none of them is not read."""
+    return frozenset(re.findall(r"[^\W\d]\w*", source))
+
+
+def with_variables(source: str, variables: Mapping[str, Any]) -> str:
+    """The template with these variables set at its beginning, unless whoever renders it sets them.
+
+    So whatever has the template has them too: training, generation, the adapter's folder and every server.
+    """
+    lines = (f"{{% set {name} = {name} | default({value!r}) %}}\n" for name, value in variables.items())
+    return "".join(lines) + source
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for what is no name of a variable, or is one that rendering sets itself."""
+    for name in names:
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is no name of a variable")
+        if name in RESERVED:
+            raise ValueError(f"{name!r} is set by rendering itself: a row has its messages and its tools")
 
 
 class Ask(NamedTuple):
@@ -55,9 +84,12 @@ class Ask(NamedTuple):
     wanted: Sequence[tuple[int, int, bool]]
     """Of each text: which of the chats, how many of its messages, whether an answer is to follow."""
     tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = {}
+    """Variables of the template that this row sets, beside those of `Template`."""
     marks: Sequence[tuple[int, int, int, str, str]] = ()
     """Where there are any, one more chat is rendered with: the first one, and in the content of some messages a text
-    before and a text after a part of it; (message, where the part begins, where it ends, before, after) of each."""
+    before and a text after a part of it; (message, where the part begins, where it ends, before, after) of each. The
+    content is a text, or a list of one part with a text."""
 
 
 @dataclass
@@ -70,18 +102,20 @@ class _Child:
 
 
 class Template:
-    """A chat template with the variables that its tokenizer gives it (`bos_token` ...). Safe to fork and to copy."""
+    """A chat template with the variables that its tokenizer gives it (`bos_token` ...), and the day that it takes for
+    today (None: the day on which this is made). Safe to fork and to copy."""
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, str], today: datetime.date | None = None) -> None:
         self.source = source
         self.variables = dict(variables)
+        self.today = today or datetime.date.today()
         self._child: _Child | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_child": None}
 
     def __deepcopy__(self, memo: Any) -> "Template":
-        return Template(self.source, self.variables)
+        return Template(self.source, self.variables, self.today)
 
     def render(
         self,
@@ -108,7 +142,13 @@ class Template:
         """While the child renders these the caller may do something else. What it is given, to be called once, waits
         for what `render_all` returns."""
         requests = [
-            {"chats": ask.chats, "wanted": ask.wanted, "tools": list(ask.tools) or None, "marks": ask.marks}
+            {
+                "chats": ask.chats,
+                "wanted": ask.wanted,
+                "tools": list(ask.tools) or None,
+                "variables": dict(ask.variables),
+                "marks": ask.marks,
+            }
             for ask in asks
         ]
         with contextlib.ExitStack() as first:
@@ -171,7 +211,8 @@ class Template:
             assert process.stdout is not None
             child.deadline = time.monotonic() + START_SECONDS
             threading.Thread(target=_watch, args=(child,), daemon=True).start()
-            process.stdin.write(json.dumps({"template": self.source, "variables": self.variables}).encode() + b"\n")
+            first = {"template": self.source, "variables": self.variables, "today": self.today.isoformat()}
+            process.stdin.write(json.dumps(first).encode() + b"\n")
             process.stdin.flush()
             ready = json.loads(process.stdout.readline() or b'{"error": "reading it was stopped"}')
             child.deadline = None
@@ -229,10 +270,9 @@ def _processor_seconds(pid: int) -> float | None:
 # In the child: nothing below is called elsewhere, and nothing but jinja2 is imported -------------------------------
 
 
-def _environment() -> Any:
-    """What transformers offers to templates, in jinja2's sandbox."""
-    import datetime
-
+def _environment(today: datetime.date) -> Any:
+    """What transformers offers to templates, in jinja2's sandbox. The time is the beginning of this day: rows must not
+    depend on when they are rendered."""
     from jinja2 import TemplateError as JinjaError
     from jinja2 import nodes, pass_context
     from jinja2.exceptions import SecurityError
@@ -285,7 +325,7 @@ def _environment() -> Any:
     environment.filters["tojson"] = tojson
     environment.globals.update(
         raise_exception=raise_exception,
-        strftime_now=lambda form: datetime.datetime.now().strftime(form),
+        strftime_now=datetime.datetime.combine(today, datetime.time()).strftime,
         namespace=PlainNamespace,
         dict=lambda *pairs, **named: dict(*pairs, **named),
     )
@@ -319,7 +359,7 @@ def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, An
         chats = [*chats, _marked(chats[0], request["marks"])]
     whole, *others = [
         template.render(
-            **variables,
+            **{**variables, **request["variables"]},
             messages=chats[which][:count],
             tools=request["tools"],
             documents=None,
@@ -333,8 +373,11 @@ def _texts(template: Any, variables: Mapping[str, str], request: Mapping[str, An
 def _marked(chat: Sequence[dict[str, Any]], marks: Sequence[Any]) -> list[dict[str, Any]]:
     found = list(chat)
     for index, start, end, before, after in marks:
-        text = chat[index]["content"]
-        found[index] = {**chat[index], "content": f"{text[:start]}{before}{text[start:end]}{after}{text[end:]}"}
+        content = chat[index]["content"]
+        text = content if isinstance(content, str) else content[0]["text"]
+        text = f"{text[:start]}{before}{text[start:end]}{after}{text[end:]}"
+        marked = text if isinstance(content, str) else [{**content[0], "text": text}]
+        found[index] = {**chat[index], "content": marked}
     return found
 
 
@@ -376,7 +419,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     signal.signal(signal.SIGVTALRM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks; it closes our input when it ends
     try:
-        environment = _environment()
+        environment = _environment(datetime.date.fromisoformat(first["today"]))
         _limit_memory(MEMORY_MIB, beside=4 * len(first["template"]))
         template = environment.from_string(first["template"])
         template.globals = dict(template.globals)  # which is slow to go through, and goes into every render

@@ -50,7 +50,7 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
                 note = f"{entry.note} ({others})" if entry.note and others else entry.note or others
                 notes.setdefault(where, []).append((finding.kind, note))
     rows = _chosen(data, notes)
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, turn_order=config.turn_order)
     shown = [
         _shown(piece, notes, config.max_tokens) for row in rows for piece in shown_rows([row], renderer, config, 1)
     ]

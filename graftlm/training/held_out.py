@@ -74,7 +74,7 @@ def answers(
     The ranks take turns with the batches, so the answers are those of one rank. A sharded base passes through its
     layers on all ranks at once: there, each answers everything.
     """
-    prompts = [renderer.prompt(asked_in(row)[0], row.tools) for row in rows]
+    prompts = [renderer.prompt(asked_in(row)[0], row.tools, row.variables) for row in rows]
     part = (0, 1) if ranks.is_sharded(model) else (ranks.rank(), ranks.count())
     results = generate(model, prompts, stop_ids=renderer.stop_ids, max_new_tokens=max_new_tokens, part=part)
     mine: list[tuple[int, str]] = []

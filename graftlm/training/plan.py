@@ -24,7 +24,7 @@ from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.autotune import Choice, choose
 from graftlm.model.backend import TORCH, Backend, pinned
 from graftlm.model.forward import hidden_states
-from graftlm.model.load import load_tokenizer, multiplies_bf16_fast
+from graftlm.model.load import multiplies_bf16_fast
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
 from graftlm.system import kernel_cache_capacity, memory, preserve_global_state
 from graftlm.training.bench import best_s, one_pass, parts_of_time
@@ -37,6 +37,7 @@ from graftlm.training.recipe import Recipe
 from graftlm.training.regularisers import tie
 from graftlm.training.run import peak_rss_gib, prepare_data
 from graftlm.training.teacher import TEACHER, teacher_base
+from graftlm.training.tokenizer import recipe_tokenizer
 from graftlm.training.turns import packs_of, plan_batches
 
 GIB = 2**30
@@ -97,7 +98,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "graft plan measures rows that are there, and with `online` the model writes them as it goes. Plan the "
             "same recipe without `online`, on rows with answers as long as online.max_new_tokens"
         )
-    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    tokenizer = recipe_tokenizer(recipe)
     shape = shape_of(recipe, prepare_data(recipe, tokenizer).examples)
     process = peak_rss_gib()
     made, groups = with_deltas(recipe)

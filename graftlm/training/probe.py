@@ -25,7 +25,7 @@ from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.model.attach import deltas_off
-from graftlm.model.load import load_base, load_tokenizer
+from graftlm.model.load import load_base
 from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks, report
 from graftlm.training.held_out import held_out_loss
@@ -36,6 +36,7 @@ from graftlm.training.policies.base import Policy, PolicyConfig, Training
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
+from graftlm.training.tokenizer import recipe_tokenizer
 from graftlm.training.turns import Turn, attach_deltas, plan_batches, turns
 
 STEPS = 80
@@ -85,7 +86,7 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+    tokenizer = recipe_tokenizer(recipe)
     data = prepare_data(recipe, tokenizer, console=console)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from graftlm.config import to_yaml
-from graftlm.data.check import Report, prepare, shown_rows, unheard
+from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.compare import COMPARED, prepare_groups, usable_by
 from graftlm.data.order import Curriculum, curriculum
 from graftlm.data.pack import Example, Group, fill, saved_by_sharing
@@ -41,7 +41,6 @@ from graftlm.model.load import (
     cache_folder,
     fingerprint,
     load_base,
-    load_tokenizer,
     return_freed_memory,
 )
 from graftlm.model.store import model_card, new_folder, write_adapter
@@ -61,6 +60,7 @@ from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose
 from graftlm.training.teacher import compared_with
+from graftlm.training.tokenizer import recipe_tokenizer
 from graftlm.training.trackers import Trackers
 from graftlm.training.turns import attach_deltas, load_teacher, plan_batches
 
@@ -123,7 +123,7 @@ def prepare_data(
     if recipe.select:
         rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True))
         chosen = [choice.line() for choice in choices]
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, turn_order=data.turn_order)
     ready = partial(_ready, needs, renderer, workers=recipe.train.threads, cache=kept)
     examples: Sequence[Example | Group]
     if recipe.online:
@@ -149,7 +149,7 @@ def prepare_data(
         found.problems += about.problems
     if look:
         found.survey = survey(rows, held_out_rows)
-        found.notes = not_told(found.notes, found.survey) + unheard(rows, renderer)
+        found.notes = not_told(found.notes, found.survey)
     return Prepared(
         rows,
         examples,
@@ -218,7 +218,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
     with ranks.one_first():  # it may have to be fetched or converted
-        tokenizer = load_tokenizer(recipe.base, network=recipe.network)
+        tokenizer = recipe_tokenizer(recipe)
     waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
     with waiting, ranks.one_first():  # the others find what it has rendered
         data = prepare_data(recipe, tokenizer, console=console)
@@ -333,7 +333,7 @@ def _measure(
     if not data.held_out_rows:
         return None, None, []
     model, tokenizer = base
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, turn_order=recipe.data.turn_order)
     groups = [item for item in data.held_out if isinstance(item, Group)]
     wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
     layout: dict[str, Any] = {"pack_tokens": recipe.train.pack_tokens, "packed": recipe.data.pack}

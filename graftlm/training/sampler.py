@@ -27,13 +27,13 @@ from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_still
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.model.generate import generate
-from graftlm.model.load import load_tokenizer
 from graftlm.training import ranks
 from graftlm.training.online import OnlineConfig, material, score
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
 from graftlm.training.recipe import Recipe
 from graftlm.training.report import NO_SIGNAL
 from graftlm.training.scorers import Said, Scorer, make_scorer
+from graftlm.training.tokenizer import recipe_tokenizer
 
 Prompts = Sequence[Example | Group]
 
@@ -51,7 +51,7 @@ class Sampler(Policy):
         self.recipe, self.first = recipe, first
         self.online: OnlineConfig = recipe.online
         self.scorer: Scorer = scorer or make_scorer(recipe.online.scorer, network=recipe.network)
-        self.renderer = Renderer(load_tokenizer(recipe.base, network=recipe.network))
+        self.renderer = Renderer(recipe_tokenizer(recipe), turn_order=recipe.data.turn_order)
 
     def rows(
         self, training: Training, number: int, prompts_of: Callable[[int], Prompts], last: int

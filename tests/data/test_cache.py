@@ -1,5 +1,6 @@
 """Kept tokens are found again by the very same rows and means, and by nothing else."""
 
+import datetime
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ CHANGES: dict[str, Any] = {
     "thinking": lambda row: replace(row, messages=[*row.messages[:-1], replace(row.messages[-1], thinking="hm")]),
     "tool calls": lambda row: replace(row, messages=[*row.messages[:-1], replace(row.messages[-1], tool_calls=({},))]),
     "tools": lambda row: replace(row, tools=({"type": "function"},)),
+    "variables": lambda row: replace(row, variables={"enable_thinking": False}),
     "a message less": lambda row: replace(row, messages=row.messages[:1]),
 }
 
@@ -102,7 +104,9 @@ def test_where_a_row_stands_and_its_group_are_not_in_the_key_and_the_order_is(re
     assert cache.key(ROWS[::-1], renderer, DATA) != key
     assert cache.key(ROWS[:-1], renderer, DATA) != key
     not_rendered = {"where", "group", "rejected", "desirable", "score"}
-    assert {f.name for f in fields(Row)} == {"messages", "tools"} | not_rendered, "is the new field in the key?"
+    assert {f.name for f in fields(Row)} == {"messages", "tools", "variables"} | not_rendered, (
+        "is the new field in the key?"
+    )
 
 
 def test_text_does_not_run_from_one_message_into_the_next(renderer: Renderer) -> None:
@@ -128,16 +132,12 @@ def test_tokenizer_template_mask_and_code_are_in_the_key(renderer: Renderer, mon
     assert cache.key(ROWS, Renderer(tiny_tokenizer()), DATA) == keys[0]
 
 
-def test_a_template_that_writes_the_date_is_another_one_tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tomorrow(cache.datetime.date):
-        @classmethod
-        def today(cls) -> Any:
-            return cls(2999, 1, 1)
+def test_a_template_that_writes_the_date_is_another_one_tomorrow() -> None:
+    def keys(day: datetime.date) -> list[str]:
+        templates = ("{{ strftime_now('%d') }}" + CHATML, CHATML)
+        return [cache.key(ROWS, Renderer(tiny_tokenizer(), source, today=day), DATA) for source in templates]
 
-    dated, plain = Renderer(tiny_tokenizer(), "{{ strftime_now('%d') }}" + CHATML), Renderer(tiny_tokenizer())
-    before = [cache.key(ROWS, renderer, DATA) for renderer in (dated, plain)]
-    monkeypatch.setattr(cache.datetime, "date", Tomorrow)
-    after = [cache.key(ROWS, renderer, DATA) for renderer in (dated, plain)]
+    before, after = keys(datetime.date(2026, 12, 31)), keys(datetime.date(2027, 1, 1))
     assert (before[0] == after[0], before[1] == after[1]) == (False, True)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from graftlm.data import check
-from graftlm.data.check import FEW_ROWS, LEAST_ROWS, Lengths, prepare, shown_rows, stream, unheard
+from graftlm.data.check import FEW_ROWS, LEAST_ROWS, Lengths, prepare, shown_rows, stream
 from graftlm.data.formats import TEXT, Message
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
@@ -44,13 +44,15 @@ LENGTHS = [1 + 3 + 1 + 1 + 2 + 1, (1 + 1 + 1) + (1 + 10 + 1) + (1 + 1 + 1) + (1 
 
 def test_tools_and_thoughts_that_a_template_never_writes_are_told(renderer: Renderer) -> None:
     tool = {"type": "function", "function": {"name": "find"}}
-    thought = Row([Message("user", "X"), Message("assistant", "P", thinking="hm")], "f:1", "X")
-    rows = [thought, Row(chat("X", "P"), "f:2", "X", tools=(tool,)), *ROWS]
-    assert unheard(ROWS, renderer) == []
-    tools, thoughts = unheard(rows, renderer)
+    thought = Row([Message("user", "X"), Message("assistant", "P", thinking="hm")], "f:7", "X")
+    rows = [thought, Row(chat("X", "P"), "f:8", "X", tools=(tool,)), *ROWS]
+    assert prepare(ROWS, renderer, data())[1].notes == []
+    report = prepare(rows, renderer, data())[1]
+    tools, thoughts = report.notes
     assert "1 rows list tools" in tools
     assert "1 rows have thoughts" in thoughts
-    assert unheard(rows, Renderer(tokenizer_of(THINKING))) == []
+    assert (report.rows_without_tools, report.rows_without_thoughts) == (["f:8"], ["f:7"])
+    assert prepare(rows, Renderer(tokenizer_of(THINKING)), data())[1].notes == []
 
 
 def test_the_report_counts_what_a_person_counts(renderer: Renderer) -> None:

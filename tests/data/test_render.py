@@ -278,7 +278,13 @@ def test_what_the_prompt_already_holds_of_an_answer_is_not_trained() -> None:
     )
     renderer = Renderer(tiny_tokenizer(opened))
     assert supervised(renderer, renderer.conversation(chat("a", "<think>\nb"))) == ["b<|im_end|>"]
-    with pytest.raises(DataError, match=r"begins the answer of message 2 with .*<think>.*\n?.*generated"):
+    assert supervised(renderer, renderer.conversation(chat("a", "b"))) == ["\n</think>\n\nb<|im_end|>"]
+
+
+def test_a_template_that_begins_an_answer_otherwise_than_it_writes_it_is_refused() -> None:
+    other = TURNS.replace("%}assistant: {%", "%}model: {%")
+    renderer = Renderer(tiny_tokenizer(other))
+    with pytest.raises(DataError, match=r"begins the answer of message 2 with .*model: .*generated"):
         renderer.conversation(chat("a", "b"))
 
 

@@ -82,7 +82,7 @@ class Pool:
     def rendered(self) -> Iterator[tuple[int, Rendered]]:
         """Every row's number and tokens with their roles; a row may be rendered as several."""
         for number, row in enumerate(self.rows):
-            for rendered in self.renderer.rows(row.messages, row.tools):
+            for rendered in self.renderer.rows(row.messages, row.tools, row.variables):
                 yield number, rendered
             self.progress("rendering", number + 1, len(self))
 
@@ -93,7 +93,7 @@ class Pool:
 
     def other(self, source: str | SourceConfig) -> "Pool":
         """The rows of another source, seen in the same way; raises DataError as reading and rendering do."""
-        rows, _ = for_supervised(load_rows(source, network=self.network)[0])
+        rows, _ = for_supervised(load_rows(source, network=self.network, turn_order=self.data.turn_order)[0])
         return replace(self, rows=rows, examples=examples_of(rows, self.renderer, self.data))
 
     def packs(self, examples: Sequence[Example]) -> Iterator[Pack]:

@@ -73,7 +73,7 @@ def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Conso
             raise RecipeError(
                 f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
             )
-    renderer, choices = Renderer(tokenizer), list[Choice]()
+    renderer, choices = Renderer(tokenizer, turn_order=recipe.data.turn_order), list[Choice]()
     with display.progress(console) as bars:
 
         def progress(what: str, done: int, total: int) -> None:

@@ -52,7 +52,7 @@ def ratios(pool: Pool, rows: Sequence[Row], ratio: str) -> NDArray[np.float64]:
 
 def with_and_without(pool: Pool, row: Row) -> tuple[Example, Example] | None:
     """The row's last answer after its question, and after the template's header alone."""
-    rendered = pool.renderer.rows(row.messages, row.tools)[-1]
+    rendered = pool.renderer.rows(row.messages, row.tools, row.variables)[-1]
     start, end = last_answer(rendered)
     header = start - _written_before(rendered, start)
     if header == 0 or start == end or end > pool.data.max_tokens:  # no question, no answer, or not all of it
