@@ -20,7 +20,7 @@ from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
 from graftlm.data.parallel import lasting, many, rendered
-from graftlm.data.reading import KeptRows, places
+from graftlm.data.reading import KeptRows, places, unread_keys
 from graftlm.data.render import THOUGHTS, Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import Survey, shown_places
@@ -230,6 +230,7 @@ def prepare(
     if wrong and (data.strict or data.over_length == "error" or not examples):
         raise DataError(f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong))
     report.problems += problems
+    report.notes[:0] = unread_keys(rows)
     report.notes += parts
     if not examples:
         raise DataError(

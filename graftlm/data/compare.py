@@ -90,7 +90,13 @@ def _answers(row: Row) -> list[Row]:
     said = [row.messages, *row.rejected]
     asked = _common(said) if row.rejected else len(row.messages) - 1
     return [
-        Row([*(replace(m, weight=0.0, spans=()) for m in one[:asked]), *one[asked:]], where, row.group, row.tools)
+        Row(
+            [*(replace(m, weight=0.0, spans=()) for m in one[:asked]), *one[asked:]],
+            where,
+            row.group,
+            row.tools,
+            unread=row.unread if one is row.messages else (),
+        )
         for one, where in zip(said, _places(row), strict=True)
     ]
 

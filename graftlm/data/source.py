@@ -7,7 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,9 +16,10 @@ from pydantic import Field, Strict, field_validator
 
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
 from graftlm.data import axolotl, llama_factory
+from graftlm.data.fields import Tracked, Unread, unread
 from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
-from graftlm.data.messages import read_number
+from graftlm.data.messages import read_number, refuse_media
 from graftlm.data.records import Problem, files, records
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
@@ -109,7 +110,6 @@ class DataConfig:
 
 
 SAME = "says the same as"
-MEDIA = ("images", "videos", "audios")
 AHEAD = 100
 """The format of a file is told from so many rows."""
 
@@ -129,6 +129,8 @@ class Row:
     """Feedback without a pair: whether the answer was liked. None where nobody said."""
     score: float | None = None
     """What `data.order` sorts by: a number that stands in the row, or that a selector gave it."""
+    unread: Unread = field(default=(), compare=False)
+    """Keys of the row and of its messages that nobody has read, each as often as it occurs."""
 
 
 def load_rows(
@@ -190,6 +192,7 @@ def stream_rows(
         found = _instances(records(part.path, network=network))
         ahead = list(islice(found, AHEAD)) if name == "auto" else []
         name = _told(part, ahead) if name == "auto" else name
+        known: dict[Unread, Unread] = {}
         for where, record in chain(ahead, found):
             if isinstance(record, Problem):
                 yield record
@@ -200,14 +203,19 @@ def stream_rows(
                     raise RowError(
                         f"a row is a mapping of fields to values, this is a {type(record).__name__}{several}"
                     )
-                fields = part.reshape(record)
+                tracked = Tracked(record)
+                fields = part.reshape(tracked)
                 fields = ask(source.templates, fields) if source.templates else fields
-                name = detect(fields) if name == "auto" else name
+                name = detect({**fields}) if name == "auto" else name  # of a copy: to look is not to use
+                fields = fields if isinstance(fields, Tracked) else Tracked(fields)
                 if formats is not None and name not in formats:
                     formats.append(name)
-                if name != "text" and (shown := [key for key in MEDIA if fields.get(key)]):
-                    raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
-                row, notes = _row(FORMATS[name](fields), where, record, score)
+                if name != "text":
+                    refuse_media(fields)
+                row, notes = _row(FORMATS[name](fields), where, tracked, score)
+                ignored = unread(tracked, *([fields] if fields is not tracked else []))
+                if ignored:
+                    row = replace(row, unread=known.setdefault(ignored, ignored))
             except RowError as error:
                 yield Problem(where, f"{error}{_otherwise(record, part, source, name)}")
                 continue
@@ -291,7 +299,7 @@ def _instances(found: Iterator[tuple[str, Any] | Problem]) -> Iterator[tuple[str
         if not isinstance(record, Mapping) or not isinstance(record.get("Instances"), list):
             yield one
             continue
-        task = {key: record[key] for key in ("Definition", "group") if key in record}
+        task = {key: value for key, value in record.items() if key != "Instances"}
         for number, instance in enumerate(record["Instances"], start=1):
             yield f"{where}: instance {number}", task | instance if isinstance(instance, dict) else instance
 

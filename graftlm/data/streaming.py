@@ -74,6 +74,8 @@ class Stream:
         self.problems: list[str] = []
         """The first of the rows that cannot be used; only a stream without a cursor looks for them."""
         self.left_out = 0
+        self.unread: dict[tuple[str, str], int] = {}
+        """(level, key) of what nobody reads, and how often it occurs; only a stream without a cursor counts."""
         self.start = 0
         """Rows that came before."""
         if cursor is None:
@@ -149,7 +151,7 @@ class Stream:
 
     def _count(self, number: int) -> Counted:
         source = self.sources[number]
-        found = self._usable(number, None, self._note)
+        found = map(self._seen, self._usable(number, None, self._note))
         if source.cap is None:
             rows, last = sum(1 for _ in found), None
         else:
@@ -158,6 +160,11 @@ class Stream:
         if not rows:
             raise DataError(f"{source.path}: no row can be used\n{numbered(self.problems)}")
         return Counted(source.path, content(source.path) or "", rows, last)
+
+    def _seen(self, row: Row) -> Row:
+        for level_and_key in row.unread:
+            self.unread[level_and_key] = self.unread.get(level_and_key, 0) + 1
+        return row
 
     def _note(self, problem: Problem) -> None:
         if problem.left_out:

@@ -1,0 +1,274 @@
+"""What people have in their rows and files: every key is read or named, and files of the usual kinds are read.
+
+The cases are from public reports; each test names them.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftlm import DataConfig
+from graftlm.data.check import Report, prepare
+from graftlm.data.convert import convert
+from graftlm.data.formats import FORMATS, RowError
+from graftlm.data.messages import Message
+from graftlm.data.reading import read_kept
+from graftlm.data.records import Problem
+from graftlm.data.render import Renderer
+from graftlm.data.source import Row, SourceConfig, load_rows, stream_rows
+from graftlm.data.streaming import Stream
+from graftlm.testing import tiny_tokenizer
+from tests.data.test_damage import CLEAN
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(tiny_tokenizer())
+
+
+def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> str:
+    file = folder / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def reported(path: str | SourceConfig, renderer: Renderer) -> tuple[list[Row], Report, str]:
+    """The rows, the report and the text of all trained tokens."""
+    rows, name = load_rows(path, problems=[])
+    examples, report = prepare(rows, renderer, DataConfig(train="x"), format=name)
+    trained = [renderer.tokenizer.decode(one.ids[one.weights > 0]) for one in examples]
+    return rows, report, " ".join(trained)
+
+
+# Marks that an answer is not to be trained (verl#5316, verl#5472, LLaMA-Factory#10471, Axolotl) ---------------------
+
+OFF: dict[str, Any] = {
+    "weight": 0,
+    "loss": False,
+    "loss_scale": 0.0,
+    "train": False,
+    "trainable": False,
+    "training": False,
+    "train_on_turn": False,
+    "loss_mask": 0,
+}
+
+
+def dialogue(format: str, **of_the_first_answer: Any) -> dict[str, Any]:
+    key, role, text, asks, says = {
+        "messages": ("messages", "role", "content", "user", "assistant"),
+        "sharegpt": ("conversations", "from", "value", "human", "gpt"),
+    }[format]
+    turns = [(asks, "a"), (says, "WRONG"), (asks, "b"), (says, "right")]
+    found: list[dict[str, Any]] = [{role: who, text: said} for who, said in turns]
+    found[1] |= of_the_first_answer
+    return {key: found}
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+@pytest.mark.parametrize("key", OFF)
+def test_an_answer_marked_as_not_to_be_trained_is_not(
+    key: str, format: str, renderer: Renderer, tmp_path: Path
+) -> None:
+    _, report, trained = reported(written(tmp_path, dialogue(format, **{key: OFF[key]})), renderer)
+    assert "right" in trained
+    assert "WRONG" not in trained
+    assert report.notes == []
+
+
+@pytest.mark.parametrize("key", ["train", "trainable", "training", "train_on_turn", "loss_mask"])
+def test_flags_are_true_or_false_or_1_or_0_and_nothing_else(key: str) -> None:
+    for value, weight in ((True, 1.0), (False, 0.0), (1, 1.0), (0, 0.0), (None, None)):
+        said = FORMATS["messages"](dialogue("messages", **{key: value})).messages[1]
+        assert said.weight == weight
+    for value in (2, "false", [0], 0.5, 0.0):
+        with pytest.raises(RowError, match=f"{key} must be true or false"):
+            FORMATS["messages"](dialogue("messages", **{key: value}))
+
+
+def test_several_marks_multiply_so_that_none_is_overruled() -> None:
+    for marks, weight in (
+        ({"weight": 1, "train": False}, 0.0),
+        ({"loss": False, "loss_scale": 2.0}, 0.0),
+        ({"loss": True, "loss_scale": 2.0, "weight": 0.5}, 1.0),
+    ):
+        assert FORMATS["messages"](dialogue("messages", **marks)).messages[1].weight == weight
+
+
+def test_a_call_that_is_a_turn_of_its_own_can_be_marked_too() -> None:
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "train": False}
+    row = {"conversations": [{"from": "human", "value": "q"}, call]}
+    assert FORMATS["sharegpt"](row).messages[1].weight == 0.0
+
+
+# Thoughts (vLLM#27752, mlx-vlm#1408) --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_are_read_under_each_of_their_names(key: str) -> None:
+    row = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", key: "two and two"}]}
+    assert FORMATS["messages"](row).messages[1] == Message("assistant", "4", thinking="two and two")
+
+
+def test_two_names_may_hold_the_same_thoughts_and_not_different_ones() -> None:
+    answer = {"role": "assistant", "content": "4", "reasoning": "two and two", "reasoning_content": "two and two"}
+    asked = {"role": "user", "content": "2+2?"}
+    assert FORMATS["messages"]({"messages": [asked, answer]}).messages[1].thinking == "two and two"
+    with pytest.raises(RowError, match="'reasoning_content' and 'reasoning' hold different thoughts"):
+        FORMATS["messages"]({"messages": [asked, answer | {"reasoning": "other"}]})
+
+
+# Pictures beside the text (LLaVA, Qwen-VL, InternVL, ms-swift#4895, Qwen3-VL#1887) ----------------------------------
+
+CAT = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "cat"}]
+PICTURES: dict[str, dict[str, Any]] = {
+    "a part image_url": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}, {"text": "what?"}]},
+            CAT[1],
+        ]
+    },
+    "a picture in a part of text": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "what?", "image": "x.png"}]}, CAT[1]]
+    },
+    "images": {"messages": CAT, "images": ["x.png"]},
+    "image, in ShareGPT": {
+        "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "cat"}],
+        "image": "x.png",
+    },
+    "image_path": {"messages": CAT, "image_path": "x.png"},
+    "image_url": {"query": "what?", "response": "cat", "image_url": "http://x"},
+    "audio": {"messages": CAT, "audio": "x.wav"},
+    "audios": {"messages": CAT, "audios": ["x.wav"]},
+    "videos": {"messages": CAT, "videos": ["x.mp4"]},
+    "video_path": {"messages": CAT, "video_path": "x.mp4"},
+    "images of a message": {"messages": [CAT[0] | {"images": ["x.png"]}, CAT[1]]},
+    "image of a message": {"messages": [CAT[0] | {"image": "x.png"}, CAT[1]]},
+    "audio of an answer": {"messages": [CAT[0], CAT[1] | {"audio": {"id": "x"}}]},
+    "image of a chosen answer": {"prompt": "q", "chosen": [CAT[1] | {"image": "x"}], "rejected": [CAT[1]]},
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_row_with_pictures_is_refused_wherever_they_stand(name: str, tmp_path: Path) -> None:
+    (refused,) = stream_rows(written(tmp_path, PICTURES[name]))
+    assert isinstance(refused, Problem)
+    assert refused.left_out
+    assert "only text can be trained on" in refused.reason
+
+
+def test_places_for_pictures_that_hold_none_are_no_pictures(tmp_path: Path, renderer: Renderer) -> None:
+    row = {"messages": [CAT[0] | {"images": []}, CAT[1] | {"audio": None}], "images": [], "image": None, "video": ""}
+    rows, report, _ = reported(written(tmp_path, row), renderer)
+    assert len(rows) == 1
+    assert report.notes == []
+
+
+# Keys that nobody reads ---------------------------------------------------------------------------------------------
+
+
+def test_keys_that_nobody_reads_are_counted_and_named(tmp_path: Path, renderer: Renderer) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}", "strict": True}}
+    answer = {"role": "assistant", "content": "a", "learn": False}
+    asks = {"role": "user", "content": [{"type": "text", "text": "q", "cache": 1}], "name": "ann"}
+    path = written(
+        tmp_path,
+        {"messages": [asks, answer, asks, answer], "id": 7, "source": {"a": 1}},
+        {"messages": [{"role": "user", "content": "r"}, answer | {"wieght": 0, "learn": None}], "id": 8},
+        {"messages": [asks, {"role": "assistant", "content": None, "tool_calls": [call]}]},
+    )
+    _, report, _ = reported(path, renderer)
+    assert report.notes == [
+        f"fields of rows that are not used: 'id' (2, first in {path}:1), 'source' (1, first in {path}:1)",
+        f"fields of messages that are not used: 'name' (3, first in {path}:1), 'learn' (2, first in {path}:1), "
+        f"'wieght' (1, first in {path}:2; did you mean 'weight'?)",
+        f"fields of parts and calls of messages that are not used: 'cache' (3, first in {path}:1), "
+        f"'strict' (1, first in {path}:3)",
+    ]
+    assert any(report.notes[0] in value for name, value in report.lines() if name == "noted")
+
+
+PLANTED = ("keep", "learn", "mask", "ignore", "calculate_loss", "lang", "meta", "score_of_a_judge")
+
+
+def mappings(value: Any, depth: int = 0) -> list[dict[str, Any]]:
+    """The row and its messages."""
+    if isinstance(value, list):
+        return [found for one in value for found in mappings(one, depth)]
+    if not isinstance(value, dict) or depth > 1:
+        return []
+    beside = ("tools", "tool_calls", "history")
+    return [value, *(found for key, one in value.items() if key not in beside for found in mappings(one, depth + 1))]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_of_planted_keys_none_is_silent_and_clean_rows_raise_no_alarm(
+    format: str, tmp_path: Path, renderer: Renderer
+) -> None:
+    chance, planted, rows = random.Random(format), dict.fromkeys(PLANTED, 0), []
+    for n in range(100):
+        row = {key: value for key, value in CLEAN[format](n).items() if key != "id"}
+        rows.append(json.loads(json.dumps(row)))
+    clean, _ = load_rows(SourceConfig(path=written(tmp_path, *rows), format=format))  # type: ignore[arg-type]
+    assert [row.unread for row in clean] == [()] * 100
+    for row in rows:
+        key = chance.choice(PLANTED)
+        chance.choice(mappings(row))[key] = chance.choice([False, 0, "x", {"a": None}])
+        planted[key] += 1
+    found, _ = load_rows(SourceConfig(path=written(tmp_path, *rows), format=format))  # type: ignore[arg-type]
+    assert len(found) == 100
+    assert {key: sum(one[1] == key for row in found for one in row.unread) for key in PLANTED} == planted
+
+
+def test_what_is_looked_at_to_tell_the_format_is_not_used_for_that(tmp_path: Path) -> None:
+    (row,), name = load_rows(written(tmp_path, {"prompt": "q", "completion": "a", "label": 3}))
+    assert (name, row.unread) == ("prompt-completion", (("rows", "label"),))
+
+
+def test_fields_that_templates_use_are_used(tmp_path: Path) -> None:
+    template = {"prompt": "{question}", "completion": "{answer}"}
+    path = written(tmp_path, {"question": "q", "answer": "a", "hint": "h", "hard": 1, "group": "g"})
+    source = SourceConfig(path=path, templates=[template])  # type: ignore[arg-type]
+    (row,), _ = load_rows(source, score="hard")
+    assert row.unread == (("rows", "hint"),)
+
+
+def test_fields_that_descriptions_of_other_trainers_use_are_used(tmp_path: Path) -> None:
+    turns = [{"who": "human", "text": "q", "lang": "en"}, {"who": "gpt", "text": "a"}]
+    written(tmp_path, {"talk": turns, "id": 1})
+    entry = {
+        "file_name": "rows.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "talk"},
+        "tags": {"role_tag": "who", "content_tag": "text"},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    (row,), _ = load_rows(f"{tmp_path}/dataset_info.json:mine")
+    assert sorted(row.unread) == [("messages", "lang"), ("rows", "id")]
+    (tmp_path / "axolotl.yaml").write_text(
+        f"datasets: [{{path: {tmp_path}/rows.jsonl, type: chat_template, field_messages: talk, "
+        "message_property_mappings: {role: who, content: text}}]"
+    )
+    (row,), _ = load_rows(f"{tmp_path}/axolotl.yaml")
+    assert sorted(row.unread) == [("messages", "lang"), ("rows", "id")]
+
+
+def test_kept_rows_know_what_was_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renderer: Renderer) -> None:
+    monkeypatch.setattr("graftlm.data.parallel.MANY", 0)
+    path = written(tmp_path, *({"prompt": f"q{n}", "completion": "a", "id": n} for n in range(5)))
+    data = DataConfig(train=path)
+    for _ in range(2):
+        rows = read_kept(data, seed=0, folder=tmp_path / "kept").train
+        _, report = prepare(rows, renderer, data, cache=tmp_path / "kept")
+        assert report.notes[0] == f"fields of rows that are not used: 'id' (5, first in {path}:1)"
+        assert rows[1].unread == (("rows", "id"),)
+
+
+def test_what_a_conversion_drops_is_named_and_what_a_stream_drops_is_counted(tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "q", "completion": "a", "id": 1})
+    _, problems = convert(path, tmp_path / "out.jsonl")
+    assert [str(p) for p in problems] == [f"{path}: fields of rows that are not used: 'id' (1, first in {path}:1)"]
+    assert Stream([SourceConfig(path=path)], seed=0).unread == {("rows", "id"): 1}
