@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.data import docstrings
+from graftlm.data.nulls import without_nulls
 from graftlm.errors import DataError, nearest
 
 
@@ -274,13 +275,7 @@ def _parquet(file: Path) -> Iterator[Record | Problem]:
 def _of_a_table(row: Any) -> Any:
     """The row without what only its table put into it: mappings of one column all have the same keys there, so one that
     lacks a key (an argument of a call, say) has it with null."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    return {name: without_nulls(value) for name, value in row.items()}
 
 
 def _hub(name: str, network: bool) -> Iterator[Record | Problem]:

@@ -20,6 +20,7 @@ from graftlm.data.fields import Tracked, Unread, unread
 from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
 from graftlm.data.messages import read_number, refuse_media
+from graftlm.data.nulls import clean_calls, clean_tools
 from graftlm.data.records import Problem, files, records
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
@@ -272,6 +273,13 @@ def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
 def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str | None) -> tuple[Row, list[str]]:
     """The checked row and what is to be told of it."""
     group = record.get("group")
+    tools = clean_tools(said.tools)
+    said = replace(
+        said,
+        messages=clean_calls(said.messages, tools),
+        tools=tools,
+        rejected=tuple(clean_calls(other, tools) for other in said.rejected),
+    )
     notes = check(said.messages, asks=said.asks)
     for number, other in enumerate(said.rejected, start=1):
         try:

@@ -272,3 +272,68 @@ def test_what_a_conversion_drops_is_named_and_what_a_stream_drops_is_counted(tmp
     _, problems = convert(path, tmp_path / "out.jsonl")
     assert [str(p) for p in problems] == [f"{path}: fields of rows that are not used: 'id' (1, first in {path}:1)"]
     assert Stream([SourceConfig(path=path)], seed=0).unread == {("rows", "id"): 1}
+
+
+# Nulls of a table (ms-swift#6467, ms-swift#10125, axolotl#2909, ms-swift#10110) and calls without arguments -----------
+
+
+def tool(name: str, **schema: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": schema}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def calling(arguments: Any, *tools: dict[str, Any], name: str = "move") -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    asked = {"role": "user", "content": "go"}
+    return {"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": list(tools)}
+
+
+def arguments_of(row: Row) -> Any:
+    return row.messages[-1].tool_calls[0]["function"]["arguments"]
+
+
+NUMBER = {"type": "number"}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_nulls_that_a_table_put_into_json_are_not_there(as_text: bool, tmp_path: Path) -> None:
+    properties = {"x": NUMBER | {"enum": None, "default": None}, "theta": None}
+    arguments = {"x": 1, "theta": None, "at": {"y": 2, "z": None}}
+    row = calling(json.dumps(arguments) if as_text else arguments, tool("move", **properties))
+    row["messages"][1]["tool_calls"][0]["index"] = None
+    (found,), _ = load_rows(written(tmp_path, row))
+    assert arguments_of(found) == {"x": 1, "at": {"y": 2}}
+    assert found.tools == (tool("move", x=NUMBER),)
+    assert "index" not in found.messages[1].tool_calls[0]
+    row = {"prompt": "go", "chosen": [row["messages"][1]], "rejected": [calling({"x": None})["messages"][1]]}
+    (found,), _ = load_rows(written(tmp_path, row))
+    assert found.rejected[0][-1].tool_calls[0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": ["number", "null"]},
+        {"type": "number", "nullable": True},
+        {"anyOf": [{"type": "number"}, {"type": "null"}], "default": None},
+        {"enum": [1, None]},
+    ],
+)
+def test_a_null_that_the_schema_of_its_tool_allows_is_said(schema: dict[str, Any], tmp_path: Path) -> None:
+    (row,), _ = load_rows(written(tmp_path, calling({"x": None, "y": None}, tool("move", x=schema, y=NUMBER))))
+    assert arguments_of(row) == {"x": None}
+    assert row.tools == (tool("move", x=schema, y=NUMBER),)
+
+
+def test_a_null_that_the_schema_of_its_tool_requires_is_said(tmp_path: Path) -> None:
+    needs = tool("move", x=NUMBER, y=NUMBER)
+    needs["function"]["parameters"]["required"] = ["x"]
+    (row,), _ = load_rows(written(tmp_path, calling({"x": None, "y": None}, needs)))
+    assert arguments_of(row) == {"x": None}
+
+
+@pytest.mark.parametrize("arguments", ["null", " null\n", "", "{}", None, {}])
+def test_a_call_without_arguments_is_read_however_it_says_so(arguments: Any) -> None:
+    """vllm#43861"""
+    said = FORMATS["messages"](calling(arguments)).messages[1]
+    assert said.tool_calls[0]["function"]["arguments"] == {}
