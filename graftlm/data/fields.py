@@ -28,7 +28,7 @@ class Tracked(dict[str, Any]):
         if key not in self.read:
             self.read.add(key)
             if isinstance(value, dict | list):
-                value = _tracked(value)
+                value = tracked(value)
                 super().__setitem__(key, value)
         return value
 
@@ -36,9 +36,9 @@ class Tracked(dict[str, Any]):
         return self[key] if key in self else default  # noqa: SIM401 (it is this `get`)
 
 
-def _tracked(value: Any) -> Any:
+def tracked(value: Any) -> Any:
     if isinstance(value, list):
-        return [_tracked(one) for one in value]
+        return [tracked(one) for one in value]
     return Tracked(value) if isinstance(value, dict) and not isinstance(value, Tracked) else value
 
 

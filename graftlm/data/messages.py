@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.data.fields import read_all
+from graftlm.data.fields import Tracked, read_all, tracked
 from graftlm.errors import nearest
 
 Fields = Mapping[str, Any]
@@ -117,9 +117,26 @@ def missing(row: Fields, key: str) -> RowError:
     return RowError(f"field {key!r} is needed, {found}")
 
 
+def from_json(row: Fields, key: str) -> Any:
+    """What is in a field that cannot hold text: the JSON of a list or mapping, which is all that a .csv file can hold,
+    is read."""
+    value = row.get(key)
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    try:
+        value = _loaded(value, f"field {key!r}")
+    except RowError as error:
+        python = value.lstrip("[ {\n").startswith("'")
+        hint = ". This is how Python shows a value: write it with json.dumps" if python else ""
+        raise RowError(f"{error}{hint}") from None
+    if isinstance(row, Tracked):
+        row[key] = value = tracked(value)
+    return value
+
+
 def listed(row: Fields, key: str, what: str = "entry") -> list[Any]:
     """The list in a field, of at least one thing."""
-    value = row.get(key)
+    value = from_json(row, key)
     if value is None:
         raise missing(row, key)
     if not isinstance(value, list) or not value:
@@ -182,10 +199,9 @@ def _turn(turn: Fields, roles: Mapping[str, str]) -> Iterator[Message]:
 
 def _message(turn: Fields, role: str, text_key: str) -> Message:
     calls: tuple[dict[str, Any], ...] = ()
-    if turn.get("tool_calls"):
-        calls = _calls(turn["tool_calls"])
-    elif turn.get("function_call"):  # OpenAI's older way
-        calls = _calls(turn["function_call"])
+    for key in ("tool_calls", "function_call"):  # the second is OpenAI's older way
+        if not calls and turn.get(key):
+            calls = _calls(from_json(turn, key))
     if calls and role != "assistant":
         raise RowError(f"tool_calls in a message of the role {role!r}: only an assistant calls tools")
     content, spans = _content(turn, text_key, needed=not calls)

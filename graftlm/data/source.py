@@ -21,7 +21,7 @@ from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
 from graftlm.data.messages import read_number, refuse_media
 from graftlm.data.nulls import clean_calls, clean_tools
-from graftlm.data.records import Problem, files, records
+from graftlm.data.records import Problem, expanded, files, records
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
 
@@ -29,8 +29,9 @@ from graftlm.errors import DataError, numbered
 @config
 class SourceConfig:
     path: str
-    """A .jsonl, .json, .csv or .parquet file; `hub:org/name[@subset][:split]`; `builtin:docstrings`; or what another
-    trainer describes: `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
+    """A .jsonl, .json, .csv, .tsv, .parquet or .arrow file, .jsonl.gz and so on; a pattern (`data/*.jsonl`) or a folder
+    of such files; `hub:org/name[@subset][:split]`; `builtin:docstrings`; or what another trainer describes:
+    `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
     format: Literal[
         "auto",
         "messages",
@@ -235,6 +236,10 @@ def _otherwise(record: Any, part: Part, source: SourceConfig, name: str) -> str:
 
 
 def _parts(path: str) -> list[Part]:
+    return [replace(part, path=one) for part in _described(path) for one in expanded(part.path)]
+
+
+def _described(path: str) -> list[Part]:
     """The file itself, or the files that `dataset_info.json:NAME` or an Axolotl .yaml describes."""
     file, colon, name = path.rpartition(":")
     if colon and file.endswith(".json"):
@@ -247,9 +252,11 @@ def _parts(path: str) -> list[Part]:
 def content(path: str) -> str | None:
     """64 hexadecimal digits: the SHA-256 of all that stands in the files of a source, and in what describes them. None
     where they are no files of this machine, or where there are none."""
-    description = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
+    described = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
     digest = hashlib.sha256()
-    names = dict.fromkeys([description, *(part.path for part in _parts(path))])
+    names = dict.fromkeys(part.path for part in _parts(path))
+    if described != path or path.endswith((".yaml", ".yml")):
+        names = dict.fromkeys([described, *names])
     for file in chain.from_iterable(map(files, names)):
         if not file.is_file():
             return None

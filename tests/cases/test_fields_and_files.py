@@ -3,23 +3,28 @@
 The cases are from public reports; each test names them.
 """
 
+import csv
+import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from graftlm import DataConfig
 from graftlm.data.check import Report, prepare
 from graftlm.data.convert import convert
 from graftlm.data.formats import FORMATS, RowError
 from graftlm.data.messages import Message
+from graftlm.data.prompts import asked_in
 from graftlm.data.reading import read_kept
 from graftlm.data.records import Problem
 from graftlm.data.render import Renderer
-from graftlm.data.source import Row, SourceConfig, load_rows, stream_rows
+from graftlm.data.source import Row, SourceConfig, content, load_rows, stream_rows
 from graftlm.data.streaming import Stream
+from graftlm.errors import DataError, numbered
 from graftlm.testing import tiny_tokenizer
 from tests.data.test_damage import CLEAN
 
@@ -337,3 +342,197 @@ def test_a_call_without_arguments_is_read_however_it_says_so(arguments: Any) -> 
     """vllm#43861"""
     said = FORMATS["messages"](calling(arguments)).messages[1]
     assert said.tool_calls[0]["function"]["arguments"] == {}
+
+
+# Fields under other names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "answer"),
+    [
+        ({"question": "Who?", "answer": "Ann."}, "Who?", "Ann."),
+        ({"question": "Who?", "context": "Ann came.", "answer": "Ann."}, "Who?\n\nAnn came.", "Ann."),
+        ({"input": "2+2", "output": "4"}, "2+2", "4"),
+        ({"input": "2+2", "context": "", "output": "4"}, "2+2", "4"),
+        ({"instruction": "Who?", "context": "Ann came.", "response": "Ann."}, "Who?\n\nAnn came.", "Ann."),
+        ({"instruction": "Who?", "input": "i", "output": "Ann."}, "Who?\n\ni", "Ann."),
+        ({"query": "Who?", "answer": "Ann.", "system": ""}, "Who?", "Ann."),
+        ({"prompt": "Who?", "output": "Ann."}, "Who?", "Ann."),
+    ],
+)
+def test_questions_and_answers_are_read_under_their_usual_names(
+    row: dict[str, str], asked: str, answer: str, tmp_path: Path
+) -> None:
+    (found,), _ = load_rows(written(tmp_path, row))
+    assert [m.content for m in found.messages] == [asked, answer]
+    assert found.unread == ()
+
+
+def test_a_question_with_an_answer_can_be_asked_in_a_loop_of_answers(tmp_path: Path) -> None:
+    path = written(tmp_path, {"question": "2+2", "answer": "4"}, {"question": "2+3", "answer": "5"})
+    rows, _ = load_rows(SourceConfig(path=path, format="prompt"))
+    assert [asked_in(row)[1] for row in rows] == ["4", "5"]
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (row,), _ = load_rows(SourceConfig(path=written(tmp_path, {"messages": said, "answer": "x"}), format="prompt"))
+    assert [m.content for m in row.messages] == ["q", "a"]
+    assert row.unread == (("rows", "answer"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"premise": "It rains.", "hypothesis": 'It is "wet".', "label": 1}, 'It rains.\n\nIt is "wet".', "1"),
+        ({"Summary": "Rain.", "Document: raw": "It rains."}, "It rains.", "Rain."),
+        ({"en": "rain", "de": "Regen", "tags": ["x"], "{odd}": "y"}, "rain", "Regen"),
+    ],
+)
+def test_the_error_of_other_fields_has_the_templates_to_paste(
+    row: dict[str, Any], prompt: str, completion: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, row)
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    line = str(caught.value).rpartition("templates: [")[2].partition("\n")[0]
+    pasted = yaml.safe_load(f"path: {path}\ntemplates: [{line}")
+    (found,), _ = load_rows(SourceConfig(**pasted))
+    assert [m.content for m in found.messages] == [prompt, completion]
+
+
+# A problem that many rows share -------------------------------------------------------------------------------------
+
+
+def test_a_problem_that_many_rows_share_is_one_line_with_a_count(tmp_path: Path) -> None:
+    rows = [{"a": "x", "b": "y"}] * 5_000 + [{"prompt": "q"}, {"prompt": "q", "completion": 3}]
+    path = written(tmp_path, *rows)
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    first, *lines = str(caught.value).split("\n")
+    assert first.startswith(f"5001 rows of {path} cannot be used")
+    assert len(lines) == 2
+    assert lines[0].startswith(f"  {path}:1 and 4,999 more places: fields ['a', 'b'] fit no known format")
+    assert lines[1].startswith(f"  {path}:5002: field 'completion' must be text")
+
+
+@pytest.mark.parametrize("where", ["a.jsonl:{}", "a.parquet: row {}", "a.json:{}: row 7", "hub:o/n:train: row {}"])
+def test_places_of_every_kind_are_put_together(where: str) -> None:
+    same = [f"{where.format(n)}: wrong: it is" for n in range(1, 13)]
+    assert numbered([*same, "other: wrong"]) == f"  {where.format(1)} and 11 more places: wrong: it is\n  other: wrong"
+    assert numbered(same[:9]) == "\n".join(f"  {one}" for one in same[:9])
+    assert numbered([f"{n}: it is {n}" for n in range(5)], 2) == "  0: it is 0\n  1: it is 1\n  and 3 more"
+    assert numbered(["a: 1", "b: 2", *same], 2).endswith("\n  and 12 more")
+
+
+# Files (a glob, a folder, gzip, tabs, capitals: asked in many forums) ------------------------------------------------
+
+PAIR = {"prompt": "a", "completion": "b"}
+LINE = json.dumps(PAIR) + "\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    for name in ("b.jsonl", "a.JSONL", "folder/c.jsonl"):
+        (tmp_path / name).write_text(LINE)
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as packed:
+        packed.write(LINE * 2)
+    with gzip.open(tmp_path / "d.csv.GZ", "wt") as packed:
+        packed.write("prompt,completion\na,b\n")
+    (tmp_path / "e.tsv").write_text('prompt\tcompletion\na\t"b, ""c"""\n')
+    (tmp_path / "notes.txt").write_text("no rows\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "places"),
+    [
+        ("a.JSONL", ["a.JSONL:1"]),
+        ("*.jsonl", ["b.jsonl:1"]),
+        ("?.*[lL]", ["a.JSONL:1", "b.jsonl:1"]),
+        ("**/*.jsonl", ["b.jsonl:1", "folder/c.jsonl:1"]),
+        ("c.jsonl.gz", ["c.jsonl.gz:1", "c.jsonl.gz:2"]),
+        ("d.csv.GZ", ["d.csv.GZ:2"]),
+        ("e.tsv", ["e.tsv:2"]),
+        ("folder", ["folder/c.jsonl:1"]),
+        (".", ["a.JSONL:1", "b.jsonl:1", "c.jsonl.gz:1", "c.jsonl.gz:2", "d.csv.GZ:2", "e.tsv:2"]),
+    ],
+)
+def test_files_of_the_usual_kinds_are_read(path: str, places: list[str], files: Path) -> None:
+    rows, name = load_rows(str(files / path), problems=[])
+    assert name == "prompt-completion"
+    assert [str(Path(row.where).relative_to(files)) for row in rows] == places
+    if path == "e.tsv":
+        assert rows[0].messages[1].content == 'b, "c"'
+
+
+def test_what_datasets_wrote_to_disk_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list([PAIR, PAIR | {"prompt": "c"}]).save_to_disk(str(tmp_path / "disk"))
+    for path in (tmp_path / "disk", tmp_path / "disk" / "data-00000-of-00001.arrow"):
+        rows, _ = load_rows(str(path))
+        assert [row.messages[0].content for row in rows] == ["a", "c"]
+
+
+def test_a_folder_or_pattern_without_rows_says_so(files: Path) -> None:
+    (files / "empty").mkdir()
+    for path, why in (("empty", "no file of rows in this folder"), ("*.yet", "no file matches")):
+        with pytest.raises(DataError, match=why):
+            load_rows(str(files / path))
+
+
+def test_a_packed_file_that_is_cut_off_is_an_error_and_no_end(files: Path) -> None:
+    whole = (files / "c.jsonl.gz").read_bytes()
+    for damaged in (whole[:-9], whole[:20], b"no gzip"):
+        (files / "c.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"c\.jsonl\.gz: (damaged|cannot be read)"):
+            load_rows(str(files / "c.jsonl.gz"))
+
+
+def test_a_new_file_in_a_folder_is_seen_by_what_was_kept(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftlm.data.parallel.MANY", 0)
+    data = DataConfig(train=str(files / "folder"))
+    for _ in range(2):
+        assert len(read_kept(data, seed=0, folder=files / "kept").train) == 1
+    before = content(str(files / "folder"))
+    assert before is not None
+    (files / "folder" / "d.jsonl").write_text(LINE)
+    assert content(str(files / "folder")) != before
+    assert len(read_kept(data, seed=0, folder=files / "kept").train) == 2
+
+
+# JSON text in a column ----------------------------------------------------------------------------------------------
+
+HI = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "odd": 1}]
+
+
+def test_json_text_in_a_field_that_holds_no_text_is_read(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    calls = [HI[0], {"role": "assistant", "content": None, "tool_calls": json.dumps(call)}]
+    for row in (
+        {"messages": json.dumps(HI)},
+        {"conversations": json.dumps(turns)},
+        {"instruction": "q", "output": "a", "history": "[]"},
+        {"prompt": "q", "completion": "a", "history": json.dumps([["x", "y"]])},
+        {"prompt": "q", "responses": json.dumps(["b", "a"]), "scores": "[1, 2]"},
+    ):
+        (found,), _ = load_rows(written(tmp_path, row))
+        assert [m.content for m in found.messages][-2:] == ["q", "a"]
+    (found,), _ = load_rows(written(tmp_path, {"messages": calls}))
+    assert found.messages[1].tool_calls == tuple(call)
+    with (tmp_path / "rows.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([["messages"], [json.dumps(HI)]])
+    (found,), name = load_rows(str(tmp_path / "rows.csv"))
+    assert (name, found.unread) == ("messages", (("messages", "odd"),))
+
+
+def test_an_answer_in_json_stays_the_text_that_it_is(tmp_path: Path) -> None:
+    (row,), _ = load_rows(written(tmp_path, {"prompt": "[1]", "completion": '[{"role": "user"}]'}))
+    assert [m.content for m in row.messages] == ["[1]", '[{"role": "user"}]']
+
+
+def test_text_that_is_no_json_says_what_is_wrong_with_it() -> None:
+    with pytest.raises(RowError, match="not valid JSON .* This is how Python shows a value: write it with json.dumps"):
+        FORMATS["messages"]({"messages": str(HI)})
+    with pytest.raises(RowError, match=r"field 'messages' is not valid JSON \(.*: '\[\{"):
+        FORMATS["messages"]({"messages": json.dumps(HI)[:-3]})
