@@ -38,6 +38,10 @@ PRIVATE = range(0xF0000, 0x10FFFE)  # Unicode's two planes for private use; mark
 FREE = "".join(map(chr, PRIVATE[:1000]))
 _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")
+BROKEN = "\ufffd"
+"""What decoding writes for bytes that are no whole character."""
+MOST_PIECES = 16
+"""Tokens that are looked at together to find whole characters: a character has four bytes at most."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What templates call the thoughts before an answer."""
 
@@ -374,8 +378,30 @@ class Renderer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id by itself, special tokens included."""
-        return [str(self.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
+        """The text of each id, special tokens included. Of a character that several tokens make, the first has all of
+        it and the others have none."""
+        texts: list[str] = []
+        while (start := len(texts)) < len(ids):
+            text = self._text(ids[start : start + 1])
+            if BROKEN not in text:
+                texts.append(text)
+                continue
+            if list(ids[start : start + len(self._broken_ids)]) == self._broken_ids:  # the text itself has it
+                texts += [BROKEN, *[""] * (len(self._broken_ids) - 1)]
+                continue
+            # tokens may hold the end of one character and the beginning of the next: all that hang together
+            ends = range(start + 2, min(len(ids), start + MOST_PIECES) + 1)
+            whole = ((end, self._text(ids[start:end])) for end in ends)
+            end, text = next(((end, found) for end, found in whole if BROKEN not in found), (start + 1, text))
+            texts += [text, *[""] * (end - start - 1)]
+        return texts
+
+    @cached_property
+    def _broken_ids(self) -> list[int]:
+        return list(self._encoder.encode(BROKEN, add_special_tokens=False).ids)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
 
     def _spans(
         self,

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from graftlm import DataConfig
-from graftlm.data.check import Report, prepare
+from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.convert import convert
 from graftlm.data.formats import FORMATS, RowError
 from graftlm.data.messages import Message
@@ -536,3 +536,24 @@ def test_text_that_is_no_json_says_what_is_wrong_with_it() -> None:
         FORMATS["messages"]({"messages": str(HI)})
     with pytest.raises(RowError, match=r"field 'messages' is not valid JSON \(.*: '\[\{"):
         FORMATS["messages"]({"messages": json.dumps(HI)[:-3]})
+
+
+# Characters that are made of several tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["\u00e9\u65e5\U0001f600", "a\u0301\u05d0", "\ufffd", "\ufffd\u65e5\ufffd", "plain"])
+def test_characters_of_several_tokens_are_shown_whole(text: str, renderer: Renderer) -> None:
+    row = Row([Message("user", "q"), Message("assistant", text)], "here", "g")
+    (shown,) = shown_rows([row], renderer, DataConfig(train="x"), 1)
+    rendered = renderer.conversation(row.messages)
+    assert [token["id"] for token in shown["tokens"]] == rendered.ids.tolist(), "no token is left out"
+    assert "".join(token["text"] for token in shown["tokens"]) == rendered.text
+    broken = sum(token["text"].count("\ufffd") for token in shown["tokens"])
+    assert broken == text.count("\ufffd")
+
+
+def test_bytes_that_are_no_character_are_shown_one_by_one(renderer: Renderer) -> None:
+    ids = renderer.tokenizer("\u65e5", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    assert renderer.token_texts(ids) == ["\u65e5", *[""] * (len(ids) - 1)]
+    assert renderer.token_texts(ids[:-1]) == ["\ufffd"] * (len(ids) - 1)
