@@ -2,7 +2,8 @@
 
 Beside `messages` and `tools` a line may have what OpenAI has no place for: `rejected` (whole conversations that were
 liked less), `desirable` (true or false) and `group`; a message may have `spans`, [start, end, weight] of characters of
-its content. Raw text has no messages: its lines are {text}; a row that only asks has them in {prompt}.
+its content, and `boilerplate`, [start, end] of the fixed words of a template. Raw text has no messages: its lines are
+{text}; a row that only asks has them in {prompt}.
 """
 
 import json
@@ -100,6 +101,8 @@ def _message(message: Message) -> dict[str, Any]:
         fields["weight" if message.weight <= 1 else "loss_scale"] = message.weight  # OpenAI's ends at 1
     if message.spans:
         fields["spans"] = [list(span) for span in message.spans]
+    if message.boilerplate:
+        fields["boilerplate"] = [list(span) for span in message.boilerplate]
     return fields
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from graftlm.data.fields import read_all
 from graftlm.data.messages import (
     ROLES,
     SHAREGPT_ROLES,
@@ -83,11 +84,30 @@ def inputs_targets(row: Fields) -> Conversation:
 
 def natural_instructions(row: Fields) -> Conversation:
     """{Definition, input, output}, one instance of a task of Super-NaturalInstructions (arXiv:2204.07705), or
-    {definition, inputs, targets}. Of several right outputs the first is the answer."""
+    {definition, inputs, targets}. Of several right outputs the first is the answer. The first two of the task's
+    `Positive Examples` stand before the input, in the words of Tk-Instruct (its ni_collator.py)."""
     new = "Definition" in row
     definition, text, answer = ("Definition", "input", "output") if new else ("definition", "inputs", "targets")
-    asked = "\n\n".join(part for part in (_one_text(row, definition), read_text(row, text)) if part)
+    task, asked = _one_text(row, definition), read_text(row, text)
+    examples = _examples(row)
+    if examples:
+        task = f"Definition: {task}"
+        asked = f"Now complete the following example -\nInput: {asked}\nOutput:"
+    asked = "\n\n".join(part for part in (task, *examples, asked) if part)
     return Conversation([Message("user", asked), Message("assistant", _one_text(row, answer))])
+
+
+def _examples(row: Fields) -> list[str]:
+    """The first examples of a task; those without an output cannot be shown."""
+    found = row.get("Positive Examples") or []
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise RowError(f"field 'Positive Examples' must be a list of {{input, output}}, this is {found!r:.60}")
+    fields = [(one.get("input"), one.get("output")) for one in map(read_all, found)]
+    pairs = [(given, made) for given, made in fields if isinstance(given, str) and isinstance(made, str)]
+    return [
+        f"Positive Example {number} -\nInput: {given.strip()}\nOutput: {made.strip()}"
+        for number, (given, made) in enumerate(pairs[:EXAMPLES], start=1)
+    ]
 
 
 def prompt(row: Fields) -> Conversation:
@@ -182,6 +202,8 @@ FORMATS: dict[str, Callable[[Fields], Conversation]] = {
 }
 
 QUESTIONS, ANSWERS = ("prompt", "query", "question", "input"), ("completion", "response", "answer", "output")
+EXAMPLES = 2
+"""Of a task of Super-NaturalInstructions, as Tk-Instruct was trained."""
 PARAGRAPHS = {"instruction": ("input", "context"), "question": ("context",), "input": ("context",)}
 """What is a paragraph of its own below a question, by the field of the question."""
 FLAGS = ("label", "desirable", "kto_tag")

@@ -50,7 +50,7 @@ MEDIA = tuple(
 """Keys of a row, of a message or of a part of it that hold what is not text."""
 MESSAGE_KEYS = (
     *("role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"),
-    *(*THOUGHTS, *TRAIN_FLAGS, "weight", "loss", "loss_scale", "spans"),
+    *(*THOUGHTS, *TRAIN_FLAGS, "weight", "loss", "loss_scale", "spans", "boilerplate"),
 )
 """Keys that are read in a message of the role that they belong to."""
 TEXT = "text"
@@ -73,6 +73,8 @@ class Message:
     """Of a tool's message: the `id` of the call that it answers, which some templates write."""
     name: str = ""
     """Of a tool's message: the name of the tool."""
+    boilerplate: tuple[tuple[int, int], ...] = ()
+    """(start, end): characters of `content` that are the fixed words of a template, no mask but `everything` trains."""
 
     @property
     def all_text(self) -> str:
@@ -211,7 +213,8 @@ def _message(turn: Fields, role: str, text_key: str) -> Message:
     call_id, name = (
         "" if role != "tool" or turn.get(key) is None else str(turn[key]) for key in ("tool_call_id", "name")
     )
-    return Message(role, content, calls, thinking, _weight(turn, role), spans, call_id, name)
+    fixed = _boilerplate(turn, len(content))
+    return Message(role, content, calls, thinking, _weight(turn, role), spans, call_id, name, fixed)
 
 
 def _thoughts(turn: Fields) -> str:
@@ -240,6 +243,14 @@ def _content(turn: Fields, key: str, *, needed: bool) -> tuple[str, tuple[tuple[
                 raise RowError(f"'train' of a part of {key} must be true or false, this is {part['train']!r:.60}")
             spans.append((start, len(text), float(part["train"])))
     return text, tuple(spans)
+
+
+def _boilerplate(turn: Fields, length: int) -> tuple[tuple[int, int], ...]:
+    """[[start, end], ...]: the fixed words of a template in a text of this length."""
+    if not turn.get("boilerplate"):
+        return ()
+    found = [[*one, 0] if isinstance(one, list) else one for one in listed(turn, "boilerplate", "[start, end]")]
+    return tuple((start, end) for start, end, _ in read_spans(found, length))
 
 
 def read_spans(spans: Any, length: int) -> tuple[tuple[int, int, float], ...]:

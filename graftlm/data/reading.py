@@ -179,7 +179,10 @@ def _fields(row: Row) -> list[Any]:
         row.group,
         _messages(row.messages),
         *(
-            [row.tools, [_messages(other) for other in row.rejected], row.desirable, row.score, row.unread]
+            [
+                *(row.tools, [_messages(other) for other in row.rejected], row.desirable, row.score),
+                *(row.unread, row.template),
+            ]
             if _more(row)
             else ()
         ),
@@ -193,22 +196,24 @@ def _messages(messages: Sequence[Message]) -> list[Any]:
 
 def _row(where: str, fields: Sequence[Any]) -> Row:
     group, messages, *more = fields
-    tools, rejected, desirable, score, unread = more or ((), (), None, None, ())
+    tools, rejected, desirable, score, unread, template = more or ((), (), None, None, (), None)
     others = tuple(_read(other) for other in rejected)
     ignored = tuple((level, key) for level, key in unread)
-    return Row(_read(messages), where, group, tuple(tools), others, desirable, score, ignored)
+    return Row(_read(messages), where, group, tuple(tools), others, desirable, score, ignored, template)
 
 
 def _read(messages: Sequence[Sequence[Any]]) -> list[Message]:
     found = []
     for role, text, *more in messages:
-        calls, thinking, weight, spans, *named = more or ((), "", None, ())
-        found.append(Message(role, text, tuple(calls), thinking, weight, tuple(map(tuple, spans)), *named))
+        calls, thinking, weight, spans, call_id, name, fixed = more or ((), "", None, (), "", "", ())
+        spans, fixed = tuple(map(tuple, spans)), tuple(map(tuple, fixed))
+        found.append(Message(role, text, tuple(calls), thinking, weight, spans, call_id, name, fixed))
     return found
 
 
 def _more(row: Row) -> bool:
-    return bool(row.tools or row.rejected or row.desirable is not None or row.score is not None or row.unread)
+    some = (row.desirable, row.score, row.template)
+    return bool(row.tools or row.rejected or row.unread) or any(value is not None for value in some)
 
 
 def _plain(row: Row) -> bool:

@@ -278,6 +278,7 @@ class Renderer:
             _check_calls(messages[i], i, text[begin:until])
         tokens = self._encode(text, cuts=_cuts(text, begins.values()))
         roles, turn_of = self._roles(messages, spans, turns, tokens, len(text))
+        _set_boilerplate(messages, spans, roles, turn_of, tokens)
         return Rendered(tokens.ids, roles, text, turn_of, _given(messages, spans, roles, turn_of, tokens.starts))
 
     def _roles(
@@ -583,6 +584,20 @@ def _given(
                 at = spans[index].content
                 given[own & (starts >= at + start) & (starts < at + stop)] = weight
     return given
+
+
+def _set_boilerplate(
+    messages: Sequence[Message],
+    spans: Mapping[int, _Span],
+    roles: NDArray[np.uint8],
+    turns: NDArray[np.int32],
+    tokens: _Tokens,
+) -> None:
+    """Give tokens that are wholly fixed words of a row's template the role of what templates write."""
+    for index, span in spans.items():
+        for start, end in messages[index].boilerplate:
+            inside = (tokens.starts >= span.content + start) & (tokens.ends <= span.content + end)
+            roles[inside & (turns == index) & (roles == span.role)] = Role.BOILERPLATE
 
 
 def _ending(text: str) -> str:

@@ -47,7 +47,8 @@ class SourceConfig:
         "inputs-targets",
     ] = "auto"
     templates: tuple[Template, ...] = ()
-    """Ways of asking, for rows of any fields; each row is put into one of them, drawn by what stands in the row."""
+    """Ways of asking, for rows of any fields; each row is put into one of them, drawn by what stands in the row from
+    those whose fields it has."""
     weight: PositiveRate = 1.0
     """Among several sources: how much its share of an epoch is multiplied by."""
     cap: PositiveCount | None = None
@@ -133,6 +134,8 @@ class Row:
     """What `data.order` sorts by: a number that stands in the row, or that a selector gave it."""
     unread: Unread = field(default=(), compare=False)
     """Keys of the row and of its messages that nobody has read, each as often as it occurs."""
+    template: int | None = field(default=None, compare=False)
+    """The number, from 0, of the entry of `templates` that asks this row."""
 
 
 def load_rows(
@@ -182,9 +185,10 @@ def stream_rows(
     network: bool = False,
     formats: list[str] | None = None,
     score: str | None = None,
+    epoch: int = 0,
 ) -> Iterator[Row | Problem]:
     """Rows and problems of a source in the order of its files, one at a time, so that memory does not grow with them.
-    Names of formats go into `formats` as they are met."""
+    Names of formats go into `formats` as they are met. `templates` are drawn anew for each `epoch`."""
     if isinstance(source, str):
         source = SourceConfig(path=source)
     for part in _parts(source.path):
@@ -207,7 +211,9 @@ def stream_rows(
                     )
                 tracked = Tracked(record)
                 fields = part.reshape(tracked)
-                fields = ask(source.templates, fields) if source.templates else fields
+                asked = None
+                if source.templates:
+                    fields, asked = ask(source.templates, fields, epoch)
                 name = detect({**fields}) if name == "auto" else name  # of a copy: to look is not to use
                 fields = fields if isinstance(fields, Tracked) else Tracked(fields)
                 if formats is not None and name not in formats:
@@ -216,8 +222,8 @@ def stream_rows(
                     refuse_media(fields)
                 row, notes = _row(FORMATS[name](fields), where, tracked, score)
                 ignored = unread(tracked, *([fields] if fields is not tracked else []))
-                if ignored:
-                    row = replace(row, unread=known.setdefault(ignored, ignored))
+                if ignored or asked is not None:
+                    row = replace(row, unread=known.setdefault(ignored, ignored), template=asked)
             except RowError as error:
                 yield Problem(where, f"{error}{_otherwise(record, part, source, name)}")
                 continue

@@ -121,7 +121,7 @@ class Stream:
         size = self.counted[number].rows
         passes, place = divmod(begin, size) if size else (0, 0)
         while True:
-            found = self._usable(number, self.counted[number].last)
+            found = self._usable(number, self.counted[number].last, epoch=passes)
             whole = place - place % BLOCK
             seen = sum(1 for _ in islice(found, whole))
             place -= whole
@@ -135,10 +135,14 @@ class Stream:
             passes += 1
 
     def _usable(
-        self, number: int, last: str | None, told: Callable[[Problem], None] = lambda problem: None
+        self,
+        number: int,
+        last: str | None,
+        told: Callable[[Problem], None] = lambda problem: None,
+        epoch: int = 0,
     ) -> Iterator[Row]:
         """The rows of one pass over a source, those with a higher number than `last` left out."""
-        for found in stream_rows(self.sources[number], network=self.network):
+        for found in stream_rows(self.sources[number], network=self.network, epoch=epoch):
             if isinstance(found, Problem):
                 told(found)
             elif self.supervised and found.desirable is False:

@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import random
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from graftlm import DataConfig
 from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.convert import convert
 from graftlm.data.formats import FORMATS, RowError
+from graftlm.data.mask import weights
 from graftlm.data.messages import Message
 from graftlm.data.prompts import asked_in
 from graftlm.data.reading import read_kept
 from graftlm.data.records import Problem
-from graftlm.data.render import Renderer
+from graftlm.data.render import Renderer, Role
 from graftlm.data.source import Row, SourceConfig, content, load_rows, stream_rows
 from graftlm.data.streaming import Stream
+from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
 from graftlm.testing import tiny_tokenizer
 from tests.data.test_damage import CLEAN
@@ -557,3 +560,120 @@ def test_bytes_that_are_no_character_are_shown_one_by_one(renderer: Renderer) ->
     assert len(ids) > 1
     assert renderer.token_texts(ids) == ["\u65e5", *[""] * (len(ids) - 1)]
     assert renderer.token_texts(ids[:-1]) == ["\ufffd"] * (len(ids) - 1)
+
+
+# Templates of rows --------------------------------------------------------------------------------------------------
+
+INTRO = "Below is an instruction that describes a task"
+ALPACA = (
+    Template(
+        prompt=f"{INTRO}, paired with an input that provides further context. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+        completion="{output}",
+    ),
+    Template(
+        prompt=f"{INTRO}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "{instruction}\n\n### Response:",
+        completion="{output}",
+        unless="input",
+    ),
+)
+"""As published: stanford_alpaca/train.py, PROMPT_DICT."""
+PLAIN = (
+    "{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""A chat template that writes nothing but the messages, and what ends an answer."""
+
+
+def test_the_two_prompts_of_alpaca_are_rendered_and_masked_as_published(tmp_path: Path) -> None:
+    with_input = {"instruction": "Add.", "input": "2+2", "output": "4"}
+    path = written(tmp_path, with_input, with_input | {"input": ""}, {"instruction": "Hi.", "output": "Hello."})
+    rows, _ = load_rows(SourceConfig(path=path, templates=ALPACA))
+    assert [row.template for row in rows] == [0, 1, 1]
+    renderer = Renderer(tiny_tokenizer(PLAIN))
+    eos = renderer.tokenizer.eos_token
+    for row, fields in zip(rows, ("Add./2+2", "Add.", "Hi."), strict=True):
+        instruction, _, given = fields.partition("/")
+        published = ALPACA[row.template or 0].prompt.replace("{instruction}", instruction).replace("{input}", given)
+        rendered = renderer.conversation(row.messages)
+        answer = row.messages[1].content
+        assert rendered.text == f"{published}{answer}{eos}"
+        trained = rendered.ids[weights(rendered, "response") > 0]
+        assert renderer.tokenizer.decode(trained) == f"{answer}{eos}"
+        prompt = renderer.prompt(row.messages[:1])
+        assert rendered.ids.tolist() == [*prompt.tolist(), *trained.tolist()], "the prompt is what generation sees"
+    assert all(row.unread == () for row in rows)
+
+
+def test_the_fixed_words_of_a_template_are_boilerplate_and_the_fields_are_not(tmp_path: Path) -> None:
+    way = Template(prompt="{{Say}} where {who} is. Answer:", completion="It is {where}.")
+    rows, _ = load_rows(SourceConfig(path=written(tmp_path, {"who": "Ann \u65e5", "where": "here"}), templates=(way,)))
+    renderer = Renderer(tiny_tokenizer())
+    rendered = renderer.conversation(rows[0].messages)
+    assert "{Say} where Ann \u65e5 is. Answer:" in rendered.text
+    for mask, asked in (
+        ("response", ""),
+        ("instruction", "Ann \u65e5"),
+        ("no-boilerplate", "Ann \u65e5"),
+        ("everything", "{Say} where Ann \u65e5 is. Answer:"),
+    ):
+        own = (weights(rendered, mask) > 0) & (rendered.turns == 0) & (rendered.roles != Role.SPECIAL)
+        said = renderer.tokenizer.decode(rendered.ids[own])
+        assert asked in said
+        if mask != "everything":
+            assert "where" not in said
+            assert "Answer" not in said
+        answer = (weights(rendered, mask) > 0) & (rendered.roles == Role.ASSISTANT)
+        assert renderer.tokenizer.decode(rendered.ids[answer]).strip() == "It is here."
+
+
+def test_the_template_of_a_row_stays_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftlm.data.parallel.MANY", 0)
+    ways = tuple(Template(prompt=f"{word} {{n}}?", completion="{n}") for word in ("Who", "What", "Which"))
+    path = written(tmp_path, *({"n": n} for n in range(30)))
+    data = DataConfig(train=SourceConfig(path=path, templates=ways))
+    for _ in range(2):
+        read = read_kept(data, seed=0, folder=tmp_path / "kept")
+        words = [ways[row.template].prompt.split()[0] for row in read.train if row.template is not None]
+        assert words == [row.messages[0].content.split()[0] for row in read.train]
+        assert [row.messages[0].boilerplate for row in read.train][0][0] == (0, len(words[0]) + 1)
+        counts = ", ".join(f"{n + 1}: {words.count(way.prompt.split()[0])} rows" for n, way in enumerate(ways))
+        assert f"{path}: asked by template {counts}" in read.notes
+        assert min(words.count(word) for word in set(words)) > 0
+    convert(SourceConfig(path=path, templates=ways), tmp_path / "out.jsonl")
+    again, _ = load_rows(str(tmp_path / "out.jsonl"))
+    assert [row.messages for row in again] == [row.messages for row in read.train]
+
+
+def test_a_stream_draws_templates_anew_in_every_epoch(tmp_path: Path) -> None:
+    ways = tuple(Template(prompt=f"{word} {{n}}?", completion="{n}") for word in ("Who", "What", "Which"))
+    path = written(tmp_path, *({"n": n} for n in range(30)))
+    stream = Stream([SourceConfig(path=path, templates=ways)], seed=0)
+    rows = list(islice(stream, 90))
+    epochs = [{row.where: row.template for row in rows[start : start + 30]} for start in (0, 30, 60)]
+    assert all(len(epoch) == 30 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert [row.template for row in islice(stream, 90)] == [row.template for row in rows]
+
+
+def test_a_row_that_no_template_is_for_says_what_is_missing() -> None:
+    with pytest.raises(RowError, match="field 'instruction' is needed"):
+        ask(ALPACA, {"input": "2+2", "output": "4"})
+    with pytest.raises(RowError, match="no template is for this row"):
+        ask(ALPACA[1:], {"instruction": "a", "input": "2+2", "output": "4"})
+
+
+def test_the_examples_of_a_task_stand_before_the_input_in_the_words_of_tk_instruct(tmp_path: Path) -> None:
+    examples = [{"input": f"{n}+1", "output": f"{n + 1}", "explanation": "so"} for n in range(3)]
+    task = {"Definition": ["Add."], "Positive Examples": examples, "Source": ["x"]}
+    path = written(tmp_path, task | {"Instances": [{"input": "5+1", "output": ["6"]}]}, name="task.json")
+    (row,), _ = load_rows(path)
+    assert row.messages[0].content == (
+        "Definition: Add.\n\nPositive Example 1 -\nInput: 0+1\nOutput: 1\n\nPositive Example 2 -\nInput: 1+1\n"
+        "Output: 2\n\nNow complete the following example -\nInput: 5+1\nOutput:"
+    )
+    assert row.messages[1].content == "6"
+    assert row.unread == (("rows", "Source"),)
+    path = written(tmp_path, {"Definition": ["Add."], "Instances": [{"input": "5+1", "output": ["6"]}]}, name="t.json")
+    assert load_rows(path)[0][0].messages[0].content == "Add.\n\n5+1"
