@@ -8,6 +8,9 @@ from typing import Any
 LEVELS = ("rows", "messages", "parts and calls of messages")
 """What a key belongs to, by the number of mappings around it; all that is deeper counts as the last."""
 
+NESTED = (dict, list)
+"""What may hold keys of its own."""
+
 Unread = tuple[tuple[str, str], ...]
 """(level, key) of the keys of one row that nobody has read."""
 
@@ -27,7 +30,7 @@ class Tracked(dict[str, Any]):
         value = super().__getitem__(key)
         if key not in self.read:
             self.read.add(key)
-            if isinstance(value, dict | list):
+            if type(value) in NESTED:
                 value = tracked(value)
                 super().__setitem__(key, value)
         return value
@@ -64,7 +67,7 @@ def _unread(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, str]]
         seen.add(id(value))
         for key, inner in value.items():
             if key in value.read:
-                if isinstance(inner, dict | list):
+                if isinstance(inner, NESTED):
                     yield from _unread(inner, depth + 1, seen)
             elif inner not in (None, "", [], {}):
                 yield LEVELS[min(depth, len(LEVELS) - 1)], str(key)

@@ -42,7 +42,8 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of the thoughts before an answer: of OpenAI-compatible servers, of vLLM and OpenRouter, of templates."""
 TRAIN_FLAGS = ("train", "trainable", "training", "train_on_turn", "loss_mask")
 """Keys of a message that say whether it is trained: true or false, 1 or 0."""
-MEDIA = tuple(
+_FLAGS = frozenset(TRAIN_FLAGS)
+MEDIA = frozenset(
     f"{kind}{end}"
     for kind in ("image", "video", "audio")
     for end in ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
@@ -172,7 +173,9 @@ def read_messages(row: Fields, key: str, roles: Mapping[str, str]) -> list[Messa
 
 def refuse_media(fields: Fields) -> None:
     """Raise RowError where pictures, videos or sounds stand beside the text."""
-    if shown := [key for key in MEDIA if fields.get(key)]:
+    if MEDIA.isdisjoint(fields):
+        return
+    if shown := [key for key in fields if key in MEDIA and fields.get(key)]:
         kind = f"{shown[0].partition('_')[0].removesuffix('s')}s"
         raise RowError(f"field {shown[0]!r} holds {kind}: only text can be trained on")
 
@@ -273,7 +276,7 @@ def _weight(turn: Fields, role: str) -> float | None:
     found: list[float] = []
     if turn.get("weight") is not None:
         found.append(_number(turn["weight"], "weight", most=1))
-    for key in TRAIN_FLAGS:
+    for key in () if _FLAGS.isdisjoint(turn) else TRAIN_FLAGS:
         if (flag := turn.get(key)) is not None:
             if flag not in (0, 1) or isinstance(flag, float):  # False and True are 0 and 1
                 raise RowError(f"{key} must be true or false (1 or 0), this is {flag!r:.60}")

@@ -286,13 +286,10 @@ def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
 def _row(said: Conversation, where: str, record: Mapping[str, Any], score: str | None) -> tuple[Row, list[str]]:
     """The checked row and what is to be told of it."""
     group = record.get("group")
-    tools = clean_tools(said.tools)
-    said = replace(
-        said,
-        messages=clean_calls(said.messages, tools),
-        tools=tools,
-        rejected=tuple(clean_calls(other, tools) for other in said.rejected),
-    )
+    if said.tools or said.rejected or any(message.tool_calls for message in said.messages):
+        tools = clean_tools(said.tools)
+        rejected = tuple(clean_calls(other, tools) for other in said.rejected)
+        said = replace(said, messages=clean_calls(said.messages, tools), tools=tools, rejected=rejected)
     notes = check(said.messages, asks=said.asks)
     for number, other in enumerate(said.rejected, start=1):
         try:
