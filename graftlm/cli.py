@@ -388,6 +388,7 @@ def data_select(
     from rich.console import Console
 
     from graftlm.data.mixing import read_data
+    from graftlm.data.reading import unread_keys
     from graftlm.data.source import every_row, for_supervised
     from graftlm.training.select.choose import check_writable, choose, write_rows
     from graftlm.training.tokenizer import recipe_tokenizer
@@ -398,7 +399,7 @@ def data_select(
     tokenizer = recipe_tokenizer(recipe)
     usable = for_supervised if _is_recipe(source) else every_row  # what a file of rows is for, nobody says
     read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
-    for problem in (*read.problems, *read.notes):
+    for problem in (*read.problems, *unread_keys(read.train), *read.notes):
         typer.secho(problem, fg="yellow", err=True)
     rows = read.train
     kept, choices = choose(recipe, rows, tokenizer, Console(stderr=True))

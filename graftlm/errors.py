@@ -3,6 +3,8 @@
 A message says what was wrong, where it is, what is near it, and what to do. Mistakes of ours are `assert`s.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -53,7 +55,29 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     return f"There is: {shown}." if options else "There is nothing to choose from."
 
 
+SHARED = 10
+"""A reason that so many problems have is one line."""
+
+_PLACE = re.compile(r"(?P<place>.*?(?::\d+)?(?:: (?:row|instance) \d+)?): (?P<reason>.*)", re.DOTALL)
+
+
 def numbered(problems: list[str], limit: int = 20) -> str:
-    """Many problems as one message: the first `limit` of them, a line each, and how many are left."""
-    left = len(problems) - limit
-    return "\n".join(f"  {p}" for p in problems[:limit]) + (f"\n  and {left} more" if left > 0 else "")
+    """Many problems as one message: the first `limit` of them, a line each, and how many are left. Those with the same
+    reason in different places (`FILE:3: reason`) are one line with their number."""
+    split = [match.group("place", "reason") if (match := _PLACE.fullmatch(p)) else ("", p) for p in problems]
+    counts = Counter(reason for place, reason in split if place)
+    shared = {reason for reason, count in counts.items() if count >= SHARED}
+    lines: list[str] = []
+    left, named = 0, set[str]()
+    for problem, (place, reason) in zip(problems, split, strict=True):
+        together = bool(place) and reason in shared
+        if together and reason in named:
+            continue
+        count = counts[reason] if together else 1
+        if together:
+            named.add(reason)
+        if len(lines) == limit:
+            left += count
+        else:
+            lines.append(f"  {place} and {count - 1:,} more places: {reason}" if together else f"  {problem}")
+    return "\n".join([*lines, *([f"  and {left:,} more"] if left else [])])

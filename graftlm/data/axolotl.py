@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.config import parse_yaml
-from graftlm.data.foreign import Part, column, on_hub, only
+from graftlm.data.foreign import Part, as_it_is, column, on_hub, only
 from graftlm.data.messages import ROLES, Fields, RowError, listed, read_text
 from graftlm.errors import DataError, RecipeError, nearest
 
@@ -129,7 +129,7 @@ def _entry(entry: Mapping[str, Any], where: str) -> tuple[str, Callable[[Fields]
     if kind in ("alpaca", "completion"):
         only(entry, ("path", "type", "name", "split", "ds_type", "data_files", "field", *_DATASET_CANNOT), {}, where)
         if kind == "alpaca":
-            return "alpaca", dict
+            return "alpaca", as_it_is
         field = entry.get("field") or "text"
         return "text", lambda row: {"text": column(row, field)}
     return "messages", partial(_from_turns, _turns(entry, kind, where))

@@ -20,7 +20,7 @@ from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
 from graftlm.data.pack import Example
 from graftlm.data.parallel import lasting, many, rendered
-from graftlm.data.reading import KeptRows, places
+from graftlm.data.reading import KeptRows, places, unread_keys
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import Survey, shown_places
@@ -238,6 +238,7 @@ def prepare(
     if wrong and (data.strict or data.over_length == "error" or not examples):
         raise DataError(f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong))
     report.problems += problems
+    report.notes[:0] = unread_keys(rows)
     report.notes += parts + unheard(len(report.rows_without_thoughts), len(report.rows_without_tools))
     if moved := len(report.rows_with_moved_system):
         where = "is put before the first question" if data.turn_order == "merge" else "is left out"

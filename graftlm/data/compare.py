@@ -96,6 +96,7 @@ def _answers(row: Row) -> list[Row]:
             row.group,
             row.tools,
             variables=row.variables,
+            unread=row.unread if one is row.messages else (),
         )
         for one, where in zip(said, _places(row), strict=True)
     ]

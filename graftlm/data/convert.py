@@ -2,7 +2,8 @@
 
 Beside `messages` and `tools` a line may have what OpenAI has no place for: `rejected` (whole conversations that were
 liked less), `desirable` (true or false) and `group`; a message may have `spans`, [start, end, weight] of characters of
-its content. Raw text has no messages: its lines are {text}; a row that only asks has them in {prompt}.
+its content, and `boilerplate`, [start, end] of the fixed words of a template. Raw text has no messages: its lines are
+{text}; a row that only asks has them in {prompt}.
 """
 
 import json
@@ -10,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from graftlm.data.fields import Unread, unread_notes
 from graftlm.data.formats import TEXT, Message
+from graftlm.data.messages import MESSAGE_KEYS
 from graftlm.data.records import Problem
 from graftlm.data.source import Row, SourceConfig, stream_rows
 from graftlm.data.turn_order import TurnOrder
@@ -35,22 +38,28 @@ def convert(
     check_lines(out)
     check_new(out, overwrite=overwrite)
     problems: list[Problem] = []
+    unread: dict[str, Unread] = {}
 
     def lines() -> Iterator[dict[str, Any]]:
         for found in stream_rows(source, network=network, turn_order=turn_order):
             if isinstance(found, Problem):
                 problems.append(found)
             else:
+                if found.unread:
+                    unread[found.where] = found.unread
                 yield to_fields(found)
 
+    path = source if isinstance(source, str) else source.path
     with whole(out) as draft:
         count = write_lines(draft, lines())
         left_out = [str(problem) for problem in problems if problem.left_out]
         if not count or (strict and left_out):
-            path = source if isinstance(source, str) else source.path
             said = f"{path}: {count} rows can be used, {len(left_out)} cannot:\n{numbered(left_out)}"
             raise DataError(said.rstrip(":\n"))
-    return count, problems
+    return count, [
+        *(Problem(path, line, left_out=False) for line in unread_notes(unread.items(), MESSAGE_KEYS)),
+        *problems,
+    ]
 
 
 def write_lines(file: Path, lines: Iterable[Any]) -> int:
@@ -101,6 +110,8 @@ def _message(message: Message) -> dict[str, Any]:
         fields["weight" if message.weight <= 1 else "loss_scale"] = message.weight  # OpenAI's ends at 1
     if message.spans:
         fields["spans"] = [list(span) for span in message.spans]
+    if message.boilerplate:
+        fields["boilerplate"] = [list(span) for span in message.boilerplate]
     return fields
 
 

@@ -4,10 +4,12 @@ The format of a file is detected from the keys of its first rows and said aloud;
 read and what is refused is the same in every format: `messages.py` reads single turns, `check` here looks at the whole.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from graftlm.data.fields import read_all
 from graftlm.data.messages import (
     ROLES,
     SHAREGPT_ROLES,
@@ -15,6 +17,7 @@ from graftlm.data.messages import (
     Fields,
     Message,
     RowError,
+    from_json,
     listed,
     missing,
     read_messages,
@@ -47,7 +50,7 @@ def messages(row: Fields) -> Conversation:
     """{messages: [{role, content, ...}]}, as OpenAI has it; and what `graft data convert` adds: `rejected`, a list of
     whole conversations, and `desirable`."""
     said = _with_system(row, read_messages(row, "messages", ROLES))
-    rejected = row.get("rejected") or []
+    rejected = from_json(row, "rejected") or []
     if not isinstance(rejected, list) or not all(isinstance(one, list) for one in rejected):
         raise RowError(f"field 'rejected' must be a list of conversations, this is {rejected!r:.60}")
     others = [read_messages({"rejected": one}, "rejected", ROLES) for one in rejected]
@@ -62,13 +65,15 @@ def sharegpt(row: Fields) -> Conversation:
 
 
 def alpaca(row: Fields) -> Conversation:
-    """{instruction, input, output}: the input, where not empty, is a paragraph of its own below the instruction."""
-    return Conversation([*_asked(row, "instruction"), *_answer(row, "output")], read_tools(row))
+    """{instruction, input, output}, or Dolly's {instruction, context, response}: the input or context, where not empty,
+    is a paragraph of its own below the instruction."""
+    return Conversation([*_asked(row, "instruction"), *_answer(row, *_answers(row))], read_tools(row))
 
 
 def prompt_completion(row: Fields) -> Conversation:
-    """{prompt, completion} or {query, response}, strings or lists of messages; `system` and `history` if there are."""
-    return Conversation([*_asked(row, *QUESTIONS), *_answer(row, *ANSWERS)], read_tools(row))
+    """{prompt, completion}, strings or lists of messages; `system` and `history` if there are. {query, response},
+    {question, answer} and {input, output} too; a `context` is a paragraph of its own below the question."""
+    return Conversation([*_asked(row, *QUESTIONS), *_answer(row, *_answers(row))], read_tools(row))
 
 
 def inputs_targets(row: Fields) -> Conversation:
@@ -79,18 +84,38 @@ def inputs_targets(row: Fields) -> Conversation:
 
 def natural_instructions(row: Fields) -> Conversation:
     """{Definition, input, output}, one instance of a task of Super-NaturalInstructions (arXiv:2204.07705), or
-    {definition, inputs, targets}. Of several right outputs the first is the answer."""
+    {definition, inputs, targets}. Of several right outputs the first is the answer. The first two of the task's
+    `Positive Examples` stand before the input, in the words of Tk-Instruct (its ni_collator.py)."""
     new = "Definition" in row
     definition, text, answer = ("Definition", "input", "output") if new else ("definition", "inputs", "targets")
-    asked = "\n\n".join(part for part in (_one_text(row, definition), read_text(row, text)) if part)
+    task, asked = _one_text(row, definition), read_text(row, text)
+    examples = _examples(row)
+    if examples:
+        task = f"Definition: {task}"
+        asked = f"Now complete the following example -\nInput: {asked}\nOutput:"
+    asked = "\n\n".join(part for part in (task, *examples, asked) if part)
     return Conversation([Message("user", asked), Message("assistant", _one_text(row, answer))])
+
+
+def _examples(row: Fields) -> list[str]:
+    """The first examples of a task; those without an output cannot be shown."""
+    found = row.get("Positive Examples") or []
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise RowError(f"field 'Positive Examples' must be a list of {{input, output}}, this is {found!r:.60}")
+    fields = [(one.get("input"), one.get("output")) for one in map(read_all, found)]
+    pairs = [(given, made) for given, made in fields if isinstance(given, str) and isinstance(made, str)]
+    return [
+        f"Positive Example {number} -\nInput: {given.strip()}\nOutput: {made.strip()}"
+        for number, (given, made) in enumerate(pairs[:EXAMPLES], start=1)
+    ]
 
 
 def prompt(row: Fields) -> Conversation:
     """{prompt}, or a conversation in any of the formats above that ends with a question: for `online`, where the model
     answers by itself. An answer that stands there all the same is what scorers compare with."""
     said = _question(row)
-    answer = next((key for key in ANSWERS if row.get(key)), None)
+    answered = said[-1].role == "assistant"
+    answer = None if answered else next((key for key in ANSWERS if row.get(key)), None)
     return Conversation([*said, *_answer(row, answer)] if answer else said, read_tools(row), asks=True)
 
 
@@ -176,11 +201,17 @@ FORMATS: dict[str, Callable[[Fields], Conversation]] = {
     "inputs-targets": inputs_targets,
 }
 
-QUESTIONS, ANSWERS = ("prompt", "query"), ("completion", "response")
+QUESTIONS, ANSWERS = ("prompt", "query", "question", "input"), ("completion", "response", "answer", "output")
+EXAMPLES = 2
+"""Of a task of Super-NaturalInstructions, as Tk-Instruct was trained."""
+PARAGRAPHS = {"instruction": ("input", "context"), "question": ("context",), "input": ("context",)}
+"""What is a paragraph of its own below a question, by the field of the question."""
 FLAGS = ("label", "desirable", "kto_tag")
 _FLAG_TEXTS = ("true", "True", "TRUE", "false", "False", "FALSE")
 """A .csv file has only text."""
-BESIDE_A_PROMPT = ("system", "history", "tools", "group")
+ALONE = QUESTIONS[:3]
+"""Names of a question that can mean nothing else where no answer is beside it."""
+BESIDE_A_PROMPT = ("system", "history", "tools", "group", "context")
 """What may stand beside a question that nobody has answered; of a row with more, somebody misspelt the answer."""
 
 _SIGNS: dict[str, tuple[frozenset[str], ...]] = {
@@ -192,7 +223,7 @@ _SIGNS: dict[str, tuple[frozenset[str], ...]] = {
     "ranked": tuple(frozenset({a, b}) for a in ("responses", "completions") for b in ("scores", "ranks")),
     "messages": (frozenset({"messages"}),),
     "sharegpt": (frozenset({"conversations"}), frozenset({"conversation"})),
-    "alpaca": (frozenset({"instruction", "output"}),),
+    "alpaca": tuple(frozenset({"instruction", answer}) for answer in ("output", "response", "completion", "answer")),
     "prompt-completion": tuple(frozenset({a, b}) for a in QUESTIONS for b in ANSWERS),
     "inputs-targets": tuple(frozenset({f"inputs{end}", f"targets{end}"}) for end in ("", "_pretokenized")),
     "text": (frozenset({"text"}),),
@@ -210,12 +241,29 @@ def detect(row: Fields) -> str:
         if any(sign <= keys for sign in signs):
             flagged = name in _SUPERVISED and _flagged(row)
             return "feedback" if flagged and not (name == "messages" and "desirable" in keys) else name
-    if keys & set(QUESTIONS) and keys <= {*QUESTIONS, *BESIDE_A_PROMPT}:
+    if keys & set(ALONE) and keys <= {*ALONE, *BESIDE_A_PROMPT}:
         return "prompt"
     known = "; ".join(f"{name}: {', '.join(sorted(signs[0]))}" for name, signs in _SIGNS.items())
     raise RowError(
         f"fields {sorted(map(str, keys))} fit no known format. Known: {known}; feedback: one of these with a label "
-        "that is true or false. `templates` in the recipe make conversations of any fields"
+        f"that is true or false. {_template(row)}"
+    )
+
+
+_LIKE_ANSWERS = (*ANSWERS, "answers", "solution", "target", "label", "summary", "reply", "assistant", "translation")
+
+
+def _template(row: Fields) -> str:
+    """What to write into the recipe so that the fields of this row are read."""
+    found = [key for key, value in row.items() if isinstance(value, str | int | float) and not {*"{}"} & {*str(key)}]
+    if len(found) < 2:
+        return "`templates` in the recipe make conversations of rows with two fields at least"
+    answer = next((key for name in _LIKE_ANSWERS for key in found if str(key).lower() == name), found[-1])
+    asked = "\n\n".join(f"{{{key}}}" for key in found if key != answer)
+    prompt, completion = (json.dumps(text, ensure_ascii=False) for text in (asked, f"{{{answer}}}"))
+    return (
+        "To read these fields, write into the recipe `data: {train: {path: ..., templates: ...}}`, without the fields "
+        f"that say nothing: templates: [{{prompt: {prompt}, completion: {completion}}}]"
     )
 
 
@@ -246,15 +294,20 @@ def _asked(row: Fields, *keys: str) -> list[Message]:
     if isinstance(row.get(key), list):
         question = read_messages(row, key, ROLES)
     else:
-        extra = read_text(row, "input", default="") if key == "instruction" else ""
+        extra = [read_text(row, name, default="") for name in PARAGRAPHS.get(key, ())]
         asked = read_text(row, key)
-        question = [Message("user", f"{asked}\n\n{extra}" if extra else asked)]
+        question = [Message("user", "\n\n".join([asked, *filter(None, extra)]))]
     return _with_system(row, [*_history(row), *question])
+
+
+def _answers(row: Fields) -> tuple[str, ...]:
+    """The fields that may hold the answer, those of the row's own kind first: in {input, output} `input` asks."""
+    return ("output", *ANSWERS) if "instruction" in row else ANSWERS
 
 
 def _answer(row: Fields, *keys: str) -> list[Message]:
     """An answer: text, one message, or messages; in the first of these fields that there is."""
-    key = next((key for key in keys if key in row), keys[-1])
+    key = next((key for key in keys if key in row), keys[0])
     value = row.get(key)
     if isinstance(value, dict):
         return read_messages({key: [value]}, key, SHAREGPT_ROLES)
@@ -277,7 +330,7 @@ def _with_system(row: Fields, said: list[Message]) -> list[Message]:
 
 def _history(row: Fields) -> list[Message]:
     """[[question, answer], ...] before the question of the row."""
-    turns = row.get("history") or []
+    turns = from_json(row, "history") or []
     pairs = isinstance(turns, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns)
     if not pairs or not all(isinstance(said, str) for turn in turns for said in turn):
         raise RowError(f"field 'history' must be a list of [question, answer], this is {turns!r:.60}")

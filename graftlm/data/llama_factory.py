@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graftlm.data.fields import read_all
 from graftlm.data.foreign import Part, column, on_hub, only
-from graftlm.data.messages import Fields, RowError, listed, read_text
+from graftlm.data.messages import MEDIA, Fields, RowError, listed, read_text
 from graftlm.errors import DataError, nearest
 
 _ENTRY = ("file_name", "hf_hub_url", "formatting", "ranking", "columns", "tags", "split", "subset")
@@ -25,7 +26,7 @@ _ELSEWHERE = {
     "script_url": "no code that comes with data is run",
 }
 """Other places where the same rows are to be had."""
-_MEDIA = dict.fromkeys(("images", "videos", "audios"), "only text can be trained on")
+_MEDIA = dict.fromkeys(MEDIA, "only text can be trained on")
 _COLUMNS = {
     "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", "kto_tag"),
     "sharegpt": ("messages", "system", "tools", "chosen", "rejected", "kto_tag"),
@@ -140,7 +141,9 @@ def _from_sharegpt(columns: Mapping[str, str], tags: Mapping[str, str], row: Fie
         if role not in roles:
             near = nearest(role, roles)
             raise RowError(f"{where}: {tags['role_tag']} is {role!r}, which is none of the tags. {near}")
-        rest = {key: value for key, value in turn.items() if key not in (tags["role_tag"], tags["content_tag"])}
+        rest = {
+            key: value for key, value in read_all(turn).items() if key not in (tags["role_tag"], tags["content_tag"])
+        }
         return rest | {"role": roles[role], "content": turn.get(tags["content_tag"])}
 
     name = columns["messages"]

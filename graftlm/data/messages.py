@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from graftlm.data.fields import Tracked, read_all, tracked
 from graftlm.errors import nearest
 
 Fields = Mapping[str, Any]
@@ -37,6 +38,22 @@ SHAREGPT_ROLES = ROLES | {
 }
 PAIRS = (("human", "user", "tool"), ("assistant", "gpt", "bot"))
 """Keys of a turn that holds both what was asked and what was answered."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of the thoughts before an answer: of OpenAI-compatible servers, of vLLM and OpenRouter, of templates."""
+TRAIN_FLAGS = ("train", "trainable", "training", "train_on_turn", "loss_mask")
+"""Keys of a message that say whether it is trained: true or false, 1 or 0."""
+_FLAGS = frozenset(TRAIN_FLAGS)
+MEDIA = frozenset(
+    f"{kind}{end}"
+    for kind in ("image", "video", "audio")
+    for end in ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
+)
+"""Keys of a row, of a message or of a part of it that hold what is not text."""
+MESSAGE_KEYS = (
+    *("role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"),
+    *(*THOUGHTS, *TRAIN_FLAGS, "weight", "loss", "loss_scale", "spans", "boilerplate"),
+)
+"""Keys that are read in a message of the role that they belong to."""
 TEXT = "text"
 """The role of the one message of a raw text row: it is not rendered by a chat template."""
 
@@ -57,6 +74,8 @@ class Message:
     """Of a tool's message: the `id` of the call that it answers, which some templates write."""
     name: str = ""
     """Of a tool's message: the name of the tool."""
+    boilerplate: tuple[tuple[int, int], ...] = ()
+    """(start, end): characters of `content` that are the fixed words of a template, no mask but `everything` trains."""
 
     @property
     def all_text(self) -> str:
@@ -101,9 +120,26 @@ def missing(row: Fields, key: str) -> RowError:
     return RowError(f"field {key!r} is needed, {found}")
 
 
+def from_json(row: Fields, key: str) -> Any:
+    """What is in a field that cannot hold text: the JSON of a list or mapping, which is all that a .csv file can hold,
+    is read."""
+    value = row.get(key)
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    try:
+        value = _loaded(value, f"field {key!r}")
+    except RowError as error:
+        python = value.lstrip("[ {\n").startswith("'")
+        hint = ". This is how Python shows a value: write it with json.dumps" if python else ""
+        raise RowError(f"{error}{hint}") from None
+    if isinstance(row, Tracked):
+        row[key] = value = tracked(value)
+    return value
+
+
 def listed(row: Fields, key: str, what: str = "entry") -> list[Any]:
     """The list in a field, of at least one thing."""
-    value = row.get(key)
+    value = from_json(row, key)
     if value is None:
         raise missing(row, key)
     if not isinstance(value, list) or not value:
@@ -123,6 +159,7 @@ def read_messages(row: Fields, key: str, roles: Mapping[str, str]) -> list[Messa
             if not isinstance(turn, Mapping):
                 names = "'from' and 'value'" if roles is SHAREGPT_ROLES else "'role' and 'content'"
                 raise RowError(f"a message must be a mapping with {names}, this is {turn!r:.60}")
+            refuse_media(turn)
             found += _turn(turn, roles)
             answered = turn.get("tool_call_id")
             if found[-1].role == "tool" and calls and answered is not None and answered not in calls:
@@ -132,6 +169,15 @@ def read_messages(row: Fields, key: str, roles: Mapping[str, str]) -> list[Messa
         except RowError as error:
             raise RowError(f"{key}[{index}]: {error}") from None
     return found
+
+
+def refuse_media(fields: Fields) -> None:
+    """Raise RowError where pictures, videos or sounds stand beside the text."""
+    if MEDIA.isdisjoint(fields):
+        return
+    if shown := [key for key in fields if key in MEDIA and fields.get(key)]:
+        kind = f"{shown[0].partition('_')[0].removesuffix('s')}s"
+        raise RowError(f"field {shown[0]!r} holds {kind}: only text can be trained on")
 
 
 def _turn(turn: Fields, roles: Mapping[str, str]) -> Iterator[Message]:
@@ -150,29 +196,36 @@ def _turn(turn: Fields, roles: Mapping[str, str]) -> Iterator[Message]:
         near = f"Did you mean {plain!r}?" if plain in roles else nearest(said, roles)
         raise RowError(f"{role_key} is {said!r}, which is no role. {near}")
     if roles[said] == CALL:
-        yield Message("assistant", "", tool_calls=_calls(_loaded(read_text(turn, text_key), text_key)))
+        calls = _calls(_loaded(read_text(turn, text_key), text_key))
+        yield Message("assistant", "", calls, _thoughts(turn), _weight(turn, "assistant"))
         return
     yield _message(turn, roles[said], text_key)
 
 
 def _message(turn: Fields, role: str, text_key: str) -> Message:
     calls: tuple[dict[str, Any], ...] = ()
-    if turn.get("tool_calls"):
-        calls = _calls(turn["tool_calls"])
-    elif turn.get("function_call"):  # OpenAI's older way
-        calls = _calls(turn["function_call"])
+    for key in ("tool_calls", "function_call"):  # the second is OpenAI's older way
+        if not calls and turn.get(key):
+            calls = _calls(from_json(turn, key))
     if calls and role != "assistant":
         raise RowError(f"tool_calls in a message of the role {role!r}: only an assistant calls tools")
     content, spans = _content(turn, text_key, needed=not calls)
     if turn.get("spans"):
         spans = read_spans(turn["spans"], len(content))
-    thinking = ""
-    if role == "assistant":
-        thinking = read_text(turn, "reasoning_content" if "reasoning_content" in turn else "thinking", default="")
+    thinking = _thoughts(turn) if role == "assistant" else ""
     call_id, name = (
         "" if role != "tool" or turn.get(key) is None else str(turn[key]) for key in ("tool_call_id", "name")
     )
-    return Message(role, content, calls, thinking, _weight(turn, role), spans, call_id, name)
+    fixed = _boilerplate(turn, len(content))
+    return Message(role, content, calls, thinking, _weight(turn, role), spans, call_id, name, fixed)
+
+
+def _thoughts(turn: Fields) -> str:
+    """The thoughts, under any of their names; RowError where two names have different ones."""
+    found = {key: text for key in THOUGHTS if (text := read_text(turn, key, default=""))}
+    if len(set(found.values())) > 1:
+        raise RowError(f"fields {' and '.join(map(repr, found))} hold different thoughts: leave one of them")
+    return next(iter(found.values()), "")
 
 
 def _content(turn: Fields, key: str, *, needed: bool) -> tuple[str, tuple[tuple[int, int, float], ...]]:
@@ -186,12 +239,21 @@ def _content(turn: Fields, key: str, *, needed: bool) -> tuple[str, tuple[tuple[
         if not isinstance(part, Mapping) or part.get("type", "text") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise RowError(f"{key} holds a part of the type {kind!r}: only text can be trained on")
+        refuse_media(part)
         start, text = len(text), text + read_text(part, "text")
         if part.get("train") is not None:
             if not isinstance(part["train"], bool):
                 raise RowError(f"'train' of a part of {key} must be true or false, this is {part['train']!r:.60}")
             spans.append((start, len(text), float(part["train"])))
     return text, tuple(spans)
+
+
+def _boilerplate(turn: Fields, length: int) -> tuple[tuple[int, int], ...]:
+    """[[start, end], ...]: the fixed words of a template in a text of this length."""
+    if not turn.get("boilerplate"):
+        return ()
+    found = [[*one, 0] if isinstance(one, list) else one for one in listed(turn, "boilerplate", "[start, end]")]
+    return tuple((start, end) for start, end, _ in read_spans(found, length))
 
 
 def read_spans(spans: Any, length: int) -> tuple[tuple[int, int, float], ...]:
@@ -209,17 +271,25 @@ def read_spans(spans: Any, length: int) -> tuple[tuple[int, int, float], ...]:
 
 
 def _weight(turn: Fields, role: str) -> float | None:
-    """OpenAI's `weight`, 0 to 1; or ms-swift's `loss` and `loss_scale`, which are about answers only."""
+    """The weight of a message: the product of all that it says of it. `weight` is OpenAI's, 0 to 1; TRAIN_FLAGS are of
+    Axolotl, LLaMA-Factory, verl and others; `loss` and `loss_scale` are ms-swift's, which are about answers only."""
+    found: list[float] = []
     if turn.get("weight") is not None:
-        return _number(turn["weight"], "weight", most=1)
-    if role != "assistant":
-        return None
-    loss = turn.get("loss")
-    if loss is not None and not isinstance(loss, bool):
-        raise RowError(f"loss must be true or false, this is {loss!r:.60}")
-    if turn.get("loss_scale") is not None and loss is not False:
-        return _number(turn["loss_scale"], "loss_scale", most=math.inf)
-    return None if loss is None else float(loss)
+        found.append(_number(turn["weight"], "weight", most=1))
+    for key in () if _FLAGS.isdisjoint(turn) else TRAIN_FLAGS:
+        if (flag := turn.get(key)) is not None:
+            if flag not in (0, 1) or isinstance(flag, float):  # False and True are 0 and 1
+                raise RowError(f"{key} must be true or false (1 or 0), this is {flag!r:.60}")
+            found.append(float(flag))
+    if role == "assistant":
+        loss = turn.get("loss")
+        if loss is not None:
+            if not isinstance(loss, bool):
+                raise RowError(f"loss must be true or false, this is {loss!r:.60}")
+            found.append(float(loss))
+        if turn.get("loss_scale") is not None:
+            found.append(_number(turn["loss_scale"], "loss_scale", most=math.inf))
+    return math.prod(found) if found else None
 
 
 def _number(value: Any, what: str, *, most: float) -> float:
@@ -239,33 +309,34 @@ def read_tools(row: Fields) -> tuple[dict[str, Any], ...]:
     if tools is None or tools == "":
         return ()
     tools = _loaded(tools, "tools") if isinstance(tools, str) else tools
-    return tuple(_function(tool, f"tools[{i}]") for i, tool in enumerate(_several(tools, "tools")))
+    found = [_function(tool, f"tools[{i}]") for i, tool in enumerate(_several(tools, "tools"))]
+    return tuple({**entry, "function": read_all(function)} for entry, function in found)
 
 
 def _calls(calls: Any) -> tuple[dict[str, Any], ...]:
     found = []
     for index, call in enumerate(_several(calls, "tool_calls")):
         where = f"tool_calls[{index}]"
-        call = _function(call, where)
-        function = dict(call["function"])
+        entry, function = _function(call, where)
         arguments = function.get("arguments")
-        arguments = {} if arguments is None else arguments
         if isinstance(arguments, str):  # OpenAI has them as JSON in a text, templates take the mapping
-            arguments = _loaded(arguments, f"{where}: arguments") if arguments.strip() else {}
+            arguments = _loaded(arguments, f"{where}: arguments") if arguments.strip() else None
+        arguments = {} if arguments is None else arguments  # null and "null" are a call without arguments
         if not isinstance(arguments, Mapping):
             raise RowError(f"{where}: arguments must be a mapping or its JSON, this is {arguments!r:.60}")
-        found.append({**call, "function": {"name": function["name"], "arguments": dict(arguments)}})
+        found.append({**entry, "function": {"name": function["name"], "arguments": read_all(arguments)}})
     return tuple(found)
 
 
-def _function(entry: Any, where: str) -> dict[str, Any]:
+def _function(entry: Any, where: str) -> tuple[dict[str, Any], Fields]:
+    """(the entry as OpenAI has it: {type, function, ...}; its function, which has a name)"""
     if not isinstance(entry, Mapping):
         raise RowError(f"{where} must be a mapping, this is {entry!r:.60}")
-    whole = dict(entry) if "function" in entry else {"type": "function", "function": dict(entry)}
-    function = whole["function"]
+    function = entry.get("function", entry)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise RowError(f"{where} names no function: {function!r:.60}")
-    return {"type": "function", **whole}
+    whole = read_all(entry) if "function" in entry else {"function": function}
+    return {"type": "function", **whole}, function
 
 
 def _several(value: Any, what: str) -> list[Any]:

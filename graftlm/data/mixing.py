@@ -9,6 +9,7 @@ Nothing is drawn while training runs, so the mixture depends on files, recipe an
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ def read_data(
     how: dict[str, Any] = {"network": network, "strict": data.strict, "turn_order": data.turn_order}
     loaded = [load_rows(source, problems=told, score=field, **how) for source in sources]
     rows, notes = usable([row for part, _ in loaded for row in part])
+    notes = [*notes, *_templates(sources, [part for part, _ in loaded])]
     if isinstance(data.held_out, int | float):
         rows, aside = split(rows, data.held_out, seed)
     else:
@@ -61,6 +63,17 @@ def read_data(
     problems = [str(problem) for problem in told if problem.left_out]
     notes += [str(problem) for problem in told if not problem.left_out]
     return Data(rows, aside, ", ".join(dict.fromkeys(name for _, name in loaded)), problems, notes)
+
+
+def _templates(sources: Sequence[SourceConfig], parts: Sequence[Sequence[Row]]) -> list[str]:
+    """How many rows each template asks, a line for each source that has several."""
+    lines = []
+    for source, rows in zip(sources, parts, strict=True):
+        if len(source.templates) > 1:
+            counts = Counter(row.template for row in rows)
+            said = ", ".join(f"{number + 1}: {counts[number]:,} rows" for number in range(len(source.templates)))
+            lines.append(f"{source.path}: asked by template {said}")
+    return lines
 
 
 def mix(

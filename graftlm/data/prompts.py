@@ -13,6 +13,7 @@ import numpy as np
 from graftlm.data.check import Report, unheard
 from graftlm.data.formats import Message
 from graftlm.data.pack import Example, Group
+from graftlm.data.reading import unread_keys
 from graftlm.data.render import Renderer, Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.errors import DataError, numbered
@@ -77,6 +78,7 @@ def prepare_prompts(
     lengths = np.array([len(prompt) for prompt in made], np.int64)
     longest = int(lengths.argmax())
     report.problems += problems
+    report.notes += unread_keys(rows)
     report.rows, report.tokens = len(made), int(lengths.sum())
     report.longest_tokens, report.longest_row = int(lengths[longest]), made[longest].where
     report.prompt_tokens.add(lengths)

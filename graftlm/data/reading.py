@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from graftlm.config import to_tree
 from graftlm.data import cache
+from graftlm.data.fields import unread_notes
 from graftlm.data.formats import Message
+from graftlm.data.messages import MESSAGE_KEYS
 from graftlm.data.mixing import Data, read_data
 from graftlm.data.parallel import many
 from graftlm.data.source import DataConfig, Row, SourceConfig, content, for_supervised
@@ -28,11 +30,15 @@ BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack"}
 class KeptRows(Sequence[Row]):
     """Rows that are made when they are asked for."""
 
-    def __init__(self, key: str, places: list[str], text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+    def __init__(
+        self, key: str, places: list[str], text: NDArray[np.uint8], ends: NDArray[np.int64], unread: list[str]
+    ) -> None:
         self.key = key
         """What the rows follow from, but for their places."""
         self.places = places
         """Where each stands."""
+        self.unread = unread
+        """What is to be told of their keys that nobody has read."""
         self._text, self._ends = text, ends
         self._made: list[Row | None] = [None] * len(places)
 
@@ -58,6 +64,13 @@ class KeptRows(Sequence[Row]):
 def places(rows: Sequence[Row]) -> list[str]:
     """Where each row stands."""
     return rows.places if isinstance(rows, KeptRows) else [row.where for row in rows]
+
+
+def unread_keys(rows: Sequence[Row]) -> list[str]:
+    """What is to be told of keys that nobody has read, a line each; a row that comes several times counts once."""
+    if isinstance(rows, KeptRows):
+        return rows.unread
+    return unread_notes({row.where: row.unread for row in rows}.items(), MESSAGE_KEYS)
 
 
 def read_kept(
@@ -131,7 +144,8 @@ def _save(file: Path, read: Data) -> bool:
         arrays[f"{name}_ends"] = np.cumsum([len(line) for line in lines], dtype=np.int64)
         where = json.dumps([row.where for row in rows]).encode()
         arrays[f"{name}_places"] = np.frombuffer(where, np.uint8)
-    cache.save_arrays(file, arrays, {"facts": json.dumps([read.format, read.problems, read.notes])})
+    unread = {"train": unread_keys(read.train), "held_out": unread_keys(read.held_out)}
+    cache.save_arrays(file, arrays, {"facts": json.dumps([read.format, read.problems, read.notes, unread])})
     return True
 
 
@@ -141,16 +155,17 @@ def _load(file: Path, key: str) -> Data | None:
         return None
     arrays, facts = found
     try:
+        name, problems, notes, unread = json.loads(facts["facts"])
         train, held_out = (
             KeptRows(
-                f"{key} {name}",
-                json.loads(arrays[f"{name}_places"].tobytes()),
-                arrays[f"{name}_text"],
-                arrays[f"{name}_ends"],
+                f"{key} {side}",
+                json.loads(arrays[f"{side}_places"].tobytes()),
+                arrays[f"{side}_text"],
+                arrays[f"{side}_ends"],
+                unread[side],
             )
-            for name in ("train", "held_out")
+            for side in ("train", "held_out")
         )
-        name, problems, notes = json.loads(facts["facts"])
     except (ValueError, KeyError) as error:
         raise cache.DamagedError(f"{type(error).__name__}: {error}") from None
     return Data(train, held_out, name, problems, notes)
@@ -164,7 +179,10 @@ def _fields(row: Row) -> list[Any]:
         row.group,
         _messages(row.messages),
         *(
-            [row.tools, [_messages(other) for other in row.rejected], row.desirable, row.score, row.variables]
+            [
+                *(row.tools, [_messages(other) for other in row.rejected], row.desirable, row.score),
+                *(row.variables, row.unread, row.template),
+            ]
             if _more(row)
             else ()
         ),
@@ -178,21 +196,36 @@ def _messages(messages: Sequence[Message]) -> list[Any]:
 
 def _row(where: str, fields: Sequence[Any]) -> Row:
     group, messages, *more = fields
-    tools, rejected, desirable, score, variables = more or ((), (), None, None, {})
+    tools, rejected, desirable, score, variables, unread, template = more or ((), (), None, None, {}, (), None)
     others = tuple(_read(other) for other in rejected)
-    return Row(_read(messages), where, group, tuple(tools), others, desirable, score, variables)
+    ignored = tuple((level, key) for level, key in unread)
+    return Row(
+        _read(messages),
+        where,
+        group,
+        tuple(tools),
+        others,
+        desirable,
+        score,
+        variables,
+        unread=ignored,
+        template=template,
+    )
 
 
 def _read(messages: Sequence[Sequence[Any]]) -> list[Message]:
     found = []
     for role, text, *more in messages:
-        calls, thinking, weight, spans, *named = more or ((), "", None, ())
-        found.append(Message(role, text, tuple(calls), thinking, weight, tuple(map(tuple, spans)), *named))
+        calls, thinking, weight, spans, call_id, name, fixed = more or ((), "", None, (), "", "", ())
+        spans, fixed = tuple(map(tuple, spans)), tuple(map(tuple, fixed))
+        found.append(Message(role, text, tuple(calls), thinking, weight, spans, call_id, name, fixed))
     return found
 
 
 def _more(row: Row) -> bool:
-    return bool(row.tools or row.rejected or row.desirable is not None or row.score is not None or row.variables)
+    some = (row.desirable, row.score, row.template)
+    there = row.tools or row.rejected or row.variables or row.unread
+    return bool(there) or any(value is not None for value in some)
 
 
 def _plain(row: Row) -> bool:

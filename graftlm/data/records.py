@@ -7,15 +7,20 @@ so it is held whole; the others are read as they come, at bounded memory.
 
 import codecs
 import csv
+import glob
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from graftlm.data import docstrings
+from graftlm.data.nulls import without_nulls
 from graftlm.errors import DataError, nearest
 
 
@@ -36,8 +41,14 @@ Record = tuple[str, Any]  # where it stands, and what stands there
 BUILTIN = {"docstrings": docstrings}
 """Name -> the module with the `rows()` of a data set, and the `files()` of this machine that they are made from."""
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+GZ = ".gz"
 GZIP = b"\x1f\x8b"
 """What a file begins with that gzip has packed."""
+JSONL = ".jsonl"
+TABLES = (".parquet", ".arrow")
+"""Files of columns, which have their own way to pack them."""
+NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""Files that `datasets.save_to_disk` and LLaMA-Factory put beside rows."""
 NUL = "\udc00"
 """In text from a .csv file a byte of zero, which Python's csv cannot read; other odd bytes are U+DC80 to U+DCFF."""
 
@@ -54,31 +65,68 @@ def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
         return _hub(name, network)
     file = Path(path).expanduser()
     if not file.is_file():
-        folder = file if file.is_dir() else file.parent
-        siblings = [str(p) for p in folder.iterdir() if p.suffix in READERS] if folder.is_dir() else []
-        what = "is a folder, a file of rows is needed" if file.is_dir() else "no such file"
-        raise DataError(f"{path}: {what}. {nearest(path, siblings)}")
-    if file.suffix not in READERS:
-        what = "is packed: unpack it first" if file.suffix in PACKED else ""
+        siblings = [str(p) for p in file.parent.iterdir() if _ending(p) in READERS] if file.parent.is_dir() else []
+        raise DataError(f"{path}: no such file. {nearest(path, siblings)}")
+    ending = _ending(file)
+    if ending not in READERS or (ending in TABLES and file.suffix.lower() == GZ):
+        what = "is packed: unpack it first" if file.suffix.lower() in PACKED else ""
         what = what or f"cannot read {file.suffix or 'files without an ending'}"
-        raise DataError(f"{path}: {what}. Known: {', '.join(READERS)}")
+        raise DataError(f"{path}: {what}. Known: {', '.join(READERS)}, also packed as {JSONL}{GZ}")
     try:
-        with file.open("rb") as stream:
+        with _open(file) as stream:
             head = stream.read(4096)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    except (OSError, EOFError, zlib.error) as error:  # of the disk, or of gzip
+        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not head:
         raise DataError(f"{path}: the file is empty")
     if head.startswith(GZIP):
         raise DataError(f"{path}: is packed by gzip, whatever its name says: unpack it first (gunzip)")
-    if file.suffix != ".parquet" and (
+    if ending not in TABLES and (
         head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * head.count(0) > len(head) > 8
     ):
         raise DataError(
             f"{file}:1: the file contains NUL bytes, as UTF-16 does, and is not UTF-8. Convert it, for example with "
             "iconv -f utf-16 -t utf-8"
         )
-    return READERS[file.suffix](file)
+    found = READERS[ending](file)
+    return _unpacked(file, found) if file.suffix.lower() == GZ else found
+
+
+def expanded(path: str) -> list[str]:
+    """The files that a path stands for, by name: those that a pattern (`data/*.jsonl`) matches, those of a folder that
+    can be read, or the path itself. DataError where there are none."""
+    if path.startswith(tuple(f"{kind}:" for kind in ("hub", "builtin"))):
+        return [path]
+    file = Path(path).expanduser()
+    if file.is_dir():
+        found = [p for p in file.iterdir() if p.is_file() and _ending(p) in READERS and p.name not in NOT_ROWS]
+        what = f"no file of rows in this folder. Known: {', '.join(READERS)}"
+    elif glob.has_magic(path) and not file.exists():
+        found = [p for p in map(Path, glob.glob(str(file), recursive=True)) if p.is_file()]
+        what = "no file matches"
+    else:
+        return [path]
+    if not found:
+        raise DataError(f"{path}: {what}")
+    return [str(p) for p in sorted(found)]
+
+
+def _ending(file: Path) -> str:
+    """What decides how a file is read, in small letters; a .gz behind it says how it is packed."""
+    name = Path(file.stem) if file.suffix.lower() == GZ else file
+    return name.suffix.lower()
+
+
+def _open(file: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where its name says that gzip has packed it."""
+    return cast(IO[bytes], gzip.open(file, "rb")) if file.suffix.lower() == GZ else file.open("rb")
+
+
+def _unpacked(file: Path, found: Iterator[Record | Problem]) -> Iterator[Record | Problem]:
+    try:
+        yield from found
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file}: damaged: what gzip has packed cannot be unpacked whole: {error}") from None
 
 
 def files(path: str) -> list[Path]:
@@ -122,7 +170,7 @@ def _json_reason(error: Exception, text: str) -> str:
 
 
 def _jsonl(file: Path) -> Iterator[Record | Problem]:
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         for number, raw in enumerate(stream, start=1):
             where = f"{file}:{number}"
             if number == 1:
@@ -157,7 +205,8 @@ def _not_utf8(byte: int) -> str:
 
 def _json(file: Path) -> Iterator[Record | Problem]:
     """The elements of a list, each read by itself, with the line on which it begins; or JSON by the line."""
-    text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
+    with _open(file) as stream:
+        text = stream.read().decode("utf-8-sig", "surrogateescape")
     odd_bytes = not text.isascii() and any("\udc80" <= c <= "\udcff" for c in set(text))
     skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
     place = skip(text, 0).end()
@@ -222,17 +271,18 @@ def _json_object(file: Path, text: str) -> Iterator[Record]:
 # Tables ------------------------------------------------------------------------------------------------------------
 
 
-def _csv(file: Path) -> Iterator[Record | Problem]:
+def _csv(file: Path, delimiter: str = ",") -> Iterator[Record | Problem]:
     """Rows by the names in the header, all of them text; a row is named by the line on which it begins."""
     limit = csv.field_size_limit(2**31 - 1)  # the limit of 128 KiB would refuse a long document
     try:
-        with io.TextIOWrapper(file.open("rb"), "utf-8-sig", "surrogateescape", newline="") as stream:
-            reader = csv.reader((line.replace("\0", NUL) for line in stream), strict=True)
+        with io.TextIOWrapper(_open(file), "utf-8-sig", "surrogateescape", newline="") as stream:
+            reader = csv.reader((line.replace("\0", NUL) for line in stream), strict=True, delimiter=delimiter)
             header = next(reader, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{file}:1: two columns have the same name: {header}")
-            if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
-                raise DataError(f"{file}:1: the header is one column, {header[0]!r}: columns are separated by commas")
+            if len(header) == 1 and any(separator in header[0] for separator in ";,\t|" if separator != delimiter):
+                other = "tabs" if delimiter == "\t" else "commas (in .tsv files by tabs)"
+                raise DataError(f"{file}:1: the header is one column, {header[0]!r}: columns are separated by {other}")
             while True:
                 where = f"{file}:{reader.line_num + 1}"
                 try:
@@ -271,16 +321,31 @@ def _parquet(file: Path) -> Iterator[Record | Problem]:
         raise DataError(f"{file}: not a readable parquet file: {error}{after}") from None
 
 
+def _arrow(file: Path) -> Iterator[Record | Problem]:
+    """A file of `datasets.save_to_disk` or of Arrow's own format."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(file)) as stream:
+            try:
+                batches = iter(pyarrow.ipc.open_stream(stream))
+            except pyarrow.ArrowInvalid:
+                table = pyarrow.ipc.open_file(stream)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", _of_a_table(row)
+    except Exception as error:
+        after = f" (after row {number})" if number else ""
+        raise DataError(f"{file}: not a readable arrow file: {error}{after}") from None
+
+
 def _of_a_table(row: Any) -> Any:
     """The row without what only its table put into it: mappings of one column all have the same keys there, so one that
     lacks a key (an argument of a call, say) has it with null."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    return {name: without_nulls(value) for name, value in row.items()}
 
 
 def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
@@ -316,8 +381,10 @@ def _offline() -> Iterator[None]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record | Problem]]] = {
-    ".jsonl": _jsonl,
+    JSONL: _jsonl,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
+    ".arrow": _arrow,
 }

@@ -41,6 +41,10 @@ _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")
 OPEN, CLOSE = "<think>", "</think>"
 """What most templates put around thoughts."""
+BROKEN = "\ufffd"
+"""What decoding writes for bytes that are no whole character."""
+MOST_PIECES = 16
+"""Tokens that are looked at together to find whole characters: a character has four bytes at most."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What templates call the thoughts before an answer."""
 
@@ -407,6 +411,7 @@ class Renderer:
         bounds = {i: (len(begins[i]), until) for i, until in turns.items()}
         tokens = self._encode(text, cuts=_cuts(text, begins.values()))
         roles, turn_of = self._roles(messages, spans, bounds, tokens, len(text))
+        _set_boilerplate(messages, spans, roles, turn_of, tokens)
         given = _given(messages, spans, roles, turn_of, tokens.starts)
         thoughts = {i for i in lost.thoughts - inserted if i in answers and messages[i].weight != 0}
         row = Rendered(tokens.ids, roles, text, turn_of, given, lost_thoughts=bool(thoughts), lost_tools=lost.tools)
@@ -535,8 +540,30 @@ class Renderer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id by itself, special tokens included."""
-        return [str(self.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
+        """The text of each id, special tokens included. Of a character that several tokens make, the first has all of
+        it and the others have none."""
+        texts: list[str] = []
+        while (start := len(texts)) < len(ids):
+            text = self._text(ids[start : start + 1])
+            if BROKEN not in text:
+                texts.append(text)
+                continue
+            if list(ids[start : start + len(self._broken_ids)]) == self._broken_ids:  # the text itself has it
+                texts += [BROKEN, *[""] * (len(self._broken_ids) - 1)]
+                continue
+            # tokens may hold the end of one character and the beginning of the next: all that hang together
+            ends = range(start + 2, min(len(ids), start + MOST_PIECES) + 1)
+            whole = ((end, self._text(ids[start:end])) for end in ends)
+            end, text = next(((end, found) for end, found in whole if BROKEN not in found), (start + 1, text))
+            texts += [text, *[""] * (end - start - 1)]
+        return texts
+
+    @cached_property
+    def _broken_ids(self) -> list[int]:
+        return list(self._encoder.encode(BROKEN, add_special_tokens=False).ids)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
 
     def _spans(
         self,
@@ -720,6 +747,20 @@ def _given(
                 at = spans[index].content
                 given[own & (starts >= at + start) & (starts < at + stop)] = weight
     return given
+
+
+def _set_boilerplate(
+    messages: Sequence[Message],
+    spans: Mapping[int, _Span],
+    roles: NDArray[np.uint8],
+    turns: NDArray[np.int32],
+    tokens: _Tokens,
+) -> None:
+    """Give tokens that are wholly fixed words of a row's template the role of what templates write."""
+    for index, span in spans.items():
+        for start, end in messages[index].boilerplate:
+            inside = (tokens.starts >= span.content + start) & (tokens.ends <= span.content + end)
+            roles[inside & (turns == index) & (roles == span.role)] = Role.BOILERPLATE
 
 
 def _ending(text: str) -> str:

@@ -17,10 +17,12 @@ from pydantic import Field, Strict, field_validator
 
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
 from graftlm.data import axolotl, llama_factory
+from graftlm.data.fields import Tracked, Unread, unread
 from graftlm.data.foreign import Part
 from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
-from graftlm.data.messages import read_number
-from graftlm.data.records import Problem, files, records
+from graftlm.data.messages import read_number, refuse_media
+from graftlm.data.nulls import clean_calls, clean_tools
+from graftlm.data.records import Problem, expanded, files, records
 from graftlm.data.template import check_names
 from graftlm.data.turn_order import TurnOrder, in_order
 from graftlm.data.wording import Template, ask
@@ -30,8 +32,9 @@ from graftlm.errors import DataError, numbered
 @config
 class SourceConfig:
     path: str
-    """A .jsonl, .json, .csv or .parquet file; `hub:org/name[@subset][:split]`; `builtin:docstrings`; or what another
-    trainer describes: `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
+    """A .jsonl, .json, .csv, .tsv, .parquet or .arrow file, .jsonl.gz and so on; a pattern (`data/*.jsonl`) or a folder
+    of such files; `hub:org/name[@subset][:split]`; `builtin:docstrings`; or what another trainer describes:
+    `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
     format: Literal[
         "auto",
         "messages",
@@ -47,7 +50,8 @@ class SourceConfig:
         "inputs-targets",
     ] = "auto"
     templates: tuple[Template, ...] = ()
-    """Ways of asking, for rows of any fields; each row is put into one of them, drawn by what stands in the row."""
+    """Ways of asking, for rows of any fields; each row is put into one of them, drawn by what stands in the row from
+    those whose fields it has."""
     weight: PositiveRate = 1.0
     """Among several sources: how much its share of an epoch is multiplied by."""
     cap: PositiveCount | None = None
@@ -125,7 +129,6 @@ class DataConfig:
 
 
 SAME = "says the same as"
-MEDIA = ("images", "videos", "audios")
 AHEAD = 100
 """The format of a file is told from so many rows."""
 
@@ -147,6 +150,10 @@ class Row:
     """What `data.order` sorts by: a number that stands in the row, or that a selector gave it."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template that the row sets (`enable_thinking`)."""
+    unread: Unread = field(default=(), compare=False)
+    """Keys of the row and of its messages that nobody has read, each as often as it occurs."""
+    template: int | None = field(default=None, compare=False)
+    """The number, from 0, of the entry of `templates` that asks this row."""
 
 
 def load_rows(
@@ -198,9 +205,10 @@ def stream_rows(
     formats: list[str] | None = None,
     score: str | None = None,
     turn_order: TurnOrder = "refuse",
+    epoch: int = 0,
 ) -> Iterator[Row | Problem]:
     """Rows and problems of a source in the order of its files, one at a time, so that memory does not grow with them.
-    Names of formats go into `formats` as they are met."""
+    Names of formats go into `formats` as they are met. `templates` are drawn anew for each `epoch`."""
     if isinstance(source, str):
         source = SourceConfig(path=source)
     for part in _parts(source.path):
@@ -210,6 +218,7 @@ def stream_rows(
         found = _instances(records(part.path, network=network))
         ahead = list(islice(found, AHEAD)) if name == "auto" else []
         name = _told(part, ahead) if name == "auto" else name
+        known: dict[Unread, Unread] = {}
         for where, record in chain(ahead, found):
             if isinstance(record, Problem):
                 yield record
@@ -220,14 +229,21 @@ def stream_rows(
                     raise RowError(
                         f"a row is a mapping of fields to values, this is a {type(record).__name__}{several}"
                     )
-                fields = part.reshape(record)
-                fields = ask(source.templates, fields) if source.templates else fields
-                name = detect(fields) if name == "auto" else name
+                tracked = Tracked(record)
+                fields = part.reshape(tracked)
+                asked = None
+                if source.templates:
+                    fields, asked = ask(source.templates, fields, epoch)
+                name = detect({**fields}) if name == "auto" else name  # of a copy: to look is not to use
+                fields = fields if isinstance(fields, Tracked) else Tracked(fields)
                 if formats is not None and name not in formats:
                     formats.append(name)
-                if name != "text" and (shown := [key for key in MEDIA if fields.get(key)]):
-                    raise RowError(f"field {shown[0]!r} holds {shown[0]}: only text can be trained on")
-                row, notes = _row(FORMATS[name](fields), where, record, score, turn_order)
+                if name != "text":
+                    refuse_media(fields)
+                row, notes = _row(FORMATS[name](fields), where, tracked, score, turn_order)
+                ignored = unread(tracked, *([fields] if fields is not tracked else []))
+                if ignored or asked is not None:
+                    row = replace(row, unread=known.setdefault(ignored, ignored), template=asked)
             except RowError as error:
                 yield Problem(where, f"{error}{_otherwise(record, part, source, name)}")
                 continue
@@ -246,6 +262,10 @@ def _otherwise(record: Any, part: Part, source: SourceConfig, name: str) -> str:
 
 
 def _parts(path: str) -> list[Part]:
+    return [replace(part, path=one) for part in _described(path) for one in expanded(part.path)]
+
+
+def _described(path: str) -> list[Part]:
     """The file itself, or the files that `dataset_info.json:NAME` or an Axolotl .yaml describes."""
     file, colon, name = path.rpartition(":")
     if colon and file.endswith(".json"):
@@ -258,9 +278,11 @@ def _parts(path: str) -> list[Part]:
 def content(path: str) -> str | None:
     """64 hexadecimal digits: the SHA-256 of all that stands in the files of a source, and in what describes them. None
     where they are no files of this machine, or where there are none."""
-    description = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
+    described = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
     digest = hashlib.sha256()
-    names = dict.fromkeys([description, *(part.path for part in _parts(path))])
+    names = dict.fromkeys(part.path for part in _parts(path))
+    if described != path or path.endswith((".yaml", ".yml")):
+        names = dict.fromkeys([described, *names])
     for file in chain.from_iterable(map(files, names)):
         if not file.is_file():
             return None
@@ -287,8 +309,12 @@ def _row(
     """The checked row and what is to be told of it."""
     group = record.get("group")
     messages, notes = in_order(said.messages, turn_order)
-    rejected = [in_order(other, turn_order)[0] for other in said.rejected]
-    said = replace(said, messages=messages, rejected=tuple(rejected))
+    rejected = tuple(in_order(other, turn_order)[0] for other in said.rejected)
+    said = replace(said, messages=messages, rejected=rejected)
+    if said.tools or said.rejected or any(message.tool_calls for message in said.messages):
+        tools = clean_tools(said.tools)
+        rejected = tuple(clean_calls(other, tools) for other in said.rejected)
+        said = replace(said, messages=clean_calls(said.messages, tools), tools=tools, rejected=rejected)
     notes += _checked(said.messages, asks=said.asks)
     for number, other in enumerate(said.rejected, start=1):
         try:
@@ -357,7 +383,7 @@ def _instances(found: Iterator[tuple[str, Any] | Problem]) -> Iterator[tuple[str
         if not isinstance(record, Mapping) or not isinstance(record.get("Instances"), list):
             yield one
             continue
-        task = {key: record[key] for key in ("Definition", "group") if key in record}
+        task = {key: value for key, value in record.items() if key != "Instances"}
         for number, instance in enumerate(record["Instances"], start=1):
             yield f"{where}: instance {number}", task | instance if isinstance(instance, dict) else instance
 

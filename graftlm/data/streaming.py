@@ -77,6 +77,8 @@ class Stream:
         self.problems: list[str] = []
         """The first of the rows that cannot be used; only a stream without a cursor looks for them."""
         self.left_out = 0
+        self.unread: dict[tuple[str, str], int] = {}
+        """(level, key) of what nobody reads, and how often it occurs; only a stream without a cursor counts."""
         self.start = 0
         """Rows that came before."""
         if cursor is None:
@@ -122,7 +124,7 @@ class Stream:
         size = self.counted[number].rows
         passes, place = divmod(begin, size) if size else (0, 0)
         while True:
-            found = self._usable(number, self.counted[number].last)
+            found = self._usable(number, self.counted[number].last, epoch=passes)
             whole = place - place % BLOCK
             seen = sum(1 for _ in islice(found, whole))
             place -= whole
@@ -136,10 +138,14 @@ class Stream:
             passes += 1
 
     def _usable(
-        self, number: int, last: str | None, told: Callable[[Problem], None] = lambda problem: None
+        self,
+        number: int,
+        last: str | None,
+        told: Callable[[Problem], None] = lambda problem: None,
+        epoch: int = 0,
     ) -> Iterator[Row]:
         """The rows of one pass over a source, those with a higher number than `last` left out."""
-        for found in stream_rows(self.sources[number], network=self.network, turn_order=self.turn_order):
+        for found in stream_rows(self.sources[number], network=self.network, turn_order=self.turn_order, epoch=epoch):
             if isinstance(found, Problem):
                 told(found)
             elif self.supervised and found.desirable is False:
@@ -152,7 +158,7 @@ class Stream:
 
     def _count(self, number: int) -> Counted:
         source = self.sources[number]
-        found = self._usable(number, None, self._note)
+        found = map(self._seen, self._usable(number, None, self._note))
         if source.cap is None:
             rows, last = sum(1 for _ in found), None
         else:
@@ -161,6 +167,11 @@ class Stream:
         if not rows:
             raise DataError(f"{source.path}: no row can be used\n{numbered(self.problems)}")
         return Counted(source.path, content(source.path) or "", rows, last)
+
+    def _seen(self, row: Row) -> Row:
+        for level_and_key in row.unread:
+            self.unread[level_and_key] = self.unread.get(level_and_key, 0) + 1
+        return row
 
     def _note(self, problem: Problem) -> None:
         if problem.left_out:

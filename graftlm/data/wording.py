@@ -24,6 +24,8 @@ class Template:
     """The answer, the same way: "{label}"."""
     words: Mapping[str, tuple[str, ...] | Mapping[str, str]] = Field(default_factory=dict)
     """By field, what its values are called: {label: [yes, maybe, no]} for 0, 1 and 2, or {label: {pos: good}}."""
+    unless: str | None = None
+    """Only for rows in which this field is missing or empty: Alpaca's prompt without an input has `unless: input`."""
 
     @model_validator(mode="after")
     def _words_of_its_fields(self) -> "Template":
@@ -34,24 +36,50 @@ class Template:
         return self
 
 
-def ask(templates: Sequence[Template], row: Fields) -> Fields:
-    """The row in one of the templates, drawn by what the row holds: the same row is always asked the same way."""
+def ask(templates: Sequence[Template], row: Fields, epoch: int = 0) -> tuple[Fields, int]:
+    """(the row in one of the templates, the number of that template from 0). It is drawn by what the row holds and by
+    the epoch: in one epoch the same row is always asked the same way."""
     text = json.dumps(row, sort_keys=True, default=str)
-    template = templates[zlib.crc32(text.encode("utf-8", "surrogatepass")) % len(templates)]
-    found = {
-        "prompt": _filled(template, template.prompt, row),
-        "completion": _filled(template, template.completion, row),
+    fit = [number for number, template in enumerate(templates) if _fits(template, row)]
+    # a row that lacks a field of every template is asked all the same, so that the error names the field
+    fit = fit or [number for number, template in enumerate(templates) if template.unless is None]
+    if not fit:
+        raise RowError(f"no template is for this row: each has `unless`, of {[one.unless for one in templates]}")
+    drawn = f"{text}{epoch or ''}".encode("utf-8", "surrogatepass")
+    number = fit[zlib.crc32(drawn) % len(fit)]
+    template = templates[number]
+    asked, fixed = _filled(template, template.prompt, row)
+    answer, _ = _filled(template, template.completion, row)
+    found: dict[str, Any] = {
+        "prompt": [{"role": "user", "content": asked, "boilerplate": fixed}],
+        "completion": answer,
     }
-    return found | {key: row[key] for key in ("system",) if key in row}
+    return found | {key: row[key] for key in ("system",) if key in row}, number
 
 
-def _filled(template: Template, text: str, row: Fields) -> str:
-    def put(match: re.Match[str]) -> str:
-        if match[1] is None:
-            return match[0][0]
-        return _word(template, match[1], row)
+def _fits(template: Template, row: Fields) -> bool:
+    """Whether the row has a value for every field of the template, and none for what it excludes."""
+    # `in` first and no `get`: to look at a field is not to use it
+    empty = {key for key, value in row.items() if value is None or value == ""}
+    names = {m[1] for m in FIELD.finditer(template.prompt + template.completion) if m[1] is not None}
+    if template.unless is not None and template.unless in row and template.unless not in empty:
+        return False
+    return all(name in row and name not in empty for name in names)
 
-    return FIELD.sub(put, text)
+
+def _filled(template: Template, text: str, row: Fields) -> tuple[str, list[list[int]]]:
+    """The text with the row's values, and [start, end] of each piece of it that is the template's own."""
+    filled, fixed, end = "", list[list[int]](), 0
+    for match in (*FIELD.finditer(text), None):
+        own = text[end : match.start() if match else len(text)]
+        own += match[0][0] if match and match[1] is None else ""  # {{ and }} stand for one brace
+        if own:
+            fixed.append([len(filled), len(filled) + len(own)])
+        filled += own
+        if match:
+            filled += _word(template, match[1], row) if match[1] is not None else ""
+            end = match.end()
+    return filled, fixed
 
 
 def _word(template: Template, name: str, row: Fields) -> str:

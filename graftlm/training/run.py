@@ -25,7 +25,7 @@ from graftlm.data.compare import COMPARED, prepare_groups, usable_by
 from graftlm.data.order import Curriculum, curriculum
 from graftlm.data.pack import Example, Group, fill, saved_by_sharing
 from graftlm.data.prompts import asked_in, prepare_prompts, shown_prompts
-from graftlm.data.reading import read_kept
+from graftlm.data.reading import read_kept, unread_keys
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import not_told, survey
@@ -131,7 +131,8 @@ def prepare_data(
         examples, rows, found = prepare_prompts(rows, renderer, data, room=room, format=read.format)
     else:
         examples, rows, found = ready(rows, data, format=read.format)
-    found.problems[:0], found.notes[:0] = read.problems, read.notes
+    found.problems[:0] = read.problems
+    found.notes += read.notes  # many a time one for each row: behind what is said of all
     learnt, aside = put_aside(recipe, examples)
     examples = learnt
     order = curriculum(data.order, rows, examples) if data.order else None
@@ -147,6 +148,8 @@ def prepare_data(
         held_out, answered, about = ready(answered, replace(data, over_length="truncate"))
         held_out_rows = held_out_rows if recipe.online else answered
         found.problems += about.problems
+        if not isinstance(data.held_out, int | float):  # else its rows have the keys of the others
+            found.notes += [f"held-out rows: {line}" for line in unread_keys(held_out_rows)]
     if look:
         found.survey = survey(rows, held_out_rows)
         found.notes = not_told(found.notes, found.survey)

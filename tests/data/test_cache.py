@@ -103,7 +103,7 @@ def test_where_a_row_stands_and_its_group_are_not_in_the_key_and_the_order_is(re
     assert cache.key([replace(row, where="g:1", group="x") for row in ROWS], renderer, DATA) == key
     assert cache.key(ROWS[::-1], renderer, DATA) != key
     assert cache.key(ROWS[:-1], renderer, DATA) != key
-    not_rendered = {"where", "group", "rejected", "desirable", "score"}
+    not_rendered = {"where", "group", "rejected", "desirable", "score", "unread", "template"}
     assert {f.name for f in fields(Row)} == {"messages", "tools", "variables"} | not_rendered, (
         "is the new field in the key?"
     )

@@ -330,9 +330,9 @@ def test_the_roles_of_sharegpt_have_their_usual_names(role: str) -> None:
 
 def test_fields_of_no_format_are_listed_beside_the_formats_that_there_are() -> None:
     with pytest.raises(RowError) as caught:
-        detect({"question": "q", "answer": "a"})
+        detect({"title": "q", "reply": "a"})
     said = str(caught.value)
-    assert "['answer', 'question']" in said
+    assert "['reply', 'title']" in said
     assert all(name in said for name in FORMATS)
 
 
@@ -343,7 +343,7 @@ def asks(function: dict[str, Any]) -> dict[str, Any]:
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a missing field": ("prompt-completion", {"prompt": "q", "compl": "a"}, r"'response' is needed, found \['compl'"),
+    "a missing field": ("prompt-completion", {"prompt": "q", "compl": "a"}, r"'completion' is needed, found \['compl'"),
     "a misspelt field": ("alpaca", {"instruction": "q", "outptu": "a"}, "'output' is needed.*Did you mean 'outptu'"),
     "a null field": ("alpaca", {"instruction": None, "output": "a"}, "'instruction' is needed, it is null"),
     "a number for text": ("text", {"text": 12.5}, "'text' must be text, this is a float: 12.5"),
@@ -499,7 +499,7 @@ def test_a_question_needs_no_answer_where_the_model_gives_it() -> None:
     with pytest.raises(RowError, match="a system message and no question"):
         check([SYSTEM], asks=True)
     with pytest.raises(RowError, match="fit no known format"):
-        detect({"prompt": "q", "answer": "a"})
+        detect({"prompt": "q", "awnser": "a"})
 
 
 def test_characters_that_are_no_text_are_refused_with_their_place() -> None:

@@ -8,21 +8,26 @@ from graftlm.data.messages import RowError
 from graftlm.data.source import SourceConfig, load_rows
 from graftlm.data.wording import Template, ask
 
+
+def said(templates: list[Template], row: dict[str, object]) -> tuple[str, str]:
+    fields, _ = ask(templates, row)
+    return fields["prompt"][0]["content"], fields["completion"]
+
+
 ROW = {"premise": "It rains.", "hypothesis": "it is wet", "label": 0}
 ONE = Template(prompt="{premise} So {hypothesis}?", completion="{label}", words={"label": ("yes", "maybe", "no")})
 
 
 def test_fields_are_filled_in_and_labels_get_their_words() -> None:
-    assert ask([ONE], ROW) == {"prompt": "It rains. So it is wet?", "completion": "yes"}
-    assert ask([ONE], ROW | {"label": "2"})["completion"] == "no"
+    assert said([ONE], ROW) == ("It rains. So it is wet?", "yes")
+    assert said([ONE], ROW | {"label": "2"})[1] == "no"
     named = Template(prompt="{{{premise}}}", completion="{label}", words={"label": {"0": "ja"}})
-    assert ask([named], ROW) == {"prompt": "{It rains.}", "completion": "ja"}
+    assert said([named], ROW) == ("{It rains.}", "ja")
 
 
 def test_the_name_of_a_field_may_have_any_characters() -> None:
     way = Template(prompt="{sentence 1} / {text-b} / {{label}}", completion="{Is it?}")
-    asked = ask([way], {"sentence 1": "a", "text-b": "b", "Is it?": "c"})
-    assert asked == {"prompt": "a / b / {label}", "completion": "c"}
+    assert said([way], {"sentence 1": "a", "text-b": "b", "Is it?": "c"}) == ("a / b / {label}", "c")
 
 
 def test_words_for_a_field_that_no_text_names_are_refused() -> None:
@@ -33,26 +38,26 @@ def test_words_for_a_field_that_no_text_names_are_refused() -> None:
 
 
 def test_braces_in_a_field_are_not_filled_again() -> None:
-    assert ask([ONE], ROW | {"premise": "{label}"})["prompt"] == "{label} So it is wet?"
+    assert said([ONE], ROW | {"premise": "{label}"})[0] == "{label} So it is wet?"
 
 
 def test_every_template_is_used_and_the_same_row_is_always_asked_the_same_way() -> None:
     ways = [Template(prompt=f"{n} {{label}}", completion="a") for n in range(3)]
-    asked = [ask(ways, {"label": n})["prompt"].split()[0] for n in range(60)]
+    asked = [said(ways, {"label": n})[0].split()[0] for n in range(60)]
     assert set(asked) == {"0", "1", "2"}
-    assert asked == [ask(ways, {"label": n})["prompt"].split()[0] for n in range(60)]
+    assert asked == [said(ways, {"label": n})[0].split()[0] for n in range(60)]
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "reason"),
     [
         ({"premise": "p", "label": 0}, "field 'hypothesis' is needed, found"),
         (ROW | {"label": 3}, "field 'label' is 3, and `words` has 3 words"),
         (ROW | {"premise": ["p"]}, "field 'premise' must be text or a number, this is a list"),
     ],
 )
-def test_a_row_that_does_not_fit_is_refused(row: dict[str, object], said: str) -> None:
-    with pytest.raises(RowError, match=said):
+def test_a_row_that_does_not_fit_is_refused(row: dict[str, object], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
         ask([ONE], row)
 
 
