@@ -627,10 +627,12 @@ def merge(
     network: NetworkOption = False,
 ) -> None:
     """Write the base with one or more adapters folded in, as a model that needs neither graftlm nor PEFT."""
+    from graftlm.data.render import Renderer
     from graftlm.model.export import export
 
     model, tokenizer = _load(base, adapter, network, store)
-    made = export(model, out, to="merged", dtype=_dtype(dtype), tokenizer=tokenizer)
+    stop_ids = Renderer(tokenizer).stop_ids
+    made = export(model, out, to="merged", dtype=_dtype(dtype), tokenizer=tokenizer, stop_ids=stop_ids)
     _say_what_changed(made, dtype)
     typer.secho(f"wrote {out}", err=True)
 
@@ -650,6 +652,7 @@ def export_command(
     network: NetworkOption = False,
 ) -> None:
     """Write an adapter in a form that others read, and say which server will take it."""
+    from graftlm.data.render import Renderer
     from graftlm.errors import TargetError
     from graftlm.model.export import EXPORTS, export
     from graftlm.model.lint import lint, to_json
@@ -657,7 +660,8 @@ def export_command(
     if to not in EXPORTS:
         raise TargetError(f"--to {to}: no such kind. {nearest(to, EXPORTS)}")
     model, tokenizer = _load(base, [adapter], network, store)
-    made = export(model, out, to=to, rank=rank, dtype=_dtype(dtype), tokenizer=tokenizer)
+    stop_ids = Renderer(tokenizer).stop_ids
+    made = export(model, out, to=to, rank=rank, dtype=_dtype(dtype), tokenizer=tokenizer, stop_ids=stop_ids)
     verdicts = lint(out)
     if as_json:
         print(json.dumps(made | {"servers": to_json(verdicts)}, indent=2))
@@ -685,6 +689,9 @@ def _say_what_changed(made: dict[str, Any], dtype: str) -> None:
     if made.get("untied"):
         said = "the output head was tied to the embeddings; a delta sits on one of them, so both are written, untied"
         typer.secho(f"warning: {said}", fg="yellow", err=True)
+    if (end := made.get("missing_end")) is not None:
+        said = f"{end['why']}: a server needs it as a stop token of each request (stop_token_ids in vLLM)"
+        typer.secho(f"warning: {said}, or use `graft merge`, which writes it into the model", fg="yellow", err=True)
     if (lost := made.get("lost_by_quantising")) is not None:
         typer.secho(f"warning: {_said_of_codes(made['base_store'], lost)}", fg="yellow", err=True)
     lost = made.get("lost", [])

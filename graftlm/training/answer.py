@@ -6,6 +6,7 @@ from typing import Any
 
 from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
+from graftlm.model.endings import all_stop_ids
 from graftlm.model.generate import generate
 
 _renderer = lru_cache(maxsize=4)(Renderer)
@@ -28,12 +29,13 @@ def answer(
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     renderer = _renderer(tokenizer, tokenizer.chat_template)
+    stop_ids = all_stop_ids(model, renderer.stop_ids)
     new: list[int] = []
     shown = ""
 
     def on_token(token: int) -> None:
         nonlocal shown
-        if token in renderer.stop_ids:
+        if token in stop_ids:
             return
         new.append(token)
         text = renderer.decode(new)
@@ -44,7 +46,7 @@ def answer(
     results = generate(
         model,
         [renderer.prompt(messages)],
-        stop_ids=renderer.stop_ids,
+        stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
