@@ -50,6 +50,21 @@ StoreOption = Annotated[
 NetworkOption = Annotated[bool, typer.Option("--network", help="Allow a base to be fetched from the hub.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample among so many likeliest tokens; 0: all.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among the likeliest tokens with this probability.")
+]
+MinPOption = Annotated[
+    float,
+    typer.Option("--min-p", min=0.0, max=1.0, help="Leave out tokens with less than this share of the likeliest's."),
+]
+PenaltyOption = Annotated[
+    float,
+    typer.Option("--repetition-penalty", min=0.01, help="Above 1: tokens that were there already are less likely."),
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="End the answer before this text; repeat the option for several.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="For sampling at a temperature above 0.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -507,20 +522,46 @@ def _recipe_for(source: str, base: str | None, mask: str | None, template: str |
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="What to ask.")],
+    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="What to ask.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The same as QUESTION.")] = None,
     base: BaseOption = "smollm2",
     adapter: AdapterOption = None,
     max_new_tokens: TokensOption = 128,
     temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    stop: StopOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     network: NetworkOption = False,
 ) -> None:
-    """Answer one prompt and print the answer."""
+    """Answer one question and print the answer."""
     from graftlm.training.answer import answer
 
+    if (question is None) == (prompt is None):
+        raise typer.BadParameter('give one question: graft generate "How are you?"', param_hint="QUESTION")
+    options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     model, tokenizer = _load(base, adapter or [], network, store)
-    print(answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    asked = question if question is not None else prompt
+    print(answer(model, tokenizer, asked or "", max_new_tokens=max_new_tokens, seed=seed, **options))
+
+
+def _sampling(
+    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, stop: list[str] | None
+) -> dict[str, Any]:
+    """How tokens are chosen, as `answer` takes it; what would do nothing is wrong usage."""
+    from graftlm.model.generate import check_sampling
+
+    try:
+        check_sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--temperature") from None
+    if "" in (stop or []):
+        raise typer.BadParameter("an empty text would end every answer at once", param_hint="--stop")
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return chosen | {"repetition_penalty": repetition_penalty, "stop": stop or ()}
 
 
 CHAT_HELP = "/base turns the delta off, /tuned on again, /new starts over, /quit leaves"
@@ -533,6 +574,11 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     max_new_tokens: TokensOption = 512,
     temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    stop: StopOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     network: NetworkOption = False,
@@ -542,13 +588,14 @@ def chat(
     from graftlm.model.attach import activate, attachment
     from graftlm.training.answer import answer
 
+    options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     model, tokenizer = _load(base, adapter or [], network, store)
     start = [Message("system", system)] if system else []
     history, mode = list(start), "tuned" if adapter else "base"
 
     def ask(messages: list[Message]) -> str:
         say = partial(answer, model, tokenizer, messages, on_text=_write)
-        return say(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return say(max_new_tokens=max_new_tokens, seed=seed, **options)
 
     typer.secho(CHAT_HELP, dim=True, err=True)
     for line in _lines():

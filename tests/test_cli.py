@@ -302,3 +302,24 @@ def test_the_end_that_a_base_lacks_is_named_in_card_and_export_and_written_by_me
     graft("merge", "--base", str(base), "--adapter", str(out), "--out", str(tmp_path / "merged"))
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|im_end|>"
+
+
+def test_a_question_is_an_argument_and_sampling_is_checked_before_anything_is_loaded(base_folder: Path) -> None:
+    base = ("--base", str(base_folder), "--max-new-tokens", "6")
+    asked = graft("generate", "question 3", *base)
+    assert asked.exit_code == 0
+    assert asked.stdout == graft("generate", "--prompt", "question 3", *base).stdout
+    sampled = [graft("generate", "question 3", *base, "--temperature", "3", "--seed", str(n)).stdout for n in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert graft("generate", "question 3", *base, "--temperature", "3", "--top-k", "1").stdout == asked.stdout
+    for wrong, why in (
+        ((), "give one question"),
+        (("a", "--prompt", "b"), "give one question"),
+        (("a", "--top-k", "3"), "top_k: temperature 0 takes the likeliest token"),
+        (("a", "--min-p", "0.1", "--top-p", "0.5"), "top_p and min_p: temperature 0"),
+        (("a", "--stop", ""), "would end every answer at once"),
+    ):
+        failed = graft("generate", *wrong, "--base", "./nowhere")
+        assert failed.exit_code == 2
+        assert why in " ".join(failed.stderr.split())
+    assert graft("chat", "--top-k", "3", "--base", "./nowhere", input="").exit_code == 2

@@ -25,7 +25,6 @@ from graftlm.training.aside import loss_aside
 from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
-from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies import make_optimiser, make_policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.prove import prove
@@ -184,7 +183,7 @@ def turns(
         policies = make_policies(recipe.policies)
         policies += [Sampler(recipe, first, scorer)] if recipe.online else []
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
-        schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))
+        schedule = config.factor(last - first)
         for policy in policies:
             schedule = policy.schedule(schedule)
         training = Training(
