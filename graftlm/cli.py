@@ -674,11 +674,10 @@ def merge(
     network: NetworkOption = False,
 ) -> None:
     """Write the base with one or more adapters folded in, as a model that needs neither graftlm nor PEFT."""
-    from graftlm.data.render import Renderer
     from graftlm.model.export import export
 
     model, tokenizer = _load(base, adapter, network, store)
-    stop_ids = Renderer(tokenizer).stop_ids
+    stop_ids = _stop_ids(tokenizer)
     made = export(model, out, to="merged", dtype=_dtype(dtype), tokenizer=tokenizer, stop_ids=stop_ids)
     _say_what_changed(made, dtype)
     typer.secho(f"wrote {out}", err=True)
@@ -699,7 +698,6 @@ def export_command(
     network: NetworkOption = False,
 ) -> None:
     """Write an adapter in a form that others read, and say which server will take it."""
-    from graftlm.data.render import Renderer
     from graftlm.errors import TargetError
     from graftlm.model.export import EXPORTS, export
     from graftlm.model.lint import lint, to_json
@@ -707,7 +705,7 @@ def export_command(
     if to not in EXPORTS:
         raise TargetError(f"--to {to}: no such kind. {nearest(to, EXPORTS)}")
     model, tokenizer = _load(base, [adapter], network, store)
-    stop_ids = Renderer(tokenizer).stop_ids
+    stop_ids = _stop_ids(tokenizer)
     made = export(model, out, to=to, rank=rank, dtype=_dtype(dtype), tokenizer=tokenizer, stop_ids=stop_ids)
     verdicts = lint(out)
     if as_json:
@@ -719,6 +717,19 @@ def export_command(
     _say_what_changed(made, dtype)
     for verdict in verdicts:
         print(f"{verdict.server:14}{'yes' if verdict.accepts else 'no':5}{'; '.join(verdict.why)}")
+
+
+def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer by the chat template; a template that cannot be used is no reason not to write weights."""
+    from graftlm.data.render import Renderer
+    from graftlm.errors import BaseModelError
+
+    try:
+        return Renderer(tokenizer).stop_ids
+    except BaseModelError as error:
+        why = f"{error}. So the token that ends an answer is not known, and the stop tokens stay the base's"
+        typer.secho(f"warning: {why}", fg="yellow", err=True)
+        return ()
 
 
 def _dtype(name: str) -> Any:

@@ -17,7 +17,7 @@ from graftlm.errors import DataError, OutputError
 from graftlm.model.attach import attach
 from graftlm.model.load import BaseConfig, load_base
 from graftlm.model.store import save_adapter
-from graftlm.testing import close, logits, move, tiny_model, tiny_tokenizer
+from graftlm.testing import close, logits, move, save_tiny_base, tiny_model, tiny_tokenizer
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
 
@@ -323,3 +323,14 @@ def test_a_question_is_an_argument_and_sampling_is_checked_before_anything_is_lo
         assert failed.exit_code == 2
         assert why in " ".join(failed.stderr.split())
     assert graft("chat", "--top-k", "3", "--base", "./nowhere", input="").exit_code == 2
+
+
+def test_a_chat_template_that_cannot_be_used_does_not_keep_weights_from_being_merged(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", template="{% for m in messages %}{{ m.content }}")
+    loaded = load_base(BaseConfig(name=str(base), store="fp32"))
+    move(attach(loaded.model, METHODS["lora"].config(r=4)))
+    save_adapter(loaded.model, tmp_path / "a")
+    made = graft("merge", "--base", str(base), "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "merged"))
+    assert made.exit_code == 0
+    assert "the token that ends an answer is not known" in made.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
