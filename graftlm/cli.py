@@ -50,6 +50,21 @@ StoreOption = Annotated[
 NetworkOption = Annotated[bool, typer.Option("--network", help="Allow a base to be fetched from the hub.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample among so many likeliest tokens; 0: all.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among the likeliest tokens with this probability.")
+]
+MinPOption = Annotated[
+    float,
+    typer.Option("--min-p", min=0.0, max=1.0, help="Leave out tokens with less than this share of the likeliest's."),
+]
+PenaltyOption = Annotated[
+    float,
+    typer.Option("--repetition-penalty", min=0.01, help="Above 1: tokens that were there already are less likely."),
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="End the answer before this text; repeat the option for several.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="For sampling at a temperature above 0.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -510,20 +525,46 @@ def _recipe_for(source: str, base: str | None, mask: str | None, template: str |
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="What to ask.")],
+    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="What to ask.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The same as QUESTION.")] = None,
     base: BaseOption = "smollm2",
     adapter: AdapterOption = None,
     max_new_tokens: TokensOption = 128,
     temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    stop: StopOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     network: NetworkOption = False,
 ) -> None:
-    """Answer one prompt and print the answer."""
+    """Answer one question and print the answer."""
     from graftlm.training.answer import answer
 
+    if (question is None) == (prompt is None):
+        raise typer.BadParameter('give one question: graft generate "How are you?"', param_hint="QUESTION")
+    options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     model, tokenizer = _load(base, adapter or [], network, store)
-    print(answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    asked = question if question is not None else prompt
+    print(answer(model, tokenizer, asked or "", max_new_tokens=max_new_tokens, seed=seed, **options))
+
+
+def _sampling(
+    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, stop: list[str] | None
+) -> dict[str, Any]:
+    """How tokens are chosen, as `answer` takes it; what would do nothing is wrong usage."""
+    from graftlm.model.generate import check_sampling
+
+    try:
+        check_sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--temperature") from None
+    if "" in (stop or []):
+        raise typer.BadParameter("an empty text would end every answer at once", param_hint="--stop")
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return chosen | {"repetition_penalty": repetition_penalty, "stop": stop or ()}
 
 
 CHAT_HELP = "/base turns the delta off, /tuned on again, /new starts over, /quit leaves"
@@ -536,6 +577,11 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     max_new_tokens: TokensOption = 512,
     temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    stop: StopOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     network: NetworkOption = False,
@@ -545,13 +591,14 @@ def chat(
     from graftlm.model.attach import activate, attachment
     from graftlm.training.answer import answer
 
+    options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     model, tokenizer = _load(base, adapter or [], network, store)
     start = [Message("system", system)] if system else []
     history, mode = list(start), "tuned" if adapter else "base"
 
     def ask(messages: list[Message]) -> str:
         say = partial(answer, model, tokenizer, messages, on_text=_write)
-        return say(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return say(max_new_tokens=max_new_tokens, seed=seed, **options)
 
     typer.secho(CHAT_HELP, dim=True, err=True)
     for line in _lines():
@@ -633,7 +680,8 @@ def merge(
     from graftlm.model.export import export
 
     model, tokenizer = _load(base, adapter, network, store)
-    made = export(model, out, to="merged", dtype=_dtype(dtype), tokenizer=tokenizer)
+    stop_ids = _stop_ids(tokenizer)
+    made = export(model, out, to="merged", dtype=_dtype(dtype), tokenizer=tokenizer, stop_ids=stop_ids)
     _say_what_changed(made, dtype)
     typer.secho(f"wrote {out}", err=True)
 
@@ -660,7 +708,8 @@ def export_command(
     if to not in EXPORTS:
         raise TargetError(f"--to {to}: no such kind. {nearest(to, EXPORTS)}")
     model, tokenizer = _load(base, [adapter], network, store)
-    made = export(model, out, to=to, rank=rank, dtype=_dtype(dtype), tokenizer=tokenizer)
+    stop_ids = _stop_ids(tokenizer)
+    made = export(model, out, to=to, rank=rank, dtype=_dtype(dtype), tokenizer=tokenizer, stop_ids=stop_ids)
     verdicts = lint(out)
     if as_json:
         print(json.dumps(made | {"servers": to_json(verdicts)}, indent=2))
@@ -671,6 +720,19 @@ def export_command(
     _say_what_changed(made, dtype)
     for verdict in verdicts:
         print(f"{verdict.server:14}{'yes' if verdict.accepts else 'no':5}{'; '.join(verdict.why)}")
+
+
+def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer by the chat template; a template that cannot be used is no reason not to write weights."""
+    from graftlm.data.render import Renderer
+    from graftlm.errors import BaseModelError
+
+    try:
+        return Renderer(tokenizer).stop_ids
+    except BaseModelError as error:
+        why = f"{error}. So the token that ends an answer is not known, and the stop tokens stay the base's"
+        typer.secho(f"warning: {why}", fg="yellow", err=True)
+        return ()
 
 
 def _dtype(name: str) -> Any:
@@ -688,6 +750,9 @@ def _say_what_changed(made: dict[str, Any], dtype: str) -> None:
     if made.get("untied"):
         said = "the output head was tied to the embeddings; a delta sits on one of them, so both are written, untied"
         typer.secho(f"warning: {said}", fg="yellow", err=True)
+    if (end := made.get("missing_end")) is not None:
+        said = f"{end['why']}: a server needs it as a stop token of each request (stop_token_ids in vLLM)"
+        typer.secho(f"warning: {said}, or use `graft merge`, which writes it into the model", fg="yellow", err=True)
     if (lost := made.get("lost_by_quantising")) is not None:
         typer.secho(f"warning: {_said_of_codes(made['base_store'], lost)}", fg="yellow", err=True)
     lost = made.get("lost", [])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from graftlm import cli
@@ -17,7 +17,7 @@ from graftlm.errors import DataError, OutputError
 from graftlm.model.attach import attach
 from graftlm.model.load import BaseConfig, load_base
 from graftlm.model.store import save_adapter
-from graftlm.testing import close, logits, move
+from graftlm.testing import close, logits, move, save_tiny_base, tiny_model, tiny_tokenizer
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
 
@@ -279,3 +279,58 @@ def test_data_check_tells_what_the_rows_hold_and_writes_a_page(base_folder: Path
     assert (counts["exact duplicates"], counts["refusals"], counts["encoding damage"]) == (1, 2, 1)
     assert tree["pack_fill"] > 0
     assert set(tree["prompt_tokens"]) == {"tokens", "quantiles", "edges", "rows"}
+
+
+@pytest.mark.versions
+def test_the_end_that_a_base_lacks_is_named_in_card_and_export_and_written_by_merge(tmp_path: Path) -> None:
+    """Turns end with <|im_end|> (2), and the base's settings know <|endoftext|> (0) alone."""
+    model, tokenizer = tiny_model(eos_token_id=0), tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    base, out = tmp_path / "base", tmp_path / "out"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "recipe.yaml").write_text(
+        f"base: {{name: {base}, store: fp32}}\ndata: {{train: {tmp_path}/rows.jsonl}}\n"
+        "delta: {method: lora, r: 2}\ntrain: {steps: 2, batch_rows: 2}\nreport: {samples: 0}\n"
+    )
+    assert graft("train", str(tmp_path / "recipe.yaml"), "--out", str(out)).exit_code == 0
+    assert "answers end with <|im_end|> (id 2)" in (out / "README.md").read_text()
+    exported = graft("export", str(out), "--to", "peft", "--out", str(tmp_path / "peft"), "--base", str(base))
+    assert "answers end with <|im_end|> (id 2)" in exported.stderr
+    graft("merge", "--base", str(base), "--adapter", str(out), "--out", str(tmp_path / "merged"))
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|im_end|>"
+
+
+def test_a_question_is_an_argument_and_sampling_is_checked_before_anything_is_loaded(base_folder: Path) -> None:
+    base = ("--base", str(base_folder), "--max-new-tokens", "6")
+    asked = graft("generate", "question 3", *base)
+    assert asked.exit_code == 0
+    assert asked.stdout == graft("generate", "--prompt", "question 3", *base).stdout
+    sampled = [graft("generate", "question 3", *base, "--temperature", "3", "--seed", str(n)).stdout for n in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert graft("generate", "question 3", *base, "--temperature", "3", "--top-k", "1").stdout == asked.stdout
+    for wrong, why in (
+        ((), "give one question"),
+        (("a", "--prompt", "b"), "give one question"),
+        (("a", "--top-k", "3"), "top_k: temperature 0 takes the likeliest token"),
+        (("a", "--min-p", "0.1", "--top-p", "0.5"), "top_p and min_p: temperature 0"),
+        (("a", "--stop", ""), "would end every answer at once"),
+    ):
+        failed = graft("generate", *wrong, "--base", "./nowhere")
+        assert failed.exit_code == 2
+        assert why in " ".join(failed.stderr.split())
+    assert graft("chat", "--top-k", "3", "--base", "./nowhere", input="").exit_code == 2
+
+
+def test_a_chat_template_that_cannot_be_used_does_not_keep_weights_from_being_merged(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", template="{% for m in messages %}{{ m.content }}")
+    loaded = load_base(BaseConfig(name=str(base), store="fp32"))
+    move(attach(loaded.model, METHODS["lora"].config(r=4)))
+    save_adapter(loaded.model, tmp_path / "a")
+    made = graft("merge", "--base", str(base), "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "merged"))
+    assert made.exit_code == 0
+    assert "the token that ends an answer is not known" in made.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -175,7 +175,10 @@ def swept(method: str, have: dict[str, dict[str, Any]]) -> dict[float, float]:
 
 
 def chosen_rate(method: str, have: dict[str, dict[str, Any]]) -> float:
-    """The smallest rate that gains nearly what the best does: what is best in a few steps is too much for many."""
+    """The smallest rate that gains nearly what the best does: what is best in a few steps is too much for many; or the
+    one that `rates` names."""
+    if (named := CONFIG["rates"].get(method)) is not None:
+        return float(named)
     found = swept(method, have)
     base: float = have[key(BASE, None, CONFIG["sweep"]["seed"])]["held_out_loss"]
     most = max(base - loss for loss in found.values())

@@ -26,6 +26,7 @@ from graftlm.deltas.intrinsic import Intrinsic, IntrinsicConfig
 from graftlm.deltas.kasa import Kasa, KasaConfig
 from graftlm.deltas.lamda import Lamda, LamdaConfig
 from graftlm.deltas.last_layers import LastLayers, LastLayersConfig
+from graftlm.deltas.lin_adapter import LinAdapter, LinAdapterConfig
 from graftlm.deltas.loha import Loha, LohaConfig
 from graftlm.deltas.lokr import Lokr, LokrConfig
 from graftlm.deltas.loldu import Loldu, LolduConfig
@@ -42,7 +43,6 @@ from graftlm.deltas.nora import Nora, NoraConfig
 from graftlm.deltas.norm_tuning import NormTuning, NormTuningConfig
 from graftlm.deltas.oft import Oft, OftConfig
 from graftlm.deltas.parallel import Parallel, ParallelConfig
-from graftlm.deltas.pfeiffer import Pfeiffer, PfeifferConfig
 from graftlm.deltas.pmss import Pmss, PmssConfig
 from graftlm.deltas.prefix import Prefix, PrefixConfig
 from graftlm.deltas.prompt import Prompt, PromptConfig
@@ -98,6 +98,7 @@ METHODS: dict[str, Method] = {
     "kasa": Method(KasaConfig, Kasa),
     "lamda": Method(LamdaConfig, Lamda),
     "last-layers": Method(LastLayersConfig, LastLayers),
+    "lin-adapter": Method(LinAdapterConfig, LinAdapter),
     "loha": Method(LohaConfig, Loha),
     "lokr": Method(LokrConfig, Lokr),
     "loldu": Method(LolduConfig, Loldu),
@@ -114,7 +115,6 @@ METHODS: dict[str, Method] = {
     "norm-tuning": Method(NormTuningConfig, NormTuning),
     "oft": Method(OftConfig, Oft),
     "parallel": Method(ParallelConfig, Parallel),
-    "pfeiffer": Method(PfeifferConfig, Pfeiffer),
     "pmss": Method(PmssConfig, Pmss),
     "prefix": Method(PrefixConfig, Prefix),
     "prompt": Method(PromptConfig, Prompt),

@@ -8,6 +8,9 @@ E is at zero and P, Q are Gaussian. The paper leaves their deviation open: 1 / s
 asks for (the authors' code: 0.02 at every width). That code and PEFT add gamma times the mean over all P and Q of norms
 that are not squared, and PEFT divides by r + 1e-5; the former is a departure from the paper, the latter we keep.
 
+At the default rate P and Q stay nearly orthogonal. Larger rates may learn more in a few steps, but move P and Q so far
+in each that the penalty cannot hold them, and the triplets' scores then compare vectors of different lengths.
+
 This is the parameterisation alone. Which triplets live is a training policy's to decide, by zeros in E.
 """
 
@@ -52,7 +55,7 @@ class AdaLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
     formula = "r * (d_in + d_out + 1)"
-    learning_rate = 0.128
+    learning_rate = 0.032
     peft = PeftLayout(
         type="ADALORA",
         tensors={"P": "lora_B", "E": "lora_E", "Q": "lora_A"},

@@ -3,7 +3,7 @@
     h = W x + s (B_1 + ... + B_n) A x        A [r / n, d_in]  B_i [d_out, r / n]  n = blocks        s = alpha / r
 
 A LoRA of rank r is cut into n blocks, B = [B_1 .. B_n] and A = [A_1; ..; A_n], and all A_i are tied to one: a product
-for each block becomes a sum of the B_i. A starts random (as LoRA's) and all B_i at zero, so that dW = 0.
+for each block becomes a sum of the B_i. A and all B_i start as LoRA's A and B.
 
 Equal B_i have equal gradients, so they stay equal: this is a LoRA of rank r / n whose B takes steps n times as large.
 The B_i lie beside each other in B [d_out, r], as the paper has them.
@@ -11,11 +11,11 @@ The B_i lie beside each other in B [d_out, r], as the paper has them.
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.starts import lora_factors
 
 
 @config
@@ -41,9 +41,8 @@ class BlockLora(AdditiveDelta):
     def __init__(self, site: Site, config: BlockLoraConfig) -> None:
         super().__init__(site, config)
         self.blocks = config.blocks
-        A = 2 * torch.rand(config.r // self.blocks, site.d_in, generator=site.generator()) - 1
-        self.A = nn.Parameter(A / site.d_in**0.5)
-        self.B = nn.Parameter(torch.zeros(site.d_out, config.r))
+        A, B = lora_factors(site, config.r // self.blocks, site.generator(), columns=config.r)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.scale = config.alpha / config.r
 
     def factors(self) -> tuple[Tensor, Tensor]:

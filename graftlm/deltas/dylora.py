@@ -4,16 +4,16 @@
 
 LoRA of which the first b ranks are used. The policy `dylora` draws b anew for every training step, so that the first
 ranks learn to do with few, and any b is good afterwards: `rank` in the config says which (None: all r), and
-`graftlm.training.policies.dylora.use_rank` changes it on a model. A starts as LoRA's, B at zero.
+`graftlm.training.policies.dylora.use_rank` changes it on a model. A and B start as LoRA's.
 """
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.starts import lora_factors
 from graftlm.errors import TargetError
 
 
@@ -35,9 +35,8 @@ class DyLora(AdditiveDelta):
 
     def __init__(self, site: Site, config: DyLoraConfig) -> None:
         super().__init__(site, config)
-        A = torch.rand(config.r, site.d_in, generator=site.generator())
-        self.A = nn.Parameter((2 * A - 1) / site.d_in**0.5)
-        self.B = nn.Parameter(torch.zeros(site.d_out, config.r))
+        A, B = lora_factors(site, config.r, site.generator())
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.alpha = config.alpha
         self.use(config.rank)
 

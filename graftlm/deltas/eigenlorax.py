@@ -8,7 +8,8 @@
 `principal_directions` finds V_A and V_B of one site in the (A, B) of trained LoRAs; copy them into the delta's buffers.
 Without adapters to recycle, a fresh delta has random orthonormal directions: what the paper adds to its principal ones
 where adapters are few, here for all of them. a_B starts at zero, so that dW = 0 (the authors start from the
-coefficients of one recycled adapter, or from random ones); a_A makes A as large as LoRA's.
+coefficients of one recycled adapter, or from random ones); a_A makes A as large as LoRA's, and at an embedding as large
+as a one-hot x wants it (`starts.py`).
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from graftlm.config import PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 from graftlm.deltas.linalg import orthonormal, top_singular
+from graftlm.deltas.starts import fan_in
 
 
 @config
@@ -46,7 +48,7 @@ class EigenLorax(AdditiveDelta):
         self.register_buffer("V_A", torch.zeros(k_A, site.d_in))
         self.register_buffer("V_B", torch.zeros(site.d_out, k_B))
         a_A = 2 * torch.rand(config.r, k_A, generator=site.generator()) - 1
-        self.a_A = nn.Parameter(a_A / k_A**0.5)
+        self.a_A = nn.Parameter(a_A * (site.d_in / fan_in(site) / k_A) ** 0.5)
         self.a_B = nn.Parameter(torch.zeros(k_B, config.r))
 
     def start(self) -> None:

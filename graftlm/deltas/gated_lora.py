@@ -2,7 +2,7 @@
 
     h = W x + s B diag(g) A x        A [r, d_in]  g [r]  B [d_out, r]        s = alpha / r
 
-A rank whose gate is 0 is gone. A starts as LoRA's, B at zero, and g at 1, so that the fresh delta is a fresh LoRA; the
+A rank whose gate is 0 is gone. A and B start as LoRA's, and g at 1, so that the fresh delta is a fresh LoRA; the
 authors draw g from a Gaussian, with which some ranks are nearly shut before anything was learnt.
 
 This is the parameterisation alone: without a policy g learns as A and B do. `sora` shuts gates by a proximal step,
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.starts import lora_factors
 
 
 @config
@@ -34,10 +35,10 @@ class GatedLora(AdditiveDelta):
 
     def __init__(self, site: Site, config: GatedLoraConfig) -> None:
         super().__init__(site, config)
-        A = torch.rand(config.r, site.d_in, generator=site.generator())
-        self.A = nn.Parameter((2 * A - 1) / site.d_in**0.5)
+        A, B = lora_factors(site, config.r, site.generator())
+        self.A = nn.Parameter(A)
         self.g = nn.Parameter(torch.ones(config.r))
-        self.B = nn.Parameter(torch.zeros(site.d_out, config.r))
+        self.B = nn.Parameter(B)
         self.scale = config.alpha / config.r
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -6,16 +6,16 @@
                              increment the same as r grows
 
 A starts random and B at zero, so that dW = 0. The paper draws A from a Gaussian; the authors' code, PEFT and we draw
-it from U(-1/sqrt(d_in), 1/sqrt(d_in)).
+it from U(-1/sqrt(d_in), 1/sqrt(d_in)). At an embedding all three have A = 0 and B ~ N(0, 1).
 """
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from graftlm.config import Flag, PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
+from graftlm.deltas.starts import lora_factors
 
 
 @config
@@ -43,9 +43,8 @@ class Lora(AdditiveDelta):
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        A = torch.rand(config.r, site.d_in, generator=site.generator())
-        self.A = nn.Parameter((2 * A - 1) / site.d_in**0.5)
-        self.B = nn.Parameter(torch.zeros(site.d_out, config.r))
+        A, B = lora_factors(site, config.r, site.generator())
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.scale = config.alpha / (config.r**0.5 if config.rslora else config.r)
 
     def factors(self) -> tuple[Tensor, Tensor]:

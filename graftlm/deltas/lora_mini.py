@@ -7,7 +7,8 @@
 Each factor of LoRA is cut in two, and only the two small matrices in the middle learn: their number of parameters does
 not depend on the width of the model. B_train starts at zero, so that dW = 0. Ours, not the paper's: A_aux and B_aux are
 Gaussian with deviations 1 / sqrt(d_in) and 1 / sqrt(inner), and A_train is uniform, so that A = A_train A_aux starts as
-large as LoRA's A and a step of B_train moves B as far as a step of LoRA's B.
+large as LoRA's A and a step of B_train moves B as far as a step of LoRA's B. At an embedding the deviation of A_aux is
+1, for a one-hot x.
 """
 
 from typing import Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.starts import fan_in
 
 
 @config
@@ -40,7 +42,7 @@ class LoraMini(AdditiveDelta):
     def __init__(self, site: Site, config: LoraMiniConfig) -> None:
         super().__init__(site, config)
         r, inner, generator = config.r, config.inner, site.generator()
-        A_aux = torch.randn(inner, site.d_in, generator=generator) / site.d_in**0.5
+        A_aux = torch.randn(inner, site.d_in, generator=generator) / fan_in(site) ** 0.5
         B_aux = torch.randn(site.d_out, inner, generator=generator) / inner**0.5
         self.register_buffer("A_aux", A_aux, persistent=False)
         self.register_buffer("B_aux", B_aux, persistent=False)

@@ -3,7 +3,8 @@
     h = W x + s B M A x        A [r, d_in]  M [r, r], the mixer  B [d_out, r]        s = alpha / r
 
 The r subspaces of A and of B, which LoRA pairs one to one (M = 1), are all paired with each other. A and M start random
-(Kaiming-uniform, as in the authors' code, or M orthogonal: the paper finds both good) and B at zero, so that dW = 0.
+(Kaiming-uniform, as in the authors' code, or M orthogonal: the paper finds both good) and B at zero, so that dW = 0;
+at an embedding A and B start as LoRA's there.
 """
 
 from typing import Literal
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.starts import lora_factors
 
 
 @config
@@ -34,12 +36,13 @@ class MosLora(AdditiveDelta):
     def __init__(self, site: Site, config: MosLoraConfig) -> None:
         super().__init__(site, config)
         r, draw = config.r, site.generator()
-        self.A = nn.Parameter((2 * torch.rand(r, site.d_in, generator=draw) - 1) / site.d_in**0.5)
+        A, B = lora_factors(site, r, draw)
+        self.A = nn.Parameter(A)
         M = (2 * torch.rand(r, r, generator=draw) - 1) / r**0.5
         if config.mixer == "orthogonal":
             M = nn.init.orthogonal_(M, generator=draw)
         self.M = nn.Parameter(M)
-        self.B = nn.Parameter(torch.zeros(site.d_out, r))
+        self.B = nn.Parameter(B)
         self.scale = config.alpha / r
 
     def factors(self) -> tuple[Tensor, Tensor]:

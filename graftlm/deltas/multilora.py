@@ -3,7 +3,8 @@
     h = W x + sum_i diag(s_i) B_i A_i x        i = 1 .. parts;  A_i [r, d_in]  B_i [d_out, r]  s_i [d_out]
 
 Several narrow LoRAs side by side. All A_i and B_i start random (Kaiming-uniform), which spreads the increment over many
-directions; s_i starts at zero, so that dW = 0. There is no alpha: s_i is the scale.
+directions; s_i starts at zero, so that dW = 0. There is no alpha: s_i is the scale. At an embedding A_i is drawn for a
+one-hot x (`starts.py`).
 
 The A_i lie below each other in A [parts * r, d_in] and the B_i beside each other in B [d_out, parts * r].
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from graftlm.config import Flag, PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.starts import uniform_A
 
 
 @config
@@ -38,7 +40,7 @@ class MultiLora(AdditiveDelta):
     def __init__(self, site: Site, config: MultiLoraConfig) -> None:
         super().__init__(site, config)
         rows, draw = config.parts * config.r, site.generator()
-        self.A = nn.Parameter((2 * torch.rand(rows, site.d_in, generator=draw) - 1) / site.d_in**0.5)
+        self.A = nn.Parameter(uniform_A(site, rows, draw))
         self.B = nn.Parameter((2 * torch.rand(site.d_out, rows, generator=draw) - 1) / config.r**0.5)
         self.s = nn.Parameter(torch.zeros(site.d_out if config.per_output else 1, config.parts))
 

@@ -3,7 +3,7 @@
     h = W x + s B N A x        A [r, d_in]  N [r, r]  B [d_out, r]        s = alpha / r
 
     train: all             StructuredLoRA: A and N random (Kaiming-uniform), B at first 0. NLoRA proper is this with
-                           `init: nystrom`
+                           `init: nystrom`. At an embedding A and B start as LoRA's there
     train: intermediate    IntTune: only N is trained. A = W[:r, :] and B = W[:, :r], frozen; N at first 0
 
 The paper starts IntTune at N = N0, the block of W that A and B share (or its pseudo-inverse, as Nystroem has it). Here
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.starts import lora_factors
 
 
 @config
@@ -43,7 +44,7 @@ class Nlora(AdditiveDelta):
         self.frozen = config.train == "intermediate"
         self.rank = r = min(config.r, site.d_in, site.d_out) if self.frozen else config.r
         draw = site.generator()
-        A, B = (2 * torch.rand(r, site.d_in, generator=draw) - 1) / site.d_in**0.5, torch.zeros(site.d_out, r)
+        A, B = lora_factors(site, r, draw)
         N = (2 * torch.rand(r, r, generator=draw) - 1) / r**0.5
         if self.frozen:
             self.register_buffer("A", A)

@@ -8,7 +8,7 @@ The number of parameters depends neither on r nor on the width of the model. One
 which takes the corner that has its sizes: the paper's cheaper form; a set for each site would not fit in memory. b
 starts at zero, so that dW = 0. As in the authors' code the entries of the bases are U(-1, 1) / sqrt(bases). That code
 starts from a = 0 on top of a frozen A_0 drawn like LoRA's A; here, as in the equation, A is the combination alone, and
-a ~ N(0, 1 / d_in), which makes A as large as LoRA's.
+a ~ N(0, 1 / d_in), which makes A as large as LoRA's; at an embedding a ~ N(0, 1), for a one-hot x.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Shared, Site
+from graftlm.deltas.starts import fan_in
 
 
 @config
@@ -55,7 +56,7 @@ class Nola(AdditiveDelta):
 
     def __init__(self, site: Site, config: NolaConfig) -> None:
         super().__init__(site, config)
-        self.a = nn.Parameter(torch.randn(config.bases, generator=site.generator()) / site.d_in**0.5)
+        self.a = nn.Parameter(torch.randn(config.bases, generator=site.generator()) / fan_in(site) ** 0.5)
         self.b = nn.Parameter(torch.zeros(config.bases))
         self.scale = config.alpha / config.r
 

@@ -3,7 +3,9 @@
     h = W x + diag(b) B diag(d) A x       A [r, D_in]  B [D_out, r], random, frozen, one pair for all sites
                                           b [d_out], at first 0; d [r], at first 0.1
 
-Each site takes the corner of A and B that has its sizes. A and B are Kaiming-uniform (section 3.2).
+Each site takes the corner of A and B that has its sizes. A and B are Kaiming-uniform (section 3.2), with a gain of 1:
+what goes through keeps its size. PEFT has a gain of sqrt(2) for each, so that its B A is twice as large. As b starts at
+zero that is a matter of the rate alone: twice PEFT's rate does here to b what PEFT's does there.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,11 @@ al. 2025, arXiv:2503.20783), GSPO (Zheng et al. 2025, arXiv:2507.18071) are one 
 marks [N] are the advantages A (`advantages`), before [S] the log-probabilities under the policy that sampled the
 answers. ratio: `token` is GRPO; `answer` is RLOO with the product over the answer's tokens, and `answer-mean` is GSPO
 with its |y|-th root. divide: `answers` is the mean over answers of the mean over their tokens (GRPO), `tokens` the mean
-over all tokens of the step (DAPO, arXiv:2503.14476). What is a sum over a whole answer is not divided by its length.
+over all tokens of the step (DAPO, arXiv:2503.14476), `constant` the mean over answers of the sum over their tokens by
+one number for all, `length` (Dr. GRPO, section 3.2 and its code, which takes the longest answer that generation may
+give: `online.max_new_tokens`). What is a sum over a whole answer is not divided by its length.
+
+    Dr. GRPO    {ratio: token, baseline: mean, divide: constant, length: max_new_tokens}
 """
 
 from typing import Literal
@@ -18,7 +22,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from graftlm.config import PositiveRate, Rate, config
+from graftlm.config import PositiveCount, PositiveRate, Rate, config
 from graftlm.losses.base import Batch, ComparedConfig, LossSum, lengths, per_answer
 from graftlm.losses.base import answers as count_answers
 from graftlm.losses.base import tokens as count_tokens
@@ -29,20 +33,29 @@ class PolicyGradientConfig(ComparedConfig):
     name: Literal["policy-gradient"] = "policy-gradient"
     ratio: Literal["token", "answer", "answer-mean"] = "token"
     """What is compared with the policy that sampled: each token, the whole answer, or its mean token."""
-    divide: Literal["answers", "tokens"] = "answers"
-    """Every answer counts as much as any other, or every token; only where ratio is token."""
+    divide: Literal["answers", "tokens", "constant"] = "answers"
+    """By what the losses of tokens are divided: the tokens of their answer and the answers of the step (GRPO), the
+    tokens of the step (DAPO), or `length` and the answers of the step (Dr. GRPO). The last two need ratio token."""
+    length: PositiveCount | None = None
+    """The number of `divide: constant`; in Dr. GRPO `online.max_new_tokens`."""
     low: PositiveRate = 0.2
     high: PositiveRate = 0.2
     baseline: Literal["leave-one-out", "mean", "standardised"] = "standardised"
     """What `online` makes of rewards: each less the mean of the other answers to its prompt (RLOO), less that of all
-    of them (Dr. GRPO), or that over their standard deviation (GRPO)."""
+    of them (Dr. GRPO, with `divide: constant`), or that over their standard deviation (GRPO)."""
     kl: Rate = 0.0
     """The weight of the divergence from the reference; 0 needs no reference."""
 
     @model_validator(mode="after")
     def _answers_are_whole(self) -> "PolicyGradientConfig":
-        if self.divide == "tokens" and self.ratio != "token":
-            raise ValueError(f"divide: tokens is for ratio: token; ratio {self.ratio} has one number for an answer")
+        if self.divide != "answers" and self.ratio != "token":
+            raise ValueError(
+                f"divide: {self.divide} is for ratio: token; ratio {self.ratio} has one number for an answer"
+            )
+        if self.divide == "constant" and self.length is None:
+            raise ValueError("divide: constant needs `length`, the tokens to divide by (Dr. GRPO: max_new_tokens)")
+        if self.divide != "constant" and self.length is not None:
+            raise ValueError(f"length is for divide: constant; divide: {self.divide} does not read it")
         return self
 
     @property
@@ -53,10 +66,11 @@ class PolicyGradientConfig(ComparedConfig):
 def value(config: PolicyGradientConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:
     before = policy.detach() if batch.before is None else batch.before
     size = lengths(batch, policy)
+    divisor = {"answers": size, "tokens": torch.ones_like(size), "constant": torch.full_like(size, config.length or 1)}
+    by = divisor[config.divide]
     if config.ratio == "token":
         of_token = _clipped(config, policy - before, batch.marks[batch.answers])
-        losses = per_answer(of_token, batch)
-        losses = losses / size if config.divide == "answers" else losses
+        losses = per_answer(of_token, batch) / by
     else:
         change = per_answer(policy - before, batch)
         losses = _clipped(config, change / size if config.ratio == "answer-mean" else change, batch.marks)
@@ -64,8 +78,7 @@ def value(config: PolicyGradientConfig, policy: Tensor, reference: Tensor | None
     if config.kl:
         assert reference is not None, "a divergence from the reference needs its log-probabilities"
         q = reference - policy
-        divergence = per_answer(q.exp() - q - 1, batch)
-        divergence = divergence / size if config.divide == "answers" else divergence
+        divergence = per_answer(q.exp() - q - 1, batch) / by
         losses = losses + config.kl * divergence
         metrics = {"kl": (divergence.detach().sum(), count(config, batch))}
     return LossSum(losses.sum(), count(config, batch), metrics)

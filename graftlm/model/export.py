@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
 from graftlm.errors import TargetError, numbered
 from graftlm.model.attach import attachment, base_state, hosts, merged_state
+from graftlm.model.endings import generation_settings, missing_end, tokenizer_that_ends
 from graftlm.model.hosts import Host, LayerHost, all_factors
 from graftlm.model.load import base_record, fingerprint, store_of
 from graftlm.model.quantise import CODECS, GROUP, QuantisedLinear
@@ -101,11 +102,21 @@ _INT4_ONLY = (
 )
 
 
-def merge_into(model: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> Path:
+def merge_into(
+    model: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    stop_ids: Sequence[int] = (),
+) -> Path:
     """Write the base with the active deltas folded in as a folder that transformers loads without graftlm.
 
     A tied head stays tied unless a delta sits on one side only: then both are written and the config says so. Raises
     TargetError where a delta is no change of weights, or gives a layer a bias that the architecture has no place for.
+
+    `stop_ids` (`Renderer.stop_ids`: what the chat template ends an answer with) come first in the eos_token_id of
+    generation_config.json, before the base's own, and the first of them becomes the tokenizer's eos token.
     """
     state = merged_state(model, dtype=dtype)
     config = _config_for(model, state, dtype)
@@ -121,10 +132,10 @@ def merge_into(model: Any, folder: str | Path, *, dtype: torch.dtype = torch.flo
         else:
             state = {key: tensor.clone() for key, tensor in state.items()}
         plain.load_state_dict(state, strict=True, assign=True)
-        plain.generation_config = model.generation_config
+        plain.generation_config = generation_settings(model, stop_ids)
         plain.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            tokenizer_that_ends(tokenizer, stop_ids).save_pretrained(partial)
             if tokenizer.chat_template:
                 (partial / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     return Path(folder)
@@ -357,10 +368,31 @@ def export(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     tokenizer: Any = None,
+    stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Write the active deltas as `to`, one of EXPORTS; returns facts about what was written (`exact`, `errors` ...)."""
+    """Write the active deltas as `to`, one of EXPORTS; returns facts about what was written (`exact`, `errors` ...).
+
+    `stop_ids`: as in `merge_into`. Other forms than a merged model leave the generation settings to the base: where it
+    lacks the first of `stop_ids`, that is the fact `missing_end`.
+    """
+    made = _exported(model, folder, to=to, rank=rank, dtype=dtype, tokenizer=tokenizer, stop_ids=stop_ids)
+    if to != "merged" and tokenizer is not None and (end := missing_end(model, tokenizer, stop_ids)):
+        made["missing_end"] = end._asdict() | {"why": str(end)}
+    return made
+
+
+def _exported(
+    model: Any,
+    folder: str | Path,
+    *,
+    to: str,
+    rank: int | None,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+) -> dict[str, Any]:
     if to == "merged":
-        merge_into(model, folder, dtype=dtype, tokenizer=tokenizer)
+        merge_into(model, folder, dtype=dtype, tokenizer=tokenizer, stop_ids=stop_ids)
         written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         untied = bool(model.config.tie_word_embeddings and not written["tie_word_embeddings"])
         lost = [[item.layer, item.share] for item in lost_by_rounding(model, dtype)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from graftlm.system import preserve_global_state
@@ -26,6 +26,25 @@ class _EachToken(BaseStreamer):  # type: ignore[misc]
 
     def end(self) -> None:
         pass
+
+
+class _Complete(StoppingCriteria):  # type: ignore[misc]
+    """Says of each row whether its new ids, from column `width` on, are a complete answer."""
+
+    def __init__(self, width: int, complete: Callable[[list[int]], bool]) -> None:
+        self.width, self.complete = width, complete
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = [self.complete(row) for row in input_ids[:, self.width :].tolist()]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def check_sampling(*, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> None:
+    """Raise ValueError for what chooses among sampled ids where nothing is sampled."""
+    given = {"top_p": top_p < 1, "top_k": top_k > 0, "min_p": min_p > 0}
+    if temperature == 0 and any(given.values()):
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise ValueError(f"{names}: temperature 0 takes the likeliest token, so nothing is sampled; set a temperature")
 
 
 @contextmanager
@@ -61,7 +80,11 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    stop_when: Callable[[list[int]], bool] | None = None,
     batch_tokens: int = 2048,
     part: tuple[int, int] = (0, 1),
     keep_stop: bool = False,
@@ -73,16 +96,29 @@ def generate(
     with it. `part=(i, n)`: only every n-th batch, from the i-th; the n parts together are the whole. `keep_stop`: an
     answer that ended keeps the id that ended it, and one that was cut has none.
 
-    temperature 0 is greedy, whatever settings the model came with. `on_token` is called with each new id, and needs a
-    single prompt.
+    temperature 0 is greedy, whatever settings the model came with. Above 0, an id is drawn among the `top_k` likeliest
+    (0: all of them), among the likeliest that together have the probability `top_p` (Holtzman et al. 2019,
+    arXiv:1904.09751), and among those that have at least `min_p` times the probability of the likeliest (Nguyen et al.
+    2024, arXiv:2407.01082); they act in this order, on logits that were divided by the temperature before. Raises
+    ValueError where one of these is given at temperature 0, at which it would do nothing.
+
+    `repetition_penalty`: positive logits of ids that stand in the prompt or the answer are divided by it, negative ones
+    multiplied (Keskar et al. 2019, arXiv:1909.05858); greedy answers heed it too. An answer ends where `stop_when` of
+    its ids so far is true; these ids are kept. `on_token` is called with each new id, and needs a single prompt.
     """
     assert on_token is None or len(prompts) == 1, "only a single answer can be streamed"
+    check_sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0] if stop_ids else 0,
-        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+        repetition_penalty=None if repetition_penalty == 1.0 else repetition_penalty,
+        **(
+            {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p or None}
+            if temperature > 0
+            else {}
+        ),
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     number = -1
@@ -94,7 +130,8 @@ def generate(
         if number % part[1] != part[0]:
             continue
         width = len(prompts[chosen[-1]])
-        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        # What pads a row is not attended to, but it counts as repeated: so it is an id that the row has anyway.
+        ids = torch.tensor([[int(prompts[i][0]) if len(prompts[i]) else 0] * width for i in chosen])
         mask = torch.zeros(len(chosen), width, dtype=torch.long)
         for row, i in enumerate(chosen):  # on the left, so that every answer begins in the same column
             ids[row, width - len(prompts[i]) :] = torch.as_tensor(np.asarray(prompts[i], np.int64))
@@ -106,8 +143,13 @@ def generate(
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
                 streamer=_EachToken(on_token) if on_token else None,
+                stopping_criteria=StoppingCriteriaList([_Complete(width, stop_when)]) if stop_when else None,
             )
         for row, i in enumerate(chosen):
             new = answered[row, width:].tolist()
             stop = next((n for n, token in enumerate(new) if token in stop_ids), len(new))
-            yield i, new[: stop + keep_stop]
+            new = new[: stop + keep_stop]
+            if stop_when:  # the batch goes on until its last answer is complete
+                complete = next((n for n in range(1, len(new) + 1) if stop_when(new[:n])), len(new))
+                new = new[:complete]
+            yield i, new

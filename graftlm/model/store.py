@@ -675,7 +675,7 @@ tags: ["base_model:adapter:{base.name}", {config.method}, transformers, graftlm]
 ## Use
 
 ```
-graft generate --base {base.name} --adapter . --prompt "..."
+graft generate "..." --base {base.name} --adapter .
 ```
 
 {used}

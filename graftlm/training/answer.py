@@ -6,6 +6,7 @@ from typing import Any
 
 from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
+from graftlm.model.endings import all_stop_ids
 from graftlm.model.generate import generate
 
 _renderer = lru_cache(maxsize=4)(Renderer)
@@ -19,39 +20,66 @@ def answer(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The model's answer to a prompt, or to a conversation that ends with a user's turn; greedy at temperature 0.
 
-    `on_text` is called with each new piece of text as it comes.
+    The answer ends before the first of the texts `stop`, wherever tokens begin and end. How the other options choose
+    among tokens: `graftlm.model.generate.generate`, and its ValueError. `on_text` is called with each new piece of text
+    as it comes.
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
+    if "" in stop:
+        raise ValueError("stop: an empty text is in every answer, before its first character")
     renderer = _renderer(tokenizer, tokenizer.chat_template)
+    stop_ids = all_stop_ids(model, renderer.stop_ids)
     new: list[int] = []
     shown = ""
 
-    def on_token(token: int) -> None:
+    def show(text: str) -> None:
         nonlocal shown
-        if token in renderer.stop_ids:
-            return
-        new.append(token)
-        text = renderer.decode(new)
-        if on_text is not None and not text.endswith("\ufffd"):  # half of a character: wait for the rest
+        if on_text is not None and len(text) > len(shown):
             on_text(text[len(shown) :])
             shown = text
+
+    def on_token(token: int) -> None:
+        if token in stop_ids:
+            return
+        new.append(token)
+        text = _before(renderer.decode(new), stop)
+        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            show(text[: len(text) - _may_become(text, stop)])
 
     results = generate(
         model,
         [renderer.prompt(messages)],
-        stop_ids=renderer.stop_ids,
+        stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
+        stop_when=(lambda ids: any(text in renderer.decode(ids) for text in stop)) if stop else None,
         on_token=on_token if on_text is not None else None,
     )
-    said = renderer.decode(next(iter(results))[1])
-    if on_text is not None and len(said) > len(shown):
-        on_text(said[len(shown) :])
+    said = _before(renderer.decode(next(iter(results))[1]), stop)
+    show(said)
     return said
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the texts that end an answer."""
+    return text[: min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))]
+
+
+def _may_become(text: str, stop: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of a text that ends the answer."""
+    lengths = (n for each in stop for n in range(1, len(each)) if text.endswith(each[:n]))
+    return max(lengths, default=0)

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -74,14 +75,33 @@ def progress(console: Console) -> Progress:
 
 
 def side_by_side(samples: Sequence[dict[str, str]]) -> RenderableType:
-    """Held-out answers before and after, with what was asked and what was wanted."""
+    """Held-out answers before and after, with what was asked and what was wanted: in columns, or under each other where
+    a text is too long to be read in a column."""
+    if any(len(text) > COLUMN_CHARACTERS or text.count("\n") > COLUMN_LINES for s in samples for text in s.values()):
+        return Group(Text("held-out answers", style="italic"), *(_stacked(sample) for sample in samples))
     table = Table(title="held-out answers", title_justify="left", show_lines=True, expand=True)
-    columns = (("asked", 4), ("wanted", 2), ("base", 3), ("tuned", 2))
-    for name, ratio in columns:
+    for name, ratio in COLUMNS.items():
         table.add_column(name, ratio=ratio, style="bold green" if name == "tuned" else "", overflow="fold")
     for sample in samples:
-        table.add_row(*(Text(sample.get(name, "")) for name, _ in columns))
+        table.add_row(*(Text(sample.get(name, "")) for name in COLUMNS))
     return table
+
+
+COLUMNS = {"asked": 4, "wanted": 2, "base": 3, "tuned": 2}
+"""What is shown of a held-out answer, and the width that each has beside the others."""
+COLUMN_CHARACTERS, COLUMN_LINES = 300, 8
+"""The longest text, and the most line breaks in it, for a column."""
+
+
+def _stacked(sample: dict[str, str]) -> RenderableType:
+    """A held-out answer at full width."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(style="bold", width=max(map(len, COLUMNS)))
+    table.add_column(ratio=1, overflow="fold")
+    for name in COLUMNS:
+        if text := sample.get(name, ""):
+            table.add_row(Text(name), Text(text, style="green" if name == "tuned" else ""))
+    return Group(Rule(style="dim"), table)
 
 
 def results(summary: dict[str, Any]) -> RenderableType:

@@ -13,6 +13,7 @@ from graftlm.data.pack import Example, Group, lay_out
 from graftlm.data.prompts import asked_in
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
+from graftlm.model.endings import all_stop_ids
 from graftlm.model.forward import packed_attention
 from graftlm.model.generate import generate
 from graftlm.training import ranks
@@ -76,7 +77,8 @@ def answers(
     """
     prompts = [renderer.prompt(asked_in(row)[0], row.tools, row.variables) for row in rows]
     part = (0, 1) if ranks.is_sharded(model) else (ranks.rank(), ranks.count())
-    results = generate(model, prompts, stop_ids=renderer.stop_ids, max_new_tokens=max_new_tokens, part=part)
+    stop_ids = all_stop_ids(model, renderer.stop_ids)
+    results = generate(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, part=part)
     mine: list[tuple[int, str]] = []
     for index, ids in results:
         mine.append((index, renderer.decode(ids).strip()))

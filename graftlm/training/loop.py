@@ -31,6 +31,7 @@ from graftlm.model.sites import transformer_layers
 from graftlm.training import ranks
 from graftlm.training.guards import EarlyStopping
 from graftlm.training.objective import Objective, Sums
+from graftlm.training.optim import Schedule, learning_rate_factor
 from graftlm.training.policies import check_policies
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.regularisers import RegulariserConfig, check_regularisers, terms, tie, weighted
@@ -49,8 +50,15 @@ class TrainConfig:
     gained 95 % of what the best one did on the job of benchmarks/methods. `--probe-lr` tries rates on your own rows."""
     in_turn: Flag = False
     """Train several deltas one after another, each for an equal share of the steps, instead of together."""
+    schedule: Schedule = "cosine"
+    """How the learning rate goes on after the warm-up: to zero along half a cosine or a line (`linear`), not at all
+    (`constant`), or not at all until the last `decay` of the steps and then to zero along a line
+    (`warmup-stable-decay`)."""
     warmup: Share = 0.05
-    """Share of the steps over which the learning rate rises; it then falls to zero along half a cosine."""
+    """Share of the steps over which the learning rate rises."""
+    decay: Share | None = None
+    """Share of the steps over which the learning rate of `schedule: warmup-stable-decay` falls; 0.2 where nothing is
+    given. The other schedules do not read it."""
     weight_decay: Rate = 0.0
     clip: PositiveRate = 1.0
     """Largest norm of the gradient of all trainable tensors together."""
@@ -68,6 +76,22 @@ class TrainConfig:
     for norms, gates and rotary embeddings, torch for the rest. `auto`: the fastest of them for each shape, measured at
     the first run of a base on a machine; kernels that cannot be built are left out, and the start says so. The others
     are an error where they cannot compute, and need `data.pack`."""
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and self.schedule != "warmup-stable-decay":
+            raise ValueError(f"decay is for schedule: warmup-stable-decay; schedule: {self.schedule} does not read it")
+        if self.schedule == "warmup-stable-decay" and self.warmup + self.decay_share > 1:
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay_share:g} are more than the whole run")
+
+    @property
+    def decay_share(self) -> float:
+        """`decay`, or its default."""
+        return 0.2 if self.decay is None else self.decay
+
+    def factor(self, steps: int) -> Callable[[int], float]:
+        """The factor on the learning rate of each of so many steps."""
+        warmup_steps, decay_steps = round(self.warmup * steps), round(self.decay_share * steps)
+        return learning_rate_factor(self.schedule, steps=steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
 
     REPLACED: ClassVar[Mapping[str, str]] = {"compile": "kernels (auto, ours, torch or compiled)"}
     """Keys of earlier versions, and what took their place."""

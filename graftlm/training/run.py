@@ -35,6 +35,7 @@ from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
 from graftlm.model.autotune import Choice
 from graftlm.model.backend import pinned
+from graftlm.model.endings import missing_end
 from graftlm.model.load import (
     Loaded,
     base_config,
@@ -257,7 +258,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     if ranks.first():
         with writing(out):
             if not stopped:
-                _write_report(recipe, model, data, out, summary, lines, samples, choice)
+                _write_report(recipe, model, tokenizer, data, out, summary, lines, samples, choice)
             (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     for event in trackers.finish(None if stopped else summary):
         console.print(f"{event['tracker']}: {event['why']}", highlight=False, markup=False)
@@ -417,6 +418,7 @@ def _summary(
 def _write_report(
     recipe: Recipe,
     model: Any,
+    tokenizer: Any,
     data: Prepared,
     folder: Path,
     summary: dict[str, Any],
@@ -437,6 +439,8 @@ def _write_report(
         "training time": f"{done['wall_s']:.0f} s",
         "peak memory": f"{done['peak_rss_gib']:.2f} GiB",
     }
+    if end := missing_end(model, tokenizer, Renderer(tokenizer).stop_ids):
+        facts["end of an answer"] = f"{end}: give it to servers as a stop token, or use `graft merge`"
     for name, label in (("loss_nats", "held-out loss, nats per supervised token"), ("rouge_l", "held-out ROUGE-L F1")):
         figures = summary["held_out"][name]
         if figures["tuned"] is not None:

@@ -25,6 +25,7 @@ from graftlm.data.prompts import Prompt
 from graftlm.data.render import Renderer
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_still
+from graftlm.model.endings import all_stop_ids
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.model.generate import generate
 from graftlm.training import ranks
@@ -76,7 +77,8 @@ class Sampler(Policy):
         where = [(number, place) for number, some in steps.items() for place in range(len(some))]
         prompts = [steps[number][place] for number, place in where]
         answers = self._answers(training, prompts, f"answers from batch {min(steps)}")
-        said = [self._said(prompt, ids) for prompt, some in zip(prompts, answers, strict=True) for ids in some]
+        ends = all_stop_ids(training.model, self.renderer.stop_ids)
+        said = [self._said(prompt, ids, ends) for prompt, some in zip(prompts, answers, strict=True) for ids in some]
         rewards = score(self.scorer, said)
         took, samples = time.perf_counter() - started, self.online.samples
         parts = [slice(i * samples, (i + 1) * samples) for i in range(len(prompts))]
@@ -119,7 +121,7 @@ class Sampler(Policy):
                 found = generate(
                     model,
                     [ids[i // online.samples] for i in some],
-                    stop_ids=self.renderer.stop_ids,
+                    stop_ids=all_stop_ids(model, self.renderer.stop_ids),
                     max_new_tokens=online.max_new_tokens,
                     temperature=online.temperature,
                     top_p=online.top_p,
@@ -131,9 +133,9 @@ class Sampler(Policy):
         every = dict(mine if together else ranks.gathered(mine))
         return [[every[i * online.samples + n] for n in range(online.samples)] for i in range(len(prompts))]
 
-    def _said(self, prompt: Example | Group, ids: Sequence[int]) -> Said:
+    def _said(self, prompt: Example | Group, ids: Sequence[int], ends: Sequence[int]) -> Said:
         assert isinstance(prompt, Prompt)
-        cut = ids[-1] not in self.renderer.stop_ids
+        cut = ids[-1] not in ends
         answer = self.renderer.decode(ids if cut else ids[:-1]).strip()
         return Said(prompt.messages, answer, prompt.reference, cut, prompt.where)
 

@@ -4,7 +4,7 @@ A turn is a part of the plan with deltas that learn together and an optimiser an
 one; `train.in_turn` makes one for each delta.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from graftlm.data.order import Curriculum
 from graftlm.data.pack import Example, Group, Pack, batches, lay_out
 from graftlm.deltas import METHODS
+from graftlm.deltas.base import Delta
 from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable
 from graftlm.model.backend import TORCH, Backend
 from graftlm.model.collect import collect
@@ -25,8 +26,7 @@ from graftlm.training.aside import loss_aside
 from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
-from graftlm.training.optim import warmup_cosine
-from graftlm.training.policies import make_optimiser, make_policies
+from graftlm.training.policies import default_rate, make_optimiser, make_policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe
@@ -169,6 +169,7 @@ def turns(
     config, deltas = recipe.train, recipe.all_deltas()
     by_tensor = {id(p): name for name, p in trainable(model).items()}
     learning = {name: {by_tensor[id(p)]: p for p in parameters_of(model, name)} for name in deltas}
+    embeddings = _at_embeddings(model, by_tensor)
     together = [[name] for name in deltas] if config.in_turn else [list(deltas)]
     first = 0
     for number, names in enumerate(together, start=1):
@@ -176,15 +177,20 @@ def turns(
         for name, parameters in learning.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(name in names)
+        policies = make_policies(recipe.policies)
+        rates = {name: METHODS[deltas[name].method].delta.learning_rate for name in names}
         groups = [
-            ParameterGroup(learning[name], config.learning_rate or METHODS[deltas[name].method].delta.learning_rate)
+            ParameterGroup(
+                learning[name],
+                config.learning_rate or default_rate(policies, rates[name]),
+                at_embeddings=embeddings.intersection(learning[name]),
+            )
             for name in names
         ]
         groups += Objective(recipe.loss).groups(model)
-        policies = make_policies(recipe.policies)
         policies += [Sampler(recipe, first, scorer)] if recipe.online else []
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
-        schedule = warmup_cosine(steps=last - first, warmup_steps=round(config.warmup * (last - first)))
+        schedule = config.factor(last - first)
         for policy in policies:
             schedule = policy.schedule(schedule)
         training = Training(
@@ -198,6 +204,13 @@ def turns(
     for parameters in learning.values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+
+
+def _at_embeddings(model: Any, by_tensor: Mapping[int, str]) -> frozenset[str]:
+    """The names of the trained parameters that lie at an embedding."""
+    deltas = [delta for host in hosts(model).values() for delta in host.deltas.values()]
+    at = [delta for delta in deltas if isinstance(delta, Delta) and delta.site.kind == "embedding"]
+    return frozenset(by_tensor[id(p)] for delta in at for p in delta.parameters() if id(p) in by_tensor)
 
 
 def training_steps(

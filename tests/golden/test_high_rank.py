@@ -204,7 +204,8 @@ def test_vb_lora_refuses_sizes_that_sub_vectors_do_not_fill() -> None:
 def test_kasa_keeps_the_large_components_of_w() -> None:
     def reference(t: Mapping[str, Tensor], W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor:
         U, S, V = torch.svd(W)
-        world = sum(S[i] * torch.outer(U[:, i], V[:, i]) for i in range(len(S) - 4))
+        kept = min(len(S), W.shape[1] - 4)  # the first d_in - r of them, where there are so many
+        world = sum(S[i] * torch.outer(U[:, i], V[:, i]) for i in range(kept))
         assert isinstance(world, Tensor)
         y = x @ world.T + 6 / 4 * (t["sigma"] * (x @ t["V"].T)) @ t["U"].T
         return y if b is None else y + b
@@ -214,11 +215,12 @@ def test_kasa_keeps_the_large_components_of_w() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_kasa_against_peft_which_edits_its_base() -> None:
+    not_narrow = ("q_proj", "o_proj", "gate_proj", "up_proj")  # d_out >= d_in: of narrow layers PEFT cuts r too
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, kasa_config=peft.KasaConfig(beta=0.3, gamma=0.7), target_modules=LINEAR, **LM
+        r=4, lora_alpha=6, kasa_config=peft.KasaConfig(beta=0.3, gamma=0.7), target_modules=[*not_narrow], **LM
     )
     theirs = move(peft.get_peft_model(tiny_model(), config).eval())
-    ours = attach_tiny("kasa", tiny_model(), beta=0.3, gamma=0.7)
+    ours = attach_tiny("kasa", tiny_model(), beta=0.3, gamma=0.7, targets=not_narrow)
     pairs = []
     for name, host in hosts(ours).items():
         layer, delta = theirs.base_model.model.get_submodule(name), host.deltas["default"]
@@ -238,14 +240,16 @@ def test_kasa_against_peft_which_edits_its_base() -> None:
 
 
 def test_kasa_starts_without_the_smallest_components_and_never_takes_all() -> None:
-    here = site(12, 8)
-    delta = Kasa(here, KasaConfig(r=3))
-    with torch.no_grad():
-        delta.start()
-    kept, whole = torch.linalg.svdvals(here.W() + delta.matrix()), torch.linalg.svdvals(here.W())
-    close(kept, torch.cat([whole[:5], torch.zeros(3)]), "singular values of a fresh kasa")
-    with pytest.raises(TargetError, match="nothing is left of the 8 x 12 weight"):
-        Kasa(here, KasaConfig(r=8))
+    for d_in, d_out, left in ((12, 8, 8), (12, 12, 9), (8, 12, 5), (12, 10, 9)):  # d_in - 3, where there are so many
+        here = site(d_in, d_out)
+        delta = Kasa(here, KasaConfig(r=3))
+        with torch.no_grad():
+            delta.start()
+        kept, whole = torch.linalg.svdvals(here.W() + delta.matrix()), torch.linalg.svdvals(here.W())
+        wanted = torch.cat([whole[:left], torch.zeros(len(whole) - left)])
+        close(kept, wanted, f"singular values of a fresh kasa on {d_out} x {d_in}")
+    with pytest.raises(TargetError, match="nothing is left of the 12 x 8 weight"):
+        Kasa(site(8, 12), KasaConfig(r=8))
 
 
 # Bone ------------------------------------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ def mlp_with(name: str, equation: Any) -> None:
         close(ours, wanted, f"{name}: gradient of {key}")
 
 
-def test_pfeiffer_norms_what_the_block_returns() -> None:
+def test_lin_adapter_norms_what_the_block_returns() -> None:
     def equation(t: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         mean = y.sum(-1, keepdim=True) / 32
         variance = ((y - mean) ** 2).sum(-1, keepdim=True) / 32
@@ -351,7 +351,7 @@ def test_pfeiffer_norms_what_the_block_returns() -> None:
         inner = torch.einsum("rd,btd->btr", t["D"], normed) + t["d"]
         return y + torch.einsum("dr,btr->btd", t["U"], inner * (inner > 0)) + t["u"]
 
-    mlp_with("pfeiffer", equation)
+    mlp_with("lin-adapter", equation)
 
 
 def test_parallel_reads_what_the_block_reads() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 import graftlm.losses
@@ -17,6 +18,7 @@ from graftlm.config import build
 from graftlm.errors import RecipeError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.losses.orpo import log_odds
+from graftlm.losses.policy_gradient import advantages
 from tests.losses.answers import Answers, answers
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -25,6 +27,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("supervised", {"label_smoothing": 0.1, "z_loss": 1e-2}),
     ("distillation", {"supervised_weight": 0.3, "temperature": 2.0}),
     ("policy-gradient", {"divide": "tokens", "kl": 0.1}),
+    ("policy-gradient", {"divide": "constant", "length": 64, "kl": 0.1}),
     ("policy-gradient", {"ratio": "answer"}),
     ("policy-gradient", {"ratio": "answer-mean", "kl": 0.1}),
 ]
@@ -272,3 +275,44 @@ def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
 def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         build(LOSSES[name].config, options, source="recipe.yaml")
+
+
+def test_dr_grpo_is_the_equation_of_its_paper() -> None:
+    """-1/G sum_i sum_t min(rho A, clip(rho) A) / C with A = r - mean r: no length of an answer and no deviation."""
+    draw = torch.Generator().manual_seed(3)
+    sizes, rewards, C = [5, 1, 9, 3], [0.0, 1.0, 0.25, 1.0], 12
+    policy = torch.randn(sum(sizes), generator=draw, dtype=torch.float64).requires_grad_()
+    before = policy.detach() + 0.3 * torch.randn(sum(sizes), generator=draw, dtype=torch.float64)
+    loss = LOSSES["policy-gradient"]
+    config = loss.config(baseline="mean", divide="constant", length=C)
+    marks = advantages(torch.tensor(rewards), torch.zeros(4, dtype=torch.int64), config.baseline)
+    batch = Batch(
+        torch.ones(sum(sizes), dtype=torch.float64),
+        answers=torch.repeat_interleave(torch.arange(4), torch.tensor(sizes)),
+        marks=marks,
+        before=before,
+    )
+    found = loss.value(config, policy, None, batch)
+    wanted, at = torch.zeros((), dtype=torch.float64), 0
+    for size, reward in zip(sizes, rewards, strict=True):
+        A = reward - sum(rewards) / len(rewards)
+        for t in range(at, at + size):
+            rho = (policy[t] - before[t]).exp()
+            wanted = wanted - torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A) / C / len(sizes)
+        at += size
+    torch.testing.assert_close(found.sum / found.count, wanted, rtol=1e-6, atol=1e-9)
+    (ours,) = torch.autograd.grad(found.sum / found.count, policy, retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(wanted, policy)[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"divide": "constant"}, "needs `length`"),
+        ({"length": 8}, "length is for divide: constant"),
+        ({"divide": "constant", "length": 8, "ratio": "answer"}, "is for ratio: token"),
+    ],
+)
+def test_a_constant_to_divide_by_is_given_where_it_is_read(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        LOSSES["policy-gradient"].config(**options)

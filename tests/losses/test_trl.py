@@ -223,6 +223,7 @@ def rewarded(seed: int, drift: float) -> tuple[Answers, Tensor, Tensor]:
     [
         ("grpo", "token", {}),
         ("bnpo", "token", {"divide": "tokens"}),
+        ("dr_grpo", "token", {"divide": "constant", "length": 37}),
         ("grpo", "sequence", {"ratio": "answer-mean"}),
     ],
 )
@@ -233,7 +234,7 @@ def test_grpo_and_gspo(trl: Any, kind: str, level: str, options: dict[str, Any],
         model=SimpleNamespace(training=True), accelerator=PLACE, aux_loss_enabled=False, top_entropy_quantile=1.0,
         off_policy_mask_threshold=None, importance_sampling_level=level, beta=kl, loss_type=kind, epsilon_low=0.2,
         epsilon_high=0.2, args=SimpleNamespace(delta=None, use_bias_correction_kl=False), use_vllm=False,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, max_completion_length=37,
         _metrics=defaultdict(lambda: defaultdict(list)),
         _get_per_token_logps_and_entropies=lambda *_, **__: (given.policy, zeros, None),
     )  # fmt: skip

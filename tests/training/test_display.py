@@ -29,3 +29,29 @@ def test_a_token_s_weight_can_be_seen() -> None:
     assert "with more weight" in shown
     console.print(display.tokens({"where": "f:1", "tokens": tokens[:1]}))
     assert "with" not in console.export_text()
+
+
+def shown_answers(samples: list[dict[str, str]], width: int = 100) -> list[str]:
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(display.side_by_side(samples))
+    return console.export_text().splitlines()
+
+
+def test_short_answers_stand_side_by_side() -> None:
+    lines = shown_answers([{"asked": "a?", "wanted": "[b]w[/c]", "base": "x", "tuned": "y"}])
+    assert any(all(part in line for part in ("a?", "[b]w[/c]", "x", "y")) for line in lines)
+
+
+def test_long_texts_stand_under_each_other_at_full_width() -> None:
+    long = " ".join(f"word{n}" for n in range(80))
+    samples = [
+        {"asked": "a?", "wanted": "[b]w[/c]", "base": long, "tuned": "y"},
+        {"asked": "b?", "base": "", "tuned": "z"},
+    ]
+    lines = shown_answers(samples)
+    first = next(n for n, line in enumerate(lines) if "word0" in line)
+    assert lines[first].startswith("base")
+    assert len(lines[first].rstrip()) > 80, "not in a narrow column"
+    labels = [line.split()[0] for line in lines if line[:1].isalpha() and line[:7].strip() in display.COLUMNS]
+    assert labels == ["asked", "wanted", "base", "tuned", "asked", "tuned"]
+    assert any("[b]w[/c]" in line for line in lines)

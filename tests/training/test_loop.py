@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from pydantic import ValidationError
 
 import graftlm.training.loop as loop
 import graftlm.training.objective as objective
@@ -17,7 +19,8 @@ from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.model.attach import attach, trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.optim import adamw, warmup_cosine
+from graftlm.training.loop import TrainConfig
+from graftlm.training.optim import adamw, learning_rate_factor, warmup_cosine
 
 
 def examples(count: int = 8, seed: int = 0) -> list[Example]:
@@ -220,6 +223,36 @@ def test_the_schedule_rises_then_falls_to_zero() -> None:
     assert values[0] > 0
     assert math.isclose(values[55], 0.5, abs_tol=1e-9)
     assert factor(100) == 0.0
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "warmup-stable-decay"])
+def test_schedules_are_those_of_transformers_after_the_warm_up(name: Any, warmup_steps: int) -> None:
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    made = {
+        "cosine": lambda: transformers.get_cosine_schedule_with_warmup(optimiser, warmup_steps, 60),
+        "linear": lambda: transformers.get_linear_schedule_with_warmup(optimiser, warmup_steps, 60),
+        "constant": lambda: transformers.get_constant_schedule_with_warmup(optimiser, warmup_steps),
+        "warmup-stable-decay": lambda: transformers.get_wsd_schedule(
+            optimiser, warmup_steps, 12, num_stable_steps=48 - warmup_steps, decay_type="linear"
+        ),
+    }
+    (wanted,) = made[name]().lr_lambdas
+    factor = learning_rate_factor(name, steps=60, warmup_steps=warmup_steps, decay_steps=12)
+    for step in range(warmup_steps, 61):
+        assert math.isclose(factor(step), wanted(step) if name != "constant" else 1.0, abs_tol=1e-12), step
+    assert [factor(step) for step in range(warmup_steps)] == [
+        pytest.approx((step + 1) / (warmup_steps + 1)) for step in range(warmup_steps)
+    ]
+
+
+def test_a_decay_that_nothing_reads_and_shares_over_the_whole_are_refused() -> None:
+    with pytest.raises(ValidationError, match="decay is for schedule: warmup-stable-decay; schedule: cosine"):
+        TrainConfig(decay=0.1)
+    with pytest.raises(ValidationError, match="warmup 0.5 and decay 0.6 are more than the whole run"):
+        TrainConfig(schedule="warmup-stable-decay", warmup=0.5, decay=0.6)
+    factor = TrainConfig(schedule="warmup-stable-decay", warmup=0.0).factor(100)
+    assert [factor(step) for step in (0, 79, 80, 90, 99)] == pytest.approx([1, 1, 1, 0.5, 0.05])
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,13 @@ def make_policies(configs: Sequence[PolicyConfig]) -> list[Policy]:
     return [POLICIES[config.name].policy(config) for config in configs]
 
 
+def default_rate(policies: Sequence[Policy], rate: float) -> float:
+    """The learning rate of a method under these policies, where the recipe gives none."""
+    for policy in policies:
+        rate = policy.default_rate(rate)
+    return rate
+
+
 def make_optimiser(
     policies: Sequence[Policy], groups: Sequence[ParameterGroup], *, weight_decay: float
 ) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """What a policy is: something that acts between steps, or on the numbers of a step, whatever the method and the loss.
 
+    default_rate(rate)    the learning rate where the recipe gives none, from the method's
     groups(groups)        before the optimiser is made: other rates for some tensors
     optimiser(groups)     another optimiser than AdamW; one policy of a run at most
     state_bytes, waiting  how much memory its optimiser takes, and which parameters take none
@@ -40,6 +41,8 @@ class ParameterGroup:
 
     parameters: Mapping[str, nn.Parameter]
     rate: float
+    at_embeddings: frozenset[str] = frozenset()
+    """Which of them lie at an embedding, by name."""
 
 
 @dataclass
@@ -188,6 +191,10 @@ class Policy:
     def waiting(self, training: Training) -> Sequence[nn.Parameter]:
         """Parameters that have neither a gradient nor an optimiser's state, at the time when the others are largest."""
         return ()
+
+    def default_rate(self, rate: float) -> float:
+        """The learning rate where the recipe gives none; `rate` is the method's, which was found with AdamW."""
+        return rate
 
     def groups(self, groups: Sequence[ParameterGroup]) -> Sequence[ParameterGroup]:
         return groups

@@ -7,7 +7,8 @@
 
 Directions that change little let the moments, which are not moved with them, go on fitting. All else is as in
 galore.py. The gradient of L is cut at a norm of 1 and the moments are left as they are, as in the authors' code.
-Departures: the first P is GaLore's, not a random sketch, and rows are those of the matrix after it was turned.
+Departures: the first P is GaLore's, not a random sketch, and rows are those of the matrix after it was turned. Signs of
+singular vectors are those of the vectors that they replace, as in galore.py.
 """
 
 from typing import Any, Literal

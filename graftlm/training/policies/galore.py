@@ -10,7 +10,10 @@ Where n > m the other side is projected, by right singular vectors. The moments 
 paper has it. Vectors and matrices with a side of at most r keep Adam as it is.
 
 Departures: embeddings are projected too (theirs are the largest moments here; the authors leave them out). A gradient
-that is all zero, as LoRA's A has at first, gives no P: that matrix waits for its first other one.
+that is all zero, as LoRA's A has at first, gives no P: that matrix waits for its first other one. The sign of a
+singular vector is arbitrary: each column of a new P has the sign with which it is nearer to the column that it
+replaces, so that the moments go on fitting and what is learnt does not depend on the linear algebra library. Where the
+recipe gives no learning rate, the method's is divided by alpha: projected matrices then have the method's rate.
 """
 
 from abc import abstractmethod
@@ -64,7 +67,10 @@ class ProjectedAdam(torch.optim.Optimizer):
                 turned = projected and p.shape[0] > p.shape[1]
                 G = G.T if turned else G
                 if projected:
+                    before = state.get("P")
                     self.policy.renew(state, G)
+                    if before is not None and state["P"] is not before:
+                        state["P"] = with_signs_of(before, state["P"])
                 R = state["P"].T @ G if projected else G
                 M = state.setdefault("M", torch.zeros_like(R))
                 V = state.setdefault("V", torch.zeros_like(R))
@@ -89,6 +95,9 @@ class Projecting(Policy):
     def refuse(self, training: Training) -> str:
         return needs_matrices_over(self.config.rank, training)
 
+    def default_rate(self, rate: float) -> float:
+        return rate / float(self.config.scale)
+
     def state_bytes(self, parameter: nn.Parameter) -> int:
         if not is_over(self.config.rank, parameter):
             return 8 * parameter.numel()
@@ -106,6 +115,11 @@ class Galore(Projecting):
     def renew(self, state: dict[str, Any], G: Tensor) -> None:
         if "P" not in state or state["step"] % self.config.every == 0:
             state["P"] = leading(G, self.config.rank)
+
+
+def with_signs_of(before: Tensor, P: Tensor) -> Tensor:
+    """P [n, r] with each column's sign such that its product with the same column of `before` is not negative."""
+    return P * torch.where((before * P).sum(0) < 0, -1.0, 1.0)
 
 
 def leading(G: Tensor, r: int) -> Tensor:

@@ -4,7 +4,8 @@
     c = min(1, clip / n)    n the norm of the gradient of all parameters together, known from a pass before this one
 
     g   gradient of the step with respect to p, of its shape
-    eta the recipe's learning rate: of plain SGD, so 10 to 1000 times what AdamW wants
+    eta the recipe's learning rate: of plain SGD, so 10 to 1000 times what AdamW wants. Where the recipe gives none it
+        is RATE times the method's, which was found with AdamW
 
 It is SGD, so it has no state either. The norm costs every step a second time: forward and backward pass go through once
 to sum the squares (section 3.3), and again to act. That second pass is also what lets a step that is not finite change
@@ -29,6 +30,8 @@ from graftlm.errors import TrainingError
 from graftlm.model.attach import penalty
 from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
+
+RATE = 250.0
 
 
 @config
@@ -108,6 +111,9 @@ class Lomo(Fused):
     def __init__(self, config: LomoConfig) -> None:
         super().__init__(config)
         self.rehearses = config.largest is None
+
+    def default_rate(self, rate: float) -> float:
+        return RATE * rate
 
     def state_bytes(self, parameter: nn.Parameter) -> int:
         return 0

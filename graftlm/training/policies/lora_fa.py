@@ -32,6 +32,8 @@ class LoraFa(Policy):
     cost = "an r x r inverse a site and step; saves A's gradient and moments"
 
     def refuse(self, training: Training) -> str:
+        if any(part.site.kind == "embedding" for part in pairs(training)):
+            return "at an embedding A starts at zero and B is random, and with A frozen nothing would be learnt there"
         return "" if list(pairs(training)) else NO_PAIRS
 
     def waiting(self, training: Training) -> list[nn.Parameter]:

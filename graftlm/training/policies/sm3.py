@@ -6,7 +6,8 @@
     G [n, m] gradient; r [n], c [m], at first 0; M [n, m] with b = `momentum`, left out where that is 0
 
 Adagrad's accumulator from above: N is at least the sum of squares so far, so rates fall and never rise. Vectors have
-that sum itself. Where G and N are 0 the step is 0.
+that sum itself. Where G and N are 0 the step is 0. Where the recipe gives no learning rate, eta is RATE times the
+method's, which was found with AdamW: N sums up where Adam has a mean, so steps here are smaller from the second on.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from torch import nn
 
 from graftlm.config import Share, config
 from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, torch_groups
+
+RATE = 4.0
 
 
 @config
@@ -51,6 +54,9 @@ class Sm3Optimiser(torch.optim.Optimizer):
 class Sm3(Policy):
     paper = "Anil et al. 2019, arXiv:1901.11150"
     cost = "one moment in place of two, or none with `momentum: 0`"
+
+    def default_rate(self, rate: float) -> float:
+        return RATE * rate
 
     def state_bytes(self, parameter: nn.Parameter) -> int:
         return 4 * (sum(parameter.shape) + (parameter.numel() if self.config.momentum else 0))

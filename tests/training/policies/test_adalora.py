@@ -9,6 +9,9 @@ from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
 from graftlm.data.pack import collate
+from graftlm.deltas import METHODS
+from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
+from graftlm.deltas.base import Site
 from graftlm.errors import TrainingError
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies import POLICIES
@@ -120,3 +123,25 @@ def test_what_has_no_meaning_is_refused(method: str, changes: dict[str, Any], sa
     state = training(perturbed(method, tiny_model()), [])
     with pytest.raises(TrainingError, match=says):
         run(state, [AdaLoraPolicy(AdaLoraPolicyConfig(**changes))], [[collate(examples())]])
+
+
+@pytest.mark.parametrize(("rate", "holds"), [(METHODS["adalora"].delta.learning_rate, True), (0.128, False)])
+def test_at_the_default_rate_p_and_q_stay_nearly_orthogonal(rate: float, holds: bool) -> None:
+    """A layer of 576 x 576 that learns a random change for 8 steps: what the penalty says before and after."""
+    W = torch.randn(576, 576, generator=torch.Generator().manual_seed(1)) / 24
+    delta = AdaLora(Site("a.b", 576, 576, lambda: W, 0), AdaLoraConfig())
+    optimiser = torch.optim.AdamW(delta.parameters(), lr=rate, weight_decay=0.0)
+    draw, found = torch.Generator().manual_seed(2), []
+    wanted = torch.randn(576, 576, generator=draw) / 24
+    for step in range(8):
+        penalty = delta.penalty()
+        assert penalty is not None
+        found.append(float(penalty.detach()))
+        x = torch.randn(64, 576, generator=draw)
+        loss = (x @ (delta.matrix() - wanted).T).square().mean() + penalty
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.param_groups[0]["lr"] = rate * (1 - step / 8)
+        optimiser.step()
+    found.append(float(delta.penalty().detach()))  # type: ignore[union-attr]
+    assert (found[-1] < 3 * found[0]) == holds, found

@@ -1,10 +1,14 @@
 """GaLore against Adam on P^T G with P from a singular value decomposition, for both ways a matrix can lie."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from graftlm.training.policies import POLICIES
 from graftlm.training.policies.base import ParameterGroup
+from graftlm.training.policies.coap import Coap, CoapConfig
 from graftlm.training.policies.galore import Galore, GaloreConfig
 
 
@@ -80,3 +84,45 @@ def test_a_gradient_of_zero_gives_no_projection() -> None:
     optimiser.step()
     assert not optimiser.state[p]
     assert torch.equal(p.detach(), torch.ones(5, 8))
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+@pytest.mark.parametrize("policy", [GaloreConfig(rank=4, every=2), CoapConfig(rank=4, every=2, factor=2)])
+def test_the_signs_of_singular_vectors_do_not_matter(
+    policy: Any, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another library of linear algebra gives other signs: here at random, over several new P."""
+    found = []
+    for seed in (None, 1, 2):
+        signs = torch.Generator().manual_seed(seed or 0)
+
+        def flipped(P: torch.Tensor, seed: int | None = seed, signs: torch.Generator = signs) -> torch.Tensor:
+            random = torch.randint(2, (P.shape[1],), generator=signs) * 2.0 - 1
+            return P if seed is None else P * random.to(P)
+
+        made = POLICIES[policy.name].policy(policy)
+        renew = made.renew
+
+        def renewed(state: dict[str, Any], G: torch.Tensor, renew: Any = renew, flipped: Any = flipped) -> None:
+            before = state.get("P")
+            renew(state, G)
+            if before is None or state["P"] is not before:
+                state["P"] = flipped(state["P"])
+
+        monkeypatch.setattr(made, "renew", renewed)
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        optimiser = made.optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+        common = torch.randn(shape, dtype=torch.float64)  # gradients that have something to do with each other
+        for _ in range(7):
+            p.grad = common + 0.3 * torch.randn(shape, dtype=torch.float64)
+            optimiser.step()
+        found.append(p.detach().clone())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_by_default_projected_matrices_have_the_rate_of_the_method() -> None:
+    policy = Galore(GaloreConfig(scale=0.25))
+    assert policy.default_rate(1e-3) * 0.25 == pytest.approx(1e-3)
+    assert Coap(CoapConfig()).default_rate(1e-3) == pytest.approx(1e-3)

@@ -1,0 +1,47 @@
+"""What a policy makes of the method's rate, where the recipe gives none, is a rate at which something is learnt."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from graftlm.config import build
+from graftlm.data.pack import collate
+from graftlm.model.attach import attach
+from graftlm.testing import tiny_model
+from graftlm.training.loop import steps
+from graftlm.training.recipe import Recipe
+from graftlm.training.turns import turns
+from tests.training.test_loop import examples
+
+OTHERS = {
+    "full": [{"name": "lomo"}, {"name": "sm3"}, {"name": "galore", "rank": 16}, {"name": "coap", "rank": 16}],
+    "lora": [{"name": "lora-plus"}, {"name": "sm3"}],
+}
+
+
+def fall(method: str, policies: list[dict[str, Any]]) -> float:
+    """How far 12 steps at default rates bring down the loss of the rows that they are taken on."""
+    sections = {"data": {"train": "rows.jsonl"}, "delta": {"method": method}, "policies": policies}
+    recipe = build(Recipe, sections, source="test")
+    model = attach(tiny_model(), recipe.all_deltas()["default"])
+    (turn,) = turns(recipe, model, 12)
+    pack = collate(examples())
+    done = list(
+        steps(
+            model, [[pack]] * 12, loss="supervised", optimiser=turn.training.optimiser, schedule=turn.schedule,
+            clip=1.0, policies=turn.policies, training=turn.training,
+        )
+    )  # fmt: skip
+    return done[0].loss - done[-1].loss
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"), [(method, policy) for method, policies in OTHERS.items() for policy in policies],
+    ids=lambda value: value if isinstance(value, str) else value["name"],
+)  # fmt: skip
+def test_it_learns_at_least_half_of_what_adamw_does(method: str, policy: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    wanted = fall(method, [])
+    assert wanted > 0
+    assert fall(method, [policy]) > wanted / 2
