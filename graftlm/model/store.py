@@ -76,10 +76,14 @@ def check_new_folder(out: Path, *, overwrite: bool = False, keep: Sequence[str] 
 
 
 def mend_folder(out: Path, *, keep: Sequence[str] = ()) -> None:
-    """Put right what a process left that was killed while it exchanged `out` for a new folder, and clear its drafts."""
+    """Put right what a process left that was killed while it exchanged `out` for a new folder, and clear its drafts.
+
+    The caller has the lock of `out` (`graftlm.lock`): on a shared file system nobody can tell from a process id in a
+    name whether that process lives.
+    """
     for other in sorted(out.absolute().parent.glob(f".{out.name}.*-*")):
         kind, _, process = other.name.removeprefix(f".{out.name}.").rpartition("-")
-        if kind not in ("partial", "old") or not process.isdecimal() or _runs(int(process)):
+        if kind not in ("partial", "old") or not process.isdecimal():
             continue
         if kind == "old" and not out.exists():
             other.rename(out)
@@ -87,16 +91,6 @@ def mend_folder(out: Path, *, keep: Sequence[str] = ()) -> None:
         if kind == "old":
             _carry_over(other, out, keep)
         shutil.rmtree(other) if other.is_dir() else other.unlink()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _beside(out: Path, kind: str) -> Path:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from graftlm.data.pack import Example, Group
 from graftlm.data.prompts import Prompt
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
+from graftlm.lock import only_writer
 from graftlm.model.store import check_new_folder, mend_folder
 from graftlm.training import ranks, trackers
 from graftlm.training.checkpoint import (
@@ -104,6 +105,10 @@ class Place:
             )
         self.resumes, self.changed = unfinished or matter, matter
         return "unfinished" if self.resumes else "finished"
+
+    def lock(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Inside, no other process writes to OUT; OutputError where one does. The first rank has it for all."""
+        return only_writer(self.out, say=say) if ranks.first() else nullcontext()
 
     def _holds_an_adapter(self) -> bool:
         return self.out.is_dir() and any(path.name not in KEPT for path in self.out.iterdir())

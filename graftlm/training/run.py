@@ -196,20 +196,22 @@ def train(
     `resume` goes on from the last checkpoint in `out`, where there is one, to the very bytes of an unbroken run; with
     `accept_changes` with a recipe that is not the one it began with. Raises a GraftError before anything is loaded
     where it can. Ctrl-C and SIGTERM finish the step, save and return; a second one stops at once. `console` shows the
-    run; by default it is silent. Under torchrun the processes train it together, and the first of them writes.
+    run; by default it is silent. Under torchrun the processes train it together, and the first of them writes. While
+    another process trains into `out`, an OutputError names it.
     """
     ranks.start()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     console = console if console and ranks.first() else Console(quiet=True)
     out = Path(out) if out is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     place = Place(out, recipe)
-    with ranks.one_first():
-        begun = place.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, told=console.print)
-    if begun == "finished":
-        console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
-        return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
-    with Trackers(recipe, out) as trackers:
-        return _run(recipe, place, trackers, console)
+    with place.lock(console.print):
+        with ranks.one_first():
+            begun = place.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, told=console.print)
+        if begun == "finished":
+            console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
+            return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
+        with Trackers(recipe, out) as trackers:
+            return _run(recipe, place, trackers, console)
 
 
 def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> Result:

@@ -24,6 +24,7 @@ import graftlm
 from graftlm.config import differences, parse_yaml, to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError, nearest, numbered
 from graftlm.files import writing
+from graftlm.lock import only_writer
 from graftlm.training.place import matters
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.run import RESUMABLE, stop_on_signal
@@ -175,10 +176,15 @@ def _for_a_file(text: str) -> str:
 def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callable[[str], None] = print) -> Outcome:
     """Run what is not finished, one after another or on Ray; Ctrl-C stops the run at hand so that it can be resumed.
 
-    Raises OutputError where a folder holds a run of another recipe.
+    Raises OutputError where a folder holds a run of another recipe, and where another sweep writes to `out`.
     """
     if on not in PLACES:
         raise RecipeError(f"--on {on}: no such place. {nearest(on, PLACES)}")
+    with only_writer(out, say=say):
+        return _sweep(points, out, on, say)
+
+
+def _sweep(points: Sequence[Point], out: Path, on: str, say: Callable[[str], None]) -> Outcome:
     outcome = Outcome()
     todo = []
     for point in points:
