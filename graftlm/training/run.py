@@ -44,6 +44,7 @@ from graftlm.model.load import (
     load_tokenizer,
     return_freed_memory,
 )
+from graftlm.model.sketch import Positions
 from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks, report
@@ -56,6 +57,7 @@ from graftlm.training.kernels import choose_kernels
 from graftlm.training.objective import Objective
 from graftlm.training.online import mean_reward
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
+from graftlm.training.positions import check_positions
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.scorers import Scorer, make_scorer
@@ -103,6 +105,8 @@ class Prepared:
     """The order of `examples` in an epoch; None where every epoch is shuffled."""
     scorer: Scorer | None = None
     """What judges the answers that the model gives while it is trained."""
+    positions: Positions | None = None
+    """Those of the base."""
 
 
 def prepare_data(
@@ -132,6 +136,7 @@ def prepare_data(
     else:
         examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0], found.notes[:0] = read.problems, read.notes
+    has = check_positions(recipe, examples, found, room=recipe.online.max_new_tokens if recipe.online else 0)
     learnt, aside = put_aside(recipe, examples)
     examples = learnt
     order = curriculum(data.order, rows, examples) if data.order else None
@@ -147,6 +152,7 @@ def prepare_data(
         held_out, answered, about = ready(answered, replace(data, over_length="truncate"))
         held_out_rows = held_out_rows if recipe.online else answered
         found.problems += about.problems
+        check_positions(recipe, held_out, found, what="held-out rows")
     if look:
         found.survey = survey(rows, held_out_rows)
         found.notes = not_told(found.notes, found.survey) + unheard(rows, renderer)
@@ -160,6 +166,7 @@ def prepare_data(
         chosen=chosen,
         aside=aside,
         curriculum=order,
+        positions=has,
     )
 
 
@@ -331,11 +338,15 @@ def _measure(
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
     liked = [row for row in data.held_out_rows if row.desirable is not False]
-    asked = [row for row in liked if recipe.online or can_be_answered(row)][: recipe.report.answers]
     if not data.held_out_rows:
         return None, None, []
     model, tokenizer = base
     renderer = Renderer(tokenizer)
+    can = [row for row in liked if recipe.online or can_be_answered(row)]
+    if data.positions and data.positions.count and data.positions.are_a_table():
+        room = data.positions.count - recipe.report.max_new_tokens
+        can = [row for row in can if len(renderer.prompt(asked_in(row)[0], row.tools)) <= room]
+    asked = can[: recipe.report.answers]
     groups = [item for item in data.held_out if isinstance(item, Group)]
     wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
     layout: dict[str, Any] = {"pack_tokens": recipe.train.pack_tokens, "packed": recipe.data.pack}
