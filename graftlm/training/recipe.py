@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +20,7 @@ from graftlm.model.attach import needed_statistics
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.online import OnlineConfig
+from graftlm.training.other_names import OTHER_NAMES
 from graftlm.training.policies import POLICIES
 from graftlm.training.policies.base import PolicyConfig
 from graftlm.training.regularisers import REGULARISERS, RegulariserConfig, tie
@@ -84,6 +85,8 @@ class Recipe:
     """What acts between steps: names, or `{name: NAME, ...}` with options."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = OTHER_NAMES
+    """What other trainers call these keys."""
     network: Flag = False
     """Allow a base or a data set to be fetched from the hub, and trackers to send what they are told elsewhere."""
 
