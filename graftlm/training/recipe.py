@@ -21,7 +21,7 @@ from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.online import OnlineConfig
 from graftlm.training.other_names import OTHER_NAMES
-from graftlm.training.policies import POLICIES
+from graftlm.training.policies import COMPLETES, POLICIES
 from graftlm.training.policies.base import PolicyConfig
 from graftlm.training.regularisers import REGULARISERS, RegulariserConfig, tie
 from graftlm.training.select import SELECTORS
@@ -142,6 +142,15 @@ class Recipe:
             raise ValueError("give delta, or several by name in deltas, not both")
         if self.delta is None and not self.deltas:
             object.__setattr__(self, "delta", LoraConfig())  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Recipe":
+        names = {policy.name for policy in self.policies}
+        for method in dict.fromkeys(delta.method for delta in self.all_deltas().values()):
+            if (needs := COMPLETES.get(method)) and not names.intersection(needs):
+                own: Any = POLICIES[needs[0]].config(name=needs[0])
+                object.__setattr__(self, "policies", (*self.policies, own))
         return self
 
     @model_validator(mode="after")
