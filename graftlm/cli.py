@@ -625,7 +625,7 @@ def _write(piece: str) -> None:
 
 def _load(base: str, adapters: list[Path], network: bool, store: str | None = None) -> tuple[Any, Any]:
     from graftlm.model.load import load_base
-    from graftlm.model.store import adapters_in, load_adapter
+    from graftlm.model.store import adapters_in, load_adapter, template_of
 
     _prepare_libraries()
     model, tokenizer = load_base(base, store=store, network=network)
@@ -634,9 +634,7 @@ def _load(base: str, adapters: list[Path], network: bool, store: str | None = No
         for name, path in adapters_in(folder).items():
             unique = f"{number + 1}-{name}" if several else name
             typer.secho(load_adapter(model, path, name=unique), dim=True, err=True)
-            template = path / "chat_template.jinja"
-            if template.is_file():  # what it was trained with is what it is asked with
-                tokenizer.chat_template = template.read_text(encoding="utf-8")
+    tokenizer.chat_template = template_of(model) or tokenizer.chat_template  # `merge` and `export` write it
     return model, tokenizer
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
 from graftlm.model.generate import generate
+from graftlm.model.store import template_of
 
 _renderer = lru_cache(maxsize=4)(Renderer)
 
@@ -24,10 +25,11 @@ def answer(
 ) -> str:
     """The model's answer to a prompt, or to a conversation that ends with a user's turn; greedy at temperature 0.
 
-    `on_text` is called with each new piece of text as it comes.
+    The chat template is that of the adapters on the model, where they have one. `on_text` is called with each new
+    piece of text as it comes.
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
-    renderer = _renderer(tokenizer, tokenizer.chat_template)
+    renderer = _renderer(tokenizer, template_of(model) or tokenizer.chat_template)
     new: list[int] = []
     shown = ""
 

@@ -47,7 +47,7 @@ from graftlm.model.load import (
 from graftlm.model.sketch import Positions
 from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.system import preserve_global_state
-from graftlm.training import display, ranks, report
+from graftlm.training import depends, display, ranks, report
 from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import METRICS, put_deltas_back
 from graftlm.training.course import Course, Stopping, Watched
@@ -56,13 +56,12 @@ from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_o
 from graftlm.training.kernels import choose_kernels
 from graftlm.training.objective import Objective
 from graftlm.training.online import mean_reward
-from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
+from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place
 from graftlm.training.positions import check_positions
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose
-from graftlm.training.teacher import compared_with
 from graftlm.training.trackers import Trackers
 from graftlm.training.turns import attach_deltas, load_teacher, plan_batches
 
@@ -249,7 +248,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     if recipe.train.kernels != "auto":
         pinned(recipe.train.kernels, model.device, model.dtype)  # refused before anything else takes its time
     plan = plan_batches(recipe.train, data.examples, data.curriculum)
-    lines, stopped, choice = _train(recipe, model, data, plan, place, trackers, console)
+    lines, stopped, choice = _train(recipe, Loaded(model, tokenizer), data, plan, place, trackers, console)
     log = [line for line in lines if "loss" in line]
     if ranks.first():
         with new_folder(out, overwrite=True, keep=KEPT) as folder:
@@ -282,7 +281,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
 
 def _train(
     recipe: Recipe,
-    model: Any,
+    base: Loaded,
     data: Prepared,
     plan: list[list[int]],
     place: Place,
@@ -291,10 +290,12 @@ def _train(
 ) -> tuple[list[dict[str, Any]], bool, Choice]:
     """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped,
     what computed it)."""
+    model, tokenizer = base
     prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     load_teacher(recipe, model, data.examples)
-    facts: dict[str, Any] = {"rows": digest(data.examples), "base": fingerprint(model).digest}
-    facts["compared_with"] = compared_with(model, recipe.loss)
+    facts: dict[str, Any] = depends.record(
+        recipe, model, tokenizer, data.examples, began=ranks.gathered([place.began])[0]
+    )
     found = place.newest(facts, told=console.print)
     with console.status("attaching the delta"):
         attach_deltas(recipe, model, data.examples, plan, start=found is None)
@@ -387,6 +388,11 @@ def _measure(
     return before, after, samples
 
 
+def path_name(source: str) -> str:
+    """A source for what may be published: a file without the folders that it lies in."""
+    return source if source.startswith(("hub:", "builtin:")) else Path(source).name
+
+
 def peak_rss_gib() -> float:
     """The most memory that this process had resident at any time."""
     if (peak := resident_gib("VmHWM")) is not None:  # the other figure begins at that of who started us
@@ -437,8 +443,9 @@ def _write_report(
     done = summary["train"]
     processes = f"{done['ranks']} processes, each of " if done["ranks"] > 1 else ""
     source = ", ".join(source.path for source in recipe.data.sources())
+    named = ", ".join(dict.fromkeys(path_name(source.path) for source in recipe.data.sources()))
     facts = {
-        "training data": f"{source}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
+        "training data": f"{named}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
         "steps": f"{done['steps']} of {recipe.train.batch_rows} rows, seed {recipe.train.seed}",
         "supervised tokens": f"{done['supervised_tokens']:,}",
         "speed": f"{done['tokens_per_s']:,.0f} tokens/s",
