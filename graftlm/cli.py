@@ -66,6 +66,13 @@ StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="End the answer before this text; repeat the option for several.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="For sampling at a temperature above 0.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value]...",
+        help="Override keys of the recipe: train.steps=100, policies.0.ratio=4 (entries count from 0).",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -97,9 +104,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: see docs/recipe.md.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Laid over the recipe.")
-    ] = None,
+    overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option("--out", help="The adapter folder to write.")] = Path("adapter"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     resume: Annotated[
@@ -160,9 +165,7 @@ def _probe(recipe: "Recipe", page: Path, as_json: bool, title: str) -> None:
 @app.command("plan")
 def plan_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: see docs/recipe.md.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Laid over the recipe.")
-    ] = None,
+    overrides: OverridesArgument = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a recipe will need, peak memory and time, before a weight is loaded."""
@@ -340,6 +343,7 @@ def data_check(
         Path | None, typer.Option("--html", help="Write a page to leaf through the rows, token by token.")
     ] = None,
     network: NetworkOption = False,
+    overrides: OverridesArgument = None,
 ) -> None:
     """Report what training would see: rows, tokens, what is supervised, what is dropped, what ends an answer; and what
     the rows look like: duplicates, overlap with held-out rows, refusals, damage."""
@@ -350,7 +354,7 @@ def data_check(
     from graftlm.training.tokenizer import recipe_tokenizer
 
     _prepare_libraries()
-    recipe = _recipe_for(source, base, mask, template, network)
+    recipe = _recipe_for(source, base, mask, template, network, overrides or [])
     tokenizer = recipe_tokenizer(recipe)
     found = prepare_data(recipe, tokenizer, show=show, look=True, console=Console(stderr=True))
     for line in found.chosen:
@@ -375,7 +379,12 @@ def data_select(
     ],
     out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write, its scores beside it.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Of the method: see docs/recipe.md.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...",
+            help="Keys of the method that --by names, or keys of the recipe, e.g. data.max_tokens=512: see "
+            "docs/recipe.md.",
+        ),
     ] = None,
     by: Annotated[
         str | None,
@@ -410,7 +419,9 @@ def data_select(
 
     _prepare_libraries()
     check_writable(out, overwrite=overwrite)
-    recipe = _selecting(_recipe_for(source, base, None, template, network), by, keep, target, settings or [])
+    of_recipe, of_method = _by_owner(settings or [])
+    recipe = _recipe_for(source, base, None, template, network, of_recipe)
+    recipe = _selecting(recipe, by, keep, target, of_method)
     tokenizer = recipe_tokenizer(recipe)
     usable = for_supervised if _is_recipe(source) else every_row  # what a file of rows is for, nobody says
     read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
@@ -426,6 +437,17 @@ def data_select(
     for choice in choices:
         print(choice.line())
     print(f"wrote {out}: {len(kept)} of {len(rows)} rows")
+
+
+def _by_owner(settings: list[str]) -> tuple[list[str], list[str]]:
+    """(keys of a recipe, keys of a selection method): a recipe's key begins with one of its sections."""
+    from dataclasses import fields
+
+    from graftlm.training.recipe import Recipe
+
+    sections = {field.name for field in fields(Recipe)}
+    of_recipe = [each for each in settings if each.partition("=")[0].partition(".")[0] in sections]
+    return of_recipe, [each for each in settings if each not in of_recipe]
 
 
 def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str | None, settings: list[str]) -> "Recipe":
@@ -503,15 +525,19 @@ def _is_recipe(source: str) -> bool:
     return Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source)
 
 
-def _recipe_for(source: str, base: str | None, mask: str | None, template: str | None, network: bool) -> "Recipe":
+def _recipe_for(
+    source: str, base: str | None, mask: str | None, template: str | None, network: bool, overrides: list[str]
+) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
-    from graftlm.config import build, to_tree
+    from graftlm.config import build, lay_over, to_tree
     from graftlm.training.recipe import Recipe, read_recipe
 
     if _is_recipe(source):
-        recipe = read_recipe(source)
+        recipe = read_recipe(source, overrides)
     else:
-        recipe = build(Recipe, {"data": {"train": source}}, source="command line")
+        rows: dict[str, Any] = {"data": {"train": source}}
+        lay_over(rows, overrides)
+        recipe = build(Recipe, rows, source="command line")
     tree = to_tree(recipe)
     if isinstance(tree["base"], str):
         tree["base"] = {"name": tree["base"]}
@@ -649,7 +675,7 @@ def _write(piece: str) -> None:
 
 def _load(base: str, adapters: list[Path], network: bool, store: str | None = None) -> tuple[Any, Any]:
     from graftlm.model.load import load_base
-    from graftlm.model.store import adapters_in, load_adapter
+    from graftlm.model.store import adapters_in, load_adapter, template_of
 
     _prepare_libraries()
     model, tokenizer = load_base(base, store=store, network=network)
@@ -658,9 +684,7 @@ def _load(base: str, adapters: list[Path], network: bool, store: str | None = No
         for name, path in adapters_in(folder).items():
             unique = f"{number + 1}-{name}" if several else name
             typer.secho(load_adapter(model, path, name=unique), dim=True, err=True)
-            template = path / "chat_template.jinja"
-            if template.is_file():  # what it was trained with is what it is asked with
-                tokenizer.chat_template = template.read_text(encoding="utf-8")
+    tokenizer.chat_template = template_of(model) or tokenizer.chat_template  # `merge` and `export` write it
     return model, tokenizer
 
 

@@ -6,6 +6,7 @@ type or a value out of range is an error that names file, line, key and what is 
 """
 
 import ast
+import copy
 import inspect
 import json
 import re
@@ -73,12 +74,12 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 
 def lay_over(tree: Tree, overrides: Sequence[str]) -> list[Key]:
-    """Put the values of `key=value` strings into a tree, in place; returns their keys."""
-    keys: list[Key] = []
-    for key, value in map(_parse_override, overrides):
-        _put(tree, key, value)
-        keys.append(key)
-    return keys
+    """Put the values of `key=value` strings into a tree, in place; returns their keys.
+
+    The entries of a list are counted from 0 (`policies.0.ratio=4`), and a part of a key that holds dots is quoted
+    (`delta.patterns."self_attn.q_proj".r=4`).
+    """
+    return [_put(tree, key, value) for key, value in map(_parse_override, overrides)]
 
 
 def build(cls: type[T], tree: Tree, *, source: str, lines: Mapping[Key, int] | None = None) -> T:
@@ -193,40 +194,85 @@ def parse_yaml(text: str, source: str) -> tuple[Tree, dict[Key, int]]:
     if not isinstance(tree, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of keys to values, this is a {type(tree).__name__}")
     lines: dict[Key, int] = {}
-    for key, line in _key_lines(node, ()):
+    for key, line in _key_lines(node, (), source):
         if key in lines:
             raise RecipeError(f"{source}:{line}: {_dotted(key)} was already given in line {lines[key]}")
         lines[key] = line
     return tree, lines
 
 
-def _key_lines(node: yaml.Node | None, prefix: Key) -> Iterator[tuple[Key, int]]:
+def _key_lines(
+    node: yaml.Node | None, prefix: Key, source: str, around: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[Key, int]]:
+    if node is not None and any(node is each for each in around):
+        raise RecipeError(
+            f"{source}:{node.start_mark.line + 1}: {_dotted(prefix)} is an alias of what it is in, so it never ends"
+        )
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield (*prefix, key.value), key.start_mark.line + 1
-            yield from _key_lines(value, (*prefix, key.value))
+            yield from _key_lines(value, (*prefix, key.value), source, (*around, node))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            yield from _key_lines(value, (*prefix, index))
+            yield from _key_lines(value, (*prefix, index), source, (*around, node))
 
 
-def _parse_override(text: str) -> tuple[Key, object]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"{text!r}: write an override as key=value, for example train.steps=100")
+_PART = re.compile(r"""(?:"([^"]+)"|'([^']+)'|([^.="']+))([.=])""")
+"""A part of an override's key, bare or in quotation marks, and what comes after it."""
+
+
+def _parse_override(text: str) -> tuple[tuple[str, ...], object]:
+    key, at, after = list[str](), 0, "."
+    while after == "." and (part := _PART.match(text, at)):
+        key.append(next(filter(None, part.groups())))
+        at, after = part.end(), part[4]
+    if after != "=":
+        raise RecipeError(
+            f"{text!r}: write an override as key=value, for example train.steps=100; a part of the key that holds a "
+            "dot is quoted"
+        )
     try:
-        return tuple(key.split(".")), yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+        return tuple(key), yaml.load(text[at:], _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{text!r}: the value is not valid YAML: {error}") from None
 
 
-def _put(tree: Tree, key: Key, value: object) -> None:
-    for depth, part in enumerate(key[:-1], start=1):
-        node = tree.setdefault(str(part), {})
-        if not isinstance(node, dict):
-            raise RecipeError(f"{_dotted(key)}: {_dotted(key[:depth])} is {node!r}, so it has no keys inside")
-        tree = node
-    tree[str(key[-1])] = value
+SHORT = {"base": "name", "loss": "name", "policies": "name", "data.train": "path", "data.held_out": "path"}
+"""Keys whose value may be a text alone, and the key inside that the text stands for."""
+
+LISTS = ("data.train", "policies", "regularisers", "select")
+"""Keys whose value may be one entry or a list of them."""
+
+
+def _put(tree: Tree, key: Sequence[str], value: object) -> Key:
+    """Put a value into the tree; the key as it is there, with numbers for the entries of lists."""
+    real: list[str | int] = []
+    holder: Any = {"": tree}
+    last: str | int = ""
+    for part in key:
+        inner, name = holder[last], ".".join(each for each in real if isinstance(each, str))
+        if part.isdecimal() and name in LISTS and isinstance(inner, str | dict):
+            inner = holder[last] = [inner]
+        elif isinstance(inner, str) and name in SHORT:
+            inner = holder[last] = {SHORT[name]: inner}
+        elif inner is None:
+            inner = holder[last] = {}
+        if isinstance(inner, list):
+            if not part.isdecimal():
+                raise RecipeError(
+                    f"{_dotted(key)}: {name} is a list: write which entry, as in {_dotted((*real, 0))}.{part}"
+                )
+            if int(part) >= len(inner):
+                raise RecipeError(f"{_dotted(key)}: {_dotted(real)} has {len(inner)} entries, which are counted from 0")
+            holder, last = inner, int(part)
+        elif isinstance(inner, dict):
+            inner.setdefault(part, None)
+            holder, last = inner, part
+        else:
+            raise RecipeError(f"{_dotted(key)}: {_dotted(real)} is {inner!r}, so it has no keys inside")
+        real.append(last)
+    holder[last] = value
+    return tuple(real)
 
 
 # Errors ----------------------------------------------------------------------------------------------------------
@@ -240,14 +286,42 @@ def _explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key,
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         if (instead := getattr(owner, "REPLACED", {}).get(str(key[-1]))) is not None:
             return key, error["type"], f"{where}: {_dotted(key)}: this key was replaced by {instead}"
+        if (instead := getattr(cls, "OTHER_NAMES", {}).get(str(key[-1]).lower().replace("-", "_"))) is not None:
+            return key, error["type"], f"{where}: {_dotted(key)}: unknown key. Here it is {instead}"
         known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
         return key, error["type"], f"{where}: {_dotted(key)}: unknown key. {nearest(str(key[-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):
         return key, error["type"], f"{where}: {_dotted(key)}: this key has no default and must be given"
+    if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        tag = error["ctx"]["discriminator"].strip("'")
+        known = _tags(cls, tree, error["loc"], tag)
+        if error["type"] == "union_tag_not_found":
+            given = ", ".join(map(str, error["input"])) if isinstance(error["input"], dict) else error["input"]
+            which = f"say which: `{tag}: NAME` beside {given}. {nearest('', known)}"
+            return key, error["type"], f"{where}: {_dotted(key)}.{tag}: {which}"
+        name = str(error["ctx"]["tag"])
+        return key, error["type"], f"{where}: {_dotted(key)}.{tag}: {name!r} is unknown. {nearest(name, known)}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (given: {given!r})" if not isinstance(given, dict | list | tuple) else ""
     return key, error["type"], f"{where}: {_dotted(key) or 'the recipe'}: {message}{shown}"
+
+
+def _tags(cls: type, tree: Tree, loc: Sequence[str | int], tag: str) -> list[str]:
+    """The names that the config at `loc` may have under its key `tag`: pydantic says them when it meets another one."""
+    tree = copy.deepcopy(tree)
+    inner: Any = tree
+    for part in loc:
+        if not (isinstance(part, int) and isinstance(inner, dict)):  # one entry, where a list of them may be given
+            inner = inner[part]
+    inner[tag] = ""
+    try:
+        TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        for each in error.errors(include_url=False):
+            if each["type"] == "union_tag_invalid" and each["loc"] == tuple(loc):
+                return re.findall(r"'([^']+)'", each["ctx"]["expected_tags"])
+    return []
 
 
 def _locate(cls: type, tree: Tree, loc: Sequence[str | int]) -> tuple[Key, object]:
@@ -296,5 +370,5 @@ def _only_dataclass(annotation: object) -> object:
     return found[0] if found else annotation
 
 
-def _dotted(key: Key) -> str:
+def _dotted(key: Sequence[str | int]) -> str:
     return ".".join(map(str, key))

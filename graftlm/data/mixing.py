@@ -153,5 +153,10 @@ def _drawn(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> l
 
 
 def drawn_by(seed: int, purpose: str, row: Row) -> bytes:
-    """The number of a row in a draw: those with the lowest are drawn."""
-    return hashlib.sha256(f"{seed}:{purpose}:{row.where}".encode("utf-8", "surrogatepass")).digest()
+    """The number of a row in a draw: those with the lowest are drawn.
+
+    It depends on the place of the row in its file and on the row's group, not on the name of the file; `purpose` holds
+    the number of the source.
+    """
+    place = row.where.rpartition("/")[2].partition(":")[2]
+    return hashlib.sha256(f"{seed}:{purpose}:{place}:{row.group}".encode("utf-8", "surrogatepass")).digest()

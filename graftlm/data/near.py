@@ -11,12 +11,14 @@ without looking at all of them, the numbers are cut into B bands of R, and only 
 looked at: a pair is found with the chance 1 - (1 - J^R)^B, here 0.99995 at J = 0.8 and 0.55 at J = 0.5. What is found
 so is compared exactly. Everything is drawn from a fixed seed: the same texts give the same answer.
 
-Words are runs of letters and digits, in lower case; of scripts without spaces every character is a word.
+Words are those of `words_of`.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from unicodedata import category, normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +43,40 @@ COMMON = 10
 MOST_WORDS = 1_000
 """Of a longer text only the beginning is looked at: this bounds the time."""
 
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # Thai to Chinese
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """A word of any script. `re` takes the marks that Indic and Arabic scripts write above and below letters for
+    separators, so they are listed."""
+    marks, symbols = (_class(0x300, kinds) for kinds in (("Mn", "Mc", "Me"), ("So",)))
+    return re.compile(rf"(?:[^\W_{_UNSPACED}]+[{marks}]*)+|[{_UNSPACED}{symbols}][{marks}]*")
+
+
+def _class(first: int, kinds: Sequence[str]) -> str:
+    """The characters of these Unicode categories from `first` on, as ranges of a regular expression's class."""
+    codes = [code for code in range(first, 0x20000) if category(chr(code)) in kinds]
+    starts = [code for code, before in zip(codes, [0, *codes], strict=False) if code != before + 1]
+    ends = [code for code, after in zip(codes, [*codes[1:], 0], strict=True) if code + 1 != after]
+    return "".join(f"{chr(start)}-{chr(end)}" for start, end in zip(starts, ends, strict=True))
+
+
+_ASCII_WORD = re.compile("[a-z0-9]+")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in any script, in lower case and in one Unicode form (NFKC).
+
+    A word is a run of letters, digits and marks. Of scripts without spaces between words it is a character with its
+    marks; an emoji is a word too. `_`, punctuation and white space are none.
+    """
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    return _word().findall(normalize("NFKC", text).casefold())
 
 
 class Words:
@@ -53,7 +87,7 @@ class Words:
 
     def of(self, text: str) -> Numbers:
         # A word is a character at least, and mostly no more than sixteen.
-        found = _WORD.findall(text[: 16 * MOST_WORDS].lower())[:MOST_WORDS]
+        found = words_of(text[: 16 * MOST_WORDS])[:MOST_WORDS]
         return np.array([self._number.setdefault(word, len(self._number)) for word in found], np.uint64)
 
 

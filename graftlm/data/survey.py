@@ -229,7 +229,7 @@ def _repeated(rows: Sequence[Row]) -> list[Entry]:
     given: dict[bytes, dict[bytes, Row]] = {}
     for row in rows:
         for message in row.messages:
-            if message.role == "assistant" and message.content.count(" ") >= REPEATED_ANSWER_WORDS - 1:
+            if message.role == "assistant" and len(near.words_of(message.content[:200])) >= REPEATED_ANSWER_WORDS:
                 answer = hashlib.blake2b(" ".join(message.content.lower().split()).encode(), digest_size=16).digest()
                 given.setdefault(answer, {}).setdefault(_digest(_question(row)), row)
     often = sorted((list(g.values()) for g in given.values() if len(g) >= REPEATED_ANSWER_TIMES), key=lambda g: -len(g))

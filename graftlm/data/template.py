@@ -99,6 +99,16 @@ class _Child:
     deadline: float | None = None
     late: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+    watched: threading.Event = field(default_factory=threading.Event)
+    """Set while there is a deadline, and when the process has been killed: else the thread that watches sleeps."""
+
+    def expect(self, seconds: float | None) -> None:
+        """An answer within so many seconds from now; None: no answer is wanted."""
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        if seconds is None:
+            self.watched.clear()
+        else:
+            self.watched.set()
 
 
 class Template:
@@ -181,14 +191,14 @@ class Template:
             assert pipes.stdout is not None
             line = pipes.stdout.readline()
             said = json.loads(line) if line.endswith(b"\n") else None  # a part of one: it was stopped
-            child.deadline = None
+            child.expect(None)
             if said is None:
                 return [{"stopped": TOO_LONG if child.late else TOO_LARGE}] if len(requests) == 1 else []
             return list(said)
 
         with child.lock:
             try:
-                child.deadline = time.monotonic() + CLOCK_SECONDS
+                child.expect(CLOCK_SECONDS)
                 with contextlib.suppress(BrokenPipeError):
                     pipes.stdin.write(json.dumps(requests).encode() + b"\n")
                     pipes.stdin.flush()
@@ -209,13 +219,13 @@ class Template:
             weakref.finalize(self, _end, child)
             assert process.stdin is not None
             assert process.stdout is not None
-            child.deadline = time.monotonic() + START_SECONDS
-            threading.Thread(target=_watch, args=(child,), daemon=True).start()
+            child.expect(START_SECONDS)
+            threading.Thread(target=_watch, args=(child,), name="template", daemon=True).start()
             first = {"template": self.source, "variables": self.variables, "today": self.today.isoformat()}
             process.stdin.write(json.dumps(first).encode() + b"\n")
             process.stdin.flush()
             ready = json.loads(process.stdout.readline() or b'{"error": "reading it was stopped"}')
-            child.deadline = None
+            child.expect(None)
             if "error" in ready:
                 self._child = None
                 _end(child)
@@ -240,12 +250,13 @@ def _end(child: _Child) -> None:
                 with contextlib.suppress(OSError):
                     pipe.close()
         child.process.wait()
+        child.watched.set()
 
 
 def _watch(child: _Child) -> None:
     """Kill a child whose answer is late: a single long operation cannot be interrupted from inside."""
     late_since, used_by_then, waited = 0.0, 0.0, 0.0
-    while child.process.poll() is None:
+    while child.watched.wait() and child.process.poll() is None:
         if (deadline := child.deadline) is not None and time.monotonic() > deadline:
             used = _processor_seconds(child.process.pid)
             if deadline != late_since:

@@ -45,6 +45,8 @@ class Attachment:
     configs: dict[str, DeltaConfig] = field(default_factory=dict)
     sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
+    templates: dict[str, str] = field(default_factory=dict)
+    """The chat template of each that was loaded with one."""
     trainable_before: set[str] = field(default_factory=set)
     kernel_before: str | None = None
     switch: Switch = field(default_factory=Switch)
@@ -359,6 +361,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             if not len(list(model.get_submodule(SHARED).children())):
                 delattr(model, SHARED)
         del record.configs[gone], record.sites[gone], record.seeds[gone]
+        record.templates.pop(gone, None)
     if not record.configs:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)

@@ -20,7 +20,7 @@ from graftlm.errors import TargetError, numbered
 from graftlm.model.attach import attachment, base_state, hosts, merged_state
 from graftlm.model.endings import generation_settings, missing_end, tokenizer_that_ends
 from graftlm.model.hosts import Host, LayerHost, all_factors
-from graftlm.model.load import base_record, fingerprint, store_of
+from graftlm.model.load import fingerprint, public_name, store_of
 from graftlm.model.quantise import CODECS, GROUP, QuantisedLinear
 from graftlm.model.sites import find_sites
 from graftlm.model.store import CONFIG, PREFIX, WEIGHTS, new_folder, transposed, why_not_peft, write_adapter
@@ -245,7 +245,6 @@ def padded(plain: PlainLora) -> dict[str, tuple[Tensor, Tensor]]:
 
 def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
     """PEFT's LORA layout with alpha = r, no patterns and no rsLoRA: the form that every server reads alike."""
-    base = base_record(model)
     found = hosts(model)
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in padded(plain).items():
@@ -256,7 +255,7 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
             f"{PREFIX}{name}.{suffix}": t.cpu().contiguous() for suffix, t in zip(suffixes, (A, B), strict=True)
         }
     config = {
-        "base_model_name_or_path": base.folder or base.name,
+        "base_model_name_or_path": public_name(model),
         "bias": "none",
         "fan_in_fan_out": any(transposed(found[name]) for name in plain.factors),
         "inference_mode": True,
@@ -295,9 +294,9 @@ def write_difference(model: nn.Module, folder: Path) -> None:
                 if (b := merged.get(f"{name}.bias")) is not None:
                     own = host.view.bias
                     tensors[f"{name}.bias"] = b if own is None else b - own
-    mark, base = fingerprint(model), base_record(model)
+    mark = fingerprint(model)
     save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, folder / "delta.safetensors")
-    record = {"base": {"name": base.name, "digest": mark.digest}, "meaning": "W' = W + delta, in float32"}
+    record = {"base": {"name": public_name(model), "digest": mark.digest}, "meaning": "W' = W + delta, in float32"}
     (folder / "delta.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

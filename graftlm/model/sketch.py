@@ -50,6 +50,45 @@ def read_config(base: BaseConfig, *, network: bool = False) -> Any:
         raise BaseModelError(f"{base.name}: its config cannot be read: {error}") from None
 
 
+@dataclass(frozen=True)
+class Positions:
+    """How many positions a base has by its config; None where the config does not say it."""
+
+    count: int | None
+    config: Any
+
+    def are_a_table(self) -> bool:
+        """Whether the base looks its positions up in a table, which ends. Makes the model without its weights."""
+        if self.count is None:
+            return False
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        about = range(self.count, self.count + 9)  # OPT's table begins with two more
+        words = model.get_input_embeddings()
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+        if any(embedding.num_embeddings in about for embedding in embeddings):
+            return True
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        return any("pos" in name.lower() and t.dim() > 1 and about.start in t.shape[:-1] for name, t in tensors)
+
+
+def positions(base: BaseConfig | str, *, network: bool = False) -> Positions:
+    """The positions of a base, by config.json alone; raises BaseModelError.
+
+    RoPE that is stretched has its factor times as many as before (YaRN: the config of Qwen2.5 names those before).
+    """
+    config = read_config(base_config(base), network=network)
+    text = config.get_text_config()
+    count = getattr(text, "max_position_embeddings", None)
+    if not isinstance(count, int) or count < 1:
+        return Positions(None, config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    before, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if isinstance(before, int) and isinstance(factor, int | float):
+        count = max(count, int(before * factor))
+    return Positions(count, config)
+
+
 def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False, device: str | None = None) -> Sketch:
     """The sketch of a base with the layers of these numbers real; no weight is read, only config.json."""
     base = base_config(base)

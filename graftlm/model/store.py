@@ -32,13 +32,14 @@ from graftlm.errors import AdapterError, BaseModelError, OutputError, TargetErro
 from graftlm.files import sync, writing
 from graftlm.model.attach import attach, attachment, base_parameters, detach, hosts, parameters_of, shared_of, sites_of
 from graftlm.model.hosts import Host, LayerHost, ModelHost
-from graftlm.model.load import base_record, fingerprint, store_of
+from graftlm.model.load import PACKAGED, base_record, difference, fingerprint, public_name, store_of
 from graftlm.model.quantise import CODECS
 from graftlm.model.sites import config_at, find_sites
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "graftlm.json"
+TEMPLATE = "chat_template.jinja"
 PREFIX = "base_model.model."
 
 
@@ -76,10 +77,14 @@ def check_new_folder(out: Path, *, overwrite: bool = False, keep: Sequence[str] 
 
 
 def mend_folder(out: Path, *, keep: Sequence[str] = ()) -> None:
-    """Put right what a process left that was killed while it exchanged `out` for a new folder, and clear its drafts."""
+    """Put right what a process left that was killed while it exchanged `out` for a new folder, and clear its drafts.
+
+    The caller has the lock of `out` (`graftlm.lock`): on a shared file system nobody can tell from a process id in a
+    name whether that process lives.
+    """
     for other in sorted(out.absolute().parent.glob(f".{out.name}.*-*")):
         kind, _, process = other.name.removeprefix(f".{out.name}.").rpartition("-")
-        if kind not in ("partial", "old") or not process.isdecimal() or _runs(int(process)):
+        if kind not in ("partial", "old") or not process.isdecimal():
             continue
         if kind == "old" and not out.exists():
             other.rename(out)
@@ -87,16 +92,6 @@ def mend_folder(out: Path, *, keep: Sequence[str] = ()) -> None:
         if kind == "old":
             _carry_over(other, out, keep)
         shutil.rmtree(other) if other.is_dir() else other.unlink()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _beside(out: Path, kind: str) -> Path:
@@ -157,9 +152,9 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     record = attachment(model)
     if name not in record.configs:
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
-    config, base, mark = record.configs[name], base_record(model), fingerprint(model)
+    config = record.configs[name]
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
-    where = {"base_model_name_or_path": base.folder or base.name, "task_type": "CAUSAL_LM"}
+    where = {"base_model_name_or_path": public_name(model), "task_type": "CAUSAL_LM"}
     if layout is None:
         stored = {"peft_type": OWN_TYPE, "method": config.method, **where}
     else:
@@ -169,13 +164,8 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     ours = {
         "graftlm": __version__,
-        "base": {
-            "name": base.name,
-            "store": store_of(model),
-            "digest": mark.digest,
-            "config": mark.config,
-            "tensors": mark.tensors,
-        },
+        "base": {"name": public_name(model), "store": store_of(model), **fingerprint(model).to_json()},
+        "chat_template": _sha256(tokenizer.chat_template) if tokenizer is not None else None,
         "config": to_tree(config),
         "layout": OWN_TYPE if layout is None else layout.type,
         "position": list(record.configs).index(name),
@@ -187,7 +177,11 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         if tokenizer.chat_template:  # the exact template of training, whatever transformers chooses to write
-            (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+            (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def _sha256(text: Any) -> str | None:
+    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
 
 
 OWN_TYPE = "GRAFTLM"
@@ -374,7 +368,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
 
     Raises AdapterError for an adapter that is damaged, does not fit or belongs to another base (with both names);
     the model is then as it was. An adapter of another tool has no fingerprint: its keys, shapes, dtypes and
-    finiteness are checked, and the sentence says so. `trust_base` loads in spite of another base.
+    finiteness are checked, and the sentence says so. `trust_base` loads in spite of another base. The chat template in
+    the folder is what `answer` asks with, whatever the tokenizer has.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -410,11 +405,33 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         raise
     if ours is not None:
         said = f"{folder}: {len(tensors)} tensors, checksums and base fingerprint match"
-        return said + _another_store(model, ours)
+        return said + _another_store(model, ours) + _read_template(model, name, folder, ours.get("chat_template"))
     return (
         f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
         f"{len(tensors)} tensors were checked, that the base is the right one was not"
+        + _read_template(model, name, folder, None)
     )
+
+
+def _read_template(model: nn.Module, name: str, folder: Path, wanted: str | None) -> str:
+    """Remember the chat template that an adapter was trained with; what is to be said of it."""
+    file, templates = folder / TEMPLATE, attachment(model).templates
+    if not file.is_file():
+        return ""
+    text = file.read_text(encoding="utf-8")
+    others = [other for other, known in templates.items() if known != text]
+    templates[name] = text
+    said = "; answers use its chat template"
+    if wanted is not None and _sha256(text) != wanted:
+        said += f", and {TEMPLATE} is not what it was trained with: it was edited"
+    if others:
+        said += f", in place of that of {', '.join(others)}, which is another one"
+    return said
+
+
+def template_of(model: nn.Module) -> str | None:
+    """The chat template that the adapters on a model were trained with, the last one's; None where none has one."""
+    return next(reversed(attachment(model).templates.values()), None)
 
 
 def _another_store(model: nn.Module, ours: dict[str, Any]) -> str:
@@ -548,18 +565,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _check_base(model: nn.Module, ours: dict[str, Any], folder: Path, trust_base: bool) -> None:
     """Refuse another base: one with other weights, or with the same weights used otherwise."""
     theirs, here = ours["base"], fingerprint(model)
-    wrong = sorted(
-        k for k in theirs["tensors"].keys() | here.tensors.keys() if theirs["tensors"].get(k) != here.tensors.get(k)
-    )
-    shared = theirs["config"].keys() & here.config.keys()  # a newer transformers may add keys of its own
-    changed = sorted(k for k in shared if theirs["config"][k] != here.config[k])
-    if (wrong or changed) and not trust_base:
-        what = (
-            f"{len(wrong)} of {len(here.tensors)} weights differ, the first is {wrong[0]}"
-            if wrong
-            else "the weights are the same, but "
-            + ", ".join(f"{k} is {here.config[k]!r}, not {theirs['config'][k]!r}" for k in changed)
-        )
+    if (what := difference(theirs, here)) and not trust_base:
         raise BaseModelError(
             f"{folder} was trained on {theirs['name']!r} ({theirs['digest'][:19]}), this model is "
             f"{base_record(model).name!r} ({here.digest[:19]}): {what}. Load that base, or train again"
@@ -640,12 +646,12 @@ def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: P
 
 def model_card(model: nn.Module, name: str = "default", facts: Mapping[str, str] | None = None) -> str:
     """A README.md in the hub's format, filled in: what it is, what it belongs to, how to use it, and given facts."""
-    record, base = attachment(model), base_record(model)
+    record, base, own = attachment(model), public_name(model), base_record(model).name
     config = record.configs[name]
     method = METHODS[config.method]
     count = sum(p.numel() for p in parameters_of(model, name))
     rows = {
-        "base": base.name,
+        "base": base,
         "base fingerprint": fingerprint(model).digest,
         "method": f"{config.method} ({method.delta.paper})",
         "trainable parameters": f"{count:,} on {len(record.sites[name])} sites",
@@ -661,12 +667,12 @@ def model_card(model: nn.Module, name: str = "default", facts: Mapping[str, str]
     )
     return f"""---
 library_name: {library}
-base_model: {base.name}
+base_model: {base}
 pipeline_tag: text-generation
-tags: ["base_model:adapter:{base.name}", {config.method}, transformers, graftlm]
+tags: ["base_model:adapter:{base}", {config.method}, transformers, graftlm]
 ---
 
-# Adapter for {base.name}
+# Adapter for {base}
 
 | | |
 |---|---|
@@ -675,7 +681,7 @@ tags: ["base_model:adapter:{base.name}", {config.method}, transformers, graftlm]
 ## Use
 
 ```
-graft generate "..." --base {base.name} --adapter .
+graft generate "..." --base {own if own in PACKAGED else base} --adapter .
 ```
 
 {used}

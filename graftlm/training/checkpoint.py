@@ -185,6 +185,14 @@ class Checkpoints:
         """The folders of whole checkpoints, the oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
+    def last_facts(self) -> Mapping[str, Any]:
+        """The facts of the last checkpoint, unchecked; none where there is no checkpoint that can be read."""
+        for path in reversed(self.steps()):
+            with suppress(OSError, ValueError):
+                facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
+                return facts
+        return {}
+
     def newest(self, told: Callable[[str], None]) -> tuple[Snapshot, Path] | None:
         """The newest that is as it was written; `told` hears which file of a newer one is not. None if there is none.
 

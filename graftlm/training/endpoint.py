@@ -1,5 +1,10 @@
-"""A judge behind an OpenAI-compatible endpoint: what is asked, and the grades from 1 to 5 that it writes."""
+"""A judge behind an OpenAI-compatible endpoint: what is asked, and the grades from 1 to 5 that it writes.
 
+A judge on this machine is asked directly, whatever proxies the environment names, and gets a key only if the config
+names one. No redirect is followed: it would carry rows and key to a host that nobody allowed.
+"""
+
+import ipaddress
 import json
 import os
 import re
@@ -7,10 +12,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from pydantic import field_validator
 
@@ -33,12 +38,15 @@ class EndpointConfig:
 
     model: str | None = None
     """The name of the endpoint's model."""
-    key_from: str = "OPENAI_API_KEY"
-    """The environment variable that holds the endpoint's key; the key itself is written nowhere."""
+    key_from: str | None = None
+    """The environment variable that holds the endpoint's key; the key itself is written nowhere. By default
+    OPENAI_API_KEY for an endpoint on another machine, and no key for one on this machine."""
     prompt: str = GRADE
     """What the judge is asked; {question} and {answer} are replaced."""
     at_once: PositiveCount = 8
     """Requests under way at a time."""
+    max_tokens: PositiveCount = 2048
+    """The longest reply, in tokens, with what the judge thinks before its grade."""
 
     @field_validator("prompt")
     @classmethod
@@ -56,24 +64,37 @@ class Endpoint(Protocol):
     @property
     def model(self) -> str | None: ...
     @property
-    def key_from(self) -> str: ...
+    def key_from(self) -> str | None: ...
     @property
     def at_once(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+def is_local(url: str) -> bool:
+    """Whether the host of a URL is this machine by its name: localhost or a loopback address."""
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def check(endpoint: Endpoint, *, network: bool) -> str | None:
     """The key; DataError where there is none, or where something would be sent to another machine without leave."""
-    local = urlsplit(endpoint.url or "").hostname in ("localhost", "127.0.0.1", "::1")
+    url = endpoint.url or ""
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise DataError(f"judge: url: {url!r} is no http address. Write it up to /v1, as in http://localhost:8000/v1")
+    local = is_local(url)
     if not local and not network:
         raise DataError(
-            f"judge: {endpoint.url} is not on this machine, and would be sent every row. Allow it: `network: true` in "
+            f"judge: {url} is not on this machine, and would be sent every row. Allow it: `network: true` in "
             "the recipe, --network on the command line"
         )
-    key = os.environ.get(endpoint.key_from)
-    if not key and not local:
-        raise DataError(
-            f"judge: the environment variable {endpoint.key_from} holds no key. Set it, or name another: key_from"
-        )
+    variable = endpoint.key_from or (None if local else "OPENAI_API_KEY")
+    key = os.environ.get(variable) if variable else None
+    if variable and not key:
+        raise DataError(f"judge: the environment variable {variable} holds no key. Set it, or name another: key_from")
     return key
 
 
@@ -90,25 +111,87 @@ def filled(prompt: str, texts: Mapping[str, str]) -> str:
 
 def grades(replies: Sequence[str]) -> list[float | None]:
     """The grade in each reply; None where there is none. DataError where that is so in more than half of them."""
-    read = [re.search(r"(?<![\d.])[1-5](\.\d+)?(?![\d])", reply) for reply in replies]
-    silent = sum(grade is None for grade in read)
+    found = [grade(reply) for reply in replies]
+    silent = sum(each is None for each in found)
     if silent > len(replies) / 2:
-        first = next(reply for reply, grade in zip(replies, read, strict=True) if grade is None)
+        first = next(reply for reply, each in zip(replies, found, strict=True) if each is None)
         raise DataError(
             f"judge: {silent} of {len(replies)} replies hold no grade from 1 to 5. The first of them: {first!r}"
         )
-    return [None if grade is None else float(grade[0]) for grade in read]
+    return found
+
+
+_NUMBER = r"(?<![\d.,A-Za-z])(?<!\s[-\u2212])(?<!^[-\u2212])(\d+(?:[.,]\d+)?)(?![\dA-Za-z%]|[.,]\d)"
+"""A number that stands alone, without a minus."""
+
+_SCALE = re.compile(
+    r"\b(?:from |between )?1(?: *\([^)]*\))?(?: *(?:-|\u2013|\u2014|\.\.+|…|~) *| (?:to|through|and|bis|a|à) )"
+    r"5(?: *\([^)]*\))?(?![\d.,]*\d)",
+    re.IGNORECASE,
+)
+"""The scale itself: "1 to 5", "1-5", "from 1 (useless) to 5 (could not be better)"."""
+
+_SHARE = re.compile(rf"{_NUMBER}\s*(?:/|out of|of)\s*(\d+)(?![.,]?\d)", re.IGNORECASE)
+"""4/5, 4 out of 5, and shares of something else: "2 of 3 facts"."""
+
+_LABELLED = re.compile(
+    r"(?:\b(?:grade|score|rating|verdict)\b[^\w\n]*(?:is\b|=|:)[^\w\n]*|"
+    r"\b(?:give|rate|grade|score)s? (?:(?:it|this|that|the answer|this answer) )?(?:an? |with )?[^\w\n-]*)"
+    rf"{_NUMBER}",
+    re.IGNORECASE,
+)
+"""A number that is called the grade: "Grade: 4", "the score is **4**", "I give it a 4"."""
+
+
+def grade(reply: str) -> float | None:
+    """The grade from 1 to 5 that a reply gives; None where it gives none, one off the scale, or several.
+
+    What a judge thinks before it answers does not count. A number that the reply calls its grade comes first, then the
+    only number of the last line, then one that the reply begins with, then the only number of the reply.
+    """
+    text = re.sub(r"<think(ing)?>.*?(</think(ing)?>|\Z)", "", reply, flags=re.DOTALL | re.IGNORECASE)
+    text = text.rpartition("</think>")[2]  # of a template that opens the thinking in the prompt
+    text = _SCALE.sub(" ", re.sub(r"[*_`#]", "", text))
+    text = _SHARE.sub(lambda share: f" {share[1]} " if share[2] == "5" else " ", text).strip()
+    if labelled := _LABELLED.findall(text):
+        return _on_scale(labelled[-1])
+    lines = text.splitlines() or [""]
+    alone = re.fullmatch(rf"\W*?{_NUMBER}\W*", lines[-1])
+    begins = re.match(rf"{_NUMBER}(?=\s*$|[.:;,)](?:\s|$)|\s*\n|\s+[-\u2013\u2014]\s)", text)
+    if first := alone or begins:
+        return _on_scale(first[1])
+    only = set(re.findall(_NUMBER, text))
+    return _on_scale(only.pop()) if len(only) == 1 else None
+
+
+def _on_scale(number: str) -> float | None:
+    found = float(number.replace(",", "."))
+    return found if 1 <= found <= 5 else None
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    http_error_308 = HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        fp.close()
+        raise DataError(f"judge: {req.full_url} redirects to {newurl}. Nothing was sent there. If you trust it: url")
+
+
+def _opener(url: str) -> OpenerDirector:
+    """Requests to this machine go through no proxy."""
+    return build_opener(_NoRedirect, *([ProxyHandler({})] if is_local(url) else []))
 
 
 def _ask(endpoint: Endpoint, key: str | None, question: str) -> str:
-    body = {"model": endpoint.model or "", "temperature": 0, "max_tokens": 8}
+    body: dict[str, Any] = {"model": endpoint.model or "", "temperature": 0, "max_tokens": endpoint.max_tokens}
     body["messages"] = [{"role": "user", "content": question}]
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     url = f"{(endpoint.url or '').rstrip('/')}/chat/completions"
+    opener = _opener(url)
     for attempt in range(ATTEMPTS):
         try:
-            with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=120) as reply:  # noqa: S310
-                return str(json.load(reply)["choices"][0]["message"]["content"])
+            with opener.open(Request(url, json.dumps(body).encode(), headers), timeout=120) as reply:  # noqa: S310
+                return str(json.load(reply)["choices"][0]["message"]["content"] or "")
         except HTTPError as error:
             said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
             if error.code not in (408, 429) and error.code < 500:

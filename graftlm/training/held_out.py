@@ -1,6 +1,5 @@
 """What a model does on rows that it never saw: loss in nats per supervised token, greedy answers, ROUGE-L."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graftlm.data.near import words_of
 from graftlm.data.pack import Example, Group, lay_out
 from graftlm.data.prompts import asked_in
 from graftlm.data.render import Renderer
@@ -32,8 +32,12 @@ class HeldOut:
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """ROUGE-L F1 (Lin 2004): the longest common subsequence of words, lower case, against both lengths."""
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (reference, answer))
+    """ROUGE-L F1 (Lin 2004): the longest common subsequence of words, lower case, against both lengths.
+
+    Words are those of `words_of`, in any script. For ASCII text that is the score of Google's rouge-score without
+    stemming, which knows ASCII words only.
+    """
+    a, b = words_of(reference), words_of(answer)
     row = [0] * (len(b) + 1)
     for word in a:
         before = 0

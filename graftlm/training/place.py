@@ -1,22 +1,21 @@
 """Where a run lives: what stands in OUT before it, while it goes on and after it, and whether it may be resumed."""
 
-import hashlib
+import datetime
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.config import differences, to_tree
-from graftlm.data.pack import Example, Group
-from graftlm.data.prompts import Prompt
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
+from graftlm.lock import only_writer
 from graftlm.model.store import check_new_folder, mend_folder
-from graftlm.training import ranks, trackers
+from graftlm.training import depends, ranks, trackers
 from graftlm.training.checkpoint import (
     BEST,
     FOLDER,
@@ -69,10 +68,12 @@ class Place:
     """The folder OUT of a run of this recipe."""
 
     def __init__(self, out: Path, recipe: Recipe) -> None:
-        self.out, self.tree = out, to_tree(recipe)
+        self.out, self.recipe, self.tree = out, recipe, to_tree(recipe)
         self.folder = out / FOLDER
         self.checkpoints = Checkpoints(self.folder, keep=recipe.train.keep)
         self.resumes = self.changed = False
+        self.began = datetime.datetime.now().isoformat(timespec="seconds")
+        """When the run began, by the local clock: of one that goes on, when its first process started."""
 
     def open(
         self, *, overwrite: bool, resume: bool, accept_changes: bool, told: Callable[[str], None]
@@ -93,6 +94,10 @@ class Place:
         else:
             check_new_folder(self.out, overwrite=overwrite or not self._holds_an_adapter(), keep=KEPT)
             return "new"
+        if saved := self.checkpoints.last_facts():
+            self.began = saved.get("began", self.began)
+            moved = depends.where_it_is_now(began, self.tree, saved, self.recipe)
+            began = moved if unfinished else {**moved, "base": began["base"]}  # nobody will look at that base
         changes = differences(began, self.tree)
         if changes:
             told(f"{self.out} was begun with another recipe:\n{numbered(changes)}")
@@ -104,6 +109,10 @@ class Place:
             )
         self.resumes, self.changed = unfinished or matter, matter
         return "unfinished" if self.resumes else "finished"
+
+    def lock(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Inside, no other process writes to OUT; OutputError where one does. The first rank has it for all."""
+        return only_writer(self.out, say=say) if ranks.first() else nullcontext()
 
     def _holds_an_adapter(self) -> bool:
         return self.out.is_dir() and any(path.name not in KEPT for path in self.out.iterdir())
@@ -121,14 +130,17 @@ class Place:
         snapshot = self.last(told) if self.resumes else None
         if snapshot is None:
             return None
-        compared = ("compared_with", "weights of the teacher or reference")
-        for key, what in (("rows", "training rows"), ("base", "base"), compared):
-            if snapshot.facts[key] != facts[key] and not self.changed:
-                raise TrainingError(
-                    f"{self.folder}, step {snapshot.facts['seen']}: the {what} are not those that it was saved with, "
-                    "though the recipe is the same: files have changed. Put them back, or say --overwrite without "
-                    "--resume to start anew"
-                )
+        if not self.changed and "sources" not in snapshot.facts:
+            raise TrainingError(
+                f"{self.folder}: the checkpoints are of an earlier version of graftlm. Finish the run with it, "
+                "or say --overwrite without --resume to start anew"
+            )
+        if not self.changed and (found := depends.changes(snapshot.facts, facts, self.recipe)):
+            raise TrainingError(
+                f"{self.folder}, step {snapshot.facts['seen']}: what the run depends on is not what it was, though the "
+                f"recipe is the same:\n{numbered(found)}\n"
+                "Put it back, or say --overwrite without --resume to start anew"
+            )
         return snapshot
 
     @contextmanager
@@ -180,18 +192,3 @@ def _metrics_at(found: Snapshot | None) -> Mapping[str, Any] | None:
 def matters(change: str) -> bool:
     """Whether a line of `differences` between recipes is of what is learnt."""
     return not change.startswith(FREE)
-
-
-def digest(items: Sequence[Example | Group]) -> str:
-    """SHA-256 of all rows as they are trained on, in their order."""
-    summed = hashlib.sha256()
-    for item in items:
-        if isinstance(item, Group):
-            summed.update(repr((item.marks, item.pairs)).encode())
-        for example in item.answers:
-            summed.update(len(example).to_bytes(8, "little"))
-            summed.update(example.ids.tobytes())
-            summed.update(example.weights.tobytes())
-            if isinstance(example, Prompt):
-                summed.update(repr(example.reference).encode("utf-8", "surrogatepass"))
-    return summed.hexdigest()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,7 +20,8 @@ from graftlm.model.attach import needed_statistics
 from graftlm.model.load import BaseConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.online import OnlineConfig
-from graftlm.training.policies import POLICIES
+from graftlm.training.other_names import OTHER_NAMES
+from graftlm.training.policies import COMPLETES, POLICIES
 from graftlm.training.policies.base import PolicyConfig
 from graftlm.training.regularisers import REGULARISERS, RegulariserConfig, tie
 from graftlm.training.select import SELECTORS
@@ -84,6 +85,8 @@ class Recipe:
     """What acts between steps: names, or `{name: NAME, ...}` with options."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = OTHER_NAMES
+    """What other trainers call these keys."""
     network: Flag = False
     """Allow a base or a data set to be fetched from the hub, and trackers to send what they are told elsewhere."""
 
@@ -139,6 +142,15 @@ class Recipe:
             raise ValueError("give delta, or several by name in deltas, not both")
         if self.delta is None and not self.deltas:
             object.__setattr__(self, "delta", LoraConfig())  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Recipe":
+        names = {policy.name for policy in self.policies}
+        for method in dict.fromkeys(delta.method for delta in self.all_deltas().values()):
+            if (needs := COMPLETES.get(method)) and not names.intersection(needs):
+                own: Any = POLICIES[needs[0]].config(name=needs[0])
+                object.__setattr__(self, "policies", (*self.policies, own))
         return self
 
     @model_validator(mode="after")

@@ -44,9 +44,10 @@ from graftlm.model.load import (
     load_base,
     return_freed_memory,
 )
+from graftlm.model.sketch import Positions
 from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.system import preserve_global_state
-from graftlm.training import display, ranks, report
+from graftlm.training import depends, display, ranks, report
 from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import METRICS, put_deltas_back
 from graftlm.training.course import Course, Stopping, Watched
@@ -55,12 +56,12 @@ from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_o
 from graftlm.training.kernels import choose_kernels
 from graftlm.training.objective import Objective
 from graftlm.training.online import mean_reward
-from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place, digest
+from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place
+from graftlm.training.positions import check_positions
 from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose
-from graftlm.training.teacher import compared_with
 from graftlm.training.tokenizer import recipe_tokenizer
 from graftlm.training.trackers import Trackers
 from graftlm.training.turns import attach_deltas, load_teacher, plan_batches
@@ -104,6 +105,8 @@ class Prepared:
     """The order of `examples` in an epoch; None where every epoch is shuffled."""
     scorer: Scorer | None = None
     """What judges the answers that the model gives while it is trained."""
+    positions: Positions | None = None
+    """Those of the base."""
 
 
 def prepare_data(
@@ -134,6 +137,7 @@ def prepare_data(
         examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0] = read.problems
     found.notes += read.notes  # many a time one for each row: behind what is said of all
+    has = check_positions(recipe, examples, found, room=recipe.online.max_new_tokens if recipe.online else 0)
     learnt, aside = put_aside(recipe, examples)
     examples = learnt
     order = curriculum(data.order, rows, examples) if data.order else None
@@ -151,6 +155,7 @@ def prepare_data(
         found.problems += about.problems
         if not isinstance(data.held_out, int | float):  # else its rows have the keys of the others
             found.notes += [f"held-out rows: {line}" for line in unread_keys(held_out_rows)]
+        check_positions(recipe, held_out, found, what="held-out rows")
     if look:
         found.survey = survey(rows, held_out_rows)
         found.notes = not_told(found.notes, found.survey)
@@ -164,6 +169,7 @@ def prepare_data(
         chosen=chosen,
         aside=aside,
         curriculum=order,
+        positions=has,
     )
 
 
@@ -200,20 +206,22 @@ def train(
     `resume` goes on from the last checkpoint in `out`, where there is one, to the very bytes of an unbroken run; with
     `accept_changes` with a recipe that is not the one it began with. Raises a GraftError before anything is loaded
     where it can. Ctrl-C and SIGTERM finish the step, save and return; a second one stops at once. `console` shows the
-    run; by default it is silent. Under torchrun the processes train it together, and the first of them writes.
+    run; by default it is silent. Under torchrun the processes train it together, and the first of them writes. While
+    another process trains into `out`, an OutputError names it.
     """
     ranks.start()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     console = console if console and ranks.first() else Console(quiet=True)
     out = Path(out) if out is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     place = Place(out, recipe)
-    with ranks.one_first():
-        begun = place.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, told=console.print)
-    if begun == "finished":
-        console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
-        return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
-    with Trackers(recipe, out) as trackers:
-        return _run(recipe, place, trackers, console)
+    with place.lock(console.print):
+        with ranks.one_first():
+            begun = place.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, told=console.print)
+        if begun == "finished":
+            console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
+            return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
+        with Trackers(recipe, out) as trackers:
+            return _run(recipe, place, trackers, console)
 
 
 def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> Result:
@@ -244,7 +252,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     if recipe.train.kernels != "auto":
         pinned(recipe.train.kernels, model.device, model.dtype)  # refused before anything else takes its time
     plan = plan_batches(recipe.train, data.examples, data.curriculum)
-    lines, stopped, choice = _train(recipe, model, data, plan, place, trackers, console)
+    lines, stopped, choice = _train(recipe, Loaded(model, tokenizer), data, plan, place, trackers, console)
     log = [line for line in lines if "loss" in line]
     if ranks.first():
         with new_folder(out, overwrite=True, keep=KEPT) as folder:
@@ -277,7 +285,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
 
 def _train(
     recipe: Recipe,
-    model: Any,
+    base: Loaded,
     data: Prepared,
     plan: list[list[int]],
     place: Place,
@@ -286,10 +294,12 @@ def _train(
 ) -> tuple[list[dict[str, Any]], bool, Choice]:
     """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped,
     what computed it)."""
+    model, tokenizer = base
     prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     load_teacher(recipe, model, data.examples)
-    facts: dict[str, Any] = {"rows": digest(data.examples), "base": fingerprint(model).digest}
-    facts["compared_with"] = compared_with(model, recipe.loss)
+    facts: dict[str, Any] = depends.record(
+        recipe, model, tokenizer, data.examples, began=ranks.gathered([place.began])[0]
+    )
     found = place.newest(facts, told=console.print)
     with console.status("attaching the delta"):
         attach_deltas(recipe, model, data.examples, plan, start=found is None)
@@ -333,11 +343,15 @@ def _measure(
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
     liked = [row for row in data.held_out_rows if row.desirable is not False]
-    asked = [row for row in liked if recipe.online or can_be_answered(row)][: recipe.report.answers]
     if not data.held_out_rows:
         return None, None, []
     model, tokenizer = base
     renderer = Renderer(tokenizer, turn_order=recipe.data.turn_order)
+    can = [row for row in liked if recipe.online or can_be_answered(row)]
+    if data.positions and data.positions.count and data.positions.are_a_table():
+        room = data.positions.count - recipe.report.max_new_tokens
+        can = [row for row in can if len(renderer.prompt(asked_in(row)[0], row.tools)) <= room]
+    asked = can[: recipe.report.answers]
     groups = [item for item in data.held_out if isinstance(item, Group)]
     wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
     layout: dict[str, Any] = {"pack_tokens": recipe.train.pack_tokens, "packed": recipe.data.pack}
@@ -376,6 +390,11 @@ def _measure(
         for row, b, t in zip(asked, before.answers, after.answers, strict=True)
     ]
     return before, after, samples
+
+
+def path_name(source: str) -> str:
+    """A source for what may be published: a file without the folders that it lies in."""
+    return source if source.startswith(("hub:", "builtin:")) else Path(source).name
 
 
 def peak_rss_gib() -> float:
@@ -429,8 +448,9 @@ def _write_report(
     done = summary["train"]
     processes = f"{done['ranks']} processes, each of " if done["ranks"] > 1 else ""
     source = ", ".join(source.path for source in recipe.data.sources())
+    named = ", ".join(dict.fromkeys(path_name(source.path) for source in recipe.data.sources()))
     facts = {
-        "training data": f"{source}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
+        "training data": f"{named}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
         "steps": f"{done['steps']} of {recipe.train.batch_rows} rows, seed {recipe.train.seed}",
         "supervised tokens": f"{done['supervised_tokens']:,}",
         "speed": f"{done['tokens_per_s']:,.0f} tokens/s",

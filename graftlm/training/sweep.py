@@ -24,6 +24,8 @@ import graftlm
 from graftlm.config import differences, parse_yaml, to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError, nearest, numbered
 from graftlm.files import writing
+from graftlm.lock import only_writer
+from graftlm.training.other_names import OTHER_NAMES
 from graftlm.training.place import matters
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.run import RESUMABLE, stop_on_signal
@@ -93,12 +95,19 @@ def _kinds(key: str, tree: Any, written: Mapping[str, Any]) -> Iterator[tuple[st
     said: Any = written
     for part in key.split(".")[:-1]:
         inside.append(part)
-        tree, said = tree.get(part, {}), said.get(part) if isinstance(said, Mapping) else None
+        tree, said = _inside(tree, part), _inside(said, part)
         for tag in TAGS:
             if said is None and isinstance(tree, Mapping) and tag in tree:
                 yield ".".join((*inside, tag)), str(tree[tag])
         if not isinstance(tree, Mapping):
             return
+
+
+def _inside(tree: Any, part: str) -> Any:
+    """What stands in a mapping under this key, or in a list at this number; None where nothing does."""
+    if isinstance(tree, Mapping):
+        return tree.get(part)
+    return tree[int(part)] if isinstance(tree, list) and part.isdecimal() and int(part) < len(tree) else None
 
 
 def values_of(setting: str, text: str) -> list[str]:
@@ -146,6 +155,8 @@ def resolve(key: str, tree: Mapping[str, Any]) -> str:
         raise RecipeError(f"{key}: this may be {' or '.join(found)}: write more of it")
     if key.split(".")[0] in {each.name for each in fields(Recipe)}:
         return key  # of something that the recipe does not say yet; reading it will tell
+    if (other := OTHER_NAMES.get(key.rpartition(".")[2])) is not None:
+        raise RecipeError(f"{key}: no key of the recipe ends so. Here it is {other}")
     ends = {".".join(spelled.split(".")[n:]) for spelled, _ in known for n in range(spelled.count(".") + 1)}
     raise RecipeError(f"{key}: no key of the recipe ends so. {nearest(key, ends)}")
 
@@ -153,8 +164,10 @@ def resolve(key: str, tree: Mapping[str, Any]) -> str:
 def _spelled(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str = "") -> Iterator[tuple[str, str]]:
     """(how it may be written, what it is) for every key of a recipe and for what is inside."""
     for key, value in tree.items():
-        if "." in key:  # a pattern for names, which no dotted key can say
+        if "." in key:  # a pattern for names, which no bare key can say
             continue
+        if isinstance(value, list):
+            value = {str(number): each for number, each in enumerate(value)}
         here = f"{real}.{key}" if real else key
         tag = next((str(value[t]) for t in TAGS if t in value), None) if isinstance(value, Mapping) else None
         for word in {key, tag or key}:
@@ -175,10 +188,15 @@ def _for_a_file(text: str) -> str:
 def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callable[[str], None] = print) -> Outcome:
     """Run what is not finished, one after another or on Ray; Ctrl-C stops the run at hand so that it can be resumed.
 
-    Raises OutputError where a folder holds a run of another recipe.
+    Raises OutputError where a folder holds a run of another recipe, and where another sweep writes to `out`.
     """
     if on not in PLACES:
         raise RecipeError(f"--on {on}: no such place. {nearest(on, PLACES)}")
+    with only_writer(out, say=say):
+        return _sweep(points, out, on, say)
+
+
+def _sweep(points: Sequence[Point], out: Path, on: str, say: Callable[[str], None]) -> Outcome:
     outcome = Outcome()
     todo = []
     for point in points:

@@ -17,7 +17,7 @@ from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import activate, deltas_only, hosts, parameters_of
 from graftlm.model.forward import hidden_states, is_packed, logits, packed_attention
-from graftlm.model.load import BaseConfig, fingerprint, load_base, load_tokenizer
+from graftlm.model.load import BaseConfig, load_base, load_tokenizer
 from graftlm.model.ops import Comparison
 from graftlm.model.store import CONFIG, WEIGHTS, load_adapter, sha256_of
 
@@ -128,10 +128,7 @@ def comparison(model: Any, pack: Pack, teacher: str | None, distance: Distance) 
     return Comparison(of, distance)
 
 
-def compared_with(model: nn.Module, config: Any) -> str:
-    """A digest of what a loss compares the policy with, beside the base; empty where there is nothing."""
+def adapters_compared_with(config: Any) -> list[str]:
+    """The digests of the adapters that a loss compares the policy with."""
     folders = [getattr(config, key, None) for key in ("reference", "teacher", "teacher_adapter")]
-    parts = [sha256_of(Path(each).expanduser() / WEIGHTS) for each in folders if each and is_adapter(each)]
-    if TEACHER in model.__dict__:
-        parts.append(fingerprint(model.__dict__[TEACHER]).digest)
-    return " ".join(parts)
+    return [sha256_of(Path(each).expanduser() / WEIGHTS) for each in folders if each and is_adapter(each)]

@@ -9,7 +9,7 @@ import pytest
 
 from graftlm.data.formats import Message
 from graftlm.data.mixing import apportion, balance, mix, read_data
-from graftlm.data.source import DataConfig, Row, SourceConfig
+from graftlm.data.source import DataConfig, Row, SourceConfig, every_row
 from graftlm.errors import DataError
 
 
@@ -58,6 +58,24 @@ def test_every_row_of_a_source_comes_equally_often_but_for_one_more() -> None:
         assert max(seen) - min(seen) <= 1
     assert sum(times.values()) == 100
     assert "each comes 11 or 12 times" in notes[0]
+
+
+def test_draws_do_not_depend_on_how_a_path_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        lines = [json.dumps({"prompt": f"q{n}", "completion": f"{n}", "desirable": n % 3 > 0}) for n in range(30)]
+        Path(folder, f"{folder}.jsonl").write_text("\n".join(lines))
+
+    def drawn(*paths: str, **options: float) -> list[str]:
+        data = DataConfig(train=tuple(SourceConfig(path=path, cap=8) for path in paths), **options)  # type: ignore[arg-type]
+        return [row.messages[-1].content for row in read_data(data, seed=3, usable=every_row).train]
+
+    plain = drawn("a/a.jsonl")
+    assert len(plain) == 8
+    assert plain == drawn(str(tmp_path / "a" / "a.jsonl")) == drawn("./b/../a/a.jsonl") == drawn("b/b.jsonl")
+    assert drawn("a/a.jsonl", "b/b.jsonl", mix_temperature=2) == drawn("b/b.jsonl", "./a/a.jsonl", mix_temperature=2)
+    assert drawn("a/a.jsonl", "b/b.jsonl") != [*plain, *plain], "each source has a draw of its own"
 
 
 def test_a_cap_draws_rows_that_follow_from_the_seed() -> None:

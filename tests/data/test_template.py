@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -236,9 +237,29 @@ with asked.rendering([template.Ask([[{"content": "a" * 100_000}]], [(0, 1, False
 
 def test_the_process_ends_with_its_template() -> None:
     template = Template("x", {})
+    before = set(threading.enumerate())
     template.render([CHAT], [(0, 1, False)])
+    (watcher,) = set(threading.enumerate()) - before
     assert template._child is not None
     process = template._child.process
     del template
     assert process.wait(timeout=10) is not None
     assert not Path(f"/proc/{process.pid}").exists()
+    watcher.join(10)
+    assert not watcher.is_alive()
+
+
+def test_a_template_that_renders_nothing_wakes_nobody() -> None:
+    template, before = Template("x", {}), set(threading.enumerate())
+    template.render([CHAT], [(0, 1, False)])
+    (watcher,) = set(threading.enumerate()) - before
+    time.sleep(0.1)  # it may be in its last turn
+
+    def woken() -> int:
+        lines = Path(f"/proc/self/task/{watcher.native_id}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+    count = woken()
+    time.sleep(0.5)
+    assert woken() == count
+    assert template.render([CHAT], [(0, 1, False)]) == ["x"]

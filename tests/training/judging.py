@@ -7,11 +7,12 @@ from typing import Any
 
 
 class Endpoint:
-    """Answers with what `reply` makes of a prompt: a text, or a status code."""
+    """Answers with what `reply` makes of a prompt: a text, or a status code. `location` is where a 3xx leads."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.location = ""
         self.reply: Callable[[str], str | int] = lambda prompt: "3"
         endpoint = self
 
@@ -22,8 +23,15 @@ class Endpoint:
                 endpoint.keys.append(self.headers["Authorization"])
                 made = endpoint.reply(body["messages"][0]["content"])
                 self.send_response(made if isinstance(made, int) else 200)
+                if isinstance(made, int) and 300 <= made < 400:
+                    self.send_header("Location", endpoint.location)
                 self.end_headers()
                 self.wfile.write(json.dumps({"choices": [{"message": {"content": made}}]}).encode())
+
+            def do_GET(self) -> None:
+                endpoint.asked.append({"path": self.path})
+                endpoint.keys.append(self.headers["Authorization"])
+                self.send_error(404)
 
             def log_message(self, *_: Any) -> None:
                 pass

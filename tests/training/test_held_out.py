@@ -2,6 +2,7 @@
 
 import random
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from graftlm.data.formats import Message
+from graftlm.data.near import words_of
 from graftlm.data.pack import Example
 from graftlm.data.render import Renderer
 from graftlm.data.source import Row
@@ -31,6 +33,35 @@ def test_rouge_l_is_that_of_the_reference_package() -> None:
 )
 def test_rouge_l_by_hand(a: str, b: str, score: float) -> None:
     assert rouge_l(a, b) == score
+
+
+SENTENCES = {
+    "Chinese": ("包裹在路上。", ["包", "裹", "在", "路", "上"]),
+    "Chinese beyond the basic plane": ("𠮷野家", ["𠮷", "野", "家"]),
+    "Japanese": ("猫はいる。", ["猫", "は", "い", "る"]),
+    "Thai": ("ไปบ้าน", ["ไ", "ป", "บ้", "า", "น"]),
+    "Korean": ("안녕 세상", ["안녕", "세상"]),
+    "Russian": ("Посылка в пути.", ["посылка", "в", "пути"]),
+    "Greek": ("Το δέμα έρχεται!", ["το", "δέμα", "έρχεται"]),
+    "Hindi": ("हिन्दी में लिखो", ["हिन्दी", "में", "लिखो"]),
+    "Tamil": ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+    "Arabic": ("الطَّرْدُ قادم", ["الطَّرْدُ", "قادم"]),
+    "Hebrew": ("שָׁלוֹם עולם", ["שָׁלוֹם", "עולם"]),
+    "German": ("Größe: 5", ["grösse", "5"]),
+    "French": ("Déjà_vu, l'été", ["déjà", "vu", "l", "été"]),
+    "emoji": ("👍 ok ❤️", ["👍", "ok", "❤️"]),
+}
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_words_and_rouge_l_of_every_script(script: str) -> None:
+    sentence, words = SENTENCES[script]
+    assert words_of(sentence) == [normalize("NFKC", word) for word in words]
+    assert rouge_l(sentence, sentence) == 1.0
+    assert rouge_l(sentence, normalize("NFD", sentence)) == 1.0, "one text in two Unicode forms"
+    half = " ".join(words[: len(words) // 2])
+    assert 0 < rouge_l(sentence, half) < 1
+    assert rouge_l(sentence, "none of them") == 0.0
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import graftlm
 import graftlm.training.checkpoint as checkpoint
 import graftlm.training.run as run_module
 from graftlm.config import build, differences, to_yaml
 from graftlm.errors import GraftError, OutputError, TrainingError
+from graftlm.testing import CHATML, save_tiny_base
 from graftlm.training.checkpoint import FACTS, MANIFEST, STATE
 from graftlm.training.recipe import Recipe
 from tests.training.test_run import adapter
@@ -245,8 +247,57 @@ def test_other_rows_under_the_same_name_are_refused(
     mine = shutil.copy(rows, tmp_path / "rows.jsonl")
     stopped(base_folder, mine, tmp_path / "out", monkeypatch)
     mine.write_text(mine.read_text().replace("apple", "grape"))
-    with pytest.raises(TrainingError, match="training rows are not those"):
+    with pytest.raises(TrainingError, match=r"training rows: \w{12} -> \w{12}; .*rows.jsonl was edited: \w+ -> \w+"):
         graftlm.train(recipe(base_folder, mine), tmp_path / "out", resume=True)
+
+
+def test_a_run_goes_on_after_its_data_and_base_were_moved(
+    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    mine, base = shutil.copy(rows, tmp_path / "old"), shutil.copytree(base_folder, tmp_path / "old" / "base")
+    out = tmp_path / "out"
+    stopped(base, mine, out, monkeypatch)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = recipe(tmp_path / "new" / "base", tmp_path / "new" / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    graftlm.train(moved, out, resume=True)
+    same(out, unbroken)
+    assert graftlm.train(recipe(tmp_path / "new" / "base", Path("new/rows.jsonl")), out, resume=True).model is None
+    (tmp_path / "new" / "other.jsonl").write_text((tmp_path / "new" / "rows.jsonl").read_text() * 2)
+    with pytest.raises(OutputError, match="data.train"):
+        graftlm.train(recipe(tmp_path / "new" / "base", tmp_path / "new" / "other.jsonl"), out, resume=True)
+
+
+def test_a_run_goes_on_after_transformers_added_a_key_to_the_config(
+    base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stopped(base_folder, rows, out, monkeypatch)
+    real = LlamaConfig.to_dict
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {**real(self), "a_new_key": 1})
+    graftlm.train(recipe(base_folder, rows), out, resume=True)
+    same(out, unbroken)
+
+
+def test_another_base_of_the_same_name_is_refused_with_what_differs(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    stopped(base, rows, tmp_path / "out", monkeypatch)
+    save_tiny_base(base, seed=1)
+    with pytest.raises(TrainingError, match=r"base: \w{12} -> \w{12}; \d+ of \d+ weights differ"):
+        graftlm.train(recipe(base, rows), tmp_path / "out", resume=True)
+
+
+def test_another_chat_template_is_named_as_the_cause(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    stopped(base, rows, tmp_path / "out", monkeypatch)
+    save_tiny_base(base, template=CHATML.replace("<|im_end|>\\n", "<|im_end|>\\n\\n"))
+    with pytest.raises(TrainingError, match=r"the chat template is another one: \w{12} -> \w{12}"):
+        graftlm.train(recipe(base, rows), tmp_path / "out", resume=True)
 
 
 def test_differences_are_said_by_key() -> None:

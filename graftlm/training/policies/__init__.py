@@ -86,6 +86,16 @@ POLICIES: dict[str, Row] = {
 }
 
 
+COMPLETES: dict[str, tuple[str, ...]] = {
+    "adalora": ("adalora", "bilora", "increlora"),
+    "diff-pruning": ("diff-pruning",),
+    "dylora": ("dylora",),
+    "lamda": ("lamda",),
+    "spiel": ("spiel",),
+}
+"""Method -> the policies of which it needs one to be what its paper describes. A recipe without any gets the first."""
+
+
 def make_policies(configs: Sequence[PolicyConfig]) -> list[Policy]:
     return [POLICIES[config.name].policy(config) for config in configs]
 

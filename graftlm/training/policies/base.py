@@ -120,7 +120,12 @@ def needs_matrices_over(rank: int, training: Training) -> str:
 def needs_method(training: Training, wanted: str) -> str:
     """A reason to refuse where a delta that learns has another method, or an empty text."""
     others = {config.method for config in training.deltas.values()} - {wanted}
-    return f"it acts on what the method {wanted} has; take `method: {wanted}`" if others else ""
+    if not others:
+        return ""
+    return (
+        f"it acts on what the method {wanted} has, and here {', '.join(sorted(others))} learns: take "
+        f"`method: {wanted}`, and train other methods in a run of their own"
+    )
 
 
 def learn_from_aside(training: Training, chosen: Sequence[nn.Parameter]) -> None:

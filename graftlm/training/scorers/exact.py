@@ -6,6 +6,7 @@
 import re
 from collections.abc import Sequence
 from typing import Literal
+from unicodedata import normalize
 
 from graftlm.config import Flag, Pattern, config
 from graftlm.errors import DataError
@@ -19,6 +20,7 @@ class ExactConfig(ScorerConfig):
     """A regular expression: the first group (or all) of its last match is compared, in place of the whole text. An
     answer without a match has 0."""
     ignore_case: Flag = False
+    """Compare without regard to case, in every script that has it."""
 
 
 def make(config: ExactConfig, network: bool) -> Scorer:
@@ -43,5 +45,5 @@ def taken(config: ExactConfig, text: str) -> str | None:
         if not matches:
             return None
         text = matches[-1][1 if matches[-1].re.groups else 0] or ""
-    text = text.strip()
-    return text.lower() if config.ignore_case else text
+    text = normalize("NFC", text.strip())
+    return text.casefold() if config.ignore_case else text

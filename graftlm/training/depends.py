@@ -1,0 +1,123 @@
+"""What a run depends on beside its recipe: rows, files, chat template, base, and what a loss compares with.
+
+The record stands in every checkpoint (`state.json`). `--resume` compares it with what is there now. Files are known by
+their contents and bases by their weights, so a folder that was moved is the same folder.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftlm.data.pack import Example, Group
+from graftlm.data.prompts import Prompt
+from graftlm.data.source import content
+from graftlm.model.load import Fingerprint, difference, fingerprint
+from graftlm.training.recipe import Recipe
+from graftlm.training.teacher import TEACHER, adapters_compared_with
+
+Record = dict[str, Any]
+
+
+def record(recipe: Recipe, model: Any, tokenizer: Any, items: Sequence[Example | Group], *, began: str) -> Record:
+    """The record of a run that began then (local time, ISO 8601), as JSON can say it."""
+    template = tokenizer.chat_template
+    teacher = model.__dict__.get(TEACHER)
+    return {
+        "rows": digest(items),
+        "sources": [content(path) for path in paths(recipe)],
+        "template": hashlib.sha256(str(template).encode()).hexdigest(),
+        "template_reads_the_clock": "strftime_now" in str(template),
+        "began": began,
+        "base": fingerprint(model).to_json(),
+        "teacher": None if teacher is None else fingerprint(teacher).to_json(),
+        "adapters": adapters_compared_with(recipe.loss),
+    }
+
+
+def paths(recipe: Recipe) -> list[str]:
+    """The sources of a run, in the order of the recipe: those of training rows, then those of held-out rows."""
+    held_out = recipe.data.held_out
+    others = [] if isinstance(held_out, int | float) else [held_out if isinstance(held_out, str) else held_out.path]
+    return [*(source.path for source in recipe.data.sources()), *others]
+
+
+def changes(saved: Mapping[str, Any], here: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """What is no longer what it was, a line each, with old and new digest and the likely causes."""
+    found = []
+    if saved["rows"] != here["rows"]:
+        causes = [
+            f"{path} was edited: {_short(old)} -> {_short(new)}"
+            for path, old, new in zip(paths(recipe), saved["sources"], here["sources"], strict=False)
+            if old != new
+        ]
+        if saved["template"] != here["template"]:
+            causes.append(
+                f"the chat template is another one: {_short(saved['template'])} -> {_short(here['template'])}"
+            )
+        elif here["template_reads_the_clock"]:
+            causes.append(f"the chat template writes the date or time, and the run began at {saved['began']}")
+        if not causes:
+            causes.append(
+                "files and chat template are the same: the tokenizer, or the version of graftlm, is another one"
+            )
+        found.append(f"training rows: {_short(saved['rows'])} -> {_short(here['rows'])}; {'; '.join(causes)}")
+    for key in ("base", "teacher"):
+        old, new = saved[key], here[key]
+        if (old is None) != (new is None):
+            found.append(f"{key}: {'there was none' if old is None else 'there is none'}")
+        elif old is not None and (why := difference(old, Fingerprint(new["tensors"], new["config"]))):
+            found.append(f"{key}: {_short(old['digest'])} -> {_short(new['digest'])}; {why}")
+    if saved["adapters"] != here["adapters"]:
+        old, new = (", ".join(map(_short, each["adapters"])) or "none" for each in (saved, here))
+        found.append(f"adapters that the loss compares with: {old} -> {new}; their weights were written anew")
+    return found
+
+
+def where_it_is_now(began: Mapping[str, Any], tree: Mapping[str, Any], saved: Mapping[str, Any], recipe: Recipe) -> Any:
+    """The recipe that a run began with, with the paths of `tree` for sources whose contents are those of the record,
+    and for a base in a folder: what it holds is compared when it is loaded."""
+    began = {**began, "data": dict(began["data"])}
+    same = saved.get("sources") == (now := [content(path) for path in paths(recipe)]) and None not in now
+    data = tree["data"]
+    for key in ("train", "held_out"):
+        if same and _without_paths(began["data"].get(key)) == _without_paths(data.get(key)):
+            began["data"][key] = data.get(key)
+    if Path(_name(tree["base"])).is_dir() and _options(began["base"]) == _options(tree["base"]):
+        began["base"] = tree["base"]
+    return began
+
+
+def _without_paths(sources: Any) -> Any:
+    if isinstance(sources, str):
+        return {}
+    if isinstance(sources, Mapping):
+        return {key: value for key, value in sources.items() if key != "path"}
+    return [_without_paths(each) for each in sources] if isinstance(sources, list) else sources
+
+
+def _name(base: Any) -> str:
+    return str(base if isinstance(base, str) else base["name"])
+
+
+def _options(base: Any) -> Any:
+    return {} if isinstance(base, str) else {key: value for key, value in base.items() if key != "name"}
+
+
+def _short(digest: str | None) -> str:
+    return "(unknown)" if digest is None else digest.removeprefix("sha256:")[:12]
+
+
+def digest(items: Sequence[Example | Group]) -> str:
+    """SHA-256 of all rows as they are trained on, in their order."""
+    summed = hashlib.sha256()
+    for item in items:
+        if isinstance(item, Group):
+            summed.update(repr((item.marks, item.pairs)).encode())
+        for example in item.answers:
+            summed.update(len(example).to_bytes(8, "little"))
+            summed.update(example.ids.tobytes())
+            summed.update(example.weights.tobytes())
+            if isinstance(example, Prompt):
+                summed.update(repr(example.reference).encode("utf-8", "surrogatepass"))
+    return summed.hexdigest()

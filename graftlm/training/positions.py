@@ -1,0 +1,37 @@
+"""Rows against the positions of their base: what has learned positions cannot go beyond them, and what computes its
+positions (RoPE, ALiBi) was not trained beyond those that its config names."""
+
+from collections.abc import Sequence
+
+from graftlm.data.check import Report
+from graftlm.data.pack import Example, Group
+from graftlm.errors import DataError, numbered
+from graftlm.model.sketch import Positions, positions
+from graftlm.training.recipe import Recipe
+
+
+def check_positions(
+    recipe: Recipe, items: Sequence[Example | Group], report: Report, *, what: str = "rows", room: int = 0
+) -> Positions:
+    """The positions of the base. Rows that are longer with `room` more tokens each are a note in the report.
+
+    Raises DataError for such rows where the base has a table of positions.
+    """
+    found = positions(recipe.base, network=recipe.network)
+    if found.count is None:
+        return found
+    longer = [answer for item in items for answer in item.answers if len(answer) + room > found.count]
+    if not longer:
+        return found
+    longest = max(longer, key=len)
+    answered = f" with the {room} tokens of an answer" if room else ""
+    said = (
+        f"{len(longer):,} {what} are longer{answered} than the {found.count:,} positions of the base; the longest has "
+        f"{len(longest) + room:,} tokens"
+    )
+    cure = f"data.max_tokens={found.count} drops such rows, and data.over_length=truncate or split cuts them"
+    if found.are_a_table():
+        rows = [f"{answer.where}: {len(answer) + room:,} tokens" for answer in longer]
+        raise DataError(f"{said}, and it has learned no others: {cure}\n{numbered(rows)}")
+    report.notes.append(f"{said} ({longest.where}), and it was not trained beyond them: {cure}")
+    return found

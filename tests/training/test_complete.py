@@ -1,0 +1,51 @@
+"""A method that is nothing without its policy brings it."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import graftlm
+from graftlm.config import build, to_tree
+from graftlm.training.policies import COMPLETES, POLICIES
+from graftlm.training.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+def recipe(method: str, *policies: str) -> Recipe:
+    tree = {"data": {"train": "a.jsonl"}, "delta": {"method": method}, "policies": list(policies)}
+    return build(Recipe, tree, source="test")
+
+
+@pytest.mark.parametrize("method", COMPLETES)
+def test_the_first_policy_of_a_method_is_added_where_it_has_none(method: str) -> None:
+    own, *others = COMPLETES[method]
+    made = recipe(method)
+    assert [policy.name for policy in made.policies] == [own]
+    assert build(Recipe, to_tree(made), source="again") == made, "the written recipe says it"
+    assert [policy.name for policy in recipe(method, "ema").policies] == ["ema", own]
+    for policy in (own, *others):
+        assert [each.name for each in recipe(method, policy).policies] == [policy]
+
+
+def test_other_methods_get_none() -> None:
+    assert recipe("lora").policies == ()
+    assert COMPLETES.keys().isdisjoint({"lora", "gated-lora"})
+    assert {name for names in COMPLETES.values() for name in names} <= POLICIES.keys()
+
+
+def test_adalora_by_its_name_alone_prunes_to_two_thirds(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    tree = {
+        "base": {"name": str(base_folder), "store": "fp32"},
+        "data": {"train": str(rows)},
+        "delta": {"method": "adalora", "r": 6},
+        "train": {"steps": 10, "batch_rows": 2},
+        "report": {"answers": 0},
+    }
+    graftlm.train(build(Recipe, tree, source="test"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    values = [tensor for name, tensor in tensors.items() if name.endswith("lora_E")]
+    living = sum(int(tensor.count_nonzero()) for tensor in values)
+    assert sum(tensor.numel() for tensor in values) == 6 * len(values)
+    assert living == 4 * len(values)
