@@ -3,6 +3,7 @@
 recipe -> rows -> examples -> base -> delta -> steps -> held-out rows -> adapter folder
 """
 
+import datetime
 import json
 import resource
 import shutil
@@ -110,13 +111,20 @@ class Prepared:
 
 
 def prepare_data(
-    recipe: Recipe, tokenizer: Any, *, show: int = 1, look: bool = False, console: Console | None = None
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    show: int = 1,
+    look: bool = False,
+    console: Console | None = None,
+    today: datetime.date | None = None,
 ) -> Prepared:
     """Read, split, choose, render and check the rows of a recipe.
 
     Raises DataError where none can be used, and under `strict` where one cannot.
 
-    With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them.
+    With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them. `today`
+    is the day for chat templates that write the date.
     """
     data, needs = recipe.data, "prompts" if recipe.online else LOSSES[recipe.loss.name].rows
     usable = usable_by(recipe.loss.name, needs, data)
@@ -125,9 +133,9 @@ def prepare_data(
     rows, held_out_rows = read.train, read.held_out
     chosen: list[str] = []
     if recipe.select:
-        rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True))
+        rows, choices = choose(recipe, rows, tokenizer, console or Console(quiet=True), today)
         chosen = [choice.line() for choice in choices]
-    renderer = Renderer(tokenizer, turn_order=data.turn_order)
+    renderer = Renderer(tokenizer, turn_order=data.turn_order, today=today)
     ready = partial(_ready, needs, renderer, workers=recipe.train.threads, cache=kept)
     examples: Sequence[Example | Group]
     if recipe.online:
@@ -231,9 +239,10 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     torch.manual_seed(recipe.train.seed)
     with ranks.one_first():  # it may have to be fetched or converted
         tokenizer = recipe_tokenizer(recipe)
+    today = datetime.date.fromisoformat(ranks.gathered([place.began])[0][:10])  # a resumed run stays in its day
     waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
     with waiting, ranks.one_first():  # the others find what it has rendered
-        data = prepare_data(recipe, tokenizer, console=console)
+        data = prepare_data(recipe, tokenizer, console=console, today=today)
     if recipe.online:
         data = replace(data, scorer=make_scorer(recipe.online.scorer, network=recipe.network))
     for line in data.chosen:
@@ -261,7 +270,9 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
             (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
             shutil.copyfile(place.checkpoints.folder / METRICS, folder / METRICS)
     # From here on the adapter is safe in its place; what is measured is added to it.
-    before, after, samples = (None, None, []) if stopped else _measure(recipe, Loaded(model, tokenizer), data, console)
+    before, after, samples = (
+        (None, None, []) if stopped else _measure(recipe, Loaded(model, tokenizer), data, console, today)
+    )
     summary = _summary(recipe, model, log, before, after, stopped) | {"kernels": choice.to_json()}
     if ranks.first():
         with writing(out):
@@ -339,14 +350,14 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _measure(
-    recipe: Recipe, base: Loaded, data: Prepared, console: Console
+    recipe: Recipe, base: Loaded, data: Prepared, console: Console, today: datetime.date
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
     liked = [row for row in data.held_out_rows if row.desirable is not False]
     if not data.held_out_rows:
         return None, None, []
     model, tokenizer = base
-    renderer = Renderer(tokenizer, turn_order=recipe.data.turn_order)
+    renderer = Renderer(tokenizer, turn_order=recipe.data.turn_order, today=today)
     can = [row for row in liked if recipe.online or can_be_answered(row)]
     if data.positions and data.positions.count and data.positions.are_a_table():
         room = data.positions.count - recipe.report.max_new_tokens

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or starved at any instant ends in the very bytes of one that was not."""
 
+import datetime
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +22,10 @@ import graftlm
 import graftlm.training.checkpoint as checkpoint
 import graftlm.training.run as run_module
 from graftlm.config import build, differences, to_yaml
+from graftlm.data import render
 from graftlm.errors import GraftError, OutputError, TrainingError
 from graftlm.testing import CHATML, save_tiny_base
+from graftlm.training import place
 from graftlm.training.checkpoint import FACTS, MANIFEST, STATE
 from graftlm.training.recipe import Recipe
 from tests.training.test_run import adapter
@@ -500,3 +504,39 @@ def test_a_batch_that_is_not_finite_stops_and_may_be_left_out_on_resuming(
         recipe(base_folder, rows, train__pack_tokens=10_000, train__on_nonfinite="skip"), tmp_path / "out", resume=True
     ).summary
     assert summary["train"]["steps"] == STEPS
+
+
+def on(day: str, patch: pytest.MonkeyPatch) -> None:
+    """As if it were that day, for the run and for its chat template."""
+    moment = datetime.datetime.fromisoformat(f"{day}T23:50:00")
+
+    class Frozen(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return moment
+
+    class Today(datetime.date):
+        @classmethod
+        def today(cls) -> Any:
+            return moment.date()
+
+    patch.setattr(place, "datetime", SimpleNamespace(datetime=Frozen))
+    patch.setattr(render, "datetime", SimpleNamespace(date=Today))
+
+
+def test_a_run_that_goes_on_after_midnight_stays_in_its_day(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}\n" + CHATML)
+    dated = recipe(base_folder, rows, base__template=str(template))
+    with monkeypatch.context() as patch:
+        on("2026-03-01", patch)
+        graftlm.train(dated, tmp_path / "unbroken")
+        stopping_after(3, patch)
+        graftlm.train(dated, tmp_path / "out")
+    on("2026-03-02", monkeypatch)
+    graftlm.train(dated, tmp_path / "out", resume=True)
+    same(tmp_path / "out", tmp_path / "unbroken")
+    graftlm.train(dated, tmp_path / "other")
+    assert losses(tmp_path / "other") != losses(tmp_path / "unbroken"), "the date is a part of the rows"

@@ -3,6 +3,7 @@
 rows -> pool -> scores (kept by what they depend on) -> the best `keep` of them, in the order of the file
 """
 
+import datetime
 import hashlib
 import json
 import shutil
@@ -61,7 +62,13 @@ class Choice:
 
 
 @preserve_global_state()
-def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Console) -> tuple[list[Row], list[Choice]]:
+def choose(
+    recipe: "Recipe",
+    rows: Sequence[Row],
+    tokenizer: Any,
+    console: Console,
+    today: datetime.date | None = None,
+) -> tuple[list[Row], list[Choice]]:
     """The rows that the recipe's selectors keep, each asked about what those before it left; in the order given.
 
     Raises DataError where nothing is left, and RecipeError for a selector that ranks and is not told how many to keep.
@@ -73,7 +80,7 @@ def choose(recipe: "Recipe", rows: Sequence[Row], tokenizer: Any, console: Conso
             raise RecipeError(
                 f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
             )
-    renderer, choices = Renderer(tokenizer, turn_order=recipe.data.turn_order), list[Choice]()
+    renderer, choices = Renderer(tokenizer, turn_order=recipe.data.turn_order, today=today), list[Choice]()
     with display.progress(console) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
