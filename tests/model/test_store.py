@@ -279,7 +279,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_names(tmp_path: Path, b
     model = load_base(str(base_folder), store="fp32").model
     folder = save_adapter(perturbed("lora", model), tmp_path / "a")
     other = tiny_model(seed=1)
-    message = refused(folder, str(base_folder), "LlamaForCausalLM", "weights differ", model=other, error=BaseModelError)
+    message = refused(folder, base_folder.name, "LlamaForCausalLM", "weights differ", model=other, error=BaseModelError)
     assert message.count("sha256:") == 2
 
 
