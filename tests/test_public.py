@@ -57,7 +57,7 @@ def test_a_recipe_offers_exactly_what_the_tables_hold() -> None:
     losses = Recipe.__dataclass_fields__["loss"].type.__args__[0].__args__  # type: ignore[attr-defined]
     assert {loss().name for loss in losses} == set(LOSSES)
     assert set(BUILTIN) == {"docstrings"}
-    assert set(READERS) == {".jsonl", ".json", ".csv", ".parquet"}
+    assert set(READERS) == {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
 
 
 def test_no_method_file_mentions_plumbing() -> None:

@@ -183,7 +183,7 @@ def test_rows_without_what_the_loss_needs_are_refused_by_file_and_line(
     plain = written(tmp_path / "plain.jsonl", [{"prompt": f"a {n}", "completion": "b"} for n in range(9)])
     cases = [
         (plain, "dpo", r"plain.jsonl:1: no rejected answer[\s\S]*`chosen` and `rejected`"),
-        (feedback, "simpo", r"feedback.jsonl:1: no rejected answer[\s\S]*loss `kto`"),
+        (feedback, "simpo", r"feedback.jsonl:1 and 13 more places: no rejected answer[\s\S]*loss `kto`"),
         (plain, "kto", r"plain.jsonl:1: nobody says whether[\s\S]*`label`"),
         (plain, "pretraining", r"plain.jsonl:1: a conversation is no raw text"),
         (plain, "policy-gradient", r"plain.jsonl:1: no rewards"),
