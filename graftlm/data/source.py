@@ -23,7 +23,7 @@ from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError,
 from graftlm.data.messages import read_number, refuse_media
 from graftlm.data.nulls import clean_calls, clean_tools
 from graftlm.data.records import Problem, expanded, files, records
-from graftlm.data.template import check_names
+from graftlm.data.template import check_variables
 from graftlm.data.turn_order import TurnOrder, in_order
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
@@ -119,7 +119,7 @@ class DataConfig:
     @field_validator("template_variables")
     @classmethod
     def _names(cls, variables: dict[str, Any]) -> dict[str, Any]:
-        check_names(variables)
+        check_variables(variables)
         return variables
 
     def sources(self) -> list[SourceConfig]:
@@ -367,7 +367,7 @@ def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RowError(f"field {names[0]!r} must be a mapping of names to values, this is {found!r:.60}")
     try:
-        check_names(found)
+        check_variables(found)
     except ValueError as error:
         raise RowError(f"field {names[0]!r}: {error}") from None
     return found

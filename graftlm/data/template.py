@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -68,13 +68,25 @@ def with_variables(source: str, variables: Mapping[str, Any]) -> str:
     return "".join(lines) + source
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise ValueError for what is no name of a variable, or is one that rendering sets itself."""
-    for name in names:
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is no name of a variable or one that rendering sets itself, and for what JSON has no
+    value for."""
+    for name, value in variables.items():
         if not name.isidentifier():
             raise ValueError(f"{name!r} is no name of a variable")
         if name in RESERVED:
             raise ValueError(f"{name!r} is set by rendering itself: a row has its messages and its tools")
+        if (odd := _odd(value)) is not None:
+            raise ValueError(f"{name} is a {type(odd).__name__}: write it as text, in quotes")
+
+
+def _odd(value: Any) -> Any:
+    """What stands in the value that JSON has no word for; None where nothing does."""
+    if isinstance(value, Mapping):
+        return next((odd for odd in map(_odd, [*value, *value.values()]) if odd is not None), None)
+    if isinstance(value, list | tuple):
+        return next((odd for odd in map(_odd, value) if odd is not None), None)
+    return None if value is None or isinstance(value, bool | int | float | str) else value
 
 
 class Ask(NamedTuple):

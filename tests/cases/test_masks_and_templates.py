@@ -523,8 +523,13 @@ def test_a_recipe_refuses_variables_that_the_template_does_not_read(tmp_path: Pa
     )
     with pytest.raises(RecipeError, match=r"data.template_variables: .*'reasoning_efort'.*reasoning_effort"):
         recipe_tokenizer(recipe(reasoning_efort="low"))
-    with pytest.raises(RecipeError, match="set by rendering itself"):
-        build(DataConfig, {"train": "x", "template_variables": {"tools": []}}, source="recipe.yaml")
+    for variables, why in (
+        ({"date_string": DAY}, "date_string is a date: write it as text, in quotes"),
+        ({"tools": []}, "set by rendering itself"),
+        ({"a b": 1}, "no name of a variable"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            build(DataConfig, {"train": "x", "template_variables": variables}, source="recipe.yaml")
 
 
 def test_thoughts_are_off_where_the_recipe_says_so() -> None:
