@@ -8,7 +8,7 @@ from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
 from graftlm.model.endings import all_stop_ids
 from graftlm.model.generate import generate
-from graftlm.model.store import template_of
+from graftlm.model.store import template_of, tokenizer_of
 
 _renderer = lru_cache(maxsize=4)(Renderer)
 
@@ -33,11 +33,12 @@ def answer(
     The answer ends before the first of the texts `stop`, wherever tokens begin and end. How the other options choose
     among tokens: `graftlm.model.generate.generate`, and its ValueError. `on_text` is called with each new piece of text
     as it comes.
-    The chat template is that of the adapters on the model, where they have one.
+    Tokenizer and chat template are those of the adapters on the model, where they have them.
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     if "" in stop:
         raise ValueError("stop: an empty text is in every answer, before its first character")
+    tokenizer = tokenizer_of(model, tokenizer)
     renderer = _renderer(tokenizer, template_of(model) or tokenizer.chat_template)
     stop_ids = all_stop_ids(model, renderer.stop_ids)
     new: list[int] = []
