@@ -47,6 +47,7 @@ class TrainableTokens(AdditiveDelta):
         type="TRAINABLE_TOKENS",
         tensors={"T": "trainable_tokens_delta"},
         fields={"tokens": "token_indices"},
+        defaults={"token_indices": ()},
         why_not_at=lambda site: "PEFT would move the tied output head as well" if site.tied else "",
     )
     t: Tensor

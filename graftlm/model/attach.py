@@ -115,6 +115,8 @@ def attach(
         raise TargetError(
             f"{name!r} cannot name a delta: use letters, digits, - and _, beginning with a letter or digit"
         )
+    if hasattr(nn.ModuleDict, name):  # where deltas are held
+        raise TargetError(f"{name!r} cannot name a delta: torch's ModuleDict has a method of that name")
     places = sites_of(model, config, seed=seed, statistics=statistics)
     _check_statistics(config, places, start)
     shared = config.share(places)

@@ -68,7 +68,7 @@ READ = {"bias", "ensure_weight_tying", "lora_bias", "trainable_token_indices"}
 """Keys of PEFT's LORA of which an adapter that is read may have other values too."""
 
 STARTS = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
-"""Keys of PEFT's LORA about how factors start: they may have any value where `init_lora_weights` left the base alone."""
+"""Keys of PEFT's LORA about how factors start: of any value, where `init_lora_weights` left the base alone."""
 
 HARMLESS = {
     "auto_mapping",
@@ -87,7 +87,7 @@ HARMLESS = {
     "task_type",
 }
 
-UNSET = (None, False, [], {})
+UNSET: tuple[Any, ...] = (None, False, [], {})
 """Values at which a key that is unknown here (of a later version) can change nothing."""
 
 
@@ -143,7 +143,7 @@ def method_of(stored: Mapping[str, Any], file: Path) -> tuple[str, Method]:
 
 def _other_constants(stored: Mapping[str, Any], layout: PeftLayout) -> dict[str, Any]:
     """The keys at which a config is another method than the layout's, as it has them."""
-    defaults = layout.constants | layout.defaults
+    defaults = {**layout.constants, **layout.defaults}
     found = {key: defaults[key] if stored.get(key) is None else stored[key] for key in layout.constants}
     return {key: value for key, value in found.items() if value != layout.constants[key]}
 
@@ -204,9 +204,9 @@ def parse_key(stored: str, layout: PeftLayout) -> Key:
             return Key(stored, found[1], suffix, found[2] or "")
     if found := re.fullmatch(r"(.+?)(?:\.token_adapter)?\.(?:base_layer|original_module)\.([^.]+)", key):
         return Key(stored, found[1], f"base_layer.{found[2]}")
-    if found := re.fullmatch(r"(.+)\.modules_to_save\.([^.]+)\.(.+)", key):
+    if found := re.fullmatch(r"(.+)\.modules_to_save(?:\.([^.]+))?\.(.+)", key):
         module, _, rest = f"{found[1]}.{found[3]}".rpartition(".")
-        return Key(stored, module, rest, found[2])
+        return Key(stored, module, rest, found[2] or "")
     module, _, rest = key.rpartition(".")
     return Key(stored, module, rest)
 
@@ -261,21 +261,20 @@ class Where:
         inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(name.endswith(end) for name in inside for end in self.modules_to_save or ())
 
-    def expected(self, modules: Sequence[str], all_linear: Sequence[str]) -> dict[str, list[str]]:
-        """Entry of `target_modules` -> those of the modules that PEFT takes by it."""
+    def named(self, modules: Sequence[str], all_linear: Sequence[str]) -> dict[str, list[str]]:
+        """Entry of `target_modules` -> those of the modules that it names."""
         wanted = self.target_modules or ()
-        open_to_it = [module for module in modules if not self.saves(module) and not self._excludes(module)]
         if isinstance(wanted, tuple):
-            return {
-                end: [m for m in open_to_it if m == end or (m.endswith(f".{end}") and self._has_layer(m))]
-                for end in wanted
-            }
+            return {end: [module for module in modules if matches((end,), module)] for end in wanted}
         if wanted.lower() == "all-linear":
-            return {wanted: [module for module in open_to_it if module in all_linear]}
-        return {wanted: [module for module in open_to_it if re.fullmatch(wanted, module)]}
+            return {wanted: list(all_linear)}
+        return {wanted: [module for module in modules if re.fullmatch(wanted, module)]}
 
-    def _excludes(self, module: str) -> bool:
-        return self.exclude_modules is not None and matches(self.exclude_modules, module)
+    def takes(self, module: str) -> bool:
+        """Whether PEFT puts an adapter on a module that `target_modules` names."""
+        if self.saves(module) or (self.exclude_modules is not None and matches(self.exclude_modules, module)):
+            return False
+        return isinstance(self.target_modules, str) or module in (self.target_modules or ()) or self._has_layer(module)
 
     def _has_layer(self, module: str) -> bool:
         layers = self.layers_to_transform
@@ -434,6 +433,9 @@ class _Reader:
         held = self._sorted(self._named(tensors))
         copies = {one.stored for one in held.copies.values()}
         check_numbers({key: t for key, t in tensors.items() if key not in copies}, self.file)
+        for one in (*held.weights.values(), *held.copies.values(), *held.rows.values(), *held.shifts.values()):
+            if not one.tensor.is_floating_point():
+                raise AdapterError(f"{self.file}: {one.stored}: dtype {one.tensor.dtype}, which no weight has")
         sites = self._sites(held)
         config = self._main(sites)
         ids = self._token_ids(held)
@@ -454,8 +456,9 @@ class _Reader:
         """Every tensor with its names; those of the file are mapped onto this model's where they are others."""
         keys: dict[str, Key] = {}
         for key in (parse_key(stored, self.layout) for stored in tensors):
-            if (other := keys.get(key.plain)) is not None:
-                raise AdapterError(f"{self.file}: {other.stored} and {key.stored} are the same tensor, twice")
+            other = keys.get(key.plain)
+            if other is not None and not torch.equal(tensors[other.stored], tensors[key.stored]):
+                raise AdapterError(f"{self.file}: {other.stored} and {key.stored} are one tensor with two values")
             keys[key.plain] = key
         adapters = sorted({key.adapter for key in keys.values() if key.adapter})
         if len(adapters) > 1:
@@ -497,7 +500,8 @@ class _Reader:
         own = {*self.layout.tensors.values(), *self.layout.embedding.values()}
         for one in tensors:
             place = (one.here, one.rest.removeprefix("base_layer."))
-            trained = self.where.saves(one.there) or (place[1] == "bias" and self.where.bias in ("all", "lora_only"))
+            bias = place[1] == "bias" and self.where.bias in ("all", "lora_only")
+            trained = bias or (place[1] == one.rest and self._saved(one))
             if not one.here or one.rest in own:
                 held.main[one.plain] = one.tensor
                 if self._kind(one.here) in self.method.delta.kinds:
@@ -513,6 +517,11 @@ class _Reader:
             else:
                 held.main[one.plain] = one.tensor
         return held
+
+    def _saved(self, one: Named) -> bool:
+        """Whether a module was trained whole: PEFT names one end of a model, and may have tied the other to it."""
+        tied = bool(self.stored.get("ensure_weight_tying")) and one.here in self.ends
+        return any(self.where.saves(self._there(end)) for end in self.ends) if tied else self.where.saves(one.there)
 
     def _kind(self, module: str) -> str | None:
         return self.places[module].kind if module in self.places else None
@@ -532,10 +541,11 @@ class _Reader:
         linear = [there[name] for name in there if self._kind(name) == "linear" and name not in self.ends]
         having = set(held.sites.values())
         sites, nowhere = set(held.sites), []
-        for entry, modules in self.where.expected(list(there.values()), linear).items():
-            if having & set(modules):
-                sites |= {name for name in there if there[name] in modules}
-            else:
+        for entry, modules in self.where.named(list(there.values()), linear).items():
+            taken = {module for module in modules if self.where.takes(module)}
+            if having & taken:
+                sites |= {name for name in there if there[name] in taken}
+            elif taken or not modules:
                 nowhere.append(entry)
         if not sites:
             such = next(iter(held.main), "none")
@@ -575,14 +585,16 @@ class _Reader:
         changes: dict[str, Tensor] = {}
         shifts: dict[str, Tensor] = {}
         copied: set[str] = set()
-        for place, one in {**held.weights, **held.copies}.items():
-            module, parameter = place
+        for (module, parameter), one, is_copy in [
+            *((place, one, False) for place, one in held.weights.items()),
+            *((place, one, True) for place, one in held.copies.items()),
+        ]:
             own = self._own(module, parameter)
             if own is None or own.shape != one.tensor.shape:
                 self.problems.append(self._does_not_fit(one, own))
                 continue
             change = one.tensor.to(own.device, torch.float32) - own.float()
-            if place in held.copies:
+            if is_copy:
                 rows = copied_rows(own, one.tensor.to(own.device))
                 change[rows] = 0
                 first = int(rows.long().argmin())  # of those that are not the same
@@ -590,6 +602,8 @@ class _Reader:
                     continue
                 if parameter == "bias" or 2 * first < len(rows) or not change.isfinite().all():
                     self.problems.append(f"{one.stored}: is another base's: this adapter does not belong to it")
+                    continue
+                if (module, parameter) in held.weights:
                     continue
                 said = f"from row {first} on, {module} is the adapter's: its vocabulary had been resized"
                 self.remarks.append(said)
@@ -599,9 +613,8 @@ class _Reader:
                 continue
             if base is None:
                 what = type(self.model.get_submodule(module)).__name__
-                self.problems.append(
-                    f"{one.stored}: {module} is a {what}; weights can be replaced in linear layers, embeddings and norms"
-                )
+                can = "weights can be replaced in linear layers, embeddings and norms"
+                self.problems.append(f"{one.stored}: {module} is a {what}; {can}")
             elif parameter == "weight":
                 changes[module] = change.T if base.transposed else change
             else:
@@ -655,7 +668,9 @@ class _Reader:
             some = any(parameter == "bias" for _, parameter in held.weights)
             trained = self.where.bias == "all" or (self.where.bias == "lora_only" and module in held.sites)
             if has_bias and (saved or (trained and some)):
-                self.problems.append(f"missing: {PREFIX}{there}.bias, which {'modules_to_save' if saved else 'bias'} names")
+                self.problems.append(
+                    f"missing: {PREFIX}{there}.bias, which {'modules_to_save' if saved else 'bias'} names"
+                )
 
     def _modules_part(
         self, changes: Mapping[str, Tensor], shifts: Mapping[str, Tensor], ids: Mapping[str, Tensor]
@@ -761,17 +776,21 @@ def copied_rows(own: Tensor, copy: Tensor) -> Tensor:
     and a number above the greatest of the copy's dtype is infinity there.
     """
     wide = own.float()
-    narrow = [copy.dtype, *(d for d in (torch.float16, torch.bfloat16) if torch.equal(copy.to(d).float(), copy.float()))]
-    here = [own.dtype, *(d for d in (torch.float16, torch.bfloat16) if torch.equal(own.to(d).float(), wide))]
+    theirs = copy.float()
     fits = torch.zeros(len(own), dtype=torch.bool, device=own.device)
-    for one in set(here):
-        for other in set(narrow):
-            same = wide == copy.float()
-            if one != other:
-                a, b = torch.finfo(one), torch.finfo(other)
+    for here in _dtypes(own):
+        for there in _dtypes(copy):
+            same = wide == theirs
+            if here != there:
+                a, b = torch.finfo(here), torch.finfo(there)
                 bound = 0.51 * ((a.eps + b.eps) * wide.abs() + a.smallest_normal * a.eps + b.smallest_normal * b.eps)
-                same |= (wide - copy.float()).abs() <= bound
-                over = wide.abs() >= b.max * (1 - b.eps)
-                same |= over & (copy.float() == wide.sign() * torch.inf)
+                above = wide.abs() >= b.max * (1 - b.eps)
+                same |= ((wide - theirs).abs() <= bound) | (above & (theirs == wide.sign() * torch.inf))
             fits |= same.reshape(len(own), -1).all(1)
     return fits
+
+
+def _dtypes(t: Tensor) -> set[torch.dtype]:
+    """The dtypes that the numbers of a tensor may have been rounded to."""
+    halves = (torch.float16, torch.bfloat16)
+    return {t.dtype, *(dtype for dtype in halves if torch.equal(t.to(dtype).float(), t.float()))}

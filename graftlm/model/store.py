@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,9 @@ from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
 from graftlm.model.attach import attach, attachment, detach, hosts, parameters_of, shared_of
-from graftlm.model.foreign import CONFIG, NEUTRAL, NEUTRAL_ANYWHERE, PREFIX, Part, check_numbers, read_adapter
+from graftlm.model.foreign import CONFIG as CONFIG
+from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Part, check_numbers, read_adapter
+from graftlm.model.foreign import PREFIX as PREFIX
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import (
     PACKAGED,
