@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -296,6 +296,7 @@ def read_tokenizer(model: Any, folder: Path) -> Any:
     return own
 
 
+@lru_cache(maxsize=8)
 def with_more_tokens(tokenizer: Any, other: Any, rows: int, name: str) -> Any:
     """Of two tokenizers the one that has all tokens of the other under the same ids, and more; the second of equals.
 
@@ -330,10 +331,10 @@ def _check_tokens(base: Mapping[str, int], own: Mapping[str, int], rows: int, na
     """Raise AdapterError where an adapter's vocabulary is not the base's with tokens added that have embeddings."""
     odd = sorted((token for token in base if own.get(token) != base[token]), key=lambda token: base[token])
     if odd:
-        said = [f"{token!r}: {base[token]} in the base, {own.get(token, 'none')} in the adapter" for token in odd]
+        said = [f"{token!r}: {base[token]} here, {own.get(token, 'none')} in the adapter's" for token in odd]
         raise AdapterError(
-            f"{name}: the adapter's tokenizer is not the base's with tokens added: {len(odd):,} of the base's "
-            f"{len(base):,} tokens have another id there, such as:\n{numbered(said, 3)}\nIs this its base? If its "
+            f"{name}: the adapter's tokenizer is not the one that is used here with tokens added: {len(odd):,} of "
+            f"{len(base):,} tokens have another id in it, such as:\n{numbered(said, 3)}\nIs this its base? If its "
             "tokenizer files are another model's, remove them to use the base's"
         )
     if above := {i: token for token, i in own.items() if token not in base and i >= rows}:
