@@ -312,7 +312,8 @@ def _check_keys(model: nn.Module, stored: Mapping[str, Any], method: Method, fil
         first = sites_of(model, method.config())  # type: ignore[call-arg]
         known |= set(layout.facts(first[0], method.config()))  # type: ignore[call-arg]
     for key, value in stored.items():
-        if key in known or value in UNSET or value in neutral.get(key, ()):
+        unset = any(type(value) is type(each) and value == each for each in UNSET)
+        if key in known or unset or value in neutral.get(key, ()):
             continue
         if key == "target_parameters":
             raise AdapterError(
@@ -493,6 +494,10 @@ class _Reader:
         there = renamed(name, [(new, old) for old, new in self.by])
         return there if self._here(there) == name else name
 
+    def _was_there(self, name: str) -> bool:
+        """Whether the model that was trained can have had a module: not, where only a part of this model is like it."""
+        return not self.by or name in self.ends or self._there(name) != name
+
     # What tensors are --------------------------------------------------------------------------------------------
 
     def _sorted(self, tensors: Iterable[Named]) -> Contents:
@@ -538,13 +543,14 @@ class _Reader:
         used for models that have only some of them. One that has tensors has them wherever PEFT takes it.
         """
         there = {name: self._there(name) for name in self.places if self._kind(name) in self.method.delta.kinds}
-        linear = [there[name] for name in there if self._kind(name) == "linear" and name not in self.ends]
+        trained = {name: there[name] for name in there if self._was_there(name)}
+        linear = [trained[name] for name in trained if self._kind(name) == "linear" and name not in self.ends]
         having = set(held.sites.values())
         sites, nowhere = set(held.sites), []
-        for entry, modules in self.where.named(list(there.values()), linear).items():
+        for entry, modules in self.where.named(list(trained.values()), linear).items():
             taken = {module for module in modules if self.where.takes(module)}
             if having & taken:
-                sites |= {name for name in there if there[name] in taken}
+                sites |= {name for name in trained if trained[name] in taken}
             elif taken or not modules:
                 nowhere.append(entry)
         if not sites:
@@ -593,13 +599,13 @@ class _Reader:
             if own is None or own.shape != one.tensor.shape:
                 self.problems.append(self._does_not_fit(one, own))
                 continue
+            rows = copied_rows(own, one.tensor.to(own.device)) if is_copy else torch.zeros(len(own), dtype=torch.bool)
+            if rows.all():
+                continue
             change = one.tensor.to(own.device, torch.float32) - own.float()
             if is_copy:
-                rows = copied_rows(own, one.tensor.to(own.device))
                 change[rows] = 0
                 first = int(rows.long().argmin())  # of those that are not the same
-                if rows.all():
-                    continue
                 if parameter == "bias" or 2 * first < len(rows) or not change.isfinite().all():
                     self.problems.append(f"{one.stored}: is another base's: this adapter does not belong to it")
                     continue
@@ -659,7 +665,7 @@ class _Reader:
         """Note what is missing of the modules to save, and of the biases where there are some."""
         for module in self.places:
             base, there = self._view(module), self._there(module)
-            if base is None:
+            if base is None or not self._was_there(module):
                 continue
             saved = self.where.saves(there)
             if saved and (module, "weight") not in held.weights:
@@ -775,8 +781,12 @@ def copied_rows(own: Tensor, copy: Tensor) -> Tensor:
 
     and a number above the greatest of the copy's dtype is infinity there.
     """
-    wide = own.float()
-    theirs = copy.float()
+    blocks = zip(own.split(4096), copy.split(4096), strict=True)  # a table is large, and float32 twice as large
+    return torch.cat([_copied(one, other) for one, other in blocks])
+
+
+def _copied(own: Tensor, copy: Tensor) -> Tensor:
+    wide, theirs = own.float(), copy.float()
     fits = torch.zeros(len(own), dtype=torch.bool, device=own.device)
     for here in _dtypes(own):
         for there in _dtypes(copy):

@@ -352,7 +352,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         parts = [Part("", config, None if ours["layout"] == OWN_TYPE else method.delta.peft, tensors)]
     else:
         parts, remarks = read_adapter(model, stored, tensors, folder / WEIGHTS)
-    tokenizer = read_tokenizer(model, folder)
+    template, tokenizer = _template_in(folder), read_tokenizer(model, folder)
     names = [f"{name}-{part.name}" if part.name else name for part in parts]
     attached: list[str] = []
     try:
@@ -377,18 +377,17 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         attachment(model).tokenizers[name] = tokenizer
     if ours is not None:
         said = f"{folder}: {len(tensors)} tensors, checksums and base fingerprint match"
-        return said + _another_store(model, ours) + _read_template(model, name, folder, ours.get("chat_template"))
+        return said + _another_store(model, ours) + _use_template(model, name, template, ours.get("chat_template"))
     said = (
         f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
         f"{len(tensors)} tensors were checked, that the base is the right one was not"
     )
-    return "; ".join([said, *remarks]) + _read_template(model, name, folder, None)
+    return "; ".join([said, *remarks]) + _use_template(model, name, template, None)
 
 
-def _read_template(model: nn.Module, name: str, folder: Path, wanted: str | None) -> str:
+def _use_template(model: nn.Module, name: str, text: str | None, wanted: str | None) -> str:
     """Remember the chat template that an adapter was trained with; what is to be said of it."""
     templates = attachment(model).templates
-    text = _template_in(folder)
     if text is None:
         return ""
     others = [other for other, known in templates.items() if known != text]
@@ -404,7 +403,10 @@ def _read_template(model: nn.Module, name: str, folder: Path, wanted: str | None
 def _template_in(folder: Path) -> str | None:
     """The chat template of an adapter folder: of its own file, or as older tokenizers have it."""
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise AdapterError(f"{folder / TEMPLATE}: cannot be read: {error}") from None
     file = folder / "tokenizer_config.json"
     found = _read_json(file).get("chat_template") if file.is_file() else None
     if isinstance(found, list):  # several by name

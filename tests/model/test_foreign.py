@@ -18,6 +18,7 @@ from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, GraftError, TargetError
 from graftlm.model.attach import activate, attachment, by_row, deltas_off, detach, hosts, merged_state, parameters_of
 from graftlm.model.foreign import CONFIG, copied_rows
+from graftlm.model.load import quantise
 from graftlm.model.store import WEIGHTS, load_adapter, save_adapter
 from graftlm.testing import close, ids, logits, tiny_model
 
@@ -341,6 +342,57 @@ def test_two_adapters_in_one_file_and_a_tensor_with_two_values_are_refused(folde
     refused(folder, WEIGHTS, "2 adapters (a, b)")
     edit_tensors(folder, lambda _: whole | {f"{Q0}.lora_A.default.weight": whole[f"{Q0}.lora_A.weight"] + 1})
     refused(folder, f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight", "two values")
+
+
+def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_other_way(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = tied()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    whole: Any = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text.config, vision_config=vision, image_token_id=299)
+    ).eval()
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    tokens = torch.tensor([[5, 3, 7, 290]])
+    theirs = written(lora(), text, tmp_path / "of text")
+    said = load_adapter(whole, tmp_path / "of text")
+    with torch.no_grad():
+        close(whole(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the vision-language model")
+    assert "model.language_model. for model." in said
+    detach(whole)
+    language = r".*language_model.*\.(q_proj|v_proj)"
+    theirs = written(lora(target_modules=language, modules_to_save=["lm_head"]), whole, tmp_path / "of both")
+    alone = tied()
+    said = load_adapter(alone, tmp_path / "of both")
+    with torch.no_grad():
+        close(alone(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the language model alone")
+    assert "model. for model.language_model." in said
+
+
+def test_adapters_in_parts_lie_on_one_model_beside_each_other(tmp_path: Path) -> None:
+    settings: Any = {"a": {"modules_to_save": ["lm_head"]}, "b": {"modules_to_save": ["lm_head", "norm"], "r": 2}}
+    theirs = {name: written(lora(**each), untied(), tmp_path / name) for name, each in settings.items()}
+    ours, base = untied(), untied()
+    for name in settings:
+        load_adapter(ours, tmp_path / name, name=name)
+    for name, model in theirs.items():
+        activate(ours, name)
+        close(logits(ours), logits(model), name)
+    activate(ours)
+    assert torch.equal(logits(ours), logits(base))
+
+
+def test_weights_stand_in_place_of_codes(tmp_path: Path) -> None:
+    """On a base in codes they are what the adapter says, whatever quantising lost."""
+    written(lora(modules_to_save=["mlp", "lm_head"]), untied(), tmp_path / "a")
+    ours = quantise(untied(), "int4")
+    load_adapter(ours, tmp_path / "a")
+    stored, merged = load_file(tmp_path / "a" / WEIGHTS), merged_state(ours)
+    for key in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
+        close(merged[key], stored[f"base_model.model.{key}"], key)
 
 
 # What the tensors decide -----------------------------------------------------------------------------------------
