@@ -173,6 +173,17 @@ class EmbeddingBase(Conv1DBase):
         return (z if gain is None else gain * z).to(y.dtype)
 
 
+class ScaledEmbeddingBase(EmbeddingBase):
+    """A view of an embedding that multiplies what it looks up (Gemma and BART): W is what it stores."""
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        y = super().apply(x, W, None) * self.layer.embed_scale
+        return (y if b is None else y + b).to(self.stored_weight.dtype)
+
+    def take(self, x: Tensor, A: Tensor) -> Tensor:
+        return super().take(x, A) * self.layer.embed_scale
+
+
 class NormBase(LinearBase):
     """A view of a norm (LayerNorm, any RMSNorm): W and b are its gain and bias [d], as the layer stores them."""
 
@@ -205,7 +216,19 @@ def view(layer: nn.Module) -> LinearBase | None:
     make = KINDS.get(type(layer))
     if make is None and type(layer).__name__.endswith("RMSNorm") and _has_gain(layer):
         make = NormBase
+    if make is None and isinstance(layer, nn.Embedding) and _is_scaled(layer):
+        make = ScaledEmbeddingBase
     return make(layer) if make else None
+
+
+@torch.no_grad()
+def _is_scaled(layer: nn.Embedding) -> bool:
+    """Whether a subclass of nn.Embedding looks rows up and multiplies them with its `embed_scale`, and no more."""
+    scale, rows = getattr(layer, "embed_scale", None), layer.weight[:4]
+    if scale is None or rows.is_meta:
+        return False
+    found = layer(torch.arange(len(rows), device=rows.device))
+    return torch.allclose(found.float(), rows.float() * float(scale), rtol=4 * torch.finfo(rows.dtype).eps)
 
 
 def _has_gain(layer: nn.Module) -> bool:
