@@ -176,12 +176,16 @@ class EmbeddingBase(Conv1DBase):
 class ScaledEmbeddingBase(EmbeddingBase):
     """A view of an embedding that multiplies what it looks up (Gemma and BART): W is what it stores."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.scale = float(layer.embed_scale)  # type: ignore[arg-type]
+
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        y = super().apply(x, W, None) * self.layer.embed_scale
+        y = super().apply(x, W, None) * self.scale
         return (y if b is None else y + b).to(self.stored_weight.dtype)
 
     def take(self, x: Tensor, A: Tensor) -> Tensor:
-        return super().take(x, A) * self.layer.embed_scale
+        return super().take(x, A) * self.scale
 
 
 class NormBase(LinearBase):
