@@ -74,9 +74,10 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
     step_clock, marks = clock(args.threads)
     settings = peers_settings(args, documented=args.shape == "documented", dtype=dtype)
     settings["gradient_accumulation_steps"] = args.batch_rows // args.micro_rows
+    settings |= {"torch_compile": args.compile}
     if args.shape == "grid":
         settings["model_init_kwargs"]["attn_implementation"] = args.attention
-        settings |= {"bf16": args.autocast, "torch_compile": args.compile}
+        settings |= {"bf16": args.autocast}
         if args.pack:  # one pass over the rows
             settings |= {"packing": True, "max_length": args.pack, "gradient_accumulation_steps": 1, "max_steps": -1}
             settings["num_train_epochs"] = 1

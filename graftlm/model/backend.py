@@ -7,7 +7,6 @@
 `train.kernels` pins one of them. Under `auto` each class of calls goes to the fastest (`autotune.py`).
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -111,7 +110,7 @@ def pinned(kernels_: Literal["ours", "torch", "compiled"], device: torch.device,
 
 def check_compiler(device: torch.device) -> None:
     """Raise TrainingError where torch.compile has no compiler to call: on a CPU it writes C++."""
-    if device.type == "cpu" and not kernels.compiler() and not shutil.which("clang++"):
+    if device.type == "cpu" and kernels.compiler() is None:
         raise TrainingError(
             "train.kernels: compiled: torch.compile writes C++ on a CPU, and there is no compiler here (no g++, "
             "clang++ or $CXX). Install one (apt-get install g++) or set train.kernels: auto"

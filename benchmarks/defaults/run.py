@@ -1,0 +1,91 @@
+"""How far the held-out loss falls under every policy at its defaults, in a short run of the demo's job.
+
+    python benchmarks/defaults/run.py            every policy, then result.json; resumes
+    python benchmarks/defaults/run.py sm3 lomo   only these
+
+A run is a process; its result stays in runs/ and is not run again. Nothing is timed: other work may run beside it.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from machine import write_result  # noqa: E402
+
+RUNS = HERE / "runs"
+CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
+
+
+def tree(name: str, seed: int) -> dict[str, Any]:
+    """The recipe of a policy, or of AdamW alone with a method: `adamw METHOD`."""
+    alone = name.removeprefix("adamw ") if name.startswith("adamw ") else None
+    more = CONFIG["more"].get(name, {})
+    return {
+        "base": CONFIG["base"],
+        "data": CONFIG["data"] | more.get("data", {}),
+        "delta": {"method": alone or method(name)},
+        "policies": [] if alone else [name],
+        "train": CONFIG["train"] | {"seed": seed} | more.get("train", {}),
+        "report": {"samples": 0, "answers": 0},
+    }
+
+
+def method(name: str) -> str:
+    return "full" if name in CONFIG["full"] else CONFIG["methods"].get(name, "lora")
+
+
+def one(name: str, seed: int) -> dict[str, float]:
+    """Held-out loss in nats a token before and after."""
+    file = RUNS / f"{name.replace(' ', '-')}-{seed}.json"
+    if not file.is_file():
+        print(f"{name}, seed {seed} ...", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            recipe, out = Path(folder, "recipe.yaml"), Path(folder, "out")
+            recipe.write_text(yaml.safe_dump(tree(name, seed)))
+            graft = [sys.executable, "-m", "graftlm", "train", str(recipe), "--out", str(out)]
+            done = subprocess.run(graft, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{name}: {(done.stderr or done.stdout)[-2000:]}")
+            found = json.loads((out / "summary.json").read_text())["held_out"]["loss_nats"]
+        file.write_text(json.dumps(found) + "\n")
+    result: dict[str, float] = json.loads(file.read_text())
+    return result
+
+
+def falls(name: str) -> list[float]:
+    return [found["base"] - found["tuned"] for found in (one(name, seed) for seed in CONFIG["seeds"])]
+
+
+def main() -> None:
+    from graftlm.training.policies import POLICIES
+
+    RUNS.mkdir(exist_ok=True)
+    table: dict[str, dict[str, Any]] = {}
+    for name in sys.argv[1:] or POLICIES:
+        against = "adamw full" if method(name) == "full" else "adamw lora"
+        fall, reference = falls(name), falls(against)
+        share = statistics.mean(fall) / statistics.mean(reference)
+        table[name] = {
+            "method": method(name),
+            "fall_nats": [round(each, 3) for each in fall],
+            "against": against,
+            "of_its_fall": round(share, 2),
+            "met": share >= CONFIG["least"],
+        }
+        print(name, table[name], flush=True)
+    if not sys.argv[1:]:
+        references = {name: [round(each, 3) for each in falls(name)] for name in ("adamw lora", "adamw full")}
+        write_result(__file__, {"config": CONFIG, "references": references, "table": table})
+
+
+if __name__ == "__main__":
+    main()
