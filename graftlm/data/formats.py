@@ -6,6 +6,7 @@ read and what is refused is the same in every format: `messages.py` reads single
 
 import json
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -84,30 +85,41 @@ def inputs_targets(row: Fields) -> Conversation:
 
 def natural_instructions(row: Fields) -> Conversation:
     """{Definition, input, output}, one instance of a task of Super-NaturalInstructions (arXiv:2204.07705), or
-    {definition, inputs, targets}. Of several right outputs the first is the answer. The first two of the task's
-    `Positive Examples` stand before the input, in the words of Tk-Instruct (its ni_collator.py)."""
+    {definition, inputs, targets}. The first of several correct outputs is the answer.
+
+    The first two of the task's `Positive Examples` stand before the input, in the text that Tk-Instruct was trained on
+    (github.com/yizhongw/Tk-Instruct at 7c0e400, src/ni_collator.py, with two positive and no negative examples, and
+    without the space at its end, which its run_gpt3.py strips). Without examples the input follows the definition."""
     new = "Definition" in row
     definition, text, answer = ("Definition", "input", "output") if new else ("definition", "inputs", "targets")
     task, asked = _one_text(row, definition), read_text(row, text)
     examples = _examples(row)
     if examples:
-        task = f"Definition: {task}"
-        asked = f"Now complete the following example -\nInput: {asked}\nOutput:"
-    asked = "\n\n".join(part for part in (task, *examples, asked) if part)
+        task = f"{_with_full_stop(f'Definition: {task.strip()}')}\n\n"
+        asked = f"Now complete the following example -\n{_with_full_stop(f'Input: {asked.strip()}')}\nOutput:"
+        asked = "".join([task, *examples, asked])
+    else:
+        asked = "\n\n".join(part for part in (task, asked) if part)
     return Conversation([Message("user", asked), Message("assistant", _one_text(row, answer))])
 
 
 def _examples(row: Fields) -> list[str]:
-    """The first examples of a task; those without an output cannot be shown."""
+    """The first examples of a task as Tk-Instruct writes them; those without an output cannot be shown."""
     found = row.get("Positive Examples") or []
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise RowError(f"field 'Positive Examples' must be a list of {{input, output}}, this is {found!r:.60}")
     fields = [(one.get("input"), one.get("output")) for one in map(read_all, found)]
     pairs = [(given, made) for given, made in fields if isinstance(given, str) and isinstance(made, str)]
     return [
-        f"Positive Example {number} -\nInput: {given.strip()}\nOutput: {made.strip()}"
+        f" Positive Example {number} -\n{_with_full_stop(f'Input: {given.strip()}')}\n"
+        f"{_with_full_stop(f' Output: {made.strip()}')}\n\n"
         for number, (given, made) in enumerate(pairs[:EXAMPLES], start=1)
     ]
+
+
+def _with_full_stop(text: str) -> str:
+    """The text, with a full stop where no punctuation mark ends it."""
+    return text if text[-1] in string.punctuation else f"{text}."
 
 
 def prompt(row: Fields) -> Conversation:
