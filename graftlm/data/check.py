@@ -94,6 +94,8 @@ class Report:
     longest_row: str = ""
     dropped_over_length: list[str] = field(default_factory=list)
     truncated_over_length: list[str] = field(default_factory=list)
+    rows_in_part: list[str] = field(default_factory=list)
+    """Conversations that the chat template splits into rows, some of which are left out."""
     truncated_without_end: int = 0
     """Truncated rows whose last answer lost the token that ends it."""
     unterminated: list[str] = field(default_factory=list)
@@ -347,6 +349,7 @@ def _examples(
             _ending(report, columns, slice(start, int(columns.ends[piece])), renderer)
         taught.add(number)
         yield Example(columns.ids[start:end], columns.weights[start:end], where)
+    report.rows_in_part += [stands[n] for n in dict.fromkeys(columns.rows[~keeps].tolist()) if n in taught]
     for number, why in sorted(wrong.items()):
         if number in taught:
             parts.append(
