@@ -43,7 +43,7 @@ def read_data(
     told: list[Problem] = []
     sources = data.sources()
     field = data.order.field if data.order else None
-    how: dict[str, Any] = {"network": network, "strict": data.strict, "turn_order": data.turn_order}
+    how: dict[str, Any] = {"network": network, "strict": data.strict, "turn_order": data.turn_order, "seed": seed}
     loaded = [load_rows(source, problems=told, score=field, **how) for source in sources]
     rows, notes = usable([row for part, _ in loaded for row in part])
     notes = [*notes, *_templates(sources, [part for part, _ in loaded])]

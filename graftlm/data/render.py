@@ -194,6 +194,11 @@ class Renderer:
         """The first 16 hexadecimal digits of the SHA-256 of the chat template."""
         return hashlib.sha256((self.template or "").encode()).hexdigest()[:16]
 
+    @property
+    def writes_the_date(self) -> bool:
+        """Whether rows depend on `today`."""
+        return "strftime_now" in self._names
+
     def unread(self, variables: Fields) -> list[str]:
         """Those of the variables that the template does not read."""
         return [name for name in variables if name not in self._names]
@@ -298,8 +303,8 @@ class Renderer:
                 raise
             if self.turn_order == "refuse":
                 raise type(error)(
-                    f"{error}. If it has no place for the system message: `data: {{turn_order: merge}}` puts it before "
-                    "the first question, `drop` leaves it out"
+                    f"{error}. If it has no place for the system message: turn_order: merge (under `data` in a recipe, "
+                    "--turn-order of graft chat) puts it before the first question, drop leaves it out"
                 ) from None
             moved = without_system(messages, self.turn_order)
             if moved is None:
@@ -509,7 +514,7 @@ class Renderer:
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         chat = form.fields(messages)
         text, *begins = yield from _texts(form, chat, [(0, i, True) for i in (len(messages), *said)], tools)
-        if self.turn_order != "refuse" and messages[0].role == "system" and messages[0].content.strip():
+        if messages[0].role == "system" and messages[0].content.strip():
             before, after = islice(_free_characters(messages, tools), 2)
             around = [(0, *_core(messages[0].content), before, after)]
             (outside,) = yield from _texts(form, chat, [(1, len(messages), True)], tools, around)

@@ -50,8 +50,8 @@ class SourceConfig:
         "inputs-targets",
     ] = "auto"
     templates: tuple[Template, ...] = ()
-    """Ways of asking, for rows of any fields; each row is put into one of them, drawn by what stands in the row from
-    those whose fields it has."""
+    """Ways of asking, for rows of any fields; each row is put into one of those whose fields it has, drawn by what
+    stands in the row and `train.seed`. Every epoch asks in another way, until each of them has come."""
     weight: PositiveRate = 1.0
     """Among several sources: how much its share of an epoch is multiplied by."""
     cap: PositiveCount | None = None
@@ -164,19 +164,21 @@ def load_rows(
     problems: list[Problem] | None = None,
     score: str | None = None,
     turn_order: TurnOrder = "refuse",
+    seed: int = 0,
 ) -> tuple[list[Row], str]:
     """All rows of a source that can be used, and the name of their format.
 
     What is wrong goes into `problems`, of rows that are left out and of rows that are kept. Where there is no such
     list, or under `strict`, a row that would be left out is a DataError that lists all of them by file and line; so is
-    a source of which no row can be used. `score` names a field that must hold a number.
+    a source of which no row can be used. `score` names a field that must hold a number. `seed` draws among `templates`.
     """
     path = source if isinstance(source, str) else source.path
     rows: list[Row] = []
     told: list[Problem] = []
     formats: list[str] = []
     seen: dict[int, Row] = {}
-    for found in stream_rows(source, network=network, formats=formats, score=score, turn_order=turn_order):
+    how: dict[str, Any] = {"network": network, "score": score, "turn_order": turn_order, "seed": seed}
+    for found in stream_rows(source, formats=formats, **how):
         if isinstance(found, Problem):
             told.append(found)
             continue
@@ -205,10 +207,11 @@ def stream_rows(
     formats: list[str] | None = None,
     score: str | None = None,
     turn_order: TurnOrder = "refuse",
+    seed: int = 0,
     epoch: int = 0,
 ) -> Iterator[Row | Problem]:
     """Rows and problems of a source in the order of its files, one at a time, so that memory does not grow with them.
-    Names of formats go into `formats` as they are met. `templates` are drawn anew for each `epoch`."""
+    Names of formats go into `formats` as they are met. `templates` are drawn by `seed`, anew for each `epoch`."""
     if isinstance(source, str):
         source = SourceConfig(path=source)
     for part in _parts(source.path):
@@ -233,7 +236,7 @@ def stream_rows(
                 fields = part.reshape(tracked)
                 asked = None
                 if source.templates:
-                    fields, asked = ask(source.templates, fields, epoch)
+                    fields, asked = ask(source.templates, fields, seed, epoch)
                 name = detect({**fields}) if name == "auto" else name  # of a copy: to look is not to use
                 fields = fields if isinstance(fields, Tracked) else Tracked(fields)
                 if formats is not None and name not in formats:
