@@ -50,9 +50,9 @@ class Probe:
         calls = {i: next((m for c in some if (m := c.missing(text))), "") for i, some in self.calls.items()}
         return Lost(
             {index: missing for index, missing in calls.items() if missing},
-            frozenset(i for i, some in self.calls.items() if not all(_all_in(call.name, text) for call in some)),
-            frozenset(i for i, marks in self.thoughts.items() if not _all_in(marks, text)),
-            not _all_in(self.tool_marks, text),
+            frozenset(i for i, some in self.calls.items() if not all(all_in(call.name, text) for call in some)),
+            frozenset(i for i, marks in self.thoughts.items() if not all_in(marks, text)),
+            not all_in(self.tool_marks, text),
         )
 
 
@@ -68,9 +68,9 @@ class _Call:
 
     def missing(self, text: str) -> str:
         """What of the call is not in the text, in words; empty where all is."""
-        if not _all_in(self.name, text) or not (self.name or self.told):
+        if not all_in(self.name, text) or not (self.name or self.told):
             return f"the call of {self.function!r}"
-        lost = [key for key, marks in self.arguments.items() if not _all_in(marks, text)]
+        lost = [key for key, marks in self.arguments.items() if not all_in(marks, text)]
         if lost and len(lost) == len(self.arguments):
             return f"the arguments of the call of {self.function!r}"
         return f"the argument {lost[0]!r} of the call of {self.function!r}" if lost else ""
@@ -151,6 +151,6 @@ def _renamed(tool: Fields, mark: str) -> dict[str, Any]:
     return {**tool, "function": {**tool["function"], "name": tool["function"]["name"] + mark}}
 
 
-def _all_in(marks: Sequence[str], text: str) -> bool:
+def all_in(marks: Sequence[str], text: str) -> bool:
     """Whether all of them are in the text, as they are or as JSON or Python escapes them."""
     return all(any(form in text for form in (mark, json.dumps(mark)[1:-1], repr(mark)[1:-1])) for mark in marks)
