@@ -317,7 +317,7 @@ MOST_HOMES = 3
 def _homes(cls: type, name: str, prefix: str = "") -> list[str]:
     """The dotted keys of a config, and of the configs in it, that end with this name."""
     hints, found = get_type_hints(cls), list[str]()
-    for each in fields(cls):  # type: ignore[arg-type]  # a config is a dataclass
+    for each in fields(cls):
         if each.name == name:
             found.append(f"{prefix}{name}")
         if get_origin(hints[each.name]) is not Mapping:  # whose keys are names that the user chose

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data import cache as kept
+from graftlm.data import cache as token_cache
 from graftlm.data.columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
 from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
@@ -298,10 +298,10 @@ def _chunks(
     if cache is None or not (isinstance(rows, KeptRows) or many(rows)):
         yield from rendered(rows, renderer, data, workers)
         return
-    file = cache / f"{kept.key(rows, renderer, data)}.safetensors"
+    file = cache / f"{token_cache.key(rows, renderer, data)}.safetensors"
     try:
-        found = kept.load(file)
-    except kept.DamagedError as error:
+        found = token_cache.load(file)
+    except token_cache.DamagedError as error:
         found = None
         report.notes.append(f"rendered anew: {file} was damaged ({error})")
     if found is not None:
@@ -312,7 +312,7 @@ def _chunks(
     for some, columns in rendered(rows, renderer, data, workers):
         parts.append(columns)
         yield some, columns
-    kept.save(file, join(parts))
+    token_cache.save(file, join(parts))
 
 
 def _examples(

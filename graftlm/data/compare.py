@@ -73,7 +73,7 @@ def _lacks(row: Row, needs: str, data: DataConfig) -> str:
         return "raw text asks nothing" if needs == "prompts" else "raw text has no answer"
     if needs == "prompts":
         return ""
-    if any(said[-1].role != "assistant" for said in (row.messages, *row.rejected)):
+    if any(one[-1].role != "assistant" for one in (row.messages, *row.rejected)):
         return "does not end with an answer"
     if needs == "pairs" or row.rejected:
         return "" if row.rejected else "no rejected answer to compare with"
@@ -89,18 +89,18 @@ def answers_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def _answers(row: Row) -> list[Row]:
-    said = [row.messages, *row.rejected]
-    asked = _common(said) if row.rejected else len(row.messages) - 1
+    conversations = [row.messages, *row.rejected]
+    common = _common(conversations) if row.rejected else len(row.messages) - 1
     return [
         Row(
-            [*(replace(m, weight=0.0, spans=()) for m in one[:asked]), *one[asked:]],
+            [*(replace(m, weight=0.0, spans=()) for m in one[:common]), *one[common:]],
             where,
             row.group,
             row.tools,
             variables=row.variables,
             unread=row.unread if one is row.messages else (),
         )
-        for one, where in zip(said, _places(row), strict=True)
+        for one, where in zip(conversations, _places(row), strict=True)
     ]
 
 
@@ -108,10 +108,10 @@ def _places(row: Row) -> list[str]:
     return [row.where, *(f"{row.where}: rejected answer {n}" for n in range(1, len(row.rejected) + 1))]
 
 
-def _common(said: Sequence[Sequence[Message]]) -> int:
+def _common(conversations: Sequence[Sequence[Message]]) -> int:
     """The messages that all begin with; each has one more at least."""
     count = 0
-    for together in zip(*(one[:-1] for one in said), strict=False):
+    for together in zip(*(one[:-1] for one in conversations), strict=False):
         if any(message != together[0] for message in together):
             break
         count += 1
@@ -144,8 +144,8 @@ def groups(
 ) -> tuple[list[Group], list[Row], list[str]]:
     """(a group for each row, the rows that have one, what is wrong with others) from the examples of `answers_of`.
 
-    A row of which an answer could not be rendered, or was too long, has none: its answer was told of already. So has
-    one with an answer that is there `in_part`: of an answer in several examples, others were left out.
+    A row has none where an answer of it could not be rendered or was too long, which is in the report already, or is
+    there `in_part`: some of its examples were left out.
     """
     left_out = set(in_part)
     found: dict[str, list[Example]] = defaultdict(list)

@@ -65,11 +65,14 @@ def draw_again(
     """
     sources = [source for source in data.sources() if len(source.templates) > 1]
     epochs = min(epochs, max((len(source.templates) for source in sources), default=1))
-    first = {row.where: row.template for row in rows if row.template is not None}
+    first: dict[str, int | None] = {row.where: row.template for row in rows if row.template is not None}
     if epochs < 2 or not first:
         return [], None, []
     asked, notes = _asked_in(data, sources, first, epochs=epochs, seed=seed, network=network)
-    drawn = [first, *({where: row.template for where, row in epoch.items()} for epoch in asked)]
+    drawn: list[dict[str, int | None]] = [
+        first,
+        *({where: row.template for where, row in epoch.items()} for epoch in asked),
+    ]
     periods = {where: _period([epoch.get(where) for epoch in drawn]) for where in first}
 
     made: list[Example | Group] = []

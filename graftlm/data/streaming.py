@@ -141,7 +141,7 @@ class Stream:
         self,
         number: int,
         last: str | None,
-        told: Callable[[Problem], None] = lambda problem: None,
+        on_problem: Callable[[Problem], None] = lambda problem: None,
         epoch: int = 0,
     ) -> Iterator[Row]:
         """The rows of one pass over a source, those with a higher number than `last` left out."""
@@ -153,7 +153,7 @@ class Stream:
         }
         for found in stream_rows(self.sources[number], **how):
             if isinstance(found, Problem):
-                told(found)
+                on_problem(found)
             elif self.supervised and found.desirable is False:
                 continue
             elif last is None or self._drawn(number, found) <= last:

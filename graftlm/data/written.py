@@ -63,12 +63,12 @@ class _Call:
     """The mark of the name; none where the name itself stands in the probe."""
     arguments: dict[str, list[str]]
     """What must be in the text for each argument."""
-    told: bool
-    """Whether each argument has something to look for."""
+    traceable: bool
+    """Whether each argument has a mark to look for."""
 
     def missing(self, text: str) -> str:
         """What of the call is not in the text, in words; empty where all is."""
-        if not all_in(self.name, text) or not (self.name or self.told):
+        if not all_in(self.name, text) or not (self.name or self.traceable):
             return f"the call of {self.function!r}"
         lost = [key for key, marks in self.arguments.items() if not all_in(marks, text)]
         if lost and len(lost) == len(self.arguments):
@@ -115,8 +115,8 @@ def _call(call: Fields, marks: Iterator[str], numbers: Iterator[int], names: boo
         arguments[marked_key] = _marked(value, marks, numbers, seek, names)
         sought[key] = seek
     function = {**call["function"], "name": "".join([call["function"]["name"], *name]), "arguments": arguments}
-    told = bool(sought) and all(sought.values())
-    return {**call, "function": function}, _Call(str(call["function"]["name"]), name, sought, told)
+    traceable = bool(sought) and all(sought.values())
+    return {**call, "function": function}, _Call(str(call["function"]["name"]), name, sought, traceable)
 
 
 def _marked(value: Any, marks: Iterator[str], numbers: Iterator[int], seek: list[str], names: bool) -> Any:
