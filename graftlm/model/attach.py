@@ -3,11 +3,12 @@
 Attaching changes the model in place and no weight of it; with no delta on, the model is its base bit for bit.
 """
 
+import datetime
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,18 @@ Statistics = Mapping[str, Mapping[str, Tensor]]
 """Site -> what was gathered there: see graftlm/model/collect.py."""
 
 
+@dataclass(frozen=True)
+class Chat:
+    """How the conversations of an adapter were rendered when it was trained."""
+
+    template: str
+    """The source of the chat template."""
+    today: datetime.date | None = None
+    """The day of the run, where the template writes the date."""
+    turn_order: Literal["refuse", "merge", "drop"] = "refuse"
+    """`data.turn_order` of the run: what becomes of a system message that the template has no place for."""
+
+
 @dataclass
 class Attachment:
     """What a model with deltas remembers: the config of each, and which parameters were trainable before the first."""
@@ -45,8 +58,8 @@ class Attachment:
     configs: dict[str, DeltaConfig] = field(default_factory=dict)
     sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
-    templates: dict[str, str] = field(default_factory=dict)
-    """The chat template of each that was loaded with one."""
+    chats: dict[str, Chat] = field(default_factory=dict)
+    """Of each that was trained, or loaded, with a chat template."""
     trainable_before: set[str] = field(default_factory=set)
     kernel_before: str | None = None
     switch: Switch = field(default_factory=Switch)
@@ -361,7 +374,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             if not len(list(model.get_submodule(SHARED).children())):
                 delattr(model, SHARED)
         del record.configs[gone], record.sites[gone], record.seeds[gone]
-        record.templates.pop(gone, None)
+        record.chats.pop(gone, None)
     if not record.configs:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)

@@ -8,6 +8,7 @@ Writing is all or nothing: into a temporary folder beside the target, then one r
 that does not fit exactly is refused, and the model is left as it was.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -30,7 +31,17 @@ from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
-from graftlm.model.attach import attach, attachment, base_parameters, detach, hosts, parameters_of, shared_of, sites_of
+from graftlm.model.attach import (
+    Chat,
+    attach,
+    attachment,
+    base_parameters,
+    detach,
+    hosts,
+    parameters_of,
+    shared_of,
+    sites_of,
+)
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import PACKAGED, base_record, difference, fingerprint, public_name, store_of
 from graftlm.model.quantise import CODECS
@@ -152,7 +163,7 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     record = attachment(model)
     if name not in record.configs:
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
-    config = record.configs[name]
+    config, chat = record.configs[name], record.chats.get(name)
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
     where = {"base_model_name_or_path": public_name(model), "task_type": "CAUSAL_LM"}
     if layout is None:
@@ -166,6 +177,8 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
         "graftlm": __version__,
         "base": {"name": public_name(model), "store": store_of(model), **fingerprint(model).to_json()},
         "chat_template": _sha256(tokenizer.chat_template) if tokenizer is not None else None,
+        "today": chat.today.isoformat() if chat is not None and chat.today is not None else None,
+        "turn_order": chat.turn_order if chat is not None else None,
         "config": to_tree(config),
         "layout": OWN_TYPE if layout is None else layout.type,
         "position": list(record.configs).index(name),
@@ -369,7 +382,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     Raises AdapterError for an adapter that is damaged, does not fit or belongs to another base (with both names);
     the model is then as it was. An adapter of another tool has no fingerprint: its keys, shapes, dtypes and
     finiteness are checked, and the sentence says so. `trust_base` loads in spite of another base. The chat template in
-    the folder is what `answer` asks with, whatever the tokenizer has.
+    the folder is what `answer` asks with, whatever the tokenizer has; if it writes the date, that of training.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -405,23 +418,28 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         raise
     if ours is not None:
         said = f"{folder}: {len(tensors)} tensors, checksums and base fingerprint match"
-        return said + _another_store(model, ours) + _read_template(model, name, folder, ours.get("chat_template"))
+        return said + _another_store(model, ours) + _read_chat(model, name, folder, ours)
     return (
         f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
         f"{len(tensors)} tensors were checked, that the base is the right one was not"
-        + _read_template(model, name, folder, None)
+        + _read_chat(model, name, folder, {})
     )
 
 
-def _read_template(model: nn.Module, name: str, folder: Path, wanted: str | None) -> str:
-    """Remember the chat template that an adapter was trained with; what is to be said of it."""
-    file, templates = folder / TEMPLATE, attachment(model).templates
+def _read_chat(model: nn.Module, name: str, folder: Path, ours: Mapping[str, Any]) -> str:
+    """Remember how the conversations of an adapter were rendered in training; what is to be said of it."""
+    file, chats = folder / TEMPLATE, attachment(model).chats
     if not file.is_file():
         return ""
     text = file.read_text(encoding="utf-8")
-    others = [other for other, known in templates.items() if known != text]
-    templates[name] = text
-    said = "; answers use its chat template"
+    others = [other for other, known in chats.items() if known.template != text]
+    try:
+        today = datetime.date.fromisoformat(ours["today"]) if ours.get("today") else None
+    except (TypeError, ValueError):
+        raise AdapterError(f"{folder / RECORD}: today: {ours['today']!r} is no date (YYYY-MM-DD)") from None
+    chats[name] = Chat(text, today, ours.get("turn_order") or "refuse")
+    wanted = ours.get("chat_template")
+    said = "; answers use its chat template" + (f", which writes the day of training, {today}" if today else "")
     if wanted is not None and _sha256(text) != wanted:
         said += f", and {TEMPLATE} is not what it was trained with: it was edited"
     if others:
@@ -429,9 +447,16 @@ def _read_template(model: nn.Module, name: str, folder: Path, wanted: str | None
     return said
 
 
+def chat_of(model: nn.Module) -> Chat | None:
+    """How the conversations of the adapters on a model were rendered in training, the last one's; None where none has a
+    chat template."""
+    return next(reversed(attachment(model).chats.values()), None)
+
+
 def template_of(model: nn.Module) -> str | None:
-    """The chat template that the adapters on a model were trained with, the last one's; None where none has one."""
-    return next(reversed(attachment(model).templates.values()), None)
+    """The chat template of `chat_of`."""
+    chat = chat_of(model)
+    return None if chat is None else chat.template
 
 
 def _another_store(model: nn.Module, ours: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graftlm.data.draws import Draws
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
 from graftlm.losses.base import ComparedConfig
@@ -99,7 +100,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "same recipe without `online`, on rows with answers as long as online.max_new_tokens"
         )
     tokenizer = recipe_tokenizer(recipe)
-    shape = shape_of(recipe, prepare_data(recipe, tokenizer).examples)
+    data = prepare_data(recipe, tokenizer)
+    shape = shape_of(recipe, data.examples, data.draws)
     process = peak_rss_gib()
     made, groups = with_deltas(recipe)
     teacher = with_teacher(recipe, made)
@@ -151,8 +153,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return found | {"advice": advice(recipe, found, made, shape)}
 
 
-def shape_of(recipe: Recipe, examples: Sequence[Example | Group]) -> Shape:
-    steps = plan_batches(recipe.train, examples)
+def shape_of(recipe: Recipe, examples: Sequence[Example | Group], draws: Draws | None = None) -> Shape:
+    steps = plan_batches(recipe.train, examples, draws=draws)
     seen = steps[:: max(1, len(steps) // STEPS_SEEN)]
     share = recipe.train.prefix_sharing
     made = sorted((packs_of(recipe, [examples[i] for i in step], share=share) for step in seen), key=_tokens)
