@@ -24,7 +24,7 @@ from graftlm.model.endings import generation_settings, missing_end, tokenizer_th
 from graftlm.model.hosts import Host, LayerHost, all_factors
 from graftlm.model.llama_cpp import Architecture, architecture, gguf_rows, why_not_gguf
 from graftlm.model.load import fingerprint, public_name, store_of
-from graftlm.model.peft import target_modules, task_type, why_not_read
+from graftlm.model.peft import target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS, GROUP, QuantisedLinear
 from graftlm.model.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
 
@@ -268,9 +268,9 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
         "peft_type": "LORA",
         "r": plain.rank,
         "target_modules": targets,
-        "task_type": task_type(model),
         "use_dora": False,
         "use_rslora": False,
+        **task(model),
     }
     means = targets if isinstance(targets, str) else tuple(targets)
     config = LoraConfig(r=plain.rank, alpha=float(plain.rank), targets=means)

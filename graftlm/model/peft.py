@@ -1,4 +1,4 @@
-"""How PEFT reads a folder: which modules its `target_modules` mean, the task, and what PEFT makes something else of."""
+"""How PEFT reads a folder: which modules its `target_modules` mean, the task, and what it loses."""
 
 import re
 from collections.abc import Iterable
@@ -104,18 +104,13 @@ def module_names(model: nn.Module) -> list[str]:
     return found
 
 
-TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+def task(model: Any) -> dict[str, Any]:
+    """PEFT's keys for what a model does, by its class: its task, or the class itself.
 
-
-def task_type(model: Any) -> str | None:
-    """PEFT's task for a model's class, which decides how PEFT wraps it; None for a class that PEFT has no task for."""
-    for end, task in TASKS.items():
-        if type(model).__name__.endswith(end):
-            return task
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        return None
-    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    PEFT's tasks for classifiers (SEQ_CLS, TOKEN_CLS, QUESTION_ANS) mean that the head was trained as a whole: PEFT
+    replaces it, and raises an error where the file has no weights for it or a delta sits there. So they have no task.
+    """
+    if hasattr(model, "can_generate") and model.can_generate():
+        return {"task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"}
+    made = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return {"task_type": None, "auto_mapping": made}

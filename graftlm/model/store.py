@@ -33,7 +33,7 @@ from graftlm.files import sync, writing
 from graftlm.model.attach import attach, attachment, base_parameters, detach, hosts, parameters_of, shared_of, sites_of
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import PACKAGED, base_record, difference, fingerprint, public_name, store_of
-from graftlm.model.peft import target_modules, task_type, why_not_read
+from graftlm.model.peft import target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS
 from graftlm.model.sites import config_at
 
@@ -155,7 +155,7 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
     config = record.configs[name]
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
-    where = {"base_model_name_or_path": public_name(model), "task_type": task_type(model)}
+    where = {"base_model_name_or_path": public_name(model), **task(model)}
     if layout is None:
         stored = {"peft_type": OWN_TYPE, "method": config.method, **where}
     else:
