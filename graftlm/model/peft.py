@@ -10,7 +10,6 @@ from graftlm.deltas.base import matches
 from graftlm.model.hosts import Host, LayerHost
 
 MOE_AS_QWEN2 = (
-    "Dots3NoteTextModel",
     "afmoe",
     "beam",
     "cohere2_moe",

@@ -11,9 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, FalconConfig, FalconForCausalLM
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
@@ -22,46 +20,7 @@ from graftlm.model.export import export
 from graftlm.model.lint import lint
 from graftlm.model.llama_cpp import ARCHITECTURES
 from graftlm.testing import TINY, move, tiny_gpt2, tiny_model
-
-EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
-ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
-LATENT = {
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}
-SIZES: dict[str, dict[str, Any]] = {
-    "afmoe": EXPERTS | {"num_experts": 4, "num_dense_layers": 1},
-    "deepseek_v2": ROUTED | LATENT | {"first_k_dense_replace": 1},
-    "deepseek_v3": ROUTED | LATENT | {"first_k_dense_replace": 1},
-    "dots1": ROUTED | {"first_k_dense_replace": 1},
-    "ernie4_5_moe": EXPERTS | {"moe_num_experts": 4, "moe_k": 2},
-    "glm4_moe": ROUTED | {"first_k_dense_replace": 1},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "granitemoehybrid": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 24,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-    },
-    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": EXPERTS | {"num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
-    "qwen2_moe": EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 16},
-    "qwen3_moe": EXPERTS | {"num_experts": 4},
-    "solar_open": ROUTED,
-    "youtu": LATENT,
-}
-"""What a tiny model of a type needs beside `TINY`."""
+from tests.model.tiny_types import base, falcon
 
 ARCH = {
     "afmoe": "AFMOE",
@@ -143,24 +102,8 @@ PERMUTED = {
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu")
 
 
-def base(kind: str, **changes: Any) -> Any:
-    if kind == "falcon":  # its config has no place for a head_dim
-        return falcon(num_kv_heads=4, **changes)
-    return tiny_model(kind, **(SIZES.get(kind, {}) | {"tie_word_embeddings": False} | changes))
-
-
-def falcon(**changes: Any) -> Any:
-    """Falcon with plain linear layers: its own class differs from nn.Linear by how it adds the bias alone."""
-    sizes = {key: value for key, value in TINY.items() if key not in ("head_dim", "num_key_value_heads")}
-    torch.manual_seed(0)
-    model = FalconForCausalLM(FalconConfig(**(sizes | {"tie_word_embeddings": False} | changes))).eval()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            plain.load_state_dict(layer.state_dict())
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, plain)
-    return model.requires_grad_(False)
+def untied(kind: str, **changes: Any) -> Any:
+    return base(kind, **({"tie_word_embeddings": False} | changes))
 
 
 def permuted(W: np.ndarray, heads: int) -> np.ndarray:
@@ -232,7 +175,7 @@ def with_lora(model: Any, *targets: str) -> Any:
 @pytest.mark.parametrize("kind", sorted(ARCH))
 def test_b_follows_the_rows_of_the_converter(kind: str, tmp_path: Path) -> None:
     targets = ("o_proj", "gate_proj", "up_proj", "down_proj") if kind in LATENT_TYPES else ()
-    is_what_the_converter_makes(kind, with_lora(base(kind), *targets), tmp_path / "out")
+    is_what_the_converter_makes(kind, with_lora(untied(kind), *targets), tmp_path / "out")
 
 
 def test_every_architecture_that_is_known_was_compared_or_is_refused() -> None:
@@ -253,9 +196,9 @@ def test_falcon_has_a_key_for_all_heads_or_for_groups_of_them(changes: dict[str,
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2", "gpt2"])
-def test_embeddings_and_head_of_an_untied_base(kind: str, tmp_path: Path) -> None:
+def test_embeddings_and_head_of_an_untied_untied(kind: str, tmp_path: Path) -> None:
     ends = {"gpt_neox": ("embed_in", "lm_head"), "gpt2": ("wte", "lm_head")}.get(kind, ("embed_tokens", "lm_head"))
-    is_what_the_converter_makes(kind, with_lora(base(kind), *ends), tmp_path / "out")
+    is_what_the_converter_makes(kind, with_lora(untied(kind), *ends), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +211,7 @@ def test_embeddings_and_head_of_an_untied_base(kind: str, tmp_path: Path) -> Non
 def test_granite_4_without_mamba_is_another_architecture(
     changes: dict[str, Any], arch: str, tensors: tuple[str, ...], tmp_path: Path
 ) -> None:
-    model = with_lora(base("granitemoehybrid", layer_types=["full_attention"] * 2, **changes))
+    model = with_lora(untied("granitemoehybrid", layer_types=["full_attention"] * 2, **changes))
     export(model, tmp_path / "out", to="gguf")
     named, made = stored(tmp_path / "out")
     assert named == arch
@@ -291,26 +234,26 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"model.embed_tokens: the embeddings are tied to the head, and llama.cpp would apply the delta there too",
     ),
     "a head that llama.cpp leaves out": (
-        lambda: with_lora(base("gemma2"), "lm_head"),
+        lambda: with_lora(untied("gemma2"), "lm_head"),
         r"lm_head: llama.cpp takes no adapter on the head of gemma2",
     ),
     "positions": (lambda: with_lora(tiny_gpt2(), "wpe"), r"wpe: llama.cpp has no layer of gpt2 for it"),
     "queries and keys by way of a latent vector": (
-        lambda: with_lora(base("deepseek_v3"), "q_b_proj", "o_proj"),
+        lambda: with_lora(untied("deepseek_v3"), "q_b_proj", "o_proj"),
         r"q_b_proj: llama.cpp multiplies by this layer of deepseek2 without adapters.*--to merged",
     ),
-    "MiniCPM 3": (lambda: with_lora(base("minicpm3")), r"llama.cpp multiplies by this layer of minicpm3 without"),
+    "MiniCPM 3": (lambda: with_lora(untied("minicpm3")), r"llama.cpp multiplies by this layer of minicpm3 without"),
     "dense layers of Qwen MoE": (
-        lambda: with_lora(base("qwen3_moe", mlp_only_layers=[0]), "up_proj"),
+        lambda: with_lora(untied("qwen3_moe", mlp_only_layers=[0]), "up_proj"),
         r"layers.0.mlp.up_proj: llama.cpp has no layer of qwen3moe for it",
     ),
     "GPT-BigCode with a key for each head": (
-        lambda: with_lora(base("gpt_bigcode", multi_query=False)),
+        lambda: with_lora(untied("gpt_bigcode", multi_query=False)),
         r"multi_query only",
     ),
-    "BitNet": (lambda: with_lora(base("bitnet")), r"BitNet's weights to three values"),
+    "BitNet": (lambda: with_lora(untied("bitnet")), r"BitNet's weights to three values"),
     "an architecture whose converter was not read": (
-        lambda: with_lora(base("gptj")),
+        lambda: with_lora(untied("gptj")),
         r"the weights of 'gptj' is not known here.*--to merged",
     ),
 }
@@ -332,7 +275,7 @@ def test_what_llama_cpp_would_not_apply_is_refused_by_the_export_and_by_the_verd
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2_moe"])
 def test_what_llama_cpp_applies_has_the_verdict_yes(kind: str, tmp_path: Path) -> None:
-    export(with_lora(base(kind)), tmp_path / "lora", to="plain-lora")
+    export(with_lora(untied(kind)), tmp_path / "lora", to="plain-lora")
     assert {verdict.server: verdict.accepts for verdict in lint(tmp_path / "lora")}["llama.cpp"]
 
 
