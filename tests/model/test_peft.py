@@ -1,4 +1,4 @@
-"""What PEFT makes of our folders, asked of PEFT itself: the verdict says yes where its logits are ours, no elsewhere."""
+"""What PEFT makes of our folders, asked of PEFT: the verdict says yes where its logits are ours, and no elsewhere."""
 
 import copy
 import json
