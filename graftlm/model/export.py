@@ -274,7 +274,7 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
     }
     means = targets if isinstance(targets, str) else tuple(targets)
     config = LoraConfig(r=plain.rank, alpha=float(plain.rank), targets=means)
-    facts = {"chat_template": None, "layout": "LORA", "position": 0, "rebuilt": {}, "seed": 0}
+    facts: dict[str, Any] = {"chat_template": None, "layout": "LORA", "position": 0, "rebuilt": {}, "seed": 0}
     write_files(model, folder, stored, tensors, config, facts)
 
 
@@ -311,7 +311,7 @@ def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
         import gguf
     except ImportError:
         raise TargetError("writing GGUF needs the package gguf: pip install 'graftlm[gguf]'") from None
-    settings = model.config.to_dict()
+    settings = {**model.config.to_dict(), "model_type": model.config.model_type}
     if reason := why_not_gguf(settings, plain.factors):
         raise TargetError(reason)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
@@ -388,8 +388,8 @@ def _exported(
         with new_folder(folder) as partial:
             write_adapter(model, partial, name=names[0], tokenizer=tokenizer)
         return {"kind": to, "exact": True, "as": "PEFT's own method"}
-    if to == "peft" and (lost := why_not_read(model.config.model_type, "LORA", _sites(model))):
-        raise TargetError(f"{lost}. Export with `--to merged`, or with `--to plain-lora` for a server that reads it")
+    if to == "peft" and (reason := why_not_read(model.config.model_type, "LORA", _sites(model))):
+        raise TargetError(f"{reason}. Export with `--to merged`, or with `--to plain-lora` for a server that reads it")
     if to == "delta":
         with new_folder(folder) as partial:
             write_difference(model, partial)

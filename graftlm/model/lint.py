@@ -73,8 +73,9 @@ class Folder:
 
     @cached_property
     def sites(self) -> list[str]:
-        inner = (key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in self.keys if ".lora_" in key)
-        return list(dict.fromkeys(inner))
+        names = (key.removeprefix(PREFIX) for key in self.keys)
+        inner = (name.rpartition(".")[0] if self.own else name.rpartition(".lora_")[0] for name in names)
+        return [site for site in dict.fromkeys(inner) if site]
 
     @property
     def method(self) -> str:
@@ -84,8 +85,14 @@ class Folder:
     def lora(self) -> bool:
         return self.config.get("peft_type") == "LORA"
 
+    @property
+    def own(self) -> bool:
+        """Whether it has graftlm's own form."""
+        return self.config.get("peft_type") == OWN_TYPE
+
 
 Broken = Callable[[Folder], Any]
+PLAIN = "export `--to plain-lora`"
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,16 @@ def _key(name: str, *neutral: Any) -> Broken:
 
 
 def _not_lora(folder: Folder) -> str:
-    return "" if folder.lora else folder.method
+    return "" if folder.lora else f"{folder.method} in graftlm's own form" if folder.own else folder.method
 
 
-def _peft_loses(folder: Folder) -> str:
+def _peft(folder: Folder) -> str:
     parameters = not folder.config.get("lora_dropout") and not folder.config.get("use_dora")
-    kind = str((folder.base or {}).get("model_type", ""))
-    return why_not_read(kind, str(folder.config.get("peft_type")), folder.sites, parameters=parameters)
+    kind, form = str((folder.base or {}).get("model_type", "")), str(folder.config.get("peft_type"))
+    lost = why_not_read(kind, "LORA" if folder.own else form, folder.sites, parameters=parameters)
+    if lost:
+        return f"{lost}: export `--to merged`"
+    return f"PEFT has no method {folder.method!r}: {PLAIN} or `--to merged`" if folder.own else ""
 
 
 def _gguf(folder: Folder) -> str:
@@ -140,19 +150,12 @@ def _scaled(folder: Folder) -> str:
     return "" if scale == 1.0 else f"{scale:g}"
 
 
-PLAIN = "export `--to plain-lora`"
 RULES = (
     Rule(
         ("PEFT",),
-        "2026-11 peft/utils/peft_types.py",
-        lambda f: f.method if f.config.get("peft_type") == OWN_TYPE else "",
-        f"PEFT has no method {{!r}} that computes the same on this base: {PLAIN} or `--to merged`",
-    ),
-    Rule(
-        ("PEFT",),
         "2026-11 peft/utils/transformers_weight_conversion.py, peft/tuners/tuners_utils.py",
-        _peft_loses,
-        "{}: export `--to merged`",
+        _peft,
+        "{}",
     ),
     Rule(
         SERVERS,
@@ -241,8 +244,8 @@ RULES = (
     ),
     Rule(
         ("Ollama",),
-        "2026-11 convert/convert_llama_adapter.go",
-        lambda f: True,
+        "2026-11 convert/convert.go, convert/convert_llama_adapter.go",
+        lambda f: not _gguf(f),
         "it reads folders of Llama and Gemma 2 alone, in an order of rows that is not llama.cpp's: export `--to gguf`",
     ),
     Rule(

@@ -44,12 +44,13 @@ class Architecture:
 
 def halves_to_pairs(rows: Tensor, heads: int) -> Tensor:
     """Rows of each head from 0, 1 .. D/2 | D/2 .. D (transformers rotates halves) to 0, D/2, 1, D/2 + 1 .. (pairs)."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+    return pairs.flatten(0, 2)
 
 
 def groups_to_qkv(rows: Tensor, groups: int, queries: int) -> Tensor:
     """Rows from [group, `queries` queries + key + value, D] to [all queries | all keys | all values]."""
-    grouped = rows.unflatten(0, (groups, queries + 2, -1))
+    grouped: Tensor = rows.unflatten(0, (groups, queries + 2, -1))
     parts = (grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1])
     return concatenated([part.flatten(0, -2) for part in parts])
 

@@ -47,8 +47,9 @@ SAMPLE = """
 
 
 @torch.no_grad()
-def outputs(model: Any, **inputs: Tensor) -> Tensor:
-    out: Tensor = model(input_ids=ids(), **inputs)[0].float()
+def outputs(model: Any) -> Tensor:
+    options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    out: Tensor = model(input_ids=ids(), **options)[0].float()
     return out
 
 
