@@ -99,6 +99,7 @@ _GPT2 = {
     "mlp.c_proj": "ffn_down",
 }
 _MAMBA = {"mixer.in_proj": "ssm_in", "mixer.out_proj": "ssm_out"}
+_MAMBA_BESIDE = {"mamba.in_proj": "ssm_in", "mamba.out_proj": "ssm_out"}
 _LATENT = tuple(f"self_attn.{part}" for part in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
 _LFM2 = {
     **{key: name for key, name in _ATTENTION.items() if key != "self_attn.o_proj"},
@@ -135,10 +136,15 @@ def _granite_moe(settings: Settings) -> Architecture:
 
 
 def _granite_hybrid(settings: Settings) -> Architecture:
-    mamba = {"mamba.in_proj": "ssm_in", "mamba.out_proj": "ssm_out"}
     hybrid = any(kind in ("mamba", "linear_attention") for kind in settings["layer_types"])
     name = "granitehybrid" if hybrid else "granitemoe" if settings.get("num_experts_per_tok") else "granite"
-    return Architecture(name, {**_ATTENTION, **_granite_shared(settings), **mamba}, _ROTARY)
+    return Architecture(name, {**_ATTENTION, **_granite_shared(settings), **_MAMBA_BESIDE}, _ROTARY)
+
+
+def _glm4(settings: Settings) -> Architecture | str:
+    if "mrope_section" in (settings.get("rope_parameters") or {}):
+        return "llama.cpp's converter reorders the queries and keys of GLM-4 with positions in several dimensions"
+    return Architecture("glm4", _GATE_IN_UP)
 
 
 def _gpt_bigcode(settings: Settings) -> Architecture | str:
@@ -150,6 +156,17 @@ def _gpt_bigcode(settings: Settings) -> Architecture | str:
 ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture | str]] = {
     # q_proj and k_proj from halves to pairs: LlamaModel.permute, in each class that leaves `undo_permute` on; olmo.py.
     "arcee": Architecture("arcee", {**_ATTENTION, **_UP_DOWN}, _ROTARY),
+    "bamba": Architecture(
+        "granitehybrid",
+        {
+            **_ATTENTION,
+            **_MAMBA_BESIDE,
+            "feed_forward.gate_proj": "ffn_gate",
+            "feed_forward.up_proj": "ffn_up",
+            "feed_forward.down_proj": "ffn_down",
+        },
+        _ROTARY,
+    ),
     "granite": Architecture("granite", _DENSE, _ROTARY),
     "granitemoe": _granite_moe,
     "granitemoehybrid": _granite_hybrid,
@@ -192,7 +209,7 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
     "gemma2": Architecture("gemma2", _DENSE, head=False),
     "gemma3_text": Architecture("gemma3", _DENSE, head=False),
     "glm": Architecture("chatglm", _GATE_IN_UP),
-    "glm4": Architecture("glm4", _GATE_IN_UP),
+    "glm4": _glm4,
     "glm4_moe": Architecture("glm4moe", {**_DENSE, **_shared("shared_experts")}),
     "gpt2": Architecture("gpt2", _GPT2),
     "gpt_bigcode": _gpt_bigcode,

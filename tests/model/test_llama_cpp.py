@@ -26,6 +26,7 @@ ARCH = {
     "afmoe": "AFMOE",
     "apertus": "APERTUS",
     "arcee": "ARCEE",
+    "bamba": "GRANITE_HYBRID",
     "bloom": "BLOOM",
     "cohere": "COMMAND_R",
     "cohere2": "COHERE2",
@@ -86,6 +87,7 @@ ARCH = {
 
 PERMUTED = {
     "arcee",
+    "bamba",
     "granite",
     "granitemoe",
     "granitemoehybrid",
@@ -250,6 +252,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "GPT-BigCode with a key for each head": (
         lambda: with_lora(untied("gpt_bigcode", multi_query=False)),
         r"multi_query only",
+    ),
+    "GLM-4 with positions in several dimensions": (
+        lambda: with_lora(
+            untied("glm4", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
+        ),
+        r"reorders the queries and keys of GLM-4",
     ),
     "BitNet": (lambda: with_lora(untied("bitnet")), r"BitNet's weights to three values"),
     "an architecture whose converter was not read": (
