@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch import cat as concatenated
 
+from graftlm.errors import nearest
+
 Settings = Mapping[str, Any]
 """A model's config as `config.to_dict()` has it."""
 
@@ -85,6 +87,7 @@ _ATTENTION = {
 }
 _UP_DOWN = {"mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _DENSE = {**_ATTENTION, "mlp.gate_proj": "ffn_gate", **_UP_DOWN}
+_FEED_FORWARD = {f"feed_forward.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
 _GATE_IN_UP = {**_ATTENTION, "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _BLOOM = {
     "self_attention.query_key_value": "attn_qkv",
@@ -158,13 +161,7 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
     "arcee": Architecture("arcee", {**_ATTENTION, **_UP_DOWN}, _ROTARY),
     "bamba": Architecture(
         "granitehybrid",
-        {
-            **_ATTENTION,
-            **_MAMBA_BESIDE,
-            "feed_forward.gate_proj": "ffn_gate",
-            "feed_forward.up_proj": "ffn_up",
-            "feed_forward.down_proj": "ffn_down",
-        },
+        {**_ATTENTION, **_FEED_FORWARD, **_MAMBA_BESIDE},
         _ROTARY,
     ),
     "granite": Architecture("granite", _DENSE, _ROTARY),
@@ -204,6 +201,7 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
     "ernie4_5": Architecture("ernie4_5", _DENSE),
     "ernie4_5_moe": Architecture("ernie4_5-moe", {**_DENSE, **_shared("shared_experts")}),
     "exaone4": Architecture("exaone4", _DENSE),
+    "exaone_moe": Architecture("exaone-moe", {**_DENSE, **_shared("shared_experts")}),
     "falcon_mamba": Architecture("mamba", {**_MAMBA, "mixer.x_proj": "ssm_x", "mixer.dt_proj": "ssm_dt"}),
     "gemma": Architecture("gemma", _DENSE, head=False),
     "gemma2": Architecture("gemma2", _DENSE, head=False),
@@ -218,6 +216,14 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
     "jais2": Architecture("jais2", {**_ATTENTION, **_UP_DOWN}),
     "lfm2": Architecture("lfm2", _LFM2),
     "lfm2_moe": Architecture("lfm2moe", _LFM2),
+    "llama4_text": Architecture(
+        "llama4",
+        {
+            **_ATTENTION,
+            **_FEED_FORWARD,
+            **{f"feed_forward.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+        },
+    ),
     "mamba": Architecture("mamba", {**_MAMBA, "mixer.x_proj": "ssm_x", "mixer.dt_proj": "ssm_dt"}),
     "mamba2": Architecture("mamba2", _MAMBA),
     "minicpm3": _latent_attention("minicpm3", head=True),
@@ -275,8 +281,8 @@ def architecture(settings: Settings) -> Architecture | str:
     found = ARCHITECTURES.get(str(kind))
     if found is None:
         return (
-            f"the order in which llama.cpp's converter writes the weights of {kind!r} is not known here (it is for "
-            f"{', '.join(sorted(ARCHITECTURES))}): export with `--to merged` and convert the merged model"
+            f"the order in which llama.cpp's converter writes the weights of {kind!r} is not known here. Export with "
+            f"`--to merged` and convert the merged model. {nearest(str(kind), ARCHITECTURES)}"
         )
     return found(settings) if callable(found) else found
 

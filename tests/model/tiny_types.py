@@ -76,6 +76,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": EXPERTS | {"num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 24},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
     "mellum": EXPERTS | {"num_experts": 4},
     "mimo_v2_flash": EXPERTS | {"n_routed_experts": 4},
