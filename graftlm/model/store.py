@@ -44,8 +44,9 @@ from graftlm.model.attach import (
 )
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import PACKAGED, base_record, difference, fingerprint, public_name, store_of
+from graftlm.model.peft import target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS
-from graftlm.model.sites import config_at, find_sites
+from graftlm.model.sites import config_at
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -165,32 +166,47 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
     config, chat = record.configs[name], record.chats.get(name)
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
-    where = {"base_model_name_or_path": public_name(model), "task_type": "CAUSAL_LM"}
+    where = {"base_model_name_or_path": public_name(model), **task(model)}
     if layout is None:
         stored = {"peft_type": OWN_TYPE, "method": config.method, **where}
     else:
         stored = _to_peft(model, config, layout, list(record.sites[name])) | where
-    (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    tensors = {key: t.detach().cpu().contiguous() for key, t in _stored_tensors(model, name, layout).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    ours = {
-        "graftlm": __version__,
-        "base": {"name": public_name(model), "store": store_of(model), **fingerprint(model).to_json()},
+    facts = {
         "chat_template": _sha256(tokenizer.chat_template) if tokenizer is not None else None,
         "today": chat.today.isoformat() if chat is not None and chat.today is not None else None,
         "turn_order": chat.turn_order if chat is not None else None,
-        "config": to_tree(config),
         "layout": OWN_TYPE if layout is None else layout.type,
         "position": list(record.configs).index(name),
         "seed": record.seeds[name],
         "rebuilt": _rebuilt(model, name),
-        "sha256": {file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
     }
-    (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
+    write_files(model, folder, stored, _stored_tensors(model, name, layout), config, facts)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         if tokenizer.chat_template:  # the exact template of training, whatever transformers chooses to write
             (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def write_files(
+    model: nn.Module,
+    folder: Path,
+    stored: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    config: DeltaConfig,
+    facts: Mapping[str, Any],
+) -> None:
+    """adapter_config.json, the tensors, and graftlm.json with the config, the base and `facts`."""
+    (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    ours = {
+        "graftlm": __version__,
+        "base": {"name": public_name(model), "store": store_of(model), **fingerprint(model).to_json()},
+        "config": to_tree(config),
+        "sha256": {file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
+        **facts,
+    }
+    (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
 
 
 def _sha256(text: Any) -> str | None:
@@ -228,7 +244,9 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
         for key in module.state_dict():
             if key not in known:
                 return f"PEFT's {method.peft.type} has no tensor for {key}"
-    return ""
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    parameters = not config.dropout and not method.peft.constants.get("use_dora")
+    return why_not_read(kind, method.peft.type, attachment(model).sites[name], parameters=parameters)
 
 
 def tensors_of_delta(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -336,11 +354,9 @@ def _to_peft(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: l
     if layout.type == "LORA":
         stored |= {key: values[0] for key, values in NEUTRAL.items()} | {"init_lora_weights": True}
     if not isinstance(on[sites[0]], ModelHost):
-        suffixes = tuple(sorted({site.rpartition(".")[2] for site in sites}))
-        same = find_sites(model, suffixes, METHODS[config.method].delta.kinds) == sites
         swapped = any(transposed(on[site]) for site in sites)
         stored |= {key: values[0] for key, values in NEUTRAL_ANYWHERE.items()}
-        stored |= {"fan_in_fan_out": swapped, "target_modules": list(suffixes) if same else sites}
+        stored |= {"fan_in_fan_out": swapped, "target_modules": target_modules(model, sites)}
     patterns: dict[str, dict[str, Any]] = {key: {} for key in layout.patterns.values()}
     for site in sites:
         there = config_at(config, site)
