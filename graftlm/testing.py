@@ -124,7 +124,7 @@ SMALL: dict[str, Any] = {
     "num_vectors": 12,
     "p": 5,
     "r": 4,
-    "tokens": (3, 11, 270),
+    "tokens": (3, 11, 40),
     "vector_length": 8,
 }
 """Values for fields of these names at which every method fits the tiny model."""

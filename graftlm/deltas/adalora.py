@@ -60,6 +60,7 @@ class AdaLora(AdditiveDelta):
         type="ADALORA",
         tensors={"P": "lora_B", "E": "lora_E", "Q": "lora_A"},
         fields={"r": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+        defaults={"lora_alpha": 8},
         constants={
             **dict.fromkeys(UNUSED),
             **dict.fromkeys(("ensure_weight_tying", "lora_bias", "use_dora", "use_qalora"), False),

@@ -158,6 +158,8 @@ class PeftLayout:
     """Our field -> PEFT's key for a mapping from patterns to values of that field."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Keys that have this value wherever PEFT means what we mean; PEFT's adapters with another value are refused."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """PEFT's value of a key that a config leaves out, where it is not the default of our field or the constant."""
     harmless: tuple[str, ...] = ()
     """Keys of PEFT that do not change what an adapter computes."""
     embedding: Mapping[str, str] = field(default_factory=dict)

@@ -43,6 +43,7 @@ class Boft(WeightDelta):
         type="BOFT",
         tensors={"P": "boft_R", "s": "boft_s"},
         fields={"block": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+        defaults={"boft_block_size": 4, "boft_n_butterfly_factor": 1},
         constants={"bias": "none", "boft_block_num": 0},
         harmless=("boft_dropout",),
     )

@@ -34,12 +34,15 @@ class Dora(WeightDelta):
     paper = "Liu et al. 2024, arXiv:2402.09353"
     formula = "(r * (d_in + d_out) if turns else 0) + d_out"
     learning_rate = 2e-3
+    kinds = ("linear", "embedding")
     peft = PeftLayout(
         type="LORA",
         tensors={"V.A": "lora_A.weight", "V.B": "lora_B.weight", "m": "lora_magnitude_vector"},
+        embedding={"V.A": "lora_embedding_A", "V.B": "lora_embedding_B", "m": "lora_magnitude_vector"},
         fields=Lora.peft.fields,
         patterns=Lora.peft.patterns,
         constants={"use_dora": True},
+        defaults={**Lora.peft.defaults, "use_dora": False},
         why_not=lambda config: "PEFT has one list of targets for m and B A" if config.directions is not None else "",
     )
 

@@ -53,6 +53,7 @@ class FourierFT(AdditiveDelta):
         tensors={"c": "fourierft_spectrum"},
         fields={"n_frequency": "n_frequency", "alpha": "scaling", "entry_seed": "random_loc_seed"},
         patterns={"n_frequency": "n_frequency_pattern"},
+        defaults={"scaling": 150.0},
         constants={"bias": "none"},
         why_not=unreachable_patterns,
     )

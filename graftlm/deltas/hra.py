@@ -39,6 +39,7 @@ class Hra(WeightDelta):
         type="HRA",
         tensors={"U": "hra_u"},
         fields={"r": "r"},
+        defaults={"r": 8},
         constants={"apply_GS": False, "bias": "none"},
     )
 

@@ -35,6 +35,7 @@ class Loha(AdditiveDelta):
         type="LOHA",
         tensors={"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
         fields={"r": "r", "alpha": "alpha"},
+        defaults={"alpha": 8},
         patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
         harmless=("module_dropout", "rank_dropout", "use_effective_conv2d"),
     )

@@ -45,6 +45,7 @@ class Lokr(AdditiveDelta):
         tensors={"C": "lokr_w1", "C_B": "lokr_w1_a", "C_A": "lokr_w1_b"}
         | {"W2": "lokr_w2", "W2_B": "lokr_w2_a", "W2_A": "lokr_w2_b"},
         fields={"r": "r", "alpha": "alpha", "factor": "decompose_factor", "decompose_both": "decompose_both"},
+        defaults={"r": 8, "alpha": 8, "decompose_factor": -1},
         patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
         harmless=("module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"),
         facts=lambda site, config: {} if config.r else {"r": WHOLE, "alpha": WHOLE},

@@ -39,6 +39,7 @@ class Lora(AdditiveDelta):
         fields={"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
         patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
         constants={"use_dora": False},
+        defaults={"r": 8, "lora_alpha": 8},
     )
 
     def __init__(self, site: Site, config: LoraConfig) -> None:

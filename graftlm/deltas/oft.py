@@ -42,6 +42,7 @@ class Oft(WeightDelta):
         type="OFT",
         tensors={"Q": "oft_R.weight"},
         fields={"block_share": "block_share", "neumann": "use_cayley_neumann"},
+        defaults={"use_cayley_neumann": True},
         constants={"bias": "none", "coft": False, "num_cayley_neumann_terms": 5},
         harmless=("eps", "module_dropout"),
         # PEFT wants exactly one of the two not to be 0.

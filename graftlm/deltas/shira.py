@@ -36,6 +36,7 @@ class Shira(AdditiveDelta):
         type="SHIRA",
         tensors={"S": "shira_weight", "places": "shira_indices"},
         fields={"r": "r"},
+        defaults={"r": 32},
         harmless=("mask_type", "random_seed"),  # the places are in the file
     )
     places: Tensor

@@ -6,8 +6,11 @@
 The paper (textual inversion) learns one word of a model that makes images; PEFT has the same for language models, for
 tokens that were added to the vocabulary. T is kept whole, as PEFT keeps it.
 
-The output head is left alone, also where it is tied to the embeddings. There PEFT moves it too: PEFT's adapters of such
-models are refused here, and ours are written in a form that PEFT refuses.
+At an output head W is [vocabulary, d_model], and it is the rows t_i that are T: W' = W + S^T (T - T_0).
+
+A head is left alone unless it is a target, also where it is tied to the embeddings; then T is learnt apart for both.
+PEFT moves a tied head with the embeddings, with one T: its adapters of such models sit on both here, and ours are
+written in a form that PEFT refuses.
 """
 
 from typing import Annotated, Literal
@@ -37,13 +40,14 @@ class TrainableTokensConfig(DeltaConfig):
 class TrainableTokens(AdditiveDelta):
     family = "specification"
     paper = "Gal et al. 2022, arXiv:2208.01618"
-    formula = "len(tokens) * d_out"
-    kinds = ("embedding",)
+    formula = "len(tokens) * (d_out if kind == 'embedding' else d_in)"
+    kinds = ("embedding", "linear")
     learning_rate = 8e-2
     peft = PeftLayout(
         type="TRAINABLE_TOKENS",
         tensors={"T": "trainable_tokens_delta"},
         fields={"tokens": "token_indices"},
+        defaults={"token_indices": ()},
         why_not_at=lambda site: "PEFT would move the tied output head as well" if site.tied else "",
     )
     t: Tensor
@@ -52,18 +56,22 @@ class TrainableTokens(AdditiveDelta):
 
     def __init__(self, site: Site, config: TrainableTokensConfig) -> None:
         super().__init__(site, config)
-        if max(config.tokens) >= site.d_in:
-            raise TargetError(f"tokens: {max(config.tokens)} is no id at {site.name}, which has {site.d_in} of them")
+        self.count = site.d_in if site.kind == "embedding" else site.d_out
+        if max(config.tokens) >= self.count:
+            raise TargetError(f"tokens: {max(config.tokens)} is no id at {site.name}, which has {self.count} of them")
         t = torch.tensor(config.tokens)
-        T_0 = site.W()[:, t].T.clone()
+        T_0 = (site.W()[:, t].T if site.kind == "embedding" else site.W()[t]).clone()
         self.T = nn.Parameter(T_0.clone())
         self.register_buffer("t", t, persistent=False)
         self.register_buffer("T_0", T_0, persistent=False)
-        place = torch.full((site.d_in,), len(t)).index_copy(0, t, torch.arange(len(t)))  # id -> row of T, or len(t)
+        place = torch.full((self.count,), len(t)).index_copy(0, t, torch.arange(len(t)))  # id -> row of T, or len(t)
         self.register_buffer("place", place, persistent=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return F.one_hot(self.t, self.site.d_in).to(self.T), (self.T - self.T_0).T
+        S = F.one_hot(self.t, self.count).to(self.T)
+        return (S, (self.T - self.T_0).T) if self.site.kind == "embedding" else (self.T - self.T_0, S.T)
 
     def increment(self, x: Tensor, base: Base) -> Tensor:
+        if self.site.kind != "embedding":
+            return super().increment(x, base)
         return F.embedding(self.place[x], F.pad(self.T - self.T_0, (0, 0, 0, 1)))  # a row of zeros for all other ids

@@ -65,6 +65,7 @@ class VbLora(AdditiveDelta):
             "logits_std": "init_logits_std",
             "dropout": "vblora_dropout",
         },
+        defaults={"vector_length": 256},
         constants={"bias": "none", "save_only_topk_weights": False},
         shared={"bank": "vblora_vector_bank"},
     )

@@ -60,6 +60,11 @@ class Attachment:
     seeds: dict[str, int] = field(default_factory=dict)
     chats: dict[str, Chat] = field(default_factory=dict)
     """Of each that was trained, or loaded, with a chat template."""
+    tokenizers: dict[str, Any] = field(default_factory=dict)
+    """The tokenizer of each that was loaded with one."""
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name of an adapter that is several deltas -> their names, in the order in which they act: what is done to the
+    adapter is done to all of them."""
     trainable_before: set[str] = field(default_factory=set)
     kernel_before: str | None = None
     switch: Switch = field(default_factory=Switch)
@@ -123,6 +128,8 @@ def attach(
         raise TargetError(
             f"{name!r} cannot name a delta: use letters, digits, - and _, beginning with a letter or digit"
         )
+    if hasattr(nn.ModuleDict, name):  # where deltas are held
+        raise TargetError(f"{name!r} cannot name a delta: torch's ModuleDict has a method of that name")
     places = sites_of(model, config, seed=seed, statistics=statistics)
     _check_statistics(config, places, start)
     shared = config.share(places)
@@ -156,7 +163,7 @@ def sites_of(
         kinds = " or ".join(METHODS[config.method].delta.kinds)
         raise TargetError(f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}")
     check_patterns(config, [site.name for site in chosen])
-    if config.dropout and any(site.kind in ("embedding", "model") for site in chosen):
+    if config.dropout and all(site.kind in ("embedding", "model") for site in chosen):
         raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
     _check_init(chosen[0], config)
     return list(chosen)
@@ -360,9 +367,7 @@ def _remove_host(model: Any, name: str, host: Host, record: Attachment) -> None:
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take a delta (default: all) off again; where a host is left empty, the very module that it held comes back."""
     record = attachment(model)
-    if name is not None and name not in record.configs:
-        raise TargetError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
-    for gone in [name] if name is not None else list(record.configs):
+    for gone in _named(model, [name]) if name is not None else list(record.configs):
         for site_name, host in hosts(model).items():
             if gone in host.deltas:
                 del host.deltas[gone]
@@ -375,22 +380,27 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 delattr(model, SHARED)
         del record.configs[gone], record.sites[gone], record.seeds[gone]
         record.chats.pop(gone, None)
+        record.tokenizers.pop(gone, None)
+        rest = {key: tuple(part for part in parts if part != gone) for key, parts in record.parts.items()}
+        record.parts = {key: parts for key, parts in rest.items() if key != gone}
     if not record.configs:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)
     return model
 
 
-def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    known = attachment(model).configs
+def _named(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """The deltas that are meant, all parts of an adapter with its name; TargetError for a name that is none."""
+    record = attachment(model)
     for name in names:
-        if name not in known:
-            raise TargetError(f"no delta {name!r} on this model. {nearest(name, known)}")
+        if name not in record.configs:
+            raise TargetError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
+    return tuple(dict.fromkeys(part for name in names for part in record.parts.get(name, (name,))))
 
 
 def activate(model: nn.Module, *names: str) -> None:
     """Switch on exactly these deltas, in this order; none for the bare base."""
-    _check_names(model, names)
+    names = _named(model, names)
     for host in hosts(model).values():
         host.active = tuple(n for n in names if n in host.deltas)
 
@@ -403,7 +413,7 @@ def deltas_off(model: nn.Module) -> AbstractContextManager[nn.Module]:
 @contextmanager
 def deltas_only(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     """Inside, exactly these deltas are active, in this order; afterwards the same ones as before."""
-    _check_names(model, names)
+    names = _named(model, names)
     found = list(hosts(model).values())
     before = [host.active for host in found]
     for host in found:
@@ -431,9 +441,9 @@ def deltas_still(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def by_row(model: nn.Module, rows: Sequence[Sequence[str]]) -> Iterator[nn.Module]:
     """Inside, each row of a batch has the deltas that `rows` names for it, in that order; () is the bare base."""
-    _check_names(model, [name for names in rows for name in names])
+    named = [_named(model, names) for names in rows]
     switch = attachment(model).switch
-    before, switch.rows = switch.rows, [tuple(names) for names in rows]
+    before, switch.rows = switch.rows, named
     try:
         yield model
     finally:
@@ -449,10 +459,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters that one delta trains, what its sites share included."""
-    modules = [host.deltas[name] for host in hosts(model).values() if name in host.deltas]
-    shared = shared_of(model, name)
-    modules += [] if shared is None else [shared]
+    """The parameters that one delta trains, what its sites share included; of an adapter in parts, those of all."""
+    modules: list[nn.Module] = []
+    for part in attachment(model).parts.get(name, (name,)):
+        modules += [host.deltas[part] for host in hosts(model).values() if part in host.deltas]
+        shared = shared_of(model, part)
+        modules += [] if shared is None else [shared]
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 

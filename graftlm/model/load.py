@@ -12,20 +12,21 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from graftlm.config import Flag, config
-from graftlm.errors import BaseModelError, TargetError, nearest
+from graftlm.errors import AdapterError, BaseModelError, TargetError, nearest, numbered
 from graftlm.model.attach import attachment, base_parameters
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import output_head
@@ -266,6 +267,86 @@ def _hub_hint(base: BaseConfig, network: bool) -> str:
     return (
         f"\n{base.name!r} is no folder here, and not in the local hub cache. "
         "To fetch it from the hub, allow the network: `network: true` in the recipe, --network on the command line"
+    )
+
+
+# Tokenizers of adapters -------------------------------------------------------------------------------------------
+
+
+def read_tokenizer(model: Any, folder: Path) -> Any:
+    """The tokenizer in an adapter's folder, or None where there is none; AdapterError where it does not fit the model.
+
+    Of a base that was loaded from a folder, the tokenizer there is compared at once (`with_more_tokens`).
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        own = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise AdapterError(
+            f"{file}: the adapter's tokenizer cannot be loaded: {_first_lines(error)}. Restore it, or remove the file "
+            "to use the base's"
+        ) from None
+    rows, base = embedding_rows(model), base_record(model).folder
+    if base is not None and (there := Path(base) / "tokenizer.json").is_file():
+        _check_tokens(_vocabulary(there), own.get_vocab(), rows, str(folder))
+    elif highest := [(i, token) for token, i in own.get_vocab().items() if i >= rows]:
+        raise AdapterError(_too_many(str(folder), dict(highest), rows))
+    return own
+
+
+@lru_cache(maxsize=8)
+def with_more_tokens(tokenizer: Any, other: Any, rows: int, name: str) -> Any:
+    """Of two tokenizers the one that has all tokens of the other under the same ids, and more; the second of equals.
+
+    `name` is the adapter that the second one came with, `rows` how many tokens the model has embeddings for. Raises
+    AdapterError, naming tokens, where neither has all tokens of the other, and where there are no embeddings for one.
+    """
+    if tokenizer is other:
+        return tokenizer
+    here, there = tokenizer.get_vocab(), other.get_vocab()
+    if there.items() < here.items():
+        return tokenizer
+    _check_tokens(here, there, rows, name)
+    return other
+
+
+def embedding_rows(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    layer = model.get_input_embeddings()
+    return int(getattr(layer, "base", layer).weight.shape[0])
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    """Token -> id, of a tokenizer.json."""
+    try:
+        found: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # the library raises this very class
+        raise BaseModelError(f"{file}: cannot be read: {_first_lines(error)}") from None
+    return found
+
+
+def _check_tokens(base: Mapping[str, int], own: Mapping[str, int], rows: int, name: str) -> None:
+    """Raise AdapterError where an adapter's vocabulary is not the base's with tokens added that have embeddings."""
+    odd = sorted((token for token in base if own.get(token) != base[token]), key=lambda token: base[token])
+    if odd:
+        said = [f"{token!r}: {base[token]} here, {own.get(token, 'none')} in the adapter's" for token in odd]
+        raise AdapterError(
+            f"{name}: the adapter's tokenizer is not the one that is used here with tokens added: {len(odd):,} of "
+            f"{len(base):,} tokens have another id in it, such as:\n{numbered(said, 3)}\nIs this its base? If its "
+            "tokenizer files are another model's, remove them to use the base's"
+        )
+    if above := {i: token for token, i in own.items() if token not in base and i >= rows}:
+        raise AdapterError(_too_many(name, above, rows))
+
+
+def _too_many(name: str, above: Mapping[int, str], rows: int) -> str:
+    said = [f"{above[i]!r}: {i}" for i in sorted(above)]
+    return (
+        f"{name}: the adapter's tokenizer has {len(above):,} tokens for which the base has no embeddings (it has "
+        f"{rows:,} rows), such as:\n{numbered(said, 3)}\nResize the base to {max(above) + 1:,} rows "
+        "(model.resize_token_embeddings in transformers), save it with this tokenizer and use that as the base"
     )
 
 

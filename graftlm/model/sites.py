@@ -106,7 +106,7 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
         pattern = _compiled(targets)
         found = [name for name in layers if pattern.fullmatch(name)]
         if not found:
-            raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {_what_there_is(layers)}")
+            raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {what_there_is(layers)}")
         return found
     for suffix in targets:
         if not any(matches((suffix,), name) for name in layers):
@@ -115,10 +115,10 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
                 kind = type(model.get_submodule(others[0])).__name__
                 raise TargetError(
                     f"targets: {suffix!r} is a {kind} ({others[0]}); this delta can sit on {_kinds(kinds)}. "
-                    f"{_what_there_is(layers)}"
+                    f"{what_there_is(layers)}"
                 )
             near = nearest(suffix, [n.rpartition(".")[2] for n in layers])
-            raise TargetError(f"targets: {suffix!r} matches no layer. {near}\n{_what_there_is(layers)}")
+            raise TargetError(f"targets: {suffix!r} matches no layer. {near}\n{what_there_is(layers)}")
     return [name for name in layers if matches(targets, name)]
 
 
@@ -146,7 +146,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise TargetError(f"{pattern!r}: {error}") from None
 
 
-def _what_there_is(layers: Mapping[str, Any]) -> str:
+def what_there_is(layers: Mapping[str, Any]) -> str:
     """The kinds of name among the places, with how many there are of each: the list a user needs to mend targets."""
     counts: dict[str, int] = {}
     for name in layers:

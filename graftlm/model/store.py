@@ -16,7 +16,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,33 @@ from torch import Tensor, nn
 
 from graftlm import __version__
 from graftlm.config import build, to_tree
-from graftlm.deltas import METHODS, Method
+from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
-from graftlm.errors import AdapterError, BaseModelError, OutputError, TargetError, nearest, numbered
+from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
-from graftlm.model.attach import (
-    Chat,
-    attach,
-    attachment,
-    base_parameters,
-    detach,
-    hosts,
-    parameters_of,
-    shared_of,
-    sites_of,
-)
+from graftlm.model.attach import Chat, attach, attachment, detach, hosts, parameters_of, shared_of
+from graftlm.model.foreign import CONFIG as CONFIG
+from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Part, check_numbers, read_adapter
+from graftlm.model.foreign import PREFIX as PREFIX
 from graftlm.model.hosts import Host, LayerHost, ModelHost
-from graftlm.model.load import PACKAGED, base_record, difference, fingerprint, public_name, store_of
+from graftlm.model.load import (
+    PACKAGED,
+    base_record,
+    difference,
+    embedding_rows,
+    fingerprint,
+    public_name,
+    read_tokenizer,
+    store_of,
+    with_more_tokens,
+)
 from graftlm.model.peft import target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS
 from graftlm.model.sites import config_at
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "graftlm.json"
 TEMPLATE = "chat_template.jinja"
-PREFIX = "base_model.model."
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
@@ -164,6 +164,11 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     record = attachment(model)
     if name not in record.configs:
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
+    if name in record.parts:
+        raise AdapterError(
+            f"{name!r} is {len(record.parts[name])} deltas on this model ({', '.join(record.parts[name])}), and a "
+            "folder holds one. Save each by its name into a folder of its own, or merge it (`graft merge`)"
+        )
     config, chat = record.configs[name], record.chats.get(name)
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
     where = {"base_model_name_or_path": public_name(model), **task(model)}
@@ -295,58 +300,6 @@ def _rebuilt(model: nn.Module, name: str) -> dict[str, list[float]]:
     return marks
 
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none",),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "eva_config": (None,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "loftq_config": (None, {}),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
-"""Keys of PEFT's LORA that change what an adapter computes, with the values at which they do not; others: refused."""
-
-NEUTRAL_ANYWHERE: dict[str, tuple[Any, ...]] = {
-    "exclude_modules": (None, []),
-    "layers_pattern": (None, [], ""),
-    "layers_to_transform": (None, []),
-    "modules_to_save": (None, []),
-}
-"""The same for the keys that most types have."""
-
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",  # how the base stores its weight, which our views know
-    "inference_mode",
-    "init_lora_weights",
-    "init_weights",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
-
-
-def _neutral(layout: PeftLayout) -> dict[str, tuple[Any, ...]]:
-    return NEUTRAL_ANYWHERE | (NEUTRAL if layout.type == "LORA" else {})
-
-
 def _to_peft(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: list[str]) -> dict[str, Any]:
     """PEFT's config: sites as suffixes where those mean the same, and what differs at a site under its full name."""
     on = hosts(model)
@@ -397,57 +350,66 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
 
     Raises AdapterError for an adapter that is damaged, does not fit or belongs to another base (with both names);
     the model is then as it was. An adapter of another tool has no fingerprint: its keys, shapes, dtypes and
-    finiteness are checked, and the sentence says so. `trust_base` loads in spite of another base. The chat template in
-    the folder is what `answer` asks with, whatever the tokenizer has; if it writes the date, that of training.
+    finiteness are checked, and the sentence says so. It may be several deltas here, such as `default` and
+    `default-modules`, which `name` switches together (`graftlm/model/foreign.py`). `trust_base` loads in spite of
+    another base. Tokenizer and chat template in the folder are what `answer` asks with, whatever it is given; a
+    template that writes the date writes that of training.
     """
     folder = Path(folder)
     _check_folder(folder)
     ours = _read_record(folder)  # checksums first: of a damaged file they say more than a parser does
     stored = _read_json(folder / CONFIG)
     tensors = _read_tensors(folder)
+    remarks: list[str] = []
     if ours is not None:
+        check_numbers(tensors, folder / WEIGHTS)
         _check_base(model, ours, folder, trust_base)
         method_name = str(ours["config"].get("method"))
         if method_name not in METHODS:
             raise AdapterError(f"{folder}: method {method_name!r} is none of ours. {nearest(method_name, METHODS)}")
         method = METHODS[method_name]
         config = build(method.config, ours["config"], source=str(folder / RECORD))
-        layout = None if ours["layout"] == OWN_TYPE else method.delta.peft
+        parts = [Part("", config, None if ours["layout"] == OWN_TYPE else method.delta.peft, tensors)]
     else:
-        method_name, method = _method(stored, folder)
-        layout = method.delta.peft
-        config = _from_peft(model, stored, method_name, method, folder)
-        assert layout is not None
-        if layout.read is not None:
-            tensors = layout.read(stored, tensors)
+        parts, remarks = read_adapter(model, stored, tensors, folder / WEIGHTS)
+    template, tokenizer = _template_in(folder), read_tokenizer(model, folder)
+    names = [f"{name}-{part.name}" if part.name else name for part in parts]
+    attached: list[str] = []
     try:
-        attach(model, config, name=name, seed=ours["seed"] if ours else 0, start=False)
-    except TargetError as error:
-        raise AdapterError(f"{folder}: does not fit this model: {error}") from None
-    try:
-        _make_room(model, name, layout, tensors)
-        _fill(_stored_tensors(model, name, layout), _without_base_layers(model, tensors, folder), folder / WEIGHTS)
+        for this, part in zip(names, parts, strict=True):
+            try:
+                attach(model, part.config, name=this, seed=ours["seed"] if ours else 0, start=False)
+            except TargetError as error:
+                raise AdapterError(f"{folder}: does not fit this model: {error}") from None
+            attached.append(this)
+            _make_room(model, this, part.layout, part.tensors)
+            _fill(_stored_tensors(model, this, part.layout), part.tensors, folder / WEIGHTS)
         if ours is not None and not trust_base:
             _check_rebuilt(_rebuilt(model, name), ours["rebuilt"], folder)
-    except AdapterError:
-        detach(model, name)
+    except GraftError:
+        for this in attached:
+            detach(model, this)
         raise
+    if len(parts) > 1:
+        attachment(model).parts[name] = tuple(names)
+        remarks = [*remarks, f"it is {len(names)} deltas here, switched together: {', '.join(names)}"]
+    if tokenizer is not None:
+        attachment(model).tokenizers[name] = tokenizer
     if ours is not None:
         said = f"{folder}: {len(tensors)} tensors, checksums and base fingerprint match"
-        return said + _another_store(model, ours) + _read_chat(model, name, folder, ours)
-    return (
+        return said + _another_store(model, ours) + _use_chat(model, name, template, ours, folder)
+    said = (
         f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
         f"{len(tensors)} tensors were checked, that the base is the right one was not"
-        + _read_chat(model, name, folder, {})
     )
+    return "; ".join([said, *remarks]) + _use_chat(model, name, template, {}, folder)
 
 
-def _read_chat(model: nn.Module, name: str, folder: Path, ours: Mapping[str, Any]) -> str:
+def _use_chat(model: nn.Module, name: str, text: str | None, ours: Mapping[str, Any], folder: Path) -> str:
     """Remember how the conversations of an adapter were rendered in training; what is to be said of it."""
-    file, chats = folder / TEMPLATE, attachment(model).chats
-    if not file.is_file():
+    chats = attachment(model).chats
+    if text is None:
         return ""
-    text = file.read_text(encoding="utf-8")
     others = [other for other, known in chats.items() if known.template != text]
     try:
         today = datetime.date.fromisoformat(ours["today"]) if ours.get("today") else None
@@ -467,6 +429,32 @@ def chat_of(model: nn.Module) -> Chat | None:
     """How the conversations of the adapters on a model were rendered in training, the last one's; None where none has a
     chat template."""
     return next(reversed(attachment(model).chats.values()), None)
+
+
+def _template_in(folder: Path) -> str | None:
+    """The chat template of an adapter folder: of its own file, or as older tokenizers have it."""
+    if (folder / TEMPLATE).is_file():
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise AdapterError(f"{folder / TEMPLATE}: cannot be read: {error}") from None
+    file = folder / "tokenizer_config.json"
+    found = _read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(found, list):  # several by name
+        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def tokenizer_of(model: nn.Module, tokenizer: Any) -> Any:
+    """The tokenizer to ask a model with: the given one of the base, or that of an adapter on it.
+
+    Tokenizer and embeddings belong together, so an adapter's has all tokens of the base's, under the same ids, and may
+    have more. AdapterError where it is not so, or where several adapters add different tokens under one id.
+    """
+    rows = embedding_rows(model)
+    for name, own in attachment(model).tokenizers.items():
+        tokenizer = with_more_tokens(tokenizer, own, rows, name)
+    return tokenizer
 
 
 def template_of(model: nn.Module) -> str | None:
@@ -492,18 +480,6 @@ def _make_room(model: nn.Module, name: str, layout: PeftLayout | None, tensors: 
         for key in ("offset_A", "offset_B"):
             if site and (kept := tensors.get(f"{PREFIX}{site}.{key}")) is not None:
                 setattr(module, key, torch.empty_like(kept, device=device))
-
-
-def _without_base_layers(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """PEFT writes a copy of the frozen embeddings beside a delta on them: it must be what they are, and is left out."""
-    base = base_parameters(model)
-    kept = dict(tensors)
-    for key in tensors:
-        if key.endswith(".base_layer.weight"):
-            own = base.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-            if own is None or not torch.equal(own.detach().cpu(), kept.pop(key).to(own.dtype)):
-                raise AdapterError(f"{folder / WEIGHTS}: {key} is another base's: this adapter does not belong to it")
-    return kept
 
 
 def _check_rebuilt(here: Mapping[str, list[float]], there: Mapping[str, list[float]], folder: Path) -> None:
@@ -566,24 +542,6 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return ours
 
 
-def _method(stored: dict[str, Any], folder: Path) -> tuple[str, Method]:
-    """The method whose layout has this type, and these values where several methods have it."""
-    kind = stored.get("peft_type")
-    if kind == OWN_TYPE:
-        raise AdapterError(f"{folder}: {RECORD} is gone, and without it this adapter cannot be read: restore the file")
-    of_kind = [(n, m, m.delta.peft) for n, m in METHODS.items() if m.delta.peft and m.delta.peft.type == kind]
-    for name, method, layout in of_kind:
-        if all(stored.get(key, value) == value for key, value in layout.constants.items()):
-            return name, method
-    if of_kind:
-        name, method, layout = of_kind[0]
-        wrong = {k: stored[k] for k, v in layout.constants.items() if stored.get(k, v) != v}
-        says = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
-        raise AdapterError(f"{folder / CONFIG}: {says} changes what the adapter computes, and is not supported here")
-    known = [m.delta.peft.type for m in METHODS.values() if m.delta.peft is not None]
-    raise AdapterError(f"{folder / CONFIG}: peft_type {kind!r} is no method here. {nearest(str(kind), known)}")
-
-
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     try:
@@ -591,15 +549,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file}: not a complete safetensors file: {error}") from None
-    whole = (torch.int32, torch.int64)  # indices
-    problems = [
-        f"{k}: dtype {t.dtype}" for k, t in tensors.items() if not t.is_floating_point() and t.dtype not in whole
-    ]
-    problems += [
-        f"{k}: holds NaN or infinity" for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()
-    ]
-    if problems:
-        raise AdapterError(f"{file}: {len(problems)} tensors cannot be weights:\n{numbered(problems)}")
     return tensors
 
 
@@ -611,59 +560,6 @@ def _check_base(model: nn.Module, ours: dict[str, Any], folder: Path, trust_base
             f"{folder} was trained on {theirs['name']!r} ({theirs['digest'][:19]}), this model is "
             f"{base_record(model).name!r} ({here.digest[:19]}): {what}. Load that base, or train again"
         )
-
-
-def _from_peft(model: nn.Module, stored: dict[str, Any], name: str, method: Method, folder: Path) -> DeltaConfig:
-    """Our config for an adapter of another tool. A key that we would have to ignore is refused."""
-    layout, file = method.delta.peft, folder / CONFIG
-    assert layout is not None
-    known = {key: ours for ours, key in layout.fields.items()}
-    neutral = _neutral(layout) | {key: (value,) for key, value in layout.constants.items()}
-    facts = {"target_modules", *layout.patterns.values(), *layout.harmless, *HARMLESS}
-    if layout.facts is not None:
-        first = sites_of(model, method.config())  # type: ignore[call-arg]
-        facts |= set(layout.facts(first[0], method.config()))  # type: ignore[call-arg]
-    for key, value in stored.items():
-        if key in known or key in facts:
-            continue
-        if key not in neutral:
-            raise AdapterError(
-                f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, neutral)}"
-            )
-        if value not in neutral[key]:
-            raise AdapterError(f"{file}: {key}={value!r} changes what the adapter computes, and is not supported here")
-    start = stored.get("init_lora_weights")
-    if start not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise AdapterError(
-            f"{file}: init_lora_weights={start!r} means that the stored factors do not belong to "
-            "the untouched base: save it with path_initial_model_for_weight_conversion in PEFT"
-        )
-    tree = {"method": name, **{known[k]: v for k, v in stored.items() if k in known and v is not None}}
-    if "model" not in method.delta.kinds:
-        targets = stored.get("target_modules")
-        if not isinstance(targets, str | list) or not targets:
-            raise AdapterError(f"{file}: target_modules must be a text or a list of names, this is {targets!r}")
-        tree["targets"] = targets if isinstance(targets, str) else tuple(targets)
-    if layout.translate is not None:
-        tree |= layout.translate(stored)
-    config = build(method.config, tree, source=str(file))
-    try:
-        sites = [site.name for site in sites_of(model, config)]
-    except TargetError as error:
-        raise AdapterError(f"{folder}: does not fit this model: {error}") from None
-    return replace(config, patterns=_patterns(stored, layout, sites))
-
-
-def _patterns(stored: dict[str, Any], layout: PeftLayout, sites: list[str]) -> dict[str, dict[str, Any]]:
-    """PEFT looks up each pattern key by itself, we look up all fields of a site at once: so, one entry a site."""
-    found: dict[str, dict[str, Any]] = {}
-    for site in sites:
-        for ours, key in layout.patterns.items():
-            for pattern, value in (stored.get(key) or {}).items():
-                if re.match(rf"(.*\.)?({pattern})$", site):
-                    found.setdefault(re.escape(site), {})[ours] = value
-                    break
-    return found
 
 
 def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -10,7 +10,7 @@ from graftlm.data.render import Renderer
 from graftlm.data.turn_order import TurnOrder
 from graftlm.model.endings import all_stop_ids
 from graftlm.model.generate import generate
-from graftlm.model.store import chat_of
+from graftlm.model.store import chat_of, tokenizer_of
 
 _renderer = lru_cache(maxsize=4)(Renderer)
 
@@ -20,7 +20,7 @@ def chat_renderer(
 ) -> Renderer:
     """What renders the prompts of a model: as its adapter's were rendered in training, where it has one with a chat
     template; else with the tokenizer's template on the present day, with `turn_order: refuse`."""
-    chat = chat_of(model)
+    chat, tokenizer = chat_of(model), tokenizer_of(model, tokenizer)
     today = today or (chat.today if chat else None) or datetime.date.today()
     turn_order = turn_order or (chat.turn_order if chat else "refuse")
     return _renderer(tokenizer, chat.template if chat else tokenizer.chat_template, today=today, turn_order=turn_order)
@@ -48,9 +48,9 @@ def answer(
     The answer ends before the first of the texts `stop`, wherever tokens begin and end. How the other options choose
     among tokens: `graftlm.model.generate.generate`, and its ValueError. `on_text` is called with each new piece of text
     as it comes.
-    The chat template is that of the adapters on the model, where they have one. So are `today`, the day that templates
-    write (of training; without an adapter the present day), and `turn_order`, what becomes of a system message that the
-    template has no place for (`data.turn_order` of training; without an adapter it is refused).
+    Tokenizer and chat template are those of the adapters on the model, where they have them. So are `today`, the day
+    that templates write (of training; without an adapter the present day), and `turn_order`, what becomes of a system
+    message that the template has no place for (`data.turn_order` of training; without an adapter it is refused).
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     if "" in stop:

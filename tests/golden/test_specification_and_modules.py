@@ -16,7 +16,7 @@ from torch import Tensor
 from graftlm.config import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
-from graftlm.errors import AdapterError, RecipeError, TargetError
+from graftlm.errors import RecipeError, TargetError
 from graftlm.model.attach import attach, hosts, merged_state, penalty, trainable
 from graftlm.model.collect import collect
 from graftlm.model.store import load_adapter, save_adapter
@@ -87,10 +87,10 @@ def test_trainable_tokens_against_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_that_moves_a_tied_head_too_is_refused(tmp_path: Path) -> None:
-    peft.get_peft_model(tiny_model(), peft.TrainableTokensConfig(token_indices=[3], **LM)).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=r"unexpected: .*lm_head\.trainable_tokens_delta"):
-        load_adapter(tiny_model(), tmp_path)
+def test_tokens_of_an_output_head_against_peft(tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[299, 3, 120], target_modules=["lm_head"], **LM)
+    ours = against_peft("trainable-tokens", config, tmp_path, base=untied)
+    assert the_delta(ours, "lm_head").T.shape == (3, 32)
 
 
 def test_trainable_tokens_change_the_rows_of_their_tokens_alone() -> None:

@@ -1,0 +1,640 @@
+"""Adapters of other tools: what PEFT makes of them, we make of them too; what would have to be ignored is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graftlm.deltas import METHODS
+from graftlm.errors import AdapterError, GraftError, TargetError
+from graftlm.model.attach import activate, attachment, by_row, deltas_off, detach, hosts, merged_state, parameters_of
+from graftlm.model.foreign import CONFIG, copied_rows
+from graftlm.model.load import quantise
+from graftlm.model.store import WEIGHTS, load_adapter, save_adapter
+from graftlm.testing import close, ids, logits, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LM: Any = {"task_type": "CAUSAL_LM"}
+QV = ["q_proj", "v_proj"]
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": QV, **LM, **settings})
+
+
+def tied() -> Any:
+    return tiny_model()
+
+
+def untied() -> Any:
+    return tiny_model(tie_word_embeddings=False)
+
+
+def with_biases() -> Any:
+    return tiny_model("qwen2")
+
+
+def resized(base: Callable[[], Any], seed: int) -> Any:
+    """A base with four more tokens, whose embeddings are random: others with another seed."""
+    model = base()
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(304, mean_resizing=False)
+    return model
+
+
+def written(config: Any, base: Any, folder: Path, **options: Any) -> PeftModel:
+    """PEFT's adapter on a base, away from its start, in a folder."""
+    theirs: Any = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    theirs.eval().save_pretrained(folder, **options)
+    made: PeftModel = theirs
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """LoRA on two kinds of layer of the tied tiny model."""
+    written(lora(), tied(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    tree = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in (tree | changes).items() if v is not MISSING}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors = change(tensors) or tensors
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def refused(folder: Path, *words: str, model: Any = None) -> str:
+    """Loading must raise with all of these words, and leave the model as it was; the message."""
+    model = tied() if model is None else model
+    before = dict(model.named_modules())
+    with pytest.raises(GraftError) as raised:
+        load_adapter(model, folder)
+    assert [word for word in words if word not in str(raised.value)] == [], str(raised.value)
+    assert dict(model.named_modules()) == before
+    assert attachment(model).configs == {}
+    return str(raised.value)
+
+
+# Against PEFT ----------------------------------------------------------------------------------------------------
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES: dict[str, tuple[LoraConfig, Callable[[], Any], tuple[str, ...]]] = {
+    "names that the model lacks": (lora(target_modules=ALL), lambda: tiny_model("phi3"), ()),
+    "a tied head": (lora(target_modules=["lm_head", "q_proj"]), tied, ()),
+    "a tied head and embeddings": (lora(target_modules=["lm_head", "embed_tokens", "q_proj"]), tied, ()),
+    "embeddings with dropout": (lora(target_modules=["embed_tokens", "q_proj"], lora_dropout=0.1), tied, ()),
+    "embeddings alone with dropout": (lora(target_modules=["embed_tokens"], lora_dropout=0.1), untied, ()),
+    "one tied delta": (lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True), tied, ()),
+    "dora on embeddings": (lora(target_modules=["embed_tokens", "q_proj"], use_dora=True), tied, ()),
+    "dora on a tied head": (lora(target_modules=["lm_head"], use_dora=True, use_rslora=True), tied, ()),
+    "a layer": (lora(layers_to_transform=[1]), tied, ()),
+    "a layer by its pattern": (lora(layers_to_transform=0, layers_pattern="layers"), tied, ()),
+    "modules left out": (lora(target_modules="all-linear", exclude_modules=["down_proj"]), tied, ()),
+    "modules left out by a pattern": (lora(exclude_modules=r".*layers\.1.*v_proj"), tied, ()),
+    "patterns": (
+        lora(rank_pattern={r"layers\.1\.self_attn\.q_proj": 2}, alpha_pattern={"v_proj": 9}, use_rslora=True),
+        tied,
+        (),
+    ),
+    "a head in its place": (lora(modules_to_save=["lm_head"]), untied, ("modules",)),
+    "a tied head in its place": (lora(modules_to_save=["lm_head"]), tied, ("modules",)),
+    "head and embeddings in their place": (lora(modules_to_save=["lm_head", "embed_tokens"]), untied, ("modules",)),
+    "tied embeddings in their place": (lora(modules_to_save=["embed_tokens"]), tied, ("modules",)),
+    "both ends in their place": (lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), tied, ("modules",)),
+    "blocks and norms in their place": (lora(modules_to_save=["mlp", "norm"]), tied, ("modules",)),
+    "layers with biases in their place": (
+        lora(target_modules=["o_proj"], modules_to_save=["q_proj"]),
+        with_biases,
+        ("modules",),
+    ),
+    "transposed layers in their place": (
+        LoraConfig(r=4, target_modules=["c_fc"], modules_to_save=["c_attn", "ln_1"], fan_in_fan_out=True, **LM),
+        lambda: tiny_model("gpt2"),
+        ("modules",),
+    ),
+    "tokens": (lora(trainable_token_indices=[5, 290, 6]), untied, ("tokens",)),
+    "tokens of a tied table": (lora(trainable_token_indices=[5, 290, 6]), tied, ("tokens",)),
+    "tokens of both ends": (
+        lora(trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [7]}),
+        untied,
+        ("tokens",),
+    ),
+    "tokens of both tied ends": (
+        lora(trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [7, 5, 8]}),
+        tied,
+        ("tokens",),
+    ),
+    "tokens, and a head in its place": (
+        lora(trainable_token_indices=[5], modules_to_save=["lm_head"]),
+        untied,
+        ("modules", "tokens"),
+    ),
+    "biases of the targets": (lora(bias="lora_only"), with_biases, ("biases",)),
+    "all biases": (lora(target_modules=["o_proj"], bias="all"), with_biases, ("biases",)),
+    "all biases, of norms too": (
+        LoraConfig(r=4, target_modules=["c_fc"], bias="all", fan_in_fan_out=True, **LM),
+        lambda: tiny_model("gpt2"),
+        ("biases",),
+    ),
+    "a bias of lora": (lora(lora_bias=True, use_rslora=True, alpha_pattern={"v_proj": 9}), with_biases, ("biases",)),
+    "dora with biases": (lora(use_dora=True, bias="lora_only"), with_biases, ("biases",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_of_peft_computes_and_merges_as_in_peft(case: str, tmp_path: Path) -> None:
+    config, base, parts = CASES[case]
+    theirs: Any = written(config, base(), tmp_path / "a")
+    ours = base()
+    said = load_adapter(ours, tmp_path / "a")
+    assert "another tool" in said
+    close(logits(ours), logits(theirs), case)
+    assert set(attachment(ours).configs) == {"default", *(f"default-{part}" for part in parts)}
+    tuned, merged = logits(theirs), merged_state(ours)
+    plain = type(ours)(type(ours.config).from_dict(ours.config.to_dict() | {"tie_word_embeddings": False})).eval()
+    plain.load_state_dict(merged)
+    close(logits(plain), tuned, f"{case}: merged")
+    wanted = theirs.merge_and_unload().state_dict()
+    assert merged.keys() == wanted.keys()
+    ends = {"model.embed_tokens.weight", "lm_head.weight"} if base is tied else set()  # PEFT adds both changes to both
+    for key in wanted.keys() - ends:
+        close(merged[key], wanted[key], f"{case}: {key} after merging")
+
+
+@pytest.mark.parametrize("base", [tied, untied])
+def test_tokens_of_a_method_of_their_own_move_a_tied_head_too(base: Callable[[], Any], tmp_path: Path) -> None:
+    theirs = written(peft.TrainableTokensConfig(token_indices=[299, 3], **LM), base(), tmp_path / "a")
+    ours = base()
+    load_adapter(ours, tmp_path / "a")
+    close(logits(ours), logits(theirs), "trainable tokens")
+    assert set(hosts(ours)) == {"model.embed_tokens", "lm_head"} if base is tied else {"model.embed_tokens"}
+
+
+def test_other_methods_have_modules_in_their_place_and_layers_too(tmp_path: Path) -> None:
+    config = peft.LoHaConfig(
+        r=4, alpha=6, target_modules=QV, layers_to_transform=[1], modules_to_save=["lm_head"], **LM
+    )
+    theirs = written(config, untied(), tmp_path / "a")
+    ours = untied()
+    load_adapter(ours, tmp_path / "a")
+    close(logits(ours), logits(theirs), "loha")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["lm_head"]}]
+)
+@pytest.mark.parametrize("base", [tied, untied])
+def test_a_resized_vocabulary_is_the_adapters_on_a_base_that_was_resized_otherwise(
+    base: Callable[[], Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    written(lora(**settings), resized(base, 1), tmp_path / "a", save_embedding_layers=True)
+    ours, theirs = resized(base, 2), PeftModel.from_pretrained(resized(base, 2), tmp_path / "a").eval()
+    load_adapter(ours, tmp_path / "a")
+    new = torch.tensor([[3, 300, 4, 303]])
+    with torch.no_grad():
+        close(ours(input_ids=new).logits, theirs(input_ids=new).logits, "answers with new tokens")
+    message = refused(tmp_path / "a", "resized to 304", "model.resize_token_embeddings(304)", model=base())
+    assert "embed_tokens" in message
+
+
+def test_tokens_on_a_resized_vocabulary_are_the_adapters_and_so_are_the_other_new_ones(tmp_path: Path) -> None:
+    config = lora(trainable_token_indices=[301])
+    written(config, resized(tied, 1), tmp_path / "a", save_embedding_layers=True)
+    ours, theirs = resized(tied, 2), PeftModel.from_pretrained(resized(tied, 2), tmp_path / "a").eval()
+    load_adapter(ours, tmp_path / "a")
+    new = torch.tensor([[3, 300, 301, 303]])
+    with torch.no_grad():
+        close(ours(input_ids=new).logits, theirs(input_ids=new).logits, "answers with new tokens")
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.delta.peft])
+def test_a_key_that_is_left_out_has_pefts_default(name: str) -> None:
+    method = METHODS[name]
+    layout: Any = method.delta.peft
+    theirs = {f.name: f for f in fields(PEFT_TYPE_TO_CONFIG_MAPPING[layout.type])}
+    ours = {f.name: f.default for f in fields(method.config)}
+    read = {key: layout.defaults.get(key, ours[field]) for field, key in layout.fields.items()}
+    read |= {key: layout.defaults.get(key, value) for key, value in layout.constants.items()}
+    for key in read.keys() & theirs.keys():
+        factory: Any = theirs[key].default_factory
+        wanted = theirs[key].default if factory is MISSING else factory()
+        # Where PEFT has None, it finds the value by itself or wants one; shapes then say whether ours is the same.
+        assert read[key] == (tuple(wanted) if isinstance(wanted, list) else wanted) or wanted is None, key
+
+
+def test_a_config_by_hand_has_pefts_rank_and_scale(tmp_path: Path) -> None:
+    theirs = written(LoraConfig(target_modules=QV, **LM), tied(), tmp_path / "a")
+    (tmp_path / "a" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": QV}))
+    ours = tied()
+    load_adapter(ours, tmp_path / "a")
+    close(logits(ours), logits(theirs), "defaults")
+
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+
+def text_inside(key: str) -> str:
+    return key.replace("base_model.model.model.", "base_model.model.model.language_model.")
+
+
+def text_inside_before(key: str) -> str:
+    return key.replace("base_model.model.", "base_model.model.language_model.")
+
+
+NAMES: dict[str, tuple[Callable[[str], str], str]] = {
+    "torch.compile": (lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."), "_orig_mod"),
+    "torch.compile, outside": (lambda key: f"_orig_mod.{key}", "_orig_mod"),
+    "compiled layers": (lambda key: key.replace("layers.0.", "layers.0._orig_mod."), "_orig_mod"),
+    "fsdp": (lambda key: key.replace("layers.1.", "layers.1._fsdp_wrapped_module."), "_fsdp_wrapped_module"),
+    "the adapter's name": (lambda key: key.replace(".weight", ".default.weight"), "'default'"),
+    "another adapter's name": (lambda key: key.replace(".weight", ".sql.weight"), "'sql'"),
+    "no prefix": (lambda key: key.removeprefix("base_model.model."), "base_model.model."),
+    "inside a vision-language model": (text_inside, "model. for model.language_model."),
+    "inside one of before 4.52": (text_inside_before, "language_model."),
+    "without the head": (
+        lambda key: key.replace("base_model.model.model.", "base_model.model."),
+        "model. for (nothing)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_of_wrapped_models_are_mapped_and_it_is_said_once(case: str, folder: Path) -> None:
+    rename, word = NAMES[case]
+    wanted = tied()
+    load_adapter(wanted, folder)
+    edit_tensors(folder, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
+    ours = tied()
+    said = load_adapter(ours, folder)
+    assert torch.equal(logits(ours), logits(wanted))
+    assert said.count("mapped") == 1
+    assert word in said
+
+
+def test_names_of_a_language_model_are_mapped_into_a_vision_language_model() -> None:
+    from graftlm.model.foreign import renamed, renamings
+
+    modules = {"model.language_model.layers.0.mlp.up_proj", "lm_head"}
+    for name in ("model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"):
+        assert modules & {renamed(name, by) for by in renamings(tied())}
+    modules = {"language_model.model.layers.0.mlp.up_proj", "language_model.lm_head"}
+    for name in ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj", "lm_head"):
+        assert modules & {renamed(name, by) for by in renamings(tied())}
+
+
+def test_patterns_are_about_the_names_of_training(tmp_path: Path) -> None:
+    patterns = {"alpha_pattern": {r"model.layers.0.self_attn.q_proj": 9}, "rank_pattern": {r"layers\.1.*v_proj": 2}}
+    theirs = written(lora(**patterns), tied(), tmp_path / "a")
+    edit_tensors(tmp_path / "a", lambda tensors: {text_inside(key): tensor for key, tensor in tensors.items()})
+    edit_config(tmp_path / "a", alpha_pattern={r"model.language_model.layers.0.self_attn.q_proj": 9})
+    ours = tied()
+    load_adapter(ours, tmp_path / "a")
+    close(logits(ours), logits(theirs), "patterns")
+
+
+def test_a_magnitude_as_the_modules_name_it_is_read(tmp_path: Path) -> None:
+    theirs = written(lora(use_dora=True), tied(), tmp_path / "a")
+    edit_tensors(tmp_path / "a", lambda t: {k.replace("vector", "vector.default.weight"): v for k, v in t.items()})
+    ours = tied()
+    load_adapter(ours, tmp_path / "a")
+    close(logits(ours), logits(theirs), "dora")
+
+
+def test_modules_in_their_place_as_a_state_dict_names_them_are_read(tmp_path: Path) -> None:
+    theirs = written(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
+    head = "base_model.model.lm_head"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{head}.modules_to_save.default.weight"] = tensors.pop(f"{head}.weight")
+        tensors[f"{head}.original_module.weight"] = untied().lm_head.weight
+
+    edit_tensors(tmp_path / "a", change)
+    ours = untied()
+    load_adapter(ours, tmp_path / "a")
+    close(logits(ours), logits(theirs), "a head in its place")
+
+
+def test_two_adapters_in_one_file_and_a_tensor_with_two_values_are_refused(folder: Path) -> None:
+    whole = load_file(folder / WEIGHTS)
+    edit_tensors(folder, lambda t: {k.replace("_A.weight", "_A.a.weight"): v for k, v in t.items()})
+    edit_tensors(folder, lambda t: {k.replace("_B.weight", "_B.b.weight"): v for k, v in t.items()})
+    refused(folder, WEIGHTS, "2 adapters (a, b)")
+    edit_tensors(folder, lambda _: whole | {f"{Q0}.lora_A.default.weight": whole[f"{Q0}.lora_A.weight"] + 1})
+    refused(folder, f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight", "two values")
+
+
+def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_other_way(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = tied()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    whole: Any = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text.config, vision_config=vision, image_token_id=299)
+    ).eval()
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    tokens = torch.tensor([[5, 3, 7, 290]])
+    theirs = written(lora(), text, tmp_path / "of text")
+    said = load_adapter(whole, tmp_path / "of text")
+    with torch.no_grad():
+        close(whole(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the vision-language model")
+    assert "model.language_model. for model." in said
+    detach(whole)
+    language = r".*language_model.*\.(q_proj|v_proj)"
+    theirs = written(lora(target_modules=language, modules_to_save=["lm_head"]), whole, tmp_path / "of both")
+    alone = tied()
+    said = load_adapter(alone, tmp_path / "of both")
+    with torch.no_grad():
+        close(alone(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the language model alone")
+    assert "model. for model.language_model." in said
+
+
+def test_adapters_in_parts_lie_on_one_model_beside_each_other(tmp_path: Path) -> None:
+    settings: Any = {"a": {"modules_to_save": ["lm_head"]}, "b": {"modules_to_save": ["lm_head", "norm"], "r": 2}}
+    theirs = {name: written(lora(**each), untied(), tmp_path / name) for name, each in settings.items()}
+    ours, base = untied(), untied()
+    for name in settings:
+        load_adapter(ours, tmp_path / name, name=name)
+    for name, model in theirs.items():
+        activate(ours, name)
+        close(logits(ours), logits(model), name)
+    activate(ours)
+    assert torch.equal(logits(ours), logits(base))
+
+
+def test_weights_stand_in_place_of_codes(tmp_path: Path) -> None:
+    """On a base in codes they are what the adapter says, whatever quantising lost."""
+    written(lora(modules_to_save=["mlp", "lm_head"]), untied(), tmp_path / "a")
+    ours = quantise(untied(), "int4")
+    load_adapter(ours, tmp_path / "a")
+    stored, merged = load_file(tmp_path / "a" / WEIGHTS), merged_state(ours)
+    for key in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
+        close(merged[key], stored[f"base_model.model.{key}"], key)
+
+
+# What the tensors decide -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": None},
+        {"target_modules": []},
+        {"target_modules": ["q_prj"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "gate", "o_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*(mlp.*|k_proj|o_proj)"},
+        {"bias": "all"},
+        {"bias": None, "modules_to_save": ["score", "classifier"]},
+        {"use_dora": None, "use_rslora": None, "lora_bias": None},
+        {"fan_in_fan_out": True, "ensure_weight_tying": True, "peft_version": "9.0"},
+        {"enable_lora": None, "merge_weights": False, "a_key_of_tomorrow": None, "and_another": {}},
+        {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_configs_that_say_the_same_or_nothing_load_the_same(folder: Path, changes: dict[str, Any]) -> None:
+    wanted = tied()
+    load_adapter(wanted, folder)
+    edit_config(folder, **changes)
+    ours = tied()
+    load_adapter(ours, folder)
+    assert torch.equal(logits(ours), logits(wanted))
+
+
+def test_names_without_tensors_are_said(folder: Path) -> None:
+    edit_config(folder, target_modules=["q_proj", "v_proj", "qkv_proj", "o_proj"])
+    assert "target_modules also names qkv_proj, o_proj, for which it has no tensors" in load_adapter(tied(), folder)
+
+
+def test_a_layer_without_tensors_among_others_that_have_them_is_damage(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: {k: t for k, t in tensors.items() if not k.startswith(Q0)})
+    refused(folder, f"missing: {Q0}.lora_A.weight", f"missing: {Q0}.lora_B.weight")
+    edit_config(folder, exclude_modules=["layers.0.self_attn.q_proj"])
+    load_adapter(tied(), folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": 7}, ["target_modules"]),
+        ({"target_modules": ["q_proj", 7]}, ["target_modules"]),
+        ({"target_modules": "(q_proj"}, ["target_modules", "no regular expression"]),
+        ({"exclude_modules": "(q_proj"}, ["exclude_modules", "no regular expression"]),
+        ({"layers_to_transform": ["one"]}, ["layers_to_transform"]),
+        ({"modules_to_save": ["lm_head"]}, ["missing: base_model.model.lm_head.weight", "modules_to_save"]),
+        ({"trainable_token_indices": [3]}, ["trainable_token_indices=(3,)", "0 modules"]),
+        ({"lora_bias": True}, [f"missing: {Q0}.lora_B.bias"]),
+        ({"lora_bias": True, "use_dora": True}, ["lora_bias=True with use_dora=True"]),
+        ({"bias": "some"}, ["bias", "'lora_only'"]),
+        ({"lora_alpha": None}, ["lora_alpha is null"]),
+        ({"r": None}, ["r is null"]),
+        ({"lora_alpha": "6"}, ["alpha", "'6'"]),
+        ({"lora_alpha": True}, ["alpha"]),
+        ({"r": 4.5}, ["r: "]),
+        ({"rank_pattern": [4]}, ["rank_pattern must be a mapping"]),
+        ({"alpha_pattern": {"(q": 2}}, ["alpha_pattern", "'(q' is no regular expression"]),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, ["target_parameters", "merge_and_unload"]),
+        ({"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens=[1, 2]"]),
+        ({"use_rlsora": True}, ["'use_rlsora' is unknown", "'use_rslora'"]),
+        ({"eva_config": {"rho": 2.0}, "init_lora_weights": "pissa"}, ["init_lora_weights='pissa'"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configs_that_cannot_be_followed_are_refused(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+    edit_config(folder, **changes)
+    refused(folder, *words)
+
+
+def test_biases_that_old_versions_lost_are_the_bases_and_lost_ones_are_damage(tmp_path: Path) -> None:
+    written(lora(bias="lora_only"), with_biases(), tmp_path / "a")
+    edit_tensors(tmp_path / "a", lambda t: {k: v for k, v in t.items() if k != f"{Q0}.base_layer.bias"})
+    refused(tmp_path / "a", f"missing: {Q0}.bias", model=with_biases())
+    edit_tensors(tmp_path / "a", lambda t: {k: v for k, v in t.items() if not k.endswith("bias")})
+    ours = with_biases()
+    load_adapter(ours, tmp_path / "a")
+    assert set(attachment(ours).configs) == {"default"}
+
+
+def test_weights_that_nothing_names_and_weights_that_cannot_be_replaced_are_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    up = "base_model.model.model.layers.0.mlp.up_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({up: torch.ones(48, 32)}))
+    refused(folder, f"unexpected: {up}")
+    edit_config(folder, modules_to_save=["layers.0.mlp.up_proj"])
+    load_adapter(tied(), folder)
+
+    def moe() -> Any:
+        return tiny_model("mixtral", num_local_experts=2, num_experts_per_tok=1)
+
+    written(lora(modules_to_save=["mlp"]), moe(), tmp_path / "b")
+    refused(
+        tmp_path / "b", "gate_up_proj", "weights can be replaced in linear layers, embeddings and norms", model=moe()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"trainable_token_indices": [5]}, ["trainable_tokens_delta: has shape [2, 32]", "for 1 tokens"]),
+        ({"trainable_token_indices": [5, 300]}, ["(5, 300) are not 2 of the 300"]),
+        ({"trainable_token_indices": [5, 5]}, ["(5, 5) are not 2 of the 300"]),
+        ({"trainable_token_indices": {"wte": [5, 6]}}, ["says nothing about model.embed_tokens"]),
+        ({"trainable_token_indices": None}, ["trainable_token_indices=None, and 1 modules"]),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    written(lora(trainable_token_indices=[5, 6]), tied(), tmp_path / "a")
+    edit_config(tmp_path / "a", **change)
+    refused(tmp_path / "a", *words)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64]
+)
+def test_tensors_of_any_float_are_read(folder: Path, dtype: torch.dtype) -> None:
+    edit_tensors(folder, lambda tensors: {key: t.to(dtype) for key, t in tensors.items()})
+    ours, wide = tied(), tied()
+    load_adapter(ours, folder)
+    edit_tensors(folder, lambda tensors: {key: t.float() for key, t in tensors.items()})
+    load_adapter(wide, folder)
+    assert torch.equal(logits(ours), logits(wide))
+
+
+# Copies of what is frozen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_copy_of_the_embeddings_is_the_bases_up_to_rounding(
+    base: torch.dtype, copy: torch.dtype, tmp_path: Path
+) -> None:
+    """With numbers that float16 has no place for at either end."""
+
+    def table() -> Any:
+        model = tied()
+        model.model.embed_tokens.weight.data[7, :4] = torch.tensor([1e-9, -3e-7, 7e4, -1e5])
+        return model
+
+    written(lora(target_modules=["embed_tokens", "q_proj"]), table(), tmp_path / "a")
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    edit_tensors(tmp_path / "a", lambda tensors: tensors.update({key: tensors[key].to(copy)}))
+    load_adapter(table().to(base), tmp_path / "a")
+    edit_tensors(tmp_path / "a", lambda tensors: tensors.update({key: tensors[key].float()}))  # once rounded, then wide
+    load_adapter(table().to(base), tmp_path / "a")
+    refused(tmp_path / "a", f"{key}: is another base's", model=tied().to(base))
+
+
+@pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1 + 2**-6, 0.0, -1.0, torch.nan, torch.inf])
+def test_a_copy_with_one_other_number_is_another_bases(copy: torch.dtype, factor: float) -> None:
+    own = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    rounded = own.to(copy)
+    assert copied_rows(own, rounded).all()
+    assert copied_rows(own.to(torch.bfloat16), rounded).all()
+    rounded[4, 3] *= factor
+    assert copied_rows(own, rounded).tolist() == [True, True, True, True, False, True]
+
+
+def test_an_embedding_of_another_base_is_no_resized_one(tmp_path: Path) -> None:
+    written(lora(target_modules=["embed_tokens"]), tiny_model(seed=1), tmp_path / "a")
+    refused(tmp_path / "a", "embed_tokens.base_layer.weight: is another base's")
+    written(lora(), tiny_model(seed=1), tmp_path / "b", save_embedding_layers=True)
+    refused(tmp_path / "b", "embed_tokens.weight: is another base's")
+
+
+# Several deltas that are one adapter -----------------------------------------------------------------------------
+
+
+def test_the_parts_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
+    config = lora(trainable_token_indices=[5, 6], modules_to_save=["lm_head"], bias="lora_only")
+    theirs = written(config, with_biases_untied(), tmp_path / "a")
+    ours, base = with_biases_untied(), with_biases_untied()
+    said = load_adapter(ours, tmp_path / "a", name="sql")
+    assert "4 deltas here, switched together: sql-modules, sql-tokens, sql, sql-biases" in said
+    tuned = logits(ours)
+    close(tuned, logits(theirs), "all parts")
+    activate(ours)
+    assert torch.equal(logits(ours), logits(base))
+    activate(ours, "sql")
+    assert torch.equal(logits(ours), tuned)
+    with by_row(ours, [("sql",), ()]):
+        close(logits(ours)[0], tuned[0], "its row")
+        close(logits(ours)[1], logits(base)[1], "a row of the base")
+    with deltas_off(ours):
+        assert torch.equal(logits(ours), logits(base))
+    names = ("sql", "sql-modules", "sql-tokens", "sql-biases")
+    assert len(parameters_of(ours, "sql")) == sum(len(parameters_of(ours, name)) for name in names[1:]) + 8
+    with pytest.raises(AdapterError, match="'sql' is 4 deltas"):
+        save_adapter(ours, tmp_path / "b", name="sql")
+    detach(ours, "sql-tokens")
+    assert attachment(ours).parts["sql"] == ("sql-modules", "sql", "sql-biases")
+    detach(ours, "sql")
+    assert (hosts(ours), attachment(ours).parts) == ({}, {})
+    assert torch.equal(logits(ours), logits(base))
+
+
+def with_biases_untied() -> Any:
+    return tiny_model("qwen2", tie_word_embeddings=False)
+
+
+def test_each_part_is_saved_by_its_name_and_loads_again(tmp_path: Path) -> None:
+    written(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
+    ours, again = untied(), untied()
+    load_adapter(ours, tmp_path / "a")
+    assert attachment(ours).parts == {"default": ("default-modules", "default")}
+    save_adapter(ours, tmp_path / "modules", name="default-modules")
+    load_adapter(again, tmp_path / "modules", name="head")
+    activate(ours, "default-modules")
+    assert torch.equal(logits(again), logits(ours))
+
+
+def test_a_second_adapter_under_a_name_that_is_taken_is_refused_whole(tmp_path: Path) -> None:
+    written(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
+    ours = untied()
+    load_adapter(ours, tmp_path / "a")
+    before = logits(ours)
+    with pytest.raises(AdapterError, match="there is a delta 'default-modules'"):
+        load_adapter(ours, tmp_path / "a")
+    assert torch.equal(logits(ours), before)
+    load_adapter(ours, tmp_path / "a", name="other")
+    activate(ours, "other")
+    close(logits(ours), before, "the same under another name")
+    with pytest.raises(TargetError, match="no delta 'othr'"):
+        activate(ours, "othr")
+
+
+def test_rows_of_a_batch_with_and_without_an_adapter_in_parts(tmp_path: Path) -> None:
+    written(lora(modules_to_save=["embed_tokens"]), tied(), tmp_path / "a")
+    ours = tied()
+    load_adapter(ours, tmp_path / "a")
+    tuned, rows = logits(ours), ids()
+    with by_row(ours, [(), ("default",)]), torch.no_grad():
+        mixed = ours(input_ids=rows).logits
+    close(mixed[1], tuned[1], "the row with it")
+    with deltas_off(ours):
+        close(mixed[0], logits(ours)[0], "the row without it")
