@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftlm.errors import BaseModelError
+from graftlm.model.attach import SKETCH
 from graftlm.model.load import BaseConfig, base_config, locate, quantise, stored_dtype
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import transformer_layers
@@ -116,6 +117,7 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
         filled[number] = layer
     vars(model.config.get_text_config()).update({"num_hidden_layers": count} | per_layer)
     _set(model, _list_name(layers), nn.ModuleList(filled).requires_grad_(False))
+    model.__dict__[SKETCH] = True
     where = Path(locate(base, network=network))
     files = where.glob("*.safetensors") if where.is_dir() else ()
     return Sketch(model, filled, list(layers), dtype, size, sum(f.stat().st_size for f in files))
