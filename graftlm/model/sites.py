@@ -29,16 +29,16 @@ class Place:
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The part of a language model between ids and last hidden states; None for other models.
-
-    Some models call their head the decoder, and some the whole of themselves: then it is transformers' `base_model`.
-    """
+    """The part of a language model between ids and last hidden states; None for other models."""
     getter = getattr(model, "get_decoder", None)
     if getter is None:
         return None
-    found = [getter(), getattr(model, "base_model", None)]
-    inner = [m for m in found if isinstance(m, nn.Module) and m is not model]
-    return next((m for m in inner if any(isinstance(part, nn.ModuleList) for part in m.modules())), None)
+    # Some classes answer with themselves or with their output layer (which ModernBERT calls `decoder`): the decoder is
+    # then what transformers calls the base model, or what the class itself calls its model.
+    for found in (getter(), getattr(model, "base_model", None), getattr(model, "model", None)):
+        if isinstance(found, nn.Module) and found is not model and next(found.children(), None) is not None:
+            return found
+    return None
 
 
 def towers(model: nn.Module) -> list[str]:

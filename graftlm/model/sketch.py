@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftlm.errors import BaseModelError
 from graftlm.model.attach import SKETCH
-from graftlm.model.load import BaseConfig, base_config, locate, quantise, stored_dtype
+from graftlm.model.load import BaseConfig, base_config, locate, put_into_codes, stored_dtype
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import transformer_layers
 
@@ -111,7 +111,7 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
     model.eval().requires_grad_(False)
     size = sum(sizes.values())
     if base.store in CODECS:
-        size -= _saved_by_codes(whole, quantise(model, base.store))
+        size -= _saved_by_codes(whole, put_into_codes(model, base.store))
     filled = list(whole.get_submodule(_list_name(layers)))
     for number, layer in zip(real, transformer_layers(model).values(), strict=True):
         filled[number] = layer
