@@ -123,8 +123,9 @@ class DeltaConfig:
     method: str
     init: str = "zero"
     targets: Targets = "all-linear"
-    """`all-linear` (every linear layer of the decoder but the output head), `all-norms`, `all-embeddings`, `all-attention`, `all-mlp`,
-    `all-sublayers`, `all`, a regular expression for the whole name, or suffixes."""
+    """`all-linear` (every linear layer of the decoder but the output head), `all-norms`, `all-embeddings`,
+    `all-attention`, `all-mlp`, `all-sublayers`, `all`, a regular expression for the whole name, or suffixes. A part of
+    a fused projection has the layer's name and its own: `c_attn.q`, `qkv_proj.v`, `gate_up_proj.gate`."""
     dropout: Share = 0.0
     """Probability of zeroing an element of x on its way into the delta (the base always sees the whole x)."""
     patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

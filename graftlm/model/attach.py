@@ -217,12 +217,26 @@ def sites_of(
     chosen = config.select([_site(model, name, seed, statistics or {}) for name in names])
     if not chosen:
         kinds = " or ".join(METHODS[config.method].delta.kinds)
-        raise TargetError(f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}")
+        raise TargetError(
+            f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}"
+            f"{_codes_of_others(model)}"
+        )
     check_patterns(config, [site.name for site in chosen])
     if config.dropout and any(site.kind in ("embedding", "model") for site in chosen):
         raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
     _check_init(chosen[0], config)
     return list(chosen)
+
+
+def _codes_of_others(model: nn.Module) -> str:
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return ""
+    odd = next((m for m in model.modules() if isinstance(m, nn.Linear) and view(m) is None), None)
+    layers = "" if odd is None else f", in layers such as {type(odd).__name__}"
+    return (
+        f": its weights were quantised by another library{layers}. Load the model that it was made of, with store nf4, "
+        "int4 or int8"
+    )
 
 
 def _check_init(site: Site, config: DeltaConfig) -> None:
@@ -527,7 +541,7 @@ def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn
     a batch that is no multiple of the rows.
     """
     _check_names(model, [name for names in rows for name in names])
-    wanted = [dict(row) if isinstance(row, Mapping) else dict.fromkeys(row, 1.0) for row in rows]
+    wanted: list[Row] = [dict(row) if isinstance(row, Mapping) else dict.fromkeys(row, 1.0) for row in rows]
     _check_rows(model, wanted)
     switch = attachment(model).switch
     before, switch.rows = switch.rows, wanted

@@ -83,7 +83,10 @@ def coverage(model: nn.Module) -> Coverage:
     layers = {
         name: made
         for name, place in places(model).items()
-        if place.kind == "linear" and place.module is not head and name.startswith(start) and (made := view(place.module))
+        if place.kind == "linear"
+        and place.module is not head
+        and name.startswith(start)
+        and (made := view(place.module))
     }
     linear = {name: made.d_in * made.d_out for name, made in layers.items()}
     aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}

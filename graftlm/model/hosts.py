@@ -92,15 +92,18 @@ class Host(nn.Module):
     def groups(self, x: Tensor) -> Iterator[tuple[list[int], list[Acting]]]:
         """What of x has the same deltas here with the same weights, together: (indices along x's first dimension,
         deltas)."""
-        wanted, each = self.switch.rows, self.switch.each(len(x))
+        wanted = self.switch.rows
         assert wanted is not None
         found: dict[tuple[tuple[str, float], ...], list[int]] = {}
         for row, weights in enumerate(wanted):
             here = tuple((name, weight) for name, weight in weights.items() if name in self.deltas and weight != 0)
-            found.setdefault(here, []).extend(range(row * each, (row + 1) * each))
+            found.setdefault(here, []).append(row)
+        each = 1
         if len(found) > 1:
             self.switch.check(x, self.where)
-        for here, indices in found.items():
+            each = self.switch.each(len(x))
+        for here, rows in found.items():
+            indices = [row * each + n for row in rows for n in range(each)] if len(found) > 1 else list(range(len(x)))
             acting = list(zip(self.on([name for name, _ in here]), (weight for _, weight in here), strict=True))
             group = tuple(name if weight == 1 else f"{name} {weight}" for name, weight in here)
             for delta, _ in acting:

@@ -101,7 +101,7 @@ def load_base(
         )
     except Exception as error:
         raise BaseModelError(
-            f"{base.name}: cannot be loaded: {_first_lines(error)}{_hub_hint(base, network)}"
+            f"{base.name}: cannot be loaded: {_first_lines(error)}{_hub_hint(base, network)}{_codes_hint(where)}"
         ) from None
     model.eval().requires_grad_(False).to("cpu" if leave_on_cpu else device)
     model.graft_base = BaseRecord(base.name, where if Path(where).is_dir() else None)
@@ -281,6 +281,37 @@ def _hub_hint(base: BaseConfig, network: bool) -> str:
     return (
         f"\n{base.name!r} is no folder here, and not in the local hub cache. "
         "To fetch it from the hub, allow the network: `network: true` in the recipe, --network on the command line"
+    )
+
+
+READS_CODES = {
+    "aqlm": "aqlm[gpu,cpu]",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "kernels",
+    "gptq": "optimum gptqmodel",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+}
+"""quant_method of a folder that was quantised by another library -> the packages with which transformers 5 reads it."""
+
+
+def _codes_hint(where: str) -> str:
+    """What to say of a folder whose weights another library quantised, and which transformers could not load."""
+    config = Path(where) / "config.json"
+    if not config.is_file():
+        return ""
+    settings = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    if not settings:
+        return ""
+    old = "bitsandbytes" if settings.get("load_in_8bit") or settings.get("load_in_4bit") else "an unknown method"
+    method = settings.get("quant_method", old)
+    needs = f"needs `pip install {READS_CODES[method]}`" if method in READS_CODES else "may need another package"
+    return (
+        f"\nIts weights were quantised by another library ({method}): reading them {needs}. Deltas sit on float "
+        "weights and on codes of our own: take the model that it was made of, with store nf4, int4 or int8"
     )
 
 

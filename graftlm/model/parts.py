@@ -19,7 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Rows, Site, WeightDelta
 from graftlm.errors import TargetError
-from graftlm.model.hosts import all_factors, folded
+from graftlm.model.bases import view
+from graftlm.model.hosts import Host, all_factors, folded
 from graftlm.model.probing import of_any_layer, run
 
 ATTENTION = ("q", "k", "v")
@@ -172,8 +173,7 @@ def _asked(model: Any, names: Sequence[str], layers: Mapping[str, nn.Module]) ->
             stack.callback(layer.register_forward_hook(output.replaced).remove)
             stack.callback(parent.register_forward_hook(output.finished).remove)
             for child in parent.children():
-                plain = next(child.parameters(), None) is None and not isinstance(child, nn.Dropout | nn.Identity)
-                if plain:
+                if _may_activate(child):
                     stack.callback(child.register_forward_pre_hook(output.activated).remove)
         stack.enter_context(_heard(model, watched.values()))
         run(model, layers)
@@ -181,6 +181,13 @@ def _asked(model: Any, names: Sequence[str], layers: Mapping[str, nn.Module]) ->
         if output.y is not None:
             kept.setdefault(of_any_layer(name), output.parts())
     return kept
+
+
+def _may_activate(module: nn.Module) -> bool:
+    """Whether a module may be the activation of a feed-forward block: it has no weights, and does something."""
+    if isinstance(module, Host | nn.Dropout | nn.Identity) or view(module) is not None:
+        return False
+    return next(module.parameters(), None) is None
 
 
 class _Output:

@@ -154,7 +154,7 @@ class _Seen(Tensor):
         if not seen or not isinstance(made, Tensor):
             return made
         if name == "__get__":  # .dtype is no tensor; .T and .data are, and whoever takes them means to use them
-            made.report = seen[0].report
+            vars(made)["report"] = seen[0].report
         elif not in_place and not only_like:
             seen[0].report()
         return made

@@ -152,13 +152,12 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
     else:
         whole = {name for name in layers if matches(targets, name)}
         named = tuple(suffix for suffix in targets if "." in suffix)
-        wanted = {
-            name: at
-            for name, at in parts.candidates(linear).items()
-            if name not in layers and at[0] not in whole and matches(named, name)
+        candidates = {
+            name: at for name, at in parts.candidates(linear).items() if name not in layers and matches(named, name)
         }
+        wanted = {name: at for name, at in candidates.items() if at[0] not in whole}
         for suffix in targets:
-            if not any(matches((suffix,), name) for name in (*layers, *wanted)):
+            if not any(matches((suffix,), name) for name in (*layers, *candidates)):
                 raise TargetError(_matches_nothing(model, suffix, layers, kinds))
         rows = find_parts(model, wanted)
         for name, (layer, _) in wanted.items():
