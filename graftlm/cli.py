@@ -193,6 +193,8 @@ def plan_command(
     print(f"a step       {found['step_s']:.2f} s, {found['tokens_per_s']:,.0f} tokens/s")
     for name, seconds in found["parts"]["time_s"].items():
         print(f"  {name.replace('_', ' '):25} {seconds:8.2f} s")
+    for line in found["reach"]:
+        print(line)
     for line in found["advice"]:
         print(f"advice: {line}")
 

@@ -30,7 +30,7 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
-from graftlm.model.attach import Chat, attach, attachment, detach, hosts, parameters_of, shared_of
+from graftlm.model.attach import Chat, attach, attachment, deltas_by_site, detach, hosts, parameters_of, shared_of
 from graftlm.model.foreign import CONFIG as CONFIG
 from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Part, check_numbers, read_adapter
 from graftlm.model.foreign import PREFIX as PREFIX
@@ -224,7 +224,7 @@ OWN_TYPE = "GRAFTLM"
 
 def _modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """Site -> delta, and "" -> what the sites share."""
-    found: dict[str, nn.Module] = {s: h.deltas[name] for s, h in hosts(model).items() if name in h.deltas}
+    found: dict[str, nn.Module] = {site: delta for other, site, delta in deltas_by_site(model) if other == name}
     shared = shared_of(model, name)
     return found if shared is None else {"": shared, **found}
 
@@ -241,6 +241,8 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
         if lost := overrides.keys() - method.peft.patterns.keys():
             return f"PEFT has no pattern for {', '.join(sorted(lost))}, which {pattern!r} sets"
     for site, module in _modules(model, name).items():
+        if isinstance(module, Delta) and module.site.rows is not None:
+            return f"{site} is a part of a layer, and PEFT has no name for one"
         if isinstance(module, Delta) and method.peft.why_not_at and (reason := method.peft.why_not_at(module.site)):
             return f"{site}: {reason}"
         if getattr(module, "offset_A", None) is not None:

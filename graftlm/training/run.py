@@ -38,6 +38,7 @@ from graftlm.losses import LOSSES
 from graftlm.model.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
 from graftlm.model.autotune import Choice
 from graftlm.model.backend import pinned
+from graftlm.model.coverage import coverage
 from graftlm.model.endings import missing_end
 from graftlm.model.load import (
     Loaded,
@@ -341,12 +342,15 @@ def _train(
     if found is not None:
         put_deltas_back(found, model, list(recipe.all_deltas()), place.out)
     ranks.check_same(trainable(model))
+    covered = coverage(model).lines()
     saved = found.facts.get("kernels") if found else None
     choice, backend = choose_kernels(recipe, model, data.examples, plan, saved, console)
     console.print("kernels: " + "; ".join(choice.lines()), highlight=False, markup=False)
     facts["kernels"] = choice.to_json()
     if recipe.train.shard == "fsdp":
         ranks.shard(model)
+    for line in covered:
+        console.print(line, highlight=False, markup=False)
     for name, config in recipe.all_deltas().items():
         count = sum(p.numel() for p in parameters_of(model, name))
         console.print(f"{config.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
