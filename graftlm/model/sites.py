@@ -29,8 +29,14 @@ class Place:
 def decoder_of(model: nn.Module) -> nn.Module | None:
     """The part of a language model between ids and last hidden states; None for other models."""
     getter = getattr(model, "get_decoder", None)
-    decoder = getter() if getter else None
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+    if getter is None:
+        return None
+    # Some classes answer with themselves or with their output layer (which ModernBERT calls `decoder`): the decoder is
+    # then what transformers calls the base model, or what the class itself calls its model.
+    for found in (getter(), getattr(model, "base_model", None), getattr(model, "model", None)):
+        if isinstance(found, nn.Module) and found is not model and next(found.children(), None) is not None:
+            return found
+    return None
 
 
 def places(model: nn.Module) -> dict[str, Place]:
