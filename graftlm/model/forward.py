@@ -474,8 +474,9 @@ def check_packing(
     The second row, of two tokens at least, must stay as it is when the tokens of the first are replaced and their
     embeddings are NaN, and all but its end when its last token is replaced: this finds architectures that ignore the
     attention interface, and layers that carry a state from row to row. And it must be what the model's own forward pass
-    makes of it alone, up to rounding: this finds wrong positions. The first row stands at the end of the `longest` row
-    that will be packed (tokens; None: the longest that the model takes): this finds rotary embeddings that change with
+    makes of it alone, up to rounding: this finds wrong positions. Before it the first row stands at the end of the
+    `longest` row that will be packed (tokens; None: the longest that the model takes), behind it at its own beginning, and
+    both must be what they are alone: this finds rotary embeddings that change with
     the longest row of a pack. With `sharing`, the same for two rows that have the first half of the second in common.
 
     The whole model is proved in its own dtype on the ends of the rows, and its first layers in float32 on all of them.
@@ -502,13 +503,18 @@ def check_packing(
     _prove(model, in_nats, short, row, longest - len(short), sharing, backend)
     with first_layers_in_float32(model) as decoder:
         in_float32 = _Compared(
-            alone=lambda row, start: decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1],
+            alone=lambda row, start: (
+                hidden_states(model, _Probe.of(row, start=start))
+                if start
+                else decoder(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            )[:-1],
             read=lambda hidden, targets: hidden,
             size=lambda wanted: float(wanted.abs().mean()),
             tolerance=FLOAT32_TOLERANCE,
             unit="of its hidden states",
         )
-        _prove(model, in_float32, first[-LONG_TOKENS:], second[-LONG_TOKENS:], 0, sharing, TORCH)
+        short, row = first[-LONG_TOKENS:], second[-LONG_TOKENS:]
+        _prove(model, in_float32, short, row, longest - len(short), sharing, TORCH)
 
 
 @dataclass(frozen=True)
@@ -532,13 +538,15 @@ def _prove(
     if sharing:
         ways["packed with shared beginnings"] = "train: {prefix_sharing: false}` to compute the beginning of every row"
     name, shared = type(model).__name__, len(second) // 2 if sharing else 0
-    wanted, wanted_first = by.alone(second, 0), by.alone(first, start)
+    wanted = by.alone(second, 0)
+    of_neighbor = torch.cat([by.alone(first, start), by.alone(first, 0)])
     clean = _Probe.of(second, first, shared, start=start)
     try:
         with packed_attention(model, backend):
             hidden = hidden_states(model, clean)
             found = by.read(hidden[clean.hidden_rows], clean.targets)
-            found_first = by.read(hidden[: len(first) - 1], first[1:])
+            ends = torch.cat([hidden[: len(first) - 1], hidden[len(hidden) - len(first) : -1]])
+            neighbor = by.read(ends, first[1:].repeat(2))
             spoiled = clean.changed(clean.beside | clean.last, _vocabulary(model))
             with _not_a_number(model, clean.beside):
                 other = by.read(hidden_states(model, spoiled)[clean.hidden_rows], clean.targets)
@@ -554,13 +562,14 @@ def _prove(
     for (how, remedy), packed, after_another in zip(ways.items(), *each, strict=True):
         if not float((packed - after_another).abs().mean()) / size <= by.tolerance:
             raise TrainingError(f"{name} cannot be {how}: {_leak(model, by, clean, found, backend)}. Set `{remedy}")
-        difference = float((packed - wanted.view_as(packed)).abs().mean()) / size
-        if not difference <= by.tolerance:
-            raise TrainingError(
-                f"{name} cannot be {how}: a row in a pack differs from the same row alone by {difference:.3g} "
-                f"{by.unit} a token (rounding is below {by.tolerance:g}){_why(model, by, first, second, start, wanted)}. "
-                f"Set `{remedy}"
-            )
+        for part, alone in ((packed, wanted), (neighbor, of_neighbor)):
+            difference = float((part - alone.view_as(part)).abs().sum()) / max(1, part.numel()) / size
+            if not difference <= by.tolerance:
+                why = _why(model, by, first, second, start, wanted) if how == "packed" else ""
+                raise TrainingError(
+                    f"{name} cannot be {how}: a row in a pack differs from the same row alone by {difference:.3g} "
+                    f"{by.unit} a token (rounding is below {by.tolerance:g}){why}. Set `{remedy}"
+                )
 
 
 def _leak(model: Any, by: _Compared, clean: _Probe, found: Tensor, backend: Backend) -> str:
@@ -579,16 +588,16 @@ def _leak(model: Any, by: _Compared, clean: _Probe, found: Tensor, backend: Back
 
 
 def _why(model: Any, by: _Compared, first: Tensor, second: Tensor, start: int, wanted: Tensor) -> str:
-    """The reason of a difference, where one can be named: the same beside a neighbour at the usual positions is right."""
-    if not start:
-        return ", so its positions are not the usual ones"
-    usual = _Probe.of(second, first)
+    """The reason of a difference, where one can be named: beside a neighbour of the same length, at the usual
+    positions, the row is right."""
+    usual = _Probe.of(second, (second + 1) % _vocabulary(model))
     with packed_attention(model):
         found = by.read(hidden_states(model, usual)[usual.hidden_rows], usual.targets)
-    if float((found - wanted).abs().mean()) / by.size(wanted) <= by.tolerance:
+    if float((found - wanted.view_as(found)).abs().mean()) / by.size(wanted) <= by.tolerance:
+        longest = max(start + len(first), len(second))
         return (
-            f" where a row of {start + len(first)} tokens lies beside it: positions count otherwise in packs with long "
-            "rows (longrope, dynamic)"
+            f" where a row of {longest} tokens lies in the pack: positions count otherwise in packs with long rows "
+            "(longrope, dynamic)"
         )
     return ", so its positions are not the usual ones"
 
