@@ -1,4 +1,4 @@
-"""A tiny model of every class of causal language models in transformers, and what is asked of each: one column a question.
+"""A tiny model of every class of causal language models in transformers, and what is asked of each.
 
 `benchmarks/architectures` fills the whole matrix; `tests/model/test_architectures.py` a sample of its rows.
 """
@@ -103,6 +103,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "inkling2_loop_text": {"unpadded_vocab_size": 300},
     "inkling2_text": {"unpadded_vocab_size": 300},
+    "kimi_linear": {"num_key_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"n_heads": 4, "num_heads": 4, "head_dim": 16},
     "minimax_m3_vl_text": {"shared_intermediate_size": 24, "dense_intermediate_size": 48},
@@ -235,6 +236,8 @@ def gradients(name: str) -> str:
     check_forward(model, rows[1])
     for row in rows:
         own = model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        if not own.requires_grad:
+            raise DoesNotApply("transformers: its layers need a gradient of their own weights")
         _weighted(own.gather(1, row[1:, None])[:, 0]).backward()
     wanted = {key: p.grad for key, p in trainable(model).items()}
     model.zero_grad()

@@ -1,5 +1,4 @@
-"""The first layers of a decoder in float32, without a copy of the rest: where the proof can tell a mistake from rounding.
-"""
+"""The first layers of a decoder in float32, without a copy of the rest: there a mistake is larger than rounding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

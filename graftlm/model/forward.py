@@ -112,7 +112,8 @@ def _as_rms_norm(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
     """
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not _takes_one_tensor(module):  # a norm that takes a gate too computes the same without one
+    # A norm that takes a gate too computes the same without one; ones that are no parameter fit rows of any width.
+    if not _takes_one_tensor(module) or "weight" not in module._parameters:
         return None
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or weight.requires_grad:
         return None
@@ -141,7 +142,7 @@ def _as_gated(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
     forward, rows = partial(_gated, module), probe(4, weight.shape[-1], weight)
     try:  # gates up to 4: of small numbers silu and gelu are both the half
         rows = rows * (4 / module.gate_proj(rows).abs().max())
-    except (TypeError, RuntimeError):
+    except Exception:  # as in `_same`
         return None
     return forward if _same(module, forward, rows) else None
 
@@ -159,7 +160,7 @@ def _same(module: nn.Module, forward: Callable[[Backend, Tensor], Tensor], rows:
     try:
         wanted = module(rows)
         error = (forward(TORCH, rows).float() - wanted.float()).abs().max() / wanted.float().abs().max()
-    except (TypeError, RuntimeError, AttributeError):
+    except Exception:  # a module that takes no such rows is none of these
         return False
     return bool(error <= 4 * torch.finfo(rows.dtype).eps)
 
@@ -299,7 +300,9 @@ def _scale_and_cap(model: Any) -> tuple[float, float | None]:
     which `check_forward` finds out.
     """
     layer, text = model.get_output_embeddings(), model.config.get_text_config()
-    numbers = {float(n) for n in vars(text).values() if isinstance(n, int | float) and not isinstance(n, bool) and n > 0}
+    numbers = {
+        float(n) for n in vars(text).values() if isinstance(n, int | float) and not isinstance(n, bool) and n > 0
+    }
     like = getattr(layer.base if isinstance(layer, LayerHost) else layer, "weight", None)
     if not isinstance(like, Tensor) or like.dim() != 2:
         return 1.0, None
@@ -321,7 +324,7 @@ def _scale_and_cap(model: Any) -> tuple[float, float | None]:
             scale = min(scales, key=lambda s: abs(s / measured - 1))
             scale = scale if abs(scale / measured - 1) <= 1e-4 + eps else measured
             plain, own = both(rows * (50 / abs(scale)))
-    except Exception:  # noqa: BLE001 (whatever it is, `check_forward` meets it again and says it)
+    except Exception:
         return 1.0, None
     ways = {cap: scale * plain if cap is None else cap * torch.tanh(scale * plain / cap) for cap in (None, *numbers)}
     errors = {cap: float((found - own).abs().max() / own.abs().max()) for cap, found in ways.items()}
@@ -427,25 +430,37 @@ def check_forward(model: Any, row: Tensor) -> None:
     hook = _decoder(model).register_forward_hook(lambda module, given, out: seen.append(out[0][0]))
     try:
         own = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"{name} cannot be trained: its own forward pass of a row fails ({what})") from error
     finally:
         hook.remove()
     wanted = _of_targets(own, row)
     if not wanted.isfinite().all():
         raise TrainingError(
-            f"{name} cannot be trained: its own log-probabilities are not finite. Its weights or its dtype are not right"
+            f"{name} cannot be trained: its own log-probabilities are not finite. Look at its weights and its dtype"
         )
     # Of the very same hidden states the head may differ by roundings of the logits, and by no more.
     of_the_head = 8 * torch.finfo(_dtype(model)).eps * max(1.0, float(own.abs().max()))
-    for found, tolerance in (
-        (head(model, seen[0][:-1], row[1:]), of_the_head),
-        (log_probs(model, _Probe.of(row)), PACKING_TOLERANCE.get(_dtype(model), 1e-3)),
-    ):
+    try:
+        both = head(model, seen[0][:-1], row[1:]), log_probs(model, _Probe.of(row))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise TrainingError(
+            f"{name} cannot be trained: its output layer does not take its last hidden states, or its decoder not the "
+            f"positions of tokens ({what})"
+        ) from error
+    for found, tolerance in zip(both, (of_the_head, PACKING_TOLERANCE.get(_dtype(model), 1e-3)), strict=True):
         difference = float((found - wanted).abs().mean())
         if not difference <= tolerance:
             raise TrainingError(
                 f"{name} cannot be trained: log-probabilities from its last hidden states and its output layer differ "
-                f"from its own by {difference:.3g} nats a token (rounding is below {tolerance:.2g}). Its head does more "
-                "than a product, a scale and soft-capping"
+                f"from its own by {difference:.3g} nats a token (rounding is below {tolerance:.2g}). Its head does "
+                "more than a product, a scale and soft-capping"
             )
     with first_layers_in_float32(model) as decoder:
         before, after = (
@@ -474,16 +489,15 @@ def check_packing(
     The second row, of two tokens at least, must stay as it is when the tokens of the first are replaced and their
     embeddings are NaN, and all but its end when its last token is replaced: this finds architectures that ignore the
     attention interface, and layers that carry a state from row to row. And it must be what the model's own forward pass
-    makes of it alone, up to rounding: this finds wrong positions. Before it the first row stands at the end of the
-    `longest` row that will be packed (tokens; None: the longest that the model takes), behind it at its own beginning, and
-    both must be what they are alone: this finds rotary embeddings that change with
-    the longest row of a pack. With `sharing`, the same for two rows that have the first half of the second in common.
+    makes of it alone, up to rounding: this finds wrong positions. So must the first row, which lies behind it, and
+    before it at the end of the `longest` row that will be packed (tokens; None: the longest that the model takes): this
+    finds rotary embeddings that change with the longest row of a pack. With `sharing`, the same for two rows that have
+    the first half of the second in common.
 
     The whole model is proved in its own dtype on the ends of the rows, and its first layers in float32 on all of them.
     """
     text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) if longest is None else longest
-    longest = max(limit if isinstance(limit, int) else 0, len(first), len(second))
+    longest = max(_positions(model, first) if longest is None else longest, len(first), len(second))
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk is not None and longest > chunk:
         raise TrainingError(
@@ -492,9 +506,7 @@ def check_packing(
         )
     short, row = first[-PROBE_TOKENS:], second[-PROBE_TOKENS:]
     in_nats = _Compared(
-        alone=lambda row, start: (
-            log_probs(model, _Probe.of(row, start=start)) if start else _own_log_probs(model, row)
-        ),
+        alone=lambda row, start: log_probs(model, _Probe.of(row, start=start)) if start else _own_log_probs(model, row),
         read=lambda hidden, targets: head(model, hidden, targets),
         size=lambda wanted: 1.0,
         tolerance=PACKING_TOLERANCE.get(_dtype(model), 1e-3),
@@ -515,6 +527,18 @@ def check_packing(
         )
         short, row = first[-LONG_TOKENS:], second[-LONG_TOKENS:]
         _prove(model, in_float32, short, row, longest - len(short), sharing, TORCH)
+
+
+def _positions(model: Any, row: Tensor) -> int:
+    """How many positions the model has by its config; 0 where it says nothing, or does not take the last of them."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < PROBE_TOKENS:
+        return 0
+    try:
+        hidden_states(model, _Probe.of(row[-PROBE_TOKENS:], start=limit - len(row[-PROBE_TOKENS:])))
+    except IndexError:
+        return 0
+    return limit
 
 
 @dataclass(frozen=True)
@@ -538,8 +562,16 @@ def _prove(
     if sharing:
         ways["packed with shared beginnings"] = "train: {prefix_sharing: false}` to compute the beginning of every row"
     name, shared = type(model).__name__, len(second) // 2 if sharing else 0
-    wanted = by.alone(second, 0)
-    of_neighbor = torch.cat([by.alone(first, start), by.alone(first, 0)])
+    try:
+        wanted = by.alone(second, 0)
+        of_neighbor = torch.cat([by.alone(first, start), by.alone(first, 0)])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        what, tokens = f"{type(error).__name__}: {error}", max(start + len(first), len(second))
+        raise TrainingError(
+            f"{name} cannot be trained on rows of {tokens} tokens: its decoder fails on one ({what})"
+        ) from error
     clean = _Probe.of(second, first, shared, start=start)
     try:
         with packed_attention(model, backend):

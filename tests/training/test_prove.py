@@ -9,8 +9,8 @@ from torch import Tensor
 
 from graftlm.data.pack import Example
 from graftlm.errors import TrainingError
-from graftlm.testing import tiny_model
 from graftlm.model.forward import PROBE_TOKENS
+from graftlm.testing import tiny_model
 from graftlm.training.prove import prove
 
 
