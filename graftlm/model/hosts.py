@@ -20,7 +20,7 @@ from graftlm.deltas.base import AdditiveDelta, Delta, InputDelta, WeightDelta
 from graftlm.errors import TargetError
 from graftlm.model import prefix
 from graftlm.model.bases import LinearBase, Residual, view
-from graftlm.model.ops import Plan
+from graftlm.model.ops import PLAN, Plan, planned
 
 CACHE_NAMES = ("cache", "past_key_values")
 """How transformers' decoders call the cache: from 5.24 on, and before."""
@@ -356,7 +356,7 @@ class ModelHost(Host):
         made: dict[tuple[str, ...], prefix.Before] = {}
         for combo in combos:
             if combo not in made:
-                made[combo] = self._before(decoder, self.on(combo), combo, kwargs.get("plan"))
+                made[combo] = self._before(decoder, self.on(combo), combo)
         self.before = prefix.stack([made[combo] for combo in combos])
         if self.before is None:
             return None
@@ -364,7 +364,7 @@ class ModelHost(Host):
         kwargs["position_ids"] = shift + _positions(given, kwargs)
         return args, kwargs
 
-    def _before(self, decoder: Any, deltas: list[Delta], combo: tuple[str, ...], pack: Plan | None) -> "prefix.Before":
+    def _before(self, decoder: Any, deltas: list[Delta], combo: tuple[str, ...]) -> "prefix.Before":
         """The keys and values of one combination of deltas: prefixes as they are, prompts by a pass over them."""
         found: list[Tensor] = []
         prompts: list[Tensor] = []
@@ -381,13 +381,14 @@ class ModelHost(Host):
         embeddings = torch.cat(prompts)[None].to(weight.dtype)
         start = 0 if learnt is None else learnt.shape[3]
         positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
-        plan = {"plan": Plan([embeddings.shape[1]], attend=pack.attend)} if pack is not None else {}
+        pack = PLAN.get()
+        plan = None if pack is None else Plan([embeddings.shape[1]], attend=pack.attend)
         self._busy, kept, rows, batch = True, self.before, self.switch.rows, self.switch.batch
         self.before = prefix.stack([prefix.Before(learnt)])
         self.switch.rows = None if rows is None else [dict.fromkeys(combo, 1.0)]
         try:
-            with prefix.recording(decoder) as heard:
-                decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **plan)
+            with prefix.recording(decoder) as heard, planned(plan):
+                decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
         finally:
             self._busy, self.before, self.switch.rows, self.switch.batch = False, kept, rows, batch
         return prefix.Before(learnt, torch.stack([torch.stack([k[0], v[0]]) for k, v in heard]))

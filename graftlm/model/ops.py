@@ -6,7 +6,9 @@ T tokens of a pack, S supervised positions (in attention: keys), V vocabulary, r
 heads, L a segment, D head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from graftlm.errors import TrainingError
 from graftlm.model import prefix
 
 # A frozen linear layer with low-rank factors on it ---------------------------------------------------------------
@@ -202,7 +205,7 @@ class Tile(NamedTuple):
 
 @dataclass
 class Plan:
-    """Where the segments of a packed row lie. Travels through the model as the keyword argument `plan`."""
+    """Where the segments of a packed row lie."""
 
     lengths: list[int]
     parents: list[int] | None = None
@@ -254,6 +257,21 @@ class Plan:
             seen = torch.zeros(L, S, dtype=like.dtype, device=like.device)
             self.masks[key] = seen.masked_fill_(hidden, float("-inf"))
         return self.masks[key]
+
+
+PLAN: ContextVar[Plan | None] = ContextVar("graft_plan", default=None)
+"""The plan of the pack that a model computes at present. No argument of the model: not every architecture hands one on
+to its attention."""
+
+
+@contextmanager
+def planned(plan: Plan | None) -> Iterator[None]:
+    """Inside, `segment_attention` attends by this plan. What runs later (recomputation) must enter it again."""
+    token = PLAN.set(plan)
+    try:
+        yield
+    finally:
+        PLAN.reset(token)
 
 
 @dataclass(frozen=True)
@@ -375,7 +393,7 @@ def segment_attention(
     value: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    plan: Plan,
+    plan: Plan | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -385,21 +403,42 @@ def segment_attention(
     """Causal attention inside each segment of a packed row and to the segments that it continues, to no other.
 
     The signature is that of transformers' attention interface, so any architecture that uses it can be packed:
-    query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, D], None). Weights have no dropout: the base is
-    frozen and in evaluation mode. Attention sinks and position biases are not computed here: they are refused. Every
-    segment also sees the keys and values that a prefix delta puts before it.
+    query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, D], None). `plan`: that of `planned`, if none is given.
+    Weights have no dropout: the base is frozen and in evaluation mode. `s_aux` [H] are attention sinks: one more score
+    of each head in the softmax, without a value. Position biases are not computed here: they are refused. Every segment
+    also sees the keys and values that a prefix delta puts before it.
     """
+    plan = plan or PLAN.get()
+    if plan is None:
+        raise TrainingError(
+            f"{type(module).__name__}: inside packed_attention a model is called by log_probs or hidden_states, which "
+            "know the segments of the pack. A recomputation of transformers' own (gradient_checkpointing_enable) does "
+            "not: use graftlm.model.recompute.recomputed_layers"
+        )
     prefix.record(module, key, value)
     before = prefix.before(module, key)
-    if s_aux is not None or unused.get("position_bias") is not None:
-        raise NotImplementedError(f"{type(module).__name__}: packed attention with sinks or a position bias")
+    if unused.get("position_bias") is not None or (s_aux is not None and softcap is not None):
+        raise NotImplementedError(f"{type(module).__name__}: packed attention with a position bias or capped sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    always = 0
     if before is not None:
-        always = before[0].shape[2]
         key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-    rule = Rule(plan, scale, sliding_window, softcap, always)
+    if s_aux is not None:
+        query, key, value = _with_sinks(query, key, value, s_aux, scale)
+    rule = Rule(plan, scale, sliding_window, softcap, key.shape[2] - query.shape[2])
     return (plan.attend or tiled_attention)(query[0], key[0], value[0], rule)[None], None
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with a key before all others whose score is the sink of each query head [H], and whose value is zero.
+
+    The heads get dimensions for it: there the query is its sink and that key 1 / scale, all other keys are zero.
+    """
+    more = 8  # one is needed; devices want heads in eights
+    of_heads = sinks.to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
+    q = torch.cat([q, of_heads, q.new_zeros(*q.shape[:3], more - 1)], dim=3)
+    first = F.pad(k.new_full((1, k.shape[1], 1, 1), 1 / scale), (k.shape[3], more - 1))
+    k = torch.cat([first, F.pad(k, (0, more))], dim=2)
+    return q, k, F.pad(v, (0, 0, 1, 0))
 
 
 # The output head and the loss ------------------------------------------------------------------------------------

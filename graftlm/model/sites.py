@@ -92,13 +92,23 @@ def transformer_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _transformer_layers(model: nn.Module, decoder: nn.Module | None) -> list[str]:
-    """The names of the items of the decoder's longest list of modules."""
+    """The names of the items of the decoder's outermost list of blocks, the longest of them (not of experts, which lie
+    inside a block, and not of projections, which are no blocks)."""
     prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.startswith(prefix)}
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(prefix) and _has_parts(module)
+    }
     if decoder is None or not lists:
         return []
-    name = max(lists, key=lambda key: (len(lists[key]), -key.count(".")))
+    name = max(lists, key=lambda key: (-key.count("."), len(lists[key])))
     return [f"{name}.{number}" for number in range(len(lists[name]))]
+
+
+def _has_parts(blocks: nn.ModuleList) -> bool:
+    items = (block.base if isinstance(block, LayerHost) else block for block in blocks)
+    return any(next(item.children(), None) is not None for item in items)
 
 
 def _has_linear(module: nn.Module) -> bool:
