@@ -16,6 +16,8 @@ from graftlm.system import require_supported_platform, tune_process
 from graftlm.training import ranks
 
 if TYPE_CHECKING:
+    import datetime
+
     from graftlm.cache import Entry
     from graftlm.data.formats import Message
     from graftlm.training.recipe import Recipe
@@ -66,6 +68,14 @@ StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="End the answer before this text; repeat the option for several.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="For sampling at a temperature above 0.")]
+TodayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--today",
+        metavar="DATE",
+        help="For chat templates that write the date: YYYY-MM-DD, or now; default the day of the adapter's training.",
+    ),
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -183,6 +193,8 @@ def plan_command(
     print(f"a step       {found['step_s']:.2f} s, {found['tokens_per_s']:,.0f} tokens/s")
     for name, seconds in found["parts"]["time_s"].items():
         print(f"  {name.replace('_', ' '):25} {seconds:8.2f} s")
+    for line in found["reach"]:
+        print(line)
     for line in found["advice"]:
         print(f"advice: {line}")
 
@@ -360,7 +372,7 @@ def data_check(
     for line in found.chosen:
         typer.secho(line, err=True)
     if html:
-        check_page.write(html, found, tokenizer, recipe.data, title=source)
+        check_page.write(html, found, recipe.data, title=source)
     if as_json:
         print(json.dumps(found.report.to_json() | {"held_out_rows": len(found.held_out), "shown": found.first_rows}))
         return
@@ -563,6 +575,7 @@ def generate(
     repetition_penalty: PenaltyOption = 1.0,
     stop: StopOption = None,
     seed: SeedOption = 0,
+    today: TodayOption = None,
     store: StoreOption = None,
     network: NetworkOption = False,
 ) -> None:
@@ -571,7 +584,7 @@ def generate(
 
     if (question is None) == (prompt is None):
         raise typer.BadParameter('give one question: graft generate "How are you?"', param_hint="QUESTION")
-    options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
+    options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop) | {"today": _day(today)}
     model, tokenizer = _load(base, adapter or [], network, store)
     asked = question if question is not None else prompt
     print(answer(model, tokenizer, asked or "", max_new_tokens=max_new_tokens, seed=seed, **options))
@@ -593,6 +606,17 @@ def _sampling(
     return chosen | {"repetition_penalty": repetition_penalty, "stop": stop or ()}
 
 
+def _day(today: str | None) -> "datetime.date | None":
+    import datetime
+
+    if today is None:
+        return None
+    try:
+        return datetime.date.today() if today == "now" else datetime.date.fromisoformat(today)
+    except ValueError:
+        raise typer.BadParameter(f"{today!r} is no date: write YYYY-MM-DD, or now", param_hint="--today") from None
+
+
 CHAT_HELP = "/base turns the delta off, /tuned on again, /new starts over, /quit leaves"
 
 
@@ -601,6 +625,14 @@ def chat(
     base: BaseOption = "smollm2",
     adapter: AdapterOption = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    turn_order: Annotated[
+        str | None,
+        typer.Option(
+            "--turn-order",
+            help="For chat templates without a place for it: refuse, merge into the first question, or drop; default "
+            "as the adapter was trained.",
+        ),
+    ] = None,
     max_new_tokens: TokensOption = 512,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
@@ -609,23 +641,27 @@ def chat(
     repetition_penalty: PenaltyOption = 1.0,
     stop: StopOption = None,
     seed: SeedOption = 0,
+    today: TodayOption = None,
     store: StoreOption = None,
     network: NetworkOption = False,
 ) -> None:
     """Talk with the model; answers stream. /base switches the delta off in mid-conversation."""
     from graftlm.data.formats import Message
     from graftlm.model.attach import activate, attachment
-    from graftlm.training.answer import answer
+    from graftlm.training.answer import answer, chat_renderer
 
     options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
+    rendering: dict[str, Any] = {"today": _day(today), "turn_order": _turn_order(turn_order)}
     model, tokenizer = _load(base, adapter or [], network, store)
     start = [Message("system", system)] if system else []
     history, mode = list(start), "tuned" if adapter else "base"
 
     def ask(messages: list[Message]) -> str:
-        say = partial(answer, model, tokenizer, messages, on_text=_write)
+        say = partial(answer, model, tokenizer, messages, on_text=_write, **rendering)
         return say(max_new_tokens=max_new_tokens, seed=seed, **options)
 
+    if system:  # what the template does not take is said before anybody types
+        chat_renderer(model, tokenizer, **rendering).prompt([*start, Message("user", "?")])
     typer.secho(CHAT_HELP, dim=True, err=True)
     for line in _lines():
         if line in ("/quit", "/exit"):
@@ -644,6 +680,16 @@ def chat(
             )
         elif line:
             history = _turn(history, line, ask)
+
+
+def _turn_order(how: str | None) -> str | None:
+    from typing import get_args
+
+    from graftlm.data.turn_order import TurnOrder
+
+    if how is not None and how not in get_args(TurnOrder):
+        raise typer.BadParameter(f"{how}: {nearest(how, get_args(TurnOrder))}", param_hint="--turn-order")
+    return how
 
 
 def _turn(history: "list[Message]", line: str, ask: "Callable[[list[Message]], str]") -> "list[Message]":

@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
@@ -289,6 +289,9 @@ def _explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key,
         if (instead := getattr(cls, "OTHER_NAMES", {}).get(str(key[-1]).lower().replace("-", "_"))) is not None:
             return key, error["type"], f"{where}: {_dotted(key)}: unknown key. Here it is {instead}"
         known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
+        homes = [home for home in _homes(cls, str(key[-1])) if home != _dotted(key)]
+        if 0 < len(homes) <= MOST_HOMES:
+            return key, error["type"], f"{where}: {_dotted(key)}: unknown key. Here it is {' or '.join(homes)}"
         return key, error["type"], f"{where}: {_dotted(key)}: unknown key. {nearest(str(key[-1]), known)}"
     if error["type"] in ("missing", "missing_argument"):
         return key, error["type"], f"{where}: {_dotted(key)}: this key has no default and must be given"
@@ -305,6 +308,22 @@ def _explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key,
     given = error.get("input")
     shown = f" (given: {given!r})" if not isinstance(given, dict | list | tuple) else ""
     return key, error["type"], f"{where}: {_dotted(key) or 'the recipe'}: {message}{shown}"
+
+
+MOST_HOMES = 3
+"""A key that more sections have says nothing of which is meant."""
+
+
+def _homes(cls: type, name: str, prefix: str = "") -> list[str]:
+    """The dotted keys of a config, and of the configs in it, that end with this name."""
+    hints, found = get_type_hints(cls), list[str]()
+    for each in fields(cls):
+        if each.name == name:
+            found.append(f"{prefix}{name}")
+        if get_origin(hints[each.name]) is not Mapping:  # whose keys are names that the user chose
+            inner = filter(is_dataclass, _members(hints[each.name]))
+            found += [home for member in inner for home in _homes(member, name, f"{prefix}{each.name}.")]
+    return list(dict.fromkeys(found))
 
 
 def _tags(cls: type, tree: Tree, loc: Sequence[str | int], tag: str) -> list[str]:

@@ -62,12 +62,17 @@ TINY = {
 
 
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of two layers, float32, in evaluation mode; any architecture by its model type.
+    """A random causal language model of two layers, float32, in evaluation mode; any architecture by its model type."""
+    return tiny_of(AutoConfig.for_model(model_type, **(TINY | changes)), seed=seed)
+
+
+def tiny_of(config: Any, *, seed: int = 0) -> Any:
+    """The same of a config of transformers.
 
     Gains of norms and biases, which start as ones and zeros, are random too: else a mistake with them would not show.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(TINY | changes)))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

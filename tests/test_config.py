@@ -173,10 +173,22 @@ def test_an_override_that_reaches_nothing_says_what_is_there(override: str, said
         ("delta: {method: lora, lora_alpha: 16}", ["delta.lora_alpha: unknown key. Here it is delta.alpha"]),
         ("base: {name: x, torch_dtype: bf16}", ["base.torch_dtype: unknown key. Here it is base.store"]),
         ("output_dir: x", ["Here it is no key: graft train --out DIR"]),
+        ("train: {lr_scheduler_type: cosine}", ["Here it is train.schedule"]),
+        (
+            "base: {name: x, template_variables: {a: 1}}",
+            ["base.template_variables", "Here it is data.template_variables"],
+        ),
+        ("base: {name: x, chat_template_kwargs: {a: 1}}", ["Here it is data.template_variables"]),
+        (
+            "data: {train: a.jsonl, keep: 3}",
+            ["data.keep: unknown key. Here it is select.keep or policies.keep or train.keep"],
+        ),
+        ("max_tokens: 7", ["max_tokens: unknown key. Here it is data.max_tokens"]),
     ],
 )
 def test_what_other_trainers_call_a_key_gets_the_key_here(text: str, said: list[str], tmp_path: Path) -> None:
-    message = error(f"data: {{train: a.jsonl{', max_seq_length: 7' * ('max' in text)}}}\n{text}\n", tmp_path)
+    rows = "" if text.startswith("data:") else "data: {train: a.jsonl}"
+    message = error(f"{rows}\n{text}\n", tmp_path)
     for part in said:
         assert part in message
     assert len(message.splitlines()) == 1

@@ -57,7 +57,7 @@ def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
     for part in (
         code(),
         template,
-        str(renderer.today) if "strftime_now" in template else "",  # such a template writes the date
+        str(renderer.today) if renderer.writes_the_date else "",
         renderer.turn_order,
         tokenizer.backend_tokenizer.to_str(),
         type(tokenizer).__name__,

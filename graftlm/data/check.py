@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data import cache as kept
+from graftlm.data import cache as token_cache
 from graftlm.data.columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
 from graftlm.data.formats import TEXT
 from graftlm.data.mask import weights
@@ -94,6 +94,8 @@ class Report:
     longest_row: str = ""
     dropped_over_length: list[str] = field(default_factory=list)
     truncated_over_length: list[str] = field(default_factory=list)
+    rows_in_part: list[str] = field(default_factory=list)
+    """Conversations that the chat template splits into rows, some of which are left out."""
     truncated_without_end: int = 0
     """Truncated rows whose last answer lost the token that ends it."""
     unterminated: list[str] = field(default_factory=list)
@@ -296,10 +298,10 @@ def _chunks(
     if cache is None or not (isinstance(rows, KeptRows) or many(rows)):
         yield from rendered(rows, renderer, data, workers)
         return
-    file = cache / f"{kept.key(rows, renderer, data)}.safetensors"
+    file = cache / f"{token_cache.key(rows, renderer, data)}.safetensors"
     try:
-        found = kept.load(file)
-    except kept.DamagedError as error:
+        found = token_cache.load(file)
+    except token_cache.DamagedError as error:
         found = None
         report.notes.append(f"rendered anew: {file} was damaged ({error})")
     if found is not None:
@@ -310,7 +312,7 @@ def _chunks(
     for some, columns in rendered(rows, renderer, data, workers):
         parts.append(columns)
         yield some, columns
-    kept.save(file, join(parts))
+    token_cache.save(file, join(parts))
 
 
 def _examples(
@@ -347,6 +349,7 @@ def _examples(
             _ending(report, columns, slice(start, int(columns.ends[piece])), renderer)
         taught.add(number)
         yield Example(columns.ids[start:end], columns.weights[start:end], where)
+    report.rows_in_part += [stands[n] for n in dict.fromkeys(columns.rows[~keeps].tolist()) if n in taught]
     for number, why in sorted(wrong.items()):
         if number in taught:
             parts.append(

@@ -44,7 +44,7 @@ class Columns:
 
 def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns:
     """The columns of these rows; a row that cannot be rendered is among their problems."""
-    ids, roles, kept, numbers = [], [], [], []
+    ids, roles, all_weights, numbers = [], [], [], []
     problems: dict[int, str] = {}
     lost = np.zeros(len(rows), np.uint8)
     for number, pieces in enumerate(renderer.rows_of_all([(row.messages, row.tools, row.variables) for row in rows])):
@@ -61,12 +61,12 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
             lost[number] |= UNREAD_VARIABLES * bool(renderer.unread(rows[number].variables))
             ids.append(piece.ids)
             roles.append(piece.roles)
-            kept.append(values)
+            all_weights.append(values)
             numbers.append(number)
     return Columns(
         np.concatenate([np.empty(0, np.int32), *ids]),
         np.concatenate([np.empty(0, np.uint8), *roles]),
-        np.concatenate([np.empty(0, np.float32), *kept]),
+        np.concatenate([np.empty(0, np.float32), *all_weights]),
         np.cumsum([len(piece) for piece in ids], dtype=np.int64),
         np.array(numbers, np.int64),
         _holds_control(rows, renderer.special_texts),

@@ -2,7 +2,8 @@
 
 Every answer is a conversation of its own and goes through the one renderer, as a row whose earlier messages have
 weight 0: so only the answer is compared, whatever the chat template writes before it. Answers to one prompt begin with
-the same tokens, which a pack computes once.
+the same tokens, which a pack computes once. An answer of several turns (calls of tools, what follows their results) is
+several examples where the template rewrites earlier turns: its log-probability is the sum over all of them.
 
 | a row must have | chosen and rejected | or a verdict           | loss                |
 |-----------------|---------------------|------------------------|---------------------|
@@ -12,8 +13,9 @@ the same tokens, which a pack computes once.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -71,7 +73,7 @@ def _lacks(row: Row, needs: str, data: DataConfig) -> str:
         return "raw text asks nothing" if needs == "prompts" else "raw text has no answer"
     if needs == "prompts":
         return ""
-    if any(said[-1].role != "assistant" for said in (row.messages, *row.rejected)):
+    if any(one[-1].role != "assistant" for one in (row.messages, *row.rejected)):
         return "does not end with an answer"
     if needs == "pairs" or row.rejected:
         return "" if row.rejected else "no rejected answer to compare with"
@@ -87,18 +89,18 @@ def answers_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def _answers(row: Row) -> list[Row]:
-    said = [row.messages, *row.rejected]
-    asked = _common(said) if row.rejected else len(row.messages) - 1
+    conversations = [row.messages, *row.rejected]
+    common = _common(conversations) if row.rejected else len(row.messages) - 1
     return [
         Row(
-            [*(replace(m, weight=0.0, spans=()) for m in one[:asked]), *one[asked:]],
+            [*(replace(m, weight=0.0, spans=()) for m in one[:common]), *one[common:]],
             where,
             row.group,
             row.tools,
             variables=row.variables,
             unread=row.unread if one is row.messages else (),
         )
-        for one, where in zip(said, _places(row), strict=True)
+        for one, where in zip(conversations, _places(row), strict=True)
     ]
 
 
@@ -106,10 +108,10 @@ def _places(row: Row) -> list[str]:
     return [row.where, *(f"{row.where}: rejected answer {n}" for n in range(1, len(row.rejected) + 1))]
 
 
-def _common(said: Sequence[Sequence[Message]]) -> int:
+def _common(conversations: Sequence[Sequence[Message]]) -> int:
     """The messages that all begin with; each has one more at least."""
     count = 0
-    for together in zip(*(one[:-1] for one in said), strict=False):
+    for together in zip(*(one[:-1] for one in conversations), strict=False):
         if any(message != together[0] for message in together):
             break
         count += 1
@@ -121,7 +123,7 @@ def prepare_groups(
 ) -> tuple[list[Group], list[Row], Report]:
     """Groups ready to pack, the rows that they are of, and the report, as `check.prepare` makes them of single rows."""
     examples, report = prepare(answers_of(rows), renderer, data, **options)
-    made, kept, problems = groups(rows, examples, needs)
+    made, kept, problems = groups(rows, examples, needs, in_part=report.rows_in_part)
     report.problems += problems
     report.rows, report.compared = len(made), True
     if needs == "feedback":
@@ -137,11 +139,15 @@ def prepare_groups(
     return made, kept, report
 
 
-def groups(rows: Sequence[Row], examples: Sequence[Example], needs: str) -> tuple[list[Group], list[Row], list[str]]:
+def groups(
+    rows: Sequence[Row], examples: Sequence[Example], needs: str, in_part: Collection[str] = ()
+) -> tuple[list[Group], list[Row], list[str]]:
     """(a group for each row, the rows that have one, what is wrong with others) from the examples of `answers_of`.
 
-    A row of which an answer could not be rendered, or was too long, has none: its answer was told of already.
+    A row has none where an answer of it could not be rendered or was too long, which is in the report already, or is
+    there `in_part`: some of its examples were left out.
     """
+    left_out = set(in_part)
     found: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         found[example.where].append(example)
@@ -150,11 +156,9 @@ def groups(rows: Sequence[Row], examples: Sequence[Example], needs: str) -> tupl
     problems: dict[str, str] = {}
     for row in rows:
         answers = [found[place] for place in _places(row)]
-        if any(len(pieces) > 1 for pieces in answers):
-            problems[row.where] = "what is compared has several answers, and the chat template rewrites earlier ones"
-        elif all(answers):
-            group = _group(row, tuple(one for (one,) in answers), needs)
-            same = [n for n in range(1, len(group.answers)) if _same(group.answers[0], group.answers[n])]
+        if all(answers) and left_out.isdisjoint(_places(row)):
+            group = _group(row, answers, needs)
+            same = [n for n in range(1, len(answers)) if _same(answers[0], answers[n])]
             if same:
                 problems[row.where] = f"rejected answer {same[0]} is rendered to the same tokens as the chosen one"
             else:
@@ -163,16 +167,27 @@ def groups(rows: Sequence[Row], examples: Sequence[Example], needs: str) -> tupl
     return made, kept, [f"{where}: {why}" for where, why in problems.items()]
 
 
-def _group(row: Row, answers: tuple[Example, ...], needs: str) -> Group:
+def _group(row: Row, answers: Sequence[Sequence[Example]], needs: str) -> Group:
+    examples, numbers = _in_order(answers)
     if not row.rejected:
-        return Group(answers, (float(bool(row.desirable)),))
+        return Group(examples, (float(bool(row.desirable)),), numbers=numbers)
     worse = range(1, len(answers))
     pairs = tuple((0, n) for n in worse) if needs == "pairs" else ()
-    return Group(answers, (1.0, *(0.0 for _ in worse)), pairs)
+    return Group(examples, (1.0, *(0.0 for _ in worse)), pairs, numbers)
 
 
-def _same(a: Example, b: Example) -> bool:
-    return np.array_equal(a.ids, b.ids) and np.array_equal(a.weights, b.weights)
+def _in_order(answers: Sequence[Sequence[Example]]) -> tuple[tuple[Example, ...], tuple[int, ...]]:
+    """(the examples of all answers, the `numbers` of a group of them)"""
+    numbered = [(number, example) for number, examples in enumerate(answers) for example in examples]
+    numbers = tuple(number for number, _ in numbered) if len(numbered) > len(answers) else ()
+    return tuple(example for _, example in numbered), numbers
+
+
+def _same(a: Sequence[Example], b: Sequence[Example]) -> bool:
+    return len(a) == len(b) and all(
+        np.array_equal(one.ids, other.ids) and np.array_equal(one.weights, other.weights)
+        for one, other in zip(a, b, strict=True)
+    )
 
 
 # Answers to other prompts ------------------------------------------------------------------------------------------
@@ -188,9 +203,10 @@ def mismatched(step: Sequence[Group]) -> list[Group]:
         others = (step[(number + n) % len(step)] for n in range(1, len(step)))
         other = next((one for one in others if not np.array_equal(_prompt(one), _prompt(group))), None)
         if other is not None:
-            pairs = zip(group.answers, (other.answers * len(group.answers))[: len(group.answers)], strict=True)
-            answers = tuple(_exchanged(asked, answered) for asked, answered in pairs)
-            found.append(Group(answers, (0.0,) * len(answers), probe=True))
+            pairs = zip(group.parts(), cycle(other.parts()), strict=False)
+            answers = [_exchanged(asked[0], answered) for asked, answered in pairs]
+            examples, numbers = _in_order(answers)
+            found.append(Group(examples, (0.0,) * len(answers), probe=True, numbers=numbers))
     return found
 
 
@@ -203,10 +219,14 @@ def _prompt(group: Group) -> np.ndarray:
     return group.answers[0].ids[: _begins(group.answers[0])]
 
 
-def _exchanged(asked: Example, answered: Example) -> Example:
-    a, b = _begins(asked), _begins(answered)
-    return Example(
-        np.concatenate([asked.ids[:a], answered.ids[b:]]),
-        np.concatenate([np.zeros(a, np.float32), answered.weights[b:]]),
-        f"{asked.where}, with the answer of {answered.where}",
-    )
+def _exchanged(asked: Example, answered: Sequence[Example]) -> list[Example]:
+    """The answer, in one example or several, behind another prompt."""
+    a, prompt = _begins(asked), answered[0].ids[: _begins(answered[0])]
+    found = []
+    for part in answered:
+        different = np.flatnonzero(part.ids[: len(prompt)] != prompt[: len(part)])
+        b = int(different[0]) if len(different) else len(prompt)  # a later turn may follow a prompt that was rewritten
+        ids = np.concatenate([asked.ids[:a], part.ids[b:]])
+        weights = np.concatenate([np.zeros(a, np.float32), part.weights[b:]])
+        found.append(Example(ids, weights, f"{asked.where}, with the answer of {part.where}"))
+    return found

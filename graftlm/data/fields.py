@@ -6,13 +6,13 @@ from difflib import get_close_matches
 from typing import Any
 
 LEVELS = ("rows", "messages", "parts and calls of messages")
-"""What a key belongs to, by the number of mappings around it; all that is deeper counts as the last."""
+"""What a key belongs to, by the number of mappings around it; deeper keys count as the last level."""
 
 NESTED = (dict, list)
 """What may hold keys of its own."""
 
 Unread = tuple[tuple[str, str], ...]
-"""(level, key) of the keys of one row that nobody has read."""
+"""(level, key) of each key of one row that no reader has used."""
 
 
 class Tracked(dict[str, Any]):
@@ -46,14 +46,14 @@ def tracked(value: Any) -> Any:
 
 
 def read_all(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain copy of a mapping, every key of which is used."""
+    """A plain copy of a mapping; all its keys count as used."""
     if isinstance(mapping, Tracked):
         mapping.read.update(mapping)
     return dict(mapping)
 
 
 def unread(*rows: Any) -> Unread:
-    """The keys that were not read, in the order of the row; those without a value (null, empty) are left out. A mapping
+    """The keys that were not read, in the order of the row, without those that hold no value (null, empty). A mapping
     that was not read counts as one key."""
     seen: set[int] = set()
     return tuple(found for row in rows for found in _unread(row, 0, seen))
@@ -75,7 +75,7 @@ def _unread(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, str]]
 
 def unread_notes(unread: Iterable[tuple[str, Unread]], known: Iterable[str]) -> list[str]:
     """A line for each level with all its unread keys: how often each occurs, and in which row first. `unread` has
-    (where the row stands, its unread keys); `known` are keys that a misspelt one may have been meant to be."""
+    (place of the row, its unread keys); `known` are the keys that an unread one may be a misspelling of."""
     counts: dict[str, Counter[str]] = {level: Counter() for level in LEVELS}
     first: dict[tuple[str, str], str] = {}
     for where, keys in unread:

@@ -1,11 +1,12 @@
 """FORMATS: row -> conversation. A format is a function from a dict, as it stands in the file, to a Conversation.
 
-The format of a file is detected from the keys of its first rows and said aloud; `data.format` overrides it. What is
-read and what is refused is the same in every format: `messages.py` reads single turns, `check` here looks at the whole.
+The keys of its first rows decide the format of a file, which the report names; `data.format` overrides it. All formats
+read and refuse the same: `messages.py` reads single turns, `check` here looks at the whole.
 """
 
 import json
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ __all__ = ["FORMATS", "ROLES", "SHAREGPT_ROLES", "TEXT", "Conversation", "Fields
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says, whatever it was written in."""
+    """What a row says, whatever its format."""
 
     messages: list[Message]
     tools: tuple[dict[str, object], ...] = ()
@@ -38,7 +39,7 @@ class Conversation:
     rejected: tuple[list[Message], ...] = ()
     """Whole conversations that were liked less than `messages`, the best of them first; a pair has one."""
     desirable: bool | None = None
-    """Feedback without a pair: whether the answer was liked. None where nobody said."""
+    """Feedback without a pair: whether the answer was liked. None where the row does not say."""
     asks: bool = False
     """Whether it may end without an answer, because the model is to give it."""
 
@@ -49,13 +50,13 @@ class Conversation:
 def messages(row: Fields) -> Conversation:
     """{messages: [{role, content, ...}]}, as OpenAI has it; and what `graft data convert` adds: `rejected`, a list of
     whole conversations, and `desirable`."""
-    said = _with_system(row, read_messages(row, "messages", ROLES))
+    conversation = _with_system(row, read_messages(row, "messages", ROLES))
     rejected = from_json(row, "rejected") or []
     if not isinstance(rejected, list) or not all(isinstance(one, list) for one in rejected):
         raise RowError(f"field 'rejected' must be a list of conversations, this is {rejected!r:.60}")
     others = [read_messages({"rejected": one}, "rejected", ROLES) for one in rejected]
     flag = _flag(row, "desirable") if row.get("desirable") is not None else None
-    return Conversation(said, read_tools(row), tuple(others), flag)
+    return Conversation(conversation, read_tools(row), tuple(others), flag)
 
 
 def sharegpt(row: Fields) -> Conversation:
@@ -77,46 +78,58 @@ def prompt_completion(row: Fields) -> Conversation:
 
 
 def inputs_targets(row: Fields) -> Conversation:
-    """{inputs, targets}, as Flan has it, or P3's {inputs_pretokenized, targets_pretokenized}."""
+    """{inputs, targets}, as in Flan, or P3's {inputs_pretokenized, targets_pretokenized}."""
     end = "_pretokenized" if "inputs_pretokenized" in row else ""
     return Conversation([*_asked(row, f"inputs{end}"), *_answer(row, f"targets{end}")])
 
 
 def natural_instructions(row: Fields) -> Conversation:
     """{Definition, input, output}, one instance of a task of Super-NaturalInstructions (arXiv:2204.07705), or
-    {definition, inputs, targets}. Of several right outputs the first is the answer. The first two of the task's
-    `Positive Examples` stand before the input, in the words of Tk-Instruct (its ni_collator.py)."""
+    {definition, inputs, targets}. The first of several correct outputs is the answer.
+
+    The first two of the task's `Positive Examples` stand before the input, in the text that Tk-Instruct was trained on
+    (github.com/yizhongw/Tk-Instruct at 7c0e400, src/ni_collator.py, with two positive and no negative examples, and
+    without the space at its end, which its run_gpt3.py strips). Without examples the input follows the definition."""
     new = "Definition" in row
     definition, text, answer = ("Definition", "input", "output") if new else ("definition", "inputs", "targets")
     task, asked = _one_text(row, definition), read_text(row, text)
     examples = _examples(row)
     if examples:
-        task = f"Definition: {task}"
-        asked = f"Now complete the following example -\nInput: {asked}\nOutput:"
-    asked = "\n\n".join(part for part in (task, *examples, asked) if part)
+        task = f"{_with_full_stop(f'Definition: {task.strip()}')}\n\n"
+        asked = f"Now complete the following example -\n{_with_full_stop(f'Input: {asked.strip()}')}\nOutput:"
+        asked = "".join([task, *examples, asked])
+    else:
+        asked = "\n\n".join(part for part in (task, asked) if part)
     return Conversation([Message("user", asked), Message("assistant", _one_text(row, answer))])
 
 
 def _examples(row: Fields) -> list[str]:
-    """The first examples of a task; those without an output cannot be shown."""
+    """The first examples of a task as Tk-Instruct writes them; those without an output cannot be shown."""
     found = row.get("Positive Examples") or []
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise RowError(f"field 'Positive Examples' must be a list of {{input, output}}, this is {found!r:.60}")
     fields = [(one.get("input"), one.get("output")) for one in map(read_all, found)]
     pairs = [(given, made) for given, made in fields if isinstance(given, str) and isinstance(made, str)]
     return [
-        f"Positive Example {number} -\nInput: {given.strip()}\nOutput: {made.strip()}"
+        f" Positive Example {number} -\n{_with_full_stop(f'Input: {given.strip()}')}\n"
+        f"{_with_full_stop(f' Output: {made.strip()}')}\n\n"
         for number, (given, made) in enumerate(pairs[:EXAMPLES], start=1)
     ]
 
 
+def _with_full_stop(text: str) -> str:
+    """The text, with a full stop where no punctuation mark ends it."""
+    return text if text[-1] in string.punctuation else f"{text}."
+
+
 def prompt(row: Fields) -> Conversation:
-    """{prompt}, or a conversation in any of the formats above that ends with a question: for `online`, where the model
-    answers by itself. An answer that stands there all the same is what scorers compare with."""
-    said = _question(row)
-    answered = said[-1].role == "assistant"
+    """{prompt}, or a conversation in any of the formats above that ends with a question, for `online`, where the model
+    answers by itself. Scorers compare with the row's own answer, where it has one."""
+    conversation = _question(row)
+    answered = conversation[-1].role == "assistant"
     answer = None if answered else next((key for key in ANSWERS if row.get(key)), None)
-    return Conversation([*said, *_answer(row, answer)] if answer else said, read_tools(row), asks=True)
+    answers = _answer(row, answer) if answer else []
+    return Conversation([*conversation, *answers], read_tools(row), asks=True)
 
 
 def text(row: Fields) -> Conversation:
@@ -158,11 +171,11 @@ def _dialogue(row: Fields, key: str) -> list[Message]:
         return []
     _, *parts = re.split(r"\n\n(Human|Assistant):", text)
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [Message(roles[who], turn.strip()) for who, turn in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def feedback(row: Fields) -> Conversation:
-    """Any conversation with a `label`, `desirable` or `kto_tag`: whether its answer was liked."""
+    """Any conversation with a `label`, `desirable` or `kto_tag`, which says whether its answer was liked."""
     key = next((key for key in FLAGS if key in row), FLAGS[0])
     return replace(_supervised(row), desirable=_flag(row, key))
 
@@ -205,14 +218,14 @@ QUESTIONS, ANSWERS = ("prompt", "query", "question", "input"), ("completion", "r
 EXAMPLES = 2
 """Of a task of Super-NaturalInstructions, as Tk-Instruct was trained."""
 PARAGRAPHS = {"instruction": ("input", "context"), "question": ("context",), "input": ("context",)}
-"""What is a paragraph of its own below a question, by the field of the question."""
+"""Field of the question -> fields that become a paragraph of their own below it."""
 FLAGS = ("label", "desirable", "kto_tag")
 _FLAG_TEXTS = ("true", "True", "TRUE", "false", "False", "FALSE")
 """A .csv file has only text."""
 ALONE = QUESTIONS[:3]
-"""Names of a question that can mean nothing else where no answer is beside it."""
+"""Names of a question: without an answer beside it they can mean nothing else."""
 BESIDE_A_PROMPT = ("system", "history", "tools", "group", "context")
-"""What may stand beside a question that nobody has answered; of a row with more, somebody misspelt the answer."""
+"""What may stand beside a question without an answer; a row with other fields has a misspelt answer."""
 
 _SIGNS: dict[str, tuple[frozenset[str], ...]] = {
     "natural-instructions": (
@@ -234,7 +247,7 @@ _SUPERVISED = ("messages", "sharegpt", "alpaca", "prompt-completion", "inputs-ta
 def detect(row: Fields) -> str:
     """The name of the format whose keys the row has; raises RowError that says what was found and what is known.
 
-    A `label` says nothing by itself (it may be a class): only one that is true or false is feedback on the answer.
+    A `label` may be a class: only one that is true or false is feedback on the answer.
     """
     keys = set(row)
     for name, signs in _SIGNS.items():
@@ -301,7 +314,7 @@ def _asked(row: Fields, *keys: str) -> list[Message]:
 
 
 def _answers(row: Fields) -> tuple[str, ...]:
-    """The fields that may hold the answer, those of the row's own kind first: in {input, output} `input` asks."""
+    """The fields that may hold the answer, those of the row's own kind first; `input` is a question beside `output`."""
     return ("output", *ANSWERS) if "instruction" in row else ANSWERS
 
 
@@ -316,29 +329,29 @@ def _answer(row: Fields, *keys: str) -> list[Message]:
     return [Message("assistant", read_text(row, key))]
 
 
-def _with_system(row: Fields, said: list[Message]) -> list[Message]:
+def _with_system(row: Fields, conversation: list[Message]) -> list[Message]:
     """The messages, with the field `system` before them where there is one."""
     if not row.get("system"):
-        return said
+        return conversation
     system = Message("system", read_text(row, "system"))
-    if said[0].role != "system":
-        return [system, *said]
-    if said[0].content != system.content:
+    if conversation[0].role != "system":
+        return [system, *conversation]
+    if conversation[0].content != system.content:
         raise RowError("there are two different system messages: the field 'system' and the first message")
-    return said
+    return conversation
 
 
 def _history(row: Fields) -> list[Message]:
     """[[question, answer], ...] before the question of the row."""
     turns = from_json(row, "history") or []
     pairs = isinstance(turns, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns)
-    if not pairs or not all(isinstance(said, str) for turn in turns for said in turn):
+    if not pairs or not all(isinstance(content, str) for turn in turns for content in turn):
         raise RowError(f"field 'history' must be a list of [question, answer], this is {turns!r:.60}")
-    return [Message(role, said) for turn in turns for role, said in zip(("user", "assistant"), turn, strict=True)]
+    return [Message(role, content) for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)]
 
 
 def _flagged(row: Fields) -> bool:
-    """Whether it says that its answer was liked, or not; the other names than `label` can mean nothing else."""
+    """Whether the row says that its answer was liked or not; names other than `label` can mean nothing else."""
     label, *others = (row.get(key) for key in FLAGS)
     return isinstance(label, bool) or label in _FLAG_TEXTS or any(value is not None for value in others)
 
@@ -367,17 +380,17 @@ _DAMAGE = re.compile("\0|[\ud800-\udfff]|\ufffd\ufffd")
 
 
 def check(conversation: list[Message], *, asks: bool = False) -> list[str]:
-    """Raise RowError for what no template could save; return what may stand, and should be told.
+    """Raise RowError for a conversation that no template can render as it was meant; return notes on one that can stay.
 
-    A trailing question is allowed (it trains nothing); two turns of one role in a row, a late system message and a
-    conversation that begins with an answer are not: templates refuse them or write what nobody meant.
+    A trailing question is allowed (it trains nothing). Two turns of one role in a row, a late system message and a
+    conversation that begins with an answer are not allowed: templates refuse them or write something else.
     """
     before = ""
     for index, message in enumerate(conversation):
         where, role = f"message {index + 1} ({message.role})", message.role
-        for said in (message.content, message.thinking):
-            if not said.isascii() or "\0" in said:
-                _check_characters(said, where)
+        for content in (message.content, message.thinking):
+            if not content.isascii() or "\0" in content:
+                _check_characters(content, where)
         if role in ("assistant", TEXT) and not message.tool_calls and _blank(message.content):
             what = "is blank, its characters cannot be seen" if message.content else "is empty"
             raise RowError(f"{where} {what}: there is nothing to learn from")
@@ -407,8 +420,8 @@ def check(conversation: list[Message], *, asks: bool = False) -> list[str]:
     return [f"ends with a {before} message, which trains nothing"] if before in ("user", "tool") else []
 
 
-def _check_characters(said: str, where: str) -> None:
-    found = _DAMAGE.search(said)
+def _check_characters(content: str, where: str) -> None:
+    found = _DAMAGE.search(content)
     if found is None:
         return
     if found[0] == "\0":
@@ -418,5 +431,5 @@ def _check_characters(said: str, where: str) -> None:
     raise RowError(f"{where} contains a lone surrogate ({found[0]!r} at character {found.start()}): not valid text")
 
 
-def _blank(said: str) -> bool:
-    return all(character.isspace() or character in INVISIBLE for character in said)
+def _blank(content: str) -> bool:
+    return all(character.isspace() or character in INVISIBLE for character in content)

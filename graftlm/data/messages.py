@@ -63,7 +63,7 @@ class Message:
     role: str
     content: str
     tool_calls: tuple[Fields, ...] = ()
-    """What an assistant asks of tools, as templates take it: {"type": "function", "function": {name, arguments}}."""
+    """Calls of tools by an assistant, as templates take them: {"type": "function", "function": {name, arguments}}."""
     thinking: str = ""
     """What an assistant thought before its answer (`reasoning_content`), for templates that have a place for it."""
     weight: float | None = None
@@ -75,7 +75,8 @@ class Message:
     name: str = ""
     """Of a tool's message: the name of the tool."""
     boilerplate: tuple[tuple[int, int], ...] = ()
-    """(start, end): characters of `content` that are the fixed words of a template, no mask but `everything` trains."""
+    """(start, end): characters of `content` that are fixed words of a template; only the mask `everything` trains
+    them."""
 
     @property
     def all_text(self) -> str:
@@ -85,7 +86,7 @@ class Message:
 
 
 class RowError(ValueError):
-    """What is wrong with one row; `source.py` adds where it stands."""
+    """What is wrong with one row; `source.py` adds the place of the row."""
 
 
 # Fields ------------------------------------------------------------------------------------------------------------
@@ -121,8 +122,7 @@ def missing(row: Fields, key: str) -> RowError:
 
 
 def from_json(row: Fields, key: str) -> Any:
-    """What is in a field that cannot hold text: the JSON of a list or mapping, which is all that a .csv file can hold,
-    is read."""
+    """The value of a field that cannot be text. JSON of a list or mapping is read: a .csv file has nothing else."""
     value = row.get(key)
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
@@ -190,16 +190,16 @@ def _turn(turn: Fields, roles: Mapping[str, str]) -> Iterator[Message]:
         role_key, text_key = "from", "value"
     else:
         role_key, text_key = "role", "value" if "value" in turn and "content" not in turn else "content"
-    said = read_text(turn, role_key)
-    if said not in roles:
-        plain = said.strip().lower()
-        near = f"Did you mean {plain!r}?" if plain in roles else nearest(said, roles)
-        raise RowError(f"{role_key} is {said!r}, which is no role. {near}")
-    if roles[said] == CALL:
+    name_of_role = read_text(turn, role_key)
+    if name_of_role not in roles:
+        plain = name_of_role.strip().lower()
+        near = f"Did you mean {plain!r}?" if plain in roles else nearest(name_of_role, roles)
+        raise RowError(f"{role_key} is {name_of_role!r}, which is no role. {near}")
+    if roles[name_of_role] == CALL:
         calls = _calls(_loaded(read_text(turn, text_key), text_key))
         yield Message("assistant", "", calls, _thoughts(turn), _weight(turn, "assistant"))
         return
-    yield _message(turn, roles[said], text_key)
+    yield _message(turn, roles[name_of_role], text_key)
 
 
 def _message(turn: Fields, role: str, text_key: str) -> Message:
@@ -271,8 +271,8 @@ def read_spans(spans: Any, length: int) -> tuple[tuple[int, int, float], ...]:
 
 
 def _weight(turn: Fields, role: str) -> float | None:
-    """The weight of a message: the product of all that it says of it. `weight` is OpenAI's, 0 to 1; TRAIN_FLAGS are of
-    Axolotl, LLaMA-Factory, verl and others; `loss` and `loss_scale` are ms-swift's, which are about answers only."""
+    """The weight of a message, the product of all keys that give one: OpenAI's `weight`, 0 to 1; the TRAIN_FLAGS of
+    Axolotl, LLaMA-Factory, verl and others; and, for answers only, ms-swift's `loss` and `loss_scale`."""
     found: list[float] = []
     if turn.get("weight") is not None:
         found.append(_number(turn["weight"], "weight", most=1))

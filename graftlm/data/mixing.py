@@ -22,7 +22,7 @@ from graftlm.errors import DataError
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run, and what is to be told of the files that they come from."""
+    """The rows of a run, and notes on the files that they come from."""
 
     train: Sequence[Row]
     held_out: Sequence[Row]
@@ -36,33 +36,34 @@ class Data:
 def read_data(
     data: DataConfig, *, seed: int, network: bool = False, usable: Callable[..., Any] = for_supervised
 ) -> Data:
-    """Read all sources, put rows aside and mix the others; raises DataError as `load_rows` and `split` do.
+    """Read all sources, hold rows out and mix the others; raises DataError as `load_rows` and `split` do.
 
-    `usable` says which rows the loss can use, and what is to be told of the others; DataError where it needs more.
+    `usable` returns (the rows that the loss can use, notes on the others); it raises DataError where the loss needs
+    more.
     """
-    told: list[Problem] = []
+    all_problems: list[Problem] = []
     sources = data.sources()
     field = data.order.field if data.order else None
-    how: dict[str, Any] = {"network": network, "strict": data.strict, "turn_order": data.turn_order}
-    loaded = [load_rows(source, problems=told, score=field, **how) for source in sources]
+    how: dict[str, Any] = {"network": network, "strict": data.strict, "turn_order": data.turn_order, "seed": seed}
+    loaded = [load_rows(source, problems=all_problems, score=field, **how) for source in sources]
     rows, notes = usable([row for part, _ in loaded for row in part])
     notes = [*notes, *_templates(sources, [part for part, _ in loaded])]
     if isinstance(data.held_out, int | float):
-        rows, aside = split(rows, data.held_out, seed)
+        rows, held_out = split(rows, data.held_out, seed)
     else:
-        aside, _ = load_rows(data.held_out, problems=told, **how)
-        aside, _ = usable(aside)
+        held_out, _ = load_rows(data.held_out, problems=all_problems, **how)
+        held_out, _ = usable(held_out)
     if len(sources) > 1 or sources[0].cap is not None:
-        kept = {id(row) for row in rows}
-        parts = [[row for row in part if id(row) in kept] for part, _ in loaded]
+        remaining = {id(row) for row in rows}
+        parts = [[row for row in part if id(row) in remaining] for part, _ in loaded]
         rows, shares = mix(parts, sources, temperature=data.mix_temperature, seed=seed)
         notes += shares
     if data.desirable_share is not None:
         rows, note = balance(rows, data.desirable_share, seed=seed)
         notes.append(note)
-    problems = [str(problem) for problem in told if problem.left_out]
-    notes += [str(problem) for problem in told if not problem.left_out]
-    return Data(rows, aside, ", ".join(dict.fromkeys(name for _, name in loaded)), problems, notes)
+    problems = [str(problem) for problem in all_problems if problem.left_out]
+    notes += [str(problem) for problem in all_problems if not problem.left_out]
+    return Data(rows, held_out, ", ".join(dict.fromkeys(name for _, name in loaded)), problems, notes)
 
 
 def _templates(sources: Sequence[SourceConfig], parts: Sequence[Sequence[Row]]) -> list[str]:
@@ -71,8 +72,8 @@ def _templates(sources: Sequence[SourceConfig], parts: Sequence[Sequence[Row]]) 
     for source, rows in zip(sources, parts, strict=True):
         if len(source.templates) > 1:
             counts = Counter(row.template for row in rows)
-            said = ", ".join(f"{number + 1}: {counts[number]:,} rows" for number in range(len(source.templates)))
-            lines.append(f"{source.path}: asked by template {said}")
+            counted = ", ".join(f"{number + 1}: {counts[number]:,} rows" for number in range(len(source.templates)))
+            lines.append(f"{source.path}: asked by template {counted}")
     return lines
 
 

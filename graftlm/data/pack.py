@@ -11,7 +11,9 @@ predict across their boundary. A token that several rows train after the same be
 their weights; a hidden state after which rows part has a target for each of them.
 
 A group is several answers to one prompt that a loss compares: they lie in one pack, where they share the prompt, and a
-token that two of them have in common stays two triples, one of each answer.
+token that two of them have in common stays two triples, one of each answer. An answer of several turns is several rows
+where the chat template rewrites earlier turns: their triples are all of that one answer, so its log-probability is the
+sum over its turns, each after what generation would have read.
 """
 
 from collections.abc import Sequence
@@ -58,10 +60,13 @@ class Group:
     """Answers to one prompt, whole rows each, that must lie in one pack because a loss compares them."""
 
     answers: tuple[Example, ...]
+    """Rows: one for each answer, or several where `numbers` says so."""
     marks: tuple[float, ...]
     """What is known of each answer: liked 1 or not 0, a share of wins, a reward."""
     pairs: tuple[tuple[int, int], ...] = ()
     """Which of them are compared: (chosen, rejected)."""
+    numbers: tuple[int, ...] = ()
+    """The number, from 0, of the answer that each row is a part of, in order; empty where each row is an answer."""
     probe: bool = False
     """Whether it is only looked at, for a number that the whole step needs, and teaches nothing."""
 
@@ -72,10 +77,16 @@ class Group:
     def where(self) -> str:
         return self.answers[0].where
 
+    def parts(self) -> list[tuple[Example, ...]]:
+        """The rows of each answer."""
+        numbers = self.numbers or range(len(self.answers))
+        rows = list(zip(numbers, self.answers, strict=True))
+        return [tuple(row for own, row in rows if own == number) for number in range(len(self.marks))]
+
     @property
     def liked(self) -> list[Example]:
-        """Answers that one would imitate."""
-        return [answer for answer, mark in zip(self.answers, self.marks, strict=True) if mark > 0.5]
+        """Rows of answers that one would imitate."""
+        return [row for rows, mark in zip(self.parts(), self.marks, strict=True) for row in rows if mark > 0.5]
 
     def cost(self, *, share: bool = True) -> int:
         """Tokens that are computed for it alone; with `share`, its prompt once."""
@@ -105,6 +116,8 @@ class Pack:
     """[P, 2]: answers that are compared, (chosen, rejected)."""
     marks: Tensor = field(default_factory=lambda: torch.empty(0))
     """[N]: what is known of each answer."""
+    prompt_ends: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[N]: the hidden row where the prompt of each answer ends, which predicts the answer's first trained token."""
     before: Tensor | None = None
     """float32 [S]: log-probabilities from when the answers were sampled."""
     probe: bool = False
@@ -131,7 +144,7 @@ class Pack:
 
     def idle(self) -> "Pack":
         """The same forward pass, from which nothing is learnt."""
-        learnt = ("hidden_rows", "targets", "weights", "answers", "pairs", "marks")
+        learnt = ("hidden_rows", "targets", "weights", "answers", "pairs", "marks", "prompt_ends")
         nothing: dict[str, Any] = {name: getattr(self, name)[:0] for name in learnt}
         before = None if self.before is None else self.before[:0]
         return replace(self, **nothing, before=before, row_tokens=0)
@@ -159,6 +172,8 @@ class _Tree:
     def __init__(self) -> None:
         self.root = _Segment(None, 0, np.empty(0, np.int32))
         self.examples: list[Example] = []
+        self.numbers: list[int] = []
+        """Of rows in groups: the answer of the pack that each is a part of."""
         self.marks: list[float] = []
         self.pairs: list[tuple[int, int]] = []
         self.probe = False
@@ -185,14 +200,16 @@ class _Tree:
 
     def add(self, item: Example | Group, *, share: bool) -> None:
         if isinstance(item, Group):
-            assert len(self.marks) == len(self.examples), "rows and groups of answers do not mix"
+            assert len(self.numbers) == len(self.examples), "rows and groups of answers do not mix"
             assert self.probe == item.probe or not self.examples, "probes and what is learnt do not mix"
             self.pairs += [(len(self.marks) + a, len(self.marks) + b) for a, b in item.pairs]
+            self.numbers += [len(self.marks) + n for n in item.numbers or range(len(item.answers))]
             self.marks += item.marks
             self.probe = item.probe
         for example in item.answers:
             self._add(example, share)
-        assert len(self.marks) in (0, len(self.examples)), "one mark for each answer"
+        assert len(self.numbers) in (0, len(self.examples)), "rows and groups of answers do not mix"
+        assert sorted({*self.numbers}) == [*range(len(self.marks))], "one mark for each answer"
 
     def _add(self, example: Example, share: bool) -> None:
         ids = example.needed
@@ -221,14 +238,15 @@ class _Tree:
 
     def pack(self) -> Pack:
         segments = self.segments()
-        number = {id(segment): i for i, segment in enumerate(segments)}
+        place_of = {id(segment): i for i, segment in enumerate(segments)}
         lengths = [len(segment.ids) for segment in segments]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         hidden, targets, weights, answers, sampled = [], [], [], [], []
+        prompt_ends: dict[int, tuple[int, int]] = {}  # of each answer: (its first row, the hidden row)
         where: list[list[str]] = [[] for _ in segments]
         for last in segments:
             path = _path(last)
-            places = np.concatenate([starts[number[id(s)]] + np.arange(len(s.ids)) for s in path])
+            places = np.concatenate([starts[place_of[id(s)]] + np.arange(len(s.ids)) for s in path])
             for row in last.rows:
                 example = self.examples[row]
                 trained = example.weights.nonzero()[0]
@@ -236,11 +254,15 @@ class _Tree:
                 hidden.append(places[trained - 1])
                 targets.append(example.ids[trained])
                 weights.append(example.weights[trained])
-                answers.append(np.full(len(trained), row))
+                if self.marks:
+                    number = self.numbers[row]
+                    answers.append(np.full(len(trained), number))
+                    end = (row, int(places[trained[0] - 1])) if len(trained) else (row, 0)
+                    prompt_ends[number] = min(end, prompt_ends.get(number, end))
                 if example.before is not None:
                     sampled.append(example.before[trained])
                 for segment in path:
-                    where[number[id(segment)]].append(example.where)
+                    where[place_of[id(segment)]].append(example.where)
         triples = np.stack([np.concatenate(hidden), np.concatenate(targets).astype(np.int64)])
         if self.marks:  # the same token of two answers stays two triples
             triples = np.concatenate([triples, np.concatenate(answers)[None]])
@@ -256,7 +278,7 @@ class _Tree:
             ids=torch.from_numpy(np.concatenate([s.ids for s in segments]).astype(np.int64))[None],
             positions=torch.cat([torch.arange(s.start, s.start + len(s.ids)) for s in segments])[None],
             lengths=lengths,
-            parents=[number.get(id(s.parent), -1) for s in segments],
+            parents=[place_of.get(id(s.parent), -1) for s in segments],
             hidden_rows=torch.from_numpy(triples[0].copy()),
             targets=torch.from_numpy(triples[1].copy()),
             weights=torch.from_numpy(summed.astype(np.float32)),
@@ -265,6 +287,7 @@ class _Tree:
             answers=torch.from_numpy(triples[2].copy() if self.marks else np.empty(0, np.int64)),
             pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
             marks=torch.tensor(self.marks, dtype=torch.float32),
+            prompt_ends=torch.tensor([prompt_ends[n][1] for n in range(len(self.marks))], dtype=torch.int64),
             before=before,
             probe=self.probe,
         )

@@ -38,7 +38,7 @@ class KeptRows(Sequence[Row]):
         self.places = places
         """Where each stands."""
         self.unread = unread
-        """What is to be told of their keys that nobody has read."""
+        """Notes on their keys that no reader has used."""
         self._text, self._ends = text, ends
         self._made: list[Row | None] = [None] * len(places)
 
@@ -67,7 +67,7 @@ def places(rows: Sequence[Row]) -> list[str]:
 
 
 def unread_keys(rows: Sequence[Row]) -> list[str]:
-    """What is to be told of keys that nobody has read, a line each; a row that comes several times counts once."""
+    """Notes on keys that no reader has used, a line each; a row that comes several times counts once."""
     if isinstance(rows, KeptRows):
         return rows.unread
     return unread_notes({row.where: row.unread for row in rows}.items(), MESSAGE_KEYS)
@@ -107,10 +107,10 @@ def read_kept(
 
 
 def _sources(data: DataConfig) -> list[SourceConfig]:
-    aside = data.held_out
-    if isinstance(aside, int | float):
+    held_out = data.held_out
+    if isinstance(held_out, int | float):
         return data.sources()
-    return [*data.sources(), aside if isinstance(aside, SourceConfig) else SourceConfig(path=aside)]
+    return [*data.sources(), held_out if isinstance(held_out, SourceConfig) else SourceConfig(path=held_out)]
 
 
 def _key(data: DataConfig, seed: int, needs: str) -> str | None:

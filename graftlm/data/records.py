@@ -306,40 +306,37 @@ def _csv(file: Path, delimiter: str = ",") -> Iterator[Record | Problem]:
         csv.field_size_limit(limit)
 
 
-def _parquet(file: Path) -> Iterator[Record | Problem]:
+def _table(file: Path, batches_of: Callable[[Path], Iterator[Any]]) -> Iterator[Record | Problem]:
+    """The rows of a file of columns, which is read in batches of pyarrow."""
+    number = 0
+    try:
+        for batch in batches_of(file):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", _of_a_table(row)
+    except Exception as error:
+        after = f" (after row {number})" if number else ""
+        raise DataError(f"{file}: not a readable {_ending(file)[1:]} file: {error}{after}") from None
+
+
+def _parquet_batches(file: Path) -> Iterator[Any]:
     import pyarrow.parquet  # type: ignore[import-untyped] # comes with datasets, whose own reader fills a cache
 
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}: row {number}", _of_a_table(row)
-    except Exception as error:
-        after = f" (after row {number})" if number else ""
-        raise DataError(f"{file}: not a readable parquet file: {error}{after}") from None
+    with pyarrow.parquet.ParquetFile(file) as table:
+        yield from table.iter_batches(1000)
 
 
-def _arrow(file: Path) -> Iterator[Record | Problem]:
-    """A file of `datasets.save_to_disk` or of Arrow's own format."""
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    """Of a file of `datasets.save_to_disk` or of Arrow's own format."""
     import pyarrow
 
-    number = 0
-    try:
-        with pyarrow.memory_map(str(file)) as stream:
-            try:
-                batches = iter(pyarrow.ipc.open_stream(stream))
-            except pyarrow.ArrowInvalid:
-                table = pyarrow.ipc.open_file(stream)
-                batches = (table.get_batch(i) for i in range(table.num_record_batches))
-            for batch in batches:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}: row {number}", _of_a_table(row)
-    except Exception as error:
-        after = f" (after row {number})" if number else ""
-        raise DataError(f"{file}: not a readable arrow file: {error}{after}") from None
+    with pyarrow.memory_map(str(file)) as stream:
+        try:
+            batches = iter(pyarrow.ipc.open_stream(stream))
+        except pyarrow.ArrowInvalid:
+            table = pyarrow.ipc.open_file(stream)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        yield from batches
 
 
 def _of_a_table(row: Any) -> Any:
@@ -385,6 +382,6 @@ READERS: dict[str, Callable[[Path], Iterator[Record | Problem]]] = {
     ".json": _json,
     ".csv": _csv,
     ".tsv": partial(_csv, delimiter="\t"),
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": partial(_table, batches_of=_parquet_batches),
+    ".arrow": partial(_table, batches_of=_arrow_batches),
 }

@@ -34,7 +34,7 @@ from graftlm.data.formats import TEXT, Fields, Message
 from graftlm.data.template import Ask, Template, TemplateError, names_in
 from graftlm.data.turn_order import TurnOrder, without_system
 from graftlm.data.words import Words
-from graftlm.data.written import PRIVATE, Lost, Probe, needs_probe, probe
+from graftlm.data.written import PRIVATE, Lost, Probe, all_in, needs_probe, probe
 from graftlm.errors import BaseModelError, DataError
 
 _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
@@ -194,6 +194,11 @@ class Renderer:
         """The first 16 hexadecimal digits of the SHA-256 of the chat template."""
         return hashlib.sha256((self.template or "").encode()).hexdigest()[:16]
 
+    @property
+    def writes_the_date(self) -> bool:
+        """Whether rows depend on `today`."""
+        return "strftime_now" in self._names
+
     def unread(self, variables: Fields) -> list[str]:
         """Those of the variables that the template does not read."""
         return [name for name in variables if name not in self._names]
@@ -298,8 +303,8 @@ class Renderer:
                 raise
             if self.turn_order == "refuse":
                 raise type(error)(
-                    f"{error}. If it has no place for the system message: `data: {{turn_order: merge}}` puts it before "
-                    "the first question, `drop` leaves it out"
+                    f"{error}. If it has no place for the system message: turn_order: merge (under `data` in a recipe, "
+                    "--turn-order of graft chat) puts it before the first question, drop leaves it out"
                 ) from None
             moved = without_system(messages, self.turn_order)
             if moved is None:
@@ -509,12 +514,7 @@ class Renderer:
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         chat = form.fields(messages)
         text, *begins = yield from _texts(form, chat, [(0, i, True) for i in (len(messages), *said)], tools)
-        if self.turn_order != "refuse" and messages[0].role == "system" and messages[0].content.strip():
-            before, after = islice(_free_characters(messages, tools), 2)
-            around = [(0, *_core(messages[0].content), before, after)]
-            (outside,) = yield from _texts(form, chat, [(1, len(messages), True)], tools, around)
-            if before not in outside:
-                raise DataError("the chat template drops message 1 (system)")
+        yield from _check_written(form, chat, messages, tools)
         lost = yield from _lost(messages, form=form)
         for message in messages:
             form.check(message, text)
@@ -859,6 +859,27 @@ def _lost_of(form: "_Form", marked: Probe) -> Work[Lost | None]:
     except DataError:
         return None
     return marked.lost(text)
+
+
+def _check_written(
+    form: "_Form", chat: Sequence[Fields], messages: Sequence[Message], tools: Sequence[Fields]
+) -> Work[None]:
+    """Raise DataError where the template does not write a message into a prompt. What it leaves out of earlier answers
+    (their thoughts) is its own affair."""
+    asked = [i for i, message in enumerate(messages) if message.role != "assistant" and message.content.strip()]
+    marks = list(islice(_free_characters(messages, tools), 2 * len(asked)))
+    around = [
+        (i, *_core(messages[i].content), *pair)
+        for i, pair in zip(asked, zip(marks[::2], marks[1::2], strict=True), strict=True)
+    ]
+    if not around:
+        return
+    (text,) = yield from _texts(form, chat, [(1, len(messages), True)], tools, around)
+    for index, *_, before, after in around:
+        if not all_in((before, after), text):
+            raise DataError(
+                f"the chat template drops message {index + 1} ({messages[index].role}): it has no place for it"
+            )
 
 
 def _check_calls(index: int, lost: Lost) -> None:

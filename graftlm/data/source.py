@@ -1,6 +1,6 @@
 """Where rows come from, and which of them are held out.
 
-Files are read strictly and in one pass: every row that cannot be used is left out and told as `file:line: reason`.
+Files are read strictly and in one pass: a row that cannot be used is left out, and reported as `file:line: reason`.
 """
 
 import hashlib
@@ -50,8 +50,8 @@ class SourceConfig:
         "inputs-targets",
     ] = "auto"
     templates: tuple[Template, ...] = ()
-    """Ways of asking, for rows of any fields; each row is put into one of them, drawn by what stands in the row from
-    those whose fields it has."""
+    """Ways of asking, for rows of any fields; each row is put into one of those whose fields it has, drawn by what
+    stands in the row and `train.seed`. Every epoch asks in another way, until each of them has come."""
     weight: PositiveRate = 1.0
     """Among several sources: how much its share of an epoch is multiplied by."""
     cap: PositiveCount | None = None
@@ -130,7 +130,7 @@ class DataConfig:
 
 SAME = "says the same as"
 AHEAD = 100
-"""The format of a file is told from so many rows."""
+"""Rows that decide the format of a file."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ class Row:
     rejected: tuple[list[Message], ...] = ()
     """Whole conversations that were liked less than `messages`, the best of them first; a pair has one."""
     desirable: bool | None = None
-    """Feedback without a pair: whether the answer was liked. None where nobody said."""
+    """Feedback without a pair: whether the answer was liked. None where the row does not say."""
     score: float | None = None
     """What `data.order` sorts by: a number that stands in the row, or that a selector gave it."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template that the row sets (`enable_thinking`)."""
     unread: Unread = field(default=(), compare=False)
-    """Keys of the row and of its messages that nobody has read, each as often as it occurs."""
+    """Keys of the row and of its messages that no reader has used, each as often as it occurs."""
     template: int | None = field(default=None, compare=False)
     """The number, from 0, of the entry of `templates` that asks this row."""
 
@@ -164,28 +164,30 @@ def load_rows(
     problems: list[Problem] | None = None,
     score: str | None = None,
     turn_order: TurnOrder = "refuse",
+    seed: int = 0,
 ) -> tuple[list[Row], str]:
     """All rows of a source that can be used, and the name of their format.
 
-    What is wrong goes into `problems`, of rows that are left out and of rows that are kept. Where there is no such
-    list, or under `strict`, a row that would be left out is a DataError that lists all of them by file and line; so is
-    a source of which no row can be used. `score` names a field that must hold a number.
+    `problems` receives what is wrong with rows, those that are left out and those that stay. Raises DataError, which
+    lists rows by file and line, where no row can be used, and for any row that cannot be used where there is no such
+    list or under `strict`. `score` names a field that must hold a number. `seed` draws among `templates`.
     """
     path = source if isinstance(source, str) else source.path
     rows: list[Row] = []
-    told: list[Problem] = []
+    all_problems: list[Problem] = []
     formats: list[str] = []
     seen: dict[int, Row] = {}
-    for found in stream_rows(source, network=network, formats=formats, score=score, turn_order=turn_order):
+    how: dict[str, Any] = {"network": network, "score": score, "turn_order": turn_order, "seed": seed}
+    for found in stream_rows(source, formats=formats, **how):
         if isinstance(found, Problem):
-            told.append(found)
+            all_problems.append(found)
             continue
         rows.append(found)
         first = seen.setdefault(hash(tuple((m.role, m.content) for m in found.messages)), found)
         if first is not found and _same(first, found):
-            told.append(Problem(found.where, f"{SAME} {first.where}", left_out=False))
+            all_problems.append(Problem(found.where, f"{SAME} {first.where}", left_out=False))
     name = ", ".join(formats)
-    out = [str(problem) for problem in told if problem.left_out]
+    out = [str(problem) for problem in all_problems if problem.left_out]
     if out and (problems is None or strict or not rows):
         raise DataError(
             f"{len(out)} rows of {path} cannot be used ({len(rows)} can; the format is {name or 'not known'}):\n"
@@ -194,7 +196,7 @@ def load_rows(
     if not rows:
         raise DataError(f"{path}: holds no rows: in .jsonl a line is a row, in .csv a line below the header")
     if problems is not None:
-        problems += told
+        problems += all_problems
     return rows, name
 
 
@@ -205,10 +207,11 @@ def stream_rows(
     formats: list[str] | None = None,
     score: str | None = None,
     turn_order: TurnOrder = "refuse",
+    seed: int = 0,
     epoch: int = 0,
 ) -> Iterator[Row | Problem]:
     """Rows and problems of a source in the order of its files, one at a time, so that memory does not grow with them.
-    Names of formats go into `formats` as they are met. `templates` are drawn anew for each `epoch`."""
+    Names of formats go into `formats` as they are met. `templates` are drawn by `seed`, anew for each `epoch`."""
     if isinstance(source, str):
         source = SourceConfig(path=source)
     for part in _parts(source.path):
@@ -217,7 +220,7 @@ def stream_rows(
         name = "prompt-completion" if source.templates and name == "auto" else name
         found = _instances(records(part.path, network=network))
         ahead = list(islice(found, AHEAD)) if name == "auto" else []
-        name = _told(part, ahead) if name == "auto" else name
+        name = _format_of(part, ahead) if name == "auto" else name
         known: dict[Unread, Unread] = {}
         for where, record in chain(ahead, found):
             if isinstance(record, Problem):
@@ -233,7 +236,7 @@ def stream_rows(
                 fields = part.reshape(tracked)
                 asked = None
                 if source.templates:
-                    fields, asked = ask(source.templates, fields, epoch)
+                    fields, asked = ask(source.templates, fields, seed, epoch)
                 name = detect({**fields}) if name == "auto" else name  # of a copy: to look is not to use
                 fields = fields if isinstance(fields, Tracked) else Tracked(fields)
                 if formats is not None and name not in formats:
@@ -252,7 +255,7 @@ def stream_rows(
 
 
 def _otherwise(record: Any, part: Part, source: SourceConfig, name: str) -> str:
-    """Of a row that cannot be used: whether it is one of another format than its file."""
+    """A sentence on a row that cannot be used because its format is not that of its file; else empty."""
     if isinstance(record, dict) and name != "auto" and (source.format, part.format) == ("auto", "auto"):
         with suppress(RowError):
             own = detect(part.reshape(record))
@@ -276,8 +279,8 @@ def _described(path: str) -> list[Part]:
 
 
 def content(path: str) -> str | None:
-    """64 hexadecimal digits: the SHA-256 of all that stands in the files of a source, and in what describes them. None
-    where they are no files of this machine, or where there are none."""
+    """The SHA-256 (64 hexadecimal digits) of all files of a source and of what describes them; None for a source that
+    has no files on this machine."""
     described = path.rpartition(":")[0] if path.rpartition(":")[0].endswith(".json") else path
     digest = hashlib.sha256()
     names = dict.fromkeys(part.path for part in _parts(path))
@@ -293,7 +296,7 @@ def content(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
+def _format_of(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
     """The format that most of the first rows have, so that a damaged row does not decide for a file."""
     votes: Counter[str] = Counter()
     for _, record in ahead:
@@ -304,25 +307,27 @@ def _told(part: Part, ahead: Sequence[tuple[str, Any]]) -> str:
 
 
 def _row(
-    said: Conversation, where: str, record: Mapping[str, Any], score: str | None, turn_order: TurnOrder
+    conversation: Conversation, where: str, record: Mapping[str, Any], score: str | None, turn_order: TurnOrder
 ) -> tuple[Row, list[str]]:
-    """The checked row and what is to be told of it."""
+    """(the checked row, notes on it)"""
     group = record.get("group")
-    messages, notes = in_order(said.messages, turn_order)
-    rejected = tuple(in_order(other, turn_order)[0] for other in said.rejected)
-    said = replace(said, messages=messages, rejected=rejected)
-    if said.tools or said.rejected or any(message.tool_calls for message in said.messages):
-        tools = clean_tools(said.tools)
-        rejected = tuple(clean_calls(other, tools) for other in said.rejected)
-        said = replace(said, messages=clean_calls(said.messages, tools), tools=tools, rejected=rejected)
-    notes += _checked(said.messages, asks=said.asks)
-    for number, other in enumerate(said.rejected, start=1):
+    messages, notes = in_order(conversation.messages, turn_order)
+    rejected = tuple(in_order(other, turn_order)[0] for other in conversation.rejected)
+    conversation = replace(conversation, messages=messages, rejected=rejected)
+    if conversation.tools or conversation.rejected or any(message.tool_calls for message in conversation.messages):
+        tools = clean_tools(conversation.tools)
+        rejected = tuple(clean_calls(other, tools) for other in conversation.rejected)
+        conversation = replace(
+            conversation, messages=clean_calls(conversation.messages, tools), tools=tools, rejected=rejected
+        )
+    notes += _checked(conversation.messages, asks=conversation.asks)
+    for number, other in enumerate(conversation.rejected, start=1):
         try:
             _checked(other)
         except RowError as error:
             raise RowError(f"rejected answer {number}: {error}") from None
     if group is None or group == "":
-        group = next((m.content for m in said.messages if m.role == "user"), said.messages[0].content)
+        group = next((m.content for m in conversation.messages if m.role == "user"), conversation.messages[0].content)
     value = None
     if score is not None:
         try:
@@ -330,12 +335,19 @@ def _row(
         except RowError as error:
             raise RowError(f"data.order: by {score}: {error}") from None
     return Row(
-        said.messages, where, str(group), said.tools, said.rejected, said.desirable, value, _variables(record)
+        conversation.messages,
+        where,
+        str(group),
+        conversation.tools,
+        conversation.rejected,
+        conversation.desirable,
+        value,
+        _variables(record),
     ), notes
 
 
 def _checked(messages: list[Message], *, asks: bool = False) -> list[str]:
-    """What `check` says of the messages; where their order is what is wrong, with what can be done."""
+    """The notes of `check`; its error says which `turn_order` would help, where the order of turns is wrong."""
     try:
         return check(messages, asks=asks)
     except RowError as error:
@@ -398,25 +410,25 @@ def _same(first: Row, second: Row) -> bool:
 
 
 def for_supervised(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """The rows whose answers should be imitated, and what is said of those that hold more than that."""
+    """(the rows whose answers should be imitated, notes on the others)"""
     if rows and not any(message.role in ("assistant", TEXT) for row in rows for message in row.messages):
         raise DataError(
             "the rows only ask, and loss `supervised` needs answers to imitate: give rows with answers, or let the "
             "model answer by itself with `online` in a recipe"
         )
-    kept = [row for row in rows if row.desirable is not False]
-    if not kept:
+    liked = [row for row in rows if row.desirable is not False]
+    if not liked:
         raise DataError("every answer is marked as not liked: loss `supervised` would train the model to give them")
     notes = []
-    if len(kept) < len(rows):
-        notes.append(f"{len(rows) - len(kept)} rows whose answer was not liked are left out by loss `supervised`")
-    if pairs := sum(bool(row.rejected) for row in kept):
+    if len(liked) < len(rows):
+        notes.append(f"{len(rows) - len(liked)} rows whose answer was not liked are left out by loss `supervised`")
+    if pairs := sum(bool(row.rejected) for row in liked):
         notes.append(f"{pairs} rows have rejected answers, which loss `supervised` does not use: it trains the chosen")
-    return kept, notes
+    return liked, notes
 
 
 def every_row(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """All rows: for those who do not know what they are for."""
+    """All rows, where their use is not known."""
     return list(rows), []
 
 

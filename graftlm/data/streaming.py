@@ -141,13 +141,19 @@ class Stream:
         self,
         number: int,
         last: str | None,
-        told: Callable[[Problem], None] = lambda problem: None,
+        on_problem: Callable[[Problem], None] = lambda problem: None,
         epoch: int = 0,
     ) -> Iterator[Row]:
         """The rows of one pass over a source, those with a higher number than `last` left out."""
-        for found in stream_rows(self.sources[number], network=self.network, turn_order=self.turn_order, epoch=epoch):
+        how: dict[str, Any] = {
+            "network": self.network,
+            "turn_order": self.turn_order,
+            "seed": self.seed,
+            "epoch": epoch,
+        }
+        for found in stream_rows(self.sources[number], **how):
             if isinstance(found, Problem):
-                told(found)
+                on_problem(found)
             elif self.supervised and found.desirable is False:
                 continue
             elif last is None or self._drawn(number, found) <= last:

@@ -1,9 +1,9 @@
 """Templates over labelled rows: ways of asking, as P3 (arXiv:2202.01279) and Flan (arXiv:2109.01652) put data sets of
 labels and columns into words. {field} stands for a field of the row; {{ and }} are braces."""
 
+import hashlib
 import json
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,17 +36,15 @@ class Template:
         return self
 
 
-def ask(templates: Sequence[Template], row: Fields, epoch: int = 0) -> tuple[Fields, int]:
-    """(the row in one of the templates, the number of that template from 0). It is drawn by what the row holds and by
-    the epoch: in one epoch the same row is always asked the same way."""
-    text = json.dumps(row, sort_keys=True, default=str)
+def ask(templates: Sequence[Template], row: Fields, seed: int = 0, epoch: int = 0) -> tuple[Fields, int]:
+    """(the row in one of the templates, the number of that template from 0). Of k templates that fit the row each is
+    drawn once in k epochs; in which order, what the row holds and the seed decide."""
     fit = [number for number, template in enumerate(templates) if _fits(template, row)]
     # a row that lacks a field of every template is asked all the same, so that the error names the field
     fit = fit or [number for number, template in enumerate(templates) if template.unless is None]
     if not fit:
         raise RowError(f"no template is for this row: each has `unless`, of {[one.unless for one in templates]}")
-    drawn = f"{text}{epoch or ''}".encode("utf-8", "surrogatepass")
-    number = fit[zlib.crc32(drawn) % len(fit)]
+    number = _drawn(fit, row, seed, epoch) if len(fit) > 1 else fit[0]
     template = templates[number]
     asked, fixed = _filled(template, template.prompt, row)
     answer, _ = _filled(template, template.completion, row)
@@ -55,6 +53,16 @@ def ask(templates: Sequence[Template], row: Fields, epoch: int = 0) -> tuple[Fie
         "completion": answer,
     }
     return found | {key: row[key] for key in ("system",) if key in row}, number
+
+
+def _drawn(fit: Sequence[int], row: Fields, seed: int, epoch: int) -> int:
+    """That of the numbers which comes in this epoch."""
+    text = json.dumps(row, sort_keys=True, default=str)
+
+    def key(number: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{number}:{text}".encode("utf-8", "surrogatepass")).digest()
+
+    return sorted(fit, key=key)[epoch % len(fit)]
 
 
 def _fits(template: Template, row: Fields) -> bool:

@@ -50,9 +50,9 @@ class Probe:
         calls = {i: next((m for c in some if (m := c.missing(text))), "") for i, some in self.calls.items()}
         return Lost(
             {index: missing for index, missing in calls.items() if missing},
-            frozenset(i for i, some in self.calls.items() if not all(_all_in(call.name, text) for call in some)),
-            frozenset(i for i, marks in self.thoughts.items() if not _all_in(marks, text)),
-            not _all_in(self.tool_marks, text),
+            frozenset(i for i, some in self.calls.items() if not all(all_in(call.name, text) for call in some)),
+            frozenset(i for i, marks in self.thoughts.items() if not all_in(marks, text)),
+            not all_in(self.tool_marks, text),
         )
 
 
@@ -63,14 +63,14 @@ class _Call:
     """The mark of the name; none where the name itself stands in the probe."""
     arguments: dict[str, list[str]]
     """What must be in the text for each argument."""
-    told: bool
-    """Whether each argument has something to look for."""
+    traceable: bool
+    """Whether each argument has a mark to look for."""
 
     def missing(self, text: str) -> str:
         """What of the call is not in the text, in words; empty where all is."""
-        if not _all_in(self.name, text) or not (self.name or self.told):
+        if not all_in(self.name, text) or not (self.name or self.traceable):
             return f"the call of {self.function!r}"
-        lost = [key for key, marks in self.arguments.items() if not _all_in(marks, text)]
+        lost = [key for key, marks in self.arguments.items() if not all_in(marks, text)]
         if lost and len(lost) == len(self.arguments):
             return f"the arguments of the call of {self.function!r}"
         return f"the argument {lost[0]!r} of the call of {self.function!r}" if lost else ""
@@ -115,8 +115,8 @@ def _call(call: Fields, marks: Iterator[str], numbers: Iterator[int], names: boo
         arguments[marked_key] = _marked(value, marks, numbers, seek, names)
         sought[key] = seek
     function = {**call["function"], "name": "".join([call["function"]["name"], *name]), "arguments": arguments}
-    told = bool(sought) and all(sought.values())
-    return {**call, "function": function}, _Call(str(call["function"]["name"]), name, sought, told)
+    traceable = bool(sought) and all(sought.values())
+    return {**call, "function": function}, _Call(str(call["function"]["name"]), name, sought, traceable)
 
 
 def _marked(value: Any, marks: Iterator[str], numbers: Iterator[int], seek: list[str], names: bool) -> Any:
@@ -151,6 +151,6 @@ def _renamed(tool: Fields, mark: str) -> dict[str, Any]:
     return {**tool, "function": {**tool["function"], "name": tool["function"]["name"] + mark}}
 
 
-def _all_in(marks: Sequence[str], text: str) -> bool:
+def all_in(marks: Sequence[str], text: str) -> bool:
     """Whether all of them are in the text, as they are or as JSON or Python escapes them."""
     return all(any(form in text for form in (mark, json.dumps(mark)[1:-1], repr(mark)[1:-1])) for mark in marks)

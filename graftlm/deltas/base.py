@@ -24,6 +24,9 @@ from graftlm.errors import TargetError
 
 Targets = str | tuple[str, ...]
 
+Rows = tuple[tuple[int, int], ...]
+"""Some of the output rows of a layer, as ranges (start, stop) in ascending order."""
+
 
 def _no_original() -> Tensor:
     raise TargetError("there is no weight here that was quantised")
@@ -34,8 +37,9 @@ class Site:
     """A place in the model where a delta sits.
 
     `weight()` is W, float32 [d_out, d_in], or None at a sub-layer; [d] at a norm; the embeddings' [d_model, vocabulary]
-    at the model. `rows=(a, b)` is a part of a fused projection, `expert=e` one expert of a fused stack. `seed` differs
-    from site to site and is the same in every run.
+    at the model. `rows` are those of the layer that a part of a fused projection is: `weight`, `bias` and `d_out` are
+    then the part's. `expert=e` is one expert of a fused stack. `seed` differs from site to site and is the same in
+    every run.
     """
 
     name: str
@@ -54,7 +58,7 @@ class Site:
     """Whether the output head has the same weight."""
     layer: int | None = None
     """The number of the transformer layer that it lies in, None outside of all."""
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     expert: int | None = None
     heads: tuple[int, int, int] | None = None
     """At the model: (layers, key/value heads, size of a head)."""
@@ -119,8 +123,9 @@ class DeltaConfig:
     method: str
     init: str = "zero"
     targets: Targets = "all-linear"
-    """`all-linear` (every linear layer but the output head), `all-norms`, `all-embeddings`, `all-attention`, `all-mlp`,
-    `all-sublayers`, `all`, a regular expression for the whole name, or suffixes."""
+    """`all-linear` (every linear layer of the decoder but the output head), `all-norms`, `all-embeddings`,
+    `all-attention`, `all-mlp`, `all-sublayers`, `all`, a regular expression for the whole name, or suffixes. A part of
+    a fused projection has the layer's name and its own: `c_attn.q`, `qkv_proj.v`, `gate_up_proj.gate`."""
     dropout: Share = 0.0
     """Probability of zeroing an element of x on its way into the delta (the base always sees the whole x)."""
     patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

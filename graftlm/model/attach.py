@@ -3,31 +3,38 @@
 Attaching changes the model in place and no weight of it; with no delta on, the model is its base bit for bit.
 """
 
+import datetime
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, Targets, WeightDelta
+from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, InputDelta, Rows, Site, Targets, WeightDelta
 from graftlm.deltas.inits import INITS
 from graftlm.errors import TargetError, nearest
 from graftlm.model import prefix
 from graftlm.model.bases import LinearBase, view
-from graftlm.model.hosts import Host, LayerHost, ModelHost, SubLayerHost, Switch
+from graftlm.model.hosts import Host, LayerHost, ModelHost, Row, SubLayerHost, Switch
+from graftlm.model.parts import expanded, indices, together
 from graftlm.model.quantise import QuantisedLinear
 from graftlm.model.sites import (
     CHILD,
+    KEYWORDS,
     check_patterns,
     config_at,
     decoder_of,
+    find_parts,
     find_sites,
     layer_number,
+    not_called,
     output_head,
+    part_of,
     site_seed,
 )
 
@@ -38,6 +45,18 @@ Statistics = Mapping[str, Mapping[str, Tensor]]
 """Site -> what was gathered there: see graftlm/model/collect.py."""
 
 
+@dataclass(frozen=True)
+class Chat:
+    """How the conversations of an adapter were rendered when it was trained."""
+
+    template: str
+    """The source of the chat template."""
+    today: datetime.date | None = None
+    """The day of the run, where the template writes the date."""
+    turn_order: Literal["refuse", "merge", "drop"] = "refuse"
+    """`data.turn_order` of the run: what becomes of a system message that the template has no place for."""
+
+
 @dataclass
 class Attachment:
     """What a model with deltas remembers: the config of each, and which parameters were trainable before the first."""
@@ -45,8 +64,8 @@ class Attachment:
     configs: dict[str, DeltaConfig] = field(default_factory=dict)
     sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
-    templates: dict[str, str] = field(default_factory=dict)
-    """The chat template of each that was loaded with one."""
+    chats: dict[str, Chat] = field(default_factory=dict)
+    """Of each that was trained, or loaded, with a chat template."""
     tokenizers: dict[str, Any] = field(default_factory=dict)
     """The tokenizer of each that was loaded with one."""
     members: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -66,6 +85,14 @@ def attachment(model: nn.Module) -> Attachment:
 def hosts(model: nn.Module) -> dict[str, Host]:
     """Every host by the name of its site, which is the name that the layer or sub-layer has in the base."""
     return {_site_name(name): module for name, module in model.named_modules() if isinstance(module, Host)}
+
+
+def deltas_by_site(model: nn.Module) -> Iterator[tuple[str, str, Delta]]:
+    """(name of the delta, name of the site, the delta there) in the model's order, each part of a layer by itself."""
+    for site, host in hosts(model).items():
+        for name, delta in host.deltas.items():
+            for where, part in expanded(site, delta):
+                yield name, where, part
 
 
 def _site_name(name: str) -> str:
@@ -117,15 +144,19 @@ def attach(
         )
     if hasattr(nn.ModuleDict, name):  # where deltas are held
         raise TargetError(f"{name!r} cannot name a delta: torch's ModuleDict has a method of that name")
+    _check_model(model)
     places = sites_of(model, config, seed=seed, statistics=statistics)
     _check_statistics(config, places, start)
     shared = config.share(places)
     places = [replace(site, shared=shared) for site in places]
-    deltas = {site.name: _new_delta(model, site, config, start) for site in places}  # all, before the model is touched
+    # all of them before the model is touched
+    deltas = _by_layer(model, config, {site.name: _new_delta(model, site, config, start) for site in places}, seed)
     if not record.configs:
         record.trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         model.graft_attachment = record  # type: ignore[assignment]
+        if hasattr(model, "save_pretrained"):
+            model.__dict__["save_pretrained"] = _no_save_pretrained
     for site_name, delta in deltas.items():
         host = _host_at(model, site_name, delta.site, record)
         host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
@@ -133,9 +164,59 @@ def attach(
     if shared is not None:
         share(model, name, shared)
     record.configs[name] = config
-    record.sites[name] = tuple(deltas)
+    record.sites[name] = tuple(site.name for site in places)
     record.seeds[name] = seed
     return model
+
+
+def _by_layer(model: nn.Module, config: DeltaConfig, deltas: dict[str, Delta], seed: int) -> dict[str, Delta]:
+    """Layer -> delta, where the deltas of a layer's parts are one."""
+    made: dict[str, Delta] = {}
+    of_parts: dict[str, dict[str, Delta]] = {}
+    for name, delta in deltas.items():
+        if delta.site.rows is None:
+            made[name] = delta
+            continue
+        layer, _, part = name.rpartition(".")
+        of_parts.setdefault(layer, {})[part] = delta
+        made[layer] = delta  # to be replaced: the order is the model's
+    for layer, parts in of_parts.items():
+        site = replace(_site(model, layer, seed, {}), shared=next(iter(parts.values())).site.shared)
+        made[layer] = together(site, config, parts).to(next(model.parameters()).device)
+    return made
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse a model on which a delta would be wrong: one with another library's adapters, or without its weights."""
+    theirs = next((m for m in model.modules() if type(m).__module__.startswith("peft.")), None)
+    if theirs is not None:
+        raise TargetError(
+            f"this model has adapters of PEFT on it ({type(theirs).__name__}), and deltas would sit on their parts. "
+            "Take them off (`model = model.unload()`), or fold them in (`model = model.merge_and_unload()`), and "
+            "attach to what that returns. A saved adapter of PEFT loads with graftlm.load_adapter(base, folder)"
+        )
+    if getattr(model, SKETCH, False):
+        return
+    absent = [name for name, p in model.named_parameters() if p.is_meta]
+    if absent:
+        raise TargetError(
+            f"{len(absent)} weights are not in memory, the first is {absent[0]}: accelerate keeps them on disk or on "
+            "the CPU and brings them when a layer runs, and a delta needs them where it computes. Load the model whole "
+            "(without device_map), in fewer bits if it does not fit (load_base(..., store='nf4'))"
+        )
+
+
+SKETCH = "graft_sketch"
+"""The attribute of a model that is there to be planned with: most of its weights are meant to be absent."""
+
+
+def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
+    """Stands on a model with deltas: its tensors have other names there, and loading would make them anew at random."""
+    raise TargetError(
+        "save_pretrained: this model has deltas on it, and their layers have other names than transformers knows, so "
+        "what it wrote could not be loaded. Write the deltas with graftlm.save_adapter(model, folder), the base with "
+        "the deltas folded in with graftlm.merge_into(model, folder), or take them off (graftlm.detach(model))"
+    )
 
 
 def sites_of(
@@ -145,15 +226,37 @@ def sites_of(
     if config.init not in INITS:
         raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
     names = find_sites(model, config.targets, METHODS[config.method].delta.kinds)
+    if unused := not_called(model, names):
+        if config.targets not in KEYWORDS:
+            raise TargetError(
+                f"targets: {len(unused)} layers, such as {unused[0]}, are never called: {type(model).__name__}'s code "
+                "multiplies with their weight by itself, so a delta there would act in part or not at all. Leave "
+                f"{', '.join(dict.fromkeys(repr(n.rpartition('.')[2]) for n in unused))} out"
+            )
+        names = [name for name in names if name not in unused]
     chosen = config.select([_site(model, name, seed, statistics or {}) for name in names])
     if not chosen:
         kinds = " or ".join(METHODS[config.method].delta.kinds)
-        raise TargetError(f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}")
+        raise TargetError(
+            f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}"
+            f"{_codes_of_others(model)}"
+        )
     check_patterns(config, [site.name for site in chosen])
     if config.dropout and all(site.kind in ("embedding", "model") for site in chosen):
         raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
     _check_init(chosen[0], config)
     return list(chosen)
+
+
+def _codes_of_others(model: nn.Module) -> str:
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return ""
+    odd = next((m for m in model.modules() if isinstance(m, nn.Linear) and view(m) is None), None)
+    layers = "" if odd is None else f", in layers such as {type(odd).__name__}"
+    return (
+        f": its weights were quantised by another library{layers}. Load the model that it was made of, with store nf4, "
+        "int4 or int8"
+    )
 
 
 def _check_init(site: Site, config: DeltaConfig) -> None:
@@ -166,6 +269,8 @@ def _check_init(site: Site, config: DeltaConfig) -> None:
 
 
 def _site(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Site:
+    if (at := part_of(model, name)) is not None:
+        return _part(_site(model, at[0], seed, {}), name, find_parts(model, {name: at})[name], seed, statistics)
     module = model.get_submodule(name)
     layer = module.base if isinstance(module, LayerHost) else module
     seen: dict[str, Any] = {
@@ -200,6 +305,29 @@ def _site(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Sit
         heads=(settings.num_hidden_layers, groups, size),
         **seen,
     )
+
+
+def _part(layer: Site, name: str, rows: Rows, seed: int, statistics: Statistics) -> Site:
+    """The site of some rows of a layer: a layer of its own, as far as a method sees."""
+
+    def those(t: Tensor) -> Tensor:
+        return t[indices(site, t)]
+
+    def bias() -> Tensor | None:
+        return None if (b := layer.bias()) is None else those(b)
+
+    site = replace(
+        layer,
+        name=name,
+        d_out=sum(stop - start for start, stop in rows),
+        weight=lambda: those(layer.W()),
+        bias=bias,
+        original=lambda: those(layer.original()),
+        seed=site_seed(seed, name),
+        rows=rows,
+        statistics=statistics.get(name, {}),
+    )
+    return site
 
 
 def _check_statistics(config: DeltaConfig, sites: Sequence[Site], start: bool) -> None:
@@ -366,11 +494,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             if not len(list(model.get_submodule(SHARED).children())):
                 delattr(model, SHARED)
         del record.configs[gone], record.sites[gone], record.seeds[gone]
-        record.templates.pop(gone, None)
+        record.chats.pop(gone, None)
         record.tokenizers.pop(gone, None)
         left = {key: tuple(other for other in names if other != gone) for key, names in record.members.items()}
         record.members = {key: names for key, names in left.items() if key != gone}
     if not record.configs:
+        model.__dict__.pop("save_pretrained", None)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)
     return model
@@ -426,15 +555,52 @@ def deltas_still(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def by_row(model: nn.Module, rows: Sequence[Sequence[str]]) -> Iterator[nn.Module]:
-    """Inside, each row of a batch has the deltas that `rows` names for it, in that order; () is the bare base."""
-    named = [_named(model, names) for names in rows]
+def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn.Module]:
+    """Inside, each row of a batch has the deltas that `rows` names for it, in that order; () is the bare base.
+
+    A row may be a mapping from deltas to weights: {"a": 0.3} makes three tenths of the change that `a` makes, as
+    `combine.merge` would. Generation repeats a row for its beams and for several answers, which have the row's deltas.
+    Raises TargetError for a delta that is not on the model, a weight on a prefix or prompt, which are there or not, and
+    a batch that is no multiple of the rows.
+    """
+    wanted = [_weighted(model, row) for row in rows]
+    _check_rows(model, wanted)
     switch = attachment(model).switch
-    before, switch.rows = switch.rows, named
+    before, switch.rows = switch.rows, wanted
+    decoder = decoder_of(model)
+    seen = [model] if decoder is None else [model, decoder]
+    handles = [module.register_forward_pre_hook(partial(_begin, switch), with_kwargs=True) for module in seen]
     try:
         yield model
     finally:
-        switch.rows = before
+        switch.rows, switch.batch = before, None
+        for handle in handles:
+            handle.remove()
+
+
+def _weighted(model: nn.Module, row: Sequence[str] | Row) -> Row:
+    """Delta -> its weight in a row, in order; all parts of an adapter have the weight that its name has."""
+    weights = row if isinstance(row, Mapping) else dict.fromkeys(row, 1.0)
+    return {part: weight for name, weight in weights.items() for part in _named(model, [name])}
+
+
+def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
+    differ = {name for row in rows for name, weight in row.items() if any(other.get(name) != weight for other in rows)}
+    for name, site, delta in deltas_by_site(model):
+        if isinstance(delta, InputDelta) and any(row.get(name, 1) not in (0, 1) for row in rows):
+            raise TargetError(f"{name!r} is a {delta.config.method}: it is there or not, so its weight is 0 or 1")
+        if name in differ and "experts" in site.split("."):
+            raise TargetError(
+                f"{site}: which tokens reach an expert is its router's choice, so it cannot be told which belong to "
+                f"which row. Run the rows one by one, or give all of them {name!r}"
+            )
+
+
+def _begin(switch: Switch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))]
+    batch = next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None)
+    if batch is not None and switch.rows is not None:
+        switch.begin(batch)
 
 
 # Reading weights out ---------------------------------------------------------------------------------------------

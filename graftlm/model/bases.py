@@ -3,7 +3,9 @@
 All that the plumbing and the methods know of a frozen layer is the interface `Base` of `graftlm/deltas/base.py`.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,7 +180,8 @@ class ScaledEmbeddingBase(EmbeddingBase):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        self.scale = float(layer.embed_scale)  # type: ignore[arg-type]
+        scale: Any = layer.embed_scale
+        self.scale = 1.0 if isinstance(scale, Tensor) and scale.is_meta else float(scale)
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         y = super().apply(x, W, None) * self.scale
@@ -213,24 +216,73 @@ KINDS: dict[type[nn.Module], Callable[[Any], LinearBase]] = {
 
 
 def view(layer: nn.Module) -> LinearBase | None:
-    """The view of a layer, or None for a kind that no delta can sit on. Subclasses may compute otherwise: not taken.
+    """The view of a layer, or None for a kind that no delta can sit on, and for a layer without inputs or outputs.
 
-    An RMS norm has a class of its own in each architecture: it is known by its name and its single weight [d].
+    A subclass of a linear layer, and one whose `forward` somebody replaced (accelerate's hooks do), is asked what it
+    computes: it is taken where that is x W^T + b. An RMS norm has a class of its own in each architecture: it is known
+    by its name and its single weight [d].
     """
     make = KINDS.get(type(layer))
-    if make is None and type(layer).__name__.endswith("RMSNorm") and _has_gain(layer):
+    if isinstance(layer, nn.Linear | Conv1D) and (make is None or "forward" in vars(layer)):
+        make = (LinearBase if isinstance(layer, nn.Linear) else Conv1DBase) if _is_linear(layer) else None
+    elif make is None and type(layer).__name__.endswith("RMSNorm") and _has_gain(layer):
         make = NormBase
     if make is None and isinstance(layer, nn.Embedding) and _is_scaled(layer):
         make = ScaledEmbeddingBase
-    return make(layer) if make else None
+    if make is None:
+        return None
+    made = make(layer)
+    return made if made.d_in and made.d_out else None
+
+
+ASKED = "graft_is_linear"
+
+
+@torch.no_grad()
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer's forward is x W^T + b up to rounding, by two rows; the answer is kept with the layer."""
+    forward = layer.forward if "forward" in vars(layer) else type(layer)
+    known = vars(layer).get(ASKED)
+    if known is None or known[0] is not forward:
+        known = vars(layer)[ASKED] = forward, _computes_linear(layer)
+    return bool(known[1])
+
+
+def _computes_linear(layer: Any) -> bool:
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    weight, bias = tensors.pop("weight", None), tensors.pop("bias", None)
+    if tensors or weight is None or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        return False
+    forward = layer.forward
+    if weight.is_meta:  # the base without its weights (`sketch.py`): by numbers in their place
+        values = {name: _numbers(t.shape, t.dtype) for name, t in layer.named_parameters()}
+        weight, bias = values["weight"], values.get("bias")
+        forward = partial(torch.func.functional_call, layer, values)
+    W = weight.T if isinstance(layer, Conv1D) else weight
+    x = _numbers((2, W.shape[1]), W.dtype).to(W.device)
+    wanted = F.linear(x, W, bias)
+    try:
+        found = forward(x)
+    except Exception:  # whatever it wants, it is no row of numbers
+        return False
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    error, size = (found.float() - wanted.float()).abs().max(), wanted.float().abs().max()
+    return bool(error <= 4 * torch.finfo(W.dtype).eps * size)
+
+
+def _numbers(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Numbers between -1 and 1, no two of a row the same."""
+    count = math.prod(shape)
+    return torch.linspace(-1, 1, count).mul(40).sin().view(*shape).to(dtype)
 
 
 @torch.no_grad()
 def _is_scaled(layer: nn.Embedding) -> bool:
     """Whether a subclass of nn.Embedding looks rows up and multiplies them with its `embed_scale`, and no more."""
     scale, rows = getattr(layer, "embed_scale", None), layer.weight[:4]
-    if scale is None or rows.is_meta:
-        return False
+    if scale is None or rows.is_meta:  # without its weights (`sketch.py`) it can only be known by its name
+        return scale is not None and type(layer).__name__.endswith("ScaledWordEmbedding")
     found = layer(torch.arange(len(rows), device=rows.device))
     return torch.allclose(found.float(), rows.float() * float(scale), rtol=4 * torch.finfo(rows.dtype).eps)
 

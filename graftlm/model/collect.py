@@ -17,6 +17,8 @@ from graftlm.errors import TargetError
 from graftlm.model.attach import deltas_off, sites_of
 from graftlm.model.bases import view
 from graftlm.model.hosts import LayerHost
+from graftlm.model.parts import indices
+from graftlm.model.sites import part_of
 
 
 def collect(
@@ -29,7 +31,7 @@ def collect(
     """
     needs = tuple(needs)
     backwards = bool({"gradient", "fisher"} & set(needs))
-    sites = [site.name for site in sites_of(model, config)]
+    sites = {site.name: site for site in sites_of(model, config)}
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in sites}
     tokens = dict.fromkeys(sites, 0)
     passes = 0
@@ -44,6 +46,8 @@ def collect(
                 y.register_hook(lambda g: back(g.reshape(-1, g.shape[-1]).float().T @ x))
 
         def back(gradient: Tensor) -> None:
+            if sites[name].rows is not None:
+                gradient = gradient[indices(sites[name], gradient)]
             if "fisher" in needs:
                 _add(sums[name], "fisher", gradient.square())
             if "gradient" in needs:
@@ -57,7 +61,8 @@ def collect(
                 stack.callback(parameter.requires_grad_(False).requires_grad_, True)
         stack.enter_context(deltas_off(model))
         for name in sites:
-            module = model.get_submodule(name)
+            at = part_of(model, name)
+            module = model.get_submodule(at[0] if at else name)
             layer = module.base if isinstance(module, LayerHost) else module
             base = view(layer)
             assert base is not None

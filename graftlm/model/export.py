@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
+from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError, numbered
 from graftlm.model.attach import attachment, base_state, hosts, merged_state
 from graftlm.model.endings import generation_settings, missing_end, tokenizer_that_ends
 from graftlm.model.hosts import Host, LayerHost, all_factors
+from graftlm.model.llama_cpp import Architecture, architecture, gguf_rows, why_not_gguf
 from graftlm.model.load import fingerprint, public_name, store_of
+from graftlm.model.peft import target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS, GROUP, QuantisedLinear
-from graftlm.model.sites import find_sites
-from graftlm.model.store import CONFIG, PREFIX, WEIGHTS, new_folder, transposed, why_not_peft, write_adapter
+from graftlm.model.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
 
 # Merged models ---------------------------------------------------------------------------------------------------
 
@@ -251,10 +254,9 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
         host = found[name]
         at_embedding = isinstance(host, LayerHost) and host.view.kind == "embedding"
         suffixes = ("lora_embedding_A", "lora_embedding_B") if at_embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {
-            f"{PREFIX}{name}.{suffix}": t.cpu().contiguous() for suffix, t in zip(suffixes, (A, B), strict=True)
-        }
-    config = {
+        tensors |= {f"{PREFIX}{name}.{suffix}": t for suffix, t in zip(suffixes, (A, B), strict=True)}
+    targets = target_modules(model, plain.factors)
+    stored = {
         "base_model_name_or_path": public_name(model),
         "bias": "none",
         "fan_in_fan_out": any(transposed(found[name]) for name in plain.factors),
@@ -265,19 +267,15 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": plain.rank,
-        "target_modules": _shortest(model, list(plain.factors)),
-        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
         "use_dora": False,
         "use_rslora": False,
+        **task(model),
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def _shortest(model: nn.Module, sites: list[str]) -> list[str]:
-    """The last parts of the names where they mean the same layers, else the whole names."""
-    ends = sorted({site.rpartition(".")[2] for site in sites})
-    return ends if set(find_sites(model, tuple(ends))) == set(sites) else sites
+    means = targets if isinstance(targets, str) else tuple(targets)
+    config = LoraConfig(r=plain.rank, alpha=float(plain.rank), targets=means)
+    facts: dict[str, Any] = {"chat_template": None, "layout": "LORA", "position": 0, "rebuilt": {}, "seed": 0}
+    write_files(model, folder, stored, tensors, config, facts)
 
 
 # Differences of weights ------------------------------------------------------------------------------------------
@@ -303,55 +301,41 @@ def write_difference(model: nn.Module, folder: Path) -> None:
 # GGUF ------------------------------------------------------------------------------------------------------------
 
 
-GGUF_NAMES = {"mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "cohere": "command-r"}
-"""Architectures that GGUF calls otherwise than transformers' model_type."""
-
-
 def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
     """A LoRA adapter for llama.cpp: alpha = r, so that its scale alpha / r is 1 and nothing is lost.
 
-    Names by gguf's own table. llama.cpp stores the query and key rows of Llama's family in another order, and B's rows
-    follow; embeddings' A is transposed. Raises TargetError for an architecture or layer that GGUF has no name for.
+    Names and the order of B's rows are those of `graftlm/model/llama_cpp.py`; embeddings' A is transposed. Raises
+    TargetError for an architecture that is not known there, and for a layer on which llama.cpp applies no adapter.
     """
     try:
         import gguf
     except ImportError:
         raise TargetError("writing GGUF needs the package gguf: pip install 'graftlm[gguf]'") from None
-    settings = model.config.get_text_config()
-    known = GGUF_NAMES.get(settings.model_type, settings.model_type)
-    arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == known), None)
-    if arch is None:
-        raise TargetError(f"GGUF has no architecture {known!r}: export with `--to merged` or `--to plain-lora`")
-    table = gguf.get_tensor_name_map(arch, settings.num_hidden_layers)
-    found = hosts(model)
-    writer = gguf.GGUFWriter(str(file), known)
+    settings = {**model.config.to_dict(), "model_type": model.config.model_type}
+    if reason := why_not_gguf(settings, plain.factors):
+        raise TargetError(reason)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
+    if type(model).__name__ != causal:
+        raise TargetError(
+            f"llama.cpp runs {causal}, this is a {type(model).__name__}: export with `--to plain-lora` or `--to merged`"
+        )
+    known = architecture(settings)
+    assert isinstance(known, Architecture)
+    writer = gguf.GGUFWriter(str(file), known.name)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(plain.rank))
+    found = hosts(model)
     for name, (A, B) in padded(plain).items():
-        there = table.get_name(f"{name}.weight", try_suffixes=(".weight",))
-        if there is None:
-            raise TargetError(f"{name}: GGUF has no name for this layer of {settings.model_type}")
-        if known == "llama":
-            B = _in_gguf_order(name, B, settings)
         host = found[name]
-        if isinstance(host, LayerHost) and host.view.kind == "embedding":
-            A = A.T
-        writer.add_tensor(f"{there}.lora_a", A.float().cpu().contiguous().numpy())
-        writer.add_tensor(f"{there}.lora_b", B.float().cpu().contiguous().numpy())
+        at_embedding = isinstance(host, LayerHost) and host.view.kind == "embedding"
+        for tensor, rows in gguf_rows(settings, name, B).items():
+            writer.add_tensor(f"{tensor}.lora_a", (A.T if at_embedding else A).float().cpu().contiguous().numpy())
+            writer.add_tensor(f"{tensor}.lora_b", rows.float().cpu().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _in_gguf_order(name: str, B: Tensor, settings: Any) -> Tensor:
-    """Rows of a head: transformers rotates halves (0..D/2, D/2..D), llama.cpp neighbours (0, D/2, 1, D/2 + 1 ...)."""
-    heads = {"q_proj": settings.num_attention_heads, "k_proj": settings.num_key_value_heads}
-    count = heads.get(name.rpartition(".")[2])
-    if count is None:
-        return B
-    return B.view(count, 2, -1, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
 
 # All of them -----------------------------------------------------------------------------------------------------
@@ -404,6 +388,8 @@ def _exported(
         with new_folder(folder) as partial:
             write_adapter(model, partial, name=names[0], tokenizer=tokenizer)
         return {"kind": to, "exact": True, "as": "PEFT's own method"}
+    if to == "peft" and (reason := why_not_read(model.config.model_type, "LORA", _sites(model))):
+        raise TargetError(f"{reason}. Export with `--to merged`, or with `--to plain-lora` for a server that reads it")
     if to == "delta":
         with new_folder(folder) as partial:
             write_difference(model, partial)
@@ -424,6 +410,10 @@ def _quantising(model: nn.Module) -> list[list[Any]] | str:
         return [[item.layer, item.share] for item in lost_by_quantising(model)]
     except TargetError as error:
         return str(error)
+
+
+def _sites(model: nn.Module) -> list[str]:
+    return [name for name, host in hosts(model).items() if host.active]
 
 
 def _active(model: nn.Module) -> Sequence[str]:

@@ -8,7 +8,7 @@ Dtype, dropout, the choice of the fast path, the order of several deltas and dif
 live here, once. With no active delta a host does exactly what the base does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,17 +20,55 @@ from graftlm.deltas.base import AdditiveDelta, Delta, InputDelta, WeightDelta
 from graftlm.errors import TargetError
 from graftlm.model import prefix
 from graftlm.model.bases import LinearBase, Residual, view
-from graftlm.model.ops import Plan
+from graftlm.model.ops import PLAN, Plan, planned
 
 CACHE_NAMES = ("cache", "past_key_values")
 """How transformers' decoders call the cache: from 5.24 on, and before."""
+
+
+Row = Mapping[str, float]
+"""What one row of a batch has: delta -> its weight, in the order in which they act."""
+
+Acting = tuple[Delta, float]
+"""A delta, and the share of its change that is made: 1 for all of it."""
 
 
 class Switch:
     """One for each model, known to all its hosts: which deltas act on which row of a batch, where rows differ."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, ...]] | None = None
+        self.rows: list[Row] | None = None
+        self.batch: tuple[int, int] | None = None
+        """(rows, tokens) of the batch that the model computes, None where a layer is called by itself."""
+
+    def begin(self, given: Tensor) -> None:
+        """Note the batch of a pass, from its ids [rows, tokens] or embeddings [rows, tokens, d]."""
+        self.batch = (given.shape[0], given.shape[1])
+        self.each(given.shape[0])
+
+    def each(self, count: int) -> int:
+        """How many of `count` rows, or of their tokens, lie one behind the other for each row that was named.
+
+        Generation repeats a row for its beams and for several answers. Some blocks lay the tokens of all rows end to
+        end. Either way, what belongs to a row stays together.
+        """
+        assert self.rows is not None
+        if count % len(self.rows):
+            raise TargetError(f"deltas were given for {len(self.rows)} rows, the batch has {count}")
+        return count // len(self.rows)
+
+    def check(self, x: Tensor, where: str) -> None:
+        """Refuse an x whose rows cannot be told from its shape: [rows, ..] or, laid end to end, [rows * tokens, d]."""
+        if self.batch is None:
+            return
+        rows, tokens = self.batch
+        laid_out = x.dim() == 2 and x.is_floating_point()
+        if len(x) != rows and not (laid_out and len(x) == rows * tokens):
+            raise TargetError(
+                f"{where} gets {len(x)} {'vectors' if laid_out else 'rows'} of a batch of {rows} rows of {tokens} "
+                "tokens, so it cannot be told which belong to which row (a router may have chosen them). Run the rows "
+                "one by one, or give them all the same deltas"
+            )
 
 
 class Host(nn.Module):
@@ -47,24 +85,39 @@ class Host(nn.Module):
         chosen = self.active if names is None else [name for name in names if name in self.deltas]
         return [d for name in chosen if isinstance(d := self.deltas[name], Delta)]
 
-    def groups(self, rows: int) -> Iterator[tuple[list[int], list[Delta]]]:
-        """The rows of a batch that have the same deltas here, together: (indices, deltas)."""
+    def acting(self) -> list[Acting]:
+        """The active deltas, each with the whole of its change."""
+        return [(delta, 1.0) for delta in self.on()]
+
+    def groups(self, x: Tensor) -> Iterator[tuple[list[int], list[Acting]]]:
+        """What of x has the same deltas here with the same weights, together: (indices along x's first dimension,
+        deltas)."""
         wanted = self.switch.rows
         assert wanted is not None
-        if len(wanted) != rows:
-            raise TargetError(f"deltas were given for {len(wanted)} rows, the batch has {rows}")
-        found: dict[tuple[str, ...], list[int]] = {}
-        for row, names in enumerate(wanted):
-            found.setdefault(tuple(n for n in names if n in self.deltas), []).append(row)
-        for names, indices in found.items():
-            deltas = self.on(names)
-            for delta in deltas:
+        found: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        for row, weights in enumerate(wanted):
+            here = tuple((name, weight) for name, weight in weights.items() if name in self.deltas and weight != 0)
+            found.setdefault(here, []).append(row)
+        each = 1
+        if len(found) > 1:
+            self.switch.check(x, self.where)
+            each = self.switch.each(len(x))
+        for here, rows in found.items():
+            indices = [row * each + n for row in rows for n in range(each)] if len(found) > 1 else list(range(len(x)))
+            acting = list(zip(self.on([name for name, _ in here]), (weight for _, weight in here), strict=True))
+            group = tuple(name if weight == 1 else f"{name} {weight}" for name, weight in here)
+            for delta, _ in acting:
                 if delta.site.shared is not None:
-                    delta.site.shared.group = names
-            yield indices, deltas
-            for delta in deltas:
+                    delta.site.shared.group = group
+            yield indices, acting
+            for delta, _ in acting:
                 if delta.site.shared is not None:
                     delta.site.shared.group = ()
+
+    @property
+    def where(self) -> str:
+        """The name of the site, or of one of its parts."""
+        return next((d.site.name for d in self.deltas.values() if isinstance(d, Delta)), type(self).__name__)
 
 
 def drops(delta: Delta) -> bool:
@@ -81,6 +134,11 @@ def _in_dtype_of(x: Tensor) -> Any:
     return torch.autocast(x.device.type, dtype=x.dtype) if half else nullcontext()
 
 
+def _partly(y: Tensor, changed: Tensor, share: float) -> Tensor:
+    """y with a share of the change that a delta made of it."""
+    return changed if share == 1 else y + share * (changed - y)
+
+
 def residual(delta: Delta, base: Any) -> Any:
     """The base as this delta sees it: less its offset, where an init took one from W."""
     if delta.offset_A is None or delta.offset_B is None:
@@ -93,6 +151,15 @@ def folded(delta: WeightDelta, W: Tensor, b: Tensor | None) -> tuple[Tensor, Ten
     if delta.offset_A is not None and delta.offset_B is not None:
         W = W - delta.offset_B @ delta.offset_A
     return delta.effective(W, b)
+
+
+def _folded_partly(delta: WeightDelta, share: float, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W and b with a share of what a delta makes of them."""
+    W_, b_ = folded(delta, W, b)
+    if share == 1:
+        return W_, b_
+    before = torch.zeros_like(b_) if b is None and b_ is not None else b
+    return W + share * (W_ - W), None if b_ is None or before is None else _partly(before, b_, share)
 
 
 def all_factors(delta: AdditiveDelta) -> tuple[Tensor, Tensor] | None:
@@ -110,62 +177,83 @@ class LayerHost(Host):
         made = view(base)
         assert made is not None, "attach() puts hosts on supported layers only"
         self.view: LinearBase = made
+        self.watch: Callable[[Tensor], Tensor] | None = None
+        """What is made of the weight for code that reads it here (`bypass.py`)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's own: models read its dtype or its device, and some scale it in place."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight if self.watch is None else self.watch(weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.base, "bias", None)
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         if self.switch.rows is None:
-            return self._with(self.on(), x)
-        return _in_order([(rows, self._with(deltas, x[rows])) for rows, deltas in self.groups(len(x))])
+            return self._with(self.acting(), x)
+        return _in_order([(rows, self._with(acting, x[rows])) for rows, acting in self.groups(x)])
 
-    def _with(self, deltas: list[Delta], x: Tensor) -> Tensor:
-        if not deltas:
+    def _with(self, acting: list[Acting], x: Tensor) -> Tensor:
+        if not acting:
             return self.view(x)
         # A change of weights acts on the frozen layer, any other delta on an output: so changes of weights come first.
-        weights = [d for d in deltas if isinstance(d, WeightDelta)]
-        others = [d for d in deltas if not isinstance(d, WeightDelta)]
+        weights = [(d, share) for d, share in acting if isinstance(d, WeightDelta)]
+        others = [(d, share) for d, share in acting if not isinstance(d, WeightDelta)]
         if not weights:
-            y = self.view(x) if others[0].wants_y else x.new_empty(0)
-        elif all(isinstance(d, AdditiveDelta) for d in weights):
-            y = self._add(x, [d for d in weights if isinstance(d, AdditiveDelta)])
+            y = self.view(x) if others[0][0].wants_y or others[0][1] != 1 else x.new_empty(0)
+        elif all(isinstance(d, AdditiveDelta) for d, _ in weights):
+            y = self._add(x, [(d, share) for d, share in weights if isinstance(d, AdditiveDelta)])
         else:
             y = self._fold(x, weights)
-        for delta in others:
+        for delta, share in others:
             with _in_dtype_of(x):
-                y = delta(_dropped(x, delta), y, self.view).to(y.dtype)
+                y = _partly(y, delta(_dropped(x, delta), y, self.view).to(y.dtype), share)
         return y
 
-    def _fold(self, x: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
-        if len(deltas) == 1 and type(deltas[0]).forward is not WeightDelta.forward and not drops(deltas[0]):
+    def _fold(self, x: Tensor, acting: Sequence[tuple[WeightDelta, float]]) -> Tensor:
+        first, share = acting[0]
+        if len(acting) == 1 and type(first).forward is not WeightDelta.forward and not drops(first):
             with _in_dtype_of(x):  # a fast form of its own
-                y: Tensor = deltas[0](x, x.new_empty(0), residual(deltas[0], self.view))
-            return y.to(x.dtype) if x.is_floating_point() else y
+                y: Tensor = first(x, x.new_empty(0), residual(first, self.view))
+            y = y.to(x.dtype) if x.is_floating_point() else y
+            return y if share == 1 else _partly(self.view(x), y, share)
         W, b = self.view.weight, self.view.bias
-        if not any(drops(d) for d in deltas):
-            for delta in deltas:
-                W, b = folded(delta, W, b)
+        if not any(drops(d) for d, _ in acting):
+            for delta, share in acting:
+                W, b = _folded_partly(delta, share, W, b)
             return self.view.apply(x, W, b)
         y = self.view(x)  # with dropout, what each delta changes acts on its own x, and the base on the whole of it
-        for delta in deltas:
-            W_, b_ = folded(delta, W, b)
+        for delta, share in acting:
+            W_, b_ = _folded_partly(delta, share, W, b)
             shift = None if b_ is None else b_ if b is None else b_ - b
             y = y + self.view.apply(_dropped(x, delta), W_ - W, shift)
             W, b = W_, b_
         return y
 
-    def _add(self, x: Tensor, deltas: Sequence[AdditiveDelta]) -> Tensor:
-        fast, slow = [], []
-        for delta in deltas:
+    def _add(self, x: Tensor, acting: Sequence[tuple[AdditiveDelta, float]]) -> Tensor:
+        fast: list[tuple[Tensor, Tensor]] = []
+        slow: list[tuple[AdditiveDelta, float]] = []
+        for delta, share in acting:
             factors = None if drops(delta) or _has_own_increment(delta) else all_factors(delta)
-            slow.append(delta) if factors is None else fast.append(factors)
+            if factors is None:
+                slow.append((delta, share))
+            else:
+                fast.append(factors if share == 1 else (factors[0], share * factors[1]))
         if fast:  # one operation, however many deltas there are
             A = torch.cat([a for a, _ in fast]) if len(fast) > 1 else fast[0][0]
             B = torch.cat([b for _, b in fast], dim=1) if len(fast) > 1 else fast[0][1]
             y = self.view.low_rank(x, A, B)
         else:
             y = self.view(x)
-        for delta in slow:
-            y = y + self._increment(delta, _dropped(x, delta)).to(y.dtype)
+        for delta, share in slow:
+            change = self._increment(delta, _dropped(x, delta)).to(y.dtype)
             if delta.offset_A is not None and delta.offset_B is not None:
-                y = y - self.view.take(x, delta.offset_A.to(y.dtype)) @ delta.offset_B.to(y.dtype).T
+                change = change - self.view.take(x, delta.offset_A.to(y.dtype)) @ delta.offset_B.to(y.dtype).T
+            y = y + (change if share == 1 else share * change)
         return y
 
     def _increment(self, delta: AdditiveDelta, x: Tensor) -> Tensor:
@@ -225,18 +313,18 @@ class SubLayerHost(Host):
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
         if self.switch.rows is None:
-            deltas = self.on()
-            if not deltas:
+            acting = self.acting()
+            if not acting:
                 return None
-            changed = self._with(deltas, x, y)
+            changed = self._with(acting, x, y)
         else:
-            changed = _in_order([(rows, self._with(deltas, x[rows], y[rows])) for rows, deltas in self.groups(len(y))])
+            changed = _in_order([(rows, self._with(acting, x[rows], y[rows])) for rows, acting in self.groups(y)])
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    def _with(self, deltas: list[Delta], x: Tensor, y: Tensor) -> Tensor:
-        for delta in deltas:
+    def _with(self, acting: list[Acting], x: Tensor, y: Tensor) -> Tensor:
+        for delta, share in acting:
             with _in_dtype_of(y):
-                y = delta(_dropped(x, delta), y, self.view).to(y.dtype)
+                y = _partly(y, delta(_dropped(x, delta), y, self.view).to(y.dtype), share)
         return y
 
 
@@ -261,11 +349,14 @@ class ModelHost(Host):
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
         assert given is not None
-        combos = [self.active] if self.switch.rows is None else list(self.switch.rows)
+        combos = [self.active]
+        if (rows := self.switch.rows) is not None:
+            each = self.switch.each(len(given))
+            combos = [tuple(name for name, weight in row.items() if weight) for row in rows for _ in range(each)]
         made: dict[tuple[str, ...], prefix.Before] = {}
         for combo in combos:
             if combo not in made:
-                made[combo] = self._before(decoder, self.on(combo), combo, kwargs.get("plan"))
+                made[combo] = self._before(decoder, self.on(combo), combo)
         self.before = prefix.stack([made[combo] for combo in combos])
         if self.before is None:
             return None
@@ -273,7 +364,7 @@ class ModelHost(Host):
         kwargs["position_ids"] = shift + _positions(given, kwargs)
         return args, kwargs
 
-    def _before(self, decoder: Any, deltas: list[Delta], combo: tuple[str, ...], pack: Plan | None) -> "prefix.Before":
+    def _before(self, decoder: Any, deltas: list[Delta], combo: tuple[str, ...]) -> "prefix.Before":
         """The keys and values of one combination of deltas: prefixes as they are, prompts by a pass over them."""
         found: list[Tensor] = []
         prompts: list[Tensor] = []
@@ -290,14 +381,16 @@ class ModelHost(Host):
         embeddings = torch.cat(prompts)[None].to(weight.dtype)
         start = 0 if learnt is None else learnt.shape[3]
         positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
-        plan = {"plan": Plan([embeddings.shape[1]], attend=pack.attend)} if pack is not None else {}
-        self._busy, kept, rows = True, self.before, self.switch.rows
-        self.before, self.switch.rows = prefix.stack([prefix.Before(learnt)]), None if rows is None else [combo]
+        pack = PLAN.get()
+        plan = None if pack is None else Plan([embeddings.shape[1]], attend=pack.attend)
+        self._busy, kept, rows, batch = True, self.before, self.switch.rows, self.switch.batch
+        self.before = prefix.stack([prefix.Before(learnt)])
+        self.switch.rows = None if rows is None else [dict.fromkeys(combo, 1.0)]
         try:
-            with prefix.recording(decoder) as heard:
-                decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **plan)
+            with prefix.recording(decoder) as heard, planned(plan):
+                decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
         finally:
-            self._busy, self.before, self.switch.rows = False, kept, rows
+            self._busy, self.before, self.switch.rows, self.switch.batch = False, kept, rows, batch
         return prefix.Before(learnt, torch.stack([torch.stack([k[0], v[0]]) for k, v in heard]))
 
 

@@ -237,13 +237,13 @@ class _Attention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: _Segments, scale: float) -> Tensor:
         q, k, v = _by_token(q), _by_token(k), _by_token(v)
         (H, T, D), (G, keys, _) = q.shape, k.shape
-        out, log_sums = _like(q), torch.empty(H, T)
+        out, log_sums = q.new_empty(T, H, D), torch.empty(H, T)
         ctx.shape = _Shape(T, keys, H, G, D, scale, torch.get_num_threads())
         rest = (log_sums.data_ptr(), ctx.shape, segments.array, len(segments.array))
-        library().attend(_heads(q), _heads(k), _heads(v), _heads(out), *rest)
+        library().attend(_heads(q), _heads(k), _heads(v), _heads(out.transpose(0, 1)), *rest)
         ctx.segments = segments
         ctx.save_for_backward(q, k, v, log_sums)
-        return out.transpose(0, 1)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -274,30 +274,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rule: ops.Rule) -> Tensor:
 
 class _LowRank(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+    def forward(ctx: Any, rows: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        rows = rows.contiguous()
         spare = -len(A) % LANES
-        A_, B_ = (F.pad(A.to(x.dtype), (0, 0, 0, spare)), F.pad(B.to(x.dtype), (0, spare)))
+        A_, B_ = (F.pad(A.to(rows.dtype), (0, 0, 0, spare)), F.pad(B.to(rows.dtype), (0, spare)))
         ctx.shape = _Linear(len(rows), A.shape[1], len(B), len(A_), torch.get_num_threads())
         u, y = rows.new_empty(len(rows), len(A_)), rows.new_empty(len(rows), len(B))
         library().low_rank(*(t.data_ptr() for t in (rows, W, A_, B_, u, y)), ctx.shape)
-        ctx.weight, ctx.x_shape, ctx.r = W, x.shape, len(A)
+        ctx.weight, ctx.r = W, len(A)
         ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, u, A_, B_)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, u, A_, B_ = ctx.saved_tensors
         needs_x, _, needs_A, needs_B = ctx.needs_input_grad
-        grad = grad.reshape(-1, len(B_)).contiguous()
+        grad = grad.contiguous()
         dx = grad.new_empty(len(grad), A_.shape[1]) if needs_x else None
         dA = torch.empty(A_.shape) if needs_A else None
         dB = torch.empty(len(A_), len(B_)) if needs_B else None
         pointers = [None if t is None else t.data_ptr() for t in (grad, rows, u, ctx.weight, A_, B_, dx, dA, dB)]
         library().low_rank_backward(*pointers, ctx.shape)
         return (
-            None if dx is None else dx.view(ctx.x_shape),
+            dx,
             None,
             None if dA is None else dA[: ctx.r],
             None if dB is None else dB[: ctx.r].T,
@@ -312,8 +312,7 @@ def low_rank_linear(
         return ops.low_rank_linear(x, W, b, A, B, gain)
     if len(W) % LANES or A.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
         return ops.low_rank_linear(x, W, b, A, B, gain)
-    y: Tensor = _LowRank.apply(x, W, A, B)
-    return y
+    return ops.by_rows(lambda rows: _LowRank.apply(rows, W, A, B), x)
 
 
 # Passes over memory --------------------------------------------------------------------------------------------------
@@ -375,6 +374,8 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _Rotate(Function):
+    """x [heads, T, D] -> [T, heads, D]: a view made in here could not be edited in place (`ops.by_rows`)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -383,14 +384,16 @@ class _Rotate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotated(grad, *ctx.saved_tensors, back=True), None, None
+        return _rotated(grad.transpose(0, 1), *ctx.saved_tensors, back=True).transpose(0, 1), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """x [heads, T, D] -> [T, heads, D]"""
     x = _by_token(x)
-    y, (heads, T, D) = _like(x), x.shape
+    heads, T, D = x.shape
+    y = x.new_empty(T, heads, D)
     rest = (heads, T, D, back, torch.get_num_threads())
-    library().rotate(_heads(x), cos.data_ptr(), sin.data_ptr(), _heads(y), *rest)
+    library().rotate(_heads(x), cos.data_ptr(), sin.data_ptr(), _heads(y.transpose(0, 1)), *rest)
     return y
 
 
@@ -400,7 +403,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     if not one_row or q.shape[-1] % (2 * LANES) or cos.shape[-1] != q.shape[-1] or not _served(q, k, cos, sin):
         return ops.by_halves(q, k, cos, sin, unsqueeze_dim)
     cos, sin = cos[0].contiguous(), sin[0].contiguous()
-    return _Rotate.apply(q[0], cos, sin)[None], _Rotate.apply(k[0], cos, sin)[None]
+    q, k = (_Rotate.apply(t[0], cos, sin).transpose(0, 1)[None] for t in (q, k))
+    return q, k
 
 
 def _served(*tensors: Tensor) -> bool:

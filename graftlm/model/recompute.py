@@ -3,7 +3,7 @@
 Both are contexts around forward and backward pass, like `packed_attention`. They change no number.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.errors import TrainingError
+from graftlm.model.ops import PLAN, Plan, planned
 from graftlm.model.prefix import is_recording
 from graftlm.model.sites import transformer_layers
 
@@ -28,25 +29,45 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
     layers = list(transformer_layers(model).values())
     if not layers:
         raise TrainingError(f"train.checkpointing: {type(model).__name__} has no list of decoder layers to recompute")
-    for layer in layers:
-        layer.forward = partial(_recomputed, layer, layer.forward)
-    try:
+    with computing_by((layer, partial(_recomputed, layer, layer.forward)) for layer in layers):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def is_recomputed(model: nn.Module) -> bool:
     """Whether `recomputed_layers` holds this model at present."""
-    return any("forward" in vars(layer) for layer in transformer_layers(model).values())
+    forwards = (vars(layer).get("forward") for layer in transformer_layers(model).values())
+    return any(isinstance(forward, partial) and forward.func is _recomputed for forward in forwards)
+
+
+@contextmanager
+def computing_by(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Inside, each module computes by the function beside it; afterwards by what it did before, be that its class's
+    `forward` or one that somebody set on the module itself."""
+    ours = dict(forwards)
+    before = {module: vars(module).get("forward") for module in ours}
+    for module, forward in ours.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in ours.items():
+            if vars(module).get("forward") is forward:  # else somebody set another one meanwhile
+                del module.forward
+                if before[module] is not None:
+                    module.forward = before[module]
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # What a prompt lets the layers say beforehand is kept: a second run would find it standing before itself.
     if not torch.is_grad_enabled() or is_recording(layer):
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(partial(_by_plan, PLAN.get(), forward), *args, use_reentrant=False, **kwargs)
+
+
+def _by_plan(plan: Plan | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The pass of a layer, with the plan of the forward pass in the backward pass too, whatever thread runs it."""
+    with planned(plan):
+        return forward(*args, **kwargs)
 
 
 @contextmanager

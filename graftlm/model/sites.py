@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from graftlm.config import build, expression, to_tree
-from graftlm.deltas.base import DeltaConfig, Targets, matches
+from graftlm.deltas.base import DeltaConfig, Rows, Targets, matches
 from graftlm.errors import TargetError, nearest
+from graftlm.model import parts
 from graftlm.model.bases import KINDS, view
 from graftlm.model.hosts import Host, LayerHost
+from graftlm.model.probing import bypassed
 
 CHILD = "graft"
 """The name under which a host that works by hooks is a child of the module that it serves."""
@@ -29,8 +31,33 @@ class Place:
 def decoder_of(model: nn.Module) -> nn.Module | None:
     """The part of a language model between ids and last hidden states; None for other models."""
     getter = getattr(model, "get_decoder", None)
-    decoder = getter() if getter else None
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+    if getter is None:
+        return None
+    # Some classes answer with themselves or with their output layer (which ModernBERT calls `decoder`): the decoder is
+    # then what transformers calls the base model, or what the class itself calls its model.
+    for found in (getter(), getattr(model, "base_model", None), getattr(model, "model", None)):
+        if isinstance(found, nn.Module) and found is not model and next(found.children(), None) is not None:
+            return found
+    return None
+
+
+def towers(model: nn.Module) -> list[str]:
+    """The names of what stands beside the decoder of a model of text and something else: text never reaches it."""
+    config: Any = getattr(model, "config", None)
+    decoder = decoder_of(model)
+    if decoder is None or config is None or not hasattr(config, "get_text_config"):
+        return []
+    if config.get_text_config() is config or getattr(config, "is_encoder_decoder", False):
+        return []
+    around = {id(m) for m in model.modules() if any(inner is decoder for inner in m.modules())}
+    head = output_head(model)
+    names = (n for n, m in model.named_modules() if n and id(m) not in around and m is not head)
+    within = tuple(f"{n}." for n, m in model.named_modules() if m is decoder)
+    beside: list[str] = []
+    for name in names:
+        if not name.startswith((*within, *(f"{other}." for other in beside))):
+            beside.append(name)
+    return beside
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -42,7 +69,9 @@ def places(model: nn.Module) -> dict[str, Place]:
     for name, module in model.named_modules():
         if name.startswith(tuple(inside)):
             continue
-        if isinstance(module, Host):
+        if isinstance(module, nn.MultiheadAttention):
+            inside.append(f"{name}.")  # torch reads its layers' weights, and calls none of them
+        elif isinstance(module, Host):
             inside.append(f"{name}.")
             if isinstance(module, LayerHost):
                 found[name] = Place(module.base, module.view.kind)
@@ -63,13 +92,23 @@ def transformer_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _transformer_layers(model: nn.Module, decoder: nn.Module | None) -> list[str]:
-    """The names of the items of the decoder's longest list of modules."""
+    """The names of the items of the decoder's outermost list of blocks, the longest of them (not of experts, which lie
+    inside a block, and not of projections, which are no blocks)."""
     prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.startswith(prefix)}
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(prefix) and _has_parts(module)
+    }
     if decoder is None or not lists:
         return []
-    name = max(lists, key=lambda key: (len(lists[key]), -key.count(".")))
+    name = max(lists, key=lambda key: (-key.count("."), len(lists[key])))
     return [f"{name}.{number}" for number in range(len(lists[name]))]
+
+
+def _has_parts(blocks: nn.ModuleList) -> bool:
+    items = (block.base if isinstance(block, LayerHost) else block for block in blocks)
+    return any(next(item.children(), None) is not None for item in items)
 
 
 def _has_linear(module: nn.Module) -> bool:
@@ -92,34 +131,88 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
     """The names of the places of these kinds that `targets` means; raises TargetError for what matches none of them.
 
     Keywords: `all-linear` (the output head left out), `all-norms`, `all-embeddings`, `all` (these three),
-    `all-attention`, `all-mlp`, `all-sublayers` and `model`. Another string: a regular expression for the whole name.
-    A tuple: each entry the end of a name, from a dot on (the rules of PEFT, so that its adapters mean the same here).
+    `all-attention`, `all-mlp`, `all-sublayers` and `model`. They mean the decoder of a model that also sees or hears.
+    Another string: a regular expression for the whole name. A tuple: each entry the end of a name, from a dot on (the
+    rules of PEFT, so that its adapters mean the same here). The name of a part of a fused projection is that of the
+    layer and the part's (`c_attn.q`); it is meant where the layer is not.
     """
     layers = {name: place for name, place in places(model).items() if place.kind in kinds}
     if isinstance(targets, str) and targets in KEYWORDS:
-        wanted, head = KEYWORDS[targets], output_head(model)
-        found = [name for name, place in layers.items() if place.kind in wanted and place.module is not head]
+        kinds_meant, head = KEYWORDS[targets], output_head(model)
+        beside = tuple(f"{name}." for name in towers(model))
+        found = [name for name, place in layers.items() if place.kind in kinds_meant and place.module is not head]
+        found = [name for name in found if not f"{name}.".startswith(beside)]
         if targets in ("all-attention", "all-mlp"):
             found = [name for name in found if _is_attention(name) == (targets == "all-attention")]
         return found
+    linear = [name for name, place in layers.items() if place.kind == "linear"]
     if isinstance(targets, str):
         pattern = _compiled(targets)
-        found = [name for name in layers if pattern.fullmatch(name)]
-        if not found:
-            raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {_what_there_is(layers)}")
-        return found
-    for suffix in targets:
-        if not any(matches((suffix,), name) for name in layers):
-            others = [n for n, m in model.named_modules() if matches((suffix,), n)]
-            if others:
-                kind = type(model.get_submodule(others[0])).__name__
-                raise TargetError(
-                    f"targets: {suffix!r} is a {kind} ({others[0]}); this delta can sit on {_kinds(kinds)}. "
-                    f"{_what_there_is(layers)}"
-                )
-            near = nearest(suffix, [n.rpartition(".")[2] for n in layers])
-            raise TargetError(f"targets: {suffix!r} matches no layer. {near}\n{_what_there_is(layers)}")
-    return [name for name in layers if matches(targets, name)]
+        whole = {name for name in layers if pattern.fullmatch(name)}
+        # An end that any word would fit means what lies inside of modules, not parts of layers.
+        open_ended = {name for name in linear if pattern.fullmatch(f"{name}.\0")}
+        wanted = {
+            name: at
+            for name, at in parts.candidates(linear).items()
+            if name not in layers and at[0] not in whole | open_ended and pattern.fullmatch(name)
+        }
+        rows = find_parts(model, wanted)
+        if not whole and not rows:
+            raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {what_there_is(layers)}")
+    else:
+        whole = {name for name in layers if matches(targets, name)}
+        named = tuple(suffix for suffix in targets if "." in suffix)
+        candidates = {
+            name: at for name, at in parts.candidates(linear).items() if name not in layers and matches(named, name)
+        }
+        wanted = {name: at for name, at in candidates.items() if at[0] not in whole}
+        for suffix in targets:
+            if not any(matches((suffix,), name) for name in (*layers, *candidates)):
+                raise TargetError(_matches_nothing(model, suffix, layers, kinds))
+        rows = find_parts(model, wanted)
+        for name, (layer, _) in wanted.items():
+            if name not in rows:
+                raise TargetError(parts.why_not(model, name, layer, transformer_layers(model)))
+    by_layer: dict[str, list[str]] = {}
+    for name in rows:
+        by_layer.setdefault(wanted[name][0], []).append(name)
+    return [found for name in layers for found in ([name] if name in whole else by_layer.get(name, []))]
+
+
+def _matches_nothing(model: nn.Module, suffix: str, layers: Mapping[str, Place], kinds: Sequence[str]) -> str:
+    others = [n for n, m in model.named_modules() if matches((suffix,), n)]
+    if others:
+        kind = type(model.get_submodule(others[0])).__name__
+        return (
+            f"targets: {suffix!r} is a {kind} ({others[0]}); this delta can sit on {_kinds(kinds)}. "
+            f"{what_there_is(layers)}"
+        )
+    near = nearest(suffix, [n.rpartition(".")[2] for n in layers])
+    return f"targets: {suffix!r} matches no layer. {near}\n{what_there_is(layers)}"
+
+
+def find_parts(model: nn.Module, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Rows]:
+    """The rows of parts of fused projections, name -> (layer, part), for those that are there."""
+    return parts.find(model, wanted, transformer_layers(model)) if wanted else {}
+
+
+def part_of(model: nn.Module, name: str) -> tuple[str, str] | None:
+    """(layer, part) for a name that ends in a part of a layer, None for the name of a module."""
+    layer, _, part = name.rpartition(".")
+    if part not in parts.PARTS:
+        return None
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return layer, part
+    return None
+
+
+def not_called(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of these sites whose weight the model's code uses without calling the layer."""
+    layers = {name: (at[0] if (at := part_of(model, name)) else name) for name in names}
+    used = set(bypassed(model, list(dict.fromkeys(layers.values())), transformer_layers(model)))
+    return [name for name, layer in layers.items() if layer in used]
 
 
 KEYWORDS = {
@@ -146,7 +239,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise TargetError(f"{pattern!r}: {error}") from None
 
 
-def _what_there_is(layers: Mapping[str, Any]) -> str:
+def what_there_is(layers: Mapping[str, Any]) -> str:
     """The kinds of name among the places, with how many there are of each: the list a user needs to mend targets."""
     counts: dict[str, int] = {}
     for name in layers:

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftlm.errors import BaseModelError
-from graftlm.model.load import BaseConfig, base_config, locate, quantise, stored_dtype
+from graftlm.model.attach import SKETCH
+from graftlm.model.load import BaseConfig, base_config, locate, put_into_codes, stored_dtype
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import transformer_layers
 
@@ -110,12 +111,13 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
     model.eval().requires_grad_(False)
     size = sum(sizes.values())
     if base.store in CODECS:
-        size -= _saved_by_codes(whole, quantise(model, base.store))
+        size -= _saved_by_codes(whole, put_into_codes(model, base.store))
     filled = list(whole.get_submodule(_list_name(layers)))
     for number, layer in zip(real, transformer_layers(model).values(), strict=True):
         filled[number] = layer
     vars(model.config.get_text_config()).update({"num_hidden_layers": count} | per_layer)
     _set(model, _list_name(layers), nn.ModuleList(filled).requires_grad_(False))
+    model.__dict__[SKETCH] = True
     where = Path(locate(base, network=network))
     files = where.glob("*.safetensors") if where.is_dir() else ()
     return Sketch(model, filled, list(layers), dtype, size, sum(f.stat().st_size for f in files))

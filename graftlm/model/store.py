@@ -8,6 +8,7 @@ Writing is all or nothing: into a temporary folder beside the target, then one r
 that does not fit exactly is refused, and the model is left as it was.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
-from graftlm.model.attach import attach, attachment, detach, hosts, parameters_of, shared_of
+from graftlm.model.attach import Chat, attach, attachment, deltas_by_site, detach, hosts, parameters_of, shared_of
 from graftlm.model.foreign import CONFIG as CONFIG
 from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Member, check_numbers, read_adapter
 from graftlm.model.foreign import PREFIX as PREFIX
@@ -45,8 +46,9 @@ from graftlm.model.load import (
     store_of,
     with_more_tokens,
 )
+from graftlm.model.peft import target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS
-from graftlm.model.sites import config_at, find_sites
+from graftlm.model.sites import config_at
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "graftlm.json"
@@ -167,32 +169,49 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
             f"{name!r} is {len(record.members[name])} deltas on this model ({', '.join(record.members[name])}), and a "
             "folder holds one. Save each by its name into a folder of its own, or merge it (`graft merge`)"
         )
-    config = record.configs[name]
+    config, chat = record.configs[name], record.chats.get(name)
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
-    where = {"base_model_name_or_path": public_name(model), "task_type": "CAUSAL_LM"}
+    where = {"base_model_name_or_path": public_name(model), **task(model)}
     if layout is None:
         stored = {"peft_type": OWN_TYPE, "method": config.method, **where}
     else:
         stored = _to_peft(model, config, layout, list(record.sites[name])) | where
-    (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    tensors = {key: t.detach().cpu().contiguous() for key, t in _stored_tensors(model, name, layout).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    ours = {
-        "graftlm": __version__,
-        "base": {"name": public_name(model), "store": store_of(model), **fingerprint(model).to_json()},
+    facts = {
         "chat_template": _sha256(tokenizer.chat_template) if tokenizer is not None else None,
-        "config": to_tree(config),
+        "today": chat.today.isoformat() if chat is not None and chat.today is not None else None,
+        "turn_order": chat.turn_order if chat is not None else None,
         "layout": OWN_TYPE if layout is None else layout.type,
         "position": list(record.configs).index(name),
         "seed": record.seeds[name],
         "rebuilt": _rebuilt(model, name),
-        "sha256": {file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
     }
-    (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
+    write_files(model, folder, stored, _stored_tensors(model, name, layout), config, facts)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         if tokenizer.chat_template:  # the exact template of training, whatever transformers chooses to write
             (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def write_files(
+    model: nn.Module,
+    folder: Path,
+    stored: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    config: DeltaConfig,
+    facts: Mapping[str, Any],
+) -> None:
+    """adapter_config.json, the tensors, and graftlm.json with the config, the base and `facts`."""
+    (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    ours = {
+        "graftlm": __version__,
+        "base": {"name": public_name(model), "store": store_of(model), **fingerprint(model).to_json()},
+        "config": to_tree(config),
+        "sha256": {file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
+        **facts,
+    }
+    (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
 
 
 def _sha256(text: Any) -> str | None:
@@ -205,7 +224,7 @@ OWN_TYPE = "GRAFTLM"
 
 def _modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """Site -> delta, and "" -> what the sites share."""
-    found: dict[str, nn.Module] = {s: h.deltas[name] for s, h in hosts(model).items() if name in h.deltas}
+    found: dict[str, nn.Module] = {site: delta for other, site, delta in deltas_by_site(model) if other == name}
     shared = shared_of(model, name)
     return found if shared is None else {"": shared, **found}
 
@@ -222,6 +241,8 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
         if lost := overrides.keys() - method.peft.patterns.keys():
             return f"PEFT has no pattern for {', '.join(sorted(lost))}, which {pattern!r} sets"
     for site, module in _modules(model, name).items():
+        if isinstance(module, Delta) and module.site.rows is not None:
+            return f"{site} is a part of a layer, and PEFT has no name for one"
         if isinstance(module, Delta) and method.peft.why_not_at and (reason := method.peft.why_not_at(module.site)):
             return f"{site}: {reason}"
         if getattr(module, "offset_A", None) is not None:
@@ -230,7 +251,9 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
         for key in module.state_dict():
             if key not in known:
                 return f"PEFT's {method.peft.type} has no tensor for {key}"
-    return ""
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    parameters = not config.dropout and not method.peft.constants.get("use_dora")
+    return why_not_read(kind, method.peft.type, attachment(model).sites[name], parameters=parameters)
 
 
 def tensors_of_delta(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -286,11 +309,9 @@ def _to_peft(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: l
     if layout.type == "LORA":
         stored |= {key: values[0] for key, values in NEUTRAL.items()} | {"init_lora_weights": True}
     if not isinstance(on[sites[0]], ModelHost):
-        suffixes = tuple(sorted({site.rpartition(".")[2] for site in sites}))
-        same = find_sites(model, suffixes, METHODS[config.method].delta.kinds) == sites
         swapped = any(transposed(on[site]) for site in sites)
         stored |= {key: values[0] for key, values in NEUTRAL_ANYWHERE.items()}
-        stored |= {"fan_in_fan_out": swapped, "target_modules": list(suffixes) if same else sites}
+        stored |= {"fan_in_fan_out": swapped, "target_modules": target_modules(model, sites)}
     patterns: dict[str, dict[str, Any]] = {key: {} for key in layout.patterns.values()}
     for site in sites:
         there = config_at(config, site)
@@ -333,7 +354,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     the model is then as it was. An adapter of another tool has no fingerprint: its keys, shapes, dtypes and
     finiteness are checked, and the sentence says so. It may be several deltas here, such as `default` and
     `default-modules`, which `name` switches together (`graftlm/model/foreign.py`). `trust_base` loads in spite of
-    another base. Tokenizer and chat template in the folder are what `answer` asks with, whatever it is given.
+    another base. Tokenizer and chat template in the folder are what `answer` asks with, whatever it is given; a
+    template that writes the date writes that of training.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -377,27 +399,38 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         attachment(model).tokenizers[name] = tokenizer
     if ours is not None:
         said = f"{folder}: {len(tensors)} tensors, checksums and base fingerprint match"
-        return said + _another_store(model, ours) + _use_template(model, name, template, ours.get("chat_template"))
+        return said + _another_store(model, ours) + _use_chat(model, name, template, ours, folder)
     said = (
         f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
         f"{len(tensors)} tensors were checked, that the base is the right one was not"
     )
-    return "; ".join([said, *remarks]) + _use_template(model, name, template, None)
+    return "; ".join([said, *remarks]) + _use_chat(model, name, template, {}, folder)
 
 
-def _use_template(model: nn.Module, name: str, text: str | None, wanted: str | None) -> str:
-    """Remember the chat template that an adapter was trained with; what is to be said of it."""
-    templates = attachment(model).templates
+def _use_chat(model: nn.Module, name: str, text: str | None, ours: Mapping[str, Any], folder: Path) -> str:
+    """Remember how the conversations of an adapter were rendered in training; what is to be said of it."""
+    chats = attachment(model).chats
     if text is None:
         return ""
-    others = [other for other, known in templates.items() if known != text]
-    templates[name] = text
-    said = "; answers use its chat template"
+    others = [other for other, known in chats.items() if known.template != text]
+    try:
+        today = datetime.date.fromisoformat(ours["today"]) if ours.get("today") else None
+    except (TypeError, ValueError):
+        raise AdapterError(f"{folder / RECORD}: today: {ours['today']!r} is no date (YYYY-MM-DD)") from None
+    chats[name] = Chat(text, today, ours.get("turn_order") or "refuse")
+    wanted = ours.get("chat_template")
+    said = "; answers use its chat template" + (f", which writes the day of training, {today}" if today else "")
     if wanted is not None and _sha256(text) != wanted:
         said += f", and {TEMPLATE} is not what it was trained with: it was edited"
     if others:
         said += f", in place of that of {', '.join(others)}, which is another one"
     return said
+
+
+def chat_of(model: nn.Module) -> Chat | None:
+    """How the conversations of the adapters on a model were rendered in training, the last one's; None where none has a
+    chat template."""
+    return next(reversed(attachment(model).chats.values()), None)
 
 
 def _template_in(folder: Path) -> str | None:
@@ -427,8 +460,9 @@ def tokenizer_of(model: nn.Module, tokenizer: Any) -> Any:
 
 
 def template_of(model: nn.Module) -> str | None:
-    """The chat template that the adapters on a model were trained with, the last one's; None where none has one."""
-    return next(reversed(attachment(model).templates.values()), None)
+    """The chat template of `chat_of`."""
+    chat = chat_of(model)
+    return None if chat is None else chat.template
 
 
 def _another_store(model: nn.Module, ours: dict[str, Any]) -> str:

@@ -1,16 +1,29 @@
 """Messages -> answer: the render function of training and the generator of the model, joined."""
 
+import datetime
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from graftlm.data.formats import Message
 from graftlm.data.render import Renderer
+from graftlm.data.turn_order import TurnOrder
 from graftlm.model.endings import all_stop_ids
 from graftlm.model.generate import generate
-from graftlm.model.store import template_of, tokenizer_of
+from graftlm.model.store import chat_of, tokenizer_of
 
 _renderer = lru_cache(maxsize=4)(Renderer)
+
+
+def chat_renderer(
+    model: Any, tokenizer: Any, *, today: datetime.date | None = None, turn_order: TurnOrder | None = None
+) -> Renderer:
+    """What renders the prompts of a model: as its adapter's were rendered in training, where it has one with a chat
+    template; else with the tokenizer's template on the present day, with `turn_order: refuse`."""
+    chat, tokenizer = chat_of(model), tokenizer_of(model, tokenizer)
+    today = today or (chat.today if chat else None) or datetime.date.today()
+    turn_order = turn_order or (chat.turn_order if chat else "refuse")
+    return _renderer(tokenizer, chat.template if chat else tokenizer.chat_template, today=today, turn_order=turn_order)
 
 
 def answer(
@@ -27,19 +40,22 @@ def answer(
     stop: Sequence[str] = (),
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    today: datetime.date | None = None,
+    turn_order: TurnOrder | None = None,
 ) -> str:
     """The model's answer to a prompt, or to a conversation that ends with a user's turn; greedy at temperature 0.
 
     The answer ends before the first of the texts `stop`, wherever tokens begin and end. How the other options choose
     among tokens: `graftlm.model.generate.generate`, and its ValueError. `on_text` is called with each new piece of text
     as it comes.
-    Tokenizer and chat template are those of the adapters on the model, where they have them.
+    Tokenizer and chat template are those of the adapters on the model, where they have them. So are `today`, the day
+    that templates write (of training; without an adapter the present day), and `turn_order`, what becomes of a system
+    message that the template has no place for (`data.turn_order` of training; without an adapter it is refused).
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     if "" in stop:
         raise ValueError("stop: an empty text is in every answer, before its first character")
-    tokenizer = tokenizer_of(model, tokenizer)
-    renderer = _renderer(tokenizer, template_of(model) or tokenizer.chat_template)
+    renderer = chat_renderer(model, tokenizer, today=today, turn_order=turn_order)
     stop_ids = all_stop_ids(model, renderer.stop_ids)
     new: list[int] = []
     shown = ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.data.check import Lengths, shown_rows
-from graftlm.data.render import Renderer, Role
+from graftlm.data.render import Role
 from graftlm.data.source import DataConfig, Row
 from graftlm.data.survey import WHY, evenly
 from graftlm.files import whole
@@ -32,13 +32,13 @@ WIDTH, HEIGHT = 420, 120
 """Of a histogram, in pixels."""
 
 
-def write(file: Path, data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> None:
+def write(file: Path, data: Prepared, config: DataConfig, *, title: str) -> None:
     """Write the page; raises OutputError where it cannot be written."""
     with whole(file) as draft:
-        draft.write_text(html(data, tokenizer, config, title=title), encoding="utf-8")
+        draft.write_text(html(data, config, title=title), encoding="utf-8")
 
 
-def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> str:
+def html(data: Prepared, config: DataConfig, *, title: str) -> str:
     """The page of rows that were looked at (`prepare_data(..., look=True)`)."""
     preflight, survey = data.report, data.report.survey
     assert survey is not None
@@ -50,9 +50,8 @@ def html(data: Prepared, tokenizer: Any, config: DataConfig, *, title: str) -> s
                 note = f"{entry.note} ({others})" if entry.note and others else entry.note or others
                 notes.setdefault(where, []).append((finding.kind, note))
     rows = _chosen(data, notes)
-    renderer = Renderer(tokenizer, turn_order=config.turn_order)
     shown = [
-        _shown(piece, notes, config.max_tokens) for row in rows for piece in shown_rows([row], renderer, config, 1)
+        _shown(piece, notes, config.max_tokens) for row in rows for piece in shown_rows([row], data.renderer, config, 1)
     ]
     place = {piece["where"]: i for i, piece in reversed(list(enumerate(shown)))}
     findings = []

@@ -27,7 +27,6 @@ def record(recipe: Recipe, model: Any, tokenizer: Any, items: Sequence[Example |
         "rows": digest(items),
         "sources": [content(path) for path in paths(recipe)],
         "template": hashlib.sha256(str(template).encode()).hexdigest(),
-        "template_reads_the_clock": "strftime_now" in str(template),
         "began": began,
         "base": fingerprint(model).to_json(),
         "teacher": None if teacher is None else fingerprint(teacher).to_json(),
@@ -55,8 +54,6 @@ def changes(saved: Mapping[str, Any], here: Mapping[str, Any], recipe: Recipe) -
             causes.append(
                 f"the chat template is another one: {_short(saved['template'])} -> {_short(here['template'])}"
             )
-        elif here["template_reads_the_clock"]:
-            causes.append(f"the chat template writes the date or time, and the run began at {saved['began']}")
         if not causes:
             causes.append(
                 "files and chat template are the same: the tokenizer, or the version of graftlm, is another one"
@@ -113,7 +110,7 @@ def digest(items: Sequence[Example | Group]) -> str:
     summed = hashlib.sha256()
     for item in items:
         if isinstance(item, Group):
-            summed.update(repr((item.marks, item.pairs)).encode())
+            summed.update(repr((item.marks, item.pairs, *((item.numbers,) if item.numbers else ()))).encode())
         for example in item.answers:
             summed.update(len(example).to_bytes(8, "little"))
             summed.update(example.ids.tobytes())

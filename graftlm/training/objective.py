@@ -135,13 +135,11 @@ def beside(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
-    """V(x) [N] from the hidden states [T, d], where prompts end: each first token of an answer is predicted there."""
-    ends = pack.hidden_rows.new_full((len(pack.marks),), len(hidden))
-    ends = ends.scatter_reduce(0, pack.answers, pack.hidden_rows, "amin")
+    """V(x) [N] from the hidden states [T, d], where prompts end."""
     head = shared_of(model, VALUES)
     if head is None:  # before there are deltas: it will start at 0
-        return hidden.new_zeros(len(ends), dtype=torch.float32)
-    values: Tensor = head(hidden.index_select(0, ends).float())
+        return hidden.new_zeros(len(pack.marks), dtype=torch.float32)
+    values: Tensor = head(hidden.index_select(0, pack.prompt_ends).float())
     return values[:, 0]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graftlm.data.draws import Draws
 from graftlm.data.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
 from graftlm.losses.base import ComparedConfig
@@ -23,6 +24,7 @@ from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.autotune import Choice, choose
 from graftlm.model.backend import TORCH, Backend, pinned
+from graftlm.model.coverage import coverage
 from graftlm.model.forward import hidden_states
 from graftlm.model.load import multiplies_bf16_fast
 from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
@@ -99,7 +101,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "same recipe without `online`, on rows with answers as long as online.max_new_tokens"
         )
     tokenizer = recipe_tokenizer(recipe)
-    shape = shape_of(recipe, prepare_data(recipe, tokenizer).examples)
+    data = prepare_data(recipe, tokenizer)
+    shape = shape_of(recipe, data.examples, data.draws)
     process = peak_rss_gib()
     made, groups = with_deltas(recipe)
     teacher = with_teacher(recipe, made)
@@ -107,6 +110,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     choice = kernels_of(recipe, made, groups, shape)
     backend = choice.backend(device, made.dtype)
     parameters = sum(p.numel() for name in recipe.all_deltas() for p in parameters_of(made.model, name))
+    reached = coverage(made.model)
     held = sum(p.numel() * p.element_size() for host in hosts(made.model).values() for p in host.deltas.buffers())
     largest = shape.largest.to(device)
     products: set[Product] = set()
@@ -139,6 +143,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "time_s": {name: round(value, 3) for name, value in parts.items()} | {"optimiser": round(updating, 4)},
         },
         "trainable_parameters": parameters,
+        "coverage": reached.to_json(),
         "largest_pack": {
             "tokens": shape.largest.ids.numel(),
             "rows": len(shape.largest.rows),
@@ -148,11 +153,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "packs_a_step": round(shape.packs_a_step, 2),
         "memory_free_gib": round(free_gib(device), 2),
     }
-    return found | {"advice": advice(recipe, found, made, shape)}
+    return found | {"reach": reached.lines(), "advice": advice(recipe, found, made, shape)}
 
 
-def shape_of(recipe: Recipe, examples: Sequence[Example | Group]) -> Shape:
-    steps = plan_batches(recipe.train, examples)
+def shape_of(recipe: Recipe, examples: Sequence[Example | Group], draws: Draws | None = None) -> Shape:
+    steps = plan_batches(recipe.train, examples, draws=draws)
     seen = steps[:: max(1, len(steps) // STEPS_SEEN)]
     share = recipe.train.prefix_sharing
     made = sorted((packs_of(recipe, [examples[i] for i in step], share=share) for step in seen), key=_tokens)

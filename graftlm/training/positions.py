@@ -2,16 +2,19 @@
 positions (RoPE, ALiBi) was not trained beyond those that its config names."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from graftlm.data.check import Report
 from graftlm.data.pack import Example, Group
 from graftlm.errors import DataError, numbered
 from graftlm.model.sketch import Positions, positions
-from graftlm.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from graftlm.training.recipe import Recipe
 
 
 def check_positions(
-    recipe: Recipe, items: Sequence[Example | Group], report: Report, *, what: str = "rows", room: int = 0
+    recipe: "Recipe", items: Sequence[Example | Group], report: Report, *, what: str = "rows", room: int = 0
 ) -> Positions:
     """The positions of the base. Rows that are longer with `room` more tokens each are a note in the report.
 
@@ -29,7 +32,7 @@ def check_positions(
         f"{len(longer):,} {what} are longer{answered} than the {found.count:,} positions of the base; the longest has "
         f"{len(longest) + room:,} tokens"
     )
-    cure = f"data.max_tokens={found.count} drops such rows, and data.over_length=truncate or split cuts them"
+    cure = f"data.max_tokens={found.count} drops such rows, and data.over_length=truncate cuts them"
     if found.are_a_table():
         rows = [f"{answer.where}: {len(answer) + room:,} tokens" for answer in longer]
         raise DataError(f"{said}, and it has learned no others: {cure}\n{numbered(rows)}")

@@ -91,7 +91,7 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model
     prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
-    plan = plan_batches(config, data.examples, data.curriculum)
+    plan = plan_batches(config, data.examples, data.curriculum, data.draws)
     attach_deltas(recipe, model, data.examples, plan)
     _, backend = choose_kernels(recipe, model, data.examples, plan, console=console)
     (turn,) = turns(recipe, model, count, data.aside, backend=backend)

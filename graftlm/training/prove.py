@@ -7,22 +7,21 @@ import torch
 
 from graftlm.data.pack import Example, Group
 from graftlm.model.backend import TORCH, Backend
-from graftlm.model.forward import check_forward, check_packing
-
-PROBE_TOKENS = 32
-"""The proof is on the last so many tokens of two rows (the first ones may be a system prompt that all rows have). A
-head or a layer that does something of its own does it to every token, and rounding does not grow with fewer: 0.06 nats
-a token in bf16 for 16 tokens as for 128. Where attention goes by tiles and windows is a matter of our own code, which
-is the same for every model: tests see to that."""
+from graftlm.model.forward import PROBE_TOKENS, check_forward, check_packing
 
 
 def prove(
     model: Any, items: Sequence[Example | Group], *, packed: bool, sharing: bool, backend: Backend = TORCH
 ) -> None:
-    """TrainingError where the head, packed attention or shared beginnings give other numbers than the model's own."""
+    """TrainingError where the head, packed attention or shared beginnings give other numbers than the model's own.
+
+    The rows are the shortest and the longest of the run: what changes with a row's length shows between these.
+    """
     examples = [answer for item in items for answer in item.answers]
-    probes = (min(examples, key=len), max(examples, key=len))
-    short, long = (torch.from_numpy(example.ids[-PROBE_TOKENS:].astype("int64")).to(model.device) for example in probes)
-    check_forward(model, long)
+    short, long = (
+        torch.from_numpy(example.ids.astype("int64")).to(model.device)
+        for example in (min(examples, key=len), max(examples, key=len))
+    )
+    check_forward(model, long[-PROBE_TOKENS:])
     if packed:
-        check_packing(model, short, long, sharing=sharing, backend=backend)
+        check_packing(model, short, long, sharing=sharing, longest=len(long), backend=backend)

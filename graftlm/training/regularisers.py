@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graftlm.config import Pattern, PositiveRate, config
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import divergence
-from graftlm.model.attach import hosts, shared_of
+from graftlm.model.attach import deltas_by_site, shared_of
 from graftlm.model.sites import pattern_matches
 from graftlm.training.teacher import REFERENCE, Distance
 
@@ -143,8 +143,7 @@ def tensors_of(model: nn.Module) -> list[DeltaTensor]:
     """Every tensor of every delta that is there to be trained, in this turn or in another."""
     found = [
         DeltaTensor(site, delta, name, p)
-        for site, host in hosts(model).items()
-        for delta, module in host.deltas.items()
+        for delta, site, module in deltas_by_site(model)
         for name, p in module.named_parameters()
     ]
     names = dict.fromkeys(t.delta for t in found)

@@ -5,6 +5,7 @@ recipe -> rows -> examples -> base -> delta -> steps -> held-out rows -> adapter
 
 import datetime
 import json
+import math
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from rich.console import Console
 from graftlm.config import to_yaml
 from graftlm.data.check import Report, prepare, shown_rows
 from graftlm.data.compare import COMPARED, prepare_groups, usable_by
+from graftlm.data.draws import Draws, draw_again
 from graftlm.data.order import Curriculum, curriculum
 from graftlm.data.pack import Example, Group, fill, saved_by_sharing
 from graftlm.data.prompts import asked_in, prepare_prompts, shown_prompts
@@ -33,9 +35,10 @@ from graftlm.data.survey import not_told, survey
 from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.losses import LOSSES
-from graftlm.model.attach import deltas_off, hosts, parameters_of, trainable
+from graftlm.model.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
 from graftlm.model.autotune import Choice
 from graftlm.model.backend import pinned
+from graftlm.model.coverage import coverage
 from graftlm.model.endings import missing_end
 from graftlm.model.load import (
     Loaded,
@@ -65,7 +68,7 @@ from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose
 from graftlm.training.tokenizer import recipe_tokenizer
 from graftlm.training.trackers import Trackers
-from graftlm.training.turns import attach_deltas, load_teacher, plan_batches
+from graftlm.training.turns import attach_deltas, load_teacher, plan_batches, steps_of
 
 SHARING_STEPS = 100
 """What shared beginnings save is counted over so many steps of the run."""
@@ -93,21 +96,31 @@ class Prepared:
 
     rows: Sequence[Row]
     examples: Sequence[Example | Group]
-    """What a step is made of: rows, or groups of answers where the loss compares them."""
+    """What a step is made of: rows, or groups of answers where the loss compares them. Those of a first epoch come
+    before what `draws` has for later ones."""
     report: Report
     held_out_rows: Sequence[Row]
     held_out: Sequence[Example | Group]
     first_rows: list[dict[str, Any]]
+    renderer: Renderer
+    """What has rendered the rows: with the template, the day and the turn order of the run."""
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
     aside: list[Example | Group] = field(default_factory=list)
     """Rows that are kept out of `examples` for policies that learn from them."""
     curriculum: Curriculum | None = None
     """The order of `examples` in an epoch; None where every epoch is shuffled."""
+    draws: Draws | None = None
+    """Which of `examples` each row is in each epoch; None where every epoch has the same."""
     scorer: Scorer | None = None
     """What judges the answers that the model gives while it is trained."""
     positions: Positions | None = None
     """Those of the base."""
+
+    @property
+    def first_epoch(self) -> Sequence[Example | Group]:
+        """What a first epoch is made of."""
+        return self.examples if self.draws is None else self.examples[: self.draws.count]
 
 
 def prepare_data(
@@ -138,19 +151,29 @@ def prepare_data(
     renderer = Renderer(tokenizer, turn_order=data.turn_order, today=today)
     ready = partial(_ready, needs, renderer, workers=recipe.train.threads, cache=kept)
     examples: Sequence[Example | Group]
+    room = recipe.online.max_new_tokens if recipe.online else 0
+
+    def prompts(rows: Sequence[Row], data: DataConfig, *, format: str = "") -> Any:
+        return prepare_prompts(rows, renderer, data, room=room, format=format)
+
     if recipe.online:
-        room = recipe.online.max_new_tokens
-        examples, rows, found = prepare_prompts(rows, renderer, data, room=room, format=read.format)
+        examples, rows, found = prompts(rows, data, format=read.format)
     else:
         examples, rows, found = ready(rows, data, format=read.format)
     found.problems[:0] = read.problems
     found.notes += read.notes  # many a time one for each row: behind what is said of all
-    has = check_positions(recipe, examples, found, room=recipe.online.max_new_tokens if recipe.online else 0)
+    has = check_positions(recipe, examples, found, room=room)
     learnt, aside = put_aside(recipe, examples)
     examples = learnt
     order = curriculum(data.order, rows, examples) if data.order else None
+    epochs = math.ceil(steps_of(recipe.train, len(examples)) * recipe.train.batch_rows / len(examples))
+    how: dict[str, Any] = {"epochs": epochs, "seed": recipe.train.seed, "network": recipe.network}
+    more, draws, notes = draw_again(data, rows, examples, prompts if recipe.online else ready, **how)
+    found.notes += notes
+    check_positions(recipe, more, found, what="rows of later epochs", room=room)
+    examples = [*examples, *more]
     if data.pack and not recipe.online:
-        first = plan_batches(recipe.train, examples, order)[:SHARING_STEPS]
+        first = plan_batches(recipe.train, examples, order, draws)[:SHARING_STEPS]
         steps_of_rows = [[examples[i] for i in step] for step in first]
         share, tokens = recipe.train.prefix_sharing, recipe.train.pack_tokens
         found.shared_share = saved_by_sharing(steps_of_rows, tokens) if share else None
@@ -174,9 +197,11 @@ def prepare_data(
         held_out_rows,
         held_out,
         shown_prompts(examples, renderer, show) if recipe.online else shown_rows(rows, renderer, data, show),
+        renderer,
         chosen=chosen,
         aside=aside,
         curriculum=order,
+        draws=draws,
         positions=has,
     )
 
@@ -244,7 +269,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     with waiting, ranks.one_first():  # the others find what it has rendered
         data = prepare_data(recipe, tokenizer, console=console, today=today)
     if recipe.online:
-        data = replace(data, scorer=make_scorer(recipe.online.scorer, network=recipe.network))
+        data = replace(data, scorer=make_scorer(recipe.online.scorer, network=recipe.network, today=today))
     for line in data.chosen:
         console.print(line, highlight=False)
     console.print(display.preflight(data.report))
@@ -260,19 +285,19 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
     if recipe.train.kernels != "auto":
         pinned(recipe.train.kernels, model.device, model.dtype)  # refused before anything else takes its time
-    plan = plan_batches(recipe.train, data.examples, data.curriculum)
+    plan = plan_batches(recipe.train, data.examples, data.curriculum, data.draws)
     lines, stopped, choice = _train(recipe, Loaded(model, tokenizer), data, plan, place, trackers, console)
     log = [line for line in lines if "loss" in line]
     if ranks.first():
         with new_folder(out, overwrite=True, keep=KEPT) as folder:
             for name in recipe.all_deltas():  # a single one is the folder itself, several are folders in it
+                if data.renderer.template is not None:
+                    attachment(model).chats[name] = _chat(data.renderer)
                 write_adapter(model, folder if recipe.delta else _inside(folder, name), name=name, tokenizer=tokenizer)
             (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
             shutil.copyfile(place.checkpoints.folder / METRICS, folder / METRICS)
     # From here on the adapter is safe in its place; what is measured is added to it.
-    before, after, samples = (
-        (None, None, []) if stopped else _measure(recipe, Loaded(model, tokenizer), data, console, today)
-    )
+    before, after, samples = (None, None, []) if stopped else _measure(recipe, model, data, console)
     summary = _summary(recipe, model, log, before, after, stopped) | {"kernels": choice.to_json()}
     if ranks.first():
         with writing(out):
@@ -317,12 +342,15 @@ def _train(
     if found is not None:
         put_deltas_back(found, model, list(recipe.all_deltas()), place.out)
     ranks.check_same(trainable(model))
+    covered = coverage(model).lines()
     saved = found.facts.get("kernels") if found else None
     choice, backend = choose_kernels(recipe, model, data.examples, plan, saved, console)
     console.print("kernels: " + "; ".join(choice.lines()), highlight=False, markup=False)
     facts["kernels"] = choice.to_json()
     if recipe.train.shard == "fsdp":
         ranks.shard(model)
+    for line in covered:
+        console.print(line, highlight=False, markup=False)
     for name, config in recipe.all_deltas().items():
         count = sum(p.numel() for p in parameters_of(model, name))
         console.print(f"{config.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
@@ -349,19 +377,24 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def _chat(renderer: Renderer) -> Chat:
+    """How the conversations of a run were rendered."""
+    today = renderer.today if renderer.writes_the_date else None
+    return Chat(renderer.template or "", today, renderer.turn_order)
+
+
 def _measure(
-    recipe: Recipe, base: Loaded, data: Prepared, console: Console, today: datetime.date
+    recipe: Recipe, model: Any, data: Prepared, console: Console
 ) -> tuple[HeldOut | None, HeldOut | None, list[dict[str, str]]]:
     """Held-out rows with the delta off and on, and the answers side by side."""
     liked = [row for row in data.held_out_rows if row.desirable is not False]
     if not data.held_out_rows:
         return None, None, []
-    model, tokenizer = base
-    renderer = Renderer(tokenizer, turn_order=recipe.data.turn_order, today=today)
+    renderer = data.renderer
     can = [row for row in liked if recipe.online or can_be_answered(row)]
     if data.positions and data.positions.count and data.positions.are_a_table():
         room = data.positions.count - recipe.report.max_new_tokens
-        can = [row for row in can if len(renderer.prompt(asked_in(row)[0], row.tools)) <= room]
+        can = [row for row in can if len(renderer.prompt(asked_in(row)[0], row.tools, row.variables)) <= room]
     asked = can[: recipe.report.answers]
     groups = [item for item in data.held_out if isinstance(item, Group)]
     wanted = [example for item in data.held_out for example in (item.liked if isinstance(item, Group) else [item])]
@@ -470,7 +503,7 @@ def _write_report(
         "training time": f"{done['wall_s']:.0f} s",
         "peak memory": f"{done['peak_rss_gib']:.2f} GiB",
     }
-    if end := missing_end(model, tokenizer, Renderer(tokenizer).stop_ids):
+    if end := missing_end(model, tokenizer, data.renderer.stop_ids):
         facts["end of an answer"] = f"{end}: give it to servers as a stop token, or use `graft merge`"
     for name, label in (("loss_nats", "held-out loss, nats per supervised token"), ("rouge_l", "held-out ROUGE-L F1")):
         figures = summary["held_out"][name]
@@ -487,7 +520,7 @@ def _write_report(
         facts=facts,
         steps=[line for line in lines if "loss" in line],
         events=[line for line in lines if "event" in line],
-        lengths=[len(answer) for item in data.examples for answer in item.answers],
+        lengths=[len(answer) for item in data.first_epoch for answer in item.answers],
         preflight=data.report.lines(),
         rows=data.first_rows,
         samples=samples[: recipe.report.samples],

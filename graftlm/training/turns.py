@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graftlm.data.draws import Draws
 from graftlm.data.order import Curriculum
 from graftlm.data.pack import Example, Group, Pack, batches, lay_out
 from graftlm.deltas import METHODS
@@ -87,15 +88,26 @@ def packs_of(recipe: Recipe, rows: Sequence[Example | Group], *, share: bool) ->
     return lay_out(rows, recipe.train.pack_tokens, packed=recipe.data.pack, share=share)
 
 
+def steps_of(config: TrainConfig, rows: int) -> int:
+    """The steps of a run with epochs of so many rows."""
+    return config.steps or max(1, round((config.epochs or 1) * rows / config.batch_rows))
+
+
 def plan_batches(
-    config: TrainConfig, examples: Sequence[Example | Group], order: Curriculum | None = None
+    config: TrainConfig,
+    examples: Sequence[Example | Group],
+    order: Curriculum | None = None,
+    draws: Draws | None = None,
 ) -> list[list[int]]:
-    """The rows of each step; the batch with the most tokens comes first, so that memory trouble shows at once. In a
-    curriculum no step is moved."""
-    total = config.steps or max(1, round((config.epochs or 1) * len(examples) / config.batch_rows))
+    """The examples of each step; the batch with the most tokens comes first, so that memory trouble shows at once. In a
+    curriculum no step is moved. `draws` say which of the examples a row is in each epoch."""
+    count = len(examples) if draws is None else draws.count
+    total = steps_of(config, count)
     if order is not None:
-        return order.batches(config.batch_rows, total, config.seed)
-    plan = batches(len(examples), config.batch_rows, total, config.seed)
+        plan = order.batches(config.batch_rows, total, config.seed)
+        return plan if draws is None else draws.of(plan)
+    plan = batches(count, config.batch_rows, total, config.seed)
+    plan = plan if draws is None else draws.of(plan)
     largest = max(range(total), key=lambda i: sum(len(examples[j]) for j in plan[i]))
     plan[0], plan[largest] = plan[largest], plan[0]
     return plan

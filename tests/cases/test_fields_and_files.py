@@ -665,13 +665,15 @@ def test_a_row_that_no_template_is_for_says_what_is_missing() -> None:
 
 
 def test_the_examples_of_a_task_stand_before_the_input_in_the_words_of_tk_instruct(tmp_path: Path) -> None:
-    examples = [{"input": f"{n}+1", "output": f"{n + 1}", "explanation": "so"} for n in range(3)]
-    task = {"Definition": ["Add."], "Positive Examples": examples, "Source": ["x"]}
+    """The wanted text was written by hand from src/ni_collator.py of github.com/yizhongw/Tk-Instruct at 7c0e400."""
+    examples = [{"input": f"{n}+1 ", "output": f"{n + 1}", "explanation": "so"} for n in range(3)]
+    examples[1] |= {"input": "1+1?", "output": "Two!"}
+    task = {"Definition": ["Add"], "Positive Examples": examples, "Source": ["x"]}
     path = written(tmp_path, task | {"Instances": [{"input": "5+1", "output": ["6"]}]}, name="task.json")
     (row,), _ = load_rows(path)
     assert row.messages[0].content == (
-        "Definition: Add.\n\nPositive Example 1 -\nInput: 0+1\nOutput: 1\n\nPositive Example 2 -\nInput: 1+1\n"
-        "Output: 2\n\nNow complete the following example -\nInput: 5+1\nOutput:"
+        "Definition: Add.\n\n Positive Example 1 -\nInput: 0+1.\n Output: 1.\n\n Positive Example 2 -\nInput: 1+1?\n"
+        " Output: Two!\n\nNow complete the following example -\nInput: 5+1.\nOutput:"
     )
     assert row.messages[1].content == "6"
     assert row.unread == (("rows", "Source"),)

@@ -381,6 +381,23 @@ def test_shipped_templates_write_one_call(name: str) -> None:
     assert '"city": "Rome"' in found
 
 
+def test_a_prompt_that_the_template_does_not_write_whole_is_refused() -> None:
+    """As a row of it is: nobody would know that the model was asked something else."""
+    no_tools = template(CONTENT, "{% set messages = messages | rejectattr('role', 'equalto', 'tool') | list %}")
+    asked = row_of(user("Weather?"), assistant("Looking."), {"role": "tool", "content": "9 degrees"})
+    takes_parts = template(CONTENT).replace(
+        "{{ m['content'] }}", "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"drops message 3 \(tool\)"):
+        Renderer(tiny_tokenizer(no_tools)).prompt(asked.messages)
+    renderer = Renderer(tiny_tokenizer(takes_parts))
+    assert "user\nWeather?<|im_end|>" in renderer.tokenizer.decode(renderer.prompt(asked.messages[:1]))
+    escaped = Renderer(
+        tiny_tokenizer(template(CONTENT).replace("m['content'] }}{% endif", "m['content'] | tojson }}{% endif"))
+    )
+    assert '"Weather?"' in escaped.tokenizer.decode(escaped.prompt(asked.messages[:1])), "escaped is written"
+
+
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm", "llava_next"])
 def test_templates_that_take_content_in_parts_have_it_so(name: str) -> None:
     renderer = Renderer(tiny_tokenizer(shipped(name)))

@@ -49,6 +49,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt_neox": ("gpt_neox", {"tie_word_embeddings": False}),
     "olmo2": ("olmo2", {}),
+    "stablelm, hands no argument on": ("stablelm", {}),
+    "nemotron, hands no argument on": ("nemotron", {}),
+    "gpt_oss, sinks": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
 }
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from graftlm.data.pack import Example, Pack, collate
 from graftlm.errors import TrainingError
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.forward import log_probs, packed_attention
-from graftlm.model.recompute import offloaded, recomputed_layers
+from graftlm.model.recompute import is_recomputed, offloaded, recomputed_layers
 from graftlm.testing import OneLayer, perturbed, tiny_config, tiny_model
 
 pytestmark = pytest.mark.versions
@@ -53,6 +55,39 @@ def assert_equal(ours: tuple[float, dict[str, Tensor]], wanted: tuple[float, dic
     assert ours[0] == pytest.approx(wanted[0], rel=1e-6)
     for name, tensor in wanted[1].items():
         assert (ours[1][name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "stablelm", "gpt2"])
+def test_each_pack_is_recomputed_by_its_own_segments(kind: str) -> None:
+    """Two forward passes before the backward passes, which run in a thread that has never seen a plan."""
+    found = []
+    for context in (nullcontext, lambda model: recomputed_layers(model)):
+        model = perturbed("lora", tiny_model(kind))
+        with packed_attention(model), context(model):
+            total = loss_of(model, packed()) + loss_of(model, packed((4, 9), seed=1))
+            thread = Thread(target=total.backward)
+            thread.start()
+            thread.join()
+        found.append({name: p.grad for name, p in trainable(model).items()})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert gradient is not None, name
+        assert (found[1][name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+
+
+def test_a_forward_that_was_set_on_a_layer_is_put_back() -> None:
+    model = perturbed("lora", tiny_model())
+    layer = model.model.layers[0]
+    layer.forward = patched = partial(type(layer).forward, layer)
+    assert not is_recomputed(model)
+    with recomputed_layers(model):
+        assert is_recomputed(model)
+    assert layer.forward is patched
+    assert not is_recomputed(model)
+    with recomputed_layers(model):
+        layer.forward = later = partial(type(layer).forward, layer)
+    assert layer.forward is later
+    assert "forward" not in vars(model.model.layers[1])
 
 
 @pytest.mark.parametrize("context", [recomputed_layers, offloaded])

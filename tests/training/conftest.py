@@ -1,7 +1,6 @@
 """What several files here train on."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -10,7 +9,7 @@ import pytest
 
 import graftlm.training.endpoint
 import graftlm.training.report as report
-from tests.training.judging import Endpoint
+from tests.training.judging import Endpoint, running_endpoint
 
 
 @pytest.fixture
@@ -38,10 +37,5 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setattr(graftlm.training.endpoint.time, "sleep", lambda seconds: None)
-    made = Endpoint()
-    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    with running_endpoint() as made:
+        yield made

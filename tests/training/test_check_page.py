@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import graftlm
+from graftlm.data.render import Renderer
 from graftlm.errors import OutputError
 from graftlm.training import check_page
 from graftlm.training.recipe import Recipe
@@ -66,17 +67,15 @@ def prepared(tmp_path: Path, base_folder: Path, loaded: Any, rows: list[tuple[st
     return prepare_data(Recipe(base=str(base_folder), data=config), loaded.tokenizer, look=True)
 
 
-def html(data: Prepared, loaded: Any) -> str:
-    return check_page.html(
-        data, loaded.tokenizer, graftlm.DataConfig(train="rows"), title="rows </title><script>alert(2)</script>"
-    )
+def html(data: Prepared) -> str:
+    return check_page.html(data, graftlm.DataConfig(train="rows"), title="rows </title><script>alert(2)</script>")
 
 
 def test_hostile_rows_are_text_and_nothing_else(tmp_path: Path, base_folder: Path, loaded: Any) -> None:
     rows = [(text, answer) for text in HOSTILE for answer in HOSTILE]
     data = prepared(tmp_path, base_folder, loaded, rows)
-    page = Page(html(data, loaded))
-    calm = Page(html(prepared(tmp_path, base_folder, loaded, [("a", "b")] * len(rows)), loaded))
+    page = Page(html(data))
+    calm = Page(html(prepared(tmp_path, base_folder, loaded, [("a", "b")] * len(rows))))
     assert {name for name, _ in page.elements} == {name for name, _ in calm.elements}
     assert [a.get("type") for a in page.of("script")] == ["application/json", None]
     assert not [a for _, a in page.elements for key in a if key.startswith("on") or key in ("href", "src")]
@@ -95,7 +94,7 @@ def test_hostile_rows_are_text_and_nothing_else(tmp_path: Path, base_folder: Pat
 def test_rows_come_with_roles_weights_and_what_was_found(tmp_path: Path, base_folder: Path, loaded: Any) -> None:
     rows = [("a question", "an answer"), ("another", "As an AI language model"), ("a question", "an answer")]
     data = prepared(tmp_path, base_folder, loaded, rows)
-    shown = json.loads(Page(html(data, loaded)).scripts[0])
+    shown = json.loads(Page(html(data)).scripts[0])
     assert [row["where"].rpartition(":")[2] for row in shown] == ["1", "2", "3"]
     assert [[kind for kind, _ in row["found"]] for row in shown] == [
         ["exact duplicates"],
@@ -103,9 +102,7 @@ def test_rows_come_with_roles_weights_and_what_was_found(tmp_path: Path, base_fo
         ["exact duplicates"],
     ]
     assert shown[0]["found"][0][1].endswith(":3")
-    (wanted,) = check_page.shown_rows(
-        data.rows[:1], check_page.Renderer(loaded.tokenizer), graftlm.DataConfig(train="rows"), 1
-    )
+    (wanted,) = check_page.shown_rows(data.rows[:1], Renderer(loaded.tokenizer), graftlm.DataConfig(train="rows"), 1)
     assert shown[0]["tokens"] == [[t["text"], t["role"], t["weight"], t["id"]] for t in wanted["tokens"]]
 
 
@@ -115,10 +112,10 @@ def test_of_many_rows_some_are_shown_and_all_that_are_worth_a_look(
     monkeypatch.setattr(check_page, "SAMPLED", 5)
     rows = [(f"question {i}", "As an AI, no" if i in (13, 31) else f"answer {i}") for i in range(50)]
     data = prepared(tmp_path, base_folder, loaded, rows)
-    numbers = [int(row["where"].rpartition(":")[2]) - 1 for row in json.loads(Page(html(data, loaded)).scripts[0])]
+    numbers = [int(row["where"].rpartition(":")[2]) - 1 for row in json.loads(Page(html(data)).scripts[0])]
     assert numbers == [0, 10, 13, 20, 30, 31, 40]
     monkeypatch.setattr(check_page, "MOST_ROWS", 6)
-    text = html(data, loaded)
+    text = html(data)
     assert len(json.loads(Page(text).scripts[0])) == 6
     assert "1 more of these are left out" in text
 
@@ -127,7 +124,7 @@ def test_held_out_rows_that_were_trained_on_are_on_the_page(tmp_path: Path, base
     held = tmp_path / "held.jsonl"
     held.write_text(json.dumps({"prompt": "a question", "completion": "an answer"}) + "\n")
     data = prepared(tmp_path, base_folder, loaded, [("a question", "an answer"), ("b", "c")], held_out=str(held))
-    shown = json.loads(Page(html(data, loaded)).scripts[0])
+    shown = json.loads(Page(html(data)).scripts[0])
     assert shown[0]["found"] == [["also held out", f"the same row ({held}:1)"]]
     assert shown[-1]["where"] == f"{held}:1"
     assert shown[-1]["found"][0][0] == "also held out"
@@ -144,17 +141,17 @@ def test_histograms_show_every_row_once(tmp_path: Path, base_folder: Path, loade
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, base_folder: Path, loaded: Any) -> None:
     data, config = prepared(tmp_path, base_folder, loaded, [("a", "b")]), graftlm.DataConfig(train="rows")
-    check_page.write(tmp_path / "page.html", data, loaded.tokenizer, config, title="t")
+    check_page.write(tmp_path / "page.html", data, config, title="t")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     with pytest.raises(OutputError, match="cannot be written"):
-        check_page.write(tmp_path / "page.html" / "no", data, loaded.tokenizer, config, title="t")
+        check_page.write(tmp_path / "page.html" / "no", data, config, title="t")
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_program_of_the_page_leafs_through_the_rows(tmp_path: Path, base_folder: Path, loaded: Any) -> None:
     """In a document that is just big enough for it."""
     rows = [("a\x07", "b"), ("c", "As an AI language model"), ("e", "f")]
-    text = html(prepared(tmp_path, base_folder, loaded, rows), loaded)
+    text = html(prepared(tmp_path, base_folder, loaded, rows))
     page = Page(text)
     ids = re.findall(r'id="([a-z]+)"', text)
     script = tmp_path / "page.js"

@@ -1,6 +1,5 @@
 """A judge is asked directly or not at all, and its grade is the one that it gives."""
 
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -8,19 +7,14 @@ import pytest
 from graftlm.errors import DataError
 from graftlm.training.endpoint import ask, check, grade, is_local
 from graftlm.training.scorers.judge import JudgeScorerConfig
-from tests.training.judging import Endpoint
+from tests.training.judging import Endpoint, running_endpoint
 
 
 @pytest.fixture
 def other() -> Iterator[Endpoint]:
     """Another host: a proxy, or where a redirect leads."""
-    made = Endpoint()
-    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    with running_endpoint() as made:
+        yield made
 
 
 @pytest.mark.parametrize(

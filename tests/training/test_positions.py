@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import graftlm
-from graftlm.config import build
+from graftlm.config import build, to_tree
 from graftlm.errors import DataError
 from graftlm.model.load import load_tokenizer
 from graftlm.model.sketch import positions
@@ -77,3 +77,38 @@ def test_stretched_positions_count(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": MOST}
     base = save_tiny_base(tmp_path / "base", max_position_embeddings=MOST, rope_parameters=rope)
     assert positions(str(base)).count == 4 * MOST
+
+
+LEARNT = {"by": "perplexity", "keep": 4}
+
+
+@pytest.mark.parametrize("select", [[LEARNT], [{"by": "judge", "keep": 4}], [{"by": "rds", "keep": 4}]])
+def test_rows_beyond_a_table_are_refused_before_a_selector_runs_the_base(
+    select: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of(tmp_path / "base", "gpt2", n_positions=MOST)
+    (tmp_path / "target.jsonl").write_text('{"prompt": "q", "completion": "yes"}\n')
+    select = [each | ({"target": str(tmp_path / "target.jsonl")} if each["by"] == "rds" else {}) for each in select]
+    made = build(Recipe, to_tree(recipe(base, tmp_path)) | {"select": select}, source="test")
+    loaded: list[Any] = []
+    monkeypatch.setattr("graftlm.training.select.choose.load_base", lambda *a, **k: loaded.append(a))
+    with pytest.raises(DataError, match=f"longer than the {MOST} positions") as raised:
+        prepare_data(made, load_tokenizer(made.base))
+    assert not loaded
+    assert "rows.jsonl:" in str(raised.value)
+
+
+def test_rows_of_a_target_must_fit_too(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gpt2", n_positions=MOST)
+    (tmp_path / "target.jsonl").write_text(json.dumps({"prompt": "q", "completion": "yes " * 40}) + "\n")
+    select = [{"by": "length", "most": 20}, {"by": "rds", "keep": 4, "target": str(tmp_path / "target.jsonl")}]
+    made = build(Recipe, to_tree(recipe(base, tmp_path)) | {"select": select}, source="test")
+    with pytest.raises(DataError, match=f"rows of the target are longer than the {MOST} positions"):
+        prepare_data(made, load_tokenizer(made.base))
+
+
+def test_a_selector_may_leave_out_what_does_not_fit(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gpt2", n_positions=MOST)
+    select = [{"by": "length", "most": 20}, LEARNT]
+    made = build(Recipe, to_tree(recipe(base, tmp_path, held_out=0)) | {"select": select}, source="test")
+    assert len(prepare_data(made, load_tokenizer(made.base)).rows) == 4

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from graftlm.data.pack import Example
 from graftlm.errors import TrainingError
+from graftlm.model.forward import PROBE_TOKENS
 from graftlm.testing import tiny_model
-from graftlm.training.prove import PROBE_TOKENS, prove
+from graftlm.training.prove import prove
 
 
 def examples(*lengths: int) -> list[Example]:
@@ -21,14 +22,16 @@ def examples(*lengths: int) -> list[Example]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
-def test_a_model_that_computes_as_it_should_passes_on_a_few_tokens(kind: str) -> None:
-    model, seen = tiny_model(kind), list[int]()
-    model.get_decoder().register_forward_pre_hook(
-        lambda module, inputs, said: seen.append(said["input_ids"].numel()), with_kwargs=True
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_computes_as_it_should_passes_on_a_few_tokens(kind: str, dtype: torch.dtype) -> None:
+    """The whole model sees the ends of two rows; its first layers see all of them."""
+    model, first, last = tiny_model(kind, num_hidden_layers=8).to(dtype), list[int](), list[int]()
+    for layer, seen in ((model.model.layers[1], first), (model.model.layers[7], last)):
+        layer.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out.shape[1]))
     prove(model, examples(300, 60, 100), packed=True, sharing=True)
-    assert max(seen) <= 4.5 * PROBE_TOKENS
-    assert len(seen) <= 5
+    assert max(first) >= 300 + 60
+    assert max(last) <= 5 * PROBE_TOKENS
+    assert len(last) <= 7
 
 
 def leaking(model: Any) -> None:
@@ -70,7 +73,7 @@ def test_what_sharing_alone_would_spoil_says_how_to_do_without() -> None:
     model = tiny_model(initializer_range=0.5)
 
     def hook(_: Any, inputs: Any, said: Any) -> Any:
-        if said["position_ids"] is None:
+        if said.get("position_ids") is None:
             return None
         steps = said["position_ids"][0].diff(prepend=torch.tensor([-1]))
         back = (steps != 1) & (said["position_ids"][0] > 0)

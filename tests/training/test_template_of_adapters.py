@@ -1,17 +1,31 @@
 """Python and the command line ask an adapter with the chat template that it was trained with."""
 
+import datetime
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import graftlm
-from graftlm.cli import _load
+import graftlm.training.answer as answer_module
+from graftlm.cli import CHAT_HELP, _load, app
+from graftlm.config import build
+from graftlm.data import render
+from graftlm.data.formats import Message
 from graftlm.deltas.lora import LoraConfig
+from graftlm.errors import AdapterError, DataError
 from graftlm.model.attach import attach, attachment, detach
 from graftlm.model.load import load_base
 from graftlm.model.store import TEMPLATE, load_adapter, save_adapter, template_of
-from graftlm.testing import CHATML, tiny_tokenizer
+from graftlm.testing import CHATML, save_tiny_base, tiny_tokenizer
+from graftlm.training import check_page, place
+from graftlm.training.recipe import Recipe
+from graftlm.training.run import Result, prepare_data
 
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
 
@@ -24,7 +38,13 @@ def adapter(base_folder: Path, tmp_path: Path) -> Path:
     return save_adapter(model, tmp_path / "adapter", tokenizer=tiny_tokenizer(OTHER))
 
 
-def asked(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+def asked(
+    model: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    conversation: str | Sequence[Message] = "hello",
+    **rendering: Any,
+) -> str:
     """The prompt that `answer` gives the model."""
     seen: list[list[int]] = []
 
@@ -33,7 +53,7 @@ def asked(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> str:
         return iter([(0, [])])
 
     monkeypatch.setattr("graftlm.training.answer.generate", generated)
-    graftlm.answer(model, tokenizer, "hello")
+    graftlm.answer(model, tokenizer, conversation, **rendering)
     return str(tokenizer.decode(seen[0]))
 
 
@@ -69,7 +89,7 @@ def test_of_two_templates_the_last_is_used_and_that_is_said(adapter: Path, base_
     assert template_of(model) == CHATML
     detach(model, "second")
     assert template_of(model) == OTHER
-    assert list(attachment(model).templates) == ["first"]
+    assert list(attachment(model).chats) == ["first"]
 
 
 def test_what_may_be_published_names_no_folder_of_this_machine(base_folder: Path, tmp_path: Path) -> None:
@@ -81,3 +101,135 @@ def test_what_may_be_published_names_no_folder_of_this_machine(base_folder: Path
         assert str(base_folder) not in text
         assert str(base_folder.parent) not in text
     assert f"base_model: {base_folder.name}\n" in (folder / "README.md").read_text()
+
+
+# The day that a template writes, and the order of turns ---------------------------------------------------------------
+
+DATED = "{{ strftime_now('%d %B %Y') }}\n" + CHATML
+DAY, LATER = datetime.date(2026, 3, 1), datetime.date(2026, 4, 2)
+SYSTEM = {"role": "system", "content": "Be brief."}
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+
+
+def on(day: datetime.date, patch: pytest.MonkeyPatch) -> None:
+    """As if it were that day for the whole process."""
+    moment = datetime.datetime.combine(day, datetime.time(23, 50))
+
+    class Now(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return moment
+
+    class Today(datetime.date):
+        @classmethod
+        def today(cls) -> Any:
+            return datetime.date(day.year, day.month, day.day)
+
+    patch.setattr(place, "datetime", SimpleNamespace(datetime=Now))
+    for module in (render, answer_module):
+        patch.setattr(module, "datetime", SimpleNamespace(date=Today))
+
+
+def trained(base: Path, folder: Path, template: str, **data: Any) -> Result:
+    (folder / "chat.jinja").write_text(template)
+    before = data.pop("before", [])
+    rows = [{"messages": [*before, *turns("a", "b")]} for _ in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "base": {"name": str(base), "store": "fp32", "template": str(folder / "chat.jinja")},
+        "data": {"train": str(folder / "rows.jsonl"), **data},
+        "train": {"steps": 1, "batch_rows": 4},
+    }
+    return graftlm.train(build(Recipe, tree, source="test"), folder / "out")
+
+
+def turns(asked: str, answered: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+def test_an_adapter_is_asked_on_the_day_of_its_training(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        on(DAY, patch)
+        result = trained(base_folder, tmp_path, DATED)
+    on(LATER, monkeypatch)
+    assert json.loads((tmp_path / "out" / "graftlm.json").read_text())["today"] == "2026-03-01"
+    assert asked(result.model, result.tokenizer, monkeypatch).startswith("01 March 2026\n")
+    model, tokenizer = load_base(str(base_folder))
+    said = load_adapter(model, tmp_path / "out")
+    assert "which writes the day of training, 2026-03-01" in said
+    assert asked(model, tokenizer, monkeypatch).startswith("01 March 2026\n")
+    assert asked(model, tokenizer, monkeypatch, today=LATER).startswith("02 April 2026\n")
+    again = save_adapter(model, tmp_path / "again", tokenizer=result.tokenizer)
+    assert json.loads((again / "graftlm.json").read_text())["today"] == "2026-03-01"
+    detach(model)
+    tokenizer.chat_template = DATED
+    assert asked(model, tokenizer, monkeypatch).startswith("02 April 2026\n"), "without an adapter: the present day"
+
+
+def test_an_adapter_whose_template_writes_no_date_keeps_none(base_folder: Path, tmp_path: Path) -> None:
+    trained(base_folder, tmp_path, CHATML)
+    kept = json.loads((tmp_path / "out" / "graftlm.json").read_text())
+    assert (kept["today"], kept["turn_order"]) == (None, "refuse")
+
+
+def test_a_day_that_is_none_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    trained(base_folder, tmp_path, CHATML)
+    file = tmp_path / "out" / "graftlm.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"today": "1 March"}))
+    with pytest.raises(AdapterError, match=r"graftlm.json: today: '1 March' is no date"):
+        load_adapter(load_base(str(base_folder)).model, tmp_path / "out")
+
+
+def test_rows_page_and_held_out_answers_have_one_day(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns("a", "b")}) + "\n")
+    config = graftlm.DataConfig(train=str(tmp_path / "rows.jsonl"))
+    on(DAY, monkeypatch)
+    tokenizer = tiny_tokenizer(DATED)
+    data = prepare_data(Recipe(base=str(base_folder), data=config), tokenizer, look=True)
+    on(LATER, monkeypatch)  # midnight passes
+    page = check_page.html(data, config, title="t")
+    (script,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    shown = "".join(token[0] for token in json.loads(script)[0]["tokens"])
+    assert shown.startswith("01 March 2026\n")
+    assert tokenizer.decode(data.examples[0].answers[0].ids).startswith("01 March 2026\n")
+    assert tokenizer.decode(data.renderer.prompt(data.rows[0].messages[:1])).startswith("01 March 2026\n")
+
+
+def test_a_chat_keeps_the_turn_order_of_training(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(base_folder, tmp_path, NO_SYSTEM, before=[SYSTEM], turn_order="merge")
+    model, tokenizer = load_base(str(base_folder))
+    said = [Message("system", "Be brief."), Message("user", "hello")]
+    load_adapter(model, tmp_path / "out")
+    assert "<|im_start|>user\nBe brief.\n\nhello<|im_end|>" in asked(model, tokenizer, monkeypatch, said)
+    dropped = asked(model, tokenizer, monkeypatch, said, turn_order="drop")
+    assert "Be brief." not in dropped
+    assert "<|im_start|>user\nhello<|im_end|>" in dropped
+    with pytest.raises(DataError, match=r"turn_order: merge \(under `data` in a recipe, --turn-order of graft chat"):
+        asked(model, tokenizer, monkeypatch, said, turn_order="refuse")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [NO_SYSTEM, "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML],
+    ids=["refuses", "drops"],
+)
+def test_chat_says_at_once_that_there_is_no_place_for_a_system_message(source: str, tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", template=source)
+    talk = ["chat", "--base", str(base), "--system", "Be brief.", "--max-new-tokens", "2"]
+    refused = CliRunner().invoke(app, talk, input="hello\n")
+    assert isinstance(refused.exception, DataError)
+    assert "--turn-order" in str(refused.exception)
+    assert CHAT_HELP not in refused.output
+    for how in ("merge", "drop"):
+        assert CliRunner().invoke(app, [*talk, "--turn-order", how], input="hello\n").exit_code == 0
+    wrong = CliRunner().invoke(app, [*talk, "--turn-order", "merg"], input="")
+    assert wrong.exit_code == 2
+    assert "Did you mean 'merge'" in wrong.output
+    wrong = CliRunner().invoke(app, ["generate", "a", "--base", str(base), "--today", "1 May"])
+    assert (wrong.exit_code, "no date" in wrong.output) == (2, True)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from graftlm.config import config
 from graftlm.data.pack import Pack
 from graftlm.deltas.base import Delta, DeltaConfig
-from graftlm.model.attach import hosts, shared_of
+from graftlm.model.attach import deltas_by_site, shared_of
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,7 @@ class Training:
 
     def sites(self) -> Iterator[tuple[str, str, Delta]]:
         """(name of the delta, name of the site, the delta there), in the model's order."""
-        for site, host in hosts(self.model).items():
-            for name, delta in host.deltas.items():
-                if name in self.deltas:
-                    assert isinstance(delta, Delta)
-                    yield name, site, delta
+        return ((name, site, delta) for name, site, delta in deltas_by_site(self.model) if name in self.deltas)
 
     def generator(self, what: str) -> torch.Generator:
         """Random numbers that depend on the seed, on the steps done and on `what` they are for."""

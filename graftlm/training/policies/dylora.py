@@ -25,7 +25,7 @@ from torch import nn
 from graftlm.config import Flag, PositiveCount, config
 from graftlm.deltas.dylora import DyLora
 from graftlm.errors import TargetError
-from graftlm.model.attach import attachment, hosts
+from graftlm.model.attach import attachment, deltas_by_site
 from graftlm.training.policies.base import Policy, PolicyConfig, Training, needs_method
 
 
@@ -87,7 +87,7 @@ def use_rank(model: nn.Module, rank: int | None, *, name: str = "default") -> No
     config: Any = record.configs.get(name)
     if config is None or config.method != "dylora":
         raise TargetError(f"{name!r} is no DyLoRA of this model, so it has no ranks to choose from")
-    deltas = [delta for host in hosts(model).values() for delta in host.on([name]) if isinstance(delta, DyLora)]
+    deltas = [delta for other, _, delta in deltas_by_site(model) if other == name and isinstance(delta, DyLora)]
     least = min(len(delta.A) for delta in deltas)
     if rank is not None and not 1 <= rank <= least:
         raise TargetError(f"rank {rank}: the DyLoRA {name!r} can be cut to anything from 1 to {least}")

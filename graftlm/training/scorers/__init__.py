@@ -1,5 +1,6 @@
 """SCORERS: the table of every way of judging answers. A new one is its file, its line here, and its test."""
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ class Row:
     """A row of the table: the config that names the scorer, and what makes it."""
 
     config: type[ScorerConfig]
-    make: Callable[[Any, bool], Scorer]
-    """(config, whether the network may be used); raises a GraftError where it could not work."""
+    make: Callable[[Any, bool, datetime.date], Scorer]
+    """(config, whether the network may be used, the day for chat templates that write the date); raises a GraftError
+    where it could not work."""
 
 
 SCORERS: dict[str, Row] = {
@@ -29,5 +31,6 @@ SCORERS: dict[str, Row] = {
 }
 
 
-def make_scorer(config: ScorerConfig, *, network: bool) -> Scorer:
-    return SCORERS[config.by].make(config, network)
+def make_scorer(config: ScorerConfig, *, network: bool, today: datetime.date | None = None) -> Scorer:
+    """`today` is the day of the run; None is the present day."""
+    return SCORERS[config.by].make(config, network, today or datetime.date.today())

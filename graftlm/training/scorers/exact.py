@@ -3,6 +3,7 @@
 `take: "#### (.*)"` compares the results of GSM8K's rows (Cobbe et al. 2021, arXiv:2110.14168) and not the way there.
 """
 
+import datetime
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -23,7 +24,7 @@ class ExactConfig(ScorerConfig):
     """Compare without regard to case, in every script that has it."""
 
 
-def make(config: ExactConfig, network: bool) -> Scorer:
+def make(config: ExactConfig, network: bool, today: datetime.date) -> Scorer:
     def score(answers: Sequence[Said]) -> list[Reward]:
         found: list[Reward] = []
         for said in answers:

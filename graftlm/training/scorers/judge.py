@@ -4,6 +4,7 @@ A reply without a grade is None, so its answer is left out; where more than half
 error.
 """
 
+import datetime
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,7 +22,7 @@ class JudgeScorerConfig(EndpointConfig, ScorerConfig):
     """What the judge is asked; {question}, {answer} and {reference} (the row's own answer) are replaced."""
 
 
-def make(config: JudgeScorerConfig, network: bool) -> Scorer:
+def make(config: JudgeScorerConfig, network: bool, today: datetime.date) -> Scorer:
     key = check(config, network=network)
 
     def score(answers: Sequence[Said]) -> list[Reward]:

@@ -1,5 +1,6 @@
 r"""A form: 1 where a regular expression matches, else 0. `^[^.\n]+\.$` asks for one line that is one sentence."""
 
+import datetime
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +16,7 @@ class PatternConfig(ScorerConfig):
     """A regular expression that is searched for in the answer; ^ and $ are its beginning and its end."""
 
 
-def make(config: PatternConfig, network: bool) -> Scorer:
+def make(config: PatternConfig, network: bool, today: datetime.date) -> Scorer:
     found = re.compile(config.pattern)
 
     def score(answers: Sequence[Said]) -> list[Reward]:

@@ -8,6 +8,7 @@ file is code that the recipe names and that runs as the user. The path is relati
 paths in a recipe are.
 """
 
+import datetime
 import importlib.util
 import traceback
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class PythonConfig(ScorerConfig):
         return function
 
 
-def make(config: PythonConfig, network: bool) -> Scorer:
+def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
     """Raises RecipeError for a file or a function that is not there, or that does not run."""
     path, _, name = config.function.rpartition(":")
     file = Path(path).expanduser()

@@ -5,6 +5,7 @@ label, its weights in safetensors; no code that comes with it is run.
 The whole conversation, answer included, is rendered by the reward model's own chat template.
 """
 
+import datetime
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -30,10 +31,10 @@ class RewardModelConfig(ScorerConfig):
     """Answers of one forward pass."""
 
 
-def make(config: RewardModelConfig, network: bool) -> Scorer:
+def make(config: RewardModelConfig, network: bool, today: datetime.date) -> Scorer:
     """Raises BaseModelError for a model that cannot be loaded, or that has no trained head of one output."""
     base = BaseConfig(name=config.model)
-    renderer = Renderer(load_tokenizer(base, network=network))
+    renderer = Renderer(load_tokenizer(base, network=network), today=today)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model, about = AutoModelForSequenceClassification.from_pretrained(

@@ -1,5 +1,6 @@
 """ROUGE-L F1 against the row's own answer: from 0 to 1."""
 
+import datetime
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +14,7 @@ class RougeConfig(ScorerConfig):
     by: Literal["rouge-l"] = "rouge-l"
 
 
-def make(config: RougeConfig, network: bool) -> Scorer:
+def make(config: RougeConfig, network: bool, today: datetime.date) -> Scorer:
     def score(answers: Sequence[Said]) -> list[Reward]:
         return [rouge_l(said.wanted("rouge-l"), said.answer) for said in answers]
 

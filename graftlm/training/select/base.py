@@ -63,6 +63,9 @@ class Pool:
     """The base, loaded once and proved; a method that does not ask for it needs no weights."""
     pack_tokens: int = 1024
     network: bool = False
+    check_positions: Callable[[Sequence[Example], str], None] = lambda examples, what: None
+    """Raises DataError for examples that are longer than the positions of the base; a method calls it with what it
+    gives the base beside `examples`, and with a name for them."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     notes: list[str] = field(default_factory=list)
     """What a method wants to have said."""
@@ -94,7 +97,9 @@ class Pool:
     def other(self, source: str | SourceConfig) -> "Pool":
         """The rows of another source, seen in the same way; raises DataError as reading and rendering do."""
         rows, _ = for_supervised(load_rows(source, network=self.network, turn_order=self.data.turn_order)[0])
-        return replace(self, rows=rows, examples=examples_of(rows, self.renderer, self.data))
+        examples = examples_of(rows, self.renderer, self.data)
+        self.check_positions([example for row in examples for example in row], "rows of the target")
+        return replace(self, rows=rows, examples=examples)
 
     def packs(self, examples: Sequence[Example]) -> Iterator[Pack]:
         """The forward passes over some examples, on the model's device."""

@@ -18,7 +18,9 @@ from rich.console import Console
 
 from graftlm.config import to_tree
 from graftlm.data.cache import key as tokens_key
+from graftlm.data.check import Report
 from graftlm.data.convert import to_fields, write_lines
+from graftlm.data.pack import Example
 from graftlm.data.render import Renderer
 from graftlm.data.source import SELECTED, Row
 from graftlm.errors import DataError, RecipeError
@@ -26,6 +28,7 @@ from graftlm.files import check_lines, check_new, whole
 from graftlm.model.load import base_config, cache_folder, load_base, locate, return_freed_memory
 from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks
+from graftlm.training.positions import check_positions
 from graftlm.training.prove import prove
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
@@ -88,6 +91,9 @@ def choose(
                 tasks.append(bars.add_task(what, now=""))
             bars.update(tasks[-1], completed=done, total=total)
 
+        def fit(examples: Sequence[Example], what: str) -> None:
+            check_positions(recipe, examples, Report(), what=what)
+
         tasks: list[Any] = []
         load = cache(lambda: _proved(recipe, pool))
         pool = Pool(
@@ -98,6 +104,7 @@ def choose(
             load,
             pack_tokens=recipe.train.pack_tokens,
             network=recipe.network,
+            check_positions=fit,
             progress=progress,
         )
         place = np.arange(len(pool))
@@ -151,9 +158,12 @@ def best(scores: Scores, keep: float | None) -> list[int]:
 
 
 def _proved(recipe: "Recipe", pool: Pool) -> Any:
-    """The base, proved on the shortest and the longest of the rows as a run proves it."""
+    """The base, proved on the shortest and the longest of the rows as a run proves it; DataError for rows that are
+    longer than its positions."""
+    examples = [example for row in pool.examples for example in row]
+    pool.check_positions(examples, "rows")
     model: Any = load_base(recipe.base, network=recipe.network).model
-    prove(model, [example for row in pool.examples for example in row], packed=recipe.data.pack, sharing=False)
+    prove(model, examples, packed=recipe.data.pack, sharing=False)
     return model
 
 

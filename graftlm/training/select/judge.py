@@ -8,10 +8,12 @@ nearly every row, and its probabilities still tell rows apart. The paper keeps r
 leaves out what has less.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from graftlm.config import Rate, config
 from graftlm.data.formats import TEXT, Message
@@ -56,11 +58,13 @@ def _by_base(pool: Pool, questions: list[str]) -> Scores:
     if any(len(ids) != 1 for ids in digits):
         raise DataError("this base writes the digits 1 to 5 in several tokens: judge with an endpoint (`url`)")
     grades, found = torch.arange(1.0, 6.0), np.zeros(len(questions), np.float32)
-    for number, question in enumerate(questions):
-        prompt = pool.renderer.prompt([Message("user", question)])
-        weights = np.append(np.zeros(len(prompt), np.float32), np.float32(1))
-        asked = [Example(np.append(prompt, ids).astype(np.int32), weights, "") for ids in digits]
-        pack = collate(asked, share=True).to(pool.model.device)
+    asked = [
+        _graded(pool.renderer.prompt([Message("user", question)]), digits, row.where)
+        for row, question in zip(pool.rows, questions, strict=True)
+    ]
+    pool.check_positions([examples[0] for examples in asked], "questions to the judge")
+    for number, examples in enumerate(asked):
+        pack = collate(examples, share=True).to(pool.model.device)
         with pool.attention():
             chance = log_probs(pool.model, pack).float().cpu()
         order = pack.targets.cpu().argsort()  # targets lie in the order of their ids
@@ -68,6 +72,12 @@ def _by_base(pool: Pool, questions: list[str]) -> Scores:
         found[number] = float(torch.softmax(chance[order], 0) @ grades[place])
         pool.progress("judging", number + 1, len(questions))
     return found
+
+
+def _graded(prompt: NDArray[np.int32], digits: Sequence[Sequence[int]], where: str) -> list[Example]:
+    """The prompt with each grade, of which the grade alone has a weight."""
+    weights = np.append(np.zeros(len(prompt), np.float32), np.float32(1))
+    return [Example(np.append(prompt, ids).astype(np.int32), weights, where) for ids in digits]
 
 
 def _by_endpoint(config: JudgeConfig, pool: Pool, questions: list[str]) -> Scores:

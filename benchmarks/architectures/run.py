@@ -1,0 +1,101 @@
+"""Every class of causal language models in transformers against everything that an adapter goes through.
+
+python benchmarks/architectures/run.py            all classes, each once: what runs/ has already is not run again
+python benchmarks/architectures/run.py llama gpt2 these, anew
+python benchmarks/architectures/run.py --table    no run: writes result.json and table.md of what runs/ has
+
+The models are tiny and random (tests/architectures.py says how each is made). Each class is a process of its own, with
+a limit of time: one that is killed is a crash in every column.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1")
+HERE = Path(__file__).parent
+RUNS = HERE / "runs"
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from machine import write_result  # noqa: E402
+
+from tests.architectures import COLUMNS, NAMES, NOT_BUILT, answer  # noqa: E402
+
+LIMIT_S = 180
+
+
+def one(name: str) -> None:
+    """All columns of one class; a file as soon as all are there."""
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"name": name, "transformers": transformers.__version__}
+    row["cells"] = {column: answer(column, name) for column in COLUMNS}
+    (RUNS / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+
+
+def run(name: str) -> None:
+    began = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=one, args=(name,))
+    process.start()
+    process.join(LIMIT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if not (RUNS / f"{name}.json").is_file():
+        why = f"the process ended with {process.exitcode} after {time.monotonic() - began:.0f} s"
+        cells = {column: {"verdict": "crash", "says": why} for column in COLUMNS}
+        (RUNS / f"{name}.json").write_text(json.dumps({"name": name, "cells": cells}, indent=1) + "\n")
+    verdicts = Counter(cell["verdict"] for cell in json.loads((RUNS / f"{name}.json").read_text())["cells"].values())
+    print(f"{name:24} {time.monotonic() - began:5.1f} s  {dict(verdicts)}", flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"| type | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for row in rows:
+        cells = (row["cells"][column] for column in COLUMNS)
+        lines.append(f"| {row['name']} | {' | '.join(_shown(cell) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(cell: dict[str, str]) -> str:
+    if cell["verdict"] == "ok":
+        return cell["says"] or "ok"
+    return {"refused": "refused", "no": "-"}.get(cell["verdict"], cell["verdict"].upper())
+
+
+def main(arguments: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    RUNS.mkdir(exist_ok=True)
+    if arguments != ["--table"]:
+        for name in arguments or NAMES:
+            if arguments:
+                (RUNS / f"{name}.json").unlink(missing_ok=True)
+            if not (RUNS / f"{name}.json").is_file():
+                run(name)
+    rows = [json.loads(file.read_text()) for name in NAMES if (file := RUNS / f"{name}.json").is_file()]
+    counts = {
+        column: dict(sorted(Counter(row["cells"][column]["verdict"] for row in rows).items())) for column in COLUMNS
+    }
+    told = {
+        row["name"]: {
+            column: f"{cell['verdict']}: {cell['says']}"
+            for column, cell in row["cells"].items()
+            if cell["verdict"] not in ("ok", "no")
+        }
+        for row in rows
+    }
+    (HERE / "table.md").write_text(table(rows))
+    write_result(__file__, {"classes": len(rows), "not_built": NOT_BUILT, "counts": counts, "not_ok": told})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

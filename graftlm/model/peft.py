@@ -1,0 +1,115 @@
+"""How PEFT reads a folder: which modules its `target_modules` mean, the task, and what it loses."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from graftlm.deltas.base import matches
+from graftlm.model.hosts import Host, LayerHost
+
+MOE_AS_QWEN2 = (
+    "afmoe",
+    "beam",
+    "cohere2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm4v_moe",
+    "glm_moe_dsa",
+    "hunyuan_v1_moe",
+    "longcat_flash",
+    "mellum",
+    "olmoe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_omni_moe",
+    "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker",
+    "sarvam_mla",
+    "solar_open",
+)
+"""Model types for which PEFT up to 0.21.2 takes the names below for the routed experts' (huggingface/peft#3711): those
+that transformers 5.24 lists with the pattern "qwen2_moe" in conversion_mapping.py."""
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
+ROUTER_NAME = "gate"
+"""Taken for the router's parameter, which is right, but PEFT has neither dropout nor DoRA for parameters."""
+
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types on which PEFT refuses the names below: fused kernels read those weights without the layer."""
+BYPASSED_NAMES = ("conv1d", "out_proj")
+BYPASSED_TYPES = ("ADALORA", "LORA", "RANDLORA", "XLORA")
+
+
+def why_not_read(model_type: str, peft_type: str, sites: Iterable[str], *, parameters: bool = True) -> str:
+    """Why PEFT would lose or refuse a part of an adapter of this type on these sites; empty where it reads it.
+
+    `parameters`: whether the adapter could sit on a parameter, too: it has neither dropout nor DoRA.
+    """
+    for site in sites:
+        last = site.rpartition(".")[2]
+        if model_type in MOE_AS_QWEN2 and peft_type == "LORA":
+            if last in EXPERT_NAMES:
+                return (
+                    f"{site}: PEFT up to 0.21.2 takes the targets {', '.join(EXPERT_NAMES)} of {model_type} for those "
+                    "of the routed experts, and drops what is meant for the other layers of these names"
+                )
+            if last == ROUTER_NAME and not parameters:
+                return (
+                    f"{site}: PEFT up to 0.21.2 takes {ROUTER_NAME!r} of {model_type} for a parameter, where it has "
+                    "neither dropout nor DoRA"
+                )
+        if model_type in MAMBA and peft_type in BYPASSED_TYPES and last in BYPASSED_NAMES:
+            return f"{site}: PEFT refuses {peft_type} on {' and '.join(BYPASSED_NAMES)} of {model_type}"
+    return ""
+
+
+def target_modules(model: nn.Module, sites: Iterable[str]) -> list[str] | str:
+    """PEFT's `target_modules` that mean these modules and no other: ends of names, whole names where an end fits
+    another module too or is a number (which the layers of every list have), a regular expression where a whole name
+    fits another module.
+    """
+    wanted = set(sites)
+    names = module_names(model)
+    targets: list[str] = []
+    for end in sorted({site.rpartition(".")[2] for site in wanted}):
+        meant = [name for name in names if matches((end,), name)]
+        alone = wanted.issuperset(meant) and not end.isdigit()
+        targets += [end] if alone else sorted(site for site in wanted if matches((end,), site))
+    if {name for name in names if matches(tuple(targets), name)} == wanted:
+        return targets
+    return "|".join(re.escape(site) for site in sorted(wanted))
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """The names of a base's modules, as they are without deltas."""
+    found: list[str] = []
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if name.startswith(tuple(inside)):
+            continue
+        ours = isinstance(module, Host) or name.rpartition(".")[2] == "graft_shared"
+        if ours:
+            inside.append(f"{name}.")
+        if not ours or isinstance(module, LayerHost):
+            found.append(name)
+    return found
+
+
+def task(model: Any) -> dict[str, Any]:
+    """PEFT's keys for what a model does, by its class: its task, or the class itself.
+
+    PEFT's tasks for classifiers (SEQ_CLS, TOKEN_CLS, QUESTION_ANS) mean that the head was trained as a whole: PEFT
+    replaces it, and raises an error where the file has no weights for it or a delta sits there. So they have no task.
+    """
+    if hasattr(model, "can_generate") and model.can_generate():
+        return {"task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"}
+    made = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return {"task_type": None, "auto_mapping": made}
