@@ -13,6 +13,7 @@ PEFT moves a tied head with the embeddings, with one T: its adapters of such mod
 written in a form that PEFT refuses.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -35,6 +36,11 @@ class TrainableTokensConfig(DeltaConfig):
     def __post_init__(self) -> None:
         if len(set(self.tokens)) < len(self.tokens):
             raise ValueError(f"tokens: {self.tokens} has an id twice")
+
+    def select(self, sites: Sequence[Site]) -> Sequence[Site]:
+        if inside := [site.name for site in sites if site.kind == "linear" and site.layer is not None]:
+            raise TargetError(f"targets: {inside[0]} has no row for each token; embeddings and output heads have")
+        return sites
 
 
 class TrainableTokens(AdditiveDelta):

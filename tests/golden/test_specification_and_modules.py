@@ -113,6 +113,8 @@ def test_token_ids_are_checked() -> None:
         build(TrainableTokensConfig, {"tokens": []}, source="test")
     with pytest.raises(TargetError, match=r"300 is no id at model\.embed_tokens"):
         attach(tiny_model(), TrainableTokensConfig(tokens=(300,)))
+    with pytest.raises(TargetError, match="layers.0.self_attn.q_proj has no row for each token"):
+        attach(tiny_model(), TrainableTokensConfig(tokens=(3,)), targets="all-linear")
 
 
 # A part of the weights -------------------------------------------------------------------------------------------
