@@ -24,7 +24,7 @@ from graftlm.model.endings import generation_settings, missing_end, tokenizer_th
 from graftlm.model.hosts import Host, LayerHost, all_factors
 from graftlm.model.llama_cpp import Architecture, architecture, gguf_rows, why_not_gguf
 from graftlm.model.load import fingerprint, public_name, store_of
-from graftlm.model.peft import target_modules, task, why_not_read
+from graftlm.model.peft import model_type, target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS, GROUP, QuantisedLinear
 from graftlm.model.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
 
@@ -388,7 +388,7 @@ def _exported(
         with new_folder(folder) as partial:
             write_adapter(model, partial, name=names[0], tokenizer=tokenizer)
         return {"kind": to, "exact": True, "as": "PEFT's own method"}
-    if to == "peft" and (reason := why_not_read(model.config.model_type, "LORA", _sites(model))):
+    if to == "peft" and (reason := why_not_read(model_type(model), "LORA", _sites(model))):
         raise TargetError(f"{reason}. Export with `--to merged`, or with `--to plain-lora` for a server that reads it")
     if to == "delta":
         with new_folder(folder) as partial:

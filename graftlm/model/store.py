@@ -33,7 +33,7 @@ from graftlm.files import sync, writing
 from graftlm.model.attach import attach, attachment, base_parameters, detach, hosts, parameters_of, shared_of, sites_of
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import PACKAGED, base_record, difference, fingerprint, public_name, store_of
-from graftlm.model.peft import target_modules, task, why_not_read
+from graftlm.model.peft import model_type, target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS
 from graftlm.model.sites import config_at
 
@@ -231,9 +231,8 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
         for key in module.state_dict():
             if key not in known:
                 return f"PEFT's {method.peft.type} has no tensor for {key}"
-    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
     parameters = not config.dropout and not method.peft.constants.get("use_dora")
-    return why_not_read(kind, method.peft.type, attachment(model).sites[name], parameters=parameters)
+    return why_not_read(model_type(model), method.peft.type, attachment(model).sites[name], parameters=parameters)
 
 
 def tensors_of_delta(model: nn.Module, name: str) -> dict[str, Tensor]:
