@@ -303,3 +303,7 @@ def test_a_classifier_is_no_model_of_llama_cpp(tmp_path: Path) -> None:
     model = attach(model.requires_grad_(False), LoraConfig(r=4, targets=("q_proj",)))
     with pytest.raises(TargetError, match="runs LlamaForCausalLM, this is a LlamaForSequenceClassification"):
         export(model, tmp_path / "out", to="gguf")
+    export(model, tmp_path / "lora", to="plain-lora")
+    verdicts = {verdict.server: verdict for verdict in lint(tmp_path / "lora")}
+    assert not verdicts["llama.cpp"].accepts
+    assert "for a LlamaForSequenceClassification" in verdicts["llama.cpp"].why[0]
