@@ -74,4 +74,5 @@ class TrainableTokens(AdditiveDelta):
     def increment(self, x: Tensor, base: Base) -> Tensor:
         if self.site.kind != "embedding":
             return super().increment(x, base)
-        return F.embedding(self.place[x], F.pad(self.T - self.T_0, (0, 0, 0, 1)))  # a row of zeros for all other ids
+        here = base.take(x, (self.place < len(self.t)).to(self.T)[None])  # [.., 1], 0 at all other ids
+        return here * F.embedding(self.place[x], F.pad(self.T - self.T_0, (0, 0, 0, 1)))

@@ -68,7 +68,7 @@ class Attachment:
     """Of each that was trained, or loaded, with a chat template."""
     tokenizers: dict[str, Any] = field(default_factory=dict)
     """The tokenizer of each that was loaded with one."""
-    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Name of an adapter that is several deltas -> their names, in the order in which they act: what is done to the
     adapter is done to all of them."""
     trainable_before: set[str] = field(default_factory=set)
@@ -496,8 +496,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         del record.configs[gone], record.sites[gone], record.seeds[gone]
         record.chats.pop(gone, None)
         record.tokenizers.pop(gone, None)
-        rest = {key: tuple(part for part in parts if part != gone) for key, parts in record.parts.items()}
-        record.parts = {key: parts for key, parts in rest.items() if key != gone}
+        left = {key: tuple(other for other in names if other != gone) for key, names in record.members.items()}
+        record.members = {key: names for key, names in left.items() if key != gone}
     if not record.configs:
         model.__dict__.pop("save_pretrained", None)
         for parameter_name, parameter in model.named_parameters():
@@ -506,12 +506,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The deltas that are meant, all parts of an adapter with its name; TargetError for a name that is none."""
+    """The deltas that are meant, all of an adapter that is several; TargetError for a name that is none."""
     record = attachment(model)
     for name in names:
         if name not in record.configs:
             raise TargetError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
-    return tuple(dict.fromkeys(part for name in names for part in record.parts.get(name, (name,))))
+    return tuple(dict.fromkeys(each for name in names for each in record.members.get(name, (name,))))
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -612,11 +612,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters that one delta trains, what its sites share included; of an adapter in parts, those of all."""
+    """The parameters that one delta trains, or an adapter that is several; what their sites share included."""
     modules: list[nn.Module] = []
-    for part in attachment(model).parts.get(name, (name,)):
-        modules += [host.deltas[part] for host in hosts(model).values() if part in host.deltas]
-        shared = shared_of(model, part)
+    for each in attachment(model).members.get(name, (name,)):
+        modules += [host.deltas[each] for host in hosts(model).values() if each in host.deltas]
+        shared = shared_of(model, each)
         modules += [] if shared is None else [shared]
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 

@@ -175,6 +175,22 @@ class EmbeddingBase(Conv1DBase):
         return (z if gain is None else gain * z).to(y.dtype)
 
 
+class ScaledEmbeddingBase(EmbeddingBase):
+    """A view of an embedding that multiplies what it looks up (Gemma and BART): W is what it stores."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        scale: Any = layer.embed_scale
+        self.scale = 1.0 if isinstance(scale, Tensor) and scale.is_meta else float(scale)
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        y = super().apply(x, W, None) * self.scale
+        return (y if b is None else y + b).to(self.stored_weight.dtype)
+
+    def take(self, x: Tensor, A: Tensor) -> Tensor:
+        return super().take(x, A) * self.scale
+
+
 class NormBase(LinearBase):
     """A view of a norm (LayerNorm, any RMSNorm): W and b are its gain and bias [d], as the layer stores them."""
 
@@ -211,6 +227,8 @@ def view(layer: nn.Module) -> LinearBase | None:
         make = (LinearBase if isinstance(layer, nn.Linear) else Conv1DBase) if _is_linear(layer) else None
     elif make is None and type(layer).__name__.endswith("RMSNorm") and _has_gain(layer):
         make = NormBase
+    if make is None and isinstance(layer, nn.Embedding) and _is_scaled(layer):
+        make = ScaledEmbeddingBase
     if make is None:
         return None
     made = make(layer)
@@ -257,6 +275,16 @@ def _numbers(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Numbers between -1 and 1, no two of a row the same."""
     count = math.prod(shape)
     return torch.linspace(-1, 1, count).mul(40).sin().view(*shape).to(dtype)
+
+
+@torch.no_grad()
+def _is_scaled(layer: nn.Embedding) -> bool:
+    """Whether a subclass of nn.Embedding looks rows up and multiplies them with its `embed_scale`, and no more."""
+    scale, rows = getattr(layer, "embed_scale", None), layer.weight[:4]
+    if scale is None or rows.is_meta:  # without its weights (`sketch.py`) it can only be known by its name
+        return scale is not None and type(layer).__name__.endswith("ScaledWordEmbedding")
+    found = layer(torch.arange(len(rows), device=rows.device))
+    return torch.allclose(found.float(), rows.float() * float(scale), rtol=4 * torch.finfo(rows.dtype).eps)
 
 
 def _has_gain(layer: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from graftlm.errors import AdapterError, TargetError, nearest, numbered
 from graftlm.model.attach import sites_of
 from graftlm.model.bases import LinearBase, view
 from graftlm.model.hosts import LayerHost
-from graftlm.model.sites import Place, config_at, find_sites, output_head, places, what_there_is
+from graftlm.model.sites import Place, config_at, find_sites, output_head, places
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -92,8 +92,8 @@ UNSET: tuple[Any, ...] = (None, False, [], {})
 
 
 @dataclass(frozen=True)
-class Part:
-    """A delta of ours that an adapter of another tool is, or a part of it."""
+class Member:
+    """A delta of ours that an adapter of another tool is, or one of several."""
 
     name: str
     """What follows the adapter's name in that of the delta; empty for the method itself."""
@@ -104,9 +104,9 @@ class Part:
 
 
 class Adapter(NamedTuple):
-    """What was read: the parts in the order in which they act, and remarks on how it was read."""
+    """What was read: the deltas in the order in which they act, and remarks on how it was read."""
 
-    parts: list[Part]
+    members: list[Member]
     remarks: list[str]
 
 
@@ -124,7 +124,7 @@ def read_adapter(model: nn.Module, stored: dict[str, Any], tensors: Mapping[str,
     check_numbers(tensors, file)  # a prompt or a prefix: one tensor, and no layer
     tree = {"method": name, **_fields(stored, method, file.with_name(CONFIG))}
     config = build(method.config, tree, source=str(file.with_name(CONFIG)))
-    return Adapter([Part("", config, layout, dict(tensors))], [])
+    return Adapter([Member("", config, layout, dict(tensors))], [])
 
 
 def method_of(stored: Mapping[str, Any], file: Path) -> tuple[str, Method]:
@@ -431,7 +431,9 @@ class _Reader:
         self.problems: list[str] = []
 
     def read(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        held = self._sorted(self._named(tensors))
+        named = self._named(tensors)
+        self._check_experts(named)
+        held = self._sorted(named)
         copies = {one.stored for one in held.copies.values()}
         check_numbers({key: t for key, t in tensors.items() if key not in copies}, self.file)
         for one in (*held.weights.values(), *held.copies.values(), *held.rows.values(), *held.shifts.values()):
@@ -441,15 +443,15 @@ class _Reader:
         config = self._main(sites)
         ids = self._token_ids(held)
         changes, shifts = self._changes(held)
-        parts = [
-            self._modules_part(changes, shifts, ids),
-            self._tokens_part(held, ids),
-            Part("", config, self.layout, {key: _widened(tensor) for key, tensor in held.main.items()}),
-            self._biases_part(shifts.keys() - changes.keys(), shifts, held, config),
+        members = [
+            self._modules(changes, shifts, ids),
+            self._tokens(held, ids),
+            Member("", config, self.layout, {key: _widened(tensor) for key, tensor in held.main.items()}),
+            self._biases(shifts.keys() - changes.keys(), shifts, held, config),
         ]
         if self.problems:
             raise AdapterError(f"{self.file}: does not fit this model:\n{numbered(sorted(self.problems))}")
-        return Adapter([part for part in parts if part is not None], self.remarks)
+        return Adapter([member for member in members if member is not None], self.remarks)
 
     # Names -------------------------------------------------------------------------------------------------------
 
@@ -497,6 +499,16 @@ class _Reader:
     def _was_there(self, name: str) -> bool:
         """Whether the model that was trained can have had a module: not, where only a part of this model is like it."""
         return not self.by or name in self.ends or self._there(name) != name
+
+    def _check_experts(self, tensors: Sequence[Named]) -> None:
+        fused = [name for name in self.modules if name.endswith(".experts") and f"{name}.0" not in self.modules]
+        for one in tensors:
+            if fused and re.search(r"\.experts\.\d+\.", one.here) and one.here not in self.modules:
+                raise AdapterError(
+                    f"{self.file}: {one.stored} is about one expert, and this model has all of a layer in one "
+                    f"parameter ({fused[0]}), as transformers 5 loads it. No delta here can sit there: merge the "
+                    "adapter in PEFT (merge_and_unload), which converts it, and use the merged model as the base"
+                )
 
     # What tensors are --------------------------------------------------------------------------------------------
 
@@ -557,8 +569,7 @@ class _Reader:
             such = next(iter(held.main), "none")
             raise AdapterError(
                 f"{self.file}: does not fit this model: none of its tensors belongs to a layer of it that "
-                f"{self.method_name} can sit on; the first is {such}. "
-                f"{what_there_is({name: self.places[name] for name in there})}"
+                f"{self.method_name} can sit on; the first is {such}. {nearest(such.removeprefix(PREFIX), there)}"
             )
         if nowhere:
             self.remarks.append(f"target_modules also names {', '.join(nowhere)}, for which it has no tensors")
@@ -678,9 +689,9 @@ class _Reader:
                     f"missing: {PREFIX}{there}.bias, which {'modules_to_save' if saved else 'bias'} names"
                 )
 
-    def _modules_part(
+    def _modules(
         self, changes: Mapping[str, Tensor], shifts: Mapping[str, Tensor], ids: Mapping[str, Tensor]
-    ) -> Part | None:
+    ) -> Member | None:
         tensors: dict[str, Tensor] = {}
         sites = [module for module in self.places if module in changes]
         for module in sites:
@@ -694,7 +705,7 @@ class _Reader:
         if not sites:
             return None
         config = FullConfig(targets=self._targets(sites, METHODS["full"].delta.kinds))
-        return Part("modules", config, None, tensors)
+        return Member("modules", config, None, tensors)
 
     # Tokens and biases -------------------------------------------------------------------------------------------
 
@@ -722,7 +733,7 @@ class _Reader:
                 found[module] = torch.tensor(ids)
         return found
 
-    def _tokens_part(self, held: Contents, ids: Mapping[str, Tensor]) -> Part | None:
+    def _tokens(self, held: Contents, ids: Mapping[str, Tensor]) -> Member | None:
         rows = {module: held.rows[module].tensor for module in ids}
         ids = dict(ids)
         if len(self.ends) == 2 and self._tied() and self.ends[0] in rows and self.ends[1] not in rows:
@@ -734,11 +745,11 @@ class _Reader:
         targets = self._targets(sites, METHODS["trainable-tokens"].delta.kinds)
         others = {re.escape(module): {"tokens": list(own)} for module, own in tokens.items() if own != tokens[sites[0]]}
         config = TrainableTokensConfig(tokens=tokens[sites[0]], targets=targets, patterns=others)
-        return Part("tokens", config, None, {f"{PREFIX}{module}.T": _widened(rows[module]) for module in sites})
+        return Member("tokens", config, None, {f"{PREFIX}{module}.T": _widened(rows[module]) for module in sites})
 
-    def _biases_part(
+    def _biases(
         self, changed: Collection[str], shifts: Mapping[str, Tensor], held: Contents, config: DeltaConfig
-    ) -> Part | None:
+    ) -> Member | None:
         deltas = {module: shifts[module] for module in changed}
         for module in held.sites if self.where.lora_bias else ():
             base, one = self._view(module), held.shifts.get(module)
@@ -756,7 +767,7 @@ class _Reader:
         if not sites:
             return None
         biases = BitFitConfig(targets=self._targets(sites, METHODS["bitfit"].delta.kinds))
-        return Part("biases", biases, None, {f"{PREFIX}{module}.delta": deltas[module] for module in sites})
+        return Member("biases", biases, None, {f"{PREFIX}{module}.delta": deltas[module] for module in sites})
 
 
 def _by_end(given: Mapping[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:

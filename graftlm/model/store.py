@@ -32,7 +32,7 @@ from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError
 from graftlm.files import sync, writing
 from graftlm.model.attach import Chat, attach, attachment, deltas_by_site, detach, hosts, parameters_of, shared_of
 from graftlm.model.foreign import CONFIG as CONFIG
-from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Part, check_numbers, read_adapter
+from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Member, check_numbers, read_adapter
 from graftlm.model.foreign import PREFIX as PREFIX
 from graftlm.model.hosts import Host, LayerHost, ModelHost
 from graftlm.model.load import (
@@ -164,9 +164,9 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     record = attachment(model)
     if name not in record.configs:
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
-    if name in record.parts:
+    if name in record.members:
         raise AdapterError(
-            f"{name!r} is {len(record.parts[name])} deltas on this model ({', '.join(record.parts[name])}), and a "
+            f"{name!r} is {len(record.members[name])} deltas on this model ({', '.join(record.members[name])}), and a "
             "folder holds one. Save each by its name into a folder of its own, or merge it (`graft merge`)"
         )
     config, chat = record.configs[name], record.chats.get(name)
@@ -370,29 +370,29 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
             raise AdapterError(f"{folder}: method {method_name!r} is none of ours. {nearest(method_name, METHODS)}")
         method = METHODS[method_name]
         config = build(method.config, ours["config"], source=str(folder / RECORD))
-        parts = [Part("", config, None if ours["layout"] == OWN_TYPE else method.delta.peft, tensors)]
+        members = [Member("", config, None if ours["layout"] == OWN_TYPE else method.delta.peft, tensors)]
     else:
-        parts, remarks = read_adapter(model, stored, tensors, folder / WEIGHTS)
+        members, remarks = read_adapter(model, stored, tensors, folder / WEIGHTS)
     template, tokenizer = _template_in(folder), read_tokenizer(model, folder)
-    names = [f"{name}-{part.name}" if part.name else name for part in parts]
+    names = [f"{name}-{member.name}" if member.name else name for member in members]
     attached: list[str] = []
     try:
-        for this, part in zip(names, parts, strict=True):
+        for this, member in zip(names, members, strict=True):
             try:
-                attach(model, part.config, name=this, seed=ours["seed"] if ours else 0, start=False)
+                attach(model, member.config, name=this, seed=ours["seed"] if ours else 0, start=False)
             except TargetError as error:
                 raise AdapterError(f"{folder}: does not fit this model: {error}") from None
             attached.append(this)
-            _make_room(model, this, part.layout, part.tensors)
-            _fill(_stored_tensors(model, this, part.layout), part.tensors, folder / WEIGHTS)
+            _make_room(model, this, member.layout, member.tensors)
+            _fill(_stored_tensors(model, this, member.layout), member.tensors, folder / WEIGHTS)
         if ours is not None and not trust_base:
             _check_rebuilt(_rebuilt(model, name), ours["rebuilt"], folder)
     except GraftError:
         for this in attached:
             detach(model, this)
         raise
-    if len(parts) > 1:
-        attachment(model).parts[name] = tuple(names)
+    if len(members) > 1:
+        attachment(model).members[name] = tuple(names)
         remarks = [*remarks, f"it is {len(names)} deltas here, switched together: {', '.join(names)}"]
     if tokenizer is not None:
         attachment(model).tokenizers[name] = tokenizer

@@ -90,9 +90,10 @@ def make(folder):
         config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)
         model = peft.get_peft_model(base(**of_base), config).eval()
         with torch.no_grad():
-            for seed, (_, parameter) in enumerate(sorted(model.named_parameters())):
-                if parameter.requires_grad:
-                    parameter.add_(0.3 * waves(parameter.shape, 100 + seed))
+            for seed, (name, parameter) in enumerate(sorted(model.named_parameters())):
+                if parameter.requires_grad:  # factors start at random, all others where the base is
+                    kept = 0 if "lora_A" in name or "lora_B" in name or "lora_embedding" in name else parameter
+                    parameter.copy_(kept + 0.3 * waves(parameter.shape, 100 + seed))
         model.save_pretrained(folder / case, safe_serialization=True)
         again = peft.PeftModel.from_pretrained(base(**of_base), folder / case).eval()  # 0.13 loses biases of lora_only
         with torch.no_grad():

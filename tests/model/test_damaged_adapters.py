@@ -11,9 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,14 +26,25 @@ from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SOURCES: dict[str, dict[str, Any]] = {
-    "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
-    "patterns": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 9}},
-    "dora": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
-    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 290, 7]},
-    "biases": {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only", "lora_bias": True},
-    "embeddings": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+LM: Any = {"task_type": "CAUSAL_LM"}
+
+
+def lora(**settings: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, lora_alpha=6, **settings, **LM)
+
+
+SOURCES: dict[str, Any] = {
+    "lora": lora(target_modules=["q_proj", "v_proj", "down_proj"]),
+    "patterns": lora(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 9}),
+    "dora": lora(target_modules=["q_proj", "up_proj"], use_dora=True),
+    "head": lora(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    "tokens": lora(target_modules=["q_proj"], trainable_token_indices=[5, 290, 7]),
+    "biases": lora(target_modules=["q_proj", "v_proj"], bias="lora_only", lora_bias=True),
+    "embeddings": lora(target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "loha": peft.LoHaConfig(r=4, alpha=6, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], **LM),
+    "ia3": peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"], **LM),
+    "vera": peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"], **LM),
+    "own tokens": peft.TrainableTokensConfig(token_indices=[5, 290, 7], **LM),
 }
 
 
@@ -57,8 +68,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     made = {}
     for name, settings in SOURCES.items():
         model, _ = load_base(root / "base", store="fp32")
-        config = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)
-        theirs: Any = get_peft_model(load_base(root / "base", store="fp32").model, config).eval()
+        theirs: Any = peft.get_peft_model(load_base(root / "base", store="fp32").model, settings).eval()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for parameter in theirs.parameters():
@@ -99,7 +109,8 @@ def one_lost(random: Random, folder: Path) -> tuple[str, ...]:
     key = some_key(random, folder)
     tensors(folder, lambda found: found.__delitem__(key))
     copied = "base_layer.weight" in key  # of what is frozen: it is not needed
-    return SAME if copied else (module_of(key), "trainable_token_indices")
+    last = not load_file(folder / WEIGHTS)
+    return SAME if copied else (module_of(key), "trainable_token_indices", *([WEIGHTS] if last else []))
 
 
 def module_of(key: str) -> str:
@@ -126,7 +137,7 @@ def one_more(random: Random, folder: Path) -> tuple[str, ...]:
 
 def one_renamed(random: Random, folder: Path) -> tuple[str, ...]:
     key = some_key(random, folder)
-    place = random.randrange(len("base_model.model."), len(key))
+    place = random.randrange(min(len("base_model.model."), len(key) - 6), len(key))
     other = key[:place] + random.choice("XZ#") + key[place + 1 :]
     tensors(folder, lambda found: found.update({other: found.pop(key)}))
     return (other, key, module_of(key), module_of(other), WEIGHTS)
@@ -181,8 +192,12 @@ def other_dtype(random: Random, folder: Path) -> tuple[str, ...]:
 
 
 def factors_exchanged(random: Random, folder: Path) -> tuple[str, ...]:
-    key = random.choice([key for key in sorted(load_file(folder / WEIGHTS)) if "lora_A" in key])
-    other = key.replace("lora_A", "lora_B")
+    names = load_file(folder / WEIGHTS)
+    pairs = [("lora_A", "lora_B"), ("hada_w1_a", "hada_w1_b"), ("vera_lambda_b", "vera_lambda_d")]
+    keys = [(key, key.replace(*pair)) for pair in pairs for key in sorted(names) if pair[0] in key]
+    key, other = random.choice([*keys, ("", "")])
+    if not key or names[key].shape == names[other].shape:
+        return SAME
 
     def change(found: dict[str, Tensor]) -> None:
         found[key], found[other] = found[other], found[key]
@@ -243,8 +258,14 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
+def known_key(random: Random, folder: Path, values: dict[str, list[Any]]) -> str:
+    """A key that the config has, or one that nobody knows."""
+    known = {*json.loads((folder / CONFIG).read_text()), "a_key_of_tomorrow"}
+    return random.choice(sorted(known & values.keys()))
+
+
 def wrong_value(random: Random, folder: Path) -> tuple[str, ...]:
-    key = random.choice(sorted(WRONG))
+    key = known_key(random, folder, WRONG)
     before = json.loads((folder / CONFIG).read_text()).get(key)
     value = random.choice(WRONG[key])
     config(folder, **{key: value})
@@ -272,7 +293,7 @@ HARMLESS: dict[str, list[Any]] = {
 
 
 def harmless_value(random: Random, folder: Path) -> tuple[str, ...]:
-    key = random.choice(sorted(HARMLESS))
+    key = known_key(random, folder, HARMLESS)
     config(folder, **{key: random.choice(HARMLESS[key])})
     return SAME
 
@@ -280,11 +301,12 @@ def harmless_value(random: Random, folder: Path) -> tuple[str, ...]:
 def key_lost(random: Random, folder: Path) -> tuple[str, ...]:
     """One whose default says the same, or whose loss shows in the tensors."""
     tree = json.loads((folder / CONFIG).read_text())
-    changing = {"lora_alpha", "alpha_pattern", "use_rslora"}  # their loss would be another scale
+    changing = {"lora_alpha", "alpha", "alpha_pattern", "use_rslora"}  # their loss would be another scale
     key = random.choice(sorted(tree.keys() - changing))
     value = tree.pop(key)
     (folder / CONFIG).write_text(json.dumps(tree))
-    needed = ("r", "peft_type", "rank_pattern", "use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
+    needed = ["r", "peft_type", "rank_pattern", "use_dora", "modules_to_save", "trainable_token_indices", "lora_bias"]
+    needed.append("token_indices")
     shows = key in needed and value or (key == "bias" and value != "none")
     return (key, WEIGHTS, CONFIG) if shows else SAME
 

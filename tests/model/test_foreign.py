@@ -162,6 +162,18 @@ CASES: dict[str, tuple[LoraConfig, Callable[[], Any], tuple[str, ...]]] = {
 }
 
 
+def scaled() -> Any:
+    return tiny_model("gemma3_text")
+
+
+CASES |= {
+    "lora on embeddings with a scale": (lora(target_modules=["embed_tokens", "q_proj"]), scaled, ()),
+    "dora on embeddings with a scale": (lora(target_modules=["embed_tokens"], use_dora=True), scaled, ()),
+    "embeddings with a scale in their place": (lora(modules_to_save=["embed_tokens"]), scaled, ("modules",)),
+    "tokens of embeddings with a scale": (lora(trainable_token_indices=[5, 290]), scaled, ("tokens",)),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_of_peft_computes_and_merges_as_in_peft(case: str, tmp_path: Path) -> None:
     config, base, parts = CASES[case]
@@ -177,7 +189,9 @@ def test_an_adapter_of_peft_computes_and_merges_as_in_peft(case: str, tmp_path: 
     close(logits(plain), tuned, f"{case}: merged")
     wanted = theirs.merge_and_unload().state_dict()
     assert merged.keys() == wanted.keys()
-    ends = {"model.embed_tokens.weight", "lm_head.weight"} if base is tied else set()  # PEFT adds both changes to both
+    ends = (
+        {"model.embed_tokens.weight", "lm_head.weight"} if base in (tied, scaled) else set()
+    )  # PEFT adds both changes to both
     for key in wanted.keys() - ends:
         close(merged[key], wanted[key], f"{case}: {key} after merging")
 
@@ -372,7 +386,7 @@ def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_
     assert "model. for model.language_model." in said
 
 
-def test_adapters_in_parts_lie_on_one_model_beside_each_other(tmp_path: Path) -> None:
+def test_adapters_of_several_deltas_lie_on_one_model_beside_each_other(tmp_path: Path) -> None:
     settings: Any = {"a": {"modules_to_save": ["lm_head"]}, "b": {"modules_to_save": ["lm_head", "norm"], "r": 2}}
     theirs = {name: written(lora(**each), untied(), tmp_path / name) for name, each in settings.items()}
     ours, base = untied(), untied()
@@ -497,6 +511,14 @@ def test_weights_that_nothing_names_and_weights_that_cannot_be_replaced_are_refu
     )
 
 
+def test_factors_for_each_expert_of_experts_in_one_parameter_are_refused_with_what_to_do(folder: Path) -> None:
+    one = "base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({one: torch.ones(4, 32)}))
+    fused = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    refused(folder, one, "one expert", "model.layers.0.mlp.experts", "merge_and_unload", model=fused)
+    refused(folder, f"unexpected: {one}")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -570,14 +592,14 @@ def test_an_embedding_of_another_base_is_no_resized_one(tmp_path: Path) -> None:
 # Several deltas that are one adapter -----------------------------------------------------------------------------
 
 
-def test_the_parts_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
+def test_the_deltas_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
     config = lora(trainable_token_indices=[5, 6], modules_to_save=["lm_head"], bias="lora_only")
     theirs = written(config, with_biases_untied(), tmp_path / "a")
     ours, base = with_biases_untied(), with_biases_untied()
     said = load_adapter(ours, tmp_path / "a", name="sql")
     assert "4 deltas here, switched together: sql-modules, sql-tokens, sql, sql-biases" in said
     tuned = logits(ours)
-    close(tuned, logits(theirs), "all parts")
+    close(tuned, logits(theirs), "all of it")
     activate(ours)
     assert torch.equal(logits(ours), logits(base))
     activate(ours, "sql")
@@ -592,9 +614,9 @@ def test_the_parts_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="'sql' is 4 deltas"):
         save_adapter(ours, tmp_path / "b", name="sql")
     detach(ours, "sql-tokens")
-    assert attachment(ours).parts["sql"] == ("sql-modules", "sql", "sql-biases")
+    assert attachment(ours).members["sql"] == ("sql-modules", "sql", "sql-biases")
     detach(ours, "sql")
-    assert (hosts(ours), attachment(ours).parts) == ({}, {})
+    assert (hosts(ours), attachment(ours).members) == ({}, {})
     assert torch.equal(logits(ours), logits(base))
 
 
@@ -602,11 +624,11 @@ def with_biases_untied() -> Any:
     return tiny_model("qwen2", tie_word_embeddings=False)
 
 
-def test_each_part_is_saved_by_its_name_and_loads_again(tmp_path: Path) -> None:
+def test_each_delta_of_it_is_saved_by_its_name_and_loads_again(tmp_path: Path) -> None:
     written(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
     ours, again = untied(), untied()
     load_adapter(ours, tmp_path / "a")
-    assert attachment(ours).parts == {"default": ("default-modules", "default")}
+    assert attachment(ours).members == {"default": ("default-modules", "default")}
     save_adapter(ours, tmp_path / "modules", name="default-modules")
     load_adapter(again, tmp_path / "modules", name="head")
     activate(ours, "default-modules")
@@ -628,7 +650,7 @@ def test_a_second_adapter_under_a_name_that_is_taken_is_refused_whole(tmp_path: 
         activate(ours, "othr")
 
 
-def test_rows_of_a_batch_with_and_without_an_adapter_in_parts(tmp_path: Path) -> None:
+def test_rows_of_a_batch_with_and_without_an_adapter_of_several_deltas(tmp_path: Path) -> None:
     written(lora(modules_to_save=["embed_tokens"]), tied(), tmp_path / "a")
     ours = tied()
     load_adapter(ours, tmp_path / "a")
