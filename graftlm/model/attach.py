@@ -5,7 +5,7 @@ Attaching changes the model in place and no weight of it; with no delta on, the 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -135,8 +135,9 @@ def attach(
         record.trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         model.graft_attachment = record  # type: ignore[assignment]
-        if hasattr(model, "save_pretrained"):
-            model.__dict__["save_pretrained"] = _no_save_pretrained
+        for module in model.modules():
+            if hasattr(module, "save_pretrained"):
+                vars(module)["save_pretrained"] = _no_save_pretrained
     for site_name, delta in deltas.items():
         host = _host_at(model, site_name, delta.site, record)
         host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
@@ -195,7 +196,7 @@ def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise TargetError(
         "save_pretrained: this model has deltas on it, and their layers have other names than transformers knows, so "
         "what it wrote could not be loaded. Write the deltas with graftlm.save_adapter(model, folder), the base with "
-        "the deltas folded in with graftlm.merge_into(model, folder), or take them off (graftlm.detach(model))"
+        "the deltas folded in with graftlm.model.export.merge_into(model, folder), or take them off (graftlm.detach)"
     )
 
 
@@ -478,7 +479,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         del record.configs[gone], record.sites[gone], record.seeds[gone]
         record.templates.pop(gone, None)
     if not record.configs:
-        model.__dict__.pop("save_pretrained", None)
+        for module in model.modules():
+            vars(module).pop("save_pretrained", None)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)
     return model
@@ -545,15 +547,17 @@ def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn
     _check_rows(model, wanted)
     switch = attachment(model).switch
     before, switch.rows = switch.rows, wanted
+    passes, switch.passes = switch.passes, []
     decoder = decoder_of(model)
-    seen = [model] if decoder is None else [model, decoder]
-    handles = [module.register_forward_pre_hook(partial(_begin, switch), with_kwargs=True) for module in seen]
-    try:
-        yield model
-    finally:
-        switch.rows, switch.batch = before, None
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for module in [model] if decoder is None else [model, decoder]:
+            hook = module.register_forward_pre_hook(partial(_begin, switch), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(lambda *_: switch.end(), always_call=True).remove)
+        try:
+            yield model
+        finally:
+            switch.rows, switch.passes = before, passes
 
 
 def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
@@ -570,9 +574,7 @@ def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
 
 def _begin(switch: Switch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))]
-    batch = next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None)
-    if batch is not None and switch.rows is not None:
-        switch.begin(batch)
+    switch.begin(next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None))
 
 
 # Reading weights out ---------------------------------------------------------------------------------------------
