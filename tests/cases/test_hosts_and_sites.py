@@ -1,6 +1,7 @@
 """Reported mistakes where a delta meets a model: which layers it sits on, what model code does with them, and rows."""
 
 import copy
+import io
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -423,9 +425,11 @@ def test_default_targets_train_a_model_that_also_sees_on_text(tmp_path: Path) ->
     tiny_tokenizer().save_pretrained(base)
     rows.write_text("".join(json.dumps({"prompt": f"Bin {n}?", "completion": "Blue."}) + "\n" for n in range(4)))
     settings = TrainConfig(steps=1, batch_rows=2)
-    done = train(
-        Recipe(base=str(base), data=DataConfig(train=str(rows)), delta=SMALL, train=settings), tmp_path / "out"
-    )
+    shown = io.StringIO()
+    recipe = Recipe(base=str(base), data=DataConfig(train=str(rows)), delta=SMALL, train=settings)
+    done = train(recipe, tmp_path / "out", console=Console(file=shown, width=200))
+    assert "deltas sit on 100% of the decoder's weights" in shown.getvalue()
+    assert "text does not reach it: model.vision_tower, model.multi_modal_projector" in shown.getvalue()
     moved = [p for name, p in trainable(done.model).items() if name.endswith(".B")]  # type: ignore[arg-type]
     assert moved
     assert all(bool(p.any()) for p in moved)
