@@ -176,15 +176,20 @@ def _check_model(model: nn.Module) -> None:
             "Take them off (`model = model.unload()`), or fold them in (`model = model.merge_and_unload()`), and "
             "attach to what that returns. A saved adapter of PEFT loads with graftlm.load_adapter(base, folder)"
         )
-    if getattr(model, SKETCH, False):
-        return
+    if not getattr(model, SKETCH, False) and (why := absent_weights(model)):
+        raise TargetError(why)
+
+
+def absent_weights(model: nn.Module) -> str:
+    """What to say of a model whose weights are not all in memory, or an empty text."""
     absent = [name for name, p in model.named_parameters() if p.is_meta]
-    if absent:
-        raise TargetError(
-            f"{len(absent)} weights are not in memory, the first is {absent[0]}: accelerate keeps them on disk or on "
-            "the CPU and brings them when a layer runs, and a delta needs them where it computes. Load the model whole "
-            "(without device_map), in fewer bits if it does not fit (load_base(..., store='nf4'))"
-        )
+    if not absent:
+        return ""
+    return (
+        f"{len(absent)} weights are not in memory, the first is {absent[0]}: accelerate keeps them on disk or on the "
+        "CPU and brings them when a layer runs, and a delta needs them where it computes. Load the model whole "
+        "(without device_map), in fewer bits if it does not fit (load_base(..., store='nf4'))"
+    )
 
 
 SKETCH = "graft_sketch"

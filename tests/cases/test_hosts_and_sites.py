@@ -600,6 +600,8 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"not in memory, the first is model\.layers\.1.*accelerate"):
         attach(model, SMALL)
     assert torch.equal(logits(model), before)
+    with pytest.raises(BaseModelError, match="not in memory"):
+        quantise(model, "nf4")
     with pytest.raises(TargetError, match="not in memory"):
         attach(tiny_model().to("meta"), SMALL)
 
