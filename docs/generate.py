@@ -441,8 +441,8 @@ def architectures() -> str:
     columns, cells = list(result["verdicts"]), result["cells"]
     text = f"""{MADE}# Architectures
 
-{len(cells)} classes of causal language models of transformers {result["machine"]["transformers"]}, each as a tiny random
-model, against everything that a LoRA on all of its linear layers goes through. *refused*: with a reason
+{len(cells)} classes of causal language models of transformers {result["machine"]["transformers"]}, each as a tiny
+random model, against everything that a LoRA on all of its linear layers goes through. *refused*: with a reason
 ([all of them](../benchmarks/architectures/result.json)); -: transformers or PEFT themselves do not do it. What cannot
 be packed trains with `data: {{pack: false}}`.
 
