@@ -30,6 +30,8 @@ from machine import write_result  # noqa: E402
 from tests.architectures import COLUMNS, NAMES, NOT_BUILT, answer  # noqa: E402
 
 LIMIT_S = 180
+REASON = 240
+"""Characters of a reason in result.json; runs/ has them whole."""
 
 
 def one(name: str) -> None:
@@ -68,6 +70,9 @@ def main(arguments: list[str]) -> None:
             if not (RUNS / f"{name}.json").is_file():
                 run(name)
     found = {name: json.loads(file.read_text())["cells"] for name in NAMES if (file := RUNS / f"{name}.json").is_file()}
+    for cells in found.values():
+        for cell in cells.values():
+            cell["says"] = cell["says"][:REASON]
     verdicts = {
         column: dict(sorted(Counter(cells[column]["verdict"] for cells in found.values()).items()))
         for column in COLUMNS
