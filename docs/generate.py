@@ -451,8 +451,11 @@ be packed trains with `data: {{pack: false}}`.
 """
     for name, row in cells.items():
         text += f"| {name} | {' | '.join(_cell(row[column]) for column in columns)} |\n"
-    left_out = ", ".join(f"{name} ({reason})" for name, reason in result["not_built"].items())
-    return f"{text}\nNot built: {left_out}.\n"
+    text += "\nThere is no tiny model of these yet:\n\n"
+    for reason in dict.fromkeys(result["not_built"].values()):
+        names = [name for name, why in result["not_built"].items() if why == reason]
+        text += f"- {', '.join(names)}: {reason}.\n"
+    return text
 
 
 def _cell(cell: dict[str, str]) -> str:
