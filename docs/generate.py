@@ -1,5 +1,5 @@
-"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, policies.md, recipe.schema.json,
-and the figures in README.md.
+"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, policies.md, architectures.md,
+recipe.schema.json, and the figures in README.md.
 
 `python docs/generate.py` writes them; with `--check` it fails where one is stale, and says which.
 """
@@ -434,7 +434,38 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "crash": _crash,
 }
 
+
+def architectures() -> str:
+    """The matrix of architectures, as benchmarks/architectures measured it."""
+    result = json.loads(_result("architectures").read_text(encoding="utf-8"))
+    columns, cells = list(result["verdicts"]), result["cells"]
+    text = f"""{MADE}# Architectures
+
+{len(cells)} classes of causal language models of transformers {result["machine"]["transformers"]}, each as a tiny
+random model, against everything that a LoRA on all of its linear layers goes through. *refused*: with a reason
+([all of them](../benchmarks/architectures/result.json)); -: transformers or PEFT themselves do not do it. What cannot
+be packed trains with `data: {{pack: false}}`.
+
+| | {" | ".join(columns)} |
+|---|{"---|" * len(columns)}
+"""
+    for name, row in cells.items():
+        text += f"| {name} | {' | '.join(_cell(row[column]) for column in columns)} |\n"
+    text += "\nThere is no tiny model of these yet:\n\n"
+    for reason in dict.fromkeys(result["not_built"].values()):
+        names = [name for name, why in result["not_built"].items() if why == reason]
+        text += f"- {', '.join(names)}: {reason}.\n"
+    return text
+
+
+def _cell(cell: dict[str, str]) -> str:
+    if cell["verdict"] == "ok":
+        return cell["says"] or "ok"
+    return "-" if cell["verdict"] == "no" else cell["verdict"]
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "architectures.md": architectures,
     "../README.md": readme,
     "package.md": package,
     "cli.md": cli,

@@ -2,7 +2,7 @@
 
 python benchmarks/architectures/run.py            all classes, each once: what runs/ has already is not run again
 python benchmarks/architectures/run.py llama gpt2 these, anew
-python benchmarks/architectures/run.py --table    no run: writes result.json and table.md of what runs/ has
+python benchmarks/architectures/run.py --result   no run: result.json of what runs/ has
 
 The models are tiny and random (tests/architectures.py says how each is made). Each class is a process of its own, with
 a limit of time: one that is killed is a crash in every column.
@@ -30,6 +30,8 @@ from machine import write_result  # noqa: E402
 from tests.architectures import COLUMNS, NAMES, NOT_BUILT, answer  # noqa: E402
 
 LIMIT_S = 180
+REASON = 240
+"""Characters of a reason in result.json; runs/ has them whole."""
 
 
 def one(name: str) -> None:
@@ -56,45 +58,26 @@ def run(name: str) -> None:
     print(f"{name:24} {time.monotonic() - began:5.1f} s  {dict(verdicts)}", flush=True)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"| type | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for row in rows:
-        cells = (row["cells"][column] for column in COLUMNS)
-        lines.append(f"| {row['name']} | {' | '.join(_shown(cell) for cell in cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _shown(cell: dict[str, str]) -> str:
-    if cell["verdict"] == "ok":
-        return cell["says"] or "ok"
-    return {"refused": "refused", "no": "-"}.get(cell["verdict"], cell["verdict"].upper())
-
-
 def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     RUNS.mkdir(exist_ok=True)
-    if arguments != ["--table"]:
+    if arguments != ["--result"]:
         for name in arguments or NAMES:
             if arguments:
                 (RUNS / f"{name}.json").unlink(missing_ok=True)
             if not (RUNS / f"{name}.json").is_file():
                 run(name)
-    rows = [json.loads(file.read_text()) for name in NAMES if (file := RUNS / f"{name}.json").is_file()]
-    counts = {
-        column: dict(sorted(Counter(row["cells"][column]["verdict"] for row in rows).items())) for column in COLUMNS
+    found = {name: json.loads(file.read_text())["cells"] for name in NAMES if (file := RUNS / f"{name}.json").is_file()}
+    for cells in found.values():
+        for cell in cells.values():
+            cell["says"] = cell["says"][:REASON]
+    verdicts = {
+        column: dict(sorted(Counter(cells[column]["verdict"] for cells in found.values()).items()))
+        for column in COLUMNS
     }
-    told = {
-        row["name"]: {
-            column: f"{cell['verdict']}: {cell['says']}"
-            for column, cell in row["cells"].items()
-            if cell["verdict"] not in ("ok", "no")
-        }
-        for row in rows
-    }
-    (HERE / "table.md").write_text(table(rows))
-    write_result(__file__, {"classes": len(rows), "not_built": NOT_BUILT, "counts": counts, "not_ok": told})
+    write_result(__file__, {"classes": len(found), "not_built": NOT_BUILT, "verdicts": verdicts, "cells": found})
 
 
 if __name__ == "__main__":

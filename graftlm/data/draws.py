@@ -65,9 +65,9 @@ def draw_again(
     """
     sources = [source for source in data.sources() if len(source.templates) > 1]
     epochs = min(epochs, max((len(source.templates) for source in sources), default=1))
-    first: dict[str, int | None] = {row.where: row.template for row in rows if row.template is not None}
-    if epochs < 2 or not first:
+    if epochs < 2:
         return [], None, []
+    first: dict[str, int | None] = {row.where: row.template for row in rows if row.template is not None}
     asked, notes = _asked_in(data, sources, first, epochs=epochs, seed=seed, network=network)
     drawn: list[dict[str, int | None]] = [
         first,

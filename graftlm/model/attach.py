@@ -6,7 +6,7 @@ Attaching changes the model in place and no weight of it; with no delta on, the 
 import datetime
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -155,8 +155,9 @@ def attach(
         record.trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         model.graft_attachment = record  # type: ignore[assignment]
-        if hasattr(model, "save_pretrained"):
-            model.__dict__["save_pretrained"] = _no_save_pretrained
+        for module in model.modules():
+            if hasattr(module, "save_pretrained"):
+                vars(module)["save_pretrained"] = _no_save_pretrained
     for site_name, delta in deltas.items():
         host = _host_at(model, site_name, delta.site, record)
         host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
@@ -195,15 +196,20 @@ def _check_model(model: nn.Module) -> None:
             "Take them off (`model = model.unload()`), or fold them in (`model = model.merge_and_unload()`), and "
             "attach to what that returns. A saved adapter of PEFT loads with graftlm.load_adapter(base, folder)"
         )
-    if getattr(model, SKETCH, False):
-        return
+    if not getattr(model, SKETCH, False) and (why := absent_weights(model)):
+        raise TargetError(why)
+
+
+def absent_weights(model: nn.Module) -> str:
+    """What to say of a model whose weights are not all in memory, or an empty text."""
     absent = [name for name, p in model.named_parameters() if p.is_meta]
-    if absent:
-        raise TargetError(
-            f"{len(absent)} weights are not in memory, the first is {absent[0]}: accelerate keeps them on disk or on "
-            "the CPU and brings them when a layer runs, and a delta needs them where it computes. Load the model whole "
-            "(without device_map), in fewer bits if it does not fit (load_base(..., store='nf4'))"
-        )
+    if not absent:
+        return ""
+    return (
+        f"{len(absent)} weights are not in memory, the first is {absent[0]}: accelerate keeps them on disk or on the "
+        "CPU and brings them when a layer runs, and a delta needs them where it computes. Load the model whole "
+        "(without device_map), in fewer bits if it does not fit (load_base(..., store='nf4'))"
+    )
 
 
 SKETCH = "graft_sketch"
@@ -215,7 +221,7 @@ def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise TargetError(
         "save_pretrained: this model has deltas on it, and their layers have other names than transformers knows, so "
         "what it wrote could not be loaded. Write the deltas with graftlm.save_adapter(model, folder), the base with "
-        "the deltas folded in with graftlm.merge_into(model, folder), or take them off (graftlm.detach(model))"
+        "the deltas folded in with graftlm.model.export.merge_into(model, folder), or take them off (graftlm.detach)"
     )
 
 
@@ -499,7 +505,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         left = {key: tuple(other for other in names if other != gone) for key, names in record.members.items()}
         record.members = {key: names for key, names in left.items() if key != gone}
     if not record.configs:
-        model.__dict__.pop("save_pretrained", None)
+        for module in model.modules():
+            vars(module).pop("save_pretrained", None)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)
     return model
@@ -567,15 +574,17 @@ def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn
     _check_rows(model, wanted)
     switch = attachment(model).switch
     before, switch.rows = switch.rows, wanted
+    passes, switch.passes = switch.passes, []
     decoder = decoder_of(model)
-    seen = [model] if decoder is None else [model, decoder]
-    handles = [module.register_forward_pre_hook(partial(_begin, switch), with_kwargs=True) for module in seen]
-    try:
-        yield model
-    finally:
-        switch.rows, switch.batch = before, None
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for module in [model] if decoder is None else [model, decoder]:
+            hook = module.register_forward_pre_hook(partial(_begin, switch), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(lambda *_: switch.end(), always_call=True).remove)
+        try:
+            yield model
+        finally:
+            switch.rows, switch.passes = before, passes
 
 
 def _weighted(model: nn.Module, row: Sequence[str] | Row) -> Row:
@@ -598,9 +607,7 @@ def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
 
 def _begin(switch: Switch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))]
-    batch = next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None)
-    if batch is not None and switch.rows is not None:
-        switch.begin(batch)
+    switch.begin(next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None))
 
 
 # Reading weights out ---------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from graftlm.errors import TargetError, numbered
 from graftlm.model.attach import attachment, base_state, hosts, merged_state
 from graftlm.model.endings import generation_settings, missing_end, tokenizer_that_ends
 from graftlm.model.hosts import Host, LayerHost, all_factors
-from graftlm.model.llama_cpp import Architecture, architecture, gguf_rows, why_not_gguf
+from graftlm.model.llama_cpp import Architecture, architecture, gguf_factors, why_not_gguf
 from graftlm.model.load import fingerprint, public_name, store_of
-from graftlm.model.peft import target_modules, task, why_not_read
+from graftlm.model.peft import model_type, target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS, GROUP, QuantisedLinear
 from graftlm.model.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
 
@@ -304,7 +304,7 @@ def write_difference(model: nn.Module, folder: Path) -> None:
 def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
     """A LoRA adapter for llama.cpp: alpha = r, so that its scale alpha / r is 1 and nothing is lost.
 
-    Names and the order of B's rows are those of `graftlm/model/llama_cpp.py`; embeddings' A is transposed. Raises
+    Names, rows of B and columns of A are those of `graftlm/model/llama_cpp.py`; embeddings' A is transposed. Raises
     TargetError for an architecture that is not known there, and for a layer on which llama.cpp applies no adapter.
     """
     try:
@@ -329,9 +329,10 @@ def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
     for name, (A, B) in padded(plain).items():
         host = found[name]
         at_embedding = isinstance(host, LayerHost) and host.view.kind == "embedding"
-        for tensor, rows in gguf_rows(settings, name, B).items():
-            writer.add_tensor(f"{tensor}.lora_a", (A.T if at_embedding else A).float().cpu().contiguous().numpy())
-            writer.add_tensor(f"{tensor}.lora_b", rows.float().cpu().contiguous().numpy())
+        for tensor, (inner, outer) in gguf_factors(settings, name, A, B).items():
+            inner = inner.T if at_embedding else inner
+            writer.add_tensor(f"{tensor}.lora_a", inner.float().cpu().contiguous().numpy())
+            writer.add_tensor(f"{tensor}.lora_b", outer.float().cpu().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -388,7 +389,7 @@ def _exported(
         with new_folder(folder) as partial:
             write_adapter(model, partial, name=names[0], tokenizer=tokenizer)
         return {"kind": to, "exact": True, "as": "PEFT's own method"}
-    if to == "peft" and (reason := why_not_read(model.config.model_type, "LORA", _sites(model))):
+    if to == "peft" and (reason := why_not_read(model_type(model), "LORA", _sites(model))):
         raise TargetError(f"{reason}. Export with `--to merged`, or with `--to plain-lora` for a server that reads it")
     if to == "delta":
         with new_folder(folder) as partial:

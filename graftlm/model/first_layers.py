@@ -63,12 +63,14 @@ WINDOWS = ("sliding_window", "is_sliding", "window_size", "use_rope", "no_rope")
 
 @contextmanager
 def _in_float32(decoder: nn.Module) -> Iterator[None]:
-    hooks, before = [], []
+    hooks = []
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
     casts: dict[int, Any] = {}  # weights that several layers have in common stay common
     for module in decoder.modules():
         if isinstance(module.base if isinstance(module, LayerHost) else module, nn.Embedding):
             hooks.append(module.register_forward_hook(lambda layer, given, out: out.float()))
             continue
+        tensors: dict[str, Any]
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.dtype in HALF:

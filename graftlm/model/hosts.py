@@ -38,13 +38,18 @@ class Switch:
 
     def __init__(self) -> None:
         self.rows: list[Row] | None = None
-        self.batch: tuple[int, int] | None = None
-        """(rows, tokens) of the batch that the model computes, None where a layer is called by itself."""
+        self.passes: list[tuple[int, int] | None] = []
+        """(rows, tokens) of the batch of each pass that is going on, the outermost first; None where it is unknown."""
 
-    def begin(self, given: Tensor) -> None:
-        """Note the batch of a pass, from its ids [rows, tokens] or embeddings [rows, tokens, d]."""
-        self.batch = (given.shape[0], given.shape[1])
-        self.each(given.shape[0])
+    def begin(self, given: Tensor | None) -> None:
+        """A pass begins over ids [rows, tokens] or embeddings [rows, tokens, d]."""
+        self.passes.append(None if given is None else (given.shape[0], given.shape[1]))
+        if given is not None:
+            self.each(len(given))
+
+    def end(self) -> None:
+        if self.passes:
+            self.passes.pop()
 
     def each(self, count: int) -> int:
         """How many of `count` rows, or of their tokens, lie one behind the other for each row that was named.
@@ -59,9 +64,9 @@ class Switch:
 
     def check(self, x: Tensor, where: str) -> None:
         """Refuse an x whose rows cannot be told from its shape: [rows, ..] or, laid end to end, [rows * tokens, d]."""
-        if self.batch is None:
+        if not self.passes or self.passes[-1] is None:
             return
-        rows, tokens = self.batch
+        rows, tokens = self.passes[-1]
         laid_out = x.dim() == 2 and x.is_floating_point()
         if len(x) != rows and not (laid_out and len(x) == rows * tokens):
             raise TargetError(
@@ -170,6 +175,10 @@ def all_factors(delta: AdditiveDelta) -> tuple[Tensor, Tensor] | None:
     return torch.cat([factors[0], delta.offset_A]), torch.cat([factors[1], -delta.offset_B], dim=1)
 
 
+SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")
+"""What model code asks its layers beside weight and bias."""
+
+
 class LayerHost(Host):
     def __init__(self, base: nn.Module, switch: Switch) -> None:
         super().__init__(switch)
@@ -191,6 +200,11 @@ class LayerHost(Host):
         bias = getattr(self.base, "bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
+
+    def __getattr__(self, name: str) -> Any:
+        if name in SIZES:
+            return getattr(self.base, name)
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.switch.rows is None:
@@ -383,14 +397,14 @@ class ModelHost(Host):
         positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
         pack = PLAN.get()
         plan = None if pack is None else Plan([embeddings.shape[1]], attend=pack.attend)
-        self._busy, kept, rows, batch = True, self.before, self.switch.rows, self.switch.batch
+        self._busy, kept, rows = True, self.before, self.switch.rows
         self.before = prefix.stack([prefix.Before(learnt)])
         self.switch.rows = None if rows is None else [dict.fromkeys(combo, 1.0)]
         try:
             with prefix.recording(decoder) as heard, planned(plan):
                 decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
         finally:
-            self._busy, self.before, self.switch.rows, self.switch.batch = False, kept, rows, batch
+            self._busy, self.before, self.switch.rows = False, kept, rows
         return prefix.Before(learnt, torch.stack([torch.stack([k[0], v[0]]) for k, v in heard]))
 
 

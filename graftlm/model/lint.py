@@ -124,7 +124,12 @@ def _peft(folder: Folder) -> str:
 
 
 def _gguf(folder: Folder) -> str:
-    return why_not_gguf(folder.base, folder.sites) if folder.base is not None and folder.lora else ""
+    if folder.base is None or not folder.lora:
+        return ""
+    if folder.config.get("task_type") != "CAUSAL_LM":
+        made = (folder.config.get("auto_mapping") or {}).get("base_model_class", folder.config.get("task_type"))
+        return f"llama.cpp runs causal language models, and the adapter is for a {made}: export `--to merged`"
+    return why_not_gguf(folder.base, folder.sites)
 
 
 def _unread_by_vllm(folder: Folder) -> str:
@@ -184,7 +189,7 @@ RULES = (
     Rule(
         SERVERS,
         "2026-11 vllm/lora/lora_model.py, convert_lora_to_gguf.py",
-        lambda f: f.config.get("bias", "none") != "none" or f.config.get("lora_bias"),
+        lambda f: f.config.get("bias") not in (None, "none") or f.config.get("lora_bias"),
         "it reads no biases: export `--to merged`",
     ),
     Rule(

@@ -22,8 +22,8 @@ from graftlm.errors import nearest
 Settings = Mapping[str, Any]
 """A model's config as `config.to_dict()` has it."""
 
-Rows = Callable[[Tensor, Settings], Tensor]
-"""Rows of a weight in transformers' order -> the same rows in the order of the GGUF file."""
+Rows = Callable[[Tensor, Settings], tuple[Tensor, ...]]
+"""Rows of a weight in transformers' order -> the same rows in the order of the GGUF file, for each of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ class Architecture:
 
     name: str
     layers: Mapping[str, str | tuple[str, ...]]
-    """Module of a decoder layer -> tensor `blk.<layer>.<tensor>.weight`; two tensors: B's rows in two equal parts."""
+    """Module of a decoder layer -> tensor `blk.<layer>.<tensor>.weight`, or several."""
     rows: Mapping[str, Rows] = field(default_factory=dict)
-    """Module of a decoder layer -> the order of its rows, where that changes."""
+    """Module of a decoder layer -> what happens to its rows, where something does."""
+    columns: Mapping[str, Rows] = field(default_factory=dict)
+    """The same for columns, given as rows of the transposed weight."""
     without_adapters: tuple[str, ...] = ()
     """Modules whose product the graph makes without a look at adapters."""
     head: bool = True
@@ -57,28 +59,61 @@ def groups_to_qkv(rows: Tensor, groups: int, queries: int) -> Tensor:
     return concatenated([part.flatten(0, -2) for part in parts])
 
 
-def _queries(rows: Tensor, settings: Settings) -> Tensor:
-    return halves_to_pairs(rows, settings["num_attention_heads"])
+def groups_to_tiles(rows: Tensor, groups: int, width: int) -> Tensor:
+    """Rows from [group, head, width] to [head, group, width]: ggml repeats keys for values group by group."""
+    tiles: Tensor = rows.unflatten(0, (groups, -1, width)).transpose(0, 1)
+    return tiles.flatten(0, 2)
 
 
-def _keys(rows: Tensor, settings: Settings) -> Tensor:
-    return halves_to_pairs(rows, settings.get("num_key_value_heads") or settings["num_attention_heads"])
+def _queries(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    return (halves_to_pairs(rows, settings["num_attention_heads"]),)
 
 
-def _fused_heads(rows: Tensor, settings: Settings) -> Tensor:
-    return groups_to_qkv(rows, settings.get("num_attention_heads") or settings["n_head"], 1)
+def _keys(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    return (halves_to_pairs(rows, settings.get("num_key_value_heads") or settings["num_attention_heads"]),)
 
 
-def _falcon(rows: Tensor, settings: Settings) -> Tensor:
+def _fused_heads(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    return (groups_to_qkv(rows, settings.get("num_attention_heads") or settings["n_head"], 1),)
+
+
+def _falcon(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     heads = settings["num_attention_heads"]
     every_head = settings["new_decoder_architecture"] or not settings["multi_query"]
     groups = (settings.get("num_kv_heads") or heads) if every_head else 1
-    return groups_to_qkv(rows, groups, heads // groups)
+    return (groups_to_qkv(rows, groups, heads // groups),)
+
+
+def _gate_and_up(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    return rows.chunk(2)
+
+
+def _values(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """Of a gated delta net: one value head or several for a key head (Qwen 3.5)."""
+    return (groups_to_tiles(rows, settings["linear_num_key_heads"], settings["linear_value_head_dim"]),)
+
+
+def _value_gates(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    return (groups_to_tiles(rows, settings["linear_num_key_heads"], 1),)
+
+
+def _queries_keys_values(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    before = 2 * settings["linear_num_key_heads"] * settings["linear_key_head_dim"]
+    return (concatenated([rows[:before], *_values(rows[before:], settings)]),)
+
+
+def _groups_of_four(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """Rows from [key head, query + key + values + gates] to [queries | keys | values] and [gates] (Qwen3-Next)."""
+    heads, key = settings["linear_num_key_heads"], settings["linear_key_head_dim"]
+    value = settings["linear_num_value_heads"] // heads * settings["linear_value_head_dim"]
+    q, k, v, z = (part.flatten(0, 1) for part in rows.unflatten(0, (heads, -1)).split([key, key, value, value], 1))
+    return concatenated([q, k, v]), z
 
 
 # The table -------------------------------------------------------------------------------------------------------
 
 _ROTARY = {"self_attn.q_proj": _queries, "self_attn.k_proj": _keys}
+_GRANITE_ROWS = {**_ROTARY, "shared_mlp.input_linear": _gate_and_up}
 _ATTENTION = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -135,13 +170,13 @@ def _granite_shared(settings: Settings) -> dict[str, str | tuple[str, ...]]:
 
 
 def _granite_moe(settings: Settings) -> Architecture:
-    return Architecture("granitemoe", {**_ATTENTION, **_granite_shared(settings)}, _ROTARY)
+    return Architecture("granitemoe", {**_ATTENTION, **_granite_shared(settings)}, _GRANITE_ROWS)
 
 
 def _granite_hybrid(settings: Settings) -> Architecture:
     hybrid = any(kind in ("mamba", "linear_attention") for kind in settings["layer_types"])
     name = "granitehybrid" if hybrid else "granitemoe" if settings.get("num_experts_per_tok") else "granite"
-    return Architecture(name, {**_ATTENTION, **_granite_shared(settings), **_MAMBA_BESIDE}, _ROTARY)
+    return Architecture(name, {**_ATTENTION, **_granite_shared(settings), **_MAMBA_BESIDE}, _GRANITE_ROWS)
 
 
 def _glm4(settings: Settings) -> Architecture | str:
@@ -260,7 +295,37 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
         {**_ATTENTION, **_shared("shared_expert"), "mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
     ),
     "qwen3": Architecture("qwen3", _DENSE),
+    "qwen3_5_text": Architecture(
+        "qwen35",
+        {
+            **_DENSE,
+            "linear_attn.in_proj_qkv": "attn_qkv",
+            "linear_attn.in_proj_z": "attn_gate",
+            "linear_attn.in_proj_a": "ssm_alpha",
+            "linear_attn.in_proj_b": "ssm_beta",
+            "linear_attn.out_proj": "ssm_out",
+        },
+        rows={
+            "linear_attn.in_proj_qkv": _queries_keys_values,
+            "linear_attn.in_proj_z": _values,
+            "linear_attn.in_proj_a": _value_gates,
+            "linear_attn.in_proj_b": _value_gates,
+        },
+        columns={"linear_attn.out_proj": _values},
+    ),
     "qwen3_moe": Architecture("qwen3moe", _ATTENTION),
+    "qwen3_next": Architecture(
+        "qwen3next",
+        {
+            **_ATTENTION,
+            **_shared("shared_expert"),
+            "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+            "linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"),
+            "linear_attn.in_proj_ba": "ssm_ba",
+            "linear_attn.out_proj": "ssm_out",
+        },
+        rows={"linear_attn.in_proj_qkvz": _groups_of_four},
+    ),
     "seed_oss": Architecture("seed_oss", _DENSE),
     "solar_open": Architecture("glm4moe", {**_DENSE, **_shared("shared_experts")}),
     "stablelm": Architecture("stablelm", _DENSE),
@@ -298,15 +363,18 @@ def why_not_gguf(settings: Settings, sites: Iterable[str]) -> str:
     return ""
 
 
-def gguf_rows(settings: Settings, site: str, B: Tensor) -> dict[str, Tensor]:
-    """GGUF tensor of the base -> the rows of B [d_out, r] that belong to it, in its order."""
+def gguf_factors(settings: Settings, site: str, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """GGUF tensor of the base -> its factors: A [r, d_in] and the rows of B [d_out, r] that belong to it."""
     known = architecture(settings)
     assert isinstance(known, Architecture), known
     where = _where(known, settings, site)
     assert not isinstance(where, str), where
-    order = known.rows.get(_module(site))
-    rows = B if order is None else order(B, settings)
-    return dict(zip(where, rows.chunk(len(where)), strict=True))
+    module = _module(site)
+    rows = known.rows[module](B, settings) if module in known.rows else (B,)
+    if module in known.columns:
+        (columns,) = known.columns[module](A.T, settings)
+        A = columns.T
+    return {tensor: (A, part) for tensor, part in zip(where, rows, strict=True)}
 
 
 def _where(known: Architecture, settings: Settings, site: str) -> tuple[str, ...] | str:

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from graftlm.config import Flag, config
 from graftlm.errors import AdapterError, BaseModelError, TargetError, nearest, numbered
-from graftlm.model.attach import attachment, base_parameters
+from graftlm.model.attach import absent_weights, attachment, base_parameters
 from graftlm.model.bases import view
 from graftlm.model.coverage import coverage
 from graftlm.model.quantise import CODECS, QuantisedLinear
@@ -132,6 +132,8 @@ def put_into_codes(model: nn.Module, store: str) -> nn.Module:
         raise BaseModelError(f"store: {store!r} is unknown. {nearest(store, CODECS)}")
     if attachment(model).configs:
         raise BaseModelError("there are deltas on this model: quantise the base before they are attached")
+    if why := absent_weights(model):
+        raise BaseModelError(why)
     known, folder, head = fingerprint(model).tensors, base_record(model).folder, output_head(model)
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and view(m)]
     for name in linear:

@@ -20,8 +20,8 @@ from transformers.masking_utils import sdpa_mask
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Rows, Site, WeightDelta
 from graftlm.errors import TargetError
 from graftlm.model.bases import view
-from graftlm.model.hosts import Host, all_factors, folded
-from graftlm.model.probing import of_any_layer, run
+from graftlm.model.hosts import Host, LayerHost, all_factors, folded
+from graftlm.model.probing import is_absent, of_any_layer, run
 
 ATTENTION = ("q", "k", "v")
 FEED_FORWARD = ("gate", "up")
@@ -144,13 +144,13 @@ def indices(site: Site, like: Tensor) -> Tensor:
 def find(model: Any, wanted: Mapping[str, tuple[str, str]], layers: Mapping[str, nn.Module]) -> dict[str, Rows]:
     """The rows of those of the wanted parts (name -> layer and part) that are there. `layers`: those of the decoder."""
     found = _asked(model, list(dict.fromkeys(layer for layer, _ in wanted.values())), layers)
-    there = {name: found.get(of_any_layer(layer), {}).get(part) for name, (layer, part) in wanted.items()}
+    there = {name: found[layer].get(part) for name, (layer, part) in wanted.items()}
     return {name: rows for name, rows in there.items() if rows is not None}
 
 
 def why_not(model: Any, name: str, layer: str, layers: Mapping[str, nn.Module]) -> str:
     """What to say of a part that a layer has not."""
-    parts = _asked(model, [layer], layers).get(of_any_layer(layer), {})
+    parts = _asked(model, [layer], layers)[layer]
     has = f"its parts are {', '.join(parts)}" if parts else "no parts of it can be told apart"
     return (
         f"targets: {name!r}: {layer} has no such part: {has}. q, k and v are found where attention goes through "
@@ -160,27 +160,34 @@ def why_not(model: Any, name: str, layer: str, layers: Mapping[str, nn.Module]) 
 
 
 def _asked(model: Any, names: Sequence[str], layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Rows]]:
-    """Layer, with a star for its number -> part -> rows. The answer is kept with the model."""
+    """Layer -> part -> rows. The answers are kept with the model, of layers that a pass reaches."""
     kept: dict[str, dict[str, Rows]] = model.__dict__.setdefault(NAME, {})
-    names = [name for name in names if of_any_layer(name) not in kept]
-    if not names:
+    unknown = [name for name in names if name not in kept]
+    if not unknown:
         return kept
-    watched = {name: _Output(name) for name in names}
+    watched = {name: _Output(model.get_submodule(name)) for name in unknown}
     with ExitStack() as stack, torch.enable_grad():
         for name, output in watched.items():
-            layer = model.get_submodule(name)
             parent = model.get_submodule(name.rpartition(".")[0])
-            stack.callback(layer.register_forward_hook(output.replaced).remove)
+            stack.callback(output.layer.register_forward_hook(output.replaced).remove)
             stack.callback(parent.register_forward_hook(output.finished).remove)
             for child in parent.children():
                 if _may_activate(child):
                     stack.callback(child.register_forward_pre_hook(output.activated).remove)
         stack.enter_context(_heard(model, watched.values()))
         run(model, layers)
-    for name, output in watched.items():
-        if output.y is not None:
-            kept.setdefault(of_any_layer(name), output.parts())
-    return kept
+    kept.update({name: output.parts() for name, output in watched.items() if output.y is not None})
+    like = {(of_any_layer(name), _width(model, name)): parts for name, parts in kept.items() if parts}
+    for name in unknown:
+        if is_absent(model, name):
+            kept[name] = like.get((of_any_layer(name), _width(model, name)), {})
+    return {name: {} for name in names} | kept
+
+
+def _width(model: nn.Module, name: str) -> int:
+    module = model.get_submodule(name)
+    made = view(module.base if isinstance(module, LayerHost) else module)
+    return made.d_out if made else 0
 
 
 def _may_activate(module: nn.Module) -> bool:
@@ -193,8 +200,8 @@ def _may_activate(module: nn.Module) -> bool:
 class _Output:
     """The output of one layer in the pass, and what was made of which of its rows."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
         self.y: Tensor | None = None
         self.reached: dict[str, Tensor] = {}
         """Part -> whether each row reaches it."""
@@ -247,7 +254,7 @@ def _heard(model: Any, outputs: Any) -> Iterator[None]:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any) -> Any:
         inside = {id(m) for m in module.modules()}
         for output in outputs:
-            if id(model.get_submodule(output.name)) in inside:
+            if id(output.layer) in inside:
                 for part, tensor in zip(ATTENTION, (query, key, value), strict=True):
                     output.note(part, tensor)
         return sdpa_attention_forward(module, query, key, value, mask, **settings)

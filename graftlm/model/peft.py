@@ -48,26 +48,27 @@ BYPASSED_NAMES = ("conv1d", "out_proj")
 BYPASSED_TYPES = ("ADALORA", "LORA", "RANDLORA", "XLORA")
 
 
-def why_not_read(model_type: str, peft_type: str, sites: Iterable[str], *, parameters: bool = True) -> str:
+def why_not_read(kind: str, peft_type: str, sites: Iterable[str], *, parameters: bool = True) -> str:
     """Why PEFT would lose or refuse a part of an adapter of this type on these sites; empty where it reads it.
 
-    `parameters`: whether the adapter could sit on a parameter, too: it has neither dropout nor DoRA.
+    `kind` is the model's type. `parameters`: whether the adapter could sit on a parameter, too, because it has neither
+    dropout nor DoRA.
     """
     for site in sites:
         last = site.rpartition(".")[2]
-        if model_type in MOE_AS_QWEN2 and peft_type == "LORA":
+        if kind in MOE_AS_QWEN2 and peft_type == "LORA":
             if last in EXPERT_NAMES:
                 return (
-                    f"{site}: PEFT up to 0.21.2 takes the targets {', '.join(EXPERT_NAMES)} of {model_type} for those "
+                    f"{site}: PEFT up to 0.21.2 takes the targets {', '.join(EXPERT_NAMES)} of {kind} for those "
                     "of the routed experts, and drops what is meant for the other layers of these names"
                 )
             if last == ROUTER_NAME and not parameters:
                 return (
-                    f"{site}: PEFT up to 0.21.2 takes {ROUTER_NAME!r} of {model_type} for a parameter, where it has "
+                    f"{site}: PEFT up to 0.21.2 takes {ROUTER_NAME!r} of {kind} for a parameter, where it has "
                     "neither dropout nor DoRA"
                 )
-        if model_type in MAMBA and peft_type in BYPASSED_TYPES and last in BYPASSED_NAMES:
-            return f"{site}: PEFT refuses {peft_type} on {' and '.join(BYPASSED_NAMES)} of {model_type}"
+        if kind in MAMBA and peft_type in BYPASSED_TYPES and last in BYPASSED_NAMES:
+            return f"{site}: PEFT refuses {peft_type} on {' and '.join(BYPASSED_NAMES)} of {kind}"
     return ""
 
 
@@ -101,6 +102,11 @@ def module_names(model: nn.Module) -> list[str]:
         if not ours or isinstance(module, LayerHost):
             found.append(name)
     return found
+
+
+def model_type(model: Any) -> str:
+    """transformers' name for the kind of model; empty for a model of another library."""
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def task(model: Any) -> dict[str, Any]:

@@ -27,6 +27,11 @@ def of_any_layer(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
+def is_absent(model: nn.Module, name: str) -> bool:
+    """Whether the weights of a module are not there: such a layer did not run, and is taken to be like the others."""
+    return any(p.is_meta for p in model.get_submodule(name).parameters())
+
+
 @preserve_global_state()
 def run(model: Any, layers: Mapping[str, nn.Module]) -> bool:
     """One pass of a language model over a few tokens, of text alone; False where its code wants something else.
@@ -76,23 +81,27 @@ def bypassed(model: nn.Module, names: Sequence[str], layers: Mapping[str, nn.Mod
     A delta there would act in part, or not at all. Reading a weight's dtype, and scaling it in place, is no such use.
     The model runs once for that, and only where the text of its code speaks of the weight of a layer of such a name.
     """
-    read = _attributes_read(model)
-    wanted = [name for name in names if name.rpartition(".")[2] in read]
-    kept: dict[str, bool] = model.__dict__.setdefault("graft_bypassed", {})
+    suspects = _suspects(model)
+    wanted = [name for name in names if suspects is None or name.rpartition(".")[2] in suspects]
+    device = next((p.device.type for p in model.parameters() if not p.is_meta), "meta")
+    asked = model.__dict__.setdefault("graft_bypassed", {})  # which code runs depends on these
+    kept: dict[str, bool] = asked.setdefault((device, model.training), {})
     if any(name not in kept for name in wanted):
         found: set[str] = set()
         with _watched(model, wanted, found), torch.no_grad():
             run(model, layers)
-        generic = {of_any_layer(name) for name in found}
-        kept.update({name: of_any_layer(name) in generic for name in wanted})
+        like = {of_any_layer(name) for name in found}
+        kept.update({n: n in found or (is_absent(model, n) and of_any_layer(n) in like) for n in wanted})
     return [name for name in wanted if kept[name]]
 
 
-def _attributes_read(model: nn.Module) -> set[str]:
-    """The names of attributes whose weight some code of the model's speaks of."""
+def _suspects(model: nn.Module) -> set[str] | None:
+    """The names of the layers whose weight the model's code speaks of; None, any layer, where it speaks of the weight
+    of something that is the name of none, such as a variable."""
     files = {type(m).__module__ for m in model.modules()}
-    ours_or_torch = ("graftlm.", "torch.")
-    return {name for file in files if not file.startswith(ours_or_torch) for name in _weights_read_in(file)}
+    no_models = ("graftlm.", "torch.", "transformers.pytorch_utils")
+    read = {name for file in files if not file.startswith(no_models) for name in _weights_read_in(file)}
+    return read if read <= {name.rpartition(".")[2] for name, _ in model.named_modules()} else None
 
 
 @cache

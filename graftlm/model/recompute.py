@@ -53,8 +53,8 @@ def computing_by(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> It
         for module, forward in ours.items():
             if vars(module).get("forward") is forward:  # else somebody set another one meanwhile
                 del module.forward
-                if before[module] is not None:
-                    module.forward = before[module]
+                if (theirs := before[module]) is not None:
+                    module.forward = theirs
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

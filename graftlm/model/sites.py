@@ -41,25 +41,6 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def towers(model: nn.Module) -> list[str]:
-    """The names of what stands beside the decoder of a model of text and something else: text never reaches it."""
-    config: Any = getattr(model, "config", None)
-    decoder = decoder_of(model)
-    if decoder is None or config is None or not hasattr(config, "get_text_config"):
-        return []
-    if config.get_text_config() is config or getattr(config, "is_encoder_decoder", False):
-        return []
-    around = {id(m) for m in model.modules() if any(inner is decoder for inner in m.modules())}
-    head = output_head(model)
-    names = (n for n, m in model.named_modules() if n and id(m) not in around and m is not head)
-    within = tuple(f"{n}." for n, m in model.named_modules() if m is decoder)
-    beside: list[str] = []
-    for name in names:
-        if not name.startswith((*within, *(f"{other}." for other in beside))):
-            beside.append(name)
-    return beside
-
-
 def places(model: nn.Module) -> dict[str, Place]:
     """Every place for a delta, by name, in the order of the model; a host counts as the layer that it holds."""
     found: dict[str, Place] = {}
@@ -121,6 +102,25 @@ def output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
     return head.base if isinstance(head, LayerHost) else head
+
+
+def towers(model: nn.Module) -> list[str]:
+    """The names of what stands beside the decoder of a model of text and something else: text never reaches it."""
+    config: Any = getattr(model, "config", None)
+    decoder = decoder_of(model)
+    if decoder is None or config is None or not hasattr(config, "get_text_config"):
+        return []
+    if config.get_text_config() is config or getattr(config, "is_encoder_decoder", False):
+        return []
+    around = {id(m) for m in model.modules() if any(inner is decoder for inner in m.modules())}
+    head = output_head(model)
+    names = (n for n, m in model.named_modules() if n and id(m) not in around and m is not head)
+    within = tuple(f"{n}." for n, m in model.named_modules() if m is decoder)
+    beside: list[str] = []
+    for name in names:
+        if not name.startswith((*within, *(f"{other}." for other in beside))):
+            beside.append(name)
+    return beside
 
 
 def _is_attention(name: str) -> bool:

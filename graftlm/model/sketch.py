@@ -104,9 +104,9 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
         raise BaseModelError(f"{base.name}: {type(whole).__name__} has no list of decoder layers to plan with")
     shortened, count = copy.deepcopy(config), len(layers)
     per_layer = {k: v for k, v in vars(shortened.get_text_config()).items() if isinstance(v, list) and len(v) == count}
-    vars(shortened.get_text_config()).update(
-        {"num_hidden_layers": len(real)} | {key: [values[n] for n in real] for key, values in per_layer.items()}
-    )
+    text = shortened.get_text_config()
+    text.num_hidden_layers = len(real)  # GPT-2 calls it n_layer, which this sets
+    vars(text).update({key: [values[n] for n in real] for key, values in per_layer.items()})
     model: Any = AutoModelForCausalLM.from_config(shortened, dtype=dtype).to(device)
     model.eval().requires_grad_(False)
     size = sum(sizes.values())
@@ -115,7 +115,8 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
     filled = list(whole.get_submodule(_list_name(layers)))
     for number, layer in zip(real, transformer_layers(model).values(), strict=True):
         filled[number] = layer
-    vars(model.config.get_text_config()).update({"num_hidden_layers": count} | per_layer)
+    model.config.get_text_config().num_hidden_layers = count
+    vars(model.config.get_text_config()).update(per_layer)
     _set(model, _list_name(layers), nn.ModuleList(filled).requires_grad_(False))
     model.__dict__[SKETCH] = True
     where = Path(locate(base, network=network))

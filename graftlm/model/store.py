@@ -46,7 +46,7 @@ from graftlm.model.load import (
     store_of,
     with_more_tokens,
 )
-from graftlm.model.peft import target_modules, task, why_not_read
+from graftlm.model.peft import model_type, target_modules, task, why_not_read
 from graftlm.model.quantise import CODECS
 from graftlm.model.sites import config_at
 
@@ -251,9 +251,8 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
         for key in module.state_dict():
             if key not in known:
                 return f"PEFT's {method.peft.type} has no tensor for {key}"
-    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
     parameters = not config.dropout and not method.peft.constants.get("use_dora")
-    return why_not_read(kind, method.peft.type, attachment(model).sites[name], parameters=parameters)
+    return why_not_read(model_type(model), method.peft.type, attachment(model).sites[name], parameters=parameters)
 
 
 def tensors_of_delta(model: nn.Module, name: str) -> dict[str, Tensor]:

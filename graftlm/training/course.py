@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from graftlm.data.pack import Example, Group
+from graftlm.data.render import Renderer
 from graftlm.model.attach import deltas_still, trainable
 from graftlm.model.backend import Backend
 from graftlm.training import ranks
@@ -74,13 +75,19 @@ class Course:
     def ends(self) -> bool:
         return self.asked_to_stop or self.guards.ended
 
-    def go(self, found: Snapshot | None, aside: Sequence[Example | Group] = (), scorer: Scorer | None = None) -> None:
+    def go(
+        self,
+        found: Snapshot | None,
+        aside: Sequence[Example | Group] = (),
+        scorer: Scorer | None = None,
+        renderer: Renderer | None = None,
+    ) -> None:
         """All steps from where the checkpoint `found` stood, or from the first; until they are done or something ends
-        them. `aside` are rows that are kept for policies which learn from them; `scorer` judges the model's answers
-        where it gives them itself."""
+        them. `aside` are rows for policies which learn from them; `scorer` judges the model's answers where it gives
+        them itself, and `renderer`, that of the run, reads them."""
         self.seen = found.facts["seen"] if found else 0
         self.bar = self.bars.add_task("training", total=len(self.plan), completed=self.seen, now="")
-        for turn in turns(self.recipe, self.model, len(self.plan), aside, scorer, self.backend):
+        for turn in turns(self.recipe, self.model, len(self.plan), aside, scorer, self.backend, renderer):
             if found is not None and turn.first < found.facts["turn"]:
                 continue
             if found is not None and turn.first == found.facts["turn"]:

@@ -361,7 +361,7 @@ def _train(
         run.tell = trackers.log
         watched = Watched(place, run, stopping, console, bars)
         course = Course(recipe, model, data.examples, data.held_out, plan, facts, watched, backend)
-        course.go(found, data.aside, data.scorer)
+        course.go(found, data.aside, data.scorer, data.renderer)
         lines = run.metrics.lines
     if recipe.train.early_stopping and not course.stopped and (best := place.best()):
         put_deltas_back(best, model, list(recipe.all_deltas()), place.out)

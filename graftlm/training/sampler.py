@@ -45,14 +45,17 @@ class Sampler(Policy):
     paper = "DeepSeekMath, Shao et al. 2024, arXiv:2402.03300, algorithm 1"
     cost = "the answers of a step: `samples` a prompt, each token of them a forward pass"
 
-    def __init__(self, recipe: Recipe, first: int, scorer: Scorer | None = None) -> None:
-        """`first` is the batch with which the turn begins: rounds are counted from there."""
+    def __init__(
+        self, recipe: Recipe, first: int, scorer: Scorer | None = None, renderer: Renderer | None = None
+    ) -> None:
+        """`first` is the batch with which the turn begins: rounds are counted from there. Scorer and renderer are those
+        of the run; without them they are made of the recipe."""
         super().__init__(PolicyConfig(name="online"))
         assert recipe.online is not None
         self.recipe, self.first = recipe, first
         self.online: OnlineConfig = recipe.online
         self.scorer: Scorer = scorer or make_scorer(recipe.online.scorer, network=recipe.network)
-        self.renderer = Renderer(recipe_tokenizer(recipe), turn_order=recipe.data.turn_order)
+        self.renderer = renderer or Renderer(recipe_tokenizer(recipe), turn_order=recipe.data.turn_order)
 
     def rows(
         self, training: Training, number: int, prompts_of: Callable[[int], Prompts], last: int

@@ -16,6 +16,7 @@ import torch
 from graftlm.data.draws import Draws
 from graftlm.data.order import Curriculum
 from graftlm.data.pack import Example, Group, Pack, batches, lay_out
+from graftlm.data.render import Renderer
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
 from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable
@@ -170,11 +171,12 @@ def turns(
     aside: Sequence[Example | Group] = (),
     scorer: Scorer | None = None,
     backend: Backend = TORCH,
+    renderer: Renderer | None = None,
 ) -> Iterator[Turn]:
     """All deltas together over `total` steps, or each in its turn and the others as they are.
 
-    `aside` are rows that are kept for policies which learn from them; `scorer` judges the answers of `online`, and is
-    made of the recipe where it is not given.
+    `aside` are rows for policies which learn from them. `scorer` judges the answers of `online` and `renderer` reads
+    them; both are made of the recipe where they are not given.
     """
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
@@ -200,7 +202,7 @@ def turns(
             for name in names
         ]
         groups += Objective(recipe.loss).groups(model)
-        policies += [Sampler(recipe, first, scorer)] if recipe.online else []
+        policies += [Sampler(recipe, first, scorer, renderer)] if recipe.online else []
         optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
         schedule = config.factor(last - first)
         for policy in policies:

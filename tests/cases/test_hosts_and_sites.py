@@ -1,6 +1,7 @@
 """Reported mistakes where a delta meets a model: which layers it sits on, what model code does with them, and rows."""
 
 import copy
+import io
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -93,8 +95,9 @@ def test_save_pretrained_of_a_model_with_deltas_is_refused_and_the_base_is_saved
     attach(model, SMALL, name="one")
     attach(model, SMALL, name="two")
     detach(model, "one")
-    with pytest.raises(TargetError, match=r"save_adapter.*merge_into.*detach"), deltas_off(model):
-        model.save_pretrained(tmp_path / "out")
+    for part in (model, model.model):
+        with pytest.raises(TargetError, match=r"save_adapter.*merge_into.*detach"), deltas_off(model):
+            part.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     detach(model)
     model.save_pretrained(tmp_path / "out")
@@ -170,6 +173,23 @@ def test_hosts_answer_weight_and_bias_so_that_models_that_read_them_run_and_merg
     close(run(plain), run(model), kind)
 
 
+def test_a_host_answers_what_model_code_asks_of_its_layer() -> None:
+    model = tiny_model(attention_bias=True)
+    model.model.embed_tokens.padding_idx = 0
+    layers = {name: model.get_submodule(name) for name in ("model.layers.0.self_attn.k_proj", "model.embed_tokens")}
+    attach(model, SMALL, targets=("k_proj", "embed_tokens"))
+    asked = (
+        ("weight", "bias", "in_features", "out_features"),
+        ("weight", "num_embeddings", "embedding_dim", "padding_idx"),
+    )
+    for (name, layer), questions in zip(layers.items(), asked, strict=True):
+        host = model.get_submodule(name)
+        assert host is not layer
+        assert all(getattr(host, question) is getattr(layer, question) for question in questions)
+        assert not hasattr(host, "no_such_thing")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
 def test_a_layer_whose_weight_is_used_without_a_call_is_left_out_or_refused(kind: str) -> None:
     model = made(kind)
@@ -183,6 +203,25 @@ def test_a_layer_whose_weight_is_used_without_a_call_is_left_out_or_refused(kind
         with pytest.raises(TargetError, match=r"dt_proj, are never called: \w+ForCausalLM's code multiplies"):
             attach(model, SMALL, targets=targets)
     assert all(modules[name] is module for name, module in model.named_modules()), "the model is as it was"
+
+
+def test_a_weight_that_is_used_under_another_name_is_found() -> None:
+    class Block(nn.Module):
+        """A feed-forward block that never calls `down_proj`."""
+
+        def __init__(self, mlp: Any) -> None:
+            super().__init__()
+            self.up_proj, self.down_proj = mlp.up_proj, mlp.down_proj
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = self.down_proj
+            return torch.relu(self.up_proj(x)) @ layer.weight.T
+
+    model = tiny_model()
+    model.model.layers[1].mlp = Block(model.model.layers[1].mlp)
+    attach(model, SMALL)
+    assert "model.layers.1.mlp.up_proj" in hosts(model)
+    assert "model.layers.1.mlp.down_proj" not in hosts(model)
 
 
 def test_what_reads_a_dtype_or_scales_in_place_is_no_use_of_a_weight() -> None:
@@ -386,9 +425,11 @@ def test_default_targets_train_a_model_that_also_sees_on_text(tmp_path: Path) ->
     tiny_tokenizer().save_pretrained(base)
     rows.write_text("".join(json.dumps({"prompt": f"Bin {n}?", "completion": "Blue."}) + "\n" for n in range(4)))
     settings = TrainConfig(steps=1, batch_rows=2)
-    done = train(
-        Recipe(base=str(base), data=DataConfig(train=str(rows)), delta=SMALL, train=settings), tmp_path / "out"
-    )
+    shown = io.StringIO()
+    recipe = Recipe(base=str(base), data=DataConfig(train=str(rows)), delta=SMALL, train=settings)
+    done = train(recipe, tmp_path / "out", console=Console(file=shown, width=200))
+    assert "deltas sit on 100% of the decoder's weights" in shown.getvalue()
+    assert "text does not reach it: model.vision_tower, model.multi_modal_projector" in shown.getvalue()
     moved = [p for name, p in trainable(done.model).items() if name.endswith(".B")]  # type: ignore[arg-type]
     assert moved
     assert all(bool(p.any()) for p in moved)
@@ -465,6 +506,38 @@ def test_weights_of_several_deltas_add_in_flat_batches_and_beams_too() -> None:
         assert answers[number : number + 1].tolist() == plain.generate(batch[number : number + 1], **settings).tolist()
 
 
+def test_an_encoder_and_its_decoder_have_the_deltas_of_a_row_with_beams_again_and_again() -> None:
+    model, rows = two(t5()), [("a",), ("b",)]
+    batch, settings = ids(rows=2), {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    settings |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    with by_row(model, rows), torch.no_grad():
+        together = model(input_ids=batch, decoder_input_ids=ids(seed=1, length=5)).logits
+        answers = [model.generate(batch, **settings).tolist() for _ in range(2)]
+        one_more = model(input_ids=batch, decoder_input_ids=ids(seed=1, length=5)).logits
+    assert torch.equal(one_more, together)
+    assert answers[0] == answers[1]
+    for number, names in enumerate(rows):
+        activate(model, *names)
+        mine, theirs = batch[number : number + 1], ids(seed=1, length=5)[number : number + 1]
+        with torch.no_grad():
+            wanted = model(input_ids=mine, decoder_input_ids=theirs).logits
+        close(together[number : number + 1], wanted, f"row {number}")
+        (answer,) = model.generate(mine, **settings).tolist()
+        assert answers[0][number][: len(answer)] == answer
+
+
+def test_a_pass_that_fails_leaves_nothing_behind() -> None:
+    model = two(tiny_model())
+    with by_row(model, [("a",), ("b",)]):
+        wanted = model(ids(rows=2)).logits
+        with pytest.raises((TypeError, ValueError)):
+            model(ids(rows=2), position_ids="none")
+        with pytest.raises(TargetError):
+            model(ids(rows=3))
+        assert torch.equal(model(ids(rows=2, length=5)).logits, model(ids(rows=2, length=5)).logits)
+        assert torch.equal(model(ids(rows=2)).logits, wanted)
+
+
 def test_a_prompt_before_some_rows_is_before_all_beams_of_them() -> None:
     model = attach(tiny_model(), tiny_config("prompt"), name="a")
     move(model, scale=1.0)
@@ -527,6 +600,8 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"not in memory, the first is model\.layers\.1.*accelerate"):
         attach(model, SMALL)
     assert torch.equal(logits(model), before)
+    with pytest.raises(BaseModelError, match="not in memory"):
+        quantise(model, "nf4")
     with pytest.raises(TargetError, match="not in memory"):
         attach(tiny_model().to("meta"), SMALL)
 

@@ -9,6 +9,7 @@ from graftlm.errors import TrainingError
 from graftlm.model.forward import check_forward, check_packing, packed_attention
 from graftlm.model.sites import decoder_of, transformer_layers
 from graftlm.testing import tiny_model
+from tests.architectures import build
 from tests.model.test_proof import DTYPES, ids, made, rows
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
@@ -134,3 +135,8 @@ def test_layers_are_the_outermost_list_of_blocks() -> None:
         torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(8)
     )
     assert list(transformer_layers(model)) == ["model.layers.0", "model.layers.1"]
+
+
+def test_a_table_of_fewer_positions_than_the_config_says_is_no_reason_to_refuse() -> None:
+    """Whisper's decoder has `max_target_positions`."""
+    check_packing(build("whisper"), *rows(), sharing=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm import LoraConfig
+from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import TargetError
@@ -30,10 +30,10 @@ from graftlm.model.attach import (
 from graftlm.model.collect import collect
 from graftlm.model.coverage import coverage
 from graftlm.model.export import export
-from graftlm.model.load import quantise
+from graftlm.model.load import load_base, quantise
 from graftlm.model.sites import find_sites
 from graftlm.model.store import load_adapter, save_adapter, why_not_peft
-from graftlm.testing import close, ids, logits, move, tiny_config, tiny_model
+from graftlm.testing import close, ids, logits, move, save_tiny_base, tiny_config, tiny_model
 from graftlm.training.policies.base import Training
 
 GPT2 = "transformer.h.0.attn.c_attn"
@@ -247,6 +247,25 @@ def test_policies_and_penalties_see_each_part() -> None:
     assert found is not None
     close(found, wanted, "the sum over the parts")
     assert len(trainable(model)) == sum(len(list(delta.parameters())) for _, _, delta in deltas_by_site(model))
+
+
+def test_a_run_on_parts_ends_in_an_adapter_that_loads(tmp_path: Path) -> None:
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    save_tiny_base(base, model_type="gpt2")
+    rows.write_text("".join(json.dumps({"prompt": f"Bin {n}?", "completion": "Blue."}) + "\n" for n in range(4)))
+    recipe = Recipe(
+        base=str(base),
+        data=DataConfig(train=str(rows)),
+        delta=LoraConfig(r=2, targets=("c_attn.q", "c_attn.v")),
+        train=TrainConfig(steps=2, batch_rows=2),
+    )
+    done = train(recipe, tmp_path / "out")
+    model, _ = load_base(str(base))
+    before = logits(model)
+    load_adapter(model, tmp_path / "out")
+    assert list(attachment(model).sites["default"]) == list(attachment(done.model).sites["default"])  # type: ignore[arg-type]
+    assert torch.equal(logits(model), logits(done.model))
+    assert not torch.equal(logits(model), before)
 
 
 def test_the_share_under_deltas_counts_rows() -> None:

@@ -21,8 +21,6 @@ from graftlm.model.quantise import QuantisedLinear
 from graftlm.model.sites import decoder_of, transformer_layers
 from graftlm.testing import tiny_model
 
-pytestmark = pytest.mark.versions
-
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma2": {"sliding_window": 6, "final_logit_softcapping": 2.0},
@@ -70,6 +68,7 @@ LEAKS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("leak", LEAKS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +126,7 @@ def test_rows_of_a_token_or_two_are_enough(lengths: tuple[int, int]) -> None:
 
 
 @pytest.mark.skipif(kernels.compiler() is None, reason="kernels and torch.compile need a C++ compiler")
-@pytest.mark.parametrize("backend", ["ours", "torch", "compiled"])
+@pytest.mark.parametrize("backend", ["ours", "torch", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_every_backend_computes_beside_numbers_that_are_none(backend: str) -> None:
     dtype = torch.float32 if backend == "compiled" else torch.bfloat16
     by: Backend = {"torch": TORCH}.get(backend) or (  # type: ignore[assignment]

@@ -21,7 +21,7 @@ LATENT = {
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
+    "linear_num_value_heads": 6,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }

@@ -16,8 +16,9 @@ from graftlm.config import build, to_yaml
 from graftlm.data.pack import Pack
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
-from graftlm.model.attach import hosts, parameters_of, trainable
+from graftlm.model.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.backend import TORCH, Backend
+from graftlm.model.coverage import coverage
 from graftlm.model.kernels import unavailable
 from graftlm.model.load import load_base, load_tokenizer
 from graftlm.model.sketch import kinds_of_layer, only, sketch
@@ -280,6 +281,26 @@ def test_where_memory_is_ample_waste_is_named(base: Path, rows: Path, monkeypatc
     assert "train.pack_tokens: a pack has" in said
 
 
+@pytest.mark.parametrize(
+    "kind", ["phi3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt2", "mixtral"))]
+)
+def test_a_plan_says_what_the_deltas_and_the_codes_of_the_whole_base_reach(
+    kind: str, rows: Path, tmp_path: Path
+) -> None:
+    targets = {"gpt2": ["c_attn.q"], "phi3": ["qkv_proj.q", "gate_up_proj.up"], "mixtral": "all-linear"}
+    more: dict[str, Any] = {"num_local_experts": 4} if kind == "mixtral" else {}
+    folder = save_tiny_base(tmp_path / "base", model_type=kind, num_hidden_layers=LAYERS, **more)
+    delta = {"method": "lora", "r": 2, "targets": targets[kind]}
+    made = recipe(folder, rows, base={"name": str(folder), "store": "nf4"}, delta=delta)
+    found = plan(made)
+    model = load_base(made.base).model
+    attach(model, made.all_deltas()["default"])
+    assert found["coverage"] == coverage(model).to_json()
+    assert found["reach"] == coverage(model).lines()
+    assert found["trainable_parameters"] == sum(p.numel() for p in trainable(model).values())
+    assert bool(found["coverage"]["fused_experts"]) == (kind == "mixtral")
+
+
 def test_the_command_prints_json_and_text(base: Path, rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(base, rows)))
@@ -288,6 +309,7 @@ def test_the_command_prints_json_and_text(base: Path, rows: Path, tmp_path: Path
     assert json.loads(shown.stdout)["largest_pack"]["tokens"] <= 100
     text = CliRunner().invoke(app, ["plan", str(file)]).stdout
     assert "peak memory" in text
+    assert "deltas sit on 100% of the decoder's weights" in text
     assert "tokens/s" in text
 
 

@@ -111,21 +111,26 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 
 
-def on(day: datetime.date, patch: pytest.MonkeyPatch) -> None:
-    """As if it were that day for the whole process."""
-    moment = datetime.datetime.combine(day, datetime.time(23, 50))
+def _at(day: datetime.date) -> type[datetime.datetime]:
+    """A datetime whose now() is late on that day."""
 
     class Now(datetime.datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
-            return moment
+            return datetime.datetime.combine(day, datetime.time(23, 50))
+
+    return Now
+
+
+def on(day: datetime.date, patch: pytest.MonkeyPatch) -> None:
+    """As if it were that day for the whole process."""
 
     class Today(datetime.date):
         @classmethod
         def today(cls) -> Any:
             return datetime.date(day.year, day.month, day.day)
 
-    patch.setattr(place, "datetime", SimpleNamespace(datetime=Now))
+    patch.setattr(place, "datetime", SimpleNamespace(datetime=_at(day)))
     for module in (render, answer_module):
         patch.setattr(module, "datetime", SimpleNamespace(date=Today))
 
@@ -233,3 +238,37 @@ def test_chat_says_at_once_that_there_is_no_place_for_a_system_message(source: s
     assert "Did you mean 'merge'" in wrong.output
     wrong = CliRunner().invoke(app, ["generate", "a", "--base", str(base), "--today", "1 May"])
     assert (wrong.exit_code, "no date" in wrong.output) == (2, True)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "supervised": {"data": {"held_out": 2}, "select": {"by": "perplexity", "keep": 4}},
+    "online": {"data": {"held_out": 2}, "loss": "dpo", "online": {"scorer": {"by": "exact"}, "max_new_tokens": 4}},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_renderer_of_a_run_has_the_day_on_which_it_began(
+    name: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days: list[datetime.date] = []
+    own = render.Renderer.__init__
+
+    def noted(self: Any, *args: Any, **options: Any) -> None:
+        own(self, *args, **options)
+        days.append(self.today)
+
+    monkeypatch.setattr(render.Renderer, "__init__", noted)
+    on(LATER, monkeypatch)
+    monkeypatch.setattr(place, "datetime", SimpleNamespace(datetime=_at(DAY)))  # midnight passes right after the start
+    (tmp_path / "chat.jinja").write_text(DATED)
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = RUNS[name] | {
+        "base": {"name": str(base_folder), "store": "fp32", "template": str(tmp_path / "chat.jinja")},
+        "data": RUNS[name]["data"] | {"train": str(tmp_path / "rows.jsonl")},
+        "train": {"steps": 1, "batch_rows": 2},
+        "report": {"answers": 1, "max_new_tokens": 2},
+    }
+    graftlm.train(build(Recipe, tree, source="test"), tmp_path / "out")
+    assert set(days) == {DAY}
+    assert json.loads((tmp_path / "out" / "graftlm.json").read_text())["today"] == DAY.isoformat()
