@@ -660,3 +660,10 @@ def test_rows_of_a_batch_with_and_without_an_adapter_of_several_deltas(tmp_path:
     close(mixed[1], tuned[1], "the row with it")
     with deltas_off(ours):
         close(mixed[0], logits(ours)[0], "the row without it")
+
+
+def test_a_name_that_torch_has_a_method_of_is_refused_in_words(folder: Path) -> None:
+    model = tied()
+    with pytest.raises(AdapterError, match="'half' cannot name a delta"):
+        load_adapter(model, folder, name="half")
+    assert hosts(model) == {}
