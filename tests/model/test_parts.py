@@ -65,8 +65,13 @@ ROWS: dict[tuple[str, str], list[int]] = {
 
 MORE: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
-        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
-        **{"head_dim": 4, "first_k_dense_replace": 2},
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,
+        "first_k_dense_replace": 2,
     }
 }
 
