@@ -62,6 +62,11 @@ class Switch:
             raise TargetError(f"deltas were given for {len(self.rows)} rows, the batch has {count}")
         return count // len(self.rows)
 
+    def for_each_row(self, x: Tensor) -> Tensor:
+        """x, repeated where the model makes one for all rows, as it does of positions [1, tokens]."""
+        rows = self.passes[-1][0] if self.passes and self.passes[-1] else 1
+        return x.expand(rows, *x.shape[1:]) if len(x) == 1 and not x.is_floating_point() else x
+
     def check(self, x: Tensor, where: str) -> None:
         """Refuse an x whose rows cannot be told from its shape: [rows, ..] or, laid end to end, [rows * tokens, d]."""
         if not self.passes or self.passes[-1] is None:
@@ -209,6 +214,7 @@ class LayerHost(Host):
     def forward(self, x: Tensor) -> Tensor:
         if self.switch.rows is None:
             return self._with(self.acting(), x)
+        x = self.switch.for_each_row(x)
         return _in_order([(rows, self._with(acting, x[rows])) for rows, acting in self.groups(x)])
 
     def _with(self, acting: list[Acting], x: Tensor) -> Tensor:

@@ -462,6 +462,18 @@ def test_rows_keep_their_deltas_where_a_model_lays_the_batch_out_flat(kind: str)
         close(together[number : number + 1], alone(model, batch[number], *names), f"row {number}")
 
 
+def test_rows_keep_their_deltas_on_positions_that_the_model_looks_up_once_for_all() -> None:
+    model = made("gpt2")
+    for name in ("a", "b"):
+        attach(model, SMALL, targets=("wpe", "wte"), name=name, seed=ord(name))
+    move(model)
+    batch, rows = ids(rows=3), [("a",), (), ("b", "a")]
+    with by_row(model, rows), torch.no_grad():
+        together = model(batch).logits
+    for number, names in enumerate(rows):
+        close(together[number : number + 1], alone(model, batch[number], *names), f"row {number}")
+
+
 @pytest.mark.parametrize("kind", ["llama", "opt", "qwen2_moe"])
 @pytest.mark.parametrize("several", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 3}])
 def test_the_beams_and_answers_of_a_row_have_its_deltas(kind: str, several: dict[str, int]) -> None:

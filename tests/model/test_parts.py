@@ -60,12 +60,25 @@ ROWS: dict[tuple[str, str], list[int]] = {
     ("glm", "gate_up_proj.up"): list(range(48, 96)),
     ("gpt_neox", "query_key_value.q"): in_turns(0),
     ("gpt_neox", "query_key_value.v"): in_turns(2),
+    ("deepseek_v3", "kv_b_proj.v"): [head * 12 + n for head in range(4) for n in range(4, 12)],
+}
+
+MORE: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,
+        "first_k_dense_replace": 2,
+    }
 }
 
 
 @pytest.mark.parametrize(("kind", "target"), list(ROWS))
 def test_the_rows_of_a_part_are_those_that_the_models_code_takes(kind: str, target: str) -> None:
-    model = tiny_model(kind)
+    model = tiny_model(kind, **MORE.get(kind, {}))
     attach(model, SMALL, targets=(target,))
     found = list(deltas_by_site(model))
     assert len(found) == 2, "one for each layer"
