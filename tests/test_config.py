@@ -174,10 +174,6 @@ def test_an_override_that_reaches_nothing_says_what_is_there(override: str, said
         ("base: {name: x, torch_dtype: bf16}", ["base.torch_dtype: unknown key. Here it is base.store"]),
         ("output_dir: x", ["Here it is no key: graft train --out DIR"]),
         ("train: {lr_scheduler_type: cosine}", ["Here it is train.schedule"]),
-        (
-            "base: {name: x, template_variables: {a: 1}}",
-            ["base.template_variables", "Here it is data.template_variables"],
-        ),
         ("base: {name: x, chat_template_kwargs: {a: 1}}", ["Here it is data.template_variables"]),
         (
             "data: {train: a.jsonl, keep: 3}",

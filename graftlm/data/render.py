@@ -31,11 +31,12 @@ from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
 from graftlm.data.formats import TEXT, Fields, Message
-from graftlm.data.template import Ask, Template, TemplateError, names_in
+from graftlm.data.template import Ask, Template, TemplateError
 from graftlm.data.turn_order import TurnOrder, without_system
 from graftlm.data.words import Words
 from graftlm.data.written import PRIVATE, Lost, Probe, all_in, needs_probe, probe
 from graftlm.errors import BaseModelError, DataError
+from graftlm.template_variables import names_in
 
 _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")

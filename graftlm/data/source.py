@@ -23,10 +23,10 @@ from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError,
 from graftlm.data.messages import read_number, refuse_media
 from graftlm.data.nulls import clean_calls, clean_tools
 from graftlm.data.records import Problem, expanded, files, records
-from graftlm.data.template import check_variables
 from graftlm.data.turn_order import TurnOrder, in_order
 from graftlm.data.wording import Template, ask
 from graftlm.errors import DataError, numbered
+from graftlm.template_variables import check_variables
 
 
 @config

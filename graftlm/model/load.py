@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -33,6 +34,7 @@ from graftlm.model.bases import view
 from graftlm.model.coverage import coverage
 from graftlm.model.quantise import CODECS, QuantisedLinear
 from graftlm.model.sites import output_head
+from graftlm.template_variables import checked_with_variables
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class BaseConfig:
     revision: str | None = None
     template: str | None = None
     """A .jinja file to use as chat template, for a base that has none."""
+    template_variables: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, as in `data.template_variables`, which goes before these."""
     run_code_shipped_with_the_model: Flag = False
     """DANGER: lets the model's folder run any Python code in it as you (trust_remote_code in transformers)."""
 
@@ -271,7 +275,18 @@ def _tokenizer(base: BaseConfig, where: str, network: bool) -> Any:
             tokenizer.chat_template = Path(base.template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BaseModelError(f"base.template: {base.template} cannot be read: {error}") from None
+    if base.template_variables:
+        try:
+            tokenizer.chat_template = checked_with_variables(plain_template(tokenizer), base.template_variables)
+        except ValueError as error:
+            raise BaseModelError(f"base.template_variables: {error}") from None
     return tokenizer
+
+
+def plain_template(tokenizer: Any) -> str:
+    """The chat template of a tokenizer, of several the one called `default`; empty where there is none."""
+    own = tokenizer.chat_template
+    return (own.get("default") if isinstance(own, dict) else own) or ""
 
 
 def _first_lines(error: Exception) -> str:

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from graftlm.data.template import names_in, with_variables
-from graftlm.errors import RecipeError, nearest
-from graftlm.model.load import load_tokenizer
+from graftlm.errors import RecipeError
+from graftlm.model.load import load_tokenizer, plain_template
+from graftlm.template_variables import checked_with_variables
 
 if TYPE_CHECKING:
     from graftlm.training.recipe import Recipe
@@ -16,15 +16,9 @@ def recipe_tokenizer(recipe: "Recipe") -> Any:
     Raises RecipeError for a variable that the template does not read, and BaseModelError.
     """
     tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-    variables = recipe.data.template_variables
-    if variables:
-        own = tokenizer.chat_template
-        source = (own.get("default") if isinstance(own, dict) else own) or ""
-        names = names_in(source)
-        for name in variables:
-            if name not in names:
-                raise RecipeError(
-                    f"data.template_variables: the chat template does not read {name!r}. {nearest(name, names)}"
-                )
-        tokenizer.chat_template = with_variables(source, variables)
+    if variables := recipe.data.template_variables:
+        try:
+            tokenizer.chat_template = checked_with_variables(plain_template(tokenizer), variables)
+        except ValueError as error:
+            raise RecipeError(f"data.template_variables: {error}") from None
     return tokenizer

@@ -22,9 +22,10 @@ from graftlm.data.pack import Example
 from graftlm.data.records import Problem
 from graftlm.data.render import Renderer
 from graftlm.data.source import DataConfig, Row, load_rows
-from graftlm.data.template import with_variables
 from graftlm.data.turn_order import in_order
-from graftlm.errors import DataError, RecipeError
+from graftlm.errors import BaseModelError, DataError, RecipeError
+from graftlm.model.load import BaseConfig, load_tokenizer
+from graftlm.template_variables import with_variables
 from graftlm.testing import save_tiny_base, tiny_tokenizer
 from graftlm.training.recipe import Recipe
 from graftlm.training.tokenizer import recipe_tokenizer
@@ -540,6 +541,13 @@ def test_a_recipe_refuses_variables_that_the_template_does_not_read(tmp_path: Pa
     )
     with pytest.raises(RecipeError, match=r"data.template_variables: .*'reasoning_efort'.*reasoning_effort"):
         recipe_tokenizer(recipe(reasoning_efort="low"))
+    of_base = BaseConfig(name=str(base), template_variables={"reasoning_effort": "low"})
+    assert load_tokenizer(of_base).chat_template == told
+    both = recipe(reasoning_effort="high")
+    text = tiny_tokenizer(recipe_tokenizer(replace(both, base=of_base)).chat_template)
+    assert Renderer(text).rows(row_of(user("a"), assistant("b")).messages)[0].text.startswith("Effort: high")
+    with pytest.raises(BaseModelError, match=r"base.template_variables: .*'reasoning_efort'.*reasoning_effort"):
+        load_tokenizer(BaseConfig(name=str(base), template_variables={"reasoning_efort": "low"}))
     for variables, why in (
         ({"date_string": DAY}, "date_string is a date: write it as text, in quotes"),
         ({"tools": []}, "set by rendering itself"),
