@@ -42,6 +42,10 @@ EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 ROUTER_NAME = "gate"
 """Taken for the router's parameter, which is right, but PEFT has neither dropout nor DoRA for parameters."""
 
+LOST_IN_RENAMING = {"laguna": "shared_experts"}
+"""Model type -> modules whose tensors PEFT up to 0.21.2 drops: transformers 5.24 renames `mlp.shared_expert.` there, a
+regular expression whose last dot takes the s of names that are right."""
+
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Model types on which PEFT refuses the names below: fused kernels read those weights without the layer."""
 BYPASSED_NAMES = ("conv1d", "out_proj")
@@ -67,6 +71,8 @@ def why_not_read(kind: str, peft_type: str, sites: Iterable[str], *, parameters:
                     f"{site}: PEFT up to 0.21.2 takes {ROUTER_NAME!r} of {kind} for a parameter, where it has "
                     "neither dropout nor DoRA"
                 )
+        if peft_type == "LORA" and LOST_IN_RENAMING.get(kind) in site.split("."):
+            return f"{site}: PEFT up to 0.21.2 renames {LOST_IN_RENAMING[kind]} of {kind}, and drops their tensors"
         if kind in MAMBA and peft_type in BYPASSED_TYPES and last in BYPASSED_NAMES:
             return f"{site}: PEFT refuses {peft_type} on {' and '.join(BYPASSED_NAMES)} of {kind}"
     return ""
