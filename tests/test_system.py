@@ -99,6 +99,7 @@ def test_training_that_raises_leaves_the_global_state_alone(
     assert global_state() == before
 
 
+@pytest.mark.slow
 def test_planning_probing_measuring_and_choosing_leave_the_global_state_alone(
     recipe: Any, base_folder: Path, set_state: None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-SAMPLE = 4
+SAMPLE = 6
 
 
 def sample(cases: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Which of a test's cases (parameter -> value) are in the sample: where the positions of the values add up to a
     multiple of SAMPLE.
 
-    So the first case always is, and with two parameters every value of either meets a fourth of the other's.
+    So the first case always is, and with two parameters every value of either meets a sixth of the other's.
     """
     positions: set[tuple[int, ...]] = set()  # those of parameters that change together are equal, and count once
     for name in cases[0]:

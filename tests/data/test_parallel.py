@@ -164,6 +164,7 @@ def _silent(child: Any, start: bytes) -> None:
     child._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_a_caller_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
     script = tmp_path / "script.py"
     script.write_text(

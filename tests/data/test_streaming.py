@@ -142,6 +142,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
         Stream([SourceConfig(path=str(file))])
 
 
+@pytest.mark.slow
 def test_examples_go_on_exactly_from_any_of_them(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "CHUNK", 5 * parallel.ROW_COST)
     given, renderer, data = sources(files), Renderer(tiny_tokenizer()), DataConfig(train="unused")

@@ -115,6 +115,7 @@ def test_packed_is_one_row_at_a_time_in_log_probs_and_in_every_gradient(name: st
     assert_packed_is_the_reference(family(name))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at inputs that are not leaves
 def test_compiled_is_one_row_at_a_time_and_leaves_the_modelling_file_as_it_was() -> None:

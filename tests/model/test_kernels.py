@@ -154,6 +154,7 @@ print([float(t.grad.double().abs().sum()) for t in (x, A, B, q, k, v)])
 """
 
 
+@pytest.mark.slow
 def test_fewer_threads_than_were_asked_for_do_all_of_the_work() -> None:
     limited, free = (
         subprocess.run(

@@ -70,6 +70,7 @@ def test_a_run_does_without_kernels_that_cannot_be_built_and_says_so_once(
     assert not (tmp_path / "pinned").exists(), "refused before anything is written"
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("what", ["CXX of several words", "a cache that others can write", "a cache without room"])
 def test_a_run_has_kernels_where_they_can_be_built_in_spite_of_the_place(

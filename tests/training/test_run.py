@@ -215,6 +215,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_run_in_mid_step_and_what_was_saved_stays(
     number: signal.Signals, base_folder: Path, rows: Path, tmp_path: Path
