@@ -348,6 +348,7 @@ def test_kernels_are_built_once_and_anew_where_the_source_is_another(
     assert len(built_again(cache)) == 2
 
 
+@pytest.mark.slow
 def test_a_library_with_other_content_than_its_name_says_is_not_loaded(cache: Path) -> None:
     (stored,) = built_again(cache)
     right = stored.read_bytes()

@@ -127,6 +127,7 @@ def test_a_resumed_run_computes_as_it_began_whatever_would_be_chosen_now(
     assert losses(tmp_path / "other") != losses(tmp_path / "unbroken"), "so the choice can be seen in the bytes"
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_run_whose_kernels_are_gone_goes_on_with_others_and_says_so(
     cache: Path, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
