@@ -336,6 +336,7 @@ def built_again(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_kernels_are_built_once_and_anew_where_the_source_is_another(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -481,6 +481,7 @@ def a_run(base: Path, rows: Path, loss: Any, length: int, out: Path, shard: str)
     return reward
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("loss", "length", "shard"), [(GRPO, 1, "none"), ("dpo", 1, "none"), (RLOO, 2, "fsdp")], ids=str
 )
