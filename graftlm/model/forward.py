@@ -25,6 +25,7 @@ from graftlm.model.ops import (
     Comparison,
     Plan,
     Readings,
+    attending_by,
     head_log_probs,
     head_readings,
     linear_readings,
@@ -49,10 +50,6 @@ def packed_attention(model: Any, backend: Backend = TORCH) -> Iterator[None]:
     if is_packed(model):
         yield
         return
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
-    for config, _ in before:
-        config._attn_implementation = SEGMENTS
     hosts = [host for host in model.modules() if isinstance(host, LayerHost)]
     hosted = {id(host.base) for host in hosts}  # with a gain that is learnt
     faster = [(module, forward) for module, forward in _faster(model) if id(module) not in hosted]
@@ -63,12 +60,11 @@ def packed_attention(model: Any, backend: Backend = TORCH) -> Iterator[None]:
         file.apply_rotary_pos_emb = backend.rotary(function)
     model.__dict__["graft_backend"] = backend
     try:
-        with computing_by((module, partial(forward, backend)) for module, forward in faster):
+        computing = computing_by((module, partial(forward, backend)) for module, forward in faster)
+        with attending_by(model, SEGMENTS), computing:
             yield
     finally:
         del model.__dict__["graft_backend"]
-        for config, implementation in before:
-            config._attn_implementation = implementation
         for host in hosts:
             del host.view.fused
         for file, function in rotary:

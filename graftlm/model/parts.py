@@ -21,6 +21,7 @@ from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Rows, Site, W
 from graftlm.errors import TargetError
 from graftlm.model.bases import view
 from graftlm.model.hosts import Host, LayerHost, all_factors, folded
+from graftlm.model.ops import attending_by
 from graftlm.model.probing import is_absent, of_any_layer, run
 
 ATTENTION = ("q", "k", "v")
@@ -261,12 +262,5 @@ def _heard(model: Any, outputs: Any) -> Iterator[None]:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    before = [(c, c._attn_implementation) for c in configs if getattr(c, "_attn_implementation", None)]
-    for config, _ in before:
-        config._attn_implementation = NAME
-    try:
+    with attending_by(model, NAME):
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
