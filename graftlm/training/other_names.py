@@ -109,7 +109,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "layers_to_transform": "delta.targets, a regular expression for whole names",
     "layers_pattern": "delta.targets, a regular expression for whole names",
     "exclude_modules": "delta.targets, a regular expression for whole names",
-    "target_parameters": "delta.targets, which reaches the experts of fused stacks too",
+    "target_parameters": "no key: no delta reaches experts that a model keeps in one tensor",
     "modules_to_save": "deltas, where a second delta with method: full trains whole modules",
     "trainable_token_indices": "deltas, where a second delta with method: trainable-tokens trains rows of embeddings",
     "bias": "deltas, where a second delta with method: bitfit trains biases",
