@@ -136,7 +136,8 @@ _GPT2 = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-_MAMBA = {"mixer.in_proj": "ssm_in", "mixer.out_proj": "ssm_out"}
+_MAMBA2 = {"mixer.in_proj": "ssm_in", "mixer.out_proj": "ssm_out"}
+_MAMBA = {**_MAMBA2, "mixer.x_proj": "ssm_x", "mixer.dt_proj": "ssm_dt"}
 _MAMBA_BESIDE = {"mamba.in_proj": "ssm_in", "mamba.out_proj": "ssm_out"}
 _LATENT = tuple(f"self_attn.{part}" for part in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
 _LFM2 = {
@@ -152,13 +153,13 @@ _LFM2 = {
 
 def _shared(module: str) -> dict[str, str | tuple[str, ...]]:
     """The experts that all tokens go through; those that a router chooses are no layers in transformers."""
-    return {f"mlp.{module}.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}
+    return {f"{module}.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}
 
 
 def _latent_attention(name: str, *, head: bool, shared: bool = False) -> Architecture:
     """Multi-head latent attention: of the attention, only the output acts (deepseek2.cpp, minicpm3.cpp)."""
     layers = {key: name for key, name in _DENSE.items() if key not in _ATTENTION or key == "self_attn.o_proj"}
-    experts = _shared("shared_experts") if shared else {}
+    experts = _shared("mlp.shared_experts") if shared else {}
     return Architecture(name, {**layers, **experts}, without_adapters=_LATENT, head=head)
 
 
@@ -224,7 +225,7 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
             **_DENSE,
             "self_attn.gate_proj": "attn_gate",
             "mlp.router.gate": "ffn_gate_inp",
-            **_shared("shared_experts"),
+            **_shared("mlp.shared_experts"),
         },
     ),
     "apertus": Architecture("apertus", {**_ATTENTION, **_UP_DOWN}),
@@ -232,18 +233,18 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
     "cohere2": Architecture("cohere2", _DENSE),
     "deepseek_v2": _latent_attention("deepseek2", head=False, shared=True),
     "deepseek_v3": _latent_attention("deepseek2", head=False, shared=True),
-    "dots1": Architecture("dots1", {**_DENSE, **_shared("shared_experts")}),
+    "dots1": Architecture("dots1", {**_DENSE, **_shared("mlp.shared_experts")}),
     "ernie4_5": Architecture("ernie4_5", _DENSE),
-    "ernie4_5_moe": Architecture("ernie4_5-moe", {**_DENSE, **_shared("shared_experts")}),
+    "ernie4_5_moe": Architecture("ernie4_5-moe", {**_DENSE, **_shared("mlp.shared_experts")}),
     "exaone4": Architecture("exaone4", _DENSE),
-    "exaone_moe": Architecture("exaone-moe", {**_DENSE, **_shared("shared_experts")}),
-    "falcon_mamba": Architecture("mamba", {**_MAMBA, "mixer.x_proj": "ssm_x", "mixer.dt_proj": "ssm_dt"}),
+    "exaone_moe": Architecture("exaone-moe", {**_DENSE, **_shared("mlp.shared_experts")}),
+    "falcon_mamba": Architecture("mamba", _MAMBA),
     "gemma": Architecture("gemma", _DENSE, head=False),
     "gemma2": Architecture("gemma2", _DENSE, head=False),
     "gemma3_text": Architecture("gemma3", _DENSE, head=False),
     "glm": Architecture("chatglm", _GATE_IN_UP),
     "glm4": _glm4,
-    "glm4_moe": Architecture("glm4moe", {**_DENSE, **_shared("shared_experts")}),
+    "glm4_moe": Architecture("glm4moe", {**_DENSE, **_shared("mlp.shared_experts")}),
     "gpt2": Architecture("gpt2", _GPT2),
     "gpt_bigcode": _gpt_bigcode,
     "gpt_oss": Architecture("gpt-oss", _ATTENTION),
@@ -256,11 +257,11 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
         {
             **_ATTENTION,
             **_FEED_FORWARD,
-            **{f"feed_forward.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+            **_shared("feed_forward.shared_expert"),
         },
     ),
-    "mamba": Architecture("mamba", {**_MAMBA, "mixer.x_proj": "ssm_x", "mixer.dt_proj": "ssm_dt"}),
-    "mamba2": Architecture("mamba2", _MAMBA),
+    "mamba": Architecture("mamba", _MAMBA),
+    "mamba2": Architecture("mamba2", _MAMBA2),
     "minicpm3": _latent_attention("minicpm3", head=True),
     "mpt": Architecture(
         "mpt",
@@ -292,7 +293,7 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
     "qwen2": Architecture("qwen2", _DENSE),
     "qwen2_moe": Architecture(
         "qwen2moe",
-        {**_ATTENTION, **_shared("shared_expert"), "mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
+        {**_ATTENTION, **_shared("mlp.shared_expert"), "mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
     ),
     "qwen3": Architecture("qwen3", _DENSE),
     "qwen3_5_text": Architecture(
@@ -318,7 +319,7 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
         "qwen3next",
         {
             **_ATTENTION,
-            **_shared("shared_expert"),
+            **_shared("mlp.shared_expert"),
             "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
             "linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"),
             "linear_attn.in_proj_ba": "ssm_ba",
@@ -327,7 +328,7 @@ ARCHITECTURES: dict[str, Architecture | str | Callable[[Settings], Architecture 
         rows={"linear_attn.in_proj_qkvz": _groups_of_four},
     ),
     "seed_oss": Architecture("seed_oss", _DENSE),
-    "solar_open": Architecture("glm4moe", {**_DENSE, **_shared("shared_experts")}),
+    "solar_open": Architecture("glm4moe", {**_DENSE, **_shared("mlp.shared_experts")}),
     "stablelm": Architecture("stablelm", _DENSE),
     "starcoder2": Architecture("starcoder2", {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}),
     "youtu": _latent_attention("deepseek2", head=False),
