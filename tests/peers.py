@@ -1,5 +1,6 @@
 """PEFT's LoRA on the same tiny model, with the same factors: the independent implementation to compare with."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from graftlm.model.attach import hosts
+from graftlm.testing import move
 
 LAYERS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -27,6 +29,13 @@ def peft_model(model: Any, **settings: Any) -> Any:
         for parameter in factors_of_peft(wrapped).values():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return wrapped
+
+
+def peft_adapter(config: Any, base: Any, folder: Path, **options: Any) -> Any:
+    """PEFT's adapter on a base, away from its start, written into a folder; PEFT's model."""
+    theirs = move(get_peft_model(base, config), seed=7).eval()
+    theirs.save_pretrained(folder, **options)
+    return theirs
 
 
 def factors_of_peft(wrapped: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -21,24 +21,13 @@ from graftlm.errors import AdapterError
 from graftlm.model.load import load_base
 from graftlm.model.store import CONFIG, WEIGHTS, load_adapter, template_of, tokenizer_of
 from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
+from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LM: Any = {"task_type": "CAUSAL_LM"}
 QV = ["q_proj", "v_proj"]
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
-
-
-def made(folder: Path, base: Any, config: LoraConfig, **options: Any) -> Any:
-    """PEFT's adapter with random factors, in a folder."""
-    theirs = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    theirs.eval().save_pretrained(folder, **options)
-    return theirs
 
 
 def tokenizer_with(*tokens: str, template: str = TEMPLATE) -> Any:
@@ -61,7 +50,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    made(tmp_path / "adapter", tiny_model(vocab_size=320), LoraConfig(r=4, target_modules=["q_proj"], **LM))
+    peft_adapter(LoraConfig(r=4, target_modules=["q_proj"], **LM), tiny_model(vocab_size=320), tmp_path / "adapter")
     tokenizer_with("<|user|>", "<|end|>").save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -181,7 +170,7 @@ def test_two_adapters_may_add_the_same_tokens_and_not_different_ones_under_one_i
     adapter: Path, tmp_path: Path
 ) -> None:
     for name, tokens in {"more": ("<|user|>", "<|end|>", "<|call|>"), "other": ("<|human|>", "<|end|>")}.items():
-        made(tmp_path / name, tiny_model(vocab_size=320), LoraConfig(r=4, target_modules=["q_proj"], **LM))
+        peft_adapter(LoraConfig(r=4, target_modules=["q_proj"], **LM), tiny_model(vocab_size=320), tmp_path / name)
         tokenizer_with(*tokens).save_pretrained(tmp_path / name)
     plain = tiny_tokenizer(template=None)
     for order in ([adapter, tmp_path / "more"], [tmp_path / "more", adapter]):
@@ -241,7 +230,7 @@ CONFIGS = {
 @pytest.mark.parametrize("version", CONFIGS)
 def test_configs_from_before_dora_are_plain_lora(version: str, tmp_path: Path) -> None:
     """lmdeploy#2020, and every adapter of before March 2024."""
-    theirs = made(tmp_path / "a", tiny_model(), LoraConfig(r=4, lora_alpha=8, target_modules=QV, **LM))
+    theirs = peft_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=QV, **LM), tiny_model(), tmp_path / "a")
     (tmp_path / "a" / CONFIG).write_text(json.dumps(CONFIGS[version]))
     ours = tiny_model()
     load_adapter(ours, tmp_path / "a")
@@ -289,7 +278,7 @@ RECIPES: dict[str, tuple[LoraConfig, Callable[[], Any]]] = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_peft_loads_loads_here_and_answers_the_same(recipe: str, tmp_path: Path) -> None:
     config, base = RECIPES[recipe]
-    theirs = made(tmp_path / "a", base(), config)
+    theirs = peft_adapter(config, base(), tmp_path / "a")
     ours = base()
     load_adapter(ours, tmp_path / "a")
     close(logits(ours), logits(theirs), recipe)
@@ -304,7 +293,7 @@ def test_embeddings_beside_an_adapter_of_a_resized_vocabulary(tmp_path: Path) ->
         model.resize_token_embeddings(304, mean_resizing=False)
         return model
 
-    theirs = made(tmp_path / "a", resized(1), lora(), save_embedding_layers=True)
+    theirs = peft_adapter(lora(), resized(1), tmp_path / "a", save_embedding_layers=True)
     ours = resized(2)
     said = load_adapter(ours, tmp_path / "a")
     assert "from row 300 on, model.embed_tokens is the adapter's" in said
@@ -316,7 +305,7 @@ def test_embeddings_beside_an_adapter_of_a_resized_vocabulary(tmp_path: Path) ->
 
 
 def test_an_adapter_in_float8_is_read(tmp_path: Path) -> None:
-    made(tmp_path / "a", tiny_model(), lora())
+    peft_adapter(lora(), tiny_model(), tmp_path / "a")
     tensors = {k: t.to(torch.float8_e4m3fn) for k, t in load_file(tmp_path / "a" / WEIGHTS).items()}
     save_file(tensors, tmp_path / "a" / WEIGHTS)
     ours, wide = tiny_model(), tiny_model()
@@ -332,6 +321,6 @@ def test_experts_in_one_parameter_are_refused_with_what_to_do(tmp_path: Path) ->
     def moe() -> Any:
         return tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
 
-    made(tmp_path / "a", moe(), lora(target_parameters=["mlp.experts.gate_up_proj"]))
+    peft_adapter(lora(target_parameters=["mlp.experts.gate_up_proj"]), moe(), tmp_path / "a")
     with pytest.raises(AdapterError, match="target_parameters.*experts.*merge_and_unload"):
         load_adapter(moe(), tmp_path / "a")

@@ -23,6 +23,7 @@ from graftlm.model.foreign import CONFIG
 from graftlm.model.load import load_base
 from graftlm.model.store import TEMPLATE, WEIGHTS, load_adapter
 from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
+from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -68,13 +69,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     made = {}
     for name, settings in SOURCES.items():
         model, _ = load_base(root / "base", store="fp32")
-        theirs: Any = peft.get_peft_model(load_base(root / "base", store="fp32").model, settings).eval()
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        theirs.save_pretrained(root / name)
+        theirs = peft_adapter(settings, load_base(root / "base", store="fp32").model, root / name)
         tokenizer.save_pretrained(root / name)
         bare = logits(model)
         load_adapter(model, root / name)

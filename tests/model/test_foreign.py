@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +21,7 @@ from graftlm.model.foreign import CONFIG, copied_rows
 from graftlm.model.load import quantise
 from graftlm.model.store import WEIGHTS, load_adapter, save_adapter
 from graftlm.testing import close, ids, logits, tiny_model
+from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,23 +54,10 @@ def resized(base: Callable[[], Any], seed: int) -> Any:
     return model
 
 
-def written(config: Any, base: Any, folder: Path, **options: Any) -> PeftModel:
-    """PEFT's adapter on a base, away from its start, in a folder."""
-    theirs: Any = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    theirs.eval().save_pretrained(folder, **options)
-    made: PeftModel = theirs
-    return made
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """LoRA on two kinds of layer of the tied tiny model."""
-    written(lora(), tied(), tmp_path / "adapter")
+    peft_adapter(lora(), tied(), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -177,7 +165,7 @@ CASES |= {
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_of_peft_computes_and_merges_as_in_peft(case: str, tmp_path: Path) -> None:
     config, base, parts = CASES[case]
-    theirs: Any = written(config, base(), tmp_path / "a")
+    theirs: Any = peft_adapter(config, base(), tmp_path / "a")
     ours = base()
     said = load_adapter(ours, tmp_path / "a")
     assert "another tool" in said
@@ -198,7 +186,7 @@ def test_an_adapter_of_peft_computes_and_merges_as_in_peft(case: str, tmp_path: 
 
 @pytest.mark.parametrize("base", [tied, untied])
 def test_tokens_of_a_method_of_their_own_move_a_tied_head_too(base: Callable[[], Any], tmp_path: Path) -> None:
-    theirs = written(peft.TrainableTokensConfig(token_indices=[299, 3], **LM), base(), tmp_path / "a")
+    theirs = peft_adapter(peft.TrainableTokensConfig(token_indices=[299, 3], **LM), base(), tmp_path / "a")
     ours = base()
     load_adapter(ours, tmp_path / "a")
     close(logits(ours), logits(theirs), "trainable tokens")
@@ -209,7 +197,7 @@ def test_other_methods_have_modules_in_their_place_and_layers_too(tmp_path: Path
     config = peft.LoHaConfig(
         r=4, alpha=6, target_modules=QV, layers_to_transform=[1], modules_to_save=["lm_head"], **LM
     )
-    theirs = written(config, untied(), tmp_path / "a")
+    theirs = peft_adapter(config, untied(), tmp_path / "a")
     ours = untied()
     load_adapter(ours, tmp_path / "a")
     close(logits(ours), logits(theirs), "loha")
@@ -222,7 +210,7 @@ def test_other_methods_have_modules_in_their_place_and_layers_too(tmp_path: Path
 def test_a_resized_vocabulary_is_the_adapters_on_a_base_that_was_resized_otherwise(
     base: Callable[[], Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    written(lora(**settings), resized(base, 1), tmp_path / "a", save_embedding_layers=True)
+    peft_adapter(lora(**settings), resized(base, 1), tmp_path / "a", save_embedding_layers=True)
     ours, theirs = resized(base, 2), PeftModel.from_pretrained(resized(base, 2), tmp_path / "a").eval()
     load_adapter(ours, tmp_path / "a")
     new = torch.tensor([[3, 300, 4, 303]])
@@ -234,7 +222,7 @@ def test_a_resized_vocabulary_is_the_adapters_on_a_base_that_was_resized_otherwi
 
 def test_tokens_on_a_resized_vocabulary_are_the_adapters_and_so_are_the_other_new_ones(tmp_path: Path) -> None:
     config = lora(trainable_token_indices=[301])
-    written(config, resized(tied, 1), tmp_path / "a", save_embedding_layers=True)
+    peft_adapter(config, resized(tied, 1), tmp_path / "a", save_embedding_layers=True)
     ours, theirs = resized(tied, 2), PeftModel.from_pretrained(resized(tied, 2), tmp_path / "a").eval()
     load_adapter(ours, tmp_path / "a")
     new = torch.tensor([[3, 300, 301, 303]])
@@ -258,7 +246,7 @@ def test_a_key_that_is_left_out_has_pefts_default(name: str) -> None:
 
 
 def test_a_config_by_hand_has_pefts_rank_and_scale(tmp_path: Path) -> None:
-    theirs = written(LoraConfig(target_modules=QV, **LM), tied(), tmp_path / "a")
+    theirs = peft_adapter(LoraConfig(target_modules=QV, **LM), tied(), tmp_path / "a")
     (tmp_path / "a" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": QV}))
     ours = tied()
     load_adapter(ours, tmp_path / "a")
@@ -319,7 +307,7 @@ def test_names_of_a_language_model_are_mapped_into_a_vision_language_model() -> 
 
 def test_patterns_are_about_the_names_of_training(tmp_path: Path) -> None:
     patterns = {"alpha_pattern": {r"model.layers.0.self_attn.q_proj": 9}, "rank_pattern": {r"layers\.1.*v_proj": 2}}
-    theirs = written(lora(**patterns), tied(), tmp_path / "a")
+    theirs = peft_adapter(lora(**patterns), tied(), tmp_path / "a")
     edit_tensors(tmp_path / "a", lambda tensors: {text_inside(key): tensor for key, tensor in tensors.items()})
     edit_config(tmp_path / "a", alpha_pattern={r"model.language_model.layers.0.self_attn.q_proj": 9})
     ours = tied()
@@ -328,7 +316,7 @@ def test_patterns_are_about_the_names_of_training(tmp_path: Path) -> None:
 
 
 def test_a_magnitude_as_the_modules_name_it_is_read(tmp_path: Path) -> None:
-    theirs = written(lora(use_dora=True), tied(), tmp_path / "a")
+    theirs = peft_adapter(lora(use_dora=True), tied(), tmp_path / "a")
     edit_tensors(tmp_path / "a", lambda t: {k.replace("vector", "vector.default.weight"): v for k, v in t.items()})
     ours = tied()
     load_adapter(ours, tmp_path / "a")
@@ -336,7 +324,7 @@ def test_a_magnitude_as_the_modules_name_it_is_read(tmp_path: Path) -> None:
 
 
 def test_modules_in_their_place_as_a_state_dict_names_them_are_read(tmp_path: Path) -> None:
-    theirs = written(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
+    theirs = peft_adapter(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
     head = "base_model.model.lm_head"
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -371,14 +359,14 @@ def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_
     whole.model.language_model.load_state_dict(text.model.state_dict())
     whole.lm_head.load_state_dict(text.lm_head.state_dict())
     tokens = torch.tensor([[5, 3, 7, 290]])
-    theirs = written(lora(), text, tmp_path / "of text")
+    theirs = peft_adapter(lora(), text, tmp_path / "of text")
     said = load_adapter(whole, tmp_path / "of text")
     with torch.no_grad():
         close(whole(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the vision-language model")
     assert "model.language_model. for model." in said
     detach(whole)
     language = r".*language_model.*\.(q_proj|v_proj)"
-    theirs = written(lora(target_modules=language, modules_to_save=["lm_head"]), whole, tmp_path / "of both")
+    theirs = peft_adapter(lora(target_modules=language, modules_to_save=["lm_head"]), whole, tmp_path / "of both")
     alone = tied()
     said = load_adapter(alone, tmp_path / "of both")
     with torch.no_grad():
@@ -388,7 +376,7 @@ def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_
 
 def test_adapters_of_several_deltas_lie_on_one_model_beside_each_other(tmp_path: Path) -> None:
     settings: Any = {"a": {"modules_to_save": ["lm_head"]}, "b": {"modules_to_save": ["lm_head", "norm"], "r": 2}}
-    theirs = {name: written(lora(**each), untied(), tmp_path / name) for name, each in settings.items()}
+    theirs = {name: peft_adapter(lora(**each), untied(), tmp_path / name) for name, each in settings.items()}
     ours, base = untied(), untied()
     for name in settings:
         load_adapter(ours, tmp_path / name, name=name)
@@ -401,7 +389,7 @@ def test_adapters_of_several_deltas_lie_on_one_model_beside_each_other(tmp_path:
 
 def test_weights_stand_in_place_of_codes(tmp_path: Path) -> None:
     """On a base in codes they are what the adapter says, whatever quantising lost."""
-    written(lora(modules_to_save=["mlp", "lm_head"]), untied(), tmp_path / "a")
+    peft_adapter(lora(modules_to_save=["mlp", "lm_head"]), untied(), tmp_path / "a")
     ours = quantise(untied(), "int4")
     load_adapter(ours, tmp_path / "a")
     stored, merged = load_file(tmp_path / "a" / WEIGHTS), merged_state(ours)
@@ -484,7 +472,7 @@ def test_configs_that_cannot_be_followed_are_refused(folder: Path, changes: dict
 
 
 def test_biases_that_old_versions_lost_are_the_bases_and_lost_ones_are_damage(tmp_path: Path) -> None:
-    written(lora(bias="lora_only"), with_biases(), tmp_path / "a")
+    peft_adapter(lora(bias="lora_only"), with_biases(), tmp_path / "a")
     edit_tensors(tmp_path / "a", lambda t: {k: v for k, v in t.items() if k != f"{Q0}.base_layer.bias"})
     refused(tmp_path / "a", f"missing: {Q0}.bias", model=with_biases())
     edit_tensors(tmp_path / "a", lambda t: {k: v for k, v in t.items() if not k.endswith("bias")})
@@ -505,7 +493,7 @@ def test_weights_that_nothing_names_and_weights_that_cannot_be_replaced_are_refu
     def moe() -> Any:
         return tiny_model("mixtral", num_local_experts=2, num_experts_per_tok=1)
 
-    written(lora(modules_to_save=["mlp"]), moe(), tmp_path / "b")
+    peft_adapter(lora(modules_to_save=["mlp"]), moe(), tmp_path / "b")
     refused(
         tmp_path / "b", "gate_up_proj", "weights can be replaced in linear layers, embeddings and norms", model=moe()
     )
@@ -530,7 +518,7 @@ def test_factors_for_each_expert_of_experts_in_one_parameter_are_refused_with_wh
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    written(lora(trainable_token_indices=[5, 6]), tied(), tmp_path / "a")
+    peft_adapter(lora(trainable_token_indices=[5, 6]), tied(), tmp_path / "a")
     edit_config(tmp_path / "a", **change)
     refused(tmp_path / "a", *words)
 
@@ -562,7 +550,7 @@ def test_a_copy_of_the_embeddings_is_the_bases_up_to_rounding(
         model.model.embed_tokens.weight.data[7, :4] = torch.tensor([1e-9, -3e-7, 7e4, -1e5])
         return model
 
-    written(lora(target_modules=["embed_tokens", "q_proj"]), table(), tmp_path / "a")
+    peft_adapter(lora(target_modules=["embed_tokens", "q_proj"]), table(), tmp_path / "a")
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     edit_tensors(tmp_path / "a", lambda tensors: tensors.update({key: tensors[key].to(copy)}))
     load_adapter(table().to(base), tmp_path / "a")
@@ -583,9 +571,9 @@ def test_a_copy_with_one_other_number_is_another_bases(copy: torch.dtype, factor
 
 
 def test_an_embedding_of_another_base_is_no_resized_one(tmp_path: Path) -> None:
-    written(lora(target_modules=["embed_tokens"]), tiny_model(seed=1), tmp_path / "a")
+    peft_adapter(lora(target_modules=["embed_tokens"]), tiny_model(seed=1), tmp_path / "a")
     refused(tmp_path / "a", "embed_tokens.base_layer.weight: is another base's")
-    written(lora(), tiny_model(seed=1), tmp_path / "b", save_embedding_layers=True)
+    peft_adapter(lora(), tiny_model(seed=1), tmp_path / "b", save_embedding_layers=True)
     refused(tmp_path / "b", "embed_tokens.weight: is another base's")
 
 
@@ -594,7 +582,7 @@ def test_an_embedding_of_another_base_is_no_resized_one(tmp_path: Path) -> None:
 
 def test_the_deltas_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
     config = lora(trainable_token_indices=[5, 6], modules_to_save=["lm_head"], bias="lora_only")
-    theirs = written(config, with_biases_untied(), tmp_path / "a")
+    theirs = peft_adapter(config, with_biases_untied(), tmp_path / "a")
     ours, base = with_biases_untied(), with_biases_untied()
     said = load_adapter(ours, tmp_path / "a", name="sql")
     assert "4 deltas here, switched together: sql-modules, sql-tokens, sql, sql-biases" in said
@@ -625,7 +613,7 @@ def with_biases_untied() -> Any:
 
 
 def test_each_delta_of_it_is_saved_by_its_name_and_loads_again(tmp_path: Path) -> None:
-    written(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
+    peft_adapter(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
     ours, again = untied(), untied()
     load_adapter(ours, tmp_path / "a")
     assert attachment(ours).members == {"default": ("default-modules", "default")}
@@ -636,7 +624,7 @@ def test_each_delta_of_it_is_saved_by_its_name_and_loads_again(tmp_path: Path) -
 
 
 def test_a_second_adapter_under_a_name_that_is_taken_is_refused_whole(tmp_path: Path) -> None:
-    written(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
+    peft_adapter(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
     ours = untied()
     load_adapter(ours, tmp_path / "a")
     before = logits(ours)
@@ -651,7 +639,7 @@ def test_a_second_adapter_under_a_name_that_is_taken_is_refused_whole(tmp_path: 
 
 
 def test_rows_of_a_batch_with_and_without_an_adapter_of_several_deltas(tmp_path: Path) -> None:
-    written(lora(modules_to_save=["embed_tokens"]), tied(), tmp_path / "a")
+    peft_adapter(lora(modules_to_save=["embed_tokens"]), tied(), tmp_path / "a")
     ours = tied()
     load_adapter(ours, tmp_path / "a")
     tuned, rows = logits(ours), ids()

@@ -15,7 +15,7 @@ from graftlm.model.export import export
 from graftlm.model.lint import PROGRAMS, RULES, lint, to_json
 from graftlm.model.store import save_adapter
 from graftlm.testing import perturbed, tiny_gpt2, tiny_model
-from tests.model.tiny_types import base
+from tests.architectures import build
 
 READERS = ("PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "OpenVINO")
 """The programs that read a folder in PEFT's layout."""
@@ -108,7 +108,7 @@ def test_our_own_form_says_what_to_export(tmp_path: Path) -> None:
 
 
 def test_a_lora_that_peft_would_lose_is_read_by_servers_as_plain_lora(tmp_path: Path) -> None:
-    model = attach(base("glm4_moe"), LoraConfig(r=4, alpha=4))
+    model = attach(build("glm4_moe"), LoraConfig(r=4, alpha=4))
     save_adapter(model, tmp_path / "saved")
     found = verdicts(tmp_path / "saved")
     assert "of the routed experts" in found["PEFT"][1]

@@ -20,7 +20,7 @@ from graftlm.model.export import export
 from graftlm.model.lint import lint
 from graftlm.model.llama_cpp import ARCHITECTURES
 from graftlm.testing import TINY, move, tiny_gpt2, tiny_model
-from tests.model.tiny_types import base, falcon
+from tests.architectures import build
 
 ARCH = {
     "afmoe": "AFMOE",
@@ -109,7 +109,7 @@ LATENT_TYPES = ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu")
 
 
 def untied(kind: str, **changes: Any) -> Any:
-    return base(kind, **({"tie_word_embeddings": False} | changes))
+    return build(kind, **({"tie_word_embeddings": False} | changes))
 
 
 def permuted(W: np.ndarray, heads: int) -> np.ndarray:
@@ -234,7 +234,7 @@ def test_every_architecture_that_is_known_was_compared_or_is_refused() -> None:
     ],
 )
 def test_falcon_has_a_key_for_all_heads_or_for_groups_of_them(changes: dict[str, Any], tmp_path: Path) -> None:
-    is_what_the_converter_makes("falcon", with_lora(falcon(**changes)), tmp_path / "out")
+    is_what_the_converter_makes("falcon", with_lora(build("falcon", **changes)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2", "gpt2"])

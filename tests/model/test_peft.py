@@ -23,7 +23,7 @@ from graftlm.model.lint import lint
 from graftlm.model.peft import EXPERT_NAMES, MOE_AS_QWEN2, ROUTER_NAME, target_modules
 from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import TINY, attach_tiny, close, ids, move, tiny_gpt2, tiny_model
-from tests.model.tiny_types import base
+from tests.architectures import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,7 +42,7 @@ KINDS = """
 
 SAMPLE = """
     afmoe ctrl falcon_h1 flex_olmo gemma3_text glm4_moe gpt2 gpt_neox llama mamba2 mixtral qwen2_moe
-    qwen3_5_moe_text qwen3_moe qwen3_next solar_open
+    qwen3_5_moe_text qwen3_moe qwen3_next solar_open laguna
 """.split()  # noqa: SIM905
 """A few of each kind of answer: dense, with experts alone, with experts for all tokens, with states, with numbers."""
 
@@ -73,7 +73,7 @@ def peft_computes(plain: Any, folder: Path, wanted: Tensor) -> bool:
 
 
 def the_verdict_is_what_peft_does(kind: str, folder: Path) -> None:
-    model = base(kind)
+    model = build(kind)
     plain = copy.deepcopy(model)
     before = outputs(model)
     wanted = outputs(with_lora(model))
@@ -86,7 +86,7 @@ def the_verdict_is_what_peft_does(kind: str, folder: Path) -> None:
     card = (folder / "saved" / "README.md").read_text()
     assert ("PeftModel.from_pretrained" in card) == read
     assert ("PEFT does not load the folder" in card) == (not read)
-    again = base(kind)
+    again = build(kind)
     load_adapter(again, folder / "saved")
     close(outputs(again), wanted, kind)
 
@@ -119,7 +119,7 @@ def test_our_list_of_types_with_experts_is_that_of_peft_and_transformers() -> No
 
 
 def test_what_peft_would_lose_has_a_type_that_it_refuses(tmp_path: Path) -> None:
-    model = with_lora(base("glm4_moe"))
+    model = with_lora(build("glm4_moe"))
     save_adapter(model, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["peft_type"] == "GRAFTLM"
     with pytest.raises(TargetError, match=r"gate_proj, up_proj, down_proj of glm4_moe for those of the routed experts"):
@@ -134,7 +134,7 @@ def test_what_peft_would_lose_has_a_type_that_it_refuses(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("targets", [("q_proj", "o_proj"), ("gate",)])
 def test_layers_that_peft_does_not_take_for_experts_are_read(targets: tuple[str, ...], tmp_path: Path) -> None:
-    model = base("afmoe")
+    model = build("afmoe")
     plain = copy.deepcopy(model)
     wanted = outputs(with_lora(model, targets=targets))
     save_adapter(model, tmp_path / "saved")
@@ -143,7 +143,7 @@ def test_layers_that_peft_does_not_take_for_experts_are_read(targets: tuple[str,
 
 
 def test_a_router_with_dropout_is_no_parameter_of_peft(tmp_path: Path) -> None:
-    model = base("afmoe")
+    model = build("afmoe")
     plain = copy.deepcopy(model)
     wanted = outputs(with_lora(model, targets=("gate",), dropout=0.1))
     save_adapter(model, tmp_path / "saved")
@@ -164,7 +164,7 @@ WITH_LAYOUT = [
 @pytest.mark.sampled
 @pytest.mark.parametrize("method", WITH_LAYOUT)
 def test_what_peft_makes_of_its_other_types_on_experts(method: str, tmp_path: Path) -> None:
-    model = base("glm4_moe")
+    model = build("glm4_moe")
     plain = copy.deepcopy(model)
     wanted = outputs(move(attach_tiny(method, model)))
     save_adapter(model, tmp_path / "saved")
