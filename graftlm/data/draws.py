@@ -24,7 +24,7 @@ Ready = Callable[[Sequence[Row], DataConfig], tuple[Sequence[Example | Group], S
 
 @dataclass(frozen=True)
 class Draws:
-    """What N rows are in each epoch."""
+    """Which example each of N rows is in each epoch."""
 
     examples: NDArray[np.int64]
     """[K, N]: the example that each row is in the first K epochs; in the first of them it is the row's own number."""

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 LEVELS = ("rows", "messages", "parts and calls of messages")
-"""What a key belongs to, by the number of mappings around it; deeper keys count as the last level."""
+"""Names of the levels of nesting, from the keys of the row inward; deeper keys count as the last level."""
 
 NESTED = (dict, list)
 """What may hold keys of its own."""

@@ -31,7 +31,7 @@ __all__ = ["FORMATS", "ROLES", "SHAREGPT_ROLES", "TEXT", "Conversation", "Fields
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says, whatever its format."""
+    """The contents of a row, the same type for every format."""
 
     messages: list[Message]
     tools: tuple[dict[str, object], ...] = ()
@@ -223,9 +223,10 @@ FLAGS = ("label", "desirable", "kto_tag")
 _FLAG_TEXTS = ("true", "True", "TRUE", "false", "False", "FALSE")
 """A .csv file has only text."""
 ALONE = QUESTIONS[:3]
-"""Names of a question: without an answer beside it they can mean nothing else."""
+"""Fields that hold a question even in a row without an answer."""
 BESIDE_A_PROMPT = ("system", "history", "tools", "group", "context")
-"""What may stand beside a question without an answer; a row with other fields has a misspelt answer."""
+"""Fields that a question without an answer may have beside it. A row with any other field is refused: the name of its
+answer is probably misspelt."""
 
 _SIGNS: dict[str, tuple[frozenset[str], ...]] = {
     "natural-instructions": (
@@ -351,7 +352,7 @@ def _history(row: Fields) -> list[Message]:
 
 
 def _flagged(row: Fields) -> bool:
-    """Whether the row says that its answer was liked or not; names other than `label` can mean nothing else."""
+    """Whether the row has feedback on its answer: a `label` that is true or false, or any value in the other FLAGS."""
     label, *others = (row.get(key) for key in FLAGS)
     return isinstance(label, bool) or label in _FLAG_TEXTS or any(value is not None for value in others)
 

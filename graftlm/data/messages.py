@@ -86,7 +86,7 @@ class Message:
 
 
 class RowError(ValueError):
-    """What is wrong with one row; `source.py` adds the place of the row."""
+    """An error in one row; `source.py` adds its file and line."""
 
 
 # Fields ------------------------------------------------------------------------------------------------------------

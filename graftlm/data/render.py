@@ -197,7 +197,7 @@ class Renderer:
 
     @property
     def writes_the_date(self) -> bool:
-        """Whether rows depend on `today`."""
+        """Whether the template can write `today` into rows."""
         return "strftime_now" in self._names
 
     def unread(self, variables: Fields) -> list[str]:

@@ -64,7 +64,7 @@ class _Call:
     arguments: dict[str, list[str]]
     """What must be in the text for each argument."""
     traceable: bool
-    """Whether each argument has a mark to look for."""
+    """Whether every argument carries a mark, so that a lost one is noticed."""
 
     def missing(self, text: str) -> str:
         """What of the call is not in the text, in words; empty where all is."""

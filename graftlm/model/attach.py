@@ -201,7 +201,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def absent_weights(model: nn.Module) -> str:
-    """What to say of a model whose weights are not all in memory, or an empty text."""
+    """The error message for a model whose weights are not all in memory; empty if they are."""
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     if not absent:
         return ""

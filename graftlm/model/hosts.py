@@ -192,7 +192,7 @@ class LayerHost(Host):
         assert made is not None, "attach() puts hosts on supported layers only"
         self.view: LinearBase = made
         self.watch: Callable[[Tensor], Tensor] | None = None
-        """What is made of the weight for code that reads it here (`bypass.py`)."""
+        """Weight -> what code that reads it here gets in its place, while `probing.py` looks who reads it."""
 
     @property
     def weight(self) -> Tensor:
