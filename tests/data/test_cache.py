@@ -18,7 +18,7 @@ from graftlm.data.source import DataConfig, Row
 from graftlm.errors import DataError
 from graftlm.testing import CHATML, tiny_tokenizer
 
-from .shapes import chat, tokenizer_for
+from tests.data.shapes import chat, tokenizer_for
 
 DATA = DataConfig(train="rows.jsonl")
 ROWS = [Row(chat(f"question {i}", f"answer {i}"), f"f:{i}", f"question {i}") for i in range(8)]

@@ -16,7 +16,7 @@ from graftlm.data.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
 
-from .shapes import SHAPES, THINKING, chat, tokenizer_for, tokenizer_of
+from tests.data.shapes import SHAPES, THINKING, chat, tokenizer_for, tokenizer_of
 
 # One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.
 LETTERS = (

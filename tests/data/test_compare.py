@@ -15,7 +15,7 @@ from graftlm.data.source import DataConfig, Row
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
 
-from .shapes import SHAPES, chat, tokenizer_for
+from tests.data.shapes import SHAPES, chat, tokenizer_for
 
 # One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.
 LETTERS = (

@@ -12,8 +12,8 @@ from graftlm.data.formats import FORMATS
 from graftlm.data.source import Row, load_rows
 from graftlm.errors import DataError, OutputError
 
-from .test_damage import CLEAN
-from .test_formats import ROWS
+from tests.data.test_damage import CLEAN
+from tests.data.test_formats import ROWS
 
 
 def written(file: Path, *rows: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from graftlm.data.records import Problem
 from graftlm.data.source import SourceConfig, load_rows, stream_rows
 from graftlm.errors import DataError
 
-from .damage import KINDS, NOTED, damaged_file, good
+from tests.data.damage import KINDS, NOTED, damaged_file, good
 
 ROWS, DAMAGED = 20_000, 1_000
 

@@ -16,7 +16,7 @@ from graftlm.data.records import Problem
 from graftlm.data.source import Row, load_rows
 from graftlm.errors import DataError
 
-from .test_damage import changed
+from tests.data.test_damage import changed
 
 ASKED = [Message("user", "q"), Message("assistant", "a")]
 SYSTEM = Message("system", "s")

@@ -21,7 +21,7 @@ from graftlm.data.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
 
-from .shapes import chat, tokenizer_for
+from tests.data.shapes import chat, tokenizer_for
 
 DATA = DataConfig(train="rows.jsonl")
 

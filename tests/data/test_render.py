@@ -15,7 +15,7 @@ from graftlm.data.render import Rendered, Renderer, Role
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
 
-from .shapes import SHAPES, THINKING, chat, tokenizer_for, tokenizer_of
+from tests.data.shapes import SHAPES, THINKING, chat, tokenizer_for, tokenizer_of
 
 CONVERSATIONS = {
     "plain": chat("the user asks", "the assistant answers"),

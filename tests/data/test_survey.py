@@ -10,7 +10,7 @@ from graftlm.data.languages import language
 from graftlm.data.source import Row
 from graftlm.data.survey import Entry, not_told, survey
 
-from .shapes import chat
+from tests.data.shapes import chat
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen " * 3
 

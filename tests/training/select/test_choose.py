@@ -24,7 +24,7 @@ from graftlm.training.select import SELECTORS, choose
 from graftlm.training.select.base import Pool
 from graftlm.training.select.ifd import IfdConfig
 
-from .conftest import some_rows
+from tests.training.select.conftest import some_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
