@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from graftlm.data.docstrings import rows
+from graftlm.data.sources.docstrings import rows
 
 ASK = "Say in one sentence what this function does.\n\n"
 

@@ -11,8 +11,8 @@ from graftlm.system import require_supported_platform
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from graftlm.data.source import DataConfig as DataConfig
-    from graftlm.data.source import SourceConfig as SourceConfig
+    from graftlm.data.sources.source import DataConfig as DataConfig
+    from graftlm.data.sources.source import SourceConfig as SourceConfig
     from graftlm.deltas import METHODS as METHODS
     from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BaseConfig": "graftlm.model.load",
-    "DataConfig": "graftlm.data.source",
+    "DataConfig": "graftlm.data.sources.source",
     "INITS": "graftlm.deltas.inits",
     "LoraConfig": "graftlm.deltas.lora",
     "METHODS": "graftlm.deltas",
     "Recipe": "graftlm.training.recipe",
     "ReportConfig": "graftlm.training.recipe",
-    "SourceConfig": "graftlm.data.source",
+    "SourceConfig": "graftlm.data.sources.source",
     "TrainConfig": "graftlm.training.loop",
     "activate": "graftlm.model.attach",
     "answer": "graftlm.training.answer",

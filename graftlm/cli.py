@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import datetime
 
     from graftlm.cache import Entry
-    from graftlm.data.formats import Message
+    from graftlm.data.sources.formats import Message
     from graftlm.training.recipe import Recipe
     from graftlm.training.runs import Comparison
 
@@ -423,9 +423,9 @@ def data_select(
 
     from rich.console import Console
 
-    from graftlm.data.mixing import read_data
-    from graftlm.data.reading import unread_keys
-    from graftlm.data.source import every_row, for_supervised
+    from graftlm.data.sources.mixing import read_data
+    from graftlm.data.sources.row_cache import unread_keys
+    from graftlm.data.sources.source import every_row, for_supervised
     from graftlm.training.select.choose import check_writable, choose, write_rows
     from graftlm.training.tokenizer import recipe_tokenizer
 
@@ -507,8 +507,8 @@ def data_convert(
 ) -> None:
     """Write rows of any format as messages, and report those that cannot be used."""
     from graftlm.config import build
-    from graftlm.data.convert import convert
-    from graftlm.data.source import SourceConfig
+    from graftlm.data.sources.convert import convert
+    from graftlm.data.sources.source import SourceConfig
     from graftlm.errors import DataError, numbered
     from graftlm.training.recipe import read_recipe
 
@@ -532,7 +532,7 @@ def data_convert(
 
 def _is_recipe(source: str) -> bool:
     """Whether it is a recipe of ours, and neither a file of rows nor what another trainer describes."""
-    from graftlm.data.axolotl import is_axolotl
+    from graftlm.data.sources.axolotl import is_axolotl
 
     return Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source)
 
@@ -646,7 +646,7 @@ def chat(
     network: NetworkOption = False,
 ) -> None:
     """Talk with the model; answers stream. /base switches the delta off in mid-conversation."""
-    from graftlm.data.formats import Message
+    from graftlm.data.sources.formats import Message
     from graftlm.model.attach import activate, attachment
     from graftlm.training.answer import answer, chat_renderer
 
@@ -685,7 +685,7 @@ def chat(
 def _turn_order(how: str | None) -> str | None:
     from typing import get_args
 
-    from graftlm.data.turn_order import TurnOrder
+    from graftlm.data.chat.turn_order import TurnOrder
 
     if how is not None and how not in get_args(TurnOrder):
         raise typer.BadParameter(f"{how}: {nearest(how, get_args(TurnOrder))}", param_hint="--turn-order")
@@ -694,7 +694,7 @@ def _turn_order(how: str | None) -> str | None:
 
 def _turn(history: "list[Message]", line: str, ask: "Callable[[list[Message]], str]") -> "list[Message]":
     """One question and its answer, added to the history; an answer that Ctrl-C cuts off is forgotten."""
-    from graftlm.data.formats import Message
+    from graftlm.data.sources.formats import Message
 
     asked = [*history, Message("user", line)]
     try:
@@ -795,7 +795,7 @@ def export_command(
 
 def _stop_ids(tokenizer: Any) -> tuple[int, ...]:
     """What ends an answer by the chat template; a template that cannot be used is no reason not to write weights."""
-    from graftlm.data.render import Renderer
+    from graftlm.data.chat.render import Renderer
     from graftlm.errors import BaseModelError
 
     try:

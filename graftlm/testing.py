@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
-from graftlm.data.pack import Example, collate
+from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, WeightDelta
 from graftlm.model.attach import (

@@ -10,7 +10,7 @@ import pytest
 
 from graftlm import Recipe
 from graftlm.config import build, config, json_schema, parse_yaml, read, to_tree, to_yaml
-from graftlm.data.source import DataConfig
+from graftlm.data.sources.source import DataConfig
 from graftlm.errors import RecipeError
 from graftlm.model.load import BaseConfig
 from graftlm.training.online import OnlineConfig

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 import graftlm
-from graftlm.data.formats import FORMATS
-from graftlm.data.mask import MASKS
-from graftlm.data.records import BUILTIN, READERS
-from graftlm.data.source import DataConfig, SourceConfig
+from graftlm.data.chat.masks import MASKS
+from graftlm.data.sources.formats import FORMATS
+from graftlm.data.sources.records import BUILTIN, READERS
+from graftlm.data.sources.source import DataConfig, SourceConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES

@@ -36,7 +36,7 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
     import torch
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
-    from graftlm.data.pack import batches, pack
+    from graftlm.data.batches.pack import batches, pack
     from graftlm.model.attach import trainable
     from graftlm.model.autotune import choose
     from graftlm.training.loop import steps

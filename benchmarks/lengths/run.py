@@ -27,7 +27,7 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     from machine import peak_rss_gib
 
     from graftlm import LoraConfig, attach, load_base
-    from graftlm.data.pack import Example, collate
+    from graftlm.data.batches.pack import Example, collate
     from graftlm.model.attach import trainable
     from graftlm.model.autotune import fastest_backend
     from graftlm.system import tune_process

@@ -33,8 +33,8 @@ sys.path.insert(0, str(HERE.parent))
 from machine import commit, peak_rss_gib, write_result  # noqa: E402
 
 from graftlm.config import build  # noqa: E402
-from graftlm.data.pack import Example  # noqa: E402
-from graftlm.data.render import Renderer  # noqa: E402
+from graftlm.data.batches.pack import Example  # noqa: E402
+from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.deltas import METHODS  # noqa: E402
 from graftlm.model.attach import attach, detach, parameters_of  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402

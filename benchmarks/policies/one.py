@@ -32,7 +32,7 @@ def main() -> None:
 
     import graftlm
     from graftlm.config import build
-    from graftlm.data.pack import Example, pack
+    from graftlm.data.batches.pack import Example, pack
     from graftlm.deltas.full import FullConfig
     from graftlm.model.attach import attach, attachment, trainable
     from graftlm.system import tune_process

@@ -23,7 +23,7 @@ def main() -> None:
     import torch
 
     import graftlm
-    from graftlm.data.pack import Example, Group, pack
+    from graftlm.data.batches.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
     from graftlm.model.attach import trainable
     from graftlm.model.autotune import fastest_backend

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pairs as task
 from rounds import compare
 
-from graftlm.data.check import prepare
-from graftlm.data.compare import answers_of, groups
-from graftlm.data.pack import batches
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, load_rows
+from graftlm.data.batches.groups import answers_of, groups
+from graftlm.data.batches.pack import batches
+from graftlm.data.chat.render import Renderer
+from graftlm.data.quality.preflight import prepare
+from graftlm.data.sources.source import DataConfig, load_rows
 from graftlm.model.load import load_tokenizer
 
 OPTIONS = ("steps", "batch_pairs", "seed", "warmup_steps", "learning_rate", "beta")

@@ -18,8 +18,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
-from graftlm.data.pack import Example, pack  # noqa: E402
-from graftlm.data.source import load_rows  # noqa: E402
+from graftlm.data.batches.pack import Example, pack  # noqa: E402
+from graftlm.data.sources.source import load_rows  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
 from graftlm.model.attach import attach, trainable  # noqa: E402
 from graftlm.model.autotune import fastest_backend  # noqa: E402

@@ -38,7 +38,7 @@ TRAINED = (  # ChatML as SmolLM2 has it, with the mark that TRL needs around wha
 
 def write_rows(count: int, file: Path) -> None:
     """Conversations of one to three turns; the number in each makes it unlike the others."""
-    from graftlm.data.docstrings import rows
+    from graftlm.data.sources.docstrings import rows
 
     known = rows()
     with open(file, "w", encoding="utf-8") as out:
@@ -57,10 +57,10 @@ def _cpu_s() -> float:
 
 
 def ours(config: dict[str, Any], file: Path, cache: Path | None) -> dict[str, Any]:
-    from graftlm.data.check import prepare
-    from graftlm.data.reading import read_kept
-    from graftlm.data.render import Renderer
-    from graftlm.data.source import DataConfig
+    from graftlm.data.chat.render import Renderer
+    from graftlm.data.quality.preflight import prepare
+    from graftlm.data.sources.row_cache import read_kept
+    from graftlm.data.sources.source import DataConfig
     from graftlm.model.load import load_tokenizer
 
     data = DataConfig(train=str(file), max_tokens=config["max_tokens"], over_length="truncate")
@@ -127,10 +127,10 @@ def theirs(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def streamed(config: dict[str, Any]) -> dict[str, Any]:
     """Short rows without end: the memory of this process and of its children, now and then."""
-    from graftlm.data.check import stream
-    from graftlm.data.formats import Message
-    from graftlm.data.render import Renderer
-    from graftlm.data.source import DataConfig, Row
+    from graftlm.data.chat.render import Renderer
+    from graftlm.data.quality.preflight import stream
+    from graftlm.data.sources.formats import Message
+    from graftlm.data.sources.source import DataConfig, Row
     from graftlm.model.load import load_tokenizer
 
     def rows() -> Iterator[Row]:

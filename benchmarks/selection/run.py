@@ -34,8 +34,8 @@ sys.path.insert(0, str(HERE.parent))
 from machine import commit, write_result  # noqa: E402
 
 from graftlm.config import build  # noqa: E402
-from graftlm.data.render import Renderer  # noqa: E402
-from graftlm.data.source import Row, load_rows  # noqa: E402
+from graftlm.data.chat.render import Renderer  # noqa: E402
+from graftlm.data.sources.source import Row, load_rows  # noqa: E402
 from graftlm.model.attach import detach  # noqa: E402
 from graftlm.model.load import load_base  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402

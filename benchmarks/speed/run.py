@@ -25,7 +25,7 @@ def profiled(config: dict[str, Any], threads: int, kernels: Any) -> dict[str, An
     from torch.profiler import ProfilerActivity, profile
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
-    from graftlm.data.pack import pack
+    from graftlm.data.batches.pack import pack
     from graftlm.model.autotune import fastest_backend
     from graftlm.model.load import load_tokenizer
     from graftlm.system import tune_process

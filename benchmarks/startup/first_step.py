@@ -20,7 +20,7 @@ done("imports of torch and transformers")
 
 # what transformers imports when it first loads a model is among its imports, so that "graftlm" is ours alone
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
-from graftlm.data.pack import lay_out  # noqa: E402
+from graftlm.data.batches.pack import lay_out  # noqa: E402
 from graftlm.model.attach import trainable  # noqa: E402
 from graftlm.model.autotune import fastest_backend  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402

@@ -25,9 +25,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import peak_rss_gib, write_result  # noqa: E402
 
-from graftlm.data.render import Renderer  # noqa: E402
-from graftlm.data.source import DataConfig, SourceConfig  # noqa: E402
-from graftlm.data.streaming import Examples, Stream  # noqa: E402
+from graftlm.data.chat.render import Renderer  # noqa: E402
+from graftlm.data.sources.source import DataConfig, SourceConfig  # noqa: E402
+from graftlm.data.sources.streaming import Examples, Stream  # noqa: E402
 from graftlm.model.load import load_tokenizer  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())

@@ -26,7 +26,7 @@ def main() -> None:
     import transformers
 
     import graftlm
-    from graftlm.data.pack import Example, pack
+    from graftlm.data.batches.pack import Example, pack
     from graftlm.model.attach import trainable
     from graftlm.model.autotune import choose
     from graftlm.model.store import load_adapter

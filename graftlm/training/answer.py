@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from graftlm.data.formats import Message
-from graftlm.data.render import Renderer
-from graftlm.data.turn_order import TurnOrder
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.turn_order import TurnOrder
+from graftlm.data.sources.formats import Message
 from graftlm.model.endings import all_stop_ids
 from graftlm.model.generate import generate
 from graftlm.model.store import chat_of, tokenizer_of

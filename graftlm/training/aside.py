@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from graftlm.data.pack import Example, Group, Pack
+from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
 from graftlm.model.backend import TORCH, Backend
 from graftlm.training.loop import training_pass

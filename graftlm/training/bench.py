@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from graftlm.data.pack import Pack, pack
-from graftlm.data.source import DataConfig
+from graftlm.data.batches.pack import Pack, pack
+from graftlm.data.sources.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.autotune import choose

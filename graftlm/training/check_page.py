@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from graftlm.data.check import Lengths, shown_rows
-from graftlm.data.render import Role
-from graftlm.data.source import DataConfig, Row
-from graftlm.data.survey import WHY, evenly
+from graftlm.data.chat.render import Role
+from graftlm.data.quality.preflight import Lengths, shown_rows
+from graftlm.data.quality.survey import WHY, evenly
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.files import whole
 from graftlm.training import report
 from graftlm.training.run import Prepared

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from graftlm.data.pack import Example, Group
-from graftlm.data.render import Renderer
+from graftlm.data.batches.pack import Example, Group
+from graftlm.data.chat.render import Renderer
 from graftlm.model.attach import deltas_still, trainable
 from graftlm.model.backend import Backend
 from graftlm.training import ranks

@@ -10,8 +10,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from graftlm.data.check import Report
-from graftlm.data.survey import WHY
+from graftlm.data.quality.preflight import Report
+from graftlm.data.quality.survey import WHY
 
 ROLE_STYLES = {
     "special": "dim magenta",

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from graftlm.data.near import words_of
-from graftlm.data.pack import Example, Group, lay_out
-from graftlm.data.prompts import asked_in
-from graftlm.data.render import Renderer
-from graftlm.data.source import Row
+from graftlm.data.batches.pack import Example, Group, lay_out
+from graftlm.data.batches.prompts import asked_in
+from graftlm.data.chat.render import Renderer
+from graftlm.data.quality.minhash import words_of
+from graftlm.data.sources.source import Row
 from graftlm.model.endings import all_stop_ids
 from graftlm.model.forward import packed_attention
 from graftlm.model.generate import generate

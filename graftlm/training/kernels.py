@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from graftlm.data.pack import Example, Group, Pack, lay_out
-from graftlm.data.prompts import Prompt
+from graftlm.data.batches.pack import Example, Group, Pack, lay_out
+from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import TrainingError
 from graftlm.model.attach import deltas_off
 from graftlm.model.autotune import Choice, choose

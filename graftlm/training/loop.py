@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
-from graftlm.data.pack import Pack
+from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LossConfig
 from graftlm.model.attach import penalty, trainable

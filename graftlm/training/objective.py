@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.data.compare import mismatched
-from graftlm.data.pack import Example, Group, Pack
+from graftlm.data.batches.groups import mismatched
+from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
 from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig

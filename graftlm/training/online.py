@@ -25,9 +25,9 @@ import torch
 from pydantic import Field, Strict
 
 from graftlm.config import PositiveCount, PositiveRate, config
-from graftlm.data.pack import Example, Group
-from graftlm.data.prompts import asked_in
-from graftlm.data.source import Row
+from graftlm.data.batches.pack import Example, Group
+from graftlm.data.batches.prompts import asked_in
+from graftlm.data.sources.source import Row
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.policy_gradient import advantages

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from graftlm.data.draws import Draws
-from graftlm.data.pack import Example, Group, Pack
+from graftlm.data.batches.pack import Example, Group, Pack
+from graftlm.data.sources.template_draws import Draws
 from graftlm.errors import TrainingError
 from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig

@@ -4,8 +4,8 @@ positions (RoPE, ALiBi) was not trained beyond those that its config names."""
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from graftlm.data.check import Report
-from graftlm.data.pack import Example, Group
+from graftlm.data.batches.pack import Example, Group
+from graftlm.data.quality.preflight import Report
 from graftlm.errors import DataError, numbered
 from graftlm.model.sketch import Positions, positions
 

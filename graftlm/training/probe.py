@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from graftlm.data.pack import Example, Group
+from graftlm.data.batches.pack import Example, Group
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.files import writing

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from graftlm.data.pack import Example, Group
+from graftlm.data.batches.pack import Example, Group
 from graftlm.model.backend import TORCH, Backend
 from graftlm.model.forward import PROBE_TOKENS, check_forward, check_packing
 

@@ -22,7 +22,7 @@ from graftlm.errors import TrainingError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from graftlm.data.pack import Example, Group, Pack
+    from graftlm.data.batches.pack import Example, Group, Pack
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from graftlm import config
 from graftlm.config import Count, Flag, PositiveCount
-from graftlm.data.source import DataConfig
+from graftlm.data.sources.source import DataConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.lora import LoraConfig

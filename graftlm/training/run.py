@@ -22,16 +22,16 @@ import torch
 from rich.console import Console
 
 from graftlm.config import to_yaml
-from graftlm.data.check import Report, prepare, shown_rows
-from graftlm.data.compare import COMPARED, prepare_groups, usable_by
-from graftlm.data.draws import Draws, draw_again
-from graftlm.data.order import Curriculum, curriculum
-from graftlm.data.pack import Example, Group, fill, saved_by_sharing
-from graftlm.data.prompts import asked_in, prepare_prompts, shown_prompts
-from graftlm.data.reading import read_kept, unread_keys
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
-from graftlm.data.survey import not_told, survey
+from graftlm.data.batches.groups import COMPARED, prepare_groups, usable_by
+from graftlm.data.batches.order import Curriculum, curriculum
+from graftlm.data.batches.pack import Example, Group, fill, saved_by_sharing
+from graftlm.data.batches.prompts import asked_in, prepare_prompts, shown_prompts
+from graftlm.data.chat.render import Renderer
+from graftlm.data.quality.preflight import Report, prepare, shown_rows
+from graftlm.data.quality.survey import not_told, survey
+from graftlm.data.sources.row_cache import read_kept, unread_keys
+from graftlm.data.sources.source import DataConfig, Row
+from graftlm.data.sources.template_draws import Draws, draw_again
 from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.losses import LOSSES

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from graftlm.data.pack import Example, Group, collate
-from graftlm.data.prompts import Prompt
-from graftlm.data.render import Renderer
+from graftlm.data.batches.pack import Example, Group, collate
+from graftlm.data.batches.prompts import Prompt
+from graftlm.data.chat.render import Renderer
 from graftlm.losses import LOSSES
 from graftlm.model.attach import deltas_still
 from graftlm.model.endings import all_stop_ids

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.data.pack import Pack
+from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.attach import activate, deltas_only, hosts, parameters_of

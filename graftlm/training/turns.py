@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from graftlm.data.draws import Draws
-from graftlm.data.order import Curriculum
-from graftlm.data.pack import Example, Group, Pack, batches, lay_out
-from graftlm.data.render import Renderer
+from graftlm.data.batches.order import Curriculum
+from graftlm.data.batches.pack import Example, Group, Pack, batches, lay_out
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.template_draws import Draws
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
 from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable

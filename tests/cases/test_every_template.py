@@ -22,9 +22,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from graftlm.data.formats import FORMATS, check
-from graftlm.data.mask import weights
-from graftlm.data.render import Renderer
+from graftlm.data.chat.masks import weights
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import FORMATS, check
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
 from tests.cases.test_masks_and_templates import assistant, user

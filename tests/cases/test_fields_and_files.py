@@ -15,18 +15,18 @@ import pytest
 import yaml
 
 from graftlm import DataConfig
-from graftlm.data.check import Report, prepare, shown_rows
-from graftlm.data.convert import convert
-from graftlm.data.formats import FORMATS, RowError
-from graftlm.data.mask import weights
-from graftlm.data.messages import Message
-from graftlm.data.prompts import asked_in
-from graftlm.data.reading import read_kept
-from graftlm.data.records import Problem
-from graftlm.data.render import Renderer, Role
-from graftlm.data.source import Row, SourceConfig, content, load_rows, stream_rows
-from graftlm.data.streaming import Stream
-from graftlm.data.wording import Template, ask
+from graftlm.data.batches.prompts import asked_in
+from graftlm.data.chat.masks import weights
+from graftlm.data.chat.render import Renderer, Role
+from graftlm.data.quality.preflight import Report, prepare, shown_rows
+from graftlm.data.sources.convert import convert
+from graftlm.data.sources.formats import FORMATS, RowError
+from graftlm.data.sources.messages import Message
+from graftlm.data.sources.prompt_templates import Template, ask
+from graftlm.data.sources.records import Problem
+from graftlm.data.sources.row_cache import read_kept
+from graftlm.data.sources.source import Row, SourceConfig, content, load_rows, stream_rows
+from graftlm.data.sources.streaming import Stream
 from graftlm.errors import DataError, numbered
 from graftlm.testing import tiny_tokenizer
 from tests.data.test_damage import CLEAN
@@ -265,7 +265,7 @@ def test_fields_that_descriptions_of_other_trainers_use_are_used(tmp_path: Path)
 
 
 def test_kept_rows_know_what_was_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renderer: Renderer) -> None:
-    monkeypatch.setattr("graftlm.data.parallel.MANY", 0)
+    monkeypatch.setattr("graftlm.data.chat.parallel.MANY", 0)
     path = written(tmp_path, *({"prompt": f"q{n}", "completion": "a", "id": n} for n in range(5)))
     data = DataConfig(train=path)
     for _ in range(2):
@@ -492,7 +492,7 @@ def test_a_packed_file_that_is_cut_off_is_an_error_and_no_end(files: Path) -> No
 
 
 def test_a_new_file_in_a_folder_is_seen_by_what_was_kept(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftlm.data.parallel.MANY", 0)
+    monkeypatch.setattr("graftlm.data.chat.parallel.MANY", 0)
     data = DataConfig(train=str(files / "folder"))
     for _ in range(2):
         assert len(read_kept(data, seed=0, folder=files / "kept").train) == 1
@@ -629,7 +629,7 @@ def test_the_fixed_words_of_a_template_are_boilerplate_and_the_fields_are_not(tm
 
 
 def test_the_template_of_a_row_stays_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftlm.data.parallel.MANY", 0)
+    monkeypatch.setattr("graftlm.data.chat.parallel.MANY", 0)
     ways = tuple(Template(prompt=f"{word} {{n}}?", completion="{n}") for word in ("Who", "What", "Which"))
     path = written(tmp_path, *({"n": n} for n in range(30)))
     data = DataConfig(train=SourceConfig(path=path, templates=ways))

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from graftlm.config import build
-from graftlm.data.cache import key
-from graftlm.data.check import Report, prepare
-from graftlm.data.convert import to_fields
-from graftlm.data.formats import FORMATS, Message
-from graftlm.data.mask import weights
-from graftlm.data.pack import Example
-from graftlm.data.records import Problem
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row, load_rows
-from graftlm.data.turn_order import in_order
+from graftlm.data.batches.pack import Example
+from graftlm.data.chat.masks import weights
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.token_cache import key
+from graftlm.data.chat.turn_order import in_order
+from graftlm.data.quality.preflight import Report, prepare
+from graftlm.data.sources.convert import to_fields
+from graftlm.data.sources.formats import FORMATS, Message
+from graftlm.data.sources.records import Problem
+from graftlm.data.sources.source import DataConfig, Row, load_rows
 from graftlm.errors import BaseModelError, DataError, RecipeError
 from graftlm.model.load import BaseConfig, load_tokenizer
 from graftlm.template_variables import with_variables

@@ -13,11 +13,11 @@ import torch
 
 import graftlm
 from graftlm.config import build
-from graftlm.data.compare import mismatched, prepare_groups
-from graftlm.data.formats import Message
-from graftlm.data.pack import Group, collate
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row, load_rows
+from graftlm.data.batches.groups import mismatched, prepare_groups
+from graftlm.data.batches.pack import Group, collate
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import DataConfig, Row, load_rows
 from graftlm.losses.base import lengths, per_answer
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer

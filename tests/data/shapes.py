@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftlm.data.formats import Message
+from graftlm.data.sources.formats import Message
 from graftlm.testing import CHATML, tiny_tokenizer
 
 

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.data import cache, parallel
-from graftlm.data.check import prepare
-from graftlm.data.columns import render
-from graftlm.data.formats import Message
-from graftlm.data.pack import Example
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.batches.pack import Example
+from graftlm.data.chat import parallel, token_cache
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.token_columns import render
+from graftlm.data.quality.preflight import prepare
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError
 from graftlm.testing import CHATML, tiny_tokenizer
-
 from tests.data.shapes import chat, tokenizer_for
 
 DATA = DataConfig(train="rows.jsonl")
@@ -94,15 +93,15 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_any_change_of_a_row_is_another_key(renderer: Renderer, what: str) -> None:
-    key = cache.key(ROWS, renderer, DATA)
-    assert cache.key([*ROWS[:-1], CHANGES[what](ROWS[-1])], renderer, DATA) != key
+    key = token_cache.key(ROWS, renderer, DATA)
+    assert token_cache.key([*ROWS[:-1], CHANGES[what](ROWS[-1])], renderer, DATA) != key
 
 
 def test_where_a_row_stands_and_its_group_are_not_in_the_key_and_the_order_is(renderer: Renderer) -> None:
-    key = cache.key(ROWS, renderer, DATA)
-    assert cache.key([replace(row, where="g:1", group="x") for row in ROWS], renderer, DATA) == key
-    assert cache.key(ROWS[::-1], renderer, DATA) != key
-    assert cache.key(ROWS[:-1], renderer, DATA) != key
+    key = token_cache.key(ROWS, renderer, DATA)
+    assert token_cache.key([replace(row, where="g:1", group="x") for row in ROWS], renderer, DATA) == key
+    assert token_cache.key(ROWS[::-1], renderer, DATA) != key
+    assert token_cache.key(ROWS[:-1], renderer, DATA) != key
     not_rendered = {"where", "group", "rejected", "desirable", "score", "unread", "template"}
     assert {f.name for f in fields(Row)} == {"messages", "tools", "variables"} | not_rendered, (
         "is the new field in the key?"
@@ -112,30 +111,30 @@ def test_where_a_row_stands_and_its_group_are_not_in_the_key_and_the_order_is(re
 def test_text_does_not_run_from_one_message_into_the_next(renderer: Renderer) -> None:
     one = Row([Message("user", "ab"), Message("assistant", "c")], "f", "")
     other = Row([Message("user", "a"), Message("assistant", "bc")], "f", "")
-    assert cache.key([one], renderer, DATA) != cache.key([other], renderer, DATA)
+    assert token_cache.key([one], renderer, DATA) != token_cache.key([other], renderer, DATA)
 
 
 def test_tokenizer_template_mask_and_code_are_in_the_key(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [
-        cache.key(ROWS, renderer, DATA),
-        cache.key(ROWS, Renderer(tiny_tokenizer(), OTHER), DATA),
-        cache.key(ROWS, Renderer(tokenizer_for("llama-3"), CHATML), DATA),
-        cache.key(ROWS, renderer, replace(DATA, mask="everything")),
+        token_cache.key(ROWS, renderer, DATA),
+        token_cache.key(ROWS, Renderer(tiny_tokenizer(), OTHER), DATA),
+        token_cache.key(ROWS, Renderer(tokenizer_for("llama-3"), CHATML), DATA),
+        token_cache.key(ROWS, renderer, replace(DATA, mask="everything")),
     ]
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})  # no other token, but another end
-    keys.append(cache.key(ROWS, Renderer(tokenizer), DATA))
-    monkeypatch.setattr(cache, "code", lambda: "another version")
-    keys.append(cache.key(ROWS, renderer, DATA))
+    keys.append(token_cache.key(ROWS, Renderer(tokenizer), DATA))
+    monkeypatch.setattr(token_cache, "code", lambda: "another version")
+    keys.append(token_cache.key(ROWS, renderer, DATA))
     assert len(set(keys)) == len(keys)
     monkeypatch.undo()
-    assert cache.key(ROWS, Renderer(tiny_tokenizer()), DATA) == keys[0]
+    assert token_cache.key(ROWS, Renderer(tiny_tokenizer()), DATA) == keys[0]
 
 
 def test_a_template_that_writes_the_date_is_another_one_tomorrow() -> None:
     def keys(day: datetime.date) -> list[str]:
         templates = ("{{ strftime_now('%d') }}" + CHATML, CHATML)
-        return [cache.key(ROWS, Renderer(tiny_tokenizer(), source, today=day), DATA) for source in templates]
+        return [token_cache.key(ROWS, Renderer(tiny_tokenizer(), source, today=day), DATA) for source in templates]
 
     before, after = keys(datetime.date(2026, 12, 31)), keys(datetime.date(2027, 1, 1))
     assert (before[0] == after[0], before[1] == after[1]) == (False, True)
@@ -159,17 +158,17 @@ def test_a_damaged_file_is_rendered_anew_and_it_is_said(renderer: Renderer, tmp_
 
 def test_what_is_loaded_can_be_written_to_and_the_file_stays_as_it_is(renderer: Renderer, tmp_path: Path) -> None:
     columns = render(ROWS, renderer, DATA)
-    cache.save(tmp_path / "a" / "f", columns)
-    found = cache.load(tmp_path / "a" / "f")
+    token_cache.save(tmp_path / "a" / "f", columns)
+    found = token_cache.load(tmp_path / "a" / "f")
     assert found is not None
     for name in ("ids", "roles", "weights", "ends", "rows", "control"):
         assert np.array_equal(getattr(found, name), getattr(columns, name))
         assert getattr(found, name).dtype == getattr(columns, name).dtype
     found.ids[:] = 0
-    again = cache.load(tmp_path / "a" / "f")
+    again = token_cache.load(tmp_path / "a" / "f")
     assert again is not None
     assert np.array_equal(again.ids, columns.ids)
-    assert cache.load(tmp_path / "none") is None
+    assert token_cache.load(tmp_path / "none") is None
 
 
 def test_rows_that_cannot_be_rendered_are_the_same_problems_from_the_cache(tmp_path: Path) -> None:
@@ -200,11 +199,11 @@ def test_the_folder_is_kept_small_and_what_was_used_last_stays(
     renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = render(ROWS, renderer, DATA)
-    cache.save(tmp_path / "a", columns)
-    cache.save(tmp_path / "b", columns)
+    token_cache.save(tmp_path / "a", columns)
+    token_cache.save(tmp_path / "b", columns)
     for age, name in ((300, "b"), (200, "a")):
         stamp = (tmp_path / name).stat().st_mtime - age
-        cache.os.utime(tmp_path / name, (stamp, stamp))
-    monkeypatch.setattr(cache, "MOST_BYTES", 2 * (tmp_path / "a").stat().st_size)
-    cache.save(tmp_path / "c", columns)
+        token_cache.os.utime(tmp_path / name, (stamp, stamp))
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 2 * (tmp_path / "a").stat().st_size)
+    token_cache.save(tmp_path / "c", columns)
     assert [file.name for file in files(tmp_path)] == ["a", "c"]

@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.data.check import prepare
-from graftlm.data.compare import answers_of, groups, mismatched, prepare_groups, usable_by
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.pack import Group
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.batches.groups import answers_of, groups, mismatched, prepare_groups, usable_by
+from graftlm.data.batches.pack import Group
+from graftlm.data.chat.render import Renderer
+from graftlm.data.quality.preflight import prepare
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
-
 from tests.data.shapes import SHAPES, chat, tokenizer_for
 
 # One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.

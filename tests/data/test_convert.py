@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from graftlm.data.convert import convert
-from graftlm.data.formats import FORMATS
-from graftlm.data.source import Row, load_rows
+from graftlm.data.sources.convert import convert
+from graftlm.data.sources.formats import FORMATS
+from graftlm.data.sources.source import Row, load_rows
 from graftlm.errors import DataError, OutputError
-
 from tests.data.test_damage import CLEAN
 from tests.data.test_formats import ROWS
 

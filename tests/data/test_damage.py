@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from graftlm.data.formats import FORMATS, RowError, check
-from graftlm.data.records import Problem
-from graftlm.data.source import SourceConfig, load_rows, stream_rows
+from graftlm.data.sources.formats import FORMATS, RowError, check
+from graftlm.data.sources.records import Problem
+from graftlm.data.sources.source import SourceConfig, load_rows, stream_rows
 from graftlm.errors import DataError
-
 from tests.data.damage import KINDS, NOTED, damaged_file, good
 
 ROWS, DAMAGED = 20_000, 1_000

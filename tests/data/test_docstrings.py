@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.data import docstrings
+from graftlm.data.sources import docstrings
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 
 import graftlm
 from graftlm.config import build
-from graftlm.data.draws import Draws
-from graftlm.data.pack import batches
-from graftlm.data.source import SourceConfig
-from graftlm.data.wording import Template, ask
+from graftlm.data.batches.pack import batches
+from graftlm.data.sources.prompt_templates import Template, ask
+from graftlm.data.sources.source import SourceConfig
+from graftlm.data.sources.template_draws import Draws
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
 from graftlm.training.recipe import Recipe

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from graftlm.data import llama_factory
-from graftlm.data.axolotl import is_axolotl
-from graftlm.data.axolotl import parts as axolotl_parts
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.records import Problem
-from graftlm.data.source import Row, load_rows
+from graftlm.data.sources import llama_factory
+from graftlm.data.sources.axolotl import is_axolotl
+from graftlm.data.sources.axolotl import parts as axolotl_parts
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.records import Problem
+from graftlm.data.sources.source import Row, load_rows
 from graftlm.errors import DataError
-
 from tests.data.test_damage import changed
 
 ASKED = [Message("user", "q"), Message("assistant", "a")]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from graftlm.data.formats import FORMATS, TEXT, Message, RowError, check, detect
+from graftlm.data.sources.formats import FORMATS, TEXT, Message, RowError, check, detect
 
 ASKED = [Message("user", "q"), Message("assistant", "a")]
 SYSTEM = Message("system", "s")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from graftlm.data.mask import MASKS, weights
-from graftlm.data.render import Rendered, Role
+from graftlm.data.chat.masks import MASKS, weights
+from graftlm.data.chat.render import Rendered, Role
 
 ROLES = [
     Role.SPECIAL,

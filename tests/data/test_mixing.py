@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.data.formats import Message
-from graftlm.data.mixing import apportion, balance, mix, read_data
-from graftlm.data.source import DataConfig, Row, SourceConfig, every_row
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.mixing import apportion, balance, mix, read_data
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig, every_row
 from graftlm.errors import DataError
 
 

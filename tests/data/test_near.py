@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from graftlm.data import near
-from graftlm.data.near import Words, grams, near_duplicates, resemblance, shared_phrases
+from graftlm.data.quality import minhash
+from graftlm.data.quality.minhash import Words, grams, near_duplicates, resemblance, shared_phrases
 
 
 def text(draw: random.Random, count: int, vocabulary: int = 5_000) -> list[str]:
@@ -27,7 +27,7 @@ def jaccard(a: list[str], b: list[str], count: int = 5) -> float:
     return len(one & other) / len(one | other)
 
 
-def sets(texts: list[list[str]], count: int) -> list[near.Grams]:
+def sets(texts: list[list[str]], count: int) -> list[minhash.Grams]:
     words = Words()
     return [grams(words.of(" ".join(words_)), count) for words_ in texts]
 
@@ -67,7 +67,7 @@ def test_planted_near_duplicates_are_found_and_nothing_else() -> None:
         words = texts[number]
         while jaccard(words, texts[number]) == 1:
             words = changed(draw, texts[number], 0.015)
-        if jaccard(words, texts[number]) >= near.LEAST:
+        if jaccard(words, texts[number]) >= minhash.LEAST:
             planted.append((number, len(texts)))
             texts.append(words)
     half = [w for number in range(100, 150) for w in [texts[number][:10] + text(draw, 100)]]
@@ -98,7 +98,7 @@ def test_the_estimate_is_that_of_broder() -> None:
     one = text(draw, 2_000 // 4)
     for share in (0.01, 0.03, 0.1):
         pair = sets([one, changed(draw, one, share)], 5)
-        signatures = near._signatures(pair)
+        signatures = minhash._signatures(pair)
         j = resemblance(*pair)
         spread = (j * (1 - j) / signatures.shape[1]) ** 0.5
         assert abs(float((signatures[0] == signatures[1]).mean()) - j) < 4 * spread
@@ -140,7 +140,7 @@ def test_a_phrase_that_many_rows_have_is_boilerplate() -> None:
     draw = random.Random(5)
     question = text(draw, 20)
     held = [question + text(draw, 20)]
-    for count, wanted in ((near.COMMON, near.COMMON), (near.COMMON + 1, 0)):
+    for count, wanted in ((minhash.COMMON, minhash.COMMON), (minhash.COMMON + 1, 0)):
         trained = [question + text(draw, 20) for _ in range(count)]
         every = sets(trained + held, 13)
         assert len(shared_phrases(every[:count], every[count:])) == wanted
@@ -149,6 +149,6 @@ def test_a_phrase_that_many_rows_have_is_boilerplate() -> None:
 
 def test_a_long_text_is_looked_at_up_to_a_limit() -> None:
     draw = random.Random(6)
-    words = Words().of(" ".join(text(draw, 3 * near.MOST_WORDS)))
-    assert len(words) == near.MOST_WORDS
+    words = Words().of(" ".join(text(draw, 3 * minhash.MOST_WORDS)))
+    assert len(words) == minhash.MOST_WORDS
     assert words.dtype == np.uint64

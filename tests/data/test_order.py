@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graftlm.data.formats import Message
-from graftlm.data.order import Curriculum, curriculum
-from graftlm.data.pack import Example
-from graftlm.data.source import OrderConfig, Row, load_rows
+from graftlm.data.batches.order import Curriculum, curriculum
+from graftlm.data.batches.pack import Example
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import OrderConfig, Row, load_rows
 from graftlm.errors import DataError
 
 COUNT = 60

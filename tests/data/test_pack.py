@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftlm.data.pack import Example, Pack, batches, collate, fill, pack
+from graftlm.data.batches.pack import Example, Pack, batches, collate, fill, pack
 
 
 def example(ids: list[int], weights: list[float], where: str = "f:1") -> Example:

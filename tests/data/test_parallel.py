@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.data import parallel
-from graftlm.data.columns import Columns, join, render
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.chat import parallel
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.token_columns import Columns, join, render
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
-
 from tests.data.shapes import chat, tokenizer_for
 
 DATA = DataConfig(train="rows.jsonl")
@@ -130,7 +129,7 @@ def children() -> list[str]:
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"graftlm.data.parallel" in (folder / "cmdline").read_bytes():
+            if parent == os.getpid() and b"graftlm.data.chat.parallel" in (folder / "cmdline").read_bytes():
                 found.append(folder.name)
     return found
 
@@ -170,9 +169,9 @@ def test_a_caller_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
     script.write_text(
         "print('once')\n"
         "from graftlm.data import parallel\n"
-        "from graftlm.data.formats import Message\n"
-        "from graftlm.data.render import Renderer\n"
-        "from graftlm.data.source import DataConfig, Row\n"
+        "from graftlm.data.sources.formats import Message\n"
+        "from graftlm.data.chat.render import Renderer\n"
+        "from graftlm.data.sources.source import DataConfig, Row\n"
         "from graftlm.testing import tiny_tokenizer\n"
         "parallel.CHUNK, parallel.MANY = 11_000, 33_000\n"
         "rows = [Row([Message('user', 'a'), Message('assistant', 'b')], 'f', 'a')] * 100\n"
@@ -189,7 +188,7 @@ def test_a_worker_needs_neither_torch_nor_transformers_to_render_the_same(name: 
     raw = Row([Message(TEXT, "raw text")], "f:raw", "r")
     rows = [*(row(i) for i in range(5)), Row(chat("\u00e9", "<|im_end|> b"), "f:5", "a"), raw]
     program = (
-        "import sys, pickle; from graftlm.data.columns import render; "
+        "import sys, pickle; from graftlm.data.chat.token_columns import render; "
         "columns = render(*pickle.load(sys.stdin.buffer)); "
         "print([name for name in ('torch', 'transformers') if name in sys.modules], file=sys.stderr); "
         "pickle.dump(columns, sys.stdout.buffer)"

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from graftlm.data.formats import Message
-from graftlm.data.prompts import asked_in, prepare_prompts, shown_prompts
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.batches.prompts import asked_in, prepare_prompts, shown_prompts
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
 

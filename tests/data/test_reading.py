@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from graftlm.data import cache, docstrings, mixing, parallel, reading
-from graftlm.data.check import prepare
-from graftlm.data.mixing import Data, read_data
-from graftlm.data.reading import KeptRows, read_kept
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, SourceConfig, content
+from graftlm.data.chat import parallel, token_cache
+from graftlm.data.chat.render import Renderer
+from graftlm.data.quality.preflight import prepare
+from graftlm.data.sources import docstrings, mixing, row_cache
+from graftlm.data.sources.mixing import Data, read_data
+from graftlm.data.sources.row_cache import KeptRows, read_kept
+from graftlm.data.sources.source import DataConfig, SourceConfig, content
 from graftlm.testing import tiny_tokenizer
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2.5, null]}'}}
@@ -111,7 +112,7 @@ def test_only_rows_that_are_asked_for_are_made(
     first = prepare(read_kept(data, seed=1, folder=folder).train, renderer, data, cache=folder)
     assert not first[1].from_cache
     monkeypatch.setattr(parallel, "render", None)
-    monkeypatch.setattr(reading, "_row", None)
+    monkeypatch.setattr(row_cache, "_row", None)
     rows = read_kept(data, seed=1, folder=folder).train
     examples, report = prepare(rows, renderer, data, cache=folder)
     assert report.from_cache
@@ -139,7 +140,7 @@ def test_whatever_decides_on_rows_is_in_the_key(
     read_kept(data, seed=1, folder=folder)
     changed, seed, _ = CHANGES[what](data, rows_file)
     assert same(read_kept(changed, seed=seed, folder=folder), read_data(changed, seed=seed))
-    monkeypatch.setattr(cache, "code", lambda: "another version")
+    monkeypatch.setattr(token_cache, "code", lambda: "another version")
     unread(monkeypatch)
     with pytest.raises(AssertionError, match="was read"):
         read_kept(data, seed=1, folder=folder)

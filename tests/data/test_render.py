@@ -9,12 +9,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.mask import weights
-from graftlm.data.render import Rendered, Renderer, Role
+from graftlm.data.chat.masks import weights
+from graftlm.data.chat.render import Rendered, Renderer, Role
+from graftlm.data.sources.formats import TEXT, Message
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
-
 from tests.data.shapes import SHAPES, THINKING, chat, tokenizer_for, tokenizer_of
 
 CONVERSATIONS = {

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from graftlm.data import docstrings
-from graftlm.data.formats import Message
-from graftlm.data.records import Problem
-from graftlm.data.source import Row, SourceConfig, for_supervised, load_rows, split
+from graftlm.data.sources import docstrings
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.records import Problem
+from graftlm.data.sources.source import Row, SourceConfig, for_supervised, load_rows, split
 from graftlm.errors import DataError
 
 pytestmark = pytest.mark.versions

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from graftlm.data import parallel, streaming
-from graftlm.data.mixing import read_data
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row, SourceConfig, load_rows
-from graftlm.data.streaming import Examples, Stream
+from graftlm.data.chat import parallel
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources import streaming
+from graftlm.data.sources.mixing import read_data
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig, load_rows
+from graftlm.data.sources.streaming import Examples, Stream
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
 

@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from graftlm.data import survey as module
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.languages import language
-from graftlm.data.source import Row
-from graftlm.data.survey import Entry, not_told, survey
-
+from graftlm.data.quality import survey as module
+from graftlm.data.quality.languages import language
+from graftlm.data.quality.survey import Entry, not_told, survey
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.source import Row
 from tests.data.shapes import chat
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen " * 3

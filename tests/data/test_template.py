@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.data.template import Ask, Template, TemplateError
+from graftlm.data.chat.template import Ask, Template, TemplateError
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -185,7 +185,7 @@ def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(monkeypatch
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graftlm.data.template.json.loads", interrupted)
+    monkeypatch.setattr("graftlm.data.chat.template.json.loads", interrupted)
     with pytest.raises(KeyboardInterrupt):
         template.render([CHAT], [(0, 1, False)])
     monkeypatch.undo()

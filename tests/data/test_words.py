@@ -12,8 +12,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
-from graftlm.data import words
-from graftlm.data.words import GPT2, KNOWN, Words, ascii_only
+from graftlm.data.chat import fast_bpe
+from graftlm.data.chat.fast_bpe import GPT2, KNOWN, Words, ascii_only
 
 pytestmark = pytest.mark.versions
 
@@ -62,7 +62,7 @@ def random_text(draw: random.Random) -> str:
 def test_words_end_where_the_tokenizer_ends_them(name: str) -> None:
     """The cut alone, of any ASCII text, against the tokenizer's own."""
     pre_tokenizer, pattern = PRE_TOKENIZERS[name], dict(zip(PRE_TOKENIZERS, (GPT2, *KNOWN), strict=True))[name]
-    find = words.re.compile(ascii_only(pattern), words.re.ASCII).findall
+    find = fast_bpe.re.compile(ascii_only(pattern), fast_bpe.re.ASCII).findall
     draw = random.Random(0)
     every = [chr(a) + chr(b) + c for a in range(128) for b in range(128) for c in (" ", "x", "")]
     for text in [*every, *(random_text(draw) for _ in range(4_000))]:
@@ -131,7 +131,7 @@ def test_a_difference_stops_everything() -> None:
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "MOST", 50)
+    monkeypatch.setattr(fast_bpe, "MOST", 50)
     tokenizer = trained(ByteLevel(add_prefix_space=False))
     found = Words.of(tokenizer)
     assert found is not None

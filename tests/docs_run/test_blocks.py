@@ -16,8 +16,8 @@ import typer
 import yaml
 
 from graftlm.cli import app
-from graftlm.data.formats import FORMATS
-from graftlm.data.source import load_rows
+from graftlm.data.sources.formats import FORMATS
+from graftlm.data.sources.source import load_rows
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
 from graftlm.model import load
@@ -130,7 +130,7 @@ def test_the_guide_shows_every_format_with_a_row_that_is_told_as_such(tmp_path: 
 
 def test_the_guide_names_every_mask_and_every_error() -> None:
     from graftlm import errors
-    from graftlm.data.mask import MASKS
+    from graftlm.data.chat.masks import MASKS
 
     for mask in MASKS:
         assert f"| `{mask}`" in TEXTS["docs/guide.md"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.data.pack import Example, Pack, collate
+from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model import autotune, kernels
 from graftlm.model.attach import attach, trainable

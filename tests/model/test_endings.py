@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from graftlm.data.formats import Message
-from graftlm.data.render import Renderer
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import Message
 from graftlm.deltas import METHODS
 from graftlm.model.attach import attach
 from graftlm.model.endings import all_stop_ids, base_stop_ids, missing_end

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama import modeling_llama
 
-from graftlm.data.pack import Example, Pack, collate
+from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model import ops

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.data.pack import Example, collate
+from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model import kernels, ops

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.formats import Message
-from graftlm.data.render import Renderer
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError
 from graftlm.model import load
 from graftlm.model.attach import attach, base_parameters

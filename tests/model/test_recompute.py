@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.data.pack import Example, Pack, collate
+from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.errors import TrainingError
 from graftlm.model.attach import attach, hosts, trainable
 from graftlm.model.forward import log_probs, packed_attention

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.formats import Message
-from graftlm.data.render import Renderer
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import Message
 from graftlm.model.generate import generate
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.training.answer import answer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graftlm
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import graftlm.training.bench as bench_module
 from graftlm.cli import app
-from graftlm.data.pack import Example, collate
+from graftlm.data.batches.pack import Example, collate
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.bench import linear_shapes, one_pass, parts_of_time
 from graftlm.training.loop import training_pass

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import graftlm
-from graftlm.data.render import Renderer
+from graftlm.data.chat.render import Renderer
 from graftlm.errors import OutputError
 from graftlm.training import check_page
 from graftlm.training.recipe import Recipe

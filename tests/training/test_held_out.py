@@ -9,11 +9,11 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from graftlm.data.formats import Message
-from graftlm.data.near import words_of
-from graftlm.data.pack import Example
-from graftlm.data.render import Renderer
-from graftlm.data.source import Row
+from graftlm.data.batches.pack import Example
+from graftlm.data.chat.render import Renderer
+from graftlm.data.quality.minhash import words_of
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import Row
 from graftlm.testing import tiny_model
 from graftlm.training.held_out import can_be_answered, evaluate, held_out_loss, rouge_l
 

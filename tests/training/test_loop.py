@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 import graftlm.training.loop as loop
 import graftlm.training.objective as objective
-from graftlm.data.pack import Example, collate, pack
+from graftlm.data.batches.pack import Example, collate, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum

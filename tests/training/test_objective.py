@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.data.compare import mismatched
-from graftlm.data.pack import Example, Group, Pack, pack
+from graftlm.data.batches.groups import mismatched
+from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
 from graftlm.model.attach import activate, attach, deltas_off, trainable

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import graftlm.training.loop as loop
-from graftlm.data.pack import pack
+from graftlm.data.batches.pack import pack
 from graftlm.losses import LOSSES
 from graftlm.model.attach import trainable
 from graftlm.training import ranks

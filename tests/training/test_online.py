@@ -15,8 +15,8 @@ from torch import Tensor
 import graftlm
 import graftlm.training.sampler as sampler_module
 from graftlm.config import build
-from graftlm.data.pack import Example, Group, collate
-from graftlm.data.prompts import Prompt
+from graftlm.data.batches.pack import Example, Group, collate
+from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.attach import trainable

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import graftlm.training.plan as plan_module
 from graftlm.cli import app
 from graftlm.config import build, to_yaml
-from graftlm.data.pack import Pack
+from graftlm.data.batches.pack import Pack
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.model.attach import attach, hosts, parameters_of, trainable

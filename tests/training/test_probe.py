@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from graftlm import cli
 from graftlm.config import build
-from graftlm.data.pack import lay_out
+from graftlm.data.batches.pack import lay_out
 from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.model.forward import log_probs, packed_attention

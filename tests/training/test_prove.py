@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.data.pack import Example
+from graftlm.data.batches.pack import Example
 from graftlm.errors import TrainingError
 from graftlm.model.forward import PROBE_TOKENS
 from graftlm.testing import tiny_model

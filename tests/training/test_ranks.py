@@ -18,7 +18,7 @@ import graftlm
 import graftlm.training.loop as loop
 import graftlm.training.objective as objective
 import graftlm.training.run as run_module
-from graftlm.data.pack import Pack, collate, pack
+from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model

@@ -12,7 +12,7 @@ from torch import Tensor
 import graftlm
 import graftlm.training.loop as loop
 from graftlm.config import build
-from graftlm.data.pack import pack
+from graftlm.data.batches.pack import pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES

@@ -22,7 +22,7 @@ import graftlm
 import graftlm.training.checkpoint as checkpoint
 import graftlm.training.run as run_module
 from graftlm.config import build, differences, to_yaml
-from graftlm.data import render
+from graftlm.data.chat import render
 from graftlm.errors import GraftError, OutputError, TrainingError
 from graftlm.testing import CHATML, save_tiny_base
 from graftlm.training import place

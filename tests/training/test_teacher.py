@@ -11,7 +11,7 @@ from torch import Tensor
 
 import graftlm
 from graftlm.config import build
-from graftlm.data.pack import Example, Pack, pack
+from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, RecipeError, TrainingError
 from graftlm.losses.distillation import DistillationConfig

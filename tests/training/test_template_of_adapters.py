@@ -15,8 +15,8 @@ import graftlm
 import graftlm.training.answer as answer_module
 from graftlm.cli import CHAT_HELP, _load, app
 from graftlm.config import build
-from graftlm.data import render
-from graftlm.data.formats import Message
+from graftlm.data.chat import render
+from graftlm.data.sources.formats import Message
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, DataError
 from graftlm.model.attach import attach, attachment, detach

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config import config
-from graftlm.data.pack import Pack
+from graftlm.data.batches.pack import Pack
 from graftlm.deltas.base import Delta, DeltaConfig
 from graftlm.model.attach import deltas_by_site, shared_of
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graftlm.config import PositiveRate, config
-from graftlm.data.pack import Pack
+from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
 

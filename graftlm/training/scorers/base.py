@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from graftlm.config import config
-from graftlm.data.formats import Message
+from graftlm.data.sources.formats import Message
 from graftlm.errors import DataError
 
 

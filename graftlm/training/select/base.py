@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, Strict
 
 from graftlm.config import PositiveCount, config
-from graftlm.data.check import prepare
-from graftlm.data.pack import Example, Pack, lay_out
-from graftlm.data.render import Rendered, Renderer, Role
-from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows
+from graftlm.data.batches.pack import Example, Pack, lay_out
+from graftlm.data.chat.render import Rendered, Renderer, Role
+from graftlm.data.quality.preflight import prepare
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig, for_supervised, load_rows
 from graftlm.model.forward import hidden_states, log_probs, packed_attention
 
 Scores = NDArray[np.float32]

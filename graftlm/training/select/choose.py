@@ -17,12 +17,12 @@ import numpy as np
 from rich.console import Console
 
 from graftlm.config import to_tree
-from graftlm.data.cache import key as tokens_key
-from graftlm.data.check import Report
-from graftlm.data.convert import to_fields, write_lines
-from graftlm.data.pack import Example
-from graftlm.data.render import Renderer
-from graftlm.data.source import SELECTED, Row
+from graftlm.data.batches.pack import Example
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.token_cache import key as tokens_key
+from graftlm.data.quality.preflight import Report
+from graftlm.data.sources.convert import to_fields, write_lines
+from graftlm.data.sources.source import SELECTED, Row
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import check_lines, check_new, whole
 from graftlm.model.load import base_config, cache_folder, load_base, locate, return_freed_memory

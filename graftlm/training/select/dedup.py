@@ -1,7 +1,7 @@
 """Duplicates left out: a filter. Of rows that say the same, the first stays.
 
     exact      the same messages, but for letter case and white space
-    near       J(A, B) = |A n B| / |A u B| >= near        A, B: the word 5-grams of two rows (`data/near.py`)
+    near       J(A, B) = |A n B| / |A u B| >= near        A, B: the word 5-grams of two rows (`data/quality/minhash.py`)
     similar    cos(x_i, x_j) >= similar for a row j that stays      SemDeDup: Abbas et al. 2023, arXiv:2303.09540
 
 x [d] is the embedding of a row. That paper compares within clusters; here every row is compared with all that stay.
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, Strict
 
 from graftlm.config import config
-from graftlm.data.near import LEAST, NEAR_WORDS, Words, grams, near_duplicates
+from graftlm.data.quality.minhash import LEAST, NEAR_WORDS, Words, grams, near_duplicates
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, embeddings
 
 Likeness = Annotated[float, Strict(), Field(gt=0, le=1)]

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config import Pattern, config
-from graftlm.data.formats import TEXT
+from graftlm.data.sources.formats import TEXT
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.config import config
-from graftlm.data.pack import Example
-from graftlm.data.render import Rendered, Role
-from graftlm.data.source import Row
+from graftlm.data.batches.pack import Example
+from graftlm.data.chat.render import Rendered, Role
+from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, last_answer, losses
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from graftlm.config import Rate, config
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.pack import Example, collate
-from graftlm.data.source import Row
+from graftlm.data.batches.pack import Example, collate
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
 from graftlm.model.forward import log_probs
 from graftlm.training.endpoint import EndpointConfig, ask, check, filled, grades

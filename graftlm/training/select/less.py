@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, config
-from graftlm.data.pack import Example, batches
-from graftlm.data.source import SourceConfig
+from graftlm.data.batches.pack import Example, batches
+from graftlm.data.sources.source import SourceConfig
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.model.attach import attach, detach, parameters_of
 from graftlm.model.autotune import fastest_backend

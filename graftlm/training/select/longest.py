@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config import config
-from graftlm.data.render import Role
+from graftlm.data.chat.render import Role
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config import config
-from graftlm.data.source import SourceConfig
+from graftlm.data.sources.source import SourceConfig
 from graftlm.training.select.base import Pool, Scores, SelectorConfig, directions, from_order, hidden_means
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config import config
-from graftlm.data.formats import Message
-from graftlm.data.source import Row
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import Row
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
 from graftlm.training.select.ifd import ratios
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import pack
+from graftlm.data.batches.pack import pack
 from graftlm.model.attach import attachment, hosts, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.adalomo import AdaLomo, AdaLomoConfig

@@ -8,7 +8,7 @@ from peft import AdaLoraConfig as PeftConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
 from graftlm.deltas.base import Site

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftlm.config import build
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.model.attach import attach
 from graftlm.testing import tiny_model
 from graftlm.training.loop import steps

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError
 from graftlm.model.attach import attachment, hosts, trainable
 from graftlm.model.export import plain_lora

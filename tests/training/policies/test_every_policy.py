@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graftlm.config import build, to_tree
-from graftlm.data.pack import pack
+from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model

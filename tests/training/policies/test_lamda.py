@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.attach import trainable
 from graftlm.testing import attach_tiny, perturbed, tiny_model

@@ -2,7 +2,7 @@
 
 import torch
 
-from graftlm.data.pack import pack
+from graftlm.data.batches.pack import pack
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import Policy, Training

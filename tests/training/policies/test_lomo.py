@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import Pack, collate, pack
+from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model

@@ -6,7 +6,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 
 from graftlm.config import build
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.deltas.lora import Lora
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import pack
+from graftlm.data.batches.pack import pack
 from graftlm.model.attach import attachment
 from graftlm.training.plan import update_bytes
 from graftlm.training.policies import POLICIES

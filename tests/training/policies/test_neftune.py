@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import Pack, collate, pack
+from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import Policy

@@ -11,7 +11,7 @@ import torch
 
 import graftlm.training.policies as policies
 from graftlm.config import build
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.model.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graftlm.config import build
-from graftlm.data.pack import Pack, pack
+from graftlm.data.batches.pack import Pack, pack
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training import ranks

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.attach import attach, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.model.export import plain_lora

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graftlm.config import build
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.model.attach import trainable
 from graftlm.testing import attach_tiny, tiny_model
 from graftlm.training.policies import POLICIES

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.data.pack import pack
+from graftlm.data.batches.pack import pack
 from graftlm.model.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.optim import warmup_cosine

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.attach import attach, hosts
 from graftlm.testing import logits, perturbed, tiny_config, tiny_model

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.data.pack import collate
+from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.attach import merged_state
 from graftlm.model.forward import log_probs, packed_attention

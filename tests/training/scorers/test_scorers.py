@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from graftlm.data.formats import Message
-from graftlm.data.render import Renderer
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError, DataError, RecipeError, TrainingError
 from graftlm.testing import TINY, tiny_tokenizer
 from graftlm.training.scorers import SCORERS, Said, make_scorer

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from graftlm.data.formats import Message
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.training.select.base import Pool, examples_of
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from graftlm.data.mask import weights
-from graftlm.data.render import Role
+from graftlm.data.chat.masks import weights
+from graftlm.data.chat.render import Role
 from graftlm.testing import tiny_model
 from graftlm.training.select.base import Pool, embeddings, from_order, last_answer, row_losses
 from tests.training.select.conftest import qa, some_rows

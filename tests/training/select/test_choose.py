@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import graftlm
 from graftlm import cli
 from graftlm.config import build
-from graftlm.data.render import Renderer
-from graftlm.data.source import load_rows
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.source import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
 from graftlm.model.load import load_tokenizer
 from graftlm.testing import CHATML, tiny_tokenizer
@@ -23,7 +23,6 @@ from graftlm.training.run import prepare_data
 from graftlm.training.select import SELECTORS, choose
 from graftlm.training.select.base import Pool
 from graftlm.training.select.ifd import IfdConfig
-
 from tests.training.select.conftest import some_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftlm.data.formats import Message
+from graftlm.data.sources.formats import Message
 from graftlm.errors import DataError
 from graftlm.testing import tiny_model
 from graftlm.training.select import judge

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.render import Role
-from graftlm.data.source import Row
+from graftlm.data.chat.render import Role
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
 from graftlm.testing import tiny_model
 from graftlm.training.select import dedup, ifd, length, longest, perplexity, reversed_ifd

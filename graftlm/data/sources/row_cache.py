@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.config import to_tree
-from graftlm.data import cache
-from graftlm.data.fields import unread_notes
-from graftlm.data.formats import Message
-from graftlm.data.messages import MESSAGE_KEYS
-from graftlm.data.mixing import Data, read_data
-from graftlm.data.parallel import many
-from graftlm.data.source import DataConfig, Row, SourceConfig, content, for_supervised
+from graftlm.data.chat import token_cache
+from graftlm.data.chat.parallel import many
+from graftlm.data.sources.fields import unread_notes
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.messages import MESSAGE_KEYS
+from graftlm.data.sources.mixing import Data, read_data
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig, content, for_supervised
 
 BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack"}
 """Keys of `data` that say nothing of which rows there are."""
@@ -97,7 +97,7 @@ def read_kept(
         found = _load(file, key)
         if found is not None:
             return found
-    except cache.DamagedError as error:
+    except token_cache.DamagedError as error:
         damaged = f"read anew: {file} was damaged ({error})"
     read = read_data(data, seed=seed, network=network, usable=usable)
     if many(read.train) and _save(file, read):
@@ -122,7 +122,7 @@ def _key(data: DataConfig, seed: int, needs: str) -> str | None:
     rest = {name: value for name, value in to_tree(data).items() if name not in BESIDE | {"train"}}
     if not isinstance(data.held_out, int | float):
         rest["held_out"] = "a source"
-    facts = [cache.code(), contents, settings, rest, seed, needs]
+    facts = [token_cache.code(), contents, settings, rest, seed, needs]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -145,12 +145,12 @@ def _save(file: Path, read: Data) -> bool:
         where = json.dumps([row.where for row in rows]).encode()
         arrays[f"{name}_places"] = np.frombuffer(where, np.uint8)
     unread = {"train": unread_keys(read.train), "held_out": unread_keys(read.held_out)}
-    cache.save_arrays(file, arrays, {"facts": json.dumps([read.format, read.problems, read.notes, unread])})
+    token_cache.save_arrays(file, arrays, {"facts": json.dumps([read.format, read.problems, read.notes, unread])})
     return True
 
 
 def _load(file: Path, key: str) -> Data | None:
-    found = cache.load_arrays(file)
+    found = token_cache.load_arrays(file)
     if found is None:
         return None
     arrays, facts = found
@@ -167,7 +167,7 @@ def _load(file: Path, key: str) -> Data | None:
             for side in ("train", "held_out")
         )
     except (ValueError, KeyError) as error:
-        raise cache.DamagedError(f"{type(error).__name__}: {error}") from None
+        raise token_cache.DamagedError(f"{type(error).__name__}: {error}") from None
     return Data(train, held_out, name, problems, notes)
 
 

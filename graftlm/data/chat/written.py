@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from graftlm.data.messages import Fields, Message
+from graftlm.data.sources.messages import Fields, Message
 
 PRIVATE = range(0xF0000, 0x10FFFE)
 """Unicode's two planes for private use; marks are those characters that no message contains."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.data.check import Report, unheard
-from graftlm.data.formats import Message
-from graftlm.data.pack import Example, Group
-from graftlm.data.reading import unread_keys
-from graftlm.data.render import Renderer, Role
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.batches.pack import Example, Group
+from graftlm.data.chat.render import Renderer, Role
+from graftlm.data.quality.preflight import Report, unheard
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.row_cache import unread_keys
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError, numbered
 
 AT_ONCE = 1000

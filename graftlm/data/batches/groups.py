@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.data.check import Report, prepare
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.pack import Example, Group
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row, for_supervised
+from graftlm.data.batches.pack import Example, Group
+from graftlm.data.chat.render import Renderer
+from graftlm.data.quality.preflight import Report, prepare
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.source import DataConfig, Row, for_supervised
 from graftlm.errors import DataError, numbered
 
 COMPARED = ("pairs", "feedback")

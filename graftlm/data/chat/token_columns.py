@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data.mask import weights
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.chat.masks import weights
+from graftlm.data.chat.render import Renderer
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError
 
 LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES = 1, 2, 4, 8

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from graftlm.data.columns import Columns
-from graftlm.data.formats import Message
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.token_columns import Columns
+from graftlm.data.sources.formats import Message
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import OutputError
 from graftlm.files import whole
 
@@ -95,7 +95,7 @@ def _add(digest: Any, text: str) -> None:
 @cache
 def code() -> str:
     """The source of the data code, and what else decides on tokens."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
     versions = [f"{name} {version(name)}" for name in ("tokenizers", "transformers", "jinja2")]
     return "\n".join([*versions, *(file.read_text(encoding="utf-8") for file in files)])
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from graftlm.data.messages import Fields, Message
+from graftlm.data.sources.messages import Fields, Message
 
 VALUES = ("default", "const")
 """Keys of a schema whose value may be null where null is a value of its type."""

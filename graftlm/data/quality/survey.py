@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from graftlm.data import near
-from graftlm.data.formats import TEXT, Message
-from graftlm.data.languages import language
-from graftlm.data.source import SAME, Row
+from graftlm.data.quality import minhash
+from graftlm.data.quality.languages import language
+from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.source import SAME, Row
 
 NEAR_ROWS = 100_000
 """About a minute on one core at the most; half of it for rows of a few hundred words."""
@@ -42,7 +42,7 @@ REFUSAL_CHARACTERS = 300
 
 WHY = {
     "exact duplicates": "trained on more than once in an epoch",
-    "near-duplicates": f"share at least {near.LEAST:.0%} of their word 5-grams with another row",
+    "near-duplicates": f"share at least {minhash.LEAST:.0%} of their word 5-grams with another row",
     "also held out": "held-out figures say nothing about rows that were trained on",
     "refusals": "the model learns to refuse",
     "repeated answers": "the same sentence answers different questions",
@@ -130,7 +130,7 @@ def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     guesses = Counter(language(_text(row)) for row in _some(rows, GUESSED_ROWS))
     same, firsts = _same(rows)
     some = _some(rows, NEAR_ROWS)
-    words = near.Words()
+    words = minhash.Words()
     texts = [words.of(_text(row)) for row in some]
     different = [number for number, row in enumerate(some) if id(row) in firsts]
     found = {
@@ -190,8 +190,8 @@ def _same(rows: Sequence[Row]) -> tuple[list[Entry], set[int]]:
     return entries, {id(group[0]) for group in groups.values()}
 
 
-def _near(rows: Sequence[Row], texts: Sequence[near.Numbers]) -> list[Entry]:
-    pairs = near.near_duplicates([near.grams(text, near.NEAR_WORDS) for text in texts])
+def _near(rows: Sequence[Row], texts: Sequence[minhash.Numbers]) -> list[Entry]:
+    pairs = minhash.near_duplicates([minhash.grams(text, minhash.NEAR_WORDS) for text in texts])
     pairs.sort(key=lambda pair: -pair[2])
     return [Entry([rows[a].where, rows[b].where], f"{alike:.0%} alike") for a, b, alike in pairs]
 
@@ -200,8 +200,8 @@ def _leaks(
     rows: Sequence[Row],
     held_out: Sequence[Row],
     some: Sequence[Row],
-    texts: Sequence[near.Numbers],
-    words: near.Words,
+    texts: Sequence[minhash.Numbers],
+    words: minhash.Words,
 ) -> list[Entry]:
     """Training rows that are held out too: wholly, by their question, or by long phrases; each with one such row."""
     whole = {_digest(row.messages): row for row in reversed(held_out)}
@@ -213,13 +213,13 @@ def _leaks(
             found[id(row)] = 2, Entry([row.where, twin.where], "the same row")
         elif question and (twin := asked.get(_digest(question))):
             found[id(row)] = 1, Entry([row.where, twin.where], "the same question")
-    phrases = near.shared_phrases(
-        (near.grams(text, near.SHARED_WORDS) for text in texts),
-        [near.grams(words.of(_text(row)), near.SHARED_WORDS) for row in held_out],
+    phrases = minhash.shared_phrases(
+        (minhash.grams(text, minhash.SHARED_WORDS) for text in texts),
+        [minhash.grams(words.of(_text(row)), minhash.SHARED_WORDS) for row in held_out],
     )
     for shared in phrases:
         row, twin = some[shared.trained], held_out[shared.held_out]
-        note = f"{shared.share:.0%} of its phrases of {near.SHARED_WORDS} words"
+        note = f"{shared.share:.0%} of its phrases of {minhash.SHARED_WORDS} words"
         found.setdefault(id(row), (shared.share, Entry([row.where, twin.where], note)))
     return [entry for _, entry in sorted(found.values(), key=lambda each: -each[0])]
 
@@ -229,7 +229,7 @@ def _repeated(rows: Sequence[Row]) -> list[Entry]:
     given: dict[bytes, dict[bytes, Row]] = {}
     for row in rows:
         for message in row.messages:
-            if message.role == "assistant" and len(near.words_of(message.content[:200])) >= REPEATED_ANSWER_WORDS:
+            if message.role == "assistant" and len(minhash.words_of(message.content[:200])) >= REPEATED_ANSWER_WORDS:
                 answer = hashlib.blake2b(" ".join(message.content.lower().split()).encode(), digest_size=16).digest()
                 given.setdefault(answer, {}).setdefault(_digest(_question(row)), row)
     often = sorted((list(g.values()) for g in given.values() if len(g) >= REPEATED_ANSWER_TIMES), key=lambda g: -len(g))

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from graftlm.data import docstrings
-from graftlm.data.nulls import without_nulls
+from graftlm.data.sources import docstrings
+from graftlm.data.sources.nulls import without_nulls
 from graftlm.errors import DataError, nearest
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from graftlm.data.messages import Message
+from graftlm.data.sources.messages import Message
 
 TurnOrder = Literal["refuse", "merge", "drop"]
 BETWEEN = "\n\n"

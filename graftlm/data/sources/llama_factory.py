@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftlm.data.fields import read_all
-from graftlm.data.foreign import Part, column, on_hub, only
-from graftlm.data.messages import MEDIA, Fields, RowError, listed, read_text
+from graftlm.data.sources.fields import read_all
+from graftlm.data.sources.messages import MEDIA, Fields, RowError, listed, read_text
+from graftlm.data.sources.other_trainers import Part, column, on_hub, only
 from graftlm.errors import DataError, nearest
 
 _ENTRY = ("file_name", "hf_hub_url", "formatting", "ranking", "columns", "tags", "split", "subset")

@@ -30,11 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
-from graftlm.data.formats import TEXT, Fields, Message
-from graftlm.data.template import Ask, Template, TemplateError
-from graftlm.data.turn_order import TurnOrder, without_system
-from graftlm.data.words import Words
-from graftlm.data.written import PRIVATE, Lost, Probe, all_in, needs_probe, probe
+from graftlm.data.chat.fast_bpe import Words
+from graftlm.data.chat.template import Ask, Template, TemplateError
+from graftlm.data.chat.turn_order import TurnOrder, without_system
+from graftlm.data.chat.written import PRIVATE, Lost, Probe, all_in, needs_probe, probe
+from graftlm.data.sources.formats import TEXT, Fields, Message
 from graftlm.errors import BaseModelError, DataError
 from graftlm.template_variables import names_in
 

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data import cache as token_cache
-from graftlm.data.columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
-from graftlm.data.formats import TEXT
-from graftlm.data.mask import weights
-from graftlm.data.pack import Example
-from graftlm.data.parallel import lasting, many, rendered
-from graftlm.data.reading import KeptRows, places, unread_keys
-from graftlm.data.render import Renderer, Role
-from graftlm.data.source import DataConfig, Row
-from graftlm.data.survey import Survey, shown_places
+from graftlm.data.batches.pack import Example
+from graftlm.data.chat import token_cache as token_cache
+from graftlm.data.chat.masks import weights
+from graftlm.data.chat.parallel import lasting, many, rendered
+from graftlm.data.chat.render import Renderer, Role
+from graftlm.data.chat.token_columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
+from graftlm.data.quality.survey import Survey, shown_places
+from graftlm.data.sources.formats import TEXT
+from graftlm.data.sources.row_cache import KeptRows, places, unread_keys
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError, numbered
 
 _PROMPT = np.isin(np.arange(256), (Role.SYSTEM, Role.USER, Role.TOOL))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data.pack import Example, Group
-from graftlm.data.source import LENGTH, SELECTED, OrderConfig, Row
+from graftlm.data.batches.pack import Example, Group
+from graftlm.data.sources.source import LENGTH, SELECTED, OrderConfig, Row
 from graftlm.errors import DataError
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data.check import Report
-from graftlm.data.pack import Example, Group
-from graftlm.data.source import DataConfig, Row, SourceConfig, stream_rows
+from graftlm.data.batches.pack import Example, Group
+from graftlm.data.quality.preflight import Report
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig, stream_rows
 from graftlm.errors import DataError
 
 Ready = Callable[[Sequence[Row], DataConfig], tuple[Sequence[Example | Group], Sequence[Row], Report]]

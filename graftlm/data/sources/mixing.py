@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.data.parallel import lasting
-from graftlm.data.records import Problem
-from graftlm.data.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
+from graftlm.data.chat.parallel import lasting
+from graftlm.data.sources.records import Problem
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
 from graftlm.errors import DataError
 
 

@@ -16,15 +16,15 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, Strict, field_validator
 
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
-from graftlm.data import axolotl, llama_factory
-from graftlm.data.fields import Tracked, Unread, unread
-from graftlm.data.foreign import Part
-from graftlm.data.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
-from graftlm.data.messages import read_number, refuse_media
-from graftlm.data.nulls import clean_calls, clean_tools
-from graftlm.data.records import Problem, expanded, files, records
-from graftlm.data.turn_order import TurnOrder, in_order
-from graftlm.data.wording import Template, ask
+from graftlm.data.chat.turn_order import TurnOrder, in_order
+from graftlm.data.sources import axolotl, llama_factory
+from graftlm.data.sources.fields import Tracked, Unread, unread
+from graftlm.data.sources.formats import FORMATS, TEXT, Conversation, Message, RowError, check, detect
+from graftlm.data.sources.messages import read_number, refuse_media
+from graftlm.data.sources.nulls import clean_calls, clean_tools
+from graftlm.data.sources.other_trainers import Part
+from graftlm.data.sources.prompt_templates import Template, ask
+from graftlm.data.sources.records import Problem, expanded, files, records
 from graftlm.errors import DataError, numbered
 from graftlm.template_variables import check_variables
 

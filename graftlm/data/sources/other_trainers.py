@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.data.messages import Fields, missing
+from graftlm.data.sources.messages import Fields, missing
 from graftlm.errors import DataError, nearest
 
 

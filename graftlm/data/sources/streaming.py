@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.data.check import stream
-from graftlm.data.mixing import apportion, drawn_by, masses
-from graftlm.data.pack import Example
-from graftlm.data.records import Problem
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row, SourceConfig, content, stream_rows
-from graftlm.data.turn_order import TurnOrder
+from graftlm.data.batches.pack import Example
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.turn_order import TurnOrder
+from graftlm.data.quality.preflight import stream
+from graftlm.data.sources.mixing import apportion, drawn_by, masses
+from graftlm.data.sources.records import Problem
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig, content, stream_rows
 from graftlm.errors import DataError, nearest, numbered
 
 BLOCK = 4096

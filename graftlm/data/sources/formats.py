@@ -10,8 +10,8 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from graftlm.data.fields import read_all
-from graftlm.data.messages import (
+from graftlm.data.sources.fields import read_all
+from graftlm.data.sources.messages import (
     ROLES,
     SHAREGPT_ROLES,
     TEXT,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.data.fields import Tracked, read_all, tracked
+from graftlm.data.sources.fields import Tracked, read_all, tracked
 from graftlm.errors import nearest
 
 Fields = Mapping[str, Any]

@@ -24,9 +24,9 @@ from itertools import accumulate, chain, islice
 from queue import SimpleQueue
 from typing import Any
 
-from graftlm.data.columns import Columns, render
-from graftlm.data.render import Renderer
-from graftlm.data.source import DataConfig, Row
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.token_columns import Columns, render
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError
 
 ROW_COST = 1_000
@@ -41,7 +41,7 @@ MANY = 3_000_000
 AHEAD = 4
 """Chunks for each core that are under way or wait to be handed out: this bounds the memory."""
 
-PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from graftlm.data.parallel import work; work()"
+PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from graftlm.data.chat.parallel import work; work()"
 
 Chunk = tuple[list[Row], Columns]
 

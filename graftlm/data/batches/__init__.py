@@ -1,0 +1,1 @@
+"""Rendered rows -> packs: order, groups, prompts."""

@@ -1,0 +1,1 @@
+"""Messages -> ids, roles and loss weights, by the chat template of the tokenizer."""

@@ -1,0 +1,1 @@
+"""What the rows look like: the pre-flight report, the survey, near-duplicates, languages."""
