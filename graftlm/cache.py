@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from graftlm.files import writing
-from graftlm.model.load import cache_folder
+from graftlm.files import cache_folder, writing
 
 _HASH = "[0-9a-f]{12,64}"
 

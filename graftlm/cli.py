@@ -950,7 +950,7 @@ KindOption = Annotated[
 def cache_list(as_json: JsonOption = False) -> None:
     """List what graftlm keeps in its cache folder, by kind: entries, size and age."""
     from graftlm import cache
-    from graftlm.model.load import cache_folder
+    from graftlm.files import cache_folder
 
     found, others = cache.entries(), cache.others()
     if as_json:
@@ -973,7 +973,7 @@ def cache_clear(
 ) -> None:
     """Remove what graftlm keeps in its cache folder, all of it or some kinds; it is made again when it is needed."""
     from graftlm import cache
-    from graftlm.model.load import cache_folder
+    from graftlm.files import cache_folder
 
     kinds = tuple(dict.fromkeys(kind or cache.KINDS))
     for each in kinds:

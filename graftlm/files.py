@@ -82,3 +82,9 @@ def _no_room(out: Path, needs: int) -> str:
     free = shutil.disk_usage(there).free
     wanted = f"it takes {needs:,} bytes, and {free:,}" if needs else f"{free:,} bytes"
     return f"{out}: no room on the disk ({wanted} are free). Nothing that was there is lost: make some room"
+
+
+def cache_folder() -> Path:
+    """Where converted bases and fingerprints are kept: $GRAFT_CACHE, or graftlm in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftlm"
+    return Path(os.environ.get("GRAFT_CACHE") or default)

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from graftlm import cache, cli
+from graftlm.files import cache_folder
 from graftlm.model import load
 
 DAY = 86400
@@ -168,8 +169,8 @@ def test_what_the_library_writes_is_ours(folder: Path, base_folder: Path, monkey
     from graftlm.training.recipe import Recipe
     from graftlm.training.run import train
 
-    monkeypatch.setattr(load, "_fingerprint_folder", lambda: load.cache_folder() / "fingerprints")
-    for module in ("check", "reading"):  # few rows are not written
+    monkeypatch.setattr(load, "_fingerprint_folder", lambda: cache_folder() / "fingerprints")
+    for module in ("quality.preflight", "sources.row_cache"):  # few rows are not written
         monkeypatch.setattr(f"graftlm.data.{module}.many", lambda rows: True)
     rows = folder.parent / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"p {n}", "completion": f"c {n}"}) + "\n" for n in range(12)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.model.load import cache_folder
+from graftlm.files import cache_folder
 from tests.guards import session_folder
 from tests.guards.sitecustomize import is_loopback
 from tests.tiers import SAMPLE, sample

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import OutputError
-from graftlm.files import whole
+from graftlm.files import cache_folder, whole
 from graftlm.model import kernels
 from graftlm.model.attach import trainable
 from graftlm.model.backend import OURS, TORCH, Backend, Kernels, compiled, pinned, rotates_halves
 from graftlm.model.forward import Packed, hidden_states, packed_attention
-from graftlm.model.load import cache_folder
 from graftlm.system import processor
 
 CALLS = 4

@@ -26,9 +26,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from graftlm.errors import OutputError, TrainingError
-from graftlm.files import whole
+from graftlm.files import cache_folder, whole
 from graftlm.model import ops
-from graftlm.model.load import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")

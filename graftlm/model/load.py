@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from graftlm.config import Flag, config
 from graftlm.errors import AdapterError, BaseModelError, TargetError, nearest, numbered
+from graftlm.files import cache_folder
 from graftlm.model.attach import absent_weights, attachment, base_parameters
 from graftlm.model.bases import view
 from graftlm.model.coverage import coverage
@@ -214,12 +215,6 @@ def multiplies_bf16_fast(device: str) -> bool:
 
 
 # Finding and checking --------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where converted bases and fingerprints are kept: $GRAFT_CACHE, or graftlm in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftlm"
-    return Path(os.environ.get("GRAFT_CACHE") or default)
 
 
 def locate(base: BaseConfig, *, network: bool = False) -> str:

@@ -33,21 +33,14 @@ from graftlm.data.sources.row_cache import read_kept, unread_keys
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.data.sources.template_draws import Draws, draw_again
 from graftlm.errors import TrainingError
-from graftlm.files import writing
+from graftlm.files import cache_folder, writing
 from graftlm.losses import LOSSES
 from graftlm.model.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
 from graftlm.model.autotune import Choice
 from graftlm.model.backend import pinned
 from graftlm.model.coverage import coverage
 from graftlm.model.endings import missing_end
-from graftlm.model.load import (
-    Loaded,
-    base_config,
-    cache_folder,
-    fingerprint,
-    load_base,
-    return_freed_memory,
-)
+from graftlm.model.load import Loaded, base_config, fingerprint, load_base, return_freed_memory
 from graftlm.model.sketch import Positions
 from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.system import preserve_global_state

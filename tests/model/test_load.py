@@ -13,6 +13,7 @@ import torch
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError
+from graftlm.files import cache_folder
 from graftlm.model import load
 from graftlm.model.attach import attach, base_parameters
 from graftlm.model.load import BaseConfig, base_record, fingerprint, load_base, load_tokenizer
@@ -277,9 +278,9 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.delenv("GRAFT_CACHE", raising=False)
-    assert load.cache_folder() == Path("/x/graftlm")
+    assert cache_folder() == Path("/x/graftlm")
     monkeypatch.setenv("GRAFT_CACHE", "/y")
-    assert load.cache_folder() == Path("/y")
+    assert cache_folder() == Path("/y")
 
 
 # The packaged default --------------------------------------------------------------------------------------------

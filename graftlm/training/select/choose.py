@@ -24,8 +24,8 @@ from graftlm.data.quality.preflight import Report
 from graftlm.data.sources.convert import to_fields, write_lines
 from graftlm.data.sources.source import SELECTED, Row
 from graftlm.errors import DataError, RecipeError
-from graftlm.files import check_lines, check_new, whole
-from graftlm.model.load import base_config, cache_folder, load_base, locate, return_freed_memory
+from graftlm.files import cache_folder, check_lines, check_new, whole
+from graftlm.model.load import base_config, load_base, locate, return_freed_memory
 from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks
 from graftlm.training.positions import check_positions
