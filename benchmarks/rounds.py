@@ -16,8 +16,8 @@ import yaml
 from machine import write_result
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.attach import attach
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import attach
 from graftlm.model.store import save_adapter
 
 Config = dict[str, Any]

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from graftlm.deltas import METHODS as METHODS
     from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
-    from graftlm.model.attach import activate as activate
-    from graftlm.model.attach import attach as attach
-    from graftlm.model.attach import by_row as by_row
-    from graftlm.model.attach import deltas_off as deltas_off
-    from graftlm.model.attach import detach as detach
-    from graftlm.model.attach import merged_state as merged_state
-    from graftlm.model.collect import collect as collect
     from graftlm.model.export import export as export
-    from graftlm.model.load import BaseConfig as BaseConfig
-    from graftlm.model.load import load_base as load_base
+    from graftlm.model.hub.load import BaseConfig as BaseConfig
+    from graftlm.model.hub.load import load_base as load_base
+    from graftlm.model.layers.attach import activate as activate
+    from graftlm.model.layers.attach import attach as attach
+    from graftlm.model.layers.attach import by_row as by_row
+    from graftlm.model.layers.attach import deltas_off as deltas_off
+    from graftlm.model.layers.attach import detach as detach
+    from graftlm.model.layers.attach import merged_state as merged_state
+    from graftlm.model.passes.statistics import collect as collect
     from graftlm.model.store import load_adapter as load_adapter
     from graftlm.model.store import save_adapter as save_adapter
     from graftlm.training.answer import answer as answer
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from graftlm.training.run import train as train
 
 _HOME = {
-    "BaseConfig": "graftlm.model.load",
+    "BaseConfig": "graftlm.model.hub.load",
     "DataConfig": "graftlm.data.sources.source",
     "INITS": "graftlm.deltas.inits",
     "LoraConfig": "graftlm.deltas.lora",
@@ -44,17 +44,17 @@ _HOME = {
     "ReportConfig": "graftlm.training.recipe",
     "SourceConfig": "graftlm.data.sources.source",
     "TrainConfig": "graftlm.training.loop",
-    "activate": "graftlm.model.attach",
+    "activate": "graftlm.model.layers.attach",
     "answer": "graftlm.training.answer",
-    "attach": "graftlm.model.attach",
-    "by_row": "graftlm.model.attach",
-    "collect": "graftlm.model.collect",
-    "deltas_off": "graftlm.model.attach",
-    "detach": "graftlm.model.attach",
+    "attach": "graftlm.model.layers.attach",
+    "by_row": "graftlm.model.layers.attach",
+    "collect": "graftlm.model.passes.statistics",
+    "deltas_off": "graftlm.model.layers.attach",
+    "detach": "graftlm.model.layers.attach",
     "export": "graftlm.model.export",
     "load_adapter": "graftlm.model.store",
-    "load_base": "graftlm.model.load",
-    "merged_state": "graftlm.model.attach",
+    "load_base": "graftlm.model.hub.load",
+    "merged_state": "graftlm.model.layers.attach",
     "save_adapter": "graftlm.model.store",
     "train": "graftlm.training.run",
 }

@@ -647,7 +647,7 @@ def chat(
 ) -> None:
     """Talk with the model; answers stream. /base switches the delta off in mid-conversation."""
     from graftlm.data.sources.formats import Message
-    from graftlm.model.attach import activate, attachment
+    from graftlm.model.layers.attach import activate, attachment
     from graftlm.training.answer import answer, chat_renderer
 
     options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
@@ -720,7 +720,7 @@ def _write(piece: str) -> None:
 
 
 def _load(base: str, adapters: list[Path], network: bool, store: str | None = None) -> tuple[Any, Any]:
-    from graftlm.model.load import load_base
+    from graftlm.model.hub.load import load_base
     from graftlm.model.store import adapters_in, load_adapter, template_of, tokenizer_of
 
     _prepare_libraries()

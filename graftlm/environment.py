@@ -9,8 +9,8 @@ import torch
 
 from graftlm import __version__, cache, system
 from graftlm.files import cache_folder
-from graftlm.model.autotune import stored_choices
-from graftlm.model.kernels import compiler, unavailable
+from graftlm.kernels.cpu import compiler, unavailable
+from graftlm.model.passes.autotune import stored_choices
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "safetensors", "numpy", "pydantic"),

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, WeightDelta
-from graftlm.model.attach import (
+from graftlm.model.layers.attach import (
     activate,
     attach,
     by_row,
@@ -34,10 +34,10 @@ from graftlm.model.attach import (
     shared_of,
     trainable,
 )
-from graftlm.model.collect import collect
-from graftlm.model.forward import log_probs, packed_attention
-from graftlm.model.hosts import CACHE_NAMES, Host, LayerHost
-from graftlm.model.recompute import recomputed_layers
+from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
+from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.recompute import recomputed_layers
+from graftlm.model.passes.statistics import collect
 from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 
 CHATML = (

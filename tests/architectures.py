@@ -16,10 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError
-from graftlm.model.attach import attach, deltas_off, hosts, merged_state, trainable
 from graftlm.model.export import export, merge_into
-from graftlm.model.forward import check_forward, check_packing, head, hidden_states, packed_attention
-from graftlm.model.sites import output_head
+from graftlm.model.layers.attach import attach, deltas_off, hosts, merged_state, trainable
+from graftlm.model.layers.sites import output_head
+from graftlm.model.passes.forward import check_forward, check_packing, head, hidden_states, packed_attention
 from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 from graftlm.testing import TINY, move, tiny_of
 

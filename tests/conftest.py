@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from graftlm.model import load
+from graftlm.model.hub import load
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from graftlm import cli
 from graftlm.deltas import METHODS
 from graftlm.errors import DataError, OutputError
-from graftlm.model.attach import attach
-from graftlm.model.load import BaseConfig, load_base
+from graftlm.model.hub.load import BaseConfig, load_base
+from graftlm.model.layers.attach import attach
 from graftlm.model.store import save_adapter
 from graftlm.testing import close, logits, move, save_tiny_base, tiny_model, tiny_tokenizer
 

@@ -12,7 +12,7 @@ from graftlm import Recipe
 from graftlm.config import build, config, json_schema, parse_yaml, read, to_tree, to_yaml
 from graftlm.data.sources.source import DataConfig
 from graftlm.errors import RecipeError
-from graftlm.model.load import BaseConfig
+from graftlm.model.hub.load import BaseConfig
 from graftlm.training.online import OnlineConfig
 from graftlm.training.other_names import OTHER_NAMES
 

@@ -20,7 +20,7 @@ from graftlm.deltas.ia3 import Ia3
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.deltas.reslora import ResLora
 from graftlm.deltas.vera import Vera
-from graftlm.model.attach import hosts
+from graftlm.model.layers.attach import hosts
 from graftlm.testing import (
     CONTRACT,
     attach_tiny,

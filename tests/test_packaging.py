@@ -37,7 +37,7 @@ def test_the_wheel_holds_every_file_of_the_package(built: tuple[zipfile.ZipFile,
     files = {file for file in files if "__pycache__" not in file}
     inside = {name for name in built[0].namelist() if ".dist-info/" not in name}
     assert inside == files
-    assert {"graftlm/py.typed", "graftlm/recipes/quickstart.yaml", "graftlm/model/kernels.cpp"} <= inside
+    assert {"graftlm/py.typed", "graftlm/recipes/quickstart.yaml", "graftlm/kernels/cpu.cpp"} <= inside
 
 
 def test_what_the_index_is_told(built: tuple[zipfile.ZipFile, tarfile.TarFile]) -> None:

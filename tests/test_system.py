@@ -19,8 +19,8 @@ from graftlm import cli, system
 from graftlm.config import build
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, PlatformError
-from graftlm.model.attach import attach
 from graftlm.model.generate import generate
+from graftlm.model.layers.attach import attach
 from graftlm.training.answer import answer
 from graftlm.training.bench import bench
 from graftlm.training.plan import plan

@@ -27,8 +27,8 @@ sys.path.insert(0, str(HERE.parent))
 from machine import commit, write_result  # noqa: E402
 
 from graftlm.config import build  # noqa: E402
-from graftlm.model.attach import detach, hosts  # noqa: E402
-from graftlm.model.load import load_base  # noqa: E402
+from graftlm.model.hub.load import load_base  # noqa: E402
+from graftlm.model.layers.attach import detach, hosts  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.held_out import held_out_loss  # noqa: E402
 from graftlm.training.policies.dylora import use_rank  # noqa: E402

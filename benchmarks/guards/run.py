@@ -21,7 +21,7 @@ import yaml
 import graftlm
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.attach import attachment, trainable
+from graftlm.model.layers.attach import attachment, trainable
 from graftlm.testing import attach_tiny, save_tiny_base, tiny_model
 from graftlm.training.guards import FEWEST
 from graftlm.training.loop import steps

@@ -37,8 +37,8 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
     from graftlm.data.batches.pack import batches, pack
-    from graftlm.model.attach import trainable
-    from graftlm.model.autotune import choose
+    from graftlm.model.layers.attach import trainable
+    from graftlm.model.passes.autotune import choose
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw
     from graftlm.training.run import prepare_data

@@ -26,8 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
-from graftlm.model.load import load_base, load_tokenizer  # noqa: E402
-from graftlm.model.quantise import CODECS, QuantisedLinear, normal_levels  # noqa: E402
+from graftlm.model.hub.load import load_base, load_tokenizer  # noqa: E402
+from graftlm.model.layers.quantize import CODECS, QuantisedLinear, normal_levels  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.recipe import Recipe, read_recipe  # noqa: E402
 from graftlm.training.run import peak_rss_gib, prepare_data  # noqa: E402

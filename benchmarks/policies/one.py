@@ -34,7 +34,7 @@ def main() -> None:
     from graftlm.config import build
     from graftlm.data.batches.pack import Example, pack
     from graftlm.deltas.full import FullConfig
-    from graftlm.model.attach import attach, attachment, trainable
+    from graftlm.model.layers.attach import attach, attachment, trainable
     from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.policies import POLICIES, make_optimiser, make_policies

@@ -25,8 +25,8 @@ def main() -> None:
     import graftlm
     from graftlm.data.batches.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
-    from graftlm.model.attach import trainable
-    from graftlm.model.autotune import fastest_backend
+    from graftlm.model.layers.attach import trainable
+    from graftlm.model.passes.autotune import fastest_backend
     from graftlm.model.store import load_adapter
     from graftlm.system import tune_process
     from graftlm.training.loop import steps

@@ -16,7 +16,7 @@ from graftlm.data.batches.pack import batches
 from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.source import DataConfig, load_rows
-from graftlm.model.load import load_tokenizer
+from graftlm.model.hub.load import load_tokenizer
 
 OPTIONS = ("steps", "batch_pairs", "seed", "warmup_steps", "learning_rate", "beta")
 

@@ -21,9 +21,9 @@ from machine import write_result  # noqa: E402
 from graftlm.data.batches.pack import Example, pack  # noqa: E402
 from graftlm.data.sources.source import load_rows  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
-from graftlm.model.attach import attach, trainable  # noqa: E402
-from graftlm.model.autotune import fastest_backend  # noqa: E402
-from graftlm.model.load import load_base  # noqa: E402
+from graftlm.model.hub.load import load_base  # noqa: E402
+from graftlm.model.layers.attach import attach, trainable  # noqa: E402
+from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.loop import Step, steps  # noqa: E402
 from graftlm.training.optim import adamw  # noqa: E402

@@ -36,8 +36,8 @@ from machine import commit, write_result  # noqa: E402
 from graftlm.config import build  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.sources.source import Row, load_rows  # noqa: E402
-from graftlm.model.attach import detach  # noqa: E402
-from graftlm.model.load import load_base  # noqa: E402
+from graftlm.model.hub.load import load_base  # noqa: E402
+from graftlm.model.layers.attach import detach  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.held_out import held_out_loss  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402

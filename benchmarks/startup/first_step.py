@@ -21,11 +21,11 @@ done("imports of torch and transformers")
 # what transformers imports when it first loads a model is among its imports, so that "graftlm" is ours alone
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
 from graftlm.data.batches.pack import lay_out  # noqa: E402
-from graftlm.model.attach import trainable  # noqa: E402
-from graftlm.model.autotune import fastest_backend  # noqa: E402
+from graftlm.model.layers.attach import trainable  # noqa: E402
+from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
+from graftlm.model.passes.proof import prove  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402
 from graftlm.training.optim import adamw  # noqa: E402
-from graftlm.training.prove import prove  # noqa: E402
 from graftlm.training.run import prepare_data  # noqa: E402
 
 done("imports of graftlm")

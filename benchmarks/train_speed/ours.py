@@ -27,8 +27,8 @@ def main() -> None:
 
     import graftlm
     from graftlm.data.batches.pack import Example, pack
-    from graftlm.model.attach import trainable
-    from graftlm.model.autotune import choose
+    from graftlm.model.layers.attach import trainable
+    from graftlm.model.passes.autotune import choose
     from graftlm.model.store import load_adapter
     from graftlm.system import tune_process
     from graftlm.training.loop import steps

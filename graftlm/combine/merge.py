@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from graftlm.model.attach import activate, deltas_off, merged_state
+from graftlm.model.layers.attach import activate, deltas_off, merged_state
 
 
 def merge(model: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:

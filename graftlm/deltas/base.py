@@ -87,7 +87,7 @@ class Shared(nn.Module):
 
 
 class Base(Protocol):
-    """A view of a frozen layer of any kind (linear, transposed, quantised ...), made by `graftlm/model/bases.py`."""
+    """A view of a frozen layer of any kind (linear, transposed, quantised ...), made by `model/layers/bases.py`."""
 
     @property
     def weight(self) -> Tensor:
@@ -282,7 +282,7 @@ class AdditiveDelta(WeightDelta):
 class InputDelta(Delta):
     """A delta on what the model attends to (prompt, prefix): attached to the model, not to a layer.
 
-    Where positions, packs, masks and caches come in is the plumbing's (`graftlm/model/hosts.py`).
+    Where positions, packs, masks and caches come in is the plumbing's (`graftlm/model/layers/hosts.py`).
     """
 
     kinds = ("model",)

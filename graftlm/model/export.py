@@ -19,13 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError, numbered
-from graftlm.model.attach import attachment, base_state, hosts, merged_state
-from graftlm.model.endings import generation_settings, missing_end, tokenizer_that_ends
-from graftlm.model.hosts import Host, LayerHost, all_factors
+from graftlm.model.hub.load import fingerprint, public_name, store_of
+from graftlm.model.hub.stopping import generation_settings, missing_end, tokenizer_that_ends
+from graftlm.model.layers.attach import attachment, base_state, hosts, merged_state
+from graftlm.model.layers.hosts import Host, LayerHost, all_factors
+from graftlm.model.layers.quantize import CODECS, GROUP, QuantisedLinear
 from graftlm.model.llama_cpp import Architecture, architecture, gguf_factors, why_not_gguf
-from graftlm.model.load import fingerprint, public_name, store_of
 from graftlm.model.peft import model_type, target_modules, task, why_not_read
-from graftlm.model.quantise import CODECS, GROUP, QuantisedLinear
 from graftlm.model.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
 
 # Merged models ---------------------------------------------------------------------------------------------------

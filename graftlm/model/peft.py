@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from graftlm.deltas.base import matches
-from graftlm.model.hosts import Host, LayerHost
+from graftlm.model.layers.hosts import Host, LayerHost
 
 MOE_AS_QWEN2 = (
     "afmoe",

@@ -30,12 +30,10 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
-from graftlm.model.attach import Chat, attach, attachment, deltas_by_site, detach, hosts, parameters_of, shared_of
 from graftlm.model.foreign import CONFIG as CONFIG
 from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Member, check_numbers, read_adapter
 from graftlm.model.foreign import PREFIX as PREFIX
-from graftlm.model.hosts import Host, LayerHost, ModelHost
-from graftlm.model.load import (
+from graftlm.model.hub.load import (
     PACKAGED,
     base_record,
     difference,
@@ -46,9 +44,20 @@ from graftlm.model.load import (
     store_of,
     with_more_tokens,
 )
+from graftlm.model.layers.attach import (
+    Chat,
+    attach,
+    attachment,
+    deltas_by_site,
+    detach,
+    hosts,
+    parameters_of,
+    shared_of,
+)
+from graftlm.model.layers.hosts import Host, LayerHost, ModelHost
+from graftlm.model.layers.quantize import CODECS
+from graftlm.model.layers.sites import config_at
 from graftlm.model.peft import model_type, target_modules, task, why_not_read
-from graftlm.model.quantise import CODECS
-from graftlm.model.sites import config_at
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "graftlm.json"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
-from graftlm.model.backend import TORCH, Backend
+from graftlm.kernels.backend import TORCH, Backend
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.policies import POLICIES

@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 from graftlm.data.batches.pack import Pack, pack
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.attach import attach, hosts, trainable
-from graftlm.model.autotune import choose
-from graftlm.model.backend import Kernels
-from graftlm.model.bases import view
-from graftlm.model.load import load_base, load_tokenizer, multiplies_bf16_fast
-from graftlm.model.sites import output_head, transformer_layers
+from graftlm.kernels.backend import Kernels
+from graftlm.model.hub.load import load_base, load_tokenizer, multiplies_bf16_fast
+from graftlm.model.layers.attach import attach, hosts, trainable
+from graftlm.model.layers.bases import view
+from graftlm.model.layers.sites import output_head, transformer_layers
+from graftlm.model.passes.autotune import choose
 from graftlm.system import preserve_global_state
 from graftlm.training.loop import TrainConfig, steps, training_pass
 from graftlm.training.objective import Objective

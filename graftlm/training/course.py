@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.chat.render import Renderer
-from graftlm.model.attach import deltas_still, trainable
-from graftlm.model.backend import Backend
+from graftlm.kernels.backend import Backend
+from graftlm.model.layers.attach import deltas_still, trainable
 from graftlm.training import ranks
 from graftlm.training.checkpoint import BEST, Snapshot, put_back, put_deltas_back, step_name, take
 from graftlm.training.guards import EVERY, Guards

@@ -9,11 +9,11 @@ from rich.console import Console
 from graftlm.data.batches.pack import Example, Group, Pack, lay_out
 from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import TrainingError
-from graftlm.model.attach import deltas_off
-from graftlm.model.autotune import Choice, choose
-from graftlm.model.backend import TORCH, Backend
+from graftlm.kernels.backend import TORCH, Backend
+from graftlm.model.layers.attach import deltas_off
+from graftlm.model.passes.autotune import Choice, choose
+from graftlm.model.passes.proof import prove
 from graftlm.training import ranks
-from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe
 
 STEPS_SEEN = 16

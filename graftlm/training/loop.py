@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
+from graftlm.kernels.backend import TORCH, Backend, Kernels
 from graftlm.losses import LossConfig
-from graftlm.model.attach import penalty, trainable
-from graftlm.model.backend import TORCH, Backend, Kernels
-from graftlm.model.forward import packed_attention
-from graftlm.model.recompute import offloaded, recomputed_layers
-from graftlm.model.sites import transformer_layers
+from graftlm.model.layers.attach import penalty, trainable
+from graftlm.model.layers.sites import transformer_layers
+from graftlm.model.passes.forward import packed_attention
+from graftlm.model.passes.recompute import offloaded, recomputed_layers
 from graftlm.training import ranks
 from graftlm.training.guards import EarlyStopping
 from graftlm.training.objective import Objective, Sums

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from graftlm.data.batches.groups import mismatched
 from graftlm.data.batches.pack import Example, Group, Pack
+from graftlm.kernels.torch_ops import Comparison, Readings
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
 from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
-from graftlm.model.attach import SHARED, share, shared_of
-from graftlm.model.forward import head, head_read, hidden_states, log_probs
-from graftlm.model.ops import Comparison, Readings
+from graftlm.model.layers.attach import SHARED, share, shared_of
+from graftlm.model.passes.forward import head, head_read, hidden_states, log_probs
 from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.regularisers import KlConfig

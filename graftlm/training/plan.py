@@ -1,6 +1,6 @@
 """What a recipe will need, before a weight is loaded: `graft plan`.
 
-The base is known by its config alone (`graftlm/model/sketch.py`). Of each kind of layer a few are filled with random
+The base is known by its config alone (`model/hub/sketch.py`). Of each kind of layer a few are filled with random
 numbers, get the recipe's deltas, and run the recipe's own packs here and now, first one of them, then all: what one
 more layer costs, in bytes and in seconds, times the layers of that kind, is what the model costs. So no method and no
 architecture needs a formula, and what is predicted is what this machine does.
@@ -19,15 +19,15 @@ from torch.utils._pytree import tree_leaves
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.data.sources.template_draws import Draws
 from graftlm.errors import TrainingError
+from graftlm.kernels.backend import TORCH, Backend, pinned
 from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.attach import attach, hosts, parameters_of, trainable
-from graftlm.model.autotune import Choice, choose
-from graftlm.model.backend import TORCH, Backend, pinned
-from graftlm.model.coverage import coverage
-from graftlm.model.forward import hidden_states
-from graftlm.model.load import multiplies_bf16_fast
-from graftlm.model.sketch import Sketch, kinds_of_layer, only, shorten, sketch
+from graftlm.model.hub.load import multiplies_bf16_fast
+from graftlm.model.hub.sketch import Sketch, kinds_of_layer, only, shorten, sketch
+from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
+from graftlm.model.layers.coverage import coverage
+from graftlm.model.passes.autotune import Choice, choose
+from graftlm.model.passes.forward import hidden_states
 from graftlm.system import kernel_cache_capacity, memory, preserve_global_state
 from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.loop import training_pass

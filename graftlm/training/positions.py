@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.quality.preflight import Report
 from graftlm.errors import DataError, numbered
-from graftlm.model.sketch import Positions, positions
+from graftlm.model.hub.sketch import Positions, positions
 
 if TYPE_CHECKING:
     from graftlm.training.recipe import Recipe

@@ -24,8 +24,9 @@ from graftlm.data.batches.pack import Example, Group
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.files import writing
-from graftlm.model.attach import deltas_off
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import deltas_off
+from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks, report
 from graftlm.training.held_out import held_out_loss
@@ -33,7 +34,6 @@ from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import NotFiniteError
 from graftlm.training.noise import NoiseScale, batch_for
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
-from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.tokenizer import recipe_tokenizer

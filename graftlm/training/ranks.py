@@ -207,9 +207,9 @@ def shard(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from graftlm.deltas.base import InputDelta
-    from graftlm.model.attach import hosts
-    from graftlm.model.load import fingerprint
-    from graftlm.model.sites import decoder_of, transformer_layers
+    from graftlm.model.hub.load import fingerprint
+    from graftlm.model.layers.attach import hosts
+    from graftlm.model.layers.sites import decoder_of, transformer_layers
 
     decoder, layers = decoder_of(model) or model, transformer_layers(model)
     if not layers:

@@ -16,8 +16,8 @@ from graftlm.errors import nearest
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
-from graftlm.model.attach import needed_statistics
-from graftlm.model.load import BaseConfig
+from graftlm.model.hub.load import BaseConfig
+from graftlm.model.layers.attach import needed_statistics
 from graftlm.training.loop import TrainConfig
 from graftlm.training.online import OnlineConfig
 from graftlm.training.other_names import OTHER_NAMES

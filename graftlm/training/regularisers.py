@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from graftlm.config import Pattern, PositiveRate, config
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import divergence
-from graftlm.model.attach import deltas_by_site, shared_of
-from graftlm.model.sites import pattern_matches
+from graftlm.model.layers.attach import deltas_by_site, shared_of
+from graftlm.model.layers.sites import pattern_matches
 from graftlm.training.teacher import REFERENCE, Distance
 
 

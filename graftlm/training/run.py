@@ -34,14 +34,15 @@ from graftlm.data.sources.source import DataConfig, Row
 from graftlm.data.sources.template_draws import Draws, draw_again
 from graftlm.errors import TrainingError
 from graftlm.files import cache_folder, writing
+from graftlm.kernels.backend import pinned
 from graftlm.losses import LOSSES
-from graftlm.model.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
-from graftlm.model.autotune import Choice
-from graftlm.model.backend import pinned
-from graftlm.model.coverage import coverage
-from graftlm.model.endings import missing_end
-from graftlm.model.load import Loaded, base_config, fingerprint, load_base, return_freed_memory
-from graftlm.model.sketch import Positions
+from graftlm.model.hub.load import Loaded, base_config, fingerprint, load_base, return_freed_memory
+from graftlm.model.hub.sketch import Positions
+from graftlm.model.hub.stopping import missing_end
+from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
+from graftlm.model.layers.coverage import coverage
+from graftlm.model.passes.autotune import Choice
+from graftlm.model.passes.proof import prove
 from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.system import preserve_global_state
 from graftlm.training import depends, display, ranks, report
@@ -55,7 +56,6 @@ from graftlm.training.objective import Objective
 from graftlm.training.online import mean_reward
 from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place
 from graftlm.training.positions import check_positions
-from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose

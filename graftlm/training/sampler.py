@@ -24,10 +24,10 @@ from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import Prompt
 from graftlm.data.chat.render import Renderer
 from graftlm.losses import LOSSES
-from graftlm.model.attach import deltas_still
-from graftlm.model.endings import all_stop_ids
-from graftlm.model.forward import log_probs, packed_attention
 from graftlm.model.generate import generate
+from graftlm.model.hub.stopping import all_stop_ids
+from graftlm.model.layers.attach import deltas_still
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.training import ranks
 from graftlm.training.online import OnlineConfig, material, score
 from graftlm.training.policies.base import Policy, PolicyConfig, Training

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
+from graftlm.kernels.torch_ops import Comparison
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.attach import activate, deltas_only, hosts, parameters_of
-from graftlm.model.forward import hidden_states, is_packed, logits, packed_attention
-from graftlm.model.load import BaseConfig, load_base, load_tokenizer
-from graftlm.model.ops import Comparison
+from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
+from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of
+from graftlm.model.passes.forward import hidden_states, is_packed, logits, packed_attention
 from graftlm.model.store import CONFIG, WEIGHTS, load_adapter, sha256_of
 
 REFERENCE = "reference"

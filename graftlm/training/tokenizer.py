@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import RecipeError
-from graftlm.model.load import load_tokenizer, plain_template
+from graftlm.model.hub.load import load_tokenizer, plain_template
 from graftlm.template_variables import checked_with_variables
 
 if TYPE_CHECKING:

@@ -19,10 +19,11 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.template_draws import Draws
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
-from graftlm.model.attach import attach, hosts, needed_statistics, parameters_of, trainable
-from graftlm.model.backend import TORCH, Backend
-from graftlm.model.collect import collect
-from graftlm.model.forward import packed_attention
+from graftlm.kernels.backend import TORCH, Backend
+from graftlm.model.layers.attach import attach, hosts, needed_statistics, parameters_of, trainable
+from graftlm.model.passes.forward import packed_attention
+from graftlm.model.passes.proof import prove
+from graftlm.model.passes.statistics import collect
 from graftlm.training import ranks
 from graftlm.training.aside import loss_aside
 from graftlm.training.kernels import choose_kernels
@@ -30,7 +31,6 @@ from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
 from graftlm.training.policies import default_rate, make_optimiser, make_policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training
-from graftlm.training.prove import prove
 from graftlm.training.recipe import Recipe
 from graftlm.training.sampler import Sampler
 from graftlm.training.scorers import Scorer

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import graftlm
 from graftlm import cli
 from graftlm.errors import AdapterError
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
 from graftlm.model.store import CONFIG, WEIGHTS, load_adapter, template_of, tokenizer_of
 from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
 from tests.peers import peft_adapter

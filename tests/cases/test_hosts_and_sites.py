@@ -25,12 +25,12 @@ from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import BaseModelError, TargetError
-from graftlm.model import kernels, ops
-from graftlm.model.attach import activate, attach, by_row, deltas_off, detach, hosts, merged_state, trainable
-from graftlm.model.coverage import coverage
-from graftlm.model.load import load_base, quantise
-from graftlm.model.quantise import QuantisedLinear
-from graftlm.model.sites import find_sites, towers
+from graftlm.kernels import cpu, torch_ops
+from graftlm.model.hub.load import load_base, quantise
+from graftlm.model.layers.attach import activate, attach, by_row, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.sites import find_sites, towers
 from graftlm.testing import close, ids, logits, move, save_tiny_base, tiny_config, tiny_model, tiny_tokenizer
 
 SMALL = LoraConfig(r=2, alpha=4)
@@ -288,21 +288,19 @@ def test_no_operation_of_ours_returns_a_view_that_it_made_itself() -> None:
     x, W = torch.randn(2, 5, 16), torch.randn(16, 16)
     A, B, gain = torch.randn(4, 16).requires_grad_(), torch.randn(16, 4).requires_grad_(), torch.ones(16)
     outputs = {
-        "low rank": lambda x: ops.low_rank_linear(x, W, torch.randn(16), A, B),
-        "low rank with a gain": lambda x: ops.low_rank_linear(x, W, torch.randn(16), A, B, gain),
-        "frozen": lambda x: ops.frozen_linear(x, W, torch.randn(16)),
-        "gate": lambda x: ops.silu_gate(x, x),
-        "norm": lambda x: ops.rms_norm(x, gain, 1e-6),
+        "low rank": lambda x: torch_ops.low_rank_linear(x, W, torch.randn(16), A, B),
+        "low rank with a gain": lambda x: torch_ops.low_rank_linear(x, W, torch.randn(16), A, B, gain),
+        "frozen": lambda x: torch_ops.frozen_linear(x, W, torch.randn(16)),
+        "gate": lambda x: torch_ops.silu_gate(x, x),
+        "norm": lambda x: torch_ops.rms_norm(x, gain, 1e-6),
     }
-    if not kernels.unavailable(torch.device("cpu"), torch.bfloat16):
+    if not cpu.unavailable(torch.device("cpu"), torch.bfloat16):
         half, cos = W.bfloat16(), torch.ones(1, 5, 32, dtype=torch.bfloat16)
         outputs |= {
-            "our low rank": lambda x: kernels.low_rank_linear(x.bfloat16(), half, None, A, B),
-            "our gate": lambda x: kernels.silu_gate(x.bfloat16(), x.bfloat16()),
-            "our norm": lambda x: kernels.rms_norm(x.bfloat16(), gain.bfloat16(), 1e-6),
-            "our rotary": lambda x: kernels.rotary(*(x.bfloat16().view(1, 2, 5, -1).repeat(1, 1, 1, 2),) * 2, cos, cos)[
-                0
-            ],
+            "our low rank": lambda x: cpu.low_rank_linear(x.bfloat16(), half, None, A, B),
+            "our gate": lambda x: cpu.silu_gate(x.bfloat16(), x.bfloat16()),
+            "our norm": lambda x: cpu.rms_norm(x.bfloat16(), gain.bfloat16(), 1e-6),
+            "our rotary": lambda x: cpu.rotary(*(x.bfloat16().view(1, 2, 5, -1).repeat(1, 1, 1, 2),) * 2, cos, cos)[0],
         }
     for what, function in outputs.items():
         given = x.clone().requires_grad_()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from graftlm.errors import TrainingError
-from graftlm.model.forward import check_forward, check_packing, packed_attention
-from graftlm.model.sites import decoder_of, transformer_layers
+from graftlm.model.layers.sites import decoder_of, transformer_layers
+from graftlm.model.passes.forward import check_forward, check_packing, packed_attention
 from graftlm.testing import tiny_model
 from tests.architectures import build
 from tests.model.test_proof import DTYPES, ids, made, rows

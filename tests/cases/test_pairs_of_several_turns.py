@@ -19,7 +19,7 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import DataConfig, Row, load_rows
 from graftlm.losses.base import lengths, per_answer
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.training.objective import batch_of
 from graftlm.training.recipe import Recipe

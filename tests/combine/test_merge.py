@@ -7,7 +7,7 @@ from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import attach, attachment, deltas_off, hosts, merged_state
+from graftlm.model.layers.attach import attach, attachment, deltas_off, hosts, merged_state
 from graftlm.testing import attach_tiny, close, logits, move, perturbed, plain_with, tiny_model
 
 MERGEABLE = [name for name, method in METHODS.items() if method.mergeable]

@@ -11,7 +11,7 @@ from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import AdditiveDelta, Base, Delta, DeltaConfig, Site, WeightDelta
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import activate, attach, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.layers.attach import activate, attach, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.testing import CONTRACT, ids, logits, tiny_model
 from tests.peers import relative_error
 

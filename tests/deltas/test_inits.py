@@ -30,10 +30,10 @@ from graftlm.deltas.inits.lora_sb import ETA
 from graftlm.deltas.inits.pissa_fast import pissa_fast
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import _part_with, attach, deltas_off, detach, hosts, merged_state, trainable
-from graftlm.model.collect import collect
-from graftlm.model.load import load_base, quantise
-from graftlm.model.quantise import QuantisedLinear
+from graftlm.model.hub.load import load_base, quantise
+from graftlm.model.layers.attach import _part_with, attach, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.passes.statistics import collect
 from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import (
     attach_tiny,

@@ -11,7 +11,7 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import Site
 from graftlm.deltas.inits import INITS
 from graftlm.deltas.lora import Lora, LoraConfig
-from graftlm.model.attach import attach, hosts
+from graftlm.model.layers.attach import attach, hosts
 from graftlm.testing import ids, tiny_model
 from tests.peers import copy_factors, factors_of_ours, factors_of_peft, peft_model, relative_error
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graftlm.deltas import METHODS
-from graftlm.model.attach import attach, hosts, shared_of
+from graftlm.model.layers.attach import attach, hosts, shared_of
 from graftlm.testing import attach_tiny, close, ids, logits, tiny_config, tiny_model
 
 LIKE_LORA = ("lora", "dylora", "gated-lora", "moslora", "block-lora", "nlora")

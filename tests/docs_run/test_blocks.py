@@ -20,7 +20,7 @@ from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.source import load_rows
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
-from graftlm.model import load
+from graftlm.model.hub import load
 from graftlm.training.recipe import read_recipe
 from tests.docs_run.names import PAGES, ROOT, blocks, title
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from graftlm.deltas import METHODS
 from graftlm.model import store
-from graftlm.model.attach import attachment, hosts, trainable
-from graftlm.model.hosts import LayerHost
+from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.model.layers.hosts import LayerHost
 from graftlm.testing import close, ids, logits, perturbed, tiny_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

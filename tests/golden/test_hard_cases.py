@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graftlm.model.attach import merged_state
+from graftlm.model.layers.attach import merged_state
 from graftlm.testing import _plain_with, close, ids, logits, perturbed, tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
 

@@ -19,8 +19,8 @@ from graftlm.deltas.kasa import Kasa, KasaConfig
 from graftlm.deltas.mora import Mora, MoraConfig
 from graftlm.deltas.vb_lora import VbLoraConfig
 from graftlm.errors import AdapterError, TargetError
-from graftlm.model.attach import attach, hosts, merged_state, penalty, trainable
-from graftlm.model.bases import LinearBase
+from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
+from graftlm.model.layers.bases import LinearBase
 from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 from graftlm.testing import attach_tiny, close, ids, logits, move, perturbed, tiny_gpt2, tiny_model
 from tests.golden import check

@@ -10,8 +10,8 @@ from torch import Tensor
 from graftlm.config import build
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
-from graftlm.model.attach import activate, attach, hosts, shared_of
-from graftlm.model.hosts import LayerHost
+from graftlm.model.layers.attach import activate, attach, hosts, shared_of
+from graftlm.model.layers.hosts import LayerHost
 from graftlm.testing import attach_tiny, close, ids, logits, move, perturbed, tiny_config, tiny_gpt2, tiny_model
 from tests.golden.check import against_reference
 

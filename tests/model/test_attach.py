@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from graftlm.deltas.lora import LoraConfig
 from graftlm.deltas.prefix import PrefixConfig
 from graftlm.errors import RecipeError, TargetError
-from graftlm.model.attach import (
+from graftlm.model.layers.attach import (
     Host,
     activate,
     attach,

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model import autotune, kernels
-from graftlm.model.attach import attach, trainable
-from graftlm.model.autotune import Choice, ShapeClass, Timing, choose, class_of
-from graftlm.model.backend import OURS, TORCH, Backend
-from graftlm.model.forward import log_probs, packed_attention
-from graftlm.model.ops import Plan, Rule
+from graftlm.kernels import cpu
+from graftlm.kernels.backend import OURS, TORCH, Backend
+from graftlm.kernels.torch_ops import Plan, Rule
+from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.passes import autotune
+from graftlm.model.passes.autotune import Choice, ShapeClass, Timing, choose, class_of
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import tiny_model
 from tests.model.test_ops import normal
 from tests.peers import relative_error
@@ -25,7 +26,7 @@ from tests.peers import relative_error
 CPU = torch.device("cpu")
 
 needs_kernels = pytest.mark.skipif(
-    bool(kernels.unavailable(CPU, torch.bfloat16)), reason="our kernels cannot be built here"
+    bool(cpu.unavailable(CPU, torch.bfloat16)), reason="our kernels cannot be built here"
 )
 
 
@@ -45,7 +46,7 @@ def pack_of(*lengths: int) -> Pack:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache. Libraries that this process has loaded stay."""
-    kernels.unavailable(CPU, torch.bfloat16)
+    cpu.unavailable(CPU, torch.bfloat16)
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
     return tmp_path / "kernels"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from graftlm.errors import TrainingError
-from graftlm.model import kernels, ops
-from graftlm.model.backend import OURS, TORCH, check_compiler, pinned, rotates_halves
+from graftlm.kernels import cpu, torch_ops
+from graftlm.kernels.backend import OURS, TORCH, check_compiler, pinned, rotates_halves
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_rotary_embeddings_rotate_halves_where_the_model_does_that(name: str, wa
     )
     same = [
         torch.allclose(a, b, atol=1e-6)
-        for a, b in zip(ops.by_halves(q, k, cos, sin), file.apply_rotary_pos_emb(q, k, cos, sin), strict=True)
+        for a, b in zip(torch_ops.by_halves(q, k, cos, sin), file.apply_rotary_pos_emb(q, k, cos, sin), strict=True)
     ]
     assert all(same) or not wanted
 
@@ -39,7 +39,7 @@ def test_compiling_without_a_compiler_is_refused_with_the_remedy(monkeypatch: py
 
 def test_a_name_is_its_backend() -> None:
     assert pinned("torch", CPU, torch.float32) is TORCH
-    if not kernels.unavailable(CPU, torch.bfloat16):
+    if not cpu.unavailable(CPU, torch.bfloat16):
         assert pinned("ours", CPU, torch.bfloat16) is OURS
 
 

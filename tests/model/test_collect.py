@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import attach, trainable
-from graftlm.model.collect import collect
+from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.passes.statistics import collect
 from graftlm.testing import close, ids, logits, move, tiny_gpt2, tiny_model
 
 BATCHES = [(1, 2, 12), (2, 3, 7), (3, 1, 20)]

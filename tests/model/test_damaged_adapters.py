@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftlm.errors import GraftError
-from graftlm.model.attach import attachment, detach
 from graftlm.model.foreign import CONFIG
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import attachment, detach
 from graftlm.model.store import TEMPLATE, WEIGHTS, load_adapter
 from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
 from tests.peers import peft_adapter

@@ -16,9 +16,18 @@ from torch import Tensor
 
 from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, GraftError, TargetError
-from graftlm.model.attach import activate, attachment, by_row, deltas_off, detach, hosts, merged_state, parameters_of
 from graftlm.model.foreign import CONFIG, copied_rows
-from graftlm.model.load import quantise
+from graftlm.model.hub.load import quantise
+from graftlm.model.layers.attach import (
+    activate,
+    attachment,
+    by_row,
+    deltas_off,
+    detach,
+    hosts,
+    merged_state,
+    parameters_of,
+)
 from graftlm.model.store import WEIGHTS, load_adapter, save_adapter
 from graftlm.testing import close, ids, logits, tiny_model
 from tests.peers import peft_adapter

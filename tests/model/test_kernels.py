@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.model import kernels, ops
-from graftlm.model.attach import attach, trainable
-from graftlm.model.backend import OURS, TORCH
-from graftlm.model.forward import check_packing, log_probs, packed_attention
-from graftlm.model.ops import Plan, Rule, segment_attention
+from graftlm.kernels import cpu, torch_ops
+from graftlm.kernels.backend import OURS, TORCH
+from graftlm.kernels.torch_ops import Plan, Rule, segment_attention
+from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.passes.forward import check_packing, log_probs, packed_attention
 from graftlm.testing import tiny_model
 from tests.model.test_ops import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
 from tests.peers import relative_error
@@ -39,7 +39,7 @@ ROUNDING = 2 * torch.finfo(torch.bfloat16).eps
 def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as they are built here, and as they would be without products of bfloat16 pairs."""
     if request.param == "any processor":
-        monkeypatch.setattr(kernels, "FLAGS", tuple(flag for flag in kernels.FLAGS if flag != "-march=native"))
+        monkeypatch.setattr(cpu, "FLAGS", tuple(flag for flag in cpu.FLAGS if flag != "-march=native"))
 
 
 @pytest.fixture(params=[1, 2])
@@ -93,7 +93,7 @@ def test_attention_is_its_equation(tree: str, heads: tuple[int, int], D: int, th
     rule = Rule(Plan(lengths, parents), 0.3, None, None, 0)
     seen = seen_in_a_tree(lengths, parents or [-1] * len(lengths), None)
     same(
-        lambda q, k, v: kernels.attention(q, k, v, rule),
+        lambda q, k, v: cpu.attention(q, k, v, rule),
         lambda q, k, v: attention_by_mask(q[None], k[None], v[None], seen, scale=0.3, softcap=None)[0],
         [half(n, T, D, seed=s) for s, n in enumerate((H, G, G))],
     )
@@ -104,7 +104,7 @@ def test_keys_before_all_segments_are_seen_by_all() -> None:
     rule = Rule(Plan(lengths), 0.3, None, None, 5)
     seen = F.pad(seen_in_a_tree(lengths, [-1, -1], None), (5, 0), value=True)
     same(
-        lambda q, k, v: kernels.attention(q, k, v, rule),
+        lambda q, k, v: cpu.attention(q, k, v, rule),
         lambda q, k, v: attention_by_mask(q[None], k[None], v[None], seen, scale=0.3, softcap=None)[0],
         [half(4, T, 32, seed=0), half(2, T + 5, 32, seed=1), half(2, T + 5, 32, seed=2)],
     )
@@ -113,9 +113,9 @@ def test_keys_before_all_segments_are_seen_by_all() -> None:
 def test_heads_may_lie_in_memory_in_any_order() -> None:
     rule = Rule(Plan([10, 6]), 0.3, None, None, 0)
     q, k, v = (normal(16, n, 32, seed=n, dtype=torch.bfloat16).transpose(0, 1) for n in (4, 2, 2))
-    assert torch.equal(kernels.attention(q, k, v, rule), kernels.attention(*(t.contiguous() for t in (q, k, v)), rule))
+    assert torch.equal(cpu.attention(q, k, v, rule), cpu.attention(*(t.contiguous() for t in (q, k, v)), rule))
     across = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    assert torch.equal(kernels.attention(q, k, v, rule), kernels.attention(across[0], across[1], across[2], rule))
+    assert torch.equal(cpu.attention(q, k, v, rule), cpu.attention(across[0], across[1], across[2], rule))
 
 
 def test_rows_may_lie_an_odd_number_apart() -> None:
@@ -125,14 +125,14 @@ def test_rows_may_lie_an_odd_number_apart() -> None:
         F.pad(t.transpose(0, 1).flatten(1), (0, 1))[:, :-1].unflatten(1, (-1, 32)).transpose(0, 1) for t in (q, k, v)
     ]
     assert all(t.stride(1) % 2 for t in apart)
-    assert torch.equal(kernels.attention(apart[0], apart[1], apart[2], rule), kernels.attention(q, k, v, rule))
+    assert torch.equal(cpu.attention(apart[0], apart[1], apart[2], rule), cpu.attention(q, k, v, rule))
 
 
 def test_keys_may_be_very_many() -> None:
     rule = Rule(Plan([3]), 0.3, None, None, 40_000)
     seen = F.pad(torch.ones(3, 3).tril().bool(), (40_000, 0), value=True)
     same(
-        lambda q, k, v: kernels.attention(q, k, v, rule),
+        lambda q, k, v: cpu.attention(q, k, v, rule),
         lambda q, k, v: attention_by_mask(q[None], k[None], v[None], seen, scale=0.3, softcap=None)[0],
         [half(1, 3, 16, seed=0), half(1, 40_003, 16, seed=1), half(1, 40_003, 16, seed=2)],
     )
@@ -141,7 +141,7 @@ def test_keys_may_be_very_many() -> None:
 FEWER_THREADS = """
 import torch
 from graftlm.model import kernels
-from graftlm.model.ops import Plan, Rule
+from graftlm.kernels.torch_ops import Plan, Rule
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(0)
 def made(*shape, dtype=torch.bfloat16):
@@ -171,7 +171,7 @@ def test_attention_of_another_kind_is_that_of_ops(settings: dict[str, Any], D: i
     q, k, v = (normal(1, n, 20, D, seed=n, dtype=torch.bfloat16) for n in (4, 2, 2))
     found, wanted = (
         segment_attention(nn.Module(), q, k, v, plan=Plan([13, 7]), attend=attend, **settings)[0]
-        for attend in (kernels.attention, ops.tiled_attention)
+        for attend in (cpu.attention, torch_ops.tiled_attention)
     )
     assert relative_error(found, wanted) <= ROUNDING
     if settings or D == 8:
@@ -181,11 +181,11 @@ def test_attention_of_another_kind_is_that_of_ops(settings: dict[str, Any], D: i
 def test_large_scores_are_finite_and_what_is_not_stays_in_its_row() -> None:
     rule = Rule(Plan([8, 8]), 1.0, None, None, 0)
     q, k, v = (normal(2, 16, 32, seed=n, dtype=torch.bfloat16) * 100 for n in range(3))
-    assert kernels.attention(q, k, v, rule).isfinite().all()
+    assert cpu.attention(q, k, v, rule).isfinite().all()
     for hurt in (q, k, v):
         before = hurt[0, 3, 5].clone()
         hurt[0, 3, 5] = float("nan")
-        out = kernels.attention(q, k, v, rule)
+        out = cpu.attention(q, k, v, rule)
         assert out[:8, 0].isnan().any()
         assert out[8:].isfinite().all()
         hurt[0, 3, 5] = before
@@ -196,7 +196,7 @@ def test_the_same_threads_give_the_same_bits(threads: int) -> None:
     runs = []
     for _ in range(3):
         q, k, v = (half(n, sum(lengths), 64, seed=n) for n in (6, 3, 3))
-        kernels.attention(q, k, v, Rule(Plan(lengths, parents), 0.1, None, None, 0)).sum().backward()
+        cpu.attention(q, k, v, Rule(Plan(lengths, parents), 0.1, None, None, 0)).sum().backward()
         runs.append([q.grad, k.grad, v.grad])
     for run in runs[1:]:
         for a, b in zip(run, runs[0], strict=True):
@@ -217,9 +217,9 @@ def test_a_low_rank_layer_is_its_equation(
     W = half(d_out, d_in, seed=0, learns=False)
     x = half(1, tokens, d_in, seed=1)
     A, B = (normal(*s, seed=2).bfloat16().float().requires_grad_() for s in ((r, d_in), (d_out, r)))
-    assert type(kernels.low_rank_linear(x[0], W, None, A, B).grad_fn).__name__ == "_LowRankBackward"
+    assert type(cpu.low_rank_linear(x[0], W, None, A, B).grad_fn).__name__ == "_LowRankBackward"
     same(
-        lambda x, W, A, B: kernels.low_rank_linear(x, W, None, A, B),
+        lambda x, W, A, B: cpu.low_rank_linear(x, W, None, A, B),
         lambda x, W, A, B: x @ W.T + x @ A.T @ B.T,
         [x, W, A, B],
     )
@@ -231,7 +231,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(frozen: int) -> None:
     inputs[2], inputs[3] = (t.bfloat16().float().requires_grad_() for t in inputs[2:])
     inputs[frozen].requires_grad_(False)
     same(
-        lambda x, W, A, B: kernels.low_rank_linear(x, W, None, A, B),
+        lambda x, W, A, B: cpu.low_rank_linear(x, W, None, A, B),
         lambda x, W, A, B: x @ W.T + x @ A.T @ B.T,
         inputs,
     )
@@ -242,11 +242,11 @@ def test_layers_of_another_kind_are_those_of_ops() -> None:
     A, B, b, gain = normal(4, 32, seed=2), normal(48, 4, seed=3), half(48, seed=4, learns=False), normal(48, seed=5)
     across = W.T.contiguous().T
     for given in ((x, W, b, A, B), (x, W, None, A, B, gain), (x, across, None, A, B), (x, lambda dtype: W, None, A, B)):
-        assert torch.equal(kernels.low_rank_linear(*given), ops.low_rank_linear(*given))  # type: ignore[arg-type]
+        assert torch.equal(cpu.low_rank_linear(*given), torch_ops.low_rank_linear(*given))  # type: ignore[arg-type]
 
 
 def test_what_a_young_delta_adds_is_not_lost_beside_what_it_is_added_to() -> None:
-    assert_small_increments_stay(kernels.low_rank_linear)
+    assert_small_increments_stay(cpu.low_rank_linear)
 
 
 # Passes over memory --------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_norm_is_its_equation(size: float, threads: int, built: None) -> None:
     gain = half(48, seed=1, learns=False)
     x = (normal(1, 7, 48, seed=0) * size).bfloat16().requires_grad_()
     same(
-        lambda x, gain: kernels.rms_norm(x, gain, 1e-6),
+        lambda x, gain: cpu.rms_norm(x, gain, 1e-6),
         lambda x, gain: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain,
         [x, gain],
     )
@@ -266,7 +266,7 @@ def test_a_norm_is_its_equation(size: float, threads: int, built: None) -> None:
 def test_a_gated_unit_is_its_equation(threads: int, built: None) -> None:
     gate = torch.cat([normal(1, 6, 48, seed=0) * 4, torch.full((1, 1, 48), 1e4), torch.full((1, 1, 48), -1e4)], 1)
     same(
-        kernels.silu_gate,
+        cpu.silu_gate,
         lambda gate, up: F.silu(gate) * up,
         [gate.bfloat16().requires_grad_(), half(1, 8, 48, seed=1)],
     )
@@ -274,16 +274,16 @@ def test_a_gated_unit_is_its_equation(threads: int, built: None) -> None:
 
 def test_a_rotary_embedding_is_its_equation(threads: int, built: None) -> None:
     cos, sin = (half(1, 9, 32, seed=s, learns=False) for s in (2, 3))
-    same(kernels.rotary, ops.by_halves, [half(1, 4, 9, 32, seed=0), half(1, 2, 9, 32, seed=1), cos, sin])
+    same(cpu.rotary, torch_ops.by_halves, [half(1, 4, 9, 32, seed=0), half(1, 2, 9, 32, seed=1), cos, sin])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_and_dtypes_without_a_kernel_are_computed_by_ops(dtype: torch.dtype) -> None:
     x, gain, up = (normal(*shape, seed=n, dtype=dtype) for n, shape in enumerate(((3, 20), (20,), (3, 20))))
-    assert torch.equal(kernels.rms_norm(x, gain, 1e-6), ops.rms_norm(x, gain, 1e-6))
-    assert torch.equal(kernels.silu_gate(x, up), ops.silu_gate(x, up))
+    assert torch.equal(cpu.rms_norm(x, gain, 1e-6), torch_ops.rms_norm(x, gain, 1e-6))
+    assert torch.equal(cpu.silu_gate(x, up), torch_ops.silu_gate(x, up))
     q, k, cos, sin = (normal(*shape, 20, seed=3, dtype=dtype) for shape in ((2, 4, 5), (2, 2, 5), (2, 5), (2, 5)))
-    for found, wanted in zip(kernels.rotary(q, k, cos, sin), ops.by_halves(q, k, cos, sin), strict=True):
+    for found, wanted in zip(cpu.rotary(q, k, cos, sin), torch_ops.by_halves(q, k, cos, sin), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -324,15 +324,15 @@ def test_a_model_in_bf16_is_as_near_to_float32_with_kernels_as_without(kind: str
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of an empty cache in which libraries are stored."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-    kernels._library.cache_clear()
+    cpu._library.cache_clear()
     yield tmp_path / "cache" / "kernels"
-    kernels._library.cache_clear()
+    cpu._library.cache_clear()
 
 
 def built_again(folder: Path) -> list[Path]:
     """The stored libraries after this process has forgotten its own and asked for it again."""
-    kernels._library.cache_clear()
-    assert kernels.library().rms_norm is not None
+    cpu._library.cache_clear()
+    assert cpu.library().rms_norm is not None
     return sorted(folder.iterdir())
 
 
@@ -344,8 +344,8 @@ def test_kernels_are_built_once_and_anew_where_the_source_is_another(
     stamp = first.stat().st_mtime_ns
     assert [path.stat().st_mtime_ns for path in built_again(cache)] == [stamp]
     changed = tmp_path / "changed.cpp"
-    changed.write_text(kernels.SOURCE.read_text() + "// another\n")
-    monkeypatch.setattr(kernels, "SOURCE", changed)
+    changed.write_text(cpu.SOURCE.read_text() + "// another\n")
+    monkeypatch.setattr(cpu, "SOURCE", changed)
     assert len(built_again(cache)) == 2
 
 
@@ -363,7 +363,7 @@ def test_a_library_that_another_user_can_have_written_is_not_loaded(who: str, ca
     (stored,) = built_again(cache)
     name = stored.name.partition(".")[0]
     theirs = b"not a library"
-    planted = cache / f"{name}.{kernels._digest(theirs)}.so"
+    planted = cache / f"{name}.{cpu._digest(theirs)}.so"
     planted.write_bytes(theirs)
     stored.unlink()
     if who == "another user":
@@ -392,7 +392,7 @@ def test_a_library_is_loaded_where_the_cache_forbids_to_execute(cache: Path) -> 
 def test_where_nothing_can_be_stored_kernels_are_built_for_the_process_alone(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
-    assert kernels.library().rms_norm is not None
+    assert cpu.library().rms_norm is not None
     assert cache.is_file()
 
 
@@ -406,15 +406,15 @@ BROKEN = {
     "no compiler": ("", "no C++ compiler"),
     "a compiler that fails": (
         "echo 'fatal error: killed' >&2; exit 1",
-        "cannot build kernels.cpp: fatal error: killed",
+        "cannot build cpu.cpp: fatal error: killed",
     ),
-    "a compiler that writes nothing": ("exit 0", "cannot build kernels.cpp: exit code 0"),
+    "a compiler that writes nothing": ("exit 0", "cannot build cpu.cpp: exit code 0"),
     "no libgomp": (
         'case "$*" in *-fopenmp*-o*) echo "/usr/bin/ld: error: cannot find -lgomp" >&2; exit 1;; esac; exec g++ "$@"',
         "cannot find -lgomp",
     ),
     "clang without OpenMP": (
-        'case "$*" in *-o*) echo "kernels.cpp:1:10: fatal error: \'omp.h\' file not found" >&2; exit 1;; esac',
+        'case "$*" in *-o*) echo "cpu.cpp:1:10: fatal error: \'omp.h\' file not found" >&2; exit 1;; esac',
         "'omp.h' file not found",
     ),
     "a library that cannot be loaded": (
@@ -431,9 +431,9 @@ def test_a_build_that_fails_is_a_reason_and_leaves_nothing(
 ) -> None:
     text, reason = BROKEN[name]
     monkeypatch.setenv("CXX", script(tmp_path / "compiler", text) if text else "no-such-compiler")
-    assert reason in kernels.unavailable(torch.device("cpu"), torch.bfloat16)
+    assert reason in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
     with pytest.raises(TrainingError, match=re.escape(reason)):
-        kernels.library()
+        cpu.library()
     assert not cache.is_dir() or not list(cache.iterdir())
 
 
@@ -451,18 +451,18 @@ def test_the_first_compiler_that_is_installed_is_used(tmp_path: Path, monkeypatc
             script(tmp_path / program, "")
         wanted = str(tmp_path / installed[-1]) if installed else None
         monkeypatch.delenv("CXX", raising=False)
-        assert kernels.compiler() == (None if wanted is None else (wanted,))
+        assert cpu.compiler() == (None if wanted is None else (wanted,))
     monkeypatch.setenv("CXX", "clang++ -v")
-    assert kernels.compiler() == (str(tmp_path / "clang++"), "-v")
+    assert cpu.compiler() == (str(tmp_path / "clang++"), "-v")
     monkeypatch.setenv("CXX", "icpx")
-    assert kernels.compiler() is None, "another one than was asked for is not taken"
+    assert cpu.compiler() is None, "another one than was asked for is not taken"
 
 
 def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it() -> None:
     code = (
         "import sys, torch\n"
-        "from graftlm.model.autotune import choose\n"
-        "from graftlm.model.forward import packed_attention\n"
+        "from graftlm.model.passes.autotune import choose\n"
+        "from graftlm.model.passes.forward import packed_attention\n"
         "from graftlm.testing import tiny_model\n"
         "model = tiny_model('gpt_neox').bfloat16()\n"
         "with packed_attention(model, choose(model, []).backend(model.device, model.dtype)): pass\n"

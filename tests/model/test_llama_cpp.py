@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import attach, hosts, merged_state
 from graftlm.model.export import export
+from graftlm.model.layers.attach import attach, hosts, merged_state
 from graftlm.model.lint import lint
 from graftlm.model.llama_cpp import ARCHITECTURES
 from graftlm.testing import TINY, move, tiny_gpt2, tiny_model

@@ -14,9 +14,9 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError
 from graftlm.files import cache_folder
-from graftlm.model import load
-from graftlm.model.attach import attach, base_parameters
-from graftlm.model.load import BaseConfig, base_record, fingerprint, load_base, load_tokenizer
+from graftlm.model.hub import load
+from graftlm.model.hub.load import BaseConfig, base_record, fingerprint, load_base, load_tokenizer
+from graftlm.model.layers.attach import attach, base_parameters
 from graftlm.testing import CHATML, logits, perturbed, save_tiny_base, tiny_config, tiny_model
 
 pytestmark = pytest.mark.versions

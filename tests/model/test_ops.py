@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.errors import TrainingError
-from graftlm.model import ops
-from graftlm.model.ops import (
+from graftlm.kernels import torch_ops
+from graftlm.kernels.torch_ops import (
     Comparison,
     Plan,
     Readings,
@@ -211,7 +211,7 @@ def test_rms_norm_is_its_equation(shape: tuple[int, ...], size: float) -> None:
 def test_element_wise_work_in_pieces_is_its_equation(
     shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "ELEMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr(torch_ops, "ELEMENTS_AT_ONCE", at_once)
     same(silu_gate, lambda gate, up: gate * gate.sigmoid() * up, [normal(*shape, seed=0), normal(*shape, seed=2)])
 
 
@@ -322,10 +322,10 @@ def test_a_segment_sees_itself_and_the_segments_that_it_continues(
     limits: tuple[int, int], kernel: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = SETTINGS[name]
-    monkeypatch.setattr(ops, "QUERIES_AT_ONCE", limits[0])
-    monkeypatch.setattr(ops, "KEPT_KEYS", limits[1])
+    monkeypatch.setattr(torch_ops, "QUERIES_AT_ONCE", limits[0])
+    monkeypatch.setattr(torch_ops, "KEPT_KEYS", limits[1])
     if kernel == "stock":
-        monkeypatch.setattr(ops._TiledAttention, "apply", ops._stock_attention)
+        monkeypatch.setattr(torch_ops._TiledAttention, "apply", torch_ops._stock_attention)
     seen = seen_in_a_tree(*TREE, settings.get("sliding_window"))
     same(
         lambda q, k, v: segment_attention(nn.Module(), q, k, v, plan=Plan(*TREE), **settings)[0],
@@ -358,7 +358,7 @@ def test_nothing_of_one_segment_reaches_another() -> None:
 @pytest.mark.parametrize("keys", [1, 60, 64, 95, 256, 257])
 def test_bf16_probabilities_of_any_number_of_keys_are_rounded_once(keys: int) -> None:
     scores = (4 * normal(2, 6, keys, seed=0)).bfloat16()
-    found, wanted = ops._softmax(scores), scores.double().softmax(-1)
+    found, wanted = torch_ops._softmax(scores), scores.double().softmax(-1)
     assert found.dtype == torch.bfloat16
     assert float(((found.double() - wanted).abs() / wanted).max()) <= 0.501 * torch.finfo(torch.bfloat16).eps
 
@@ -371,7 +371,7 @@ def test_a_sink_takes_a_share_of_each_querys_probability_and_gives_nothing(
 ) -> None:
     """softmax over the scores and one more of each head, of which the last column is left out; gradients of all."""
     if kernel == "stock":
-        monkeypatch.setattr(ops._TiledAttention, "apply", ops._stock_attention)
+        monkeypatch.setattr(torch_ops._TiledAttention, "apply", torch_ops._stock_attention)
     total, scale = sum(lengths), settings.get("scaling", 8**-0.5)
     seen = seen_in_a_tree(lengths, [-1] * len(lengths), settings.get("sliding_window"))
 
@@ -407,8 +407,8 @@ def test_attention_that_is_not_computed_here_is_refused(extra: dict[str, Any]) -
 def chunked(monkeypatch: pytest.MonkeyPatch, rows: int | None, vocabulary: int) -> None:
     """Let `rows` rows be one chunk of logits."""
     for name in ("LOGITS_AT_ONCE", "SOFTMAX_AT_ONCE"):
-        if rows is not None and hasattr(ops, name):
-            monkeypatch.setattr(ops, name, rows * vocabulary)
+        if rows is not None and hasattr(torch_ops, name):
+            monkeypatch.setattr(torch_ops, name, rows * vocabulary)
 
 
 def plain_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -444,7 +444,7 @@ def test_soft_capped_logits_are_capped_in_the_loss_and_in_its_gradient(
 
 
 def test_a_vocabulary_wider_than_a_chunk_still_goes_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "LOGITS_AT_ONCE", 7)
+    monkeypatch.setattr(torch_ops, "LOGITS_AT_ONCE", 7)
     W, targets = normal(50, 6, seed=0), torch.tensor([0, 49, 7])
     same(
         lambda h: linear_log_probs(h, W, None, targets),
@@ -521,7 +521,7 @@ def test_readings_of_a_linear_head_are_those_of_its_whole_logits(
 ) -> None:
     chunked(monkeypatch, rows, 50)
     if rows == 4:
-        monkeypatch.setattr(ops, "SOFTMAX_AT_ONCE", 3 * 50)  # which divides neither the chunk nor the rows
+        monkeypatch.setattr(torch_ops, "SOFTMAX_AT_ONCE", 3 * 50)  # which divides neither the chunk nor the rows
     W, b = normal(50, 6, seed=0), normal(50, seed=1) if bias else None
     targets = torch.randint(50, (11,), generator=torch.Generator().manual_seed(2))
     (one, first), (two, second) = others(11, seed=4), others(11, seed=5)
@@ -596,7 +596,7 @@ def test_no_logits_of_all_rows_are_kept_for_the_backward_pass(linear: bool, monk
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
 def test_short_attention_passes_gradcheck_in_float64(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kept:
-        monkeypatch.setattr(ops, "KEPT_KEYS", 0)
+        monkeypatch.setattr(torch_ops, "KEPT_KEYS", 0)
     inputs = [normal(1, h, 6, 4, seed=s, dtype=torch.float64).requires_grad_() for s, h in enumerate((4, 2, 2))]
     assert torch.autograd.gradcheck(
         lambda q, k, v: segment_attention(nn.Module(), q, k, v, plan=Plan([3, 1, 2], [-1, 0, 1]))[0], inputs

@@ -17,8 +17,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import attach
 from graftlm.model.export import export
+from graftlm.model.layers.attach import attach
 from graftlm.model.lint import lint
 from graftlm.model.peft import EXPERT_NAMES, MOE_AS_QWEN2, ROUTER_NAME, target_modules
 from graftlm.model.store import load_adapter, save_adapter

@@ -11,14 +11,15 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.model import first_layers, forward, kernels
-from graftlm.model.attach import attach
-from graftlm.model.backend import TORCH, Backend, compiled, pinned
-from graftlm.model.first_layers import first_layers_in_float32
-from graftlm.model.forward import check_forward, check_packing, head, packed_attention
-from graftlm.model.ops import Plan
-from graftlm.model.quantise import QuantisedLinear
-from graftlm.model.sites import decoder_of, transformer_layers
+from graftlm.kernels import cpu
+from graftlm.kernels.backend import TORCH, Backend, compiled, pinned
+from graftlm.kernels.torch_ops import Plan
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.sites import decoder_of, transformer_layers
+from graftlm.model.passes import first_layers, forward
+from graftlm.model.passes.first_layers import first_layers_in_float32
+from graftlm.model.passes.forward import check_forward, check_packing, head, packed_attention
 from graftlm.testing import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -125,7 +126,7 @@ def test_rows_of_a_token_or_two_are_enough(lengths: tuple[int, int]) -> None:
     check_packing(made("llama"), *rows(0, *lengths), sharing=True)
 
 
-@pytest.mark.skipif(kernels.compiler() is None, reason="kernels and torch.compile need a C++ compiler")
+@pytest.mark.skipif(cpu.compiler() is None, reason="kernels and torch.compile need a C++ compiler")
 @pytest.mark.parametrize("backend", ["ours", "torch", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_every_backend_computes_beside_numbers_that_are_none(backend: str) -> None:
     dtype = torch.float32 if backend == "compiled" else torch.bfloat16
@@ -183,7 +184,7 @@ def test_every_kind_of_layer_is_among_them_and_embeddings_are_not_copied() -> No
 
 
 def test_codes_of_a_quantised_base_are_computed_in_float32_too() -> None:
-    from graftlm.model.load import quantise
+    from graftlm.model.hub.load import quantise
 
     model = made("llama", torch.bfloat16)
     quantise(model, "int8")

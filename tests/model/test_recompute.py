@@ -13,9 +13,9 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.errors import TrainingError
-from graftlm.model.attach import attach, hosts, trainable
-from graftlm.model.forward import log_probs, packed_attention
-from graftlm.model.recompute import is_recomputed, offloaded, recomputed_layers
+from graftlm.model.layers.attach import attach, hosts, trainable
+from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.recompute import is_recomputed, offloaded, recomputed_layers
 from graftlm.testing import OneLayer, perturbed, tiny_config, tiny_model
 
 pytestmark = pytest.mark.versions

@@ -5,8 +5,8 @@ import torch
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import attach, hosts
-from graftlm.model.spectrum import ranks_by_spectrum
+from graftlm.model.layers.attach import attach, hosts
+from graftlm.model.layers.spectrum import ranks_by_spectrum
 from graftlm.testing import logits, tiny_config, tiny_model
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError
 from graftlm.model import store
-from graftlm.model.attach import activate, attach, attachment, hosts, merged_state, trainable
 from graftlm.model.foreign import HARMLESS, NEUTRAL, NEUTRAL_ANYWHERE
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import activate, attach, attachment, hosts, merged_state, trainable
 from graftlm.model.store import CONFIG, RECORD, WEIGHTS, load_adapter, save_adapter
 from graftlm.testing import logits, perturbed, tiny_model
 from tests.peers import LAYERS, factors_of_ours, factors_of_peft, peft_model, relative_error
@@ -309,7 +309,7 @@ def test_another_base_loads_where_it_is_trusted(adapter: Path) -> None:
 
 
 def test_a_base_in_bf16_is_the_base_that_it_is_in_fp32(base_folder: Path, tmp_path: Path) -> None:
-    from graftlm.model.load import fingerprint
+    from graftlm.model.hub.load import fingerprint
 
     wide, narrow = (load_base(str(base_folder), store=s).model for s in ("fp32", "bf16"))
     assert fingerprint(wide) == fingerprint(narrow)

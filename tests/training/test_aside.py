@@ -10,7 +10,7 @@ import torch
 import graftlm
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.aside import loss_aside, put_aside
 from tests.training.policies.test_policies import training

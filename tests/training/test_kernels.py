@@ -14,15 +14,16 @@ from rich.console import Console
 
 import graftlm
 from graftlm.errors import TrainingError
-from graftlm.model import autotune, kernels
-from graftlm.model.autotune import Choice
+from graftlm.kernels import cpu
+from graftlm.model.passes import autotune
+from graftlm.model.passes.autotune import Choice
 from graftlm.training.recipe import Recipe
 from tests.model.test_kernels import BROKEN, script
 from tests.training.test_resume import losses, recipe, stopping_after
 from tests.training.together import together
 
 needs_kernels = pytest.mark.skipif(
-    bool(kernels.unavailable(torch.device("cpu"), torch.bfloat16)), reason="our kernels cannot be built here"
+    bool(cpu.unavailable(torch.device("cpu"), torch.bfloat16)), reason="our kernels cannot be built here"
 )
 
 
@@ -30,9 +31,9 @@ needs_kernels = pytest.mark.skipif(
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a process that has built nothing yet."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-    kernels._library.cache_clear()
+    cpu._library.cache_clear()
     yield tmp_path / "cache"
-    kernels._library.cache_clear()
+    cpu._library.cache_clear()
 
 
 def in_bf16(base: Path, rows: Path, **changes: Any) -> Recipe:
@@ -83,12 +84,12 @@ def test_a_run_has_kernels_where_they_can_be_built_in_spite_of_the_place(
         cache.mkdir()
         (cache / "kernels").write_text("a file where the folder should be")
     else:
-        kernels.library()
+        cpu.library()
         for stored in (cache / "kernels").glob("*.so"):
             stored.write_bytes(b"of somebody else")
             stored.chmod(0o666)
         cache.chmod(0o777)
-        kernels._library.cache_clear()
+        cpu._library.cache_clear()
     summary, printed = trained(in_bf16(base_folder, rows), tmp_path / "out")
     assert summary["kernels"]["reason"] == ""
     assert {each["operation"] for each in summary["kernels"]["classes"]} >= {"low_rank_linear", "attention"}
@@ -138,7 +139,7 @@ def test_a_run_whose_kernels_are_gone_goes_on_with_others_and_says_so(
         stopping_after(3, patch)
         trained(made, tmp_path / "out")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    kernels._library.cache_clear()
+    cpu._library.cache_clear()
     summary, printed = trained(made, tmp_path / "out", resume=True)
     assert "They are chosen anew" in printed
     assert "no-such-compiler" in summary["kernels"]["reason"]

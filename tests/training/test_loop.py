@@ -17,7 +17,7 @@ from graftlm.data.batches.pack import Example, collate, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum
-from graftlm.model.attach import attach, trainable
+from graftlm.model.layers.attach import attach, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.loop import TrainConfig
 from graftlm.training.optim import adamw, learning_rate_factor, warmup_cosine

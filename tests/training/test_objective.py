@@ -15,9 +15,9 @@ from graftlm.data.batches.groups import mismatched
 from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
-from graftlm.model.attach import activate, attach, deltas_off, trainable
-from graftlm.model.forward import hidden_states, log_probs, packed_attention
-from graftlm.model.recompute import recomputed_layers
+from graftlm.model.layers.attach import activate, attach, deltas_off, trainable
+from graftlm.model.passes.forward import hidden_states, log_probs, packed_attention
+from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.testing import move, perturbed, tiny_model
 from graftlm.training.objective import Objective, Sums, beside
 from graftlm.training.teacher import TEACHER

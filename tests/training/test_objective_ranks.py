@@ -10,7 +10,7 @@ from torch import Tensor
 import graftlm.training.loop as loop
 from graftlm.data.batches.pack import pack
 from graftlm.losses import LOSSES
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.training import ranks
 from graftlm.training.objective import Objective
 from tests.training.test_objective import OPTIONS, answered, items, moved

@@ -19,9 +19,9 @@ from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
-from graftlm.model.attach import trainable
-from graftlm.model.forward import log_probs
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import trainable
+from graftlm.model.passes.forward import log_probs
 from graftlm.testing import save_tiny_base
 from graftlm.training import loop
 from graftlm.training.online import FEEDBACK, material, score

@@ -16,12 +16,12 @@ from graftlm.config import build, to_yaml
 from graftlm.data.batches.pack import Pack
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
-from graftlm.model.attach import attach, hosts, parameters_of, trainable
-from graftlm.model.backend import TORCH, Backend
-from graftlm.model.coverage import coverage
-from graftlm.model.kernels import unavailable
-from graftlm.model.load import load_base, load_tokenizer
-from graftlm.model.sketch import kinds_of_layer, only, sketch
+from graftlm.kernels.backend import TORCH, Backend
+from graftlm.kernels.cpu import unavailable
+from graftlm.model.hub.load import load_base, load_tokenizer
+from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
+from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
+from graftlm.model.layers.coverage import coverage
 from graftlm.system import kernel_cache_capacity
 from graftlm.testing import save_tiny_base, tiny_config
 from graftlm.training import loop
@@ -187,7 +187,7 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", loads)
     monkeypatch.setattr(safetensors, "safe_open", loads)
-    monkeypatch.setattr("graftlm.model.load.load_base", loads)
+    monkeypatch.setattr("graftlm.model.hub.load.load_base", loads)
     found = plan(recipe(base, rows))
     assert found.keys() >= {"peak_gib", "step_s", "tokens_per_s", "parts", "advice"}
     memory = found["parts"]["memory_gib"]

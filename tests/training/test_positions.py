@@ -9,8 +9,8 @@ import pytest
 import graftlm
 from graftlm.config import build, to_tree
 from graftlm.errors import DataError
-from graftlm.model.load import load_tokenizer
-from graftlm.model.sketch import positions
+from graftlm.model.hub.load import load_tokenizer
+from graftlm.model.hub.sketch import positions
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data

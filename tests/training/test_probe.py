@@ -14,9 +14,9 @@ from graftlm import cli
 from graftlm.config import build
 from graftlm.data.batches.pack import lay_out
 from graftlm.errors import TrainingError
-from graftlm.model.attach import trainable
-from graftlm.model.forward import log_probs, packed_attention
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import trainable
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.training import probe as probing
 from graftlm.training import ranks
 from graftlm.training.probe import STEPS, Tried, probe, suggestion

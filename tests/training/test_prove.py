@@ -1,4 +1,4 @@
-"""graftlm/training/prove.py: the proof is short, and still finds what packing or sharing would spoil."""
+"""graftlm/model/passes/proof.py: the proof is short, and still finds what packing or sharing would spoil."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example
 from graftlm.errors import TrainingError
-from graftlm.model.forward import PROBE_TOKENS
+from graftlm.model.passes.forward import PROBE_TOKENS
+from graftlm.model.passes.proof import prove
 from graftlm.testing import tiny_model
-from graftlm.training.prove import prove
 
 
 def examples(*lengths: int) -> list[Example]:

@@ -20,7 +20,7 @@ import graftlm.training.objective as objective
 import graftlm.training.run as run_module
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training import ranks
 from graftlm.training.held_out import held_out_loss

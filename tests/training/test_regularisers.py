@@ -16,8 +16,8 @@ from graftlm.data.batches.pack import pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
-from graftlm.model.attach import attach, deltas_off, trainable
-from graftlm.model.forward import packed_attention
+from graftlm.model.layers.attach import attach, deltas_off, trainable
+from graftlm.model.passes.forward import packed_attention
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training import ranks
 from graftlm.training.objective import Objective

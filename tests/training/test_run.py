@@ -22,8 +22,8 @@ from graftlm.config import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
-from graftlm.model.attach import hosts
-from graftlm.model.load import BaseConfig, fingerprint, load_base, load_tokenizer
+from graftlm.model.hub.load import BaseConfig, fingerprint, load_base, load_tokenizer
+from graftlm.model.layers.attach import hosts
 from graftlm.model.store import adapters_in, load_adapter
 from graftlm.testing import logits, save_tiny_base
 from graftlm.training.recipe import Recipe, read_recipe

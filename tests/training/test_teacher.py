@@ -15,10 +15,10 @@ from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, RecipeError, TrainingError
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.attach import attach, base_parameters, hosts, trainable
-from graftlm.model.forward import hidden_states, packed_attention
-from graftlm.model.load import load_base
-from graftlm.model.recompute import recomputed_layers
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import attach, base_parameters, hosts, trainable
+from graftlm.model.passes.forward import hidden_states, packed_attention
+from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.model.store import save_adapter
 from graftlm.testing import move, perturbed, save_tiny_base, tiny_model
 from graftlm.training.checkpoint import FACTS

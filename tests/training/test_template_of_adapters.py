@@ -19,8 +19,8 @@ from graftlm.data.chat import render
 from graftlm.data.sources.formats import Message
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, DataError
-from graftlm.model.attach import attach, attachment, detach
-from graftlm.model.load import load_base
+from graftlm.model.hub.load import load_base
+from graftlm.model.layers.attach import attach, attachment, detach
 from graftlm.model.store import TEMPLATE, load_adapter, save_adapter, template_of
 from graftlm.testing import CHATML, save_tiny_base, tiny_tokenizer
 from graftlm.training import check_page, place

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from graftlm.config import Rate, Share, config
-from graftlm.model.sites import transformer_layers
+from graftlm.model.layers.sites import transformer_layers
 from graftlm.training.policies.base import PolicyConfig, Training, needs_aside
 from graftlm.training.policies.ema import Ema
 

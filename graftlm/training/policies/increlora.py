@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from graftlm.config import PositiveCount, Share, config
 from graftlm.deltas.base import AdditiveDelta, Delta
-from graftlm.model.attach import hosts
+from graftlm.model.layers.attach import hosts
 from graftlm.training import ranks
 from graftlm.training.policies.base import Policy, PolicyConfig, Training, needs_method
 

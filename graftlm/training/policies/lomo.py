@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveRate, config
 from graftlm.errors import TrainingError
-from graftlm.model.attach import penalty
+from graftlm.model.layers.attach import penalty
 from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
 

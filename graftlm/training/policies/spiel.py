@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, Share, config
-from graftlm.model.attach import hosts
+from graftlm.model.layers.attach import hosts
 from graftlm.training.policies.base import Policy, PolicyConfig, Training, needs_method
 from graftlm.training.policies.increlora import see_gradient, whole_gradient
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from graftlm.config import PositiveCount, config
 from graftlm.errors import TrainingError
-from graftlm.model.attach import hosts
-from graftlm.model.recompute import is_recomputed
+from graftlm.model.layers.attach import hosts
+from graftlm.model.passes.recompute import is_recomputed
 from graftlm.training import ranks
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
 

@@ -23,7 +23,7 @@ from graftlm.data.batches.pack import Example, Pack, lay_out
 from graftlm.data.chat.render import Rendered, Renderer, Role
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig, for_supervised, load_rows
-from graftlm.model.forward import hidden_states, log_probs, packed_attention
+from graftlm.model.passes.forward import hidden_states, log_probs, packed_attention
 
 Scores = NDArray[np.float32]
 LEFT_OUT = -np.inf

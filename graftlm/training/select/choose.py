@@ -25,11 +25,11 @@ from graftlm.data.sources.convert import to_fields, write_lines
 from graftlm.data.sources.source import SELECTED, Row
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
-from graftlm.model.load import base_config, load_base, locate, return_freed_memory
+from graftlm.model.hub.load import base_config, load_base, locate, return_freed_memory
+from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
 from graftlm.training import display, ranks
 from graftlm.training.positions import check_positions
-from graftlm.training.prove import prove
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
 

@@ -20,7 +20,7 @@ from graftlm.data.batches.pack import Example, collate
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
-from graftlm.model.forward import log_probs
+from graftlm.model.passes.forward import log_probs
 from graftlm.training.endpoint import EndpointConfig, ask, check, filled, grades
 from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
 

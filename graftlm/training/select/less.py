@@ -27,10 +27,10 @@ from graftlm.config import Count, Flag, PositiveCount, PositiveRate, config
 from graftlm.data.batches.pack import Example, batches
 from graftlm.data.sources.source import SourceConfig
 from graftlm.deltas.lora import Lora, LoraConfig
-from graftlm.model.attach import attach, detach, parameters_of
-from graftlm.model.autotune import fastest_backend
-from graftlm.model.backend import TORCH
-from graftlm.model.forward import log_probs
+from graftlm.kernels.backend import TORCH
+from graftlm.model.layers.attach import attach, detach, parameters_of
+from graftlm.model.passes.autotune import fastest_backend
+from graftlm.model.passes.forward import log_probs
 from graftlm.training.loop import steps
 from graftlm.training.optim import adamw, warmup_cosine
 from graftlm.training.select.base import LEFT_OUT, Pool, PositiveShare, Scores, SelectorConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.attach import attachment, hosts, trainable
+from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.adalomo import AdaLomo, AdaLomoConfig
 from graftlm.training.policies.base import Policy, Training

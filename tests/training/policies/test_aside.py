@@ -7,8 +7,8 @@ import torch
 
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.attach import hosts, trainable
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.layers.attach import hosts, trainable
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import attach_tiny, perturbed, tiny_model
 from graftlm.training.policies.alora import Alora, AloraConfig
 from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig

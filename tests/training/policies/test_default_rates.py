@@ -7,7 +7,7 @@ import torch
 
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.attach import attach
+from graftlm.model.layers.attach import attach
 from graftlm.testing import tiny_model
 from graftlm.training.loop import steps
 from graftlm.training.recipe import Recipe

@@ -8,8 +8,8 @@ import torch
 
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError
-from graftlm.model.attach import attachment, hosts, trainable
 from graftlm.model.export import plain_lora
+from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, logits, perturbed, tiny_model
 from graftlm.training.policies.base import Policy

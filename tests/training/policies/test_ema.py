@@ -6,7 +6,7 @@ import torch
 from graftlm.config import build
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies import POLICIES, check_policies, make_policies
 from graftlm.training.policies.base import Policy, Training

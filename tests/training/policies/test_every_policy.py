@@ -13,7 +13,7 @@ import torch
 from graftlm.config import build, to_tree
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.checkpoint import put_back, put_deltas_back, take
 from graftlm.training.policies import POLICIES, check_policies, make_policies

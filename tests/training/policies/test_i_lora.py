@@ -7,8 +7,8 @@ import torch
 
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.attach import trainable
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.layers.attach import trainable
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.policies.i_lora import ILora, ILoraConfig

@@ -8,8 +8,8 @@ import torch
 
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.attach import merged_state
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.layers.attach import merged_state
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import attach_tiny, perturbed, plain_with, tiny_model
 from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
 from tests.training.policies.test_policies import run, training

@@ -5,7 +5,7 @@ import torch
 
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import attach_tiny, perturbed, tiny_model
 from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
 from tests.training.policies.test_policies import run, training

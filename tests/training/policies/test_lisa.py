@@ -3,7 +3,7 @@
 import torch
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.policies.lisa import Lisa, LisaConfig

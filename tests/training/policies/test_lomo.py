@@ -8,7 +8,7 @@ import torch
 
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.attach import attachment, trainable
+from graftlm.model.layers.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import Policy, Training
 from graftlm.training.policies.lomo import Lomo, LomoConfig

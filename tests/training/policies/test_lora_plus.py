@@ -10,7 +10,7 @@ from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.model.attach import attach, trainable
+from graftlm.model.layers.attach import attach, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.base import ParameterGroup, Policy
 from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig

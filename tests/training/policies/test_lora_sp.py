@@ -5,7 +5,7 @@ import torch
 
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training import policies
 from graftlm.training.policies.base import ParameterGroup, Policy, Training

@@ -7,7 +7,7 @@ import torch
 
 from graftlm.data.batches.pack import collate
 from graftlm.deltas.lora import Lora
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.policies.allora import Allora, AlloraConfig
 from graftlm.training.policies.base import Policy, Training

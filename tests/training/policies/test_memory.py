@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.attach import attachment
+from graftlm.model.layers.attach import attachment
 from graftlm.training.plan import update_bytes
 from graftlm.training.policies import POLICIES
 from graftlm.training.policies.base import Policy

@@ -13,7 +13,7 @@ import graftlm.training.policies as policies
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.errors import RecipeError, TrainingError
-from graftlm.model.attach import attachment, trainable
+from graftlm.model.layers.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.loop import Step, steps
 from graftlm.training.policies import POLICIES

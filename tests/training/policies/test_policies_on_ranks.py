@@ -8,7 +8,7 @@ import torch
 
 from graftlm.config import build
 from graftlm.data.batches.pack import Pack, pack
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training import ranks
 from graftlm.training.policies import POLICIES

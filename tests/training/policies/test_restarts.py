@@ -8,8 +8,8 @@ import torch
 
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.attach import attach, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.model.export import plain_lora
+from graftlm.model.layers.attach import attach, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, logits, perturbed, plain_with, tiny_config, tiny_model
 from graftlm.training.optim import adamw

@@ -9,7 +9,7 @@ import torch
 
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import attach_tiny, tiny_model
 from graftlm.training.policies import POLICIES
 from graftlm.training.policies.base import Policy, Training

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.attach import trainable
+from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.optim import warmup_cosine
 from graftlm.training.policies.base import ParameterGroup

@@ -5,7 +5,7 @@ import torch
 
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.attach import attach, hosts
+from graftlm.model.layers.attach import attach, hosts
 from graftlm.testing import logits, perturbed, tiny_config, tiny_model
 from graftlm.training.policies.base import Policy
 from graftlm.training.policies.sora import Sora, SoraConfig

@@ -7,8 +7,8 @@ import torch
 
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.attach import attachment, hosts, trainable
-from graftlm.model.forward import log_probs, packed_attention
+from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.plan import LiveBytes
 from graftlm.training.policies.base import Policy, Training

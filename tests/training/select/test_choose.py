@@ -16,7 +16,7 @@ from graftlm.config import build
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.source import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
-from graftlm.model.load import load_tokenizer
+from graftlm.model.hub.load import load_tokenizer
 from graftlm.testing import CHATML, tiny_tokenizer
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data

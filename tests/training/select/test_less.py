@@ -11,7 +11,7 @@ import torch
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError
-from graftlm.model.attach import attach, hosts, parameters_of
+from graftlm.model.layers.attach import attach, hosts, parameters_of
 from graftlm.testing import tiny_model
 from graftlm.training.optim import adamw
 from graftlm.training.select import less

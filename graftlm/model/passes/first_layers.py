@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.model.hosts import LayerHost
-from graftlm.model.sites import decoder_of, transformer_layers
+from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.sites import decoder_of, transformer_layers
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -17,11 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from graftlm.errors import TrainingError
-from graftlm.model.attach import deltas_off
-from graftlm.model.backend import TORCH, Backend, probe
-from graftlm.model.first_layers import first_layers_in_float32
-from graftlm.model.hosts import LayerHost
-from graftlm.model.ops import (
+from graftlm.kernels.backend import TORCH, Backend, probe
+from graftlm.kernels.torch_ops import (
     Comparison,
     Plan,
     Readings,
@@ -32,8 +29,11 @@ from graftlm.model.ops import (
     planned,
     segment_attention,
 )
-from graftlm.model.recompute import computing_by
-from graftlm.model.sites import decoder_of
+from graftlm.model.layers.attach import deltas_off
+from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.sites import decoder_of
+from graftlm.model.passes.first_layers import first_layers_in_float32
+from graftlm.model.passes.recompute import computing_by
 
 SEGMENTS = "graft_segments"
 AttentionInterface.register(SEGMENTS, segment_attention)

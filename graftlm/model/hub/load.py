@@ -30,11 +30,11 @@ from transformers.utils import logging as transformers_logging
 from graftlm.config import Flag, config
 from graftlm.errors import AdapterError, BaseModelError, TargetError, nearest, numbered
 from graftlm.files import cache_folder
-from graftlm.model.attach import absent_weights, attachment, base_parameters
-from graftlm.model.bases import view
-from graftlm.model.coverage import coverage
-from graftlm.model.quantise import CODECS, QuantisedLinear
-from graftlm.model.sites import output_head
+from graftlm.model.layers.attach import absent_weights, attachment, base_parameters
+from graftlm.model.layers.bases import view
+from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.quantize import CODECS, QuantisedLinear
+from graftlm.model.layers.sites import output_head
 from graftlm.template_variables import checked_with_variables
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.errors import TrainingError
-from graftlm.model.ops import PLAN, Plan, planned
-from graftlm.model.prefix import is_recording
-from graftlm.model.sites import transformer_layers
+from graftlm.kernels.torch_ops import PLAN, Plan, planned
+from graftlm.model.layers.prefix import is_recording
+from graftlm.model.layers.sites import transformer_layers
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftlm.errors import BaseModelError
-from graftlm.model.attach import SKETCH
-from graftlm.model.load import BaseConfig, base_config, locate, put_into_codes, stored_dtype
-from graftlm.model.quantise import CODECS, QuantisedLinear
-from graftlm.model.sites import transformer_layers
+from graftlm.model.hub.load import BaseConfig, base_config, locate, put_into_codes, stored_dtype
+from graftlm.model.layers.attach import SKETCH
+from graftlm.model.layers.quantize import CODECS, QuantisedLinear
+from graftlm.model.layers.sites import transformer_layers
 
 
 @dataclass(frozen=True)

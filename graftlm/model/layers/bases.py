@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.errors import TargetError
-from graftlm.model.ops import Frozen, low_rank_linear
-from graftlm.model.quantise import QuantisedLinear
+from graftlm.kernels.torch_ops import Frozen, low_rank_linear
+from graftlm.model.layers.quantize import QuantisedLinear
 
 
 class LinearBase:

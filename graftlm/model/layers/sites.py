@@ -11,10 +11,10 @@ from torch import nn
 from graftlm.config import build, expression, to_tree
 from graftlm.deltas.base import DeltaConfig, Rows, Targets, matches
 from graftlm.errors import TargetError, nearest
-from graftlm.model import parts
-from graftlm.model.bases import KINDS, view
-from graftlm.model.hosts import Host, LayerHost
-from graftlm.model.probing import bypassed
+from graftlm.model.layers import parts
+from graftlm.model.layers.bases import KINDS, view
+from graftlm.model.layers.hosts import Host, LayerHost
+from graftlm.model.layers.probing import bypassed
 
 CHILD = "graft"
 """The name under which a host that works by hooks is a child of the module that it serves."""

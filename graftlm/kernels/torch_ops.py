@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.errors import TrainingError
-from graftlm.model import prefix
+from graftlm.model.layers import prefix
 
 # A frozen linear layer with low-rank factors on it ---------------------------------------------------------------
 
@@ -428,7 +428,7 @@ def segment_attention(
         raise TrainingError(
             f"{type(module).__name__}: inside packed_attention a model is called by log_probs or hidden_states, which "
             "know the segments of the pack. A recomputation of transformers' own (gradient_checkpointing_enable) does "
-            "not: use graftlm.model.recompute.recomputed_layers"
+            "not: use graftlm.model.passes.recompute.recomputed_layers"
         )
     prefix.record(module, key, value)
     before = prefix.before(module, key)

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from graftlm.model.attach import attachment, base_parameters, deltas_by_site
-from graftlm.model.bases import QuantisedBase, view
-from graftlm.model.probing import of_any_layer
-from graftlm.model.sites import (
+from graftlm.model.layers.attach import attachment, base_parameters, deltas_by_site
+from graftlm.model.layers.bases import QuantisedBase, view
+from graftlm.model.layers.probing import of_any_layer
+from graftlm.model.layers.sites import (
     KEYWORDS,
     decoder_of,
     find_sites,

@@ -1,4 +1,4 @@
-"""What `kernels.cpp` computes, as functions with gradients: bfloat16 on a processor.
+"""What `cpu.cpp` computes, as functions with gradients: bfloat16 on a processor.
 
 The machine's C++ compiler builds the file at its first use, in some two seconds. The library stays in the cache folder
 under a name that says what it was built from, and the hash of its content. It is loaded from memory, after its content
@@ -27,9 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from graftlm.errors import OutputError, TrainingError
 from graftlm.files import cache_folder, whole
-from graftlm.model import ops
+from graftlm.kernels import torch_ops
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 LANES = 16
 
@@ -106,7 +106,7 @@ class _Library(NamedTuple):
 
 
 def library() -> ctypes.CDLL:
-    """kernels.cpp as a library, built where there is none yet. Raises TrainingError with what went wrong."""
+    """cpu.cpp as a library, built where there is none yet. Raises TrainingError with what went wrong."""
     found = _library(SOURCE, FLAGS)
     if isinstance(found, str):
         raise TrainingError(f"train.kernels: {found}")
@@ -114,7 +114,7 @@ def library() -> ctypes.CDLL:
 
 
 def library_digest() -> str:
-    """Which build of kernels.cpp this process computes with: the hash of its content; empty where there is none."""
+    """Which build of cpu.cpp this process computes with: the hash of its content; empty where there is none."""
     found = _library(SOURCE, FLAGS)
     return "" if isinstance(found, str) else found.digest
 
@@ -219,7 +219,7 @@ def _like(t: Tensor) -> Tensor:
 class _Segments:
     """A plan's segments as the kernels read them."""
 
-    def __init__(self, plan: ops.Plan, always: int) -> None:
+    def __init__(self, plan: torch_ops.Plan, always: int) -> None:
         tiles = plan.tiles(always, None)
         ends = [[end for keys in tile.keys for end in (keys.start, keys.stop)] for tile in tiles]
         self.ranges = [(ctypes.c_int * len(each))(*each) for each in ends]
@@ -255,12 +255,12 @@ class _Attention(Function):
         return dq, dk, dv, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rule: ops.Rule) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, rule: torch_ops.Rule) -> Tensor:
     """`ops.tiled_attention`, for heads of one width, in sixteens; windows and capped scores are left to it."""
     D, tiles = q.shape[-1], rule.plan.tiles(rule.always, None)
     windowed = rule.window is not None and any(rule.window < tile.shape[1] for tile in tiles)
     if windowed or rule.softcap is not None or D % LANES or v.shape[-1] != D or not serves(q.device, q.dtype):
-        return ops.tiled_attention(q, k, v, rule)
+        return torch_ops.tiled_attention(q, k, v, rule)
     known = rule.plan.as_kernels_read
     if rule.always not in known:
         known[rule.always] = _Segments(rule.plan, rule.always)
@@ -304,14 +304,14 @@ class _LowRank(Function):
 
 
 def low_rank_linear(
-    x: Tensor, W: ops.Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None
+    x: Tensor, W: torch_ops.Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None
 ) -> Tensor:
     """`ops.low_rank_linear`, for weights that lie in rows; biases, gains and weights that are made are left to it."""
     if b is not None or gain is not None or not isinstance(W, Tensor) or not W.is_contiguous() or not _served(x, W):
-        return ops.low_rank_linear(x, W, b, A, B, gain)
+        return torch_ops.low_rank_linear(x, W, b, A, B, gain)
     if len(W) % LANES or A.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
-        return ops.low_rank_linear(x, W, b, A, B, gain)
-    return ops.by_rows(lambda rows: _LowRank.apply(rows, W, A, B), x)
+        return torch_ops.low_rank_linear(x, W, b, A, B, gain)
+    return torch_ops.by_rows(lambda rows: _LowRank.apply(rows, W, A, B), x)
 
 
 # Passes over memory --------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class _RmsNorm(Function):
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm`."""
     if not _served(x, gain) or not gain.is_contiguous():
-        return ops.rms_norm(x, gain, eps)
+        return torch_ops.rms_norm(x, gain, eps)
     y: Tensor = _RmsNorm.apply(x, gain, eps)
     return y
 
@@ -367,7 +367,7 @@ class _SiluGate(Function):
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """`ops.silu_gate`."""
     if not _served(gate, up):
-        return ops.silu_gate(gate, up)
+        return torch_ops.silu_gate(gate, up)
     y: Tensor = _SiluGate.apply(gate, up)
     return y
 
@@ -400,7 +400,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     """`ops.by_halves` for q [1, H, T, D], k [1, G, T, D], cos and sin [1, T, D]."""
     one_row = unsqueeze_dim == 1 and q.dim() == 4 and len(q) == 1 and cos.dim() == 3 and len(cos) == 1
     if not one_row or q.shape[-1] % (2 * LANES) or cos.shape[-1] != q.shape[-1] or not _served(q, k, cos, sin):
-        return ops.by_halves(q, k, cos, sin, unsqueeze_dim)
+        return torch_ops.by_halves(q, k, cos, sin, unsqueeze_dim)
     cos, sin = cos[0].contiguous(), sin[0].contiguous()
     q, k = (_Rotate.apply(t[0], cos, sin).transpose(0, 1)[None] for t in (q, k))
     return q, k

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from graftlm.errors import OutputError
 from graftlm.files import cache_folder, whole
-from graftlm.model import kernels
-from graftlm.model.attach import trainable
-from graftlm.model.backend import OURS, TORCH, Backend, Kernels, compiled, pinned, rotates_halves
-from graftlm.model.forward import Packed, hidden_states, packed_attention
+from graftlm.kernels import cpu
+from graftlm.kernels.backend import OURS, TORCH, Backend, Kernels, compiled, pinned, rotates_halves
+from graftlm.model.layers.attach import trainable
+from graftlm.model.passes.forward import Packed, hidden_states, packed_attention
 from graftlm.system import processor
 
 CALLS = 4
@@ -103,7 +103,7 @@ class Timing:
 class Choice:
     """What computes a run, and why."""
 
-    kernels: Kernels
+    cpu: Kernels
     """The recipe's `train.kernels`."""
     reason: str = ""
     """Under auto: why our kernels are no candidate, where they are not."""
@@ -171,9 +171,9 @@ def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, pas
     if wanted != "auto":
         pinned(wanted, device, dtype)
         return Choice(wanted)
-    reason = kernels.unavailable(device, dtype)
+    reason = cpu.unavailable(device, dtype)
     candidates = {"torch": TORCH} if reason else {"ours": OURS, "torch": TORCH}
-    may_compile = passes >= 50 and (device.type != "cpu" or kernels.compiler() is not None)
+    may_compile = passes >= 50 and (device.type != "cpu" or cpu.compiler() is not None)
     if not packs or (len(candidates) == 1 and not may_compile):
         return Choice("auto", reason)
     packs = representative(packs)
@@ -241,7 +241,7 @@ def _measured_on(model: Any) -> dict[str, Any]:
 def _identity(model: Any, packs: Sequence[Packed]) -> str:
     """What timings depend on: processor and threads, libraries, the model and its deltas, the sizes of packs."""
     parts = _measured_on(model) | {
-        "library": kernels.library_digest() if model.device.type == "cpu" else "",
+        "library": cpu.library_digest() if model.device.type == "cpu" else "",
         "dtype": str(model.dtype),
         "config": model.config.to_dict() if hasattr(model, "config") else {},
         "deltas": sorted({tuple(parameter.shape) for parameter in trainable(model).values()}),

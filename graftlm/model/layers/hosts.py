@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from graftlm.deltas.base import AdditiveDelta, Delta, InputDelta, WeightDelta
 from graftlm.errors import TargetError
-from graftlm.model import prefix
-from graftlm.model.bases import LinearBase, Residual, view
-from graftlm.model.ops import PLAN, Plan, planned
+from graftlm.kernels.torch_ops import PLAN, Plan, planned
+from graftlm.model.layers import prefix
+from graftlm.model.layers.bases import LinearBase, Residual, view
 
 CACHE_NAMES = ("cache", "past_key_values")
 """How transformers' decoders call the cache: from 5.24 on, and before."""

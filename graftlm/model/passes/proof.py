@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from graftlm.data.batches.pack import Example, Group
-from graftlm.model.backend import TORCH, Backend
-from graftlm.model.forward import PROBE_TOKENS, check_forward, check_packing
+from graftlm.kernels.backend import TORCH, Backend
+from graftlm.model.passes.forward import PROBE_TOKENS, check_forward, check_packing
 
 
 def prove(

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import TargetError
-from graftlm.model.attach import deltas_off, sites_of
-from graftlm.model.bases import view
-from graftlm.model.hosts import LayerHost
-from graftlm.model.parts import indices
-from graftlm.model.sites import part_of
+from graftlm.model.layers.attach import deltas_off, sites_of
+from graftlm.model.layers.bases import view
+from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.parts import indices
+from graftlm.model.layers.sites import part_of
 
 
 def collect(

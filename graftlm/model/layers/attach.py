@@ -18,12 +18,12 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, InputDelta, Rows, Site, Targets, WeightDelta
 from graftlm.deltas.inits import INITS
 from graftlm.errors import TargetError, nearest
-from graftlm.model import prefix
-from graftlm.model.bases import LinearBase, view
-from graftlm.model.hosts import Host, LayerHost, ModelHost, Row, SubLayerHost, Switch
-from graftlm.model.parts import expanded, indices, together
-from graftlm.model.quantise import QuantisedLinear
-from graftlm.model.sites import (
+from graftlm.model.layers import prefix
+from graftlm.model.layers.bases import LinearBase, view
+from graftlm.model.layers.hosts import Host, LayerHost, ModelHost, Row, SubLayerHost, Switch
+from graftlm.model.layers.parts import expanded, indices, together
+from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.sites import (
     CHILD,
     KEYWORDS,
     check_patterns,
@@ -42,7 +42,7 @@ SHARED = "graft_shared"
 ROUNDING = 1e-6
 """Share of the sum of absolute products up to which B A counts as zero: what float32 leaves of one that cancels."""
 Statistics = Mapping[str, Mapping[str, Tensor]]
-"""Site -> what was gathered there: see graftlm/model/collect.py."""
+"""Site -> what was gathered there: see graftlm/model/passes/statistics.py."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Rows, Site, WeightDelta
 from graftlm.errors import TargetError
-from graftlm.model.bases import view
-from graftlm.model.hosts import Host, LayerHost, all_factors, folded
-from graftlm.model.ops import attending_by
-from graftlm.model.probing import is_absent, of_any_layer, run
+from graftlm.kernels.torch_ops import attending_by
+from graftlm.model.layers.bases import view
+from graftlm.model.layers.hosts import Host, LayerHost, all_factors, folded
+from graftlm.model.layers.probing import is_absent, of_any_layer, run
 
 ATTENTION = ("q", "k", "v")
 FEED_FORWARD = ("gate", "up")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import TrainingError
-from graftlm.model import kernels, ops
+from graftlm.kernels import cpu, torch_ops
 
 Kernels = Literal["auto", "ours", "torch", "compiled"]
 
@@ -30,7 +30,7 @@ def rotates_halves(function: Callable[..., Any]) -> bool:
     q, k, cos, sin = (probe(n, 8, torch.zeros(())).view(1, -1, 3, 8) for n in (12, 6, 3, 6))
     cos, sin = cos[0], sin[0, 1:]
     try:
-        found, wanted = function(q, k, cos, sin), ops.by_halves(q, k, cos, sin)
+        found, wanted = function(q, k, cos, sin), torch_ops.by_halves(q, k, cos, sin)
     except (TypeError, RuntimeError, ValueError):
         return False
     if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)):
@@ -38,7 +38,7 @@ def rotates_halves(function: Callable[..., Any]) -> bool:
     try:
         function(q, k, cos[..., :4], sin[..., :4])
     except RuntimeError:
-        return list(signature(function).parameters) == list(signature(ops.by_halves).parameters)
+        return list(signature(function).parameters) == list(signature(torch_ops.by_halves).parameters)
     return False
 
 
@@ -51,28 +51,28 @@ def probe(rows: int, d: int, like: Tensor) -> Tensor:
 class Backend:
     """A function for every operation. `ops.py` says what each computes."""
 
-    low_rank_linear: Callable[..., Tensor] = ops.low_rank_linear
+    low_rank_linear: Callable[..., Tensor] = torch_ops.low_rank_linear
     """A frozen linear layer with low-rank factors on it: (x, W, b, A, B, gain) -> y."""
-    attention: Callable[[Tensor, Tensor, Tensor, ops.Rule], Tensor] = ops.tiled_attention
+    attention: Callable[[Tensor, Tensor, Tensor, torch_ops.Rule], Tensor] = torch_ops.tiled_attention
     """Attention inside the segments of a pack: (q, k, v, rule) -> out."""
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = ops.rms_norm
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = torch_ops.rms_norm
     """(x, gain, eps) -> y"""
-    silu_gate: Callable[[Tensor, Tensor], Tensor] = ops.silu_gate
+    silu_gate: Callable[[Tensor, Tensor], Tensor] = torch_ops.silu_gate
     """(gate, up) -> silu(gate) * up"""
     rotary: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     """The rotary embedding of a modeling file -> what takes its place."""
-    head: Callable[..., Tensor] = ops.linear_log_probs
+    head: Callable[..., Tensor] = torch_ops.linear_log_probs
     """The frozen output head and the log-probabilities: (hidden, W, b, targets, softcap) -> log p(targets)."""
 
 
 TORCH = Backend()
 
 OURS = Backend(
-    low_rank_linear=kernels.low_rank_linear,
-    attention=kernels.attention,
-    rms_norm=kernels.rms_norm,
-    silu_gate=kernels.silu_gate,
-    rotary=lambda function: kernels.rotary if rotates_halves(function) else function,
+    low_rank_linear=cpu.low_rank_linear,
+    attention=cpu.attention,
+    rms_norm=cpu.rms_norm,
+    silu_gate=cpu.silu_gate,
+    rotary=lambda function: cpu.rotary if rotates_halves(function) else function,
 )
 
 
@@ -85,7 +85,7 @@ def compiled() -> Backend:
             lambda x, gain, eps: torch.nn.functional.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
         ),
         silu_gate=_compile(lambda gate, up: torch.nn.functional.silu(gate) * up),
-        rotary=lambda function: _compile(ops.by_halves if rotates_halves(function) else function),
+        rotary=lambda function: _compile(torch_ops.by_halves if rotates_halves(function) else function),
     )
 
 
@@ -101,7 +101,7 @@ def pinned(kernels_: Literal["ours", "torch", "compiled"], device: torch.device,
     if kernels_ == "compiled":
         check_compiler(device)
         return compiled()
-    if reason := kernels.unavailable(device, dtype):
+    if reason := cpu.unavailable(device, dtype):
         raise TrainingError(
             f"train.kernels: ours: {reason}. Set train.kernels: auto to use the fastest of what works here"
         )
@@ -110,7 +110,7 @@ def pinned(kernels_: Literal["ours", "torch", "compiled"], device: torch.device,
 
 def check_compiler(device: torch.device) -> None:
     """Raise TrainingError where torch.compile has no compiler to call: on a CPU it writes C++."""
-    if device.type == "cpu" and kernels.compiler() is None:
+    if device.type == "cpu" and cpu.compiler() is None:
         raise TrainingError(
             "train.kernels: compiled: torch.compile writes C++ on a CPU, and there is no compiler here (no g++, "
             "clang++ or $CXX). Install one (apt-get install g++) or set train.kernels: auto"

@@ -1,0 +1,1 @@
+"""Bases and tokenizers by name: loading, fingerprints, sketches without weights."""

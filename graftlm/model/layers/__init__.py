@@ -1,0 +1,1 @@
+"""Where deltas sit: layers of the base, sites, hosts, and attaching deltas to them."""
