@@ -11,12 +11,14 @@ from graftlm.system import require_supported_platform
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from graftlm.adapters.export.export import export as export
+    from graftlm.adapters.store import load_adapter as load_adapter
+    from graftlm.adapters.store import save_adapter as save_adapter
     from graftlm.data.sources.source import DataConfig as DataConfig
     from graftlm.data.sources.source import SourceConfig as SourceConfig
     from graftlm.deltas import METHODS as METHODS
     from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
-    from graftlm.model.export import export as export
     from graftlm.model.hub.load import BaseConfig as BaseConfig
     from graftlm.model.hub.load import load_base as load_base
     from graftlm.model.layers.attach import activate as activate
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from graftlm.model.layers.attach import detach as detach
     from graftlm.model.layers.attach import merged_state as merged_state
     from graftlm.model.passes.statistics import collect as collect
-    from graftlm.model.store import load_adapter as load_adapter
-    from graftlm.model.store import save_adapter as save_adapter
     from graftlm.training.answer import answer as answer
     from graftlm.training.loop import TrainConfig as TrainConfig
     from graftlm.training.recipe import Recipe as Recipe
@@ -51,11 +51,11 @@ _HOME = {
     "collect": "graftlm.model.passes.statistics",
     "deltas_off": "graftlm.model.layers.attach",
     "detach": "graftlm.model.layers.attach",
-    "export": "graftlm.model.export",
-    "load_adapter": "graftlm.model.store",
+    "export": "graftlm.adapters.export.export",
+    "load_adapter": "graftlm.adapters.store",
     "load_base": "graftlm.model.hub.load",
     "merged_state": "graftlm.model.layers.attach",
-    "save_adapter": "graftlm.model.store",
+    "save_adapter": "graftlm.adapters.store",
     "train": "graftlm.training.run",
 }
 

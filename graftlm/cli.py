@@ -720,8 +720,8 @@ def _write(piece: str) -> None:
 
 
 def _load(base: str, adapters: list[Path], network: bool, store: str | None = None) -> tuple[Any, Any]:
+    from graftlm.adapters.store import adapters_in, load_adapter, template_of, tokenizer_of
     from graftlm.model.hub.load import load_base
-    from graftlm.model.store import adapters_in, load_adapter, template_of, tokenizer_of
 
     _prepare_libraries()
     model, tokenizer = load_base(base, store=store, network=network)
@@ -748,7 +748,7 @@ def merge(
     network: NetworkOption = False,
 ) -> None:
     """Write the base with one or more adapters folded in, as a model that needs neither graftlm nor PEFT."""
-    from graftlm.model.export import export
+    from graftlm.adapters.export.export import export
 
     model, tokenizer = _load(base, adapter, network, store)
     stop_ids = _stop_ids(tokenizer)
@@ -772,9 +772,9 @@ def export_command(
     network: NetworkOption = False,
 ) -> None:
     """Write an adapter in a form that others read, and say which server will take it."""
+    from graftlm.adapters.export.export import EXPORTS, export
+    from graftlm.adapters.export.lint import lint, to_json
     from graftlm.errors import TargetError
-    from graftlm.model.export import EXPORTS, export
-    from graftlm.model.lint import lint, to_json
 
     if to not in EXPORTS:
         raise TargetError(f"--to {to}: no such kind. {nearest(to, EXPORTS)}")

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
+from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, WeightDelta
@@ -38,7 +39,6 @@ from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.model.passes.statistics import collect
-from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"

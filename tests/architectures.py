@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from graftlm.adapters.export.export import export, merge_into
+from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError
-from graftlm.model.export import export, merge_into
 from graftlm.model.layers.attach import attach, deltas_off, hosts, merged_state, trainable
 from graftlm.model.layers.sites import output_head
 from graftlm.model.passes.forward import check_forward, check_packing, head, hidden_states, packed_attention
-from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 from graftlm.testing import TINY, move, tiny_of
 
 EXPERTS = {

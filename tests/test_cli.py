@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from graftlm import cli
+from graftlm.adapters.store import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.errors import DataError, OutputError
 from graftlm.model.hub.load import BaseConfig, load_base
 from graftlm.model.layers.attach import attach
-from graftlm.model.store import save_adapter
 from graftlm.testing import close, logits, move, save_tiny_base, tiny_model, tiny_tokenizer
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))

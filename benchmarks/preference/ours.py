@@ -23,11 +23,11 @@ def main() -> None:
     import torch
 
     import graftlm
+    from graftlm.adapters.store import load_adapter
     from graftlm.data.batches.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
     from graftlm.model.layers.attach import trainable
     from graftlm.model.passes.autotune import fastest_backend
-    from graftlm.model.store import load_adapter
     from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw

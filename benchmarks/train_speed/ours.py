@@ -26,10 +26,10 @@ def main() -> None:
     import transformers
 
     import graftlm
+    from graftlm.adapters.store import load_adapter
     from graftlm.data.batches.pack import Example, pack
     from graftlm.model.layers.attach import trainable
     from graftlm.model.passes.autotune import choose
-    from graftlm.model.store import load_adapter
     from graftlm.system import tune_process
     from graftlm.training.loop import steps
     from graftlm.training.optim import adamw

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from graftlm.adapters.store import chat_of, tokenizer_of
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.formats import Message
 from graftlm.model.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids
-from graftlm.model.store import chat_of, tokenizer_of
 
 _renderer = lru_cache(maxsize=4)(Renderer)
 

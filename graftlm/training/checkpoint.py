@@ -29,9 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graftlm.adapters.store import fill_delta, sha256_of, tensors_of_delta
 from graftlm.errors import TrainingError, numbered
 from graftlm.files import sync, writing
-from graftlm.model.store import fill_delta, sha256_of, tensors_of_delta
 from graftlm.training.objective import beside
 from graftlm.training.policies.base import Policy, Training
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from graftlm.adapters.store import check_new_folder, mend_folder
 from graftlm.config import differences, to_tree
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
 from graftlm.lock import only_writer
-from graftlm.model.store import check_new_folder, mend_folder
 from graftlm.training import depends, ranks, trackers
 from graftlm.training.checkpoint import (
     BEST,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from graftlm.adapters.store import model_card, new_folder, write_adapter
 from graftlm.config import to_yaml
 from graftlm.data.batches.groups import COMPARED, prepare_groups, usable_by
 from graftlm.data.batches.order import Curriculum, curriculum
@@ -43,7 +44,6 @@ from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, par
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
 from graftlm.model.passes.proof import prove
-from graftlm.model.store import model_card, new_folder, write_adapter
 from graftlm.system import preserve_global_state
 from graftlm.training import depends, display, ranks, report
 from graftlm.training.aside import put_aside

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, sha256_of
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.torch_ops import Comparison
@@ -19,7 +20,6 @@ from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
 from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of
 from graftlm.model.passes.forward import hidden_states, is_packed, logits, packed_attention
-from graftlm.model.store import CONFIG, WEIGHTS, load_adapter, sha256_of
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference`, or a teacher that is one, is called on the model."""

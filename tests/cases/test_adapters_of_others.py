@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import graftlm
 from graftlm import cli
+from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, template_of, tokenizer_of
 from graftlm.errors import AdapterError
 from graftlm.model.hub.load import load_base
-from graftlm.model.store import CONFIG, WEIGHTS, load_adapter, template_of, tokenizer_of
 from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
 from tests.peers import peft_adapter
 

@@ -23,6 +23,7 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 
+from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, Site
 from graftlm.deltas.inits import INITS
@@ -34,7 +35,6 @@ from graftlm.model.hub.load import load_base, quantise
 from graftlm.model.layers.attach import _part_with, attach, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.model.layers.quantize import QuantisedLinear
 from graftlm.model.passes.statistics import collect
-from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import (
     attach_tiny,
     close,

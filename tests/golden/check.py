@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from graftlm.adapters import store
 from graftlm.deltas import METHODS
-from graftlm.model import store
 from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.layers.hosts import LayerHost
 from graftlm.testing import close, ids, logits, perturbed, tiny_model

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.deltas.base import Site
 from graftlm.deltas.bone import Bone, BoneConfig
 from graftlm.deltas.flora import Flora, FloraConfig
@@ -21,7 +22,6 @@ from graftlm.deltas.vb_lora import VbLoraConfig
 from graftlm.errors import AdapterError, TargetError
 from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
 from graftlm.model.layers.bases import LinearBase
-from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 from graftlm.testing import attach_tiny, close, ids, logits, move, perturbed, tiny_gpt2, tiny_model
 from tests.golden import check
 from tests.golden.check import LINEAR, against_peft, against_reference

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from graftlm.adapters.store import load_adapter
 from graftlm.model.layers.attach import attachment, merged_state
-from graftlm.model.store import load_adapter
 from graftlm.testing import close
 from tests.golden.make_peft import CASES, IDS, base
 

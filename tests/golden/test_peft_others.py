@@ -15,11 +15,11 @@ from peft.tuners.boft import layer as peft_boft
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
+from graftlm.adapters import store
+from graftlm.adapters.store import load_adapter
 from graftlm.deltas.lokr import _left
 from graftlm.errors import TargetError
-from graftlm.model import store
 from graftlm.model.layers.attach import attach, hosts, merged_state, penalty
-from graftlm.model.store import load_adapter
 from graftlm.testing import attach_tiny, close, logits, perturbed, tiny_config, tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
 

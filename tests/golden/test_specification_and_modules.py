@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.config import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
 from graftlm.errors import RecipeError, TargetError
 from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
 from graftlm.model.passes.statistics import collect
-from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, close, ids, logits, move, perturbed, tiny_config, tiny_gpt2, tiny_model
 from tests.golden.check import against_peft, against_reference
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.model.hub.load import quantise
 from graftlm.model.layers.attach import deltas_off, detach, hosts, trainable
 from graftlm.model.layers.bases import Residual, view
 from graftlm.model.layers.hosts import LayerHost
 from graftlm.model.layers.quantize import CODECS, QuantisedLinear
-from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, close, ids, logits, move, tiny_model
 
 STORES = sorted(CODECS)

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graftlm.adapters.foreign import CONFIG
+from graftlm.adapters.store import TEMPLATE, WEIGHTS, load_adapter
 from graftlm.errors import GraftError
-from graftlm.model.foreign import CONFIG
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attachment, detach
-from graftlm.model.store import TEMPLATE, WEIGHTS, load_adapter
 from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
 from tests.peers import peft_adapter
 

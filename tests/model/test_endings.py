@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from graftlm.adapters.export.export import EXPORTS, export
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.deltas import METHODS
-from graftlm.model.export import EXPORTS, export
 from graftlm.model.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids, base_stop_ids, missing_end
 from graftlm.model.layers.attach import attach

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
+from graftlm.adapters.export.export import export, lost_by_rounding, merge_into, plain_lora
+from graftlm.adapters.export.lint import lint
+from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import OutputError, TargetError
-from graftlm.model.export import export, lost_by_rounding, merge_into, plain_lora
 from graftlm.model.layers.attach import activate, attach, deltas_off
-from graftlm.model.lint import lint
-from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, close, logits, move, perturbed, tiny_gpt2, tiny_model
 
 pytestmark = pytest.mark.versions

@@ -14,9 +14,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graftlm.adapters.foreign import CONFIG, copied_rows
+from graftlm.adapters.store import WEIGHTS, load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, GraftError, TargetError
-from graftlm.model.foreign import CONFIG, copied_rows
 from graftlm.model.hub.load import quantise
 from graftlm.model.layers.attach import (
     activate,
@@ -28,7 +29,6 @@ from graftlm.model.layers.attach import (
     merged_state,
     parameters_of,
 )
-from graftlm.model.store import WEIGHTS, load_adapter, save_adapter
 from graftlm.testing import close, ids, logits, tiny_model
 from tests.peers import peft_adapter
 
@@ -304,7 +304,7 @@ def test_names_of_wrapped_models_are_mapped_and_it_is_said_once(case: str, folde
 
 
 def test_names_of_a_language_model_are_mapped_into_a_vision_language_model() -> None:
-    from graftlm.model.foreign import renamed, renamings
+    from graftlm.adapters.foreign import renamed, renamings
 
     modules = {"model.language_model.layers.0.mlp.up_proj", "lm_head"}
     for name in ("model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from graftlm.adapters.export.export import export
+from graftlm.adapters.export.lint import PROGRAMS, RULES, lint, to_json
+from graftlm.adapters.store import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.export import export
 from graftlm.model.layers.attach import attach
-from graftlm.model.lint import PROGRAMS, RULES, lint, to_json
-from graftlm.model.store import save_adapter
 from graftlm.testing import perturbed, tiny_gpt2, tiny_model
 from tests.architectures import build
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from graftlm.adapters.export.export import export
+from graftlm.adapters.export.lint import lint
+from graftlm.adapters.export.llama_cpp import ARCHITECTURES
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.export import export
 from graftlm.model.layers.attach import attach, hosts, merged_state
-from graftlm.model.lint import lint
-from graftlm.model.llama_cpp import ARCHITECTURES
 from graftlm.testing import TINY, move, tiny_gpt2, tiny_model
 from tests.architectures import build
 

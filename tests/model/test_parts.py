@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
+from graftlm.adapters.export.export import export
+from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import TargetError
-from graftlm.model.export import export
 from graftlm.model.hub.load import load_base, quantise
 from graftlm.model.layers.attach import (
     activate,
@@ -32,7 +33,6 @@ from graftlm.model.layers.attach import (
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.sites import find_sites
 from graftlm.model.passes.statistics import collect
-from graftlm.model.store import load_adapter, save_adapter, why_not_peft
 from graftlm.testing import close, ids, logits, move, save_tiny_base, tiny_config, tiny_model
 from graftlm.training.policies.base import Training
 

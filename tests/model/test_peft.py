@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from graftlm.adapters.export.export import export
+from graftlm.adapters.export.lint import lint
+from graftlm.adapters.peft import EXPERT_NAMES, MOE_AS_QWEN2, ROUTER_NAME, target_modules
+from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.export import export
 from graftlm.model.layers.attach import attach
-from graftlm.model.lint import lint
-from graftlm.model.peft import EXPERT_NAMES, MOE_AS_QWEN2, ROUTER_NAME, target_modules
-from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import TINY, attach_tiny, close, ids, move, tiny_gpt2, tiny_model
 from tests.architectures import build
 

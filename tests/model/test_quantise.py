@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graftlm
+from graftlm.adapters.export.export import lost_by_quantising, merged_int4, plain_lora
+from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.errors import BaseModelError, TargetError
-from graftlm.model.export import lost_by_quantising, merged_int4, plain_lora
 from graftlm.model.hub import load
 from graftlm.model.hub.load import fingerprint, load_base, quantise, store_of
 from graftlm.model.layers.attach import attach, base_state, deltas_off, hosts, merged_state, trainable
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.quantize import BLOCK, CODECS, GROUP, QuantisedLinear, dynamic_levels, normal_levels
-from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, close, ids, logits, move, tiny_gpt2, tiny_model
 
 STORES = sorted(CODECS)

@@ -13,13 +13,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from graftlm.adapters import store
+from graftlm.adapters.foreign import HARMLESS, NEUTRAL, NEUTRAL_ANYWHERE
+from graftlm.adapters.store import CONFIG, RECORD, WEIGHTS, load_adapter, save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError
-from graftlm.model import store
-from graftlm.model.foreign import HARMLESS, NEUTRAL, NEUTRAL_ANYWHERE
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import activate, attach, attachment, hosts, merged_state, trainable
-from graftlm.model.store import CONFIG, RECORD, WEIGHTS, load_adapter, save_adapter
 from graftlm.testing import logits, perturbed, tiny_model
 from tests.peers import LAYERS, factors_of_ours, factors_of_peft, peft_model, relative_error
 

@@ -18,13 +18,13 @@ import graftlm
 import graftlm.training.policies as policies
 import graftlm.training.run as run_module
 import graftlm.training.turns as turns
+from graftlm.adapters.store import adapters_in, load_adapter
 from graftlm.config import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
 from graftlm.model.hub.load import BaseConfig, fingerprint, load_base, load_tokenizer
 from graftlm.model.layers.attach import hosts
-from graftlm.model.store import adapters_in, load_adapter
 from graftlm.testing import logits, save_tiny_base
 from graftlm.training.recipe import Recipe, read_recipe
 

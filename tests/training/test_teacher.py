@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import graftlm
+from graftlm.adapters.store import save_adapter
 from graftlm.config import build
 from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig
@@ -19,7 +20,6 @@ from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach, base_parameters, hosts, trainable
 from graftlm.model.passes.forward import hidden_states, packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
-from graftlm.model.store import save_adapter
 from graftlm.testing import move, perturbed, save_tiny_base, tiny_model
 from graftlm.training.checkpoint import FACTS
 from graftlm.training.objective import Objective

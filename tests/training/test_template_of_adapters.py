@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import graftlm
 import graftlm.training.answer as answer_module
+from graftlm.adapters.store import TEMPLATE, load_adapter, save_adapter, template_of
 from graftlm.cli import CHAT_HELP, _load, app
 from graftlm.config import build
 from graftlm.data.chat import render
@@ -21,7 +22,6 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, DataError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach, attachment, detach
-from graftlm.model.store import TEMPLATE, load_adapter, save_adapter, template_of
 from graftlm.testing import CHATML, save_tiny_base, tiny_tokenizer
 from graftlm.training import check_page, place
 from graftlm.training.recipe import Recipe

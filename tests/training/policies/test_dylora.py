@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.adapters.export.export import plain_lora
+from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError
-from graftlm.model.export import plain_lora
 from graftlm.model.layers.attach import attachment, hosts, trainable
-from graftlm.model.store import load_adapter, save_adapter
 from graftlm.testing import attach_tiny, logits, perturbed, tiny_model
 from graftlm.training.policies.base import Policy
 from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig, use_rank

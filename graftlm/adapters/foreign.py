@@ -100,7 +100,7 @@ class Member:
     config: DeltaConfig
     layout: PeftLayout | None
     tensors: dict[str, Tensor]
-    """By the keys of that layout; None is our own (`graftlm/model/store.py`)."""
+    """By the keys of that layout; None is our own (`graftlm/adapters/store.py`)."""
 
 
 class Adapter(NamedTuple):

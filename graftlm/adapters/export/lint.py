@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from graftlm.model.llama_cpp import why_not_gguf
-from graftlm.model.peft import why_not_read
-from graftlm.model.store import CONFIG, OWN_TYPE, PREFIX, RECORD, WEIGHTS
+from graftlm.adapters.export.llama_cpp import why_not_gguf
+from graftlm.adapters.peft import why_not_read
+from graftlm.adapters.store import CONFIG, OWN_TYPE, PREFIX, RECORD, WEIGHTS
 
 PROGRAMS = ("transformers", "PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "Ollama", "OpenVINO", "MLX")
 """In the order of the verdicts. OpenVINO is OpenVINO GenAI, MLX is mlx-lm."""

@@ -25,14 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graftlm import __version__
+from graftlm.adapters.foreign import CONFIG as CONFIG
+from graftlm.adapters.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Member, check_numbers, read_adapter
+from graftlm.adapters.foreign import PREFIX as PREFIX
+from graftlm.adapters.peft import model_type, target_modules, task, why_not_read
 from graftlm.config import build, to_tree
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
-from graftlm.model.foreign import CONFIG as CONFIG
-from graftlm.model.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Member, check_numbers, read_adapter
-from graftlm.model.foreign import PREFIX as PREFIX
 from graftlm.model.hub.load import (
     PACKAGED,
     base_record,
@@ -57,7 +58,6 @@ from graftlm.model.layers.attach import (
 from graftlm.model.layers.hosts import Host, LayerHost, ModelHost
 from graftlm.model.layers.quantize import CODECS
 from graftlm.model.layers.sites import config_at
-from graftlm.model.peft import model_type, target_modules, task, why_not_read
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "graftlm.json"
@@ -361,7 +361,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     Raises AdapterError for an adapter that is damaged, does not fit or belongs to another base (with both names);
     the model is then as it was. An adapter of another tool has no fingerprint: its keys, shapes, dtypes and
     finiteness are checked, and the sentence says so. It may be several deltas here, such as `default` and
-    `default-modules`, which `name` switches together (`graftlm/model/foreign.py`). `trust_base` loads in spite of
+    `default-modules`, which `name` switches together (`graftlm/adapters/foreign.py`). `trust_base` loads in spite of
     another base. Tokenizer and chat template in the folder are what `answer` asks with, whatever it is given; a
     template that writes the date writes that of training.
     """

@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from graftlm.adapters.export.llama_cpp import Architecture, architecture, gguf_factors, why_not_gguf
+from graftlm.adapters.peft import model_type, target_modules, task, why_not_read
+from graftlm.adapters.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError, numbered
@@ -24,9 +27,6 @@ from graftlm.model.hub.stopping import generation_settings, missing_end, tokeniz
 from graftlm.model.layers.attach import attachment, base_state, hosts, merged_state
 from graftlm.model.layers.hosts import Host, LayerHost, all_factors
 from graftlm.model.layers.quantize import CODECS, GROUP, QuantisedLinear
-from graftlm.model.llama_cpp import Architecture, architecture, gguf_factors, why_not_gguf
-from graftlm.model.peft import model_type, target_modules, task, why_not_read
-from graftlm.model.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
 
 # Merged models ---------------------------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ def write_difference(model: nn.Module, folder: Path) -> None:
 def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
     """A LoRA adapter for llama.cpp: alpha = r, so that its scale alpha / r is 1 and nothing is lost.
 
-    Names, rows of B and columns of A are those of `graftlm/model/llama_cpp.py`; embeddings' A is transposed. Raises
+    Names, rows of B and columns of A are those of `graftlm/adapters/export/llama_cpp.py`; embeddings' A is transposed. Raises
     TargetError for an architecture that is not known there, and for a layer on which llama.cpp applies no adapter.
     """
     try:

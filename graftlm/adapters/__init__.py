@@ -1,0 +1,1 @@
+"""Adapters on disk: read, written, in the layout of PEFT, exported."""
