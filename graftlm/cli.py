@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graftlm import __version__
+from graftlm import __version__, distributed
 from graftlm.errors import GraftError, nearest
 from graftlm.system import require_supported_platform, tune_process
-from graftlm.training import ranks
 
 if TYPE_CHECKING:
     import datetime
@@ -93,11 +92,11 @@ def main() -> None:
         tune_process()
         app()
     except GraftError as error:
-        if ranks.shows_errors():
+        if distributed.shows_errors():
             typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
         sys.exit(1)
     except Exception:
-        if ranks.shows_errors():
+        if distributed.shows_errors():
             raise
         sys.exit(1)
     except KeyboardInterrupt:
@@ -139,7 +138,7 @@ def train(
     from graftlm.training.run import RESUMABLE
     from graftlm.training.run import train as run
 
-    ranks.start()  # before anything can go wrong, so that it is said once
+    distributed.start()  # before anything can go wrong, so that it is said once
     _prepare_libraries()
     if probe_lr:
         _probe(read_recipe(recipe, overrides or []), html or Path("probe-lr.html"), as_json, title=str(recipe))
@@ -1011,7 +1010,7 @@ def _prepare_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if ranks.first() and (warning := untested()):
+    if distributed.first() and (warning := untested()):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.chat.render import Renderer
 from graftlm.kernels.backend import Backend
 from graftlm.model.layers.attach import deltas_still, trainable
-from graftlm.training import ranks
 from graftlm.training.checkpoint import BEST, Snapshot, put_back, put_deltas_back, step_name, take
 from graftlm.training.guards import EVERY, Guards
 from graftlm.training.held_out import held_out_metrics
@@ -110,7 +110,7 @@ class Course:
                 if back := self._spike(step):
                     return back
                 self._look_at_held_out()
-                self.asked_to_stop = bool(ranks.totals(self.stopping.requested)[0])  # on any rank
+                self.asked_to_stop = bool(distributed.totals(self.stopping.requested)[0])  # on any rank
                 if self.ends or self.seen % every == 0 or self.seen == len(self.plan):
                     self._save(step_name(self.seen))
                 if self.ends:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group, lay_out
 from graftlm.data.batches.prompts import asked_in
 from graftlm.data.chat.render import Renderer
@@ -16,7 +17,6 @@ from graftlm.data.sources.source import Row
 from graftlm.model.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids
 from graftlm.model.passes.forward import packed_attention
-from graftlm.training import ranks
 from graftlm.training.objective import Objective, Sums
 
 
@@ -59,16 +59,16 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """The loss and the metrics of an objective over all groups. Every rank has its share of them."""
     make = partial(lay_out, tokens=pack_tokens, packed=packed, share=share)
-    sharded, sums, count = ranks.is_sharded(model), Sums(objective), 0.0
+    sharded, sums, count = distributed.is_sharded(model), Sums(objective), 0.0
     with packed_attention(model) if packed else nullcontext():
-        probes = ranks.packs_of(objective.probes(groups), make, sharded=sharded)
+        probes = distributed.packs_of(objective.probes(groups), make, sharded=sharded)
         statistic = objective.statistic(model, [part.to(model.device) for part in probes])
-        for part in ranks.packs_of(groups, make, sharded=sharded):
+        for part in distributed.packs_of(groups, make, sharded=sharded):
             made, _ = objective.part(model, part.to(model.device), statistic)
             sums.add(made)
             count += objective.count(part)
     total, metrics = sums.totals()
-    return {"loss": total / ranks.totals(count)[0], **metrics}
+    return {"loss": total / distributed.totals(count)[0], **metrics}
 
 
 def answers(
@@ -80,14 +80,14 @@ def answers(
     layers on all ranks at once: there, each answers everything.
     """
     prompts = [renderer.prompt(asked_in(row)[0], row.tools, row.variables) for row in rows]
-    part = (0, 1) if ranks.is_sharded(model) else (ranks.rank(), ranks.count())
+    part = (0, 1) if distributed.is_sharded(model) else (distributed.rank(), distributed.count())
     stop_ids = all_stop_ids(model, renderer.stop_ids)
     results = generate(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, part=part)
     mine: list[tuple[int, str]] = []
     for index, ids in results:
         mine.append((index, renderer.decode(ids).strip()))
         progress(min(len(rows), len(mine) * part[1]))
-    found = dict(ranks.gathered(mine))
+    found = dict(distributed.gathered(mine))
     return [found[index] for index in range(len(rows))]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group, Pack, lay_out
 from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import TrainingError
@@ -13,7 +14,6 @@ from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.model.passes.proof import prove
-from graftlm.training import ranks
 from graftlm.training.recipe import Recipe
 
 STEPS_SEEN = 16
@@ -49,13 +49,13 @@ def choose_kernels(
                 markup=False,
             )
     found = []
-    if ranks.first():  # the others wait: timing wants a machine for itself
+    if distributed.first():  # the others wait: timing wants a machine for itself
         packs = packs_like(recipe, examples, plan)
         each = len(packs) / min(len(plan), STEPS_SEEN)
         with console.status("timing kernels"):
             chosen = choose(model, [p.to(model.device) for p in packs], wanted, passes=round(each * len(plan)))
         found = [chosen.to_json()]
-    (tree,) = ranks.gathered(found)
+    (tree,) = distributed.gathered(found)
     choice = Choice.from_json(tree)
     backend = choice.backend(model.device, model.dtype)
     if backend is not TORCH:
@@ -68,7 +68,7 @@ def packs_like(recipe: Recipe, examples: Sequence[Example | Group], plan: Sequen
     """The packs of the first steps, as one rank has them. Of prompts: with answers of the length that is allowed."""
     found = []
     for step in plan[:STEPS_SEEN]:
-        rows = [examples[i] for i in step[:: ranks.count()]]
+        rows = [examples[i] for i in step[:: distributed.count()]]
         if recipe.online:
             rows = [_answered(row, recipe.online.max_new_tokens) for row in rows for _ in range(recipe.online.samples)]
         found += lay_out(rows, recipe.train.pack_tokens, packed=True, share=recipe.train.prefix_sharing)

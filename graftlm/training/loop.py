@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graftlm import distributed
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
@@ -28,7 +29,6 @@ from graftlm.model.layers.attach import penalty, trainable
 from graftlm.model.layers.sites import transformer_layers
 from graftlm.model.passes.forward import packed_attention
 from graftlm.model.passes.recompute import offloaded, recomputed_layers
-from graftlm.training import ranks
 from graftlm.training.guards import EarlyStopping
 from graftlm.training.objective import Objective, Sums
 from graftlm.training.optim import Schedule, learning_rate_factor
@@ -190,7 +190,7 @@ def steps(
         started = time.perf_counter()
         parameters = trainable(model)
         probes, packs = [pack for pack in packs if pack.probe], [pack for pack in packs if not pack.probe]
-        count, supervised, tokens, computed = ranks.totals(
+        count, supervised, tokens, computed = distributed.totals(
             sum(map(objective.count, packs)),
             sum(float(pack.weights.sum()) for pack in packs),
             sum(pack.row_tokens for pack in packs),
@@ -228,16 +228,16 @@ def steps(
                 if bad or (run.rehearsal and not math.isfinite(run.norm)):
                     break
         total, metrics = sums.totals()
-        (failed,) = ranks.totals(len(bad))
-        wrong, rows = "loss" if failed else "", ranks.gathered(bad) if failed else []
+        (failed,) = distributed.totals(len(bad))
+        wrong, rows = "loss" if failed else "", distributed.gathered(bad) if failed else []
         norm = torch.tensor(math.nan)
         if not failed:
             added = terms(regularisers, model)
             metrics |= {name: float(value.detach()) for name, (_, value) in added.items()}
             extras = [*weighted(added), *([] if (own := penalty(model)) is None else [own])]
-            if ranks.first() and extras:  # once, not once a rank
+            if distributed.first() and extras:  # once, not once a rank
                 torch.stack(extras).sum().backward()
-            ranks.sum_gradients(parameters.values())
+            distributed.sum_gradients(parameters.values())
             if not fused:
                 still = _check_gradients(parameters, still, run.done)
             norm = torch.tensor(run.norm) if fused else _norm(parameters)
@@ -248,7 +248,7 @@ def steps(
             if not fused:
                 nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
             if not torch.isfinite(norm):
-                named = ranks.gathered([row for pack in packs for row in pack.rows])
+                named = distributed.gathered([row for pack in packs for row in pack.rows])
                 wrong, rows = "gradient", list(dict.fromkeys(named))
         if wrong:
             in_a_row += 1
@@ -301,7 +301,7 @@ def _passes(
 ) -> tuple[Sums, list[str]]:
     """The packs of a step forward and backward: (loss and metrics, the rows whose loss is not finite)."""
     # Dropout depends on nothing that went before, so there is no state to save; ranks must not drop the same elements.
-    torch.manual_seed(run.seed_for(ranks.rank()))
+    torch.manual_seed(run.seed_for(distributed.rank()))
     sums, bad = Sums(objective), list[str]()
     run.last_pack = False
     with ExitStack() as during:
@@ -314,7 +314,7 @@ def _passes(
             part, log_probs = objective.part(run.model, pack, statistic)
             if not torch.isfinite(part.sum):
                 bad += pack.rows_of(~log_probs.isfinite())
-                if not ranks.is_sharded(run.model):  # there the other ranks wait for this one in every layer
+                if not distributed.is_sharded(run.model):  # there the other ranks wait for this one in every layer
                     continue
             run.last_pack = pack is packs[-1] and not bad
             part.mean(*counts).backward()

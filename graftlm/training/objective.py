@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm import distributed
 from graftlm.data.batches.groups import mismatched
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.kernels.torch_ops import Comparison, Readings
@@ -16,7 +17,6 @@ from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
 from graftlm.model.layers.attach import SHARED, share, shared_of
 from graftlm.model.passes.forward import head, head_read, hidden_states, log_probs
-from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup
 from graftlm.training.regularisers import KlConfig
 from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
@@ -116,7 +116,7 @@ class Objective:
                 self.config, log_probs(model, pack), self.reference(model, pack), batch_of(pack)
             )
             total, count = total + float(found.sum), count + float(found.count)
-        total, count = ranks.totals(total, count)
+        total, count = distributed.totals(total, count)
         return total / count if count else 0.0
 
     @torch.no_grad()
@@ -187,6 +187,6 @@ class Sums:
 
     def totals(self) -> tuple[float, dict[str, float]]:
         """The summed loss and, of what was counted at all, the mean metrics: of all ranks."""
-        loss, *summed = ranks.totals(self.loss, *(number for part in self.parts.values() for number in part))
+        loss, *summed = distributed.totals(self.loss, *(number for part in self.parts.values() for number in part))
         found = zip(self.parts, summed[::2], summed[1::2], strict=True)
         return loss, {name: value / count for name, value, count in found if count}

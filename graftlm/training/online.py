@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 import torch
 from pydantic import Field, Strict
 
+from graftlm import distributed
 from graftlm.config import PositiveCount, PositiveRate, config
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import asked_in
@@ -31,7 +32,6 @@ from graftlm.data.sources.source import Row
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.policy_gradient import advantages
-from graftlm.training import ranks
 from graftlm.training.scorers import SCORERS, Reward, Said, Scorer, ScorerConfig
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class OnlineConfig:
 
 def score(scorer: Scorer, answers: Sequence[Said]) -> list[Reward]:
     """The reward of each answer, the ranks sharing the work; TrainingError for one that is not finite, or missing."""
-    mine = list(range(ranks.rank(), len(answers), ranks.count()))
+    mine = list(range(distributed.rank(), len(answers), distributed.count()))
     rewards = list(scorer([answers[i] for i in mine])) if mine else []
     if len(rewards) != len(mine):
         raise TrainingError(f"the scorer gave {len(rewards)} rewards for {len(mine)} answers")
@@ -82,7 +82,7 @@ def score(scorer: Scorer, answers: Sequence[Said]) -> list[Reward]:
             f"the scorer gave rewards that are not finite:\n{numbered(bad)}\nLet it return a number, or None for an "
             "answer that it cannot judge: that is left out"
         )
-    found: dict[int, Reward] = dict(ranks.gathered(list(zip(mine, rewards, strict=True))))
+    found: dict[int, Reward] = dict(distributed.gathered(list(zip(mine, rewards, strict=True))))
     return [found[i] for i in range(len(answers))]
 
 

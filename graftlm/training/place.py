@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from graftlm import distributed
 from graftlm.adapters.store import check_new_folder, mend_folder
 from graftlm.config import differences, to_tree
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
 from graftlm.lock import only_writer
-from graftlm.training import depends, ranks, trackers
+from graftlm.training import depends, trackers
 from graftlm.training.checkpoint import (
     BEST,
     FOLDER,
@@ -79,7 +80,7 @@ class Place:
         self, *, overwrite: bool, resume: bool, accept_changes: bool, told: Callable[[str], None]
     ) -> Literal["new", "finished", "unfinished"]:
         """Look at what is there. Raises OutputError where something would be lost, or is of another recipe."""
-        if ranks.first():
+        if distributed.first():
             mend_folder(self.out, keep=KEPT)
         unfinished = (self.folder / UNFINISHED).is_file()
         if not resume:
@@ -112,17 +113,17 @@ class Place:
 
     def lock(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
         """Inside, no other process writes to OUT; OutputError where one does. The first rank has it for all."""
-        return only_writer(self.out, say=say) if ranks.first() else nullcontext()
+        return only_writer(self.out, say=say) if distributed.first() else nullcontext()
 
     def _holds_an_adapter(self) -> bool:
         return self.out.is_dir() and any(path.name not in KEPT for path in self.out.iterdir())
 
     def last(self, told: Callable[[str], None]) -> Snapshot | None:
         """The last checkpoint, on every rank the same; None if there is none."""
-        if ranks.first():
+        if distributed.first():
             self.checkpoints.wait()
-        found = self.checkpoints.newest(told) if ranks.first() else None
-        (name, *_) = ranks.gathered([found[1].name if found else ""])
+        found = self.checkpoints.newest(told) if distributed.first() else None
+        (name, *_) = distributed.gathered([found[1].name if found else ""])
         return (found[0] if found else read(self.folder / name)) if name else None
 
     def newest(self, facts: Mapping[str, Any], *, told: Callable[[str], None]) -> Snapshot | None:
@@ -146,7 +147,7 @@ class Place:
     @contextmanager
     def begin(self, found: Snapshot | None) -> Iterator[Running]:
         """Inside, the run goes on; of one that fails before its first checkpoint nothing is left."""
-        if not ranks.first():
+        if not distributed.first():
             with Metrics(self.folder / METRICS, _metrics_at(found), writes=False) as metrics:
                 yield Running(metrics, None)
             return
@@ -180,7 +181,7 @@ class Place:
 
     def close(self) -> None:
         """The run is done, and all of it is in OUT."""
-        if ranks.first():
+        if distributed.first():
             os.unlink(self.folder / UNFINISHED)
             sync(self.folder)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
@@ -28,7 +29,7 @@ from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
-from graftlm.training import display, ranks, report
+from graftlm.training import display, report
 from graftlm.training.held_out import held_out_loss
 from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import NotFiniteError
@@ -76,7 +77,7 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     Rates are those of the first delta; others keep their ratio to it. Raises what `train` would raise before its first
     step, and TrainingError under torchrun. Nothing is written.
     """
-    if ranks.count() > 1:
+    if distributed.count() > 1:
         raise TrainingError("--probe-lr is for one process: leave torchrun out")
     if recipe.online:
         raise TrainingError("--probe-lr compares losses of the same rows, and with `online` no two steps have the same")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from graftlm import distributed
 from graftlm.adapters.store import model_card, new_folder, write_adapter
 from graftlm.config import to_yaml
 from graftlm.data.batches.groups import COMPARED, prepare_groups, usable_by
@@ -45,7 +46,7 @@ from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
-from graftlm.training import depends, display, ranks, report
+from graftlm.training import depends, display, report
 from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import METRICS, put_deltas_back
 from graftlm.training.course import Course, Stopping, Watched
@@ -235,13 +236,13 @@ def train(
     run; by default it is silent. Under torchrun the processes train it together, and the first of them writes. While
     another process trains into `out`, an OutputError names it.
     """
-    ranks.start()
+    distributed.start()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    console = console if console and ranks.first() else Console(quiet=True)
+    console = console if console and distributed.first() else Console(quiet=True)
     out = Path(out) if out is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     place = Place(out, recipe)
     with place.lock(console.print):
-        with ranks.one_first():
+        with distributed.one_first():
             begun = place.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, told=console.print)
         if begun == "finished":
             console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
@@ -255,11 +256,11 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
-    with ranks.one_first():  # it may have to be fetched or converted
+    with distributed.one_first():  # it may have to be fetched or converted
         tokenizer = recipe_tokenizer(recipe)
-    today = datetime.date.fromisoformat(ranks.gathered([place.began])[0][:10])  # a resumed run stays in its day
+    today = datetime.date.fromisoformat(distributed.gathered([place.began])[0][:10])  # a resumed run stays in its day
     waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
-    with waiting, ranks.one_first():  # the others find what it has rendered
+    with waiting, distributed.one_first():  # the others find what it has rendered
         data = prepare_data(recipe, tokenizer, console=console, today=today)
     if recipe.online:
         data = replace(data, scorer=make_scorer(recipe.online.scorer, network=recipe.network, today=today))
@@ -272,7 +273,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         )
     console.print(display.tokens(data.first_rows[0]))
     with console.status("loading the base"):
-        in_parts = recipe.train.shard != "none" and ranks.count() > 1  # then no single device may hold it
+        in_parts = recipe.train.shard != "none" and distributed.count() > 1  # then no single device may hold it
         model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
     if recipe.train.offload and model.device.type == "cpu":
         raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
@@ -281,7 +282,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     plan = plan_batches(recipe.train, data.examples, data.curriculum, data.draws)
     lines, stopped, choice = _train(recipe, Loaded(model, tokenizer), data, plan, place, trackers, console)
     log = [line for line in lines if "loss" in line]
-    if ranks.first():
+    if distributed.first():
         with new_folder(out, overwrite=True, keep=KEPT) as folder:
             for name in recipe.all_deltas():  # a single one is the folder itself, several are folders in it
                 if data.renderer.template is not None:
@@ -292,7 +293,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     # From here on the adapter is safe in its place; what is measured is added to it.
     before, after, samples = (None, None, []) if stopped else _measure(recipe, model, data, console)
     summary = _summary(recipe, model, log, before, after, stopped) | {"kernels": choice.to_json()}
-    if ranks.first():
+    if distributed.first():
         with writing(out):
             if not stopped:
                 _write_report(recipe, model, tokenizer, data, out, summary, lines, samples, choice)
@@ -308,7 +309,7 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
             console.print(display.side_by_side(samples[: recipe.report.samples]))
         console.print(display.results(summary))
         console.print(f"wrote {out}: adapter, report.html, summary.json", highlight=False)
-    ranks.totals(0)  # torchrun ends all ranks when one leaves early with an exit code: they leave together
+    distributed.totals(0)  # torchrun ends all ranks when one leaves early with an exit code: they leave together
     return Result(out, summary, model, tokenizer)
 
 
@@ -327,21 +328,21 @@ def _train(
     prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     load_teacher(recipe, model, data.examples)
     facts: dict[str, Any] = depends.record(
-        recipe, model, tokenizer, data.examples, began=ranks.gathered([place.began])[0]
+        recipe, model, tokenizer, data.examples, began=distributed.gathered([place.began])[0]
     )
     found = place.newest(facts, told=console.print)
     with console.status("attaching the delta"):
         attach_deltas(recipe, model, data.examples, plan, start=found is None)
     if found is not None:
         put_deltas_back(found, model, list(recipe.all_deltas()), place.out)
-    ranks.check_same(trainable(model))
+    distributed.check_same(trainable(model))
     covered = coverage(model).lines()
     saved = found.facts.get("kernels") if found else None
     choice, backend = choose_kernels(recipe, model, data.examples, plan, saved, console)
     console.print("kernels: " + "; ".join(choice.lines()), highlight=False, markup=False)
     facts["kernels"] = choice.to_json()
     if recipe.train.shard == "fsdp":
-        ranks.shard(model)
+        distributed.shard(model)
     for line in covered:
         console.print(line, highlight=False, markup=False)
     for name, config in recipe.all_deltas().items():
@@ -460,8 +461,8 @@ def _summary(
             "supervised_tokens": int(sum(s["supervised_tokens"] for s in log)),
             "steps": len(log),
             "wall_s": sum(s["wall_s"] for s in log),
-            "peak_rss_gib": max(ranks.gathered([peak_rss_gib()])),
-            "ranks": ranks.count(),
+            "peak_rss_gib": max(distributed.gathered([peak_rss_gib()])),
+            "ranks": distributed.count(),
         },
         "base_fingerprint": fingerprint(model).digest,
         "seed": recipe.train.seed,

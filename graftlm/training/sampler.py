@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import Prompt
 from graftlm.data.chat.render import Renderer
@@ -28,7 +29,6 @@ from graftlm.model.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids
 from graftlm.model.layers.attach import deltas_still
 from graftlm.model.passes.forward import log_probs, packed_attention
-from graftlm.training import ranks
 from graftlm.training.online import OnlineConfig, material, score
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
 from graftlm.training.recipe import Recipe
@@ -114,11 +114,11 @@ class Sampler(Policy):
         model, online = training.model, self.online
         ids = [prompt.answers[0].ids for prompt in prompts]
         order = sorted(range(len(ids) * online.samples), key=lambda i: len(ids[i // online.samples]))
-        together = ranks.is_sharded(model)
+        together = distributed.is_sharded(model)
         mine: list[tuple[int, list[int]]] = []
         with deltas_still(model):
             for batch, start in enumerate(range(0, len(order), online.at_once)):
-                if not together and batch % ranks.count() != ranks.rank():
+                if not together and batch % distributed.count() != distributed.rank():
                     continue
                 some = order[start : start + online.at_once]
                 found = generate(
@@ -133,7 +133,7 @@ class Sampler(Policy):
                     keep_stop=True,
                 )
                 mine += [(some[i], new) for i, new in found]
-        every = dict(mine if together else ranks.gathered(mine))
+        every = dict(mine if together else distributed.gathered(mine))
         return [[every[i * online.samples + n] for n in range(online.samples)] for i in range(len(prompts))]
 
     def _said(self, prompt: Example | Group, ids: Sequence[int], ends: Sequence[int]) -> Said:
@@ -146,18 +146,18 @@ class Sampler(Policy):
     def _with_before(self, training: Training, made: Sequence[Any]) -> list[Any]:
         """Groups whose answers know how likely they were when they were given; the ranks share the work."""
         model: Any = training.model
-        together = ranks.is_sharded(model)
+        together = distributed.is_sharded(model)
         mine: list[tuple[int, list[list[float]]]] = []
         with deltas_still(model), packed_attention(model) if self.recipe.data.pack else nullcontext():
             for i, group in enumerate(made):
-                if group is None or not (together or i % ranks.count() == ranks.rank()):
+                if group is None or not (together or i % distributed.count() == distributed.rank()):
                     continue
                 pack = collate([group], share=self.recipe.train.prefix_sharing).to(model.device)
                 values = log_probs(model, pack).float().cpu()
                 # Triples are in the order of their hidden rows, so those of an answer are in the order of its tokens.
                 of_answer = [values[pack.answers.cpu() == n].tolist() for n in range(len(group.answers))]
                 mine.append((i, of_answer))
-        known = dict(mine if together else ranks.gathered(mine))
+        known = dict(mine if together else distributed.gathered(mine))
         return [None if group is None else _remember(group, known[i]) for i, group in enumerate(made)]
 
 

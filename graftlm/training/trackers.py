@@ -24,10 +24,10 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from graftlm import distributed
 from graftlm.config import to_tree, to_yaml
 from graftlm.errors import TrainingError
 from graftlm.files import writing
-from graftlm.training import ranks
 from graftlm.training.recipe import Recipe
 
 PROJECT = "graftlm"
@@ -226,7 +226,7 @@ class Trackers:
         Raises TrainingError where a tracker cannot begin.
         """
         names: Sequence[str] = self.recipe.report.trackers
-        if not ranks.first():
+        if not distributed.first():
             return
         if not resumes:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -269,7 +269,7 @@ class Trackers:
             else:
                 os.environ[name] = value
         out = self.folder.parent
-        failed = kind is not None and ranks.first() and self.folder.is_dir()
+        failed = kind is not None and distributed.first() and self.folder.is_dir()
         if failed and [path.name for path in out.iterdir()] == [FOLDER]:
             shutil.rmtree(out)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graftlm import distributed
 from graftlm.data.batches.order import Curriculum
 from graftlm.data.batches.pack import Example, Group, Pack, batches, lay_out
 from graftlm.data.chat.render import Renderer
@@ -24,7 +25,6 @@ from graftlm.model.layers.attach import attach, hosts, needed_statistics, parame
 from graftlm.model.passes.forward import packed_attention
 from graftlm.model.passes.proof import prove
 from graftlm.model.passes.statistics import collect
-from graftlm.training import ranks
 from graftlm.training.aside import loss_aside
 from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import Step, TrainConfig, steps
@@ -140,7 +140,7 @@ class Turn:
             if sampler is not None:
                 items = sampler.rows(self.training, number, lambda n: [examples[i] for i in plan[n]], self.last)
             for some in (items, objective.probes(items)):
-                for pack in ranks.packs_of(some, make, sharded=ranks.is_sharded(model)):
+                for pack in distributed.packs_of(some, make, sharded=distributed.is_sharded(model)):
                     yield pack.to(model.device)  # type: ignore[arg-type]
 
         return steps(

@@ -166,9 +166,9 @@ def test_rows_that_are_not_packed_are_computed_by_the_models_own_code(
 
 
 def chosen_on_a_rank(base: Path, rows: Path, out: Path) -> Any:
-    from graftlm.training import ranks
+    from graftlm import distributed
 
-    if ranks.rank() == 1:  # its timings would say something else
+    if distributed.rank() == 1:  # its timings would say something else
 
         def choose(*arguments: Any, **options: Any) -> Any:
             raise AssertionError("the first rank chooses for all")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import graftlm.training.loop as loop
+from graftlm import distributed
 from graftlm.data.batches.pack import pack
 from graftlm.losses import LOSSES
 from graftlm.model.layers.attach import trainable
-from graftlm.training import ranks
 from graftlm.training.objective import Objective
 from tests.training.test_objective import OPTIONS, answered, items, moved
 from tests.training.together import together
@@ -21,18 +21,18 @@ ROWS = 3
 
 
 def one(name: str, options: dict[str, Any], sharded: bool) -> dict[str, Any]:
-    ranks.start()
+    distributed.start()
     model = moved()
     objective = Objective(LOSSES[name].config(**options))
     objective.add_head(model)
     if sharded:
-        ranks.shard(model)
+        distributed.shard(model)
     rows = items(name, answered(ROWS))
     make = partial(pack, tokens=40, share=True)
     packs = [
         part
         for some in (rows, objective.probes(rows))
-        for part in ranks.packs_of(some, make, sharded=ranks.is_sharded(model))
+        for part in distributed.packs_of(some, make, sharded=distributed.is_sharded(model))
     ]
     kept: dict[str, Tensor] = {}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from graftlm import cli
+from graftlm import cli, distributed
 from graftlm.config import build
 from graftlm.data.batches.pack import lay_out
 from graftlm.errors import TrainingError
@@ -18,7 +18,6 @@ from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.training import probe as probing
-from graftlm.training import ranks
 from graftlm.training.probe import STEPS, Tried, probe, suggestion
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
@@ -150,7 +149,7 @@ def test_several_deltas_are_probed_together_and_keep_their_ratio(base_folder: Pa
 
 
 def test_several_processes_are_refused(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(TrainingError, match="leave torchrun out"):
         probe(recipe(base_folder, rows))
 

@@ -18,11 +18,11 @@ import graftlm
 import graftlm.training.loop as loop
 import graftlm.training.objective as objective
 import graftlm.training.run as run_module
+from graftlm import distributed
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training import ranks
 from graftlm.training.held_out import held_out_loss
 from graftlm.training.optim import adamw
 from tests.training.test_loop import examples
@@ -49,11 +49,11 @@ CASES = [
 
 def gradients(method: str, count: int, packed: bool, sharded: bool) -> dict[str, Any]:
     """The loss and the gradients of a step, the held-out loss before it, and what the step says of itself."""
-    ranks.start()
+    distributed.start()
     model = perturbed(method, tiny_model())
-    ranks.check_same(trainable(model))
+    distributed.check_same(trainable(model))
     if sharded:
-        ranks.shard(model)
+        distributed.shard(model)
     rows = examples(count)
 
     def make(rows: Sequence[Any]) -> list[Pack]:
@@ -67,7 +67,7 @@ def gradients(method: str, count: int, packed: bool, sharded: bool) -> dict[str,
 
     before = held_out_loss(model, rows, pack_tokens=40, packed=packed)
     (step,) = loop.steps(
-        model, [ranks.packs_of(rows, make, sharded=ranks.is_sharded(model))], loss="supervised",
+        model, [distributed.packs_of(rows, make, sharded=distributed.is_sharded(model))], loss="supervised",
         optimiser=Recorder(trainable(model).values(), lr=0.0), schedule=lambda n: 1.0, clip=1e9, packed=packed,
     )  # fmt: skip
     numbers = {"held_out": before, "loss": step.loss, "norm": step.grad_norm}
@@ -146,17 +146,17 @@ def test_a_run_leaves_one_folder_and_it_is_that_of_one_process(
 
 
 def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
-    ranks.start()
+    distributed.start()
     model = perturbed("lora", tiny_model())
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     if sharded:
-        ranks.shard(model)
-    packs = ranks.packs_of(examples(6), lambda rows: pack(rows, 40), sharded=sharded)
+        distributed.shard(model)
+    packs = distributed.packs_of(examples(6), lambda rows: pack(rows, 40), sharded=sharded)
     original = objective.log_probs
 
     def poisoned(*arguments: Any) -> Tensor:
         found = original(*arguments)
-        return found * float("nan") if ranks.rank() == 1 else found
+        return found * float("nan") if distributed.rank() == 1 else found
 
     with patch.object(objective, "log_probs", poisoned), pytest.raises(TrainingError) as raised:
         list(loop.steps(
@@ -167,37 +167,37 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
 
 
 def ended_by_the_last_rank(base: Path, rows: Path, out: Path) -> dict[str, Any]:
-    ranks.start()
+    distributed.start()
 
     @contextmanager
     def asked() -> Iterator[Any]:
-        yield SimpleNamespace(requested=ranks.rank() == ranks.count() - 1)
+        yield SimpleNamespace(requested=distributed.rank() == distributed.count() - 1)
 
     with patch.object(run_module, "stop_on_signal", asked):
         return graftlm.train(recipe(base, rows), out).summary
 
 
 def different_start() -> str:
-    ranks.start()
-    model = perturbed("lora", tiny_model(), seed=ranks.rank())
+    distributed.start()
+    model = perturbed("lora", tiny_model(), seed=distributed.rank())
     with pytest.raises(TrainingError) as raised:
-        ranks.check_same(trainable(model))
+        distributed.check_same(trainable(model))
     return str(raised.value)
 
 
 def prompt_in_parts() -> str:
-    ranks.start()
+    distributed.start()
     with pytest.raises(TrainingError) as raised:
-        ranks.shard(perturbed("prompt", tiny_model()))
+        distributed.shard(perturbed("prompt", tiny_model()))
     return str(raised.value)
 
 
 def own_randomness() -> float:
-    ranks.start()
+    distributed.start()
     model = perturbed("lora", tiny_model(), dropout=0.5)
     rows = examples(2)
     batch = [collate(rows)]
-    torch.rand(7 + ranks.rank())
+    torch.rand(7 + distributed.rank())
     seeds = []
     for _ in loop.steps(model, [batch], loss="supervised", optimiser=_still(model), schedule=lambda n: 1.0, clip=1.0):
         seeds.append(torch.initial_seed())
@@ -225,7 +225,7 @@ def test_what_ends_one_rank_ends_all_and_nobody_waits(
     tmp_path: Path,
 ) -> None:
     wanted = own_randomness()
-    of_rank_1 = {examples(6)[i].where for i in ranks.deal([len(e) for e in examples(6)], 2)[1]}
+    of_rank_1 = {examples(6)[i].where for i in distributed.deal([len(e) for e in examples(6)], 2)[1]}
     results = together(2, endings, base_folder, rows, tmp_path)
     for plain, sharded, summary, differs, refused, _ in results:
         for message, unchanged in (plain, sharded):
@@ -266,17 +266,17 @@ def test_rows_are_dealt_once_evenly_and_by_their_lengths_alone() -> None:
     generator = random.Random(0)
     for count in (1, 2, 3, 8):
         sizes = [generator.randint(1, 1000) for _ in range(40)]
-        shares = ranks.deal(sizes, count)
+        shares = distributed.deal(sizes, count)
         assert sorted(i for share in shares for i in share) == list(range(40))
-        assert shares == ranks.deal(list(sizes), count)
+        assert shares == distributed.deal(list(sizes), count)
         loads = [sum(sizes[i] for i in share) for share in shares]
         assert max(loads) - min(loads) <= max(sizes)
-    assert ranks.deal([5, 9, 7], 1) == [[0, 1, 2]]
-    assert ranks.deal([5], 3) == [[0], [], []]
+    assert distributed.deal([5, 9, 7], 1) == [[0, 1, 2]]
+    assert distributed.deal([5], 3) == [[0], [], []]
 
 
 def go_on(base: Path, rows: Path, out: Path) -> None:
-    ranks.start()
+    distributed.start()
     graftlm.train(recipe(base, rows), out, resume=True)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import graftlm
 import graftlm.training.loop as loop
+from graftlm import distributed
 from graftlm.config import build
 from graftlm.data.batches.pack import pack
 from graftlm.deltas.lora import LoraConfig
@@ -19,7 +20,6 @@ from graftlm.losses import LOSSES
 from graftlm.model.layers.attach import attach, deltas_off, trainable
 from graftlm.model.passes.forward import packed_attention
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training import ranks
 from graftlm.training.objective import Objective
 from graftlm.training.recipe import Recipe
 from graftlm.training.regularisers import REGULARISERS, check_regularisers, terms
@@ -91,12 +91,12 @@ def test_a_delta_at_its_start_has_finite_gradients() -> None:
 
 def one(name: str, options: dict[str, Any], added: list[dict[str, Any]], tokens: int = 40) -> Any:
     """(loss, metrics, gradients) of a step, on this rank."""
-    ranks.start()
+    distributed.start()
     model = moved()
     objective = Objective(LOSSES[name].config(**options))
     rows = items(name, answered(3))
     make = partial(pack, tokens=tokens, share=True)
-    packs = [p for some in (rows, objective.probes(rows)) for p in ranks.packs_of(some, make)]
+    packs = [p for some in (rows, objective.probes(rows)) for p in distributed.packs_of(some, make)]
     kept: dict[str, Tensor] = {}
 
     class Recorder(torch.optim.SGD):

@@ -87,7 +87,7 @@ def load_base(
     """A frozen causal language model in evaluation mode, and its tokenizer; raises BaseModelError.
 
     `store` overrides the config's: auto, fp32, bf16, fp16, int8, nf4 or int4. `network` allows a hub id to be fetched.
-    `leave_on_cpu`: what the device wants, but not yet there (it may hold only a part: `graftlm/training/ranks.py`).
+    `leave_on_cpu`: what the device wants, but not yet there (it may hold only a part: `graftlm/distributed.py`).
     """
     base = base_config(base)
     where = locate(base, network=network)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from graftlm import distributed
 from graftlm.config import PositiveCount, Share, config
 from graftlm.deltas.base import AdditiveDelta, Delta
 from graftlm.model.layers.attach import hosts
-from graftlm.training import ranks
 from graftlm.training.policies.base import Policy, PolicyConfig, Training, needs_method
 
 RESERVE = 1e-5
@@ -89,7 +89,7 @@ class IncreLora(Policy):
                 handle.remove()
 
     def _see(self, training: Training, key: str, delta: AdditiveDelta, G: Tensor) -> None:
-        if ranks.count() == 1 and training.last_pack and key not in self.sums:
+        if distributed.count() == 1 and training.last_pack and key not in self.sums:
             self.found[key] = _score(delta, G)  # it is whole already
         else:
             self.sums[key] = self.sums[key].add_(G) if key in self.sums else G
@@ -107,7 +107,7 @@ class IncreLora(Policy):
 
     def _whole_score(self, key: str, delta: Delta) -> float:
         assert isinstance(delta, AdditiveDelta)
-        if ranks.count() == 1 and key not in self.sums:
+        if distributed.count() == 1 and key not in self.sums:
             return self.found.get(key, 0.0)
         return _score(delta, whole_gradient(self.sums.pop(key, None), delta))
 
@@ -159,7 +159,7 @@ def whole_gradient(G: Tensor | None, delta: Delta) -> Tensor:
     mine = like.new_zeros(delta.site.d_out, delta.site.d_in) if G is None else G
     held = nn.Parameter(mine, requires_grad=False)
     held.grad = mine
-    ranks.sum_gradients([held])
+    distributed.sum_gradients([held])
     assert held.grad is not None
     return held.grad
 

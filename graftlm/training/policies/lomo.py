@@ -25,10 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from graftlm import distributed
 from graftlm.config import PositiveRate, config
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import penalty
-from graftlm.training import ranks
 from graftlm.training.policies.base import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
 
 RATE = 250.0
@@ -58,7 +58,7 @@ class Fused(Policy):
         """Change p by its gradient g; `training.optimiser.state[p]` is what may be kept of it."""
 
     def refuse(self, training: Training) -> str:
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             return "it acts on gradients before those of the other processes are added: galore and adamw-8bit do not"
         with torch.no_grad():
             penalised = penalty(training.model) is not None

@@ -22,11 +22,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graftlm import distributed
 from graftlm.config import PositiveCount, config
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import hosts
 from graftlm.model.passes.recompute import is_recomputed
-from graftlm.training import ranks
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
 
 METHODS = ("lora", "dora", "full")
@@ -57,7 +57,7 @@ class Velora(Policy):
             return f"of {', '.join(METHODS)} it is known that only a matrix's gradient needs x, of {min(others)} not"
         if any(c.dropout for c in training.deltas.values()):
             return "dropout makes of each x another one, and keeps it: leave dropout out"
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             return "each process would find another v in its rows"
         for _, site, delta in training.sites():
             if delta.site.kind == "linear" and delta.site.d_in % self.config.groups:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from graftlm import distributed
 from graftlm.config import to_tree
 from graftlm.data.batches.pack import Example
 from graftlm.data.chat.render import Renderer
@@ -28,7 +29,7 @@ from graftlm.files import cache_folder, check_lines, check_new, whole
 from graftlm.model.hub.load import base_config, load_base, locate, return_freed_memory
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
-from graftlm.training import display, ranks
+from graftlm.training import display
 from graftlm.training.positions import check_positions
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
@@ -76,7 +77,7 @@ def choose(
 
     Raises DataError where nothing is left, and RecipeError for a selector that ranks and is not told how many to keep.
     """
-    if ranks.count() > 1:
+    if distributed.count() > 1:
         raise RecipeError("select: rows are chosen by one process. Choose them first, with graft data select")
     for config in recipe.select:
         if config.keep is None and not SELECTORS[config.by].filters:

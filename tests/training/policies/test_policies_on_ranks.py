@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm import distributed
 from graftlm.config import build
 from graftlm.data.batches.pack import Pack, pack
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training import ranks
 from graftlm.training.policies import POLICIES
 from tests.training.policies.test_aside import with_aside
 from tests.training.policies.test_policies import run, training
@@ -36,7 +36,7 @@ def whole_run(name: str) -> dict[str, Any]:
     state = with_aside(training(perturbed(method, tiny_model()).double(), [], total=STEPS))
     # Adam would divide by the size of each gradient, and so make steps of rounding noise where there is no more.
     state.optimiser = torch.optim.SGD(trainable(state.model).values(), lr=0.1)
-    batches = [ranks.packs_of(examples(seed=number), make) for number in range(STEPS)]
+    batches = [distributed.packs_of(examples(seed=number), make) for number in range(STEPS)]
     done = run(state, [policy], batches)
     policy.on_end(state)
     return {
@@ -48,7 +48,7 @@ def whole_run(name: str) -> dict[str, Any]:
 
 
 def all_runs() -> dict[str, dict[str, Any]]:
-    ranks.start()
+    distributed.start()
     return {name: whole_run(name) for name in (*OF_RANKS, *OTHERS)}
 
 

@@ -6,7 +6,7 @@ starts N processes, the ranks. Each reads the same rows and makes the same plan 
 each trains on its share, and the gradients are summed. The deltas are whole on every rank, and equal; the frozen base
 is whole too, or cut in N parts (`shard`). Rank 0 prints and writes. See docs/decisions/028 and 029.
 
-A process that is alone passes through all of this unchanged, and `import graftlm.training.ranks` imports no torch.
+A process that is alone passes through all of this unchanged, and `import graftlm.distributed` imports no torch.
 """
 
 import atexit
