@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graftlm.deltas import METHODS as METHODS
     from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
+    from graftlm.generation.answer import answer as answer
     from graftlm.model.hub.load import BaseConfig as BaseConfig
     from graftlm.model.hub.load import load_base as load_base
     from graftlm.model.layers.attach import activate as activate
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from graftlm.model.layers.attach import detach as detach
     from graftlm.model.layers.attach import merged_state as merged_state
     from graftlm.model.passes.statistics import collect as collect
-    from graftlm.training.answer import answer as answer
     from graftlm.training.loop import TrainConfig as TrainConfig
     from graftlm.training.recipe import Recipe as Recipe
     from graftlm.training.recipe import ReportConfig as ReportConfig
@@ -45,7 +45,7 @@ _HOME = {
     "SourceConfig": "graftlm.data.sources.source",
     "TrainConfig": "graftlm.training.loop",
     "activate": "graftlm.model.layers.attach",
-    "answer": "graftlm.training.answer",
+    "answer": "graftlm.generation.answer",
     "attach": "graftlm.model.layers.attach",
     "by_row": "graftlm.model.layers.attach",
     "collect": "graftlm.model.passes.statistics",

@@ -360,7 +360,8 @@ def data_check(
     the rows look like: duplicates, overlap with held-out rows, refusals, damage."""
     from rich.console import Console
 
-    from graftlm.training import check_page, display
+    from graftlm.display import terminal
+    from graftlm.training import check_page
     from graftlm.training.run import prepare_data
     from graftlm.training.tokenizer import recipe_tokenizer
 
@@ -376,9 +377,9 @@ def data_check(
         print(json.dumps(found.report.to_json() | {"held_out_rows": len(found.held_out), "shown": found.first_rows}))
         return
     console = Console()
-    console.print(display.preflight(found.report))
+    console.print(terminal.preflight(found.report))
     for row in found.first_rows:
-        console.print(display.tokens(row))
+        console.print(terminal.tokens(row))
     if html:
         console.print(f"wrote {html}", highlight=False, markup=False)
 
@@ -579,7 +580,7 @@ def generate(
     network: NetworkOption = False,
 ) -> None:
     """Answer one question and print the answer."""
-    from graftlm.training.answer import answer
+    from graftlm.generation.answer import answer
 
     if (question is None) == (prompt is None):
         raise typer.BadParameter('give one question: graft generate "How are you?"', param_hint="QUESTION")
@@ -593,7 +594,7 @@ def _sampling(
     temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, stop: list[str] | None
 ) -> dict[str, Any]:
     """How tokens are chosen, as `answer` takes it; what would do nothing is wrong usage."""
-    from graftlm.model.generate import check_sampling
+    from graftlm.generation.generate import check_sampling
 
     try:
         check_sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
@@ -646,8 +647,8 @@ def chat(
 ) -> None:
     """Talk with the model; answers stream. /base switches the delta off in mid-conversation."""
     from graftlm.data.sources.formats import Message
+    from graftlm.generation.answer import answer, chat_renderer
     from graftlm.model.layers.attach import activate, attachment
-    from graftlm.training.answer import answer, chat_renderer
 
     options = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     rendering: dict[str, Any] = {"today": _day(today), "turn_order": _turn_order(turn_order)}

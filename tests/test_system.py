@@ -19,9 +19,9 @@ from graftlm import cli, system
 from graftlm.config import build
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, PlatformError
-from graftlm.model.generate import generate
+from graftlm.generation.answer import answer
+from graftlm.generation.generate import generate
 from graftlm.model.layers.attach import attach
-from graftlm.training.answer import answer
 from graftlm.training.bench import bench
 from graftlm.training.plan import plan
 from graftlm.training.probe import probe

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
-from graftlm.training.display import side_by_side  # noqa: E402
+from graftlm.display.terminal import side_by_side  # noqa: E402
 
 
 def demo(recipe: str, seed: int, folder: Path, cache: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from graftlm.data.chat.render import Role
 from graftlm.data.quality.preflight import Lengths, shown_rows
 from graftlm.data.quality.survey import WHY, evenly
 from graftlm.data.sources.source import DataConfig, Row
+from graftlm.display import pages
 from graftlm.files import whole
-from graftlm.training import report
 from graftlm.training.run import Prepared
 
 SAMPLED = 200
@@ -62,7 +62,7 @@ def html(data: Prepared, config: DataConfig, *, title: str) -> str:
             facts = {"kind": finding.kind, "why": finding.why, "count": finding.count}
             findings.append(facts | {"places": listed, "more": len(named) - len(listed)})
     left_out, total = len(notes.keys() - place.keys()), len(data.rows) + len(data.held_out_rows)
-    return report.page(
+    return pages.page(
         "check.html.jinja",
         title=title,
         lines=[*preflight.lines(), *(line for line in survey.lines() if line[0] not in WHY)],  # those are below

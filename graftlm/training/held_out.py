@@ -14,7 +14,7 @@ from graftlm.data.batches.prompts import asked_in
 from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.minhash import words_of
 from graftlm.data.sources.source import Row
-from graftlm.model.generate import generate
+from graftlm.generation.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids
 from graftlm.model.passes.forward import packed_attention
 from graftlm.training.objective import Objective, Sums

@@ -23,13 +23,13 @@ from rich.console import Console
 from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group
 from graftlm.deltas import METHODS
+from graftlm.display import pages, terminal
 from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
-from graftlm.training import display, report
 from graftlm.training.held_out import held_out_loss
 from graftlm.training.kernels import choose_kernels
 from graftlm.training.loop import NotFiniteError
@@ -99,7 +99,7 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     watch = Watch(config.batch_rows, METHODS[next(iter(recipe.all_deltas().values())).method].delta.learning_rate)
     turn.policies.append(watch)
     tried: list[Tried] = []
-    with display.progress(console) as bars:
+    with terminal.progress(console) as bars:
         bar = bars.add_task("probing", total=count, now="")
         for step in _steps(recipe, model, turn, data.examples, plan):
             tried.append(step)
@@ -224,7 +224,7 @@ def lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
 
 def write(file: Path, found: dict[str, Any], recipe: Recipe, *, title: str) -> None:
     """The page of a probe. Raises OutputError where it cannot be written."""
-    page = report.page(
+    page = pages.page(
         "table.html.jinja",
         title=title,
         notes=lines(found, recipe),
@@ -242,7 +242,7 @@ def _picture(found: dict[str, Any]) -> str:
     tried = [Tried(**step) for step in found["steps"]]
     rates = [step.rate for step in tried]
     start = sum(step.loss - step.before for step in tried[:SMOOTHING]) / len(tried[:SMOOTHING])
-    drawn, axis = report.figure()
+    drawn, axis = pages.figure()
     axis.plot(rates, [s.loss - s.before - start for s in tried], color="#2da44e", linewidth=1, alpha=0.4)
     axis.plot(rates, smoothed_gains(tried), color="#2da44e", linewidth=2)
     for key, colour in (("learning_rate", "#0b6bcb"), ("best_rate", "#8b8f96"), ("diverged_rate", "#cf222e")):
@@ -253,4 +253,4 @@ def _picture(found: dict[str, Any]) -> str:
     if found["fell"]:  # what runs away would hide all else
         axis.set_ylim(-1.5 * found["fell"], 1.5 * found["fell"])
     axis.legend(fontsize="small")
-    return report.svg(drawn)
+    return pages.svg(drawn)

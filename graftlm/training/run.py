@@ -34,6 +34,7 @@ from graftlm.data.quality.survey import not_told, survey
 from graftlm.data.sources.row_cache import read_kept, unread_keys
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.data.sources.template_draws import Draws, draw_again
+from graftlm.display import pages, terminal
 from graftlm.errors import TrainingError
 from graftlm.files import cache_folder, writing
 from graftlm.kernels.backend import pinned
@@ -46,7 +47,7 @@ from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
-from graftlm.training import depends, display, report
+from graftlm.training import depends
 from graftlm.training.aside import put_aside
 from graftlm.training.checkpoint import METRICS, put_deltas_back
 from graftlm.training.course import Course, Stopping, Watched
@@ -92,7 +93,7 @@ class Prepared:
     examples: Sequence[Example | Group]
     """What a step is made of: rows, or groups of answers where the loss compares them. Those of a first epoch come
     before what `draws` has for later ones."""
-    report: Report
+    pages: Report
     held_out_rows: Sequence[Row]
     held_out: Sequence[Example | Group]
     first_rows: list[dict[str, Any]]
@@ -266,12 +267,12 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
         data = replace(data, scorer=make_scorer(recipe.online.scorer, network=recipe.network, today=today))
     for line in data.chosen:
         console.print(line, highlight=False)
-    console.print(display.preflight(data.report))
+    console.print(terminal.preflight(data.report))
     if data.aside:
         console.print(
             f"{len(data.aside)} of these rows are put aside for policies that learn from them", highlight=False
         )
-    console.print(display.tokens(data.first_rows[0]))
+    console.print(terminal.tokens(data.first_rows[0]))
     with console.status("loading the base"):
         in_parts = recipe.train.shard != "none" and distributed.count() > 1  # then no single device may hold it
         model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
@@ -306,8 +307,8 @@ def _run(recipe: Recipe, place: Place, trackers: Trackers, console: Console) -> 
     else:
         place.close()
         if samples:
-            console.print(display.side_by_side(samples[: recipe.report.samples]))
-        console.print(display.results(summary))
+            console.print(terminal.side_by_side(samples[: recipe.report.samples]))
+        console.print(terminal.results(summary))
         console.print(f"wrote {out}: adapter, report.html, summary.json", highlight=False)
     distributed.totals(0)  # torchrun ends all ranks when one leaves early with an exit code: they leave together
     return Result(out, summary, model, tokenizer)
@@ -350,7 +351,7 @@ def _train(
         console.print(f"{config.method}: {count:,} trainable parameters, {len(plan)} steps", highlight=False)
     if found:
         console.print(f"goes on after step {found.facts['seen']} of {len(plan)}", highlight=False)
-    with place.begin(found) as run, stop_on_signal() as stopping, display.progress(console) as bars:
+    with place.begin(found) as run, stop_on_signal() as stopping, terminal.progress(console) as bars:
         trackers.begin(run.metrics.lines, resumes=found is not None)
         run.tell = trackers.log
         watched = Watched(place, run, stopping, console, bars)
@@ -413,7 +414,7 @@ def _measure(
         share = recipe.train.prefix_sharing
         return replace(found, objective=held_out_metrics(model, groups, Objective(recipe.loss), share=share, **layout))
 
-    with display.progress(console) as bars:
+    with terminal.progress(console) as bars:
         with deltas_off(model):
             before = measured("base", bars)
         after = measured("tuned", bars)
@@ -508,7 +509,7 @@ def _write_report(
         card = model_card(model, name, facts=facts)
         ((folder if recipe.delta else folder / name) / "README.md").write_text(card, encoding="utf-8")
     methods = " + ".join(config.method for config in recipe.all_deltas().values())
-    page = report.html(
+    page = pages.html(
         title=f"{methods} on {base_config(recipe.base).name}: {source}",
         summary=summary,
         facts=facts,

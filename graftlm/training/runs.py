@@ -15,8 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from graftlm.config import flat, parse_yaml
+from graftlm.display import pages
 from graftlm.errors import GraftError, nearest
-from graftlm.training import report
 
 SEED = "train.seed"
 
@@ -59,7 +59,7 @@ class Run:
     def last_loss(self) -> float | None:
         """The mean of the last twentieth of the steps, in nats."""
         known = [step["loss"] for step in self.steps if math.isfinite(step["loss"])]
-        return report.smoothed(known)[-1] if known else None
+        return pages.smoothed(known)[-1] if known else None
 
     def tokens_per_s(self) -> float | None:
         seconds = sum(step.get("wall_s", 0.0) for step in self.steps)
@@ -284,7 +284,7 @@ def html(found: Comparison, rows: Sequence[Mapping[str, Any]], *, title: str) ->
     tables = [("runs", *cells(rows))]
     if seeds := found.over_seeds():
         tables.append(("over seeds: mean and standard deviation of single runs", *cells(seeds)))
-    return report.page(
+    return pages.page(
         "table.html.jinja",
         title=title,
         notes=[],
@@ -301,13 +301,13 @@ MOST_NAMED = 20
 def _curves(runs: Sequence[Run]) -> str:
     from matplotlib import colormaps  # with this many lines colours must differ: those of one map, evenly
 
-    drawn, axis = report.figure(height=4.5)
+    drawn, axis = pages.figure(height=4.5)
     for number, (run, place) in enumerate(zip(runs, _places([run.folder for run in runs]), strict=True)):
         known = {step["step"]: step["loss"] for step in run.steps if math.isfinite(step["loss"])}
         colour = colormaps["turbo"]((number + 0.5) / len(runs))
         label = place if number < MOST_NAMED else None
-        axis.plot(list(known), report.smoothed(list(known.values())), color=colour, linewidth=1.5, label=label)
+        axis.plot(list(known), pages.smoothed(list(known.values())), color=colour, linewidth=1.5, label=label)
     axis.set(xlabel="step", ylabel="loss, nats per supervised token (smoothed)")
     if runs:
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    return report.svg(drawn)
+    return pages.svg(drawn)

@@ -24,15 +24,15 @@ from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import Prompt
 from graftlm.data.chat.render import Renderer
+from graftlm.display.pages import NO_SIGNAL
+from graftlm.generation.generate import generate
 from graftlm.losses import LOSSES
-from graftlm.model.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids
 from graftlm.model.layers.attach import deltas_still
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.training.online import OnlineConfig, material, score
 from graftlm.training.policies.base import Policy, PolicyConfig, Training
 from graftlm.training.recipe import Recipe
-from graftlm.training.report import NO_SIGNAL
 from graftlm.training.scorers import Said, Scorer, make_scorer
 from graftlm.training.tokenizer import recipe_tokenizer
 

@@ -64,7 +64,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         seen.extend(row.tolist() for row in rows)
         return iter([(0, [70, 71])])
 
-    monkeypatch.setattr("graftlm.training.answer.generate", asked)
+    monkeypatch.setattr("graftlm.generation.answer.generate", asked)
     return seen
 
 

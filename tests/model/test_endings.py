@@ -12,11 +12,11 @@ from graftlm.adapters.export.export import EXPORTS, export
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.deltas import METHODS
-from graftlm.model.generate import generate
+from graftlm.generation.answer import answer
+from graftlm.generation.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids, base_stop_ids, missing_end
 from graftlm.model.layers.attach import attach
 from graftlm.testing import move, tiny_model, tiny_tokenizer
-from graftlm.training.answer import answer
 
 pytestmark = pytest.mark.versions
 

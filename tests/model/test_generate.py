@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from graftlm.model.generate import generate
+from graftlm.generation.answer import answer
+from graftlm.generation.generate import generate
 from graftlm.testing import tiny_model, tiny_tokenizer
-from graftlm.training.answer import answer
 
 pytestmark = pytest.mark.versions
 

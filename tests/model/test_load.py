@@ -287,7 +287,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_packaged_base_answers(smollm2: str) -> None:
-    from graftlm.training.answer import answer
+    from graftlm.generation.answer import answer
 
     model, tokenizer = load_base(smollm2)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id

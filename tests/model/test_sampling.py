@@ -7,9 +7,9 @@ import torch
 
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
-from graftlm.model.generate import generate
+from graftlm.generation.answer import answer
+from graftlm.generation.generate import generate
 from graftlm.testing import tiny_model, tiny_tokenizer
-from graftlm.training.answer import answer
 
 pytestmark = pytest.mark.versions
 

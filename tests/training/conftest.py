@@ -7,8 +7,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-import graftlm.training.endpoint
-import graftlm.training.report as report
+import graftlm.display.pages as report
+import graftlm.judges.endpoint
 from tests.training.judging import Endpoint, running_endpoint
 
 
@@ -36,6 +36,6 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setattr(graftlm.training.endpoint.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(graftlm.judges.endpoint.time, "sleep", lambda seconds: None)
     with running_endpoint() as made:
         yield made

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from graftlm.errors import DataError
-from graftlm.training.endpoint import ask, check, grade, is_local
+from graftlm.judges.endpoint import ask, check, grade, is_local
 from graftlm.training.scorers.judge import JudgeScorerConfig
 from tests.training.judging import Endpoint, running_endpoint
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import graftlm
-import graftlm.training.answer as answer_module
+import graftlm.generation.answer as answer_module
 from graftlm.adapters.store import TEMPLATE, load_adapter, save_adapter, template_of
 from graftlm.cli import CHAT_HELP, _load, app
 from graftlm.config import build
@@ -52,7 +52,7 @@ def asked(
         seen.extend(list(prompt) for prompt in prompts)
         return iter([(0, [])])
 
-    monkeypatch.setattr("graftlm.training.answer.generate", generated)
+    monkeypatch.setattr("graftlm.generation.answer.generate", generated)
     graftlm.answer(model, tokenizer, conversation, **rendering)
     return str(tokenizer.decode(seen[0]))
 

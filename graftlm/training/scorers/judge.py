@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from graftlm.config import config
-from graftlm.training.endpoint import GRADE, EndpointConfig, ask, check, filled, grades
+from graftlm.judges.endpoint import GRADE, EndpointConfig, ask, check, filled, grades
 from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
 
 

@@ -24,12 +24,12 @@ from graftlm.data.chat.token_cache import key as tokens_key
 from graftlm.data.quality.preflight import Report
 from graftlm.data.sources.convert import to_fields, write_lines
 from graftlm.data.sources.source import SELECTED, Row
+from graftlm.display import terminal
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
 from graftlm.model.hub.load import base_config, load_base, locate, return_freed_memory
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
-from graftlm.training import display
 from graftlm.training.positions import check_positions
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
@@ -85,7 +85,7 @@ def choose(
                 f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
             )
     renderer, choices = Renderer(tokenizer, turn_order=recipe.data.turn_order, today=today), list[Choice]()
-    with display.progress(console) as bars:
+    with terminal.progress(console) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
             if not tasks or bars.tasks[tasks[-1]].description != what:

@@ -1,0 +1,1 @@
+"""Grades of answers by a model behind an endpoint."""
