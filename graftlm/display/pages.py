@@ -19,7 +19,7 @@ def _compiled(template: str) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return environment.from_string(files("graftlm.training").joinpath(template).read_text(encoding="utf-8"))
+    return environment.from_string(files("graftlm.display").joinpath(template).read_text(encoding="utf-8"))
 
 
 def html(

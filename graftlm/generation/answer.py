@@ -46,7 +46,7 @@ def answer(
     """The model's answer to a prompt, or to a conversation that ends with a user's turn; greedy at temperature 0.
 
     The answer ends before the first of the texts `stop`, wherever tokens begin and end. How the other options choose
-    among tokens: `graftlm.generation.generate.generate`, and its ValueError. `on_text` is called with each new piece of text
+    among tokens: `generation.generate.generate`, and its ValueError. `on_text` is called with each new piece of text
     as it comes.
     Tokenizer and chat template are those of the adapters on the model, where they have them. So are `today`, the day
     that templates write (of training; without an adapter the present day), and `turn_order`, what becomes of a system

@@ -304,7 +304,7 @@ def write_difference(model: nn.Module, folder: Path) -> None:
 def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
     """A LoRA adapter for llama.cpp: alpha = r, so that its scale alpha / r is 1 and nothing is lost.
 
-    Names, rows of B and columns of A are those of `graftlm/adapters/export/llama_cpp.py`; embeddings' A is transposed. Raises
+    Names, rows of B and columns of A are those of `adapters/export/llama_cpp.py`; embeddings' A is transposed. Raises
     TargetError for an architecture that is not known there, and for a layer on which llama.cpp applies no adapter.
     """
     try:

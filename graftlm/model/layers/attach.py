@@ -221,7 +221,7 @@ def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise TargetError(
         "save_pretrained: this model has deltas on it, and their layers have other names than transformers knows, so "
         "what it wrote could not be loaded. Write the deltas with graftlm.save_adapter(model, folder), the base with "
-        "the deltas folded in with graftlm.adapters.export.export.merge_into(model, folder), or take them off (graftlm.detach)"
+        "the deltas folded in with adapters.export.export.merge_into(model, folder), or take them off (graftlm.detach)"
     )
 
 
