@@ -14,13 +14,13 @@ from typing import Any
 
 import typer
 
+from graftlm.callbacks import POLICIES
 from graftlm.cli import app
 from graftlm.config import json_schema
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES
 from graftlm.training.advice import facts, measured
-from graftlm.training.policies import POLICIES
 from graftlm.training.recipe import Recipe
 from graftlm.training.select import SELECTORS
 
@@ -168,7 +168,7 @@ policies: [ema, {{name: galore, rank: 8}}]
 ```
 
 A policy that has no meaning for what is trained is refused with the reason, before the first step.
-The file of each opens with its equation and says where it departs from the paper: `graftlm/training/policies/`.
+The file of each opens with its equation and says where it departs from the paper: `graftlm/callbacks/`.
 """
     lines = [intro, "| name | what it does | paper | cost | options |", "|---|---|---|---|---|"]
     for name, row in POLICIES.items():

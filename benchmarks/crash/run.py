@@ -37,7 +37,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from machine import commit, write_result  # noqa: E402
 
-import graftlm.training.checkpoint as checkpoint  # noqa: E402
+import graftlm.training.checkpoints as checkpoint  # noqa: E402
 from graftlm.config import build  # noqa: E402
 from graftlm.errors import GraftError  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402

@@ -66,7 +66,7 @@ def falls(name: str) -> list[float]:
 
 
 def main() -> None:
-    from graftlm.training.policies import POLICIES
+    from graftlm.callbacks import POLICIES
 
     RUNS.mkdir(exist_ok=True)
     table: dict[str, dict[str, Any]] = {}

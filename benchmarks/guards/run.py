@@ -19,15 +19,15 @@ import torch
 import yaml
 
 import graftlm
+from graftlm.callbacks import POLICIES, make_optimiser, make_policies
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import attachment, trainable
 from graftlm.testing import attach_tiny, save_tiny_base, tiny_model
+from graftlm.training.callback import ParameterGroup, Training
 from graftlm.training.guards import FEWEST
 from graftlm.training.loop import steps
 from graftlm.training.objective import Sums
-from graftlm.training.policies import POLICIES, make_optimiser, make_policies
-from graftlm.training.policies.base import ParameterGroup, Training
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 

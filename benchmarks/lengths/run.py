@@ -31,8 +31,8 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     from graftlm.model.layers.attach import trainable
     from graftlm.model.passes.autotune import fastest_backend
     from graftlm.system import tune_process
+    from graftlm.training.adamw import adamw, warmup_cosine
     from graftlm.training.loop import steps
-    from graftlm.training.optim import adamw, warmup_cosine
 
     tune_process()
     torch.set_num_threads(config["threads"])

@@ -31,14 +31,14 @@ def main() -> None:
     import torch
 
     import graftlm
+    from graftlm.callbacks import POLICIES, make_optimiser, make_policies
     from graftlm.config import build
     from graftlm.data.batches.pack import Example, pack
     from graftlm.deltas.full import FullConfig
     from graftlm.model.layers.attach import attach, attachment, trainable
     from graftlm.system import tune_process
+    from graftlm.training.callback import ParameterGroup, Training
     from graftlm.training.loop import steps
-    from graftlm.training.policies import POLICIES, make_optimiser, make_policies
-    from graftlm.training.policies.base import ParameterGroup, Training
 
     tune_process()
     torch.set_num_threads(settings["threads"])

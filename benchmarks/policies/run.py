@@ -27,14 +27,14 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
+from graftlm.callbacks import POLICIES, make_policies  # noqa: E402
 from graftlm.config import build  # noqa: E402
 from graftlm.data.batches.pack import batches  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.quality.preflight import prepare  # noqa: E402
 from graftlm.data.sources.source import DataConfig, load_rows  # noqa: E402
 from graftlm.model.hub.load import load_base, load_tokenizer  # noqa: E402
-from graftlm.training.policies import POLICIES, make_policies  # noqa: E402
-from graftlm.training.policies.base import Policy  # noqa: E402
+from graftlm.training.callback import Policy  # noqa: E402
 
 RUNS = HERE / "runs"
 

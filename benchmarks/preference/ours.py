@@ -29,8 +29,8 @@ def main() -> None:
     from graftlm.model.layers.attach import trainable
     from graftlm.model.passes.autotune import fastest_backend
     from graftlm.system import tune_process
+    from graftlm.training.adamw import adamw
     from graftlm.training.loop import steps
-    from graftlm.training.optim import adamw
 
     tune_process()
     torch.set_num_threads(args.threads)

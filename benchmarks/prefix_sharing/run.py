@@ -25,8 +25,8 @@ from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import attach, trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
+from graftlm.training.adamw import adamw  # noqa: E402
 from graftlm.training.loop import Step, steps  # noqa: E402
-from graftlm.training.optim import adamw  # noqa: E402
 
 
 def cut_rows(text: np.ndarray, *, rows: int, alike: int, shared: int, own: int) -> list[Example]:

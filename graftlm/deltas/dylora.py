@@ -4,7 +4,7 @@
 
 LoRA of which the first b ranks are used. The policy `dylora` draws b anew for every training step, so that the first
 ranks learn to do with few, and any b is good afterwards: `rank` in the config says which (None: all r), and
-`graftlm.training.policies.dylora.use_rank` changes it on a model. A and B start as LoRA's.
+`graftlm.callbacks.dylora.use_rank` changes it on a model. A and B start as LoRA's.
 """
 
 from typing import Literal

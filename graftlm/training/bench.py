@@ -23,12 +23,12 @@ from graftlm.model.layers.bases import view
 from graftlm.model.layers.sites import output_head, transformer_layers
 from graftlm.model.passes.autotune import choose
 from graftlm.system import preserve_global_state
+from graftlm.training.adamw import adamw, warmup_cosine
 from graftlm.training.loop import TrainConfig, steps, training_pass
 from graftlm.training.objective import Objective
-from graftlm.training.optim import adamw, warmup_cosine
+from graftlm.training.phases import plan_batches
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
-from graftlm.training.turns import plan_batches
 
 TOKENS = 2048
 """Rows of x in the products that are timed, and tokens of a pack in the steps: enough for a rate that grows no more."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import distributed
+from graftlm.callbacks import check_policies
 from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
@@ -29,12 +30,11 @@ from graftlm.model.layers.attach import penalty, trainable
 from graftlm.model.layers.sites import transformer_layers
 from graftlm.model.passes.forward import packed_attention
 from graftlm.model.passes.recompute import offloaded, recomputed_layers
+from graftlm.training.adamw import Schedule, learning_rate_factor
+from graftlm.training.callback import Policy, Training
 from graftlm.training.guards import EarlyStopping
 from graftlm.training.objective import Objective, Sums
-from graftlm.training.optim import Schedule, learning_rate_factor
-from graftlm.training.policies import check_policies
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.regularisers import RegulariserConfig, check_regularisers, terms, tie, weighted
+from graftlm.training.regularizers import RegulariserConfig, check_regularisers, terms, tie, weighted
 
 
 @config

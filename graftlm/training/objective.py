@@ -17,8 +17,8 @@ from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
 from graftlm.model.layers.attach import SHARED, share, shared_of
 from graftlm.model.passes.forward import head, head_read, hidden_states, log_probs
-from graftlm.training.policies.base import ParameterGroup
-from graftlm.training.regularisers import KlConfig
+from graftlm.training.callback import ParameterGroup
+from graftlm.training.regularizers import KlConfig
 from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
 
 TIE = "kl_to_base"

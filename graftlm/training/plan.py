@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graftlm.callbacks import make_policies
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.data.sources.template_draws import Draws
 from graftlm.errors import TrainingError
@@ -29,18 +30,17 @@ from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.model.passes.forward import hidden_states
 from graftlm.system import kernel_cache_capacity, memory, preserve_global_state
+from graftlm.training.adamw import adamw
 from graftlm.training.bench import best_s, one_pass, parts_of_time
+from graftlm.training.callback import Training
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
-from graftlm.training.optim import adamw
-from graftlm.training.policies import make_policies
-from graftlm.training.policies.base import Training
+from graftlm.training.phases import packs_of, plan_batches
 from graftlm.training.recipe import Recipe
-from graftlm.training.regularisers import tie
+from graftlm.training.regularizers import tie
 from graftlm.training.run import peak_rss_gib, prepare_data
 from graftlm.training.teacher import TEACHER, teacher_base
 from graftlm.training.tokenizer import recipe_tokenizer
-from graftlm.training.turns import packs_of, plan_batches
 
 GIB = 2**30
 

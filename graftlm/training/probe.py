@@ -30,15 +30,15 @@ from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
+from graftlm.training.callback import Policy, PolicyConfig, Training
 from graftlm.training.held_out import held_out_loss
-from graftlm.training.kernels import choose_kernels
+from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.loop import NotFiniteError
 from graftlm.training.noise import NoiseScale, batch_for
-from graftlm.training.policies.base import Policy, PolicyConfig, Training
+from graftlm.training.phases import Turn, attach_deltas, plan_batches, turns
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.tokenizer import recipe_tokenizer
-from graftlm.training.turns import Turn, attach_deltas, plan_batches, turns
 
 STEPS = 80
 LOWEST, HIGHEST = 1e-6, 1.0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import Field, field_validator, model_validator
 
 from graftlm import config
+from graftlm.callbacks import COMPLETES, POLICIES
 from graftlm.config import Count, Flag, PositiveCount
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas import METHODS
@@ -18,12 +19,11 @@ from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
 from graftlm.model.hub.load import BaseConfig
 from graftlm.model.layers.attach import needed_statistics
+from graftlm.training.callback import PolicyConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.online import OnlineConfig
 from graftlm.training.other_names import OTHER_NAMES
-from graftlm.training.policies import COMPLETES, POLICIES
-from graftlm.training.policies.base import PolicyConfig
-from graftlm.training.regularisers import REGULARISERS, RegulariserConfig, tie
+from graftlm.training.regularizers import REGULARISERS, RegulariserConfig, tie
 from graftlm.training.select import SELECTORS
 from graftlm.training.select.base import SelectorConfig
 

@@ -47,23 +47,23 @@ from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
-from graftlm.training import depends
-from graftlm.training.aside import put_aside
-from graftlm.training.checkpoint import METRICS, put_deltas_back
-from graftlm.training.course import Course, Stopping, Watched
+from graftlm.training import dependencies
+from graftlm.training.checkpoints import METRICS, put_deltas_back
 from graftlm.training.guards import resident_gib
 from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
-from graftlm.training.kernels import choose_kernels
+from graftlm.training.inner_split import put_aside
+from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.objective import Objective
 from graftlm.training.online import mean_reward
-from graftlm.training.place import KEPT, RECIPE, SUMMARY, Place
+from graftlm.training.phases import attach_deltas, load_teacher, plan_batches, steps_of
 from graftlm.training.positions import check_positions
 from graftlm.training.recipe import Recipe, read_recipe
+from graftlm.training.run_folder import KEPT, RECIPE, SUMMARY, Place
 from graftlm.training.scorers import Scorer, make_scorer
 from graftlm.training.select.choose import choose
+from graftlm.training.session import Course, Stopping, Watched
 from graftlm.training.tokenizer import recipe_tokenizer
 from graftlm.training.trackers import Trackers
-from graftlm.training.turns import attach_deltas, load_teacher, plan_batches, steps_of
 
 SHARING_STEPS = 100
 """What shared beginnings save is counted over so many steps of the run."""
@@ -328,7 +328,7 @@ def _train(
     model, tokenizer = base
     prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     load_teacher(recipe, model, data.examples)
-    facts: dict[str, Any] = depends.record(
+    facts: dict[str, Any] = dependencies.record(
         recipe, model, tokenizer, data.examples, began=distributed.gathered([place.began])[0]
     )
     found = place.newest(facts, told=console.print)

@@ -26,9 +26,9 @@ from graftlm.errors import OutputError, RecipeError, TrainingError, nearest, num
 from graftlm.files import writing
 from graftlm.lock import only_writer
 from graftlm.training.other_names import OTHER_NAMES
-from graftlm.training.place import matters
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.run import RESUMABLE, stop_on_signal
+from graftlm.training.run_folder import matters
 from graftlm.training.runs import compare, short_names
 
 TAGS = ("method", "name", "by")

@@ -17,9 +17,9 @@ from graftlm.data.sources.source import SourceConfig
 from graftlm.data.sources.template_draws import Draws
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
+from graftlm.training.phases import plan_batches
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import Prepared, prepare_data
-from graftlm.training.turns import plan_batches
 from tests.training.test_resume import losses, same, stopping_after
 
 WORDS = ("Who", "What", "Which")

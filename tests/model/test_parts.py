@@ -34,7 +34,7 @@ from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.sites import find_sites
 from graftlm.model.passes.statistics import collect
 from graftlm.testing import close, ids, logits, move, save_tiny_base, tiny_config, tiny_model
-from graftlm.training.policies.base import Training
+from graftlm.training.callback import Training
 
 GPT2 = "transformer.h.0.attn.c_attn"
 SMALL = LoraConfig(r=3, alpha=6)

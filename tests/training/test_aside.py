@@ -12,7 +12,7 @@ from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.aside import loss_aside, put_aside
+from graftlm.training.inner_split import loss_aside, put_aside
 from tests.training.policies.test_policies import training
 from tests.training.test_loop import examples
 from tests.training.test_resume import STEPS, recipe, rows, same, stopping_after

@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 import graftlm
+from graftlm.callbacks import COMPLETES, POLICIES
 from graftlm.config import build, to_tree
-from graftlm.training.policies import COMPLETES, POLICIES
 from graftlm.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

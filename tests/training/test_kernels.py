@@ -173,7 +173,7 @@ def chosen_on_a_rank(base: Path, rows: Path, out: Path) -> Any:
         def choose(*arguments: Any, **options: Any) -> Any:
             raise AssertionError("the first rank chooses for all")
 
-        import graftlm.training.kernels as module
+        import graftlm.training.kernel_choice as module
 
         module.choose = choose
     os.environ["GRAFT_CACHE"] = str(out / "cache")

@@ -19,8 +19,8 @@ from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.model.layers.attach import attach, trainable
 from graftlm.testing import perturbed, tiny_model
+from graftlm.training.adamw import adamw, learning_rate_factor, warmup_cosine
 from graftlm.training.loop import TrainConfig
-from graftlm.training.optim import adamw, learning_rate_factor, warmup_cosine
 
 
 def examples(count: int = 8, seed: int = 0) -> list[Example]:

@@ -25,11 +25,11 @@ from graftlm.model.passes.forward import log_probs
 from graftlm.testing import save_tiny_base
 from graftlm.training import loop
 from graftlm.training.online import FEEDBACK, material, score
+from graftlm.training.phases import attach_deltas, packs_of, turns
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
 from graftlm.training.sampler import Sampler
 from graftlm.training.scorers import Said
-from graftlm.training.turns import attach_deltas, packs_of, turns
 from tests.training.test_preferences import steps_of, written
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together

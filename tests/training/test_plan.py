@@ -25,10 +25,10 @@ from graftlm.model.layers.coverage import coverage
 from graftlm.system import kernel_cache_capacity
 from graftlm.testing import save_tiny_base, tiny_config
 from graftlm.training import loop
+from graftlm.training.phases import attach_deltas
 from graftlm.training.plan import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernels, live_bytes, plan, shape_of
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
-from graftlm.training.turns import attach_deltas
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -22,7 +22,7 @@ from graftlm.model.passes.forward import packed_attention
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.objective import Objective
 from graftlm.training.recipe import Recipe
-from graftlm.training.regularisers import REGULARISERS, check_regularisers, terms
+from graftlm.training.regularizers import REGULARISERS, check_regularisers, terms
 from tests.training.test_objective import answered, items, moved
 from tests.training.together import together
 

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import graftlm
-import graftlm.training.checkpoint as checkpoint
+import graftlm.training.checkpoints as checkpoint
 import graftlm.training.run as run_module
 from graftlm.config import build, differences, to_yaml
 from graftlm.data.chat import render
 from graftlm.errors import GraftError, OutputError, TrainingError
 from graftlm.testing import CHATML, save_tiny_base
-from graftlm.training import place
-from graftlm.training.checkpoint import FACTS, MANIFEST, STATE
+from graftlm.training import run_folder
+from graftlm.training.checkpoints import FACTS, MANIFEST, STATE
 from graftlm.training.recipe import Recipe
 from tests.training.test_run import adapter
 
@@ -368,7 +368,7 @@ def test_where_every_checkpoint_is_damaged_the_run_does_not_start_anew_by_itself
 DIES = """
 import os, sys, shutil
 from pathlib import Path
-import safetensors.torch, graftlm.training.checkpoint as checkpoint
+import safetensors.torch, graftlm.training.checkpoints as checkpoint
 left = int(sys.argv[1])
 real_write = Path.write_text
 
@@ -520,7 +520,7 @@ def on(day: str, patch: pytest.MonkeyPatch) -> None:
         def today(cls) -> Any:
             return moment.date()
 
-    patch.setattr(place, "datetime", SimpleNamespace(datetime=Frozen))
+    patch.setattr(run_folder, "datetime", SimpleNamespace(datetime=Frozen))
     patch.setattr(render, "datetime", SimpleNamespace(date=Today))
 
 

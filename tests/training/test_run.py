@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 import graftlm
-import graftlm.training.policies as policies
+import graftlm.callbacks as policies
+import graftlm.training.phases as turns
 import graftlm.training.run as run_module
-import graftlm.training.turns as turns
 from graftlm.adapters.store import adapters_in, load_adapter
 from graftlm.config import build
 from graftlm.deltas import METHODS

@@ -94,10 +94,10 @@ def test_a_run_that_is_not_done_is_listed_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_run_are_called_as_training_calls_them() -> None:
-    from graftlm.training import checkpoint
+    from graftlm.training import checkpoints
 
-    assert runs.METRICS == checkpoint.METRICS
-    assert Path(runs.UNFINISHED).parts == (checkpoint.FOLDER, checkpoint.UNFINISHED)
+    assert runs.METRICS == checkpoints.METRICS
+    assert Path(runs.UNFINISHED).parts == (checkpoints.FOLDER, checkpoints.UNFINISHED)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from graftlm.errors import AdapterError, DataError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach, attachment, detach
 from graftlm.testing import CHATML, save_tiny_base, tiny_tokenizer
-from graftlm.training import check_page, place
+from graftlm.training import check_page, run_folder
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import Result, prepare_data
 
@@ -130,7 +130,7 @@ def on(day: datetime.date, patch: pytest.MonkeyPatch) -> None:
         def today(cls) -> Any:
             return datetime.date(day.year, day.month, day.day)
 
-    patch.setattr(place, "datetime", SimpleNamespace(datetime=_at(day)))
+    patch.setattr(run_folder, "datetime", SimpleNamespace(datetime=_at(day)))
     for module in (render, answer_module):
         patch.setattr(module, "datetime", SimpleNamespace(date=Today))
 
@@ -259,7 +259,9 @@ def test_every_renderer_of_a_run_has_the_day_on_which_it_began(
 
     monkeypatch.setattr(render.Renderer, "__init__", noted)
     on(LATER, monkeypatch)
-    monkeypatch.setattr(place, "datetime", SimpleNamespace(datetime=_at(DAY)))  # midnight passes right after the start
+    monkeypatch.setattr(
+        run_folder, "datetime", SimpleNamespace(datetime=_at(DAY))
+    )  # midnight passes right after the start
     (tmp_path / "chat.jinja").write_text(DATED)
     rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

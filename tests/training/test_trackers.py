@@ -325,7 +325,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
     name: str, told: Told, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graftlm.training.place import Running
+    from graftlm.training.run_folder import Running
 
     tree, real = whole(base_folder, rows, name), Running.note
 

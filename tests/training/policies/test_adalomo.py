@@ -7,9 +7,9 @@ import torch
 
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.optim.adalomo import AdaLomo, AdaLomoConfig
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies.adalomo import AdaLomo, AdaLomoConfig
-from graftlm.training.policies.base import Policy, Training
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

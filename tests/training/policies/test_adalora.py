@@ -8,15 +8,15 @@ from peft import AdaLoraConfig as PeftConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
+from graftlm.callbacks import POLICIES
+from graftlm.callbacks.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
 from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
 from graftlm.deltas.base import Site
 from graftlm.errors import TrainingError
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies import POLICIES
-from graftlm.training.policies.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
-from graftlm.training.policies.base import Policy, Training
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from graftlm.errors import TrainingError
-from graftlm.training.policies.adamw_8bit import AdamW8bit, AdamW8bitConfig
-from graftlm.training.policies.base import ParameterGroup
+from graftlm.optim.adamw_8bit import AdamW8bit, AdamW8bitConfig
+from graftlm.training.callback import ParameterGroup
 
 pytest.importorskip("bitsandbytes")
 

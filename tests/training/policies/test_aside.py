@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.alora import Alora, AloraConfig
+from graftlm.callbacks.autolora import AutoLora, AutoLoraConfig
+from graftlm.callbacks.bilora import BiLora, BiLoraConfig
+from graftlm.callbacks.diffora import DiffoRA, DiffoRAConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import hosts, trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import attach_tiny, perturbed, tiny_model
-from graftlm.training.policies.alora import Alora, AloraConfig
-from graftlm.training.policies.autolora import AutoLora, AutoLoraConfig
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.bilora import BiLora, BiLoraConfig
-from graftlm.training.policies.diffora import DiffoRA, DiffoRAConfig
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

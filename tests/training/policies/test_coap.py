@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies.base import ParameterGroup
-from graftlm.training.policies.coap import Coap, CoapConfig, corrected
+from graftlm.optim.coap import Coap, CoapConfig, corrected
+from graftlm.training.callback import ParameterGroup
 
 
 def objective(P: torch.Tensor, M: torch.Tensor, G: torch.Tensor) -> float:

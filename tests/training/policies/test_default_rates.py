@@ -10,8 +10,8 @@ from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import attach
 from graftlm.testing import tiny_model
 from graftlm.training.loop import steps
+from graftlm.training.phases import turns
 from graftlm.training.recipe import Recipe
-from graftlm.training.turns import turns
 from tests.training.test_loop import examples
 
 OTHERS = {

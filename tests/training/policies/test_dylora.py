@@ -8,12 +8,12 @@ import torch
 
 from graftlm.adapters.export.export import plain_lora
 from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.callbacks.dylora import DyLoraPolicy, DyLoraPolicyConfig, use_rank
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError
 from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.testing import attach_tiny, logits, perturbed, tiny_model
-from graftlm.training.policies.base import Policy
-from graftlm.training.policies.dylora import DyLoraPolicy, DyLoraPolicyConfig, use_rank
+from graftlm.training.callback import Policy
 from tests.golden.check import against_reference
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples

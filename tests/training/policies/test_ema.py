@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from graftlm.callbacks import POLICIES, check_policies, make_policies
+from graftlm.callbacks.ema import Ema, EmaConfig
 from graftlm.config import build
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies import POLICIES, check_policies, make_policies
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.ema import Ema, EmaConfig
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

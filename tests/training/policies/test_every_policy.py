@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks import POLICIES, check_policies, make_policies
 from graftlm.config import build, to_tree
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.checkpoint import put_back, put_deltas_back, take
-from graftlm.training.policies import POLICIES, check_policies, make_policies
-from graftlm.training.policies.base import Policy, Training
+from graftlm.training.callback import Policy, Training
+from graftlm.training.checkpoints import put_back, put_deltas_back, take
 from tests.training.policies.test_policies import run, training, walk
 from tests.training.test_loop import examples
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies.base import ParameterGroup
-from graftlm.training.policies.flora_compression import FloraCompression, FloraCompressionConfig, FloraOptimiser
+from graftlm.optim.flora_compression import FloraCompression, FloraCompressionConfig, FloraOptimiser
+from graftlm.training.callback import ParameterGroup
 
 
 def optimiser_of(p: nn.Parameter, **options: object) -> FloraOptimiser:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies import POLICIES
-from graftlm.training.policies.base import ParameterGroup
-from graftlm.training.policies.coap import Coap, CoapConfig
-from graftlm.training.policies.galore import Galore, GaloreConfig
+from graftlm.callbacks import POLICIES
+from graftlm.optim.coap import Coap, CoapConfig
+from graftlm.optim.galore import Galore, GaloreConfig
+from graftlm.training.callback import ParameterGroup
 
 
 def by_svd(W: torch.Tensor, gradients: list[torch.Tensor], r: int, every: int, scale: float, rate: float) -> None:

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.i_lora import ILora, ILoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.i_lora import ILora, ILoraConfig
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_aside import with_aside
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.increlora import IncreLora, IncreLoraConfig
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import merged_state
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import attach_tiny, perturbed, plain_with, tiny_model
-from graftlm.training.policies.increlora import IncreLora, IncreLoraConfig
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

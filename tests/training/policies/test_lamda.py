@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from graftlm.callbacks.lamda import LamdaPolicy, LamdaPolicyConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import attach_tiny, perturbed, tiny_model
-from graftlm.training.policies.lamda import LamdaPolicy, LamdaPolicyConfig
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

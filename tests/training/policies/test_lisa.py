@@ -2,11 +2,11 @@
 
 import torch
 
+from graftlm.callbacks.lisa import Lisa, LisaConfig
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.lisa import Lisa, LisaConfig
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

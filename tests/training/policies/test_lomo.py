@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.riemannian import Riemannian, RiemannianConfig
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attachment, trainable
+from graftlm.optim.lomo import Lomo, LomoConfig
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.lomo import Lomo, LomoConfig
-from graftlm.training.policies.riemannian import Riemannian, RiemannianConfig
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

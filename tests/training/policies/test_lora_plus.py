@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 
+from graftlm.callbacks.lora_plus import LoraPlus, LoraPlusConfig
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
@@ -12,10 +13,9 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies.base import ParameterGroup, Policy
-from graftlm.training.policies.lora_plus import LoraPlus, LoraPlusConfig
+from graftlm.training.callback import ParameterGroup, Policy
+from graftlm.training.phases import turns
 from graftlm.training.recipe import Recipe
-from graftlm.training.turns import turns
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from graftlm import callbacks
+from graftlm.callbacks.lora_sp import LoraSp, LoraSpConfig
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training import policies
-from graftlm.training.policies.base import ParameterGroup, Policy, Training
-from graftlm.training.policies.lora_sp import LoraSp, LoraSpConfig
+from graftlm.training.callback import ParameterGroup, Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 
@@ -45,7 +45,7 @@ def test_whole_tensors() -> None:
 
 def test_weight_decay_is_refused() -> None:
     model, chosen = perturbed("lora", tiny_model()), [LoraSp(LoraSpConfig())]
-    optimiser = policies.make_optimiser(chosen, [ParameterGroup(trainable(model), 0.1)], weight_decay=0.1)
+    optimiser = callbacks.make_optimiser(chosen, [ParameterGroup(trainable(model), 0.1)], weight_decay=0.1)
     state = Training(model, training(model, []).deltas, optimiser, total=1, seed=0)
     with pytest.raises(TrainingError, match="weight_decay: 0"):
-        policies.check_policies(chosen, state)
+        callbacks.check_policies(chosen, state)

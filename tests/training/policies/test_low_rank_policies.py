@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.allora import Allora, AlloraConfig
+from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
+from graftlm.callbacks.riemannian import Riemannian, RiemannianConfig
 from graftlm.data.batches.pack import collate
 from graftlm.deltas.lora import Lora
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies.allora import Allora, AlloraConfig
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.lora_fa import LoraFa, LoraFaConfig
-from graftlm.training.policies.riemannian import Riemannian, RiemannianConfig
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks import POLICIES
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import attachment
+from graftlm.training.callback import Policy
 from graftlm.training.plan import update_bytes
-from graftlm.training.policies import POLICIES
-from graftlm.training.policies.base import Policy
 from graftlm.training.recipe import Recipe
 from tests.training.policies.test_every_policy import REFUSED, _lacks, made
 from tests.training.policies.test_policies import run

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.neftune import Neftune, NeftuneConfig
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies.base import Policy
-from graftlm.training.policies.neftune import Neftune, NeftuneConfig
+from graftlm.training.callback import Policy
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-import graftlm.training.policies as policies
+import graftlm.callbacks as policies
+from graftlm.callbacks import POLICIES
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.model.layers.attach import attachment, trainable
 from graftlm.testing import perturbed, tiny_model
+from graftlm.training.callback import ParameterGroup, Policy, Training
 from graftlm.training.loop import Step, steps
-from graftlm.training.policies import POLICIES
-from graftlm.training.policies.base import ParameterGroup, Policy, Training
 from graftlm.training.recipe import Recipe
 from tests.training.test_loop import examples
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from graftlm import distributed
+from graftlm.callbacks import POLICIES
 from graftlm.config import build
 from graftlm.data.batches.pack import Pack, pack
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.policies import POLICIES
 from tests.training.policies.test_aside import with_aside
 from tests.training.policies.test_policies import run, training
 from tests.training.policies.test_resume import CASES

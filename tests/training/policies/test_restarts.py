@@ -8,15 +8,15 @@ import torch
 
 from graftlm.adapters.export.export import plain_lora
 from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.callbacks.cola import Cola, ColaConfig
+from graftlm.callbacks.lte import Lte, LteConfig
+from graftlm.callbacks.periodic_lora import PeriodicLora, PeriodicLoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.testing import attach_tiny, logits, perturbed, plain_with, tiny_config, tiny_model
-from graftlm.training.optim import adamw
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.cola import Cola, ColaConfig
-from graftlm.training.policies.lte import Lte, LteConfig
-from graftlm.training.policies.periodic_lora import PeriodicLora, PeriodicLoraConfig
+from graftlm.training.adamw import adamw
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks import POLICIES
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import attach_tiny, tiny_model
-from graftlm.training.policies import POLICIES
-from graftlm.training.policies.base import Policy, Training
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_aside import with_aside
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples

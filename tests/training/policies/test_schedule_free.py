@@ -6,10 +6,10 @@ from torch import nn
 
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import trainable
+from graftlm.optim.schedule_free import ScheduleFree, ScheduleFreeConfig
 from graftlm.testing import perturbed, tiny_model
-from graftlm.training.optim import warmup_cosine
-from graftlm.training.policies.base import ParameterGroup
-from graftlm.training.policies.schedule_free import ScheduleFree, ScheduleFreeConfig
+from graftlm.training.adamw import warmup_cosine
+from graftlm.training.callback import ParameterGroup
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.training.policies.base import ParameterGroup
-from graftlm.training.policies.sm3 import Sm3, Sm3Config
+from graftlm.optim.sm3 import Sm3, Sm3Config
+from graftlm.training.callback import ParameterGroup
 
 
 def element_by_element(W: list[list[float]], gradients: list[list[list[float]]], rate: float, b: float) -> None:

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from graftlm.callbacks.sora import Sora, SoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, hosts
 from graftlm.testing import logits, perturbed, tiny_config, tiny_model
-from graftlm.training.policies.base import Policy
-from graftlm.training.policies.sora import Sora, SoraConfig
+from graftlm.training.callback import Policy
 from tests.golden.check import against_reference
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.diff_pruning import DiffPruningPolicy, DiffPruningPolicyConfig
+from graftlm.callbacks.spiel import SpielPolicy, SpielPolicyConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import merged_state
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import attach_tiny, perturbed, plain_with, tiny_model
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.diff_pruning import DiffPruningPolicy, DiffPruningPolicyConfig
-from graftlm.training.policies.spiel import SpielPolicy, SpielPolicyConfig
+from graftlm.training.callback import Policy, Training
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

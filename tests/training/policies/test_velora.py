@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
+from graftlm.callbacks.velora import Velora, VeloraConfig
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.testing import perturbed, tiny_model
+from graftlm.training.callback import Policy, Training
 from graftlm.training.plan import LiveBytes
-from graftlm.training.policies.base import Policy, Training
-from graftlm.training.policies.lora_fa import LoraFa, LoraFaConfig
-from graftlm.training.policies.velora import Velora, VeloraConfig
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -13,7 +13,7 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError
 from graftlm.model.layers.attach import attach, hosts, parameters_of
 from graftlm.testing import tiny_model
-from graftlm.training.optim import adamw
+from graftlm.training.adamw import adamw
 from graftlm.training.select import less
 from graftlm.training.select.base import Pool
 from graftlm.training.select.less import LessConfig, Projection, adam_step, gradient

@@ -1,0 +1,40 @@
+"""BiLoRA: singular vectors and values learn from different rows. Qiang, Zhang and Xie 2024, arXiv:2403.13037, eqs. 4-8.
+
+    dW = s P diag(E) Q        P [d_out, r]  E [r, 1]  Q [r, d_in]  (method adalora, with its orthogonality penalty)
+
+    lower level:  P, Q <- gradient of L(D1) + R(P, Q)        D1: the rows of training
+    upper level:  E    <- gradient of L(D2)                  D2: a fifth of the rows, put aside (the paper: two tenths)
+
+Departures: the upper gradient is taken at the P, Q of the same step, and how P, Q would have answered to another E is
+left out (the first order of DARTS; the paper unrolls the lower level). Both levels move in one step of one optimiser,
+at one rate. The paper's variants that press E towards 0 or 1 are left out.
+"""
+
+from typing import ClassVar, Literal
+
+from graftlm.config import config
+from graftlm.training.callback import (
+    Policy,
+    PolicyConfig,
+    Training,
+    learn_from_aside,
+    needs_aside,
+    needs_method,
+)
+
+
+@config
+class BiLoraConfig(PolicyConfig):
+    name: Literal["bilora"] = "bilora"
+
+
+class BiLora(Policy):
+    paper = "Qiang, Zhang and Xie 2024, arXiv:2403.13037"
+    cost = "a second forward and backward pass each step, and a fifth of the rows"
+    wants_aside: ClassVar[float] = 0.2
+
+    def refuse(self, training: Training) -> str:
+        return needs_method(training, "adalora") or needs_aside(training)
+
+    def on_grads(self, training: Training) -> None:
+        learn_from_aside(training, [delta.get_parameter("E") for _, _, delta in training.sites()])

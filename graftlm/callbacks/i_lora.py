@@ -1,0 +1,87 @@
+"""I-LoRA: a fast learner, its slow mean, and rows seen before that tie one to the other. Ren et al. 2024,
+arXiv:2402.18865, section 4.
+
+    S <- a S + (1 - a) W                      after every step; W what learns (fast), S its mean (slow), at first W
+    L = (L_now + L_before) / 2 + gamma mse    mse = mean (h_W - h_S)^2 over layers, tokens and d, on the rows before
+
+    h [T, d]  what each decoder layer puts out; no gradient through h_S      a `decay`      gamma `tie`
+
+What is evaluated and saved is S, as in ema.py. It is for a model that learns one task after another: the rows "before"
+are a small sample of what it learnt earlier, replayed so that it is not forgotten. Here they are the rows put aside, a
+twentieth of all that the recipe names: list what was learnt before beside what is new in `data.train`, on a base with
+the earlier adapter merged in (`graft merge`). As many rows as a step has are replayed each time.
+
+Departures: the authors' buffer is a sample of whatever went by, ours one of the recipe's rows, drawn by the seed. Their
+code ties only where h_W < h_S, which the mean square of the text does not, and has a = 0.25, with which S is hardly
+slower than W.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from graftlm.callbacks.ema import Ema
+from graftlm.config import Rate, Share, config
+from graftlm.model.layers.sites import transformer_layers
+from graftlm.training.callback import PolicyConfig, Training, needs_aside
+
+
+@config
+class ILoraConfig(PolicyConfig):
+    name: Literal["i-lora"] = "i-lora"
+    decay: Share = 0.99
+    """The share of the slow learner that a step keeps: 1 / (1 - decay) steps count."""
+    tie: Rate = 1.0
+    """How strongly hidden states of the fast learner are held to those of the slow one."""
+
+
+class ILora(Ema):
+    paper = "Ren et al. 2024, arXiv:2402.18865"
+    cost = "a copy of what is trained; each step goes over as many rows put aside, twice, and keeps their hidden states"
+    wants_aside: ClassVar[float] = 0.05
+
+    def refuse(self, training: Training) -> str:
+        return needs_aside(training)
+
+    def on_grads(self, training: Training) -> None:
+        assert training.aside is not None
+        slow: list[Tensor] = []
+
+        def keep(h: Tensor) -> None:
+            slow.append(h.detach())
+
+        with self.evaluating(training), torch.no_grad(), _each_layer(training, keep):
+            training.aside(False)
+        count, seen = sum(h.numel() for h in slow), iter(slow)
+
+        def tie(h: Tensor) -> None:
+            """Add d(2 gamma mse)/dh to the gradient of h: the factor 2 goes with the halving below."""
+            other = next(seen)
+            if h.requires_grad:
+                strength = 4 * self.config.tie / count
+                here = h.detach()
+                h.register_hook(lambda g: g + strength * (here - other))
+
+        with _each_layer(training, tie):
+            training.aside(True)
+        for p in training.parameters().values():
+            if p.grad is not None:
+                p.grad /= 2
+
+
+@contextmanager
+def _each_layer(training: Training, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, `see` is called with what each decoder layer puts out."""
+
+    def after(layer: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        see(output if isinstance(output, Tensor) else output[0])
+
+    hooks = [layer.register_forward_hook(after) for layer in transformer_layers(training.model).values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

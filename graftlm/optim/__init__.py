@@ -1,0 +1,1 @@
+"""Optimizers that stand in for AdamW."""
