@@ -426,7 +426,7 @@ def data_select(
     from graftlm.data.sources.mixing import read_data
     from graftlm.data.sources.row_cache import unread_keys
     from graftlm.data.sources.source import every_row, for_supervised
-    from graftlm.training.select.choose import check_writable, choose, write_rows
+    from graftlm.selection.choose import check_writable, choose, write_rows
     from graftlm.training.tokenizer import recipe_tokenizer
 
     _prepare_libraries()
@@ -466,8 +466,8 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
     """The recipe with the one selector that the command line describes, or with its own."""
     from graftlm.config import build, lay_over, to_tree
     from graftlm.errors import RecipeError
+    from graftlm.selection import SELECTORS
     from graftlm.training.recipe import Recipe
-    from graftlm.training.select import SELECTORS
 
     if by is None:
         if not recipe.select:

@@ -13,7 +13,7 @@ from graftlm.config import build, config, json_schema, parse_yaml, read, to_tree
 from graftlm.data.sources.source import DataConfig
 from graftlm.errors import RecipeError
 from graftlm.model.hub.load import BaseConfig
-from graftlm.training.online import OnlineConfig
+from graftlm.rl.config import OnlineConfig
 from graftlm.training.other_names import OTHER_NAMES
 
 pytestmark = pytest.mark.versions

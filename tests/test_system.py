@@ -22,12 +22,12 @@ from graftlm.errors import GraftError, PlatformError
 from graftlm.generation.answer import answer
 from graftlm.generation.generate import generate
 from graftlm.model.layers.attach import attach
+from graftlm.selection.choose import choose
 from graftlm.training.bench import bench
 from graftlm.training.plan import plan
 from graftlm.training.probe import probe
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data, train
-from graftlm.training.select.choose import choose
 
 State = tuple[Any, ...]
 

@@ -28,10 +28,10 @@ from machine import commit, write_result  # noqa: E402
 
 from graftlm.callbacks.dylora import use_rank  # noqa: E402
 from graftlm.config import build  # noqa: E402
+from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import detach, hosts  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.held_out import held_out_loss  # noqa: E402
 from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
 from graftlm.training.run import prepare_data  # noqa: E402

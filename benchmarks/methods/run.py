@@ -36,10 +36,10 @@ from graftlm.config import build  # noqa: E402
 from graftlm.data.batches.pack import Example  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.deltas import METHODS  # noqa: E402
+from graftlm.evaluation.held_out import answers, can_be_answered, held_out_loss, rouge_l  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import attach, detach, parameters_of  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.held_out import answers, can_be_answered, held_out_loss, rouge_l  # noqa: E402
 from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
 from graftlm.training.recipe import Recipe  # noqa: E402
 from graftlm.training.run import Prepared, prepare_data, return_freed_memory  # noqa: E402

@@ -1,6 +1,6 @@
 """What a summary line should look like: a reward that can be checked."""
 
-from graftlm.training.scorers import Said
+from graftlm.rl.rewards import Said
 
 
 def form(said: Said) -> float:

@@ -25,13 +25,13 @@ from graftlm.data.batches.pack import Example, Group
 from graftlm.deltas import METHODS
 from graftlm.display import pages, terminal
 from graftlm.errors import TrainingError
+from graftlm.evaluation.held_out import held_out_loss
 from graftlm.files import writing
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.proof import prove
 from graftlm.system import preserve_global_state
 from graftlm.training.callback import Policy, PolicyConfig, Training
-from graftlm.training.held_out import held_out_loss
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.loop import NotFiniteError
 from graftlm.training.noise import NoiseScale, batch_for

@@ -19,13 +19,13 @@ from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
 from graftlm.model.hub.load import BaseConfig
 from graftlm.model.layers.attach import needed_statistics
+from graftlm.rl.config import OnlineConfig
+from graftlm.selection import SELECTORS
+from graftlm.selection.base import SelectorConfig
 from graftlm.training.callback import PolicyConfig
 from graftlm.training.loop import TrainConfig
-from graftlm.training.online import OnlineConfig
 from graftlm.training.other_names import OTHER_NAMES
 from graftlm.training.regularizers import REGULARISERS, RegulariserConfig, tie
-from graftlm.training.select import SELECTORS
-from graftlm.training.select.base import SelectorConfig
 
 if TYPE_CHECKING:
     AnyDelta = DeltaConfig

@@ -36,6 +36,7 @@ from graftlm.data.sources.source import DataConfig, Row
 from graftlm.data.sources.template_draws import Draws, draw_again
 from graftlm.display import pages, terminal
 from graftlm.errors import TrainingError
+from graftlm.evaluation.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.files import cache_folder, writing
 from graftlm.kernels.backend import pinned
 from graftlm.losses import LOSSES
@@ -46,21 +47,20 @@ from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, par
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
 from graftlm.model.passes.proof import prove
+from graftlm.rl.config import mean_reward
+from graftlm.rl.rewards import Scorer, make_scorer
+from graftlm.selection.choose import choose
 from graftlm.system import preserve_global_state
 from graftlm.training import dependencies
 from graftlm.training.checkpoints import METRICS, put_deltas_back
 from graftlm.training.guards import resident_gib
-from graftlm.training.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.training.inner_split import put_aside
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.objective import Objective
-from graftlm.training.online import mean_reward
 from graftlm.training.phases import attach_deltas, load_teacher, plan_batches, steps_of
 from graftlm.training.positions import check_positions
 from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.run_folder import KEPT, RECIPE, SUMMARY, Place
-from graftlm.training.scorers import Scorer, make_scorer
-from graftlm.training.select.choose import choose
 from graftlm.training.session import Course, Stopping, Watched
 from graftlm.training.tokenizer import recipe_tokenizer
 from graftlm.training.trackers import Trackers

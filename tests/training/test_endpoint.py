@@ -6,7 +6,7 @@ import pytest
 
 from graftlm.errors import DataError
 from graftlm.judges.endpoint import ask, check, grade, is_local
-from graftlm.training.scorers.judge import JudgeScorerConfig
+from graftlm.rl.rewards.judge import JudgeScorerConfig
 from tests.training.judging import Endpoint, running_endpoint
 
 

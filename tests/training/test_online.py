@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import graftlm
-import graftlm.training.sampler as sampler_module
+import graftlm.rl.rollouts as sampler_module
 from graftlm.config import build
 from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import Prompt
@@ -22,14 +22,14 @@ from graftlm.losses import LOSSES
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import trainable
 from graftlm.model.passes.forward import log_probs
+from graftlm.rl.config import FEEDBACK, material, score
+from graftlm.rl.rewards import Said
+from graftlm.rl.rollouts import Sampler
 from graftlm.testing import save_tiny_base
 from graftlm.training import loop
-from graftlm.training.online import FEEDBACK, material, score
 from graftlm.training.phases import attach_deltas, packs_of, turns
 from graftlm.training.recipe import Recipe
 from graftlm.training.run import prepare_data
-from graftlm.training.sampler import Sampler
-from graftlm.training.scorers import Said
 from tests.training.test_preferences import steps_of, written
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together

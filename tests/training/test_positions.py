@@ -91,7 +91,7 @@ def test_rows_beyond_a_table_are_refused_before_a_selector_runs_the_base(
     select = [each | ({"target": str(tmp_path / "target.jsonl")} if each["by"] == "rds" else {}) for each in select]
     made = build(Recipe, to_tree(recipe(base, tmp_path)) | {"select": select}, source="test")
     loaded: list[Any] = []
-    monkeypatch.setattr("graftlm.training.select.choose.load_base", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr("graftlm.selection.choose.load_base", lambda *a, **k: loaded.append(a))
     with pytest.raises(DataError, match=f"longer than the {MOST} positions") as raised:
         prepare_data(made, load_tokenizer(made.base))
     assert not loaded

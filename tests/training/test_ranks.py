@@ -21,10 +21,10 @@ import graftlm.training.run as run_module
 from graftlm import distributed
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
+from graftlm.evaluation.held_out import held_out_loss
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.adamw import adamw
-from graftlm.training.held_out import held_out_loss
 from tests.training.test_loop import examples
 from tests.training.test_run import recipe
 from tests.training.together import command_line, together

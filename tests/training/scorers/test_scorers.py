@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError, DataError, RecipeError, TrainingError
+from graftlm.rl.rewards import SCORERS, Said, make_scorer
+from graftlm.rl.rewards.exact import ExactConfig
+from graftlm.rl.rewards.judge import JudgeScorerConfig
+from graftlm.rl.rewards.pattern import PatternConfig
+from graftlm.rl.rewards.python import PythonConfig
+from graftlm.rl.rewards.reward_model import RewardModelConfig
+from graftlm.rl.rewards.rouge import RougeConfig
 from graftlm.testing import TINY, tiny_tokenizer
-from graftlm.training.scorers import SCORERS, Said, make_scorer
-from graftlm.training.scorers.exact import ExactConfig
-from graftlm.training.scorers.judge import JudgeScorerConfig
-from graftlm.training.scorers.pattern import PatternConfig
-from graftlm.training.scorers.python import PythonConfig
-from graftlm.training.scorers.reward_model import RewardModelConfig
-from graftlm.training.scorers.rouge import RougeConfig
 from tests.training.judging import Endpoint
 
 

@@ -10,8 +10,8 @@ import pytest
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import DataConfig, Row
+from graftlm.selection.base import Pool, examples_of
 from graftlm.testing import tiny_model, tiny_tokenizer
-from graftlm.training.select.base import Pool, examples_of
 
 WORDS = ["the", "user", "asks", "and", "assistant", "answers", "in", "one", "line", "a", "system", "tells"]
 

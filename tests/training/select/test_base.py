@@ -8,8 +8,8 @@ import torch
 
 from graftlm.data.chat.masks import weights
 from graftlm.data.chat.render import Role
+from graftlm.selection.base import Pool, embeddings, from_order, last_answer, row_losses
 from graftlm.testing import tiny_model
-from graftlm.training.select.base import Pool, embeddings, from_order, last_answer, row_losses
 from tests.training.select.conftest import qa, some_rows
 
 

@@ -8,10 +8,10 @@ import torch
 
 from graftlm.data.sources.formats import Message
 from graftlm.errors import DataError
+from graftlm.selection import judge
+from graftlm.selection.base import Pool
+from graftlm.selection.judge import JudgeConfig
 from graftlm.testing import tiny_model
-from graftlm.training.select import judge
-from graftlm.training.select.base import Pool
-from graftlm.training.select.judge import JudgeConfig
 from tests.training.judging import Endpoint
 from tests.training.select.conftest import qa, some_rows
 

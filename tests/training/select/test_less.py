@@ -12,11 +12,11 @@ import torch
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError
 from graftlm.model.layers.attach import attach, hosts, parameters_of
+from graftlm.selection import less
+from graftlm.selection.base import Pool
+from graftlm.selection.less import LessConfig, Projection, adam_step, gradient
 from graftlm.testing import tiny_model
 from graftlm.training.adamw import adamw
-from graftlm.training.select import less
-from graftlm.training.select.base import Pool
-from graftlm.training.select.less import LessConfig, Projection, adam_step, gradient
 from tests.training.select.conftest import some_rows
 
 

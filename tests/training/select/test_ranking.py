@@ -12,10 +12,10 @@ from graftlm.data.chat.render import Role
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
+from graftlm.selection import dedup, ifd, length, longest, perplexity, reversed_ifd
+from graftlm.selection import format as by_format
+from graftlm.selection.base import Pool, last_answer
 from graftlm.testing import tiny_model
-from graftlm.training.select import dedup, ifd, length, longest, perplexity, reversed_ifd
-from graftlm.training.select import format as by_format
-from graftlm.training.select.base import Pool, last_answer
 from tests.training.select.conftest import qa, some_rows
 
 
@@ -157,7 +157,7 @@ def test_near_duplicates_share_their_words(pool_of: Callable[..., Pool]) -> None
 
 
 def test_similar_rows_are_those_with_similar_embeddings(pool_of: Callable[..., Pool]) -> None:
-    from graftlm.training.select.base import embeddings
+    from graftlm.selection.base import embeddings
 
     rows = some_rows(12)
     rows[7] = qa(rows[2].messages[0].content + " ", rows[2].messages[1].content, "near")

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from graftlm.selection import rds
+from graftlm.selection.base import Pool, hidden_means
+from graftlm.selection.rds import RdsConfig
 from graftlm.testing import tiny_model
-from graftlm.training.select import rds
-from graftlm.training.select.base import Pool, hidden_means
-from graftlm.training.select.rds import RdsConfig
 from tests.training.select.conftest import qa, some_rows
 
 

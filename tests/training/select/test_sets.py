@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from graftlm.training.select import cluster, diversity, k_center
-from graftlm.training.select.base import Pool
+from graftlm.selection import cluster, diversity, k_center
+from graftlm.selection.base import Pool
 from tests.training.select.conftest import some_rows
 
 
@@ -59,7 +59,7 @@ def test_the_order_of_clusters_goes_round_and_begins_at_centres(pool_of: Callabl
     pool = pool_of(some_rows(20))
     scores = cluster.score(cluster.ClusterConfig(clusters=4), pool)
     order = np.argsort(-scores, kind="stable")
-    from graftlm.training.select.base import embeddings
+    from graftlm.selection.base import embeddings
 
     member, distance = cluster.k_means(embeddings(pool), 4, 50, seed=0)
     assert len(set(member[order[:4]])) == 4

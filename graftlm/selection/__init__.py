@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.training.select import (
+from graftlm.selection import (
     cluster,
     dedup,
     diversity,
@@ -18,8 +18,8 @@ from graftlm.training.select import (
     rds,
     reversed_ifd,
 )
-from graftlm.training.select import format as by_format
-from graftlm.training.select.base import Pool, Scores, SelectorConfig
+from graftlm.selection import format as by_format
+from graftlm.selection.base import Pool, Scores, SelectorConfig
 
 
 @dataclass(frozen=True)

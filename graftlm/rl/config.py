@@ -32,7 +32,7 @@ from graftlm.data.sources.source import Row
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.policy_gradient import advantages
-from graftlm.training.scorers import SCORERS, Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards import SCORERS, Reward, Said, Scorer, ScorerConfig
 
 if TYPE_CHECKING:
     AnyScorer = ScorerConfig

@@ -29,10 +29,10 @@ from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
 from graftlm.model.hub.load import base_config, load_base, locate, return_freed_memory
 from graftlm.model.passes.proof import prove
+from graftlm.selection import SELECTORS
+from graftlm.selection.base import Pool, Scores, SelectorConfig, examples_of
 from graftlm.system import preserve_global_state
 from graftlm.training.positions import check_positions
-from graftlm.training.select import SELECTORS
-from graftlm.training.select.base import Pool, Scores, SelectorConfig, examples_of
 
 if TYPE_CHECKING:
     from graftlm.training.recipe import Recipe

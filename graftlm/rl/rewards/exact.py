@@ -11,7 +11,7 @@ from unicodedata import normalize
 
 from graftlm.config import Flag, Pattern, config
 from graftlm.errors import DataError
-from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 
 @config

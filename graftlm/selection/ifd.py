@@ -23,7 +23,7 @@ from graftlm.data.batches.pack import Example
 from graftlm.data.chat.render import Rendered, Role
 from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, last_answer, losses
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, last_answer, losses
 
 
 @config

@@ -17,7 +17,7 @@ import numpy as np
 
 from graftlm.config import config
 from graftlm.data.sources.source import SourceConfig
-from graftlm.training.select.base import Pool, Scores, SelectorConfig, directions, from_order, hidden_means
+from graftlm.selection.base import Pool, Scores, SelectorConfig, directions, from_order, hidden_means
 
 
 @config

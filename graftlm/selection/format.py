@@ -12,7 +12,7 @@ import numpy as np
 
 from graftlm.config import Pattern, config
 from graftlm.data.sources.formats import TEXT
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 
 @config

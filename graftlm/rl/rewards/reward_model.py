@@ -17,7 +17,7 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError
 from graftlm.model.hub.load import BaseConfig, load_tokenizer, locate, stored_dtype
-from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 
 @config

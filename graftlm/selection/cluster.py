@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.config import Count, PositiveCount, config
-from graftlm.training.select.base import Pool, Scores, SelectorConfig, embeddings, from_order
+from graftlm.selection.base import Pool, Scores, SelectorConfig, embeddings, from_order
 
 
 @config

@@ -3,7 +3,7 @@
     def score(said) -> float | None:            # rewards.py
         return -abs(len(said.answer.split()) - 10)
 
-`said` is a `graftlm.training.scorers.base.Said`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
+`said` is a `graftlm.rl.rewards.base.Said`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
 file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as all
 paths in a recipe are.
 """
@@ -19,7 +19,7 @@ from pydantic import field_validator
 
 from graftlm.config import config
 from graftlm.errors import RecipeError, TrainingError, nearest
-from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 
 @config

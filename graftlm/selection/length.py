@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config import Count, PositiveCount, config
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, last_answer
-from graftlm.training.select.longest import answer_lengths
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, last_answer
+from graftlm.selection.longest import answer_lengths
 
 
 @config

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config import config
-from graftlm.training.select.base import Pool, Scores, SelectorConfig, embeddings, from_order
+from graftlm.selection.base import Pool, Scores, SelectorConfig, embeddings, from_order
 
 
 @config

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.training.scorers import exact, judge, pattern, python, reward_model, rouge
-from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards import exact, judge, pattern, python, reward_model, rouge
+from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 __all__ = ["SCORERS", "Reward", "Said", "Scorer", "ScorerConfig", "make_scorer"]
 

@@ -31,9 +31,9 @@ from graftlm.kernels.backend import TORCH
 from graftlm.model.layers.attach import attach, detach, parameters_of
 from graftlm.model.passes.autotune import fastest_backend
 from graftlm.model.passes.forward import log_probs
+from graftlm.selection.base import LEFT_OUT, Pool, PositiveShare, Scores, SelectorConfig
 from graftlm.training.adamw import adamw, warmup_cosine
 from graftlm.training.loop import steps
-from graftlm.training.select.base import LEFT_OUT, Pool, PositiveShare, Scores, SelectorConfig
 
 NAME = "select-less"
 

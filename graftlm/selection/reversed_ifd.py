@@ -14,8 +14,8 @@ import numpy as np
 from graftlm.config import config
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import Row
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
-from graftlm.training.select.ifd import ratios
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
+from graftlm.selection.ifd import ratios
 
 ASKED = "Here is an answer:\n\n{answer}\n\nWrite the question or the instruction that it answers."
 

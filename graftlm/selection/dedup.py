@@ -15,7 +15,7 @@ from pydantic import Field, Strict
 
 from graftlm.config import config
 from graftlm.data.quality.minhash import LEAST, NEAR_WORDS, Words, grams, near_duplicates
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, embeddings
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, embeddings
 
 Likeness = Annotated[float, Strict(), Field(gt=0, le=1)]
 

@@ -22,7 +22,7 @@ from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
 from graftlm.judges.endpoint import EndpointConfig, ask, check, filled, grades
 from graftlm.model.passes.forward import log_probs
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 GRADES = ("1", "2", "3", "4", "5")
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from graftlm.config import config
-from graftlm.training.held_out import rouge_l
-from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.evaluation.held_out import rouge_l
+from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 
 @config

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from graftlm.config import Pattern, config
-from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 
 @config

@@ -11,7 +11,7 @@ import numpy as np
 
 from graftlm.config import config
 from graftlm.data.chat.render import Role
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 
 @config

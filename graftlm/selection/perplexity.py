@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config import config
-from graftlm.training.select.base import LEFT_OUT, Pool, Scores, SelectorConfig, row_losses
+from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, row_losses
 
 
 @config

@@ -10,7 +10,7 @@ from typing import Literal
 
 from graftlm.config import config
 from graftlm.judges.endpoint import GRADE, EndpointConfig, ask, check, filled, grades
-from graftlm.training.scorers.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 
 @config

@@ -1,0 +1,1 @@
+"""What a model does on rows that it was not trained on."""
