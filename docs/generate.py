@@ -20,9 +20,9 @@ from graftlm.config import json_schema
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES
+from graftlm.planning.advice import facts, measured
+from graftlm.recipe import Recipe
 from graftlm.selection import SELECTORS
-from graftlm.training.advice import facts, measured
-from graftlm.training.recipe import Recipe
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from graftlm.model.layers.attach import detach as detach
     from graftlm.model.layers.attach import merged_state as merged_state
     from graftlm.model.passes.statistics import collect as collect
+    from graftlm.recipe import Recipe as Recipe
+    from graftlm.recipe import ReportConfig as ReportConfig
+    from graftlm.run import train as train
     from graftlm.training.loop import TrainConfig as TrainConfig
-    from graftlm.training.recipe import Recipe as Recipe
-    from graftlm.training.recipe import ReportConfig as ReportConfig
-    from graftlm.training.run import train as train
 
 _HOME = {
     "BaseConfig": "graftlm.model.hub.load",
@@ -40,8 +40,8 @@ _HOME = {
     "INITS": "graftlm.deltas.inits",
     "LoraConfig": "graftlm.deltas.lora",
     "METHODS": "graftlm.deltas",
-    "Recipe": "graftlm.training.recipe",
-    "ReportConfig": "graftlm.training.recipe",
+    "Recipe": "graftlm.recipe",
+    "ReportConfig": "graftlm.recipe",
     "SourceConfig": "graftlm.data.sources.source",
     "TrainConfig": "graftlm.training.loop",
     "activate": "graftlm.model.layers.attach",
@@ -56,7 +56,7 @@ _HOME = {
     "load_base": "graftlm.model.hub.load",
     "merged_state": "graftlm.model.layers.attach",
     "save_adapter": "graftlm.adapters.store",
-    "train": "graftlm.training.run",
+    "train": "graftlm.run",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from graftlm.cache import Entry
     from graftlm.data.sources.formats import Message
-    from graftlm.training.recipe import Recipe
-    from graftlm.training.runs import Comparison
+    from graftlm.recipe import Recipe
+    from graftlm.runs.compare import Comparison
 
 app = typer.Typer(
     name="graft",
@@ -134,9 +134,9 @@ def train(
     """Train the delta that a recipe describes. Exit codes: 0 done, 75 stopped and ready for --resume, other: error."""
     from rich.console import Console
 
-    from graftlm.training.recipe import read_recipe
-    from graftlm.training.run import RESUMABLE
-    from graftlm.training.run import train as run
+    from graftlm.recipe import read_recipe
+    from graftlm.run import RESUMABLE
+    from graftlm.run import train as run
 
     distributed.start()  # before anything can go wrong, so that it is said once
     _prepare_libraries()
@@ -160,14 +160,14 @@ def train(
 def _probe(recipe: "Recipe", page: Path, as_json: bool, title: str) -> None:
     from rich.console import Console
 
-    from graftlm.training import probe
+    from graftlm.planning import lr_range
 
-    found = probe.probe(recipe, console=Console(stderr=True))
-    probe.write(page, found, recipe, title=f"learning rates: {title}")
+    found = lr_range.probe(recipe, console=Console(stderr=True))
+    lr_range.write(page, found, recipe, title=f"learning rates: {title}")
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        for line in (*probe.lines(found, recipe), f"wrote {page}"):
+        for line in (*lr_range.lines(found, recipe), f"wrote {page}"):
             print(line)
 
 
@@ -178,8 +178,8 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a recipe will need, peak memory and time, before a weight is loaded."""
-    from graftlm.training.plan import plan
-    from graftlm.training.recipe import read_recipe
+    from graftlm.planning.estimate import plan
+    from graftlm.recipe import read_recipe
 
     _prepare_libraries()
     found = plan(read_recipe(recipe, overrides or []))
@@ -216,7 +216,7 @@ def runs_command(
     html: TableOption = None,
 ) -> None:
     """Compare the runs in and below some folders: what differs in their recipes, and what came of them."""
-    from graftlm.training.runs import compare
+    from graftlm.runs.compare import compare
 
     _show_runs(compare(folders or [Path()]), sort, reverse, as_json, html)
 
@@ -225,21 +225,21 @@ def _show_runs(
     found: "Comparison", sort: str | None, reverse: bool, as_json: bool, html: Path | None, **more: Any
 ) -> None:
     """The table, or JSON with `more` beside it; the page too, where one is asked for."""
-    from graftlm.training import runs
+    from graftlm.runs import compare
 
     rows = found.rows(sort, reverse=reverse)
     if html:
         from graftlm.files import writing
 
         with writing(html):
-            html.write_text(runs.html(found, rows, title=f"{len(rows)} runs"), encoding="utf-8")
+            html.write_text(compare.html(found, rows, title=f"{len(rows)} runs"), encoding="utf-8")
         typer.secho(f"wrote {html}", err=True)
     if as_json:
-        print(json.dumps(runs.to_json(found, sort, reverse=reverse) | more, indent=2))
+        print(json.dumps(compare.to_json(found, sort, reverse=reverse) | more, indent=2))
         return
     for title, told in (("", rows), ("over seeds: mean +- standard deviation of single runs", found.over_seeds())):
         if told:
-            _print_table(*runs.cells(told), title=title)
+            _print_table(*compare.cells(told), title=title)
     if not rows:
         print("no run here: a run is a folder with a metrics.jsonl")
     for folder, why in found.damaged.items():
@@ -286,9 +286,9 @@ def sweep_command(
     html: TableOption = None,
 ) -> None:
     """Train a recipe with every combination of some values, and compare the runs."""
-    from graftlm.training import sweep as sweeping
-    from graftlm.training.run import RESUMABLE
-    from graftlm.training.runs import compare
+    from graftlm.run import RESUMABLE
+    from graftlm.runs import sweep as sweeping
+    from graftlm.runs.compare import compare
 
     points = sweeping.grid(recipe, grid)
     outcome = sweeping.sweep(points, out, on=on, say=lambda line: typer.secho(line, err=True))
@@ -314,7 +314,7 @@ def bench_command(
     network: NetworkOption = False,
 ) -> None:
     """Measure how fast this machine could train, and how fast it does: LoRA on built-in rows, about half a minute."""
-    from graftlm.training.bench import bench
+    from graftlm.planning.bench import bench
     from graftlm.training.loop import TrainConfig
 
     _prepare_libraries()
@@ -361,8 +361,8 @@ def data_check(
     from rich.console import Console
 
     from graftlm.display import terminal
-    from graftlm.training import check_page
-    from graftlm.training.run import prepare_data
+    from graftlm.run import prepare_data
+    from graftlm.runs import check_page
     from graftlm.training.tokenizer import recipe_tokenizer
 
     _prepare_libraries()
@@ -455,7 +455,7 @@ def _by_owner(settings: list[str]) -> tuple[list[str], list[str]]:
     """(keys of a recipe, keys of a selection method): a recipe's key begins with one of its sections."""
     from dataclasses import fields
 
-    from graftlm.training.recipe import Recipe
+    from graftlm.recipe import Recipe
 
     sections = {field.name for field in fields(Recipe)}
     of_recipe = [each for each in settings if each.partition("=")[0].partition(".")[0] in sections]
@@ -466,8 +466,8 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
     """The recipe with the one selector that the command line describes, or with its own."""
     from graftlm.config import build, lay_over, to_tree
     from graftlm.errors import RecipeError
+    from graftlm.recipe import Recipe
     from graftlm.selection import SELECTORS
-    from graftlm.training.recipe import Recipe
 
     if by is None:
         if not recipe.select:
@@ -510,7 +510,7 @@ def data_convert(
     from graftlm.data.sources.convert import convert
     from graftlm.data.sources.source import SourceConfig
     from graftlm.errors import DataError, numbered
-    from graftlm.training.recipe import read_recipe
+    from graftlm.recipe import read_recipe
 
     if to != "messages":
         raise DataError(f"--to {to}: no such format to write. {nearest(to, ['messages'])}")
@@ -542,7 +542,7 @@ def _recipe_for(
 ) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
     from graftlm.config import build, lay_over, to_tree
-    from graftlm.training.recipe import Recipe, read_recipe
+    from graftlm.recipe import Recipe, read_recipe
 
     if _is_recipe(source):
         recipe = read_recipe(source, overrides)
@@ -863,7 +863,7 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """List the methods: what each can do, and what it did on the job of benchmarks/methods."""
-    from graftlm.training.advice import facts, suggest
+    from graftlm.planning.advice import facts, suggest
 
     rows = facts() if wanted is None else suggest(wanted)
     if as_json:

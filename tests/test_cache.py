@@ -166,8 +166,8 @@ def test_an_unknown_kind_is_wrong_usage(folder: Path) -> None:
 def test_what_the_library_writes_is_ours(folder: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The patterns follow the code that writes: each file of a run with a selector is listed."""
     from graftlm.config import build
-    from graftlm.training.recipe import Recipe
-    from graftlm.training.run import train
+    from graftlm.recipe import Recipe
+    from graftlm.run import train
 
     monkeypatch.setattr(load, "_fingerprint_folder", lambda: cache_folder() / "fingerprints")
     for module in ("quality.preflight", "sources.row_cache"):  # few rows are not written

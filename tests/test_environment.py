@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from graftlm import cli
 from graftlm.config import to_tree
+from graftlm.recipe import read_recipe
 from graftlm.recipes import recipes
-from graftlm.training.recipe import read_recipe
 
 
 def graft(*arguments: str) -> Any:

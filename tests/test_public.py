@@ -15,8 +15,8 @@ from graftlm.data.sources.source import DataConfig, SourceConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES
-from graftlm.training.advice import measured
-from graftlm.training.recipe import Recipe
+from graftlm.planning.advice import measured
+from graftlm.recipe import Recipe
 
 PACKAGE = Path(graftlm.__file__).parent
 

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import PeftType
 
-from graftlm.training.advice import facts
+from graftlm.planning.advice import facts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

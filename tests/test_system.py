@@ -22,12 +22,12 @@ from graftlm.errors import GraftError, PlatformError
 from graftlm.generation.answer import answer
 from graftlm.generation.generate import generate
 from graftlm.model.layers.attach import attach
+from graftlm.planning.bench import bench
+from graftlm.planning.estimate import plan
+from graftlm.planning.lr_range import probe
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data, train
 from graftlm.selection.choose import choose
-from graftlm.training.bench import bench
-from graftlm.training.plan import plan
-from graftlm.training.probe import probe
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data, train
 
 State = tuple[Any, ...]
 
@@ -92,7 +92,7 @@ def test_training_that_raises_leaves_the_global_state_alone(
         torch.rand(3)
         raise GraftError("in mid-run")
 
-    monkeypatch.setattr("graftlm.training.run.attach_deltas", fail)
+    monkeypatch.setattr("graftlm.run.attach_deltas", fail)
     with pytest.raises(GraftError, match="in mid-run"):
         train(recipe(), tmp_path / "out")
     assert seen == [1], "the recipe's threads were in use"
@@ -108,7 +108,7 @@ def test_planning_probing_measuring_and_choosing_leave_the_global_state_alone(
     assert global_state() == before
     probe(recipe(), count=4)
     assert global_state() == before
-    monkeypatch.setattr("graftlm.training.bench.SQUARE", 64)
+    monkeypatch.setattr("graftlm.planning.bench.SQUARE", 64)
     bench(str(base_folder), threads=1)
     assert global_state() == before
     rows = str(recipe().data.sources()[0].path)

@@ -31,10 +31,10 @@ from graftlm.config import build  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import detach, hosts  # noqa: E402
+from graftlm.recipe import Recipe  # noqa: E402
+from graftlm.run import prepare_data  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
-from graftlm.training.recipe import Recipe  # noqa: E402
-from graftlm.training.run import prepare_data  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 RUNS = HERE / "runs.jsonl"

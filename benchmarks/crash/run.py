@@ -40,10 +40,10 @@ from machine import commit, write_result  # noqa: E402
 import graftlm.training.checkpoints as checkpoint  # noqa: E402
 from graftlm.config import build  # noqa: E402
 from graftlm.errors import GraftError  # noqa: E402
+from graftlm.recipe import Recipe  # noqa: E402
+from graftlm.run import train  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.testing import save_tiny_base  # noqa: E402
-from graftlm.training.recipe import Recipe  # noqa: E402
-from graftlm.training.run import train  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 torch.set_num_threads(1)

@@ -19,8 +19,8 @@ from machine import write_result  # noqa: E402
 
 import graftlm  # noqa: E402
 from graftlm.config import build  # noqa: E402
+from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.recipe import Recipe  # noqa: E402
 
 
 def one_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:

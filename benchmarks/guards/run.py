@@ -23,13 +23,13 @@ from graftlm.callbacks import POLICIES, make_optimiser, make_policies
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import attachment, trainable
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data
 from graftlm.testing import attach_tiny, save_tiny_base, tiny_model
 from graftlm.training.callback import ParameterGroup, Training
 from graftlm.training.guards import FEWEST
 from graftlm.training.loop import steps
 from graftlm.training.objective import Sums
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -39,9 +39,9 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
     from graftlm.data.batches.pack import batches, pack
     from graftlm.model.layers.attach import trainable
     from graftlm.model.passes.autotune import choose
+    from graftlm.run import prepare_data
     from graftlm.training.adamw import adamw
     from graftlm.training.loop import steps
-    from graftlm.training.run import prepare_data
 
     torch.set_num_threads(threads)
     model, tokenizer = load_base(config["base"], store="bf16")

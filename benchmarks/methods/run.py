@@ -39,10 +39,10 @@ from graftlm.deltas import METHODS  # noqa: E402
 from graftlm.evaluation.held_out import answers, can_be_answered, held_out_loss, rouge_l  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import attach, detach, parameters_of  # noqa: E402
+from graftlm.recipe import Recipe  # noqa: E402
+from graftlm.run import Prepared, prepare_data, return_freed_memory  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
-from graftlm.training.recipe import Recipe  # noqa: E402
-from graftlm.training.run import Prepared, prepare_data, return_freed_memory  # noqa: E402
 
 tune_process()  # here, for the worker processes too
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())

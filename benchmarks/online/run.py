@@ -19,7 +19,7 @@ from machine import write_result  # noqa: E402
 
 import graftlm  # noqa: E402
 from graftlm.config import build  # noqa: E402
-from graftlm.training.recipe import Recipe  # noqa: E402
+from graftlm.recipe import Recipe  # noqa: E402
 
 SMOKE: dict[str, dict[str, Any]] = {
     "data": {"held_out": 4},

@@ -39,13 +39,13 @@ from graftlm.data.sources.source import Row, load_rows  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import detach  # noqa: E402
+from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.selection import ifd  # noqa: E402
 from graftlm.selection.base import Pool, embeddings, examples_of  # noqa: E402
 from graftlm.selection.choose import choose  # noqa: E402
 from graftlm.selection.k_center import greedy_order  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
-from graftlm.training.recipe import Recipe  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 RUNS = HERE / "runs.jsonl"

@@ -28,10 +28,10 @@ def profiled(config: dict[str, Any], threads: int, kernels: Any) -> dict[str, An
     from graftlm.data.batches.pack import pack
     from graftlm.model.hub.load import load_tokenizer
     from graftlm.model.passes.autotune import fastest_backend
+    from graftlm.planning.bench import ROWS, one_pass, parts_of_time
+    from graftlm.run import prepare_data
     from graftlm.system import tune_process
-    from graftlm.training.bench import ROWS, one_pass, parts_of_time
     from graftlm.training.loop import training_pass
-    from graftlm.training.run import prepare_data
 
     tune_process()
     torch.set_num_threads(threads)

@@ -24,9 +24,9 @@ from graftlm.data.batches.pack import lay_out  # noqa: E402
 from graftlm.model.layers.attach import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.model.passes.proof import prove  # noqa: E402
+from graftlm.run import prepare_data  # noqa: E402
 from graftlm.training.adamw import adamw  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402
-from graftlm.training.run import prepare_data  # noqa: E402
 
 done("imports of graftlm")
 model, tokenizer = load_base("smollm2")

@@ -5,7 +5,7 @@
     A [r, L]  B [d_out, r]  s = alpha / r
 
 So dW = s B A P is constant inside a group: on a base in int4 with the same groups it goes into the zero points, and the
-merged model is int4 again without a new rounding (adapters/export/export.py: merged_int4). The last group may be shorter.
+merged model is int4 again without a new rounding (`merged_int4`). The last group may be shorter.
 
 A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), so that A P x is as large as LoRA's A x; B starts at zero. The paper
 writes the sum as g times the mean; the authors' code and its merge leave g out, and PEFT 0.21.2 multiplies by L: an

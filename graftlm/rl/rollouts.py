@@ -30,10 +30,10 @@ from graftlm.losses import LOSSES
 from graftlm.model.hub.stopping import all_stop_ids
 from graftlm.model.layers.attach import deltas_still
 from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.recipe import Recipe
 from graftlm.rl.config import OnlineConfig, material, score
 from graftlm.rl.rewards import Said, Scorer, make_scorer
 from graftlm.training.callback import Policy, PolicyConfig, Training
-from graftlm.training.recipe import Recipe
 from graftlm.training.tokenizer import recipe_tokenizer
 
 Prompts = Sequence[Example | Group]

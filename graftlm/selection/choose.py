@@ -35,7 +35,7 @@ from graftlm.system import preserve_global_state
 from graftlm.training.positions import check_positions
 
 if TYPE_CHECKING:
-    from graftlm.training.recipe import Recipe
+    from graftlm.recipe import Recipe
 
 SCORES_VERSION = 2
 """Raised when a method's scores come to mean something else, so that old ones are not taken for new ones."""

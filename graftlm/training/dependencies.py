@@ -13,7 +13,7 @@ from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import Prompt
 from graftlm.data.sources.source import content
 from graftlm.model.hub.load import Fingerprint, difference, fingerprint
-from graftlm.training.recipe import Recipe
+from graftlm.recipe import Recipe
 from graftlm.training.teacher import TEACHER, adapters_compared_with
 
 Record = dict[str, Any]

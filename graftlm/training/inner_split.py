@@ -10,10 +10,10 @@ from graftlm.callbacks import POLICIES
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
+from graftlm.recipe import Recipe
 from graftlm.training.callback import Training
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
-from graftlm.training.recipe import Recipe
 
 Rows = Sequence[Example | Group]
 R = TypeVar("R", Example, Group, Example | Group)

@@ -14,7 +14,7 @@ from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.model.passes.proof import prove
-from graftlm.training.recipe import Recipe
+from graftlm.recipe import Recipe
 
 STEPS_SEEN = 16
 """The packs of so many steps, the largest among them, stand for those of the run."""

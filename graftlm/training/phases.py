@@ -26,6 +26,7 @@ from graftlm.model.layers.attach import attach, hosts, needed_statistics, parame
 from graftlm.model.passes.forward import packed_attention
 from graftlm.model.passes.proof import prove
 from graftlm.model.passes.statistics import collect
+from graftlm.recipe import Recipe
 from graftlm.rl.rewards import Scorer
 from graftlm.rl.rollouts import Sampler
 from graftlm.training.callback import ParameterGroup, Policy, Training
@@ -33,7 +34,6 @@ from graftlm.training.inner_split import loss_aside
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.loop import Step, TrainConfig, steps
 from graftlm.training.objective import Objective
-from graftlm.training.recipe import Recipe
 from graftlm.training.teacher import add_teacher
 
 STATISTICS_PACKS = 8

@@ -10,7 +10,7 @@ from graftlm.errors import DataError, numbered
 from graftlm.model.hub.sketch import Positions, positions
 
 if TYPE_CHECKING:
-    from graftlm.training.recipe import Recipe
+    from graftlm.recipe import Recipe
 
 
 def check_positions(

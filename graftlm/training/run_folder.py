@@ -16,6 +16,7 @@ from graftlm.config import differences, to_tree
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
 from graftlm.lock import only_writer
+from graftlm.recipe import Recipe, read_recipe
 from graftlm.training import dependencies, trackers
 from graftlm.training.checkpoints import (
     BEST,
@@ -28,7 +29,6 @@ from graftlm.training.checkpoints import (
     Snapshot,
     read,
 )
-from graftlm.training.recipe import Recipe, read_recipe
 
 SUMMARY, RECIPE = "summary.json", "recipe.yaml"
 

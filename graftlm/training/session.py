@@ -15,13 +15,13 @@ from graftlm.data.chat.render import Renderer
 from graftlm.evaluation.held_out import held_out_metrics
 from graftlm.kernels.backend import Backend
 from graftlm.model.layers.attach import deltas_still, trainable
+from graftlm.recipe import Recipe
 from graftlm.rl.rewards import Scorer
 from graftlm.training.checkpoints import BEST, Snapshot, put_back, put_deltas_back, step_name, take
 from graftlm.training.guards import EVERY, Guards
 from graftlm.training.loop import NotFiniteError, Step
 from graftlm.training.objective import Objective, start_of
 from graftlm.training.phases import turns
-from graftlm.training.recipe import Recipe
 from graftlm.training.run_folder import Place, Running
 
 

@@ -7,7 +7,7 @@ from graftlm.model.hub.load import load_tokenizer, plain_template
 from graftlm.template_variables import checked_with_variables
 
 if TYPE_CHECKING:
-    from graftlm.training.recipe import Recipe
+    from graftlm.recipe import Recipe
 
 
 def recipe_tokenizer(recipe: "Recipe") -> Any:

@@ -28,7 +28,7 @@ from graftlm import distributed
 from graftlm.config import to_tree, to_yaml
 from graftlm.errors import TrainingError
 from graftlm.files import writing
-from graftlm.training.recipe import Recipe
+from graftlm.recipe import Recipe
 
 PROJECT = "graftlm"
 FOLDER, RECORD = "trackers", "told.json"

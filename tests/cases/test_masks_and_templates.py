@@ -25,9 +25,9 @@ from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import DataConfig, Row, load_rows
 from graftlm.errors import BaseModelError, DataError, RecipeError
 from graftlm.model.hub.load import BaseConfig, load_tokenizer
+from graftlm.recipe import Recipe
 from graftlm.template_variables import with_variables
 from graftlm.testing import save_tiny_base, tiny_tokenizer
-from graftlm.training.recipe import Recipe
 from graftlm.training.tokenizer import recipe_tokenizer
 
 

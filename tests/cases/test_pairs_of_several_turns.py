@@ -20,9 +20,9 @@ from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import DataConfig, Row, load_rows
 from graftlm.losses.base import lengths, per_answer
 from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.training.objective import batch_of
-from graftlm.training.recipe import Recipe
 from tests.cases.test_masks_and_templates import assistant, call, shipped, tool, user
 
 END = "<|im_end|>"

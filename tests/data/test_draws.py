@@ -16,10 +16,10 @@ from graftlm.data.sources.prompt_templates import Template, ask
 from graftlm.data.sources.source import SourceConfig
 from graftlm.data.sources.template_draws import Draws
 from graftlm.errors import DataError
+from graftlm.recipe import Recipe
+from graftlm.run import Prepared, prepare_data
 from graftlm.testing import tiny_tokenizer
 from graftlm.training.phases import plan_batches
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import Prepared, prepare_data
 from tests.training.test_resume import losses, same, stopping_after
 
 WORDS = ("Who", "What", "Which")

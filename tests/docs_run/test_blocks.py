@@ -21,7 +21,7 @@ from graftlm.data.sources.source import load_rows
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
 from graftlm.model.hub import load
-from graftlm.training.recipe import read_recipe
+from graftlm.recipe import read_recipe
 from tests.docs_run.names import PAGES, ROOT, blocks, title
 
 TEXTS = {title(page): page.read_text(encoding="utf-8") for page in PAGES}

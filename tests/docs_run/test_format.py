@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import graftlm
-from graftlm.training.recipe import Recipe
+from graftlm.recipe import Recipe
 from tests.docs_run.names import ROOT
 
 PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 
 from graftlm.deltas import METHODS
 from graftlm.errors import GraftError
-from graftlm.training import advice
+from graftlm.planning import advice
 
 FIGURES = ("held_out_loss", "share_of_lora", "parameters", "general_loss", "peak_over_lora_gib", "ratio")
 RUNS: dict[str, Any] = {

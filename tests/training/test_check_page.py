@@ -13,9 +13,9 @@ import pytest
 import graftlm
 from graftlm.data.chat.render import Renderer
 from graftlm.errors import OutputError
-from graftlm.training import check_page
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import Prepared, prepare_data
+from graftlm.recipe import Recipe
+from graftlm.run import Prepared, prepare_data
+from graftlm.runs import check_page
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import graftlm
 from graftlm.callbacks import COMPLETES, POLICIES
 from graftlm.config import build, to_tree
-from graftlm.training.recipe import Recipe
+from graftlm.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -12,7 +12,7 @@ import graftlm
 from graftlm.config import to_yaml
 from graftlm.errors import OutputError
 from graftlm.lock import lock_file, only_writer
-from graftlm.training.sweep import Point, sweep
+from graftlm.runs.sweep import Point, sweep
 from tests.training.test_resume import losses, recipe, same
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

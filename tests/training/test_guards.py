@@ -14,8 +14,8 @@ import graftlm.training.guards as guards_module
 import graftlm.training.objective as objective
 from graftlm.config import build
 from graftlm.errors import RecipeError
+from graftlm.recipe import Recipe
 from graftlm.training.guards import EarlyStopping, Guards
-from graftlm.training.recipe import Recipe
 from tests.training.test_resume import recipe, rows, same, stopping_after  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -17,7 +17,7 @@ from graftlm.errors import TrainingError
 from graftlm.kernels import cpu
 from graftlm.model.passes import autotune
 from graftlm.model.passes.autotune import Choice
-from graftlm.training.recipe import Recipe
+from graftlm.recipe import Recipe
 from tests.model.test_kernels import BROKEN, script
 from tests.training.test_resume import losses, recipe, stopping_after
 from tests.training.together import together

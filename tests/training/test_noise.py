@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graftlm.training.noise import NoiseScale, batch_for
+from graftlm.planning.noise_scale import NoiseScale, batch_for
 
 
 def gradients(count: int, rows: int, size: int, *, true: float, noise: float) -> list[torch.Tensor]:

@@ -22,14 +22,14 @@ from graftlm.losses import LOSSES
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import trainable
 from graftlm.model.passes.forward import log_probs
+from graftlm.recipe import Recipe
 from graftlm.rl.config import FEEDBACK, material, score
 from graftlm.rl.rewards import Said
 from graftlm.rl.rollouts import Sampler
+from graftlm.run import prepare_data
 from graftlm.testing import save_tiny_base
 from graftlm.training import loop
 from graftlm.training.phases import attach_deltas, packs_of, turns
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 from tests.training.test_preferences import steps_of, written
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
@@ -532,8 +532,8 @@ def test_what_cannot_be_is_refused_with_its_reason(
 
 
 def test_plans_and_range_tests_say_that_they_cannot(base_folder: Path, prompts: Path) -> None:
-    from graftlm.training.plan import plan
-    from graftlm.training.probe import probe
+    from graftlm.planning.estimate import plan
+    from graftlm.planning.lr_range import probe
 
     made = recipe(base_folder, prompts)
     with pytest.raises(TrainingError, match="the model writes them as it goes"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import graftlm.training.plan as plan_module
+import graftlm.planning.estimate as plan_module
 from graftlm.cli import app
 from graftlm.config import build, to_yaml
 from graftlm.data.batches.pack import Pack
@@ -22,13 +22,13 @@ from graftlm.model.hub.load import load_base, load_tokenizer
 from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
 from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
+from graftlm.planning.estimate import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernels, live_bytes, plan, shape_of
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data
 from graftlm.system import kernel_cache_capacity
 from graftlm.testing import save_tiny_base, tiny_config
 from graftlm.training import loop
 from graftlm.training.phases import attach_deltas
-from graftlm.training.plan import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernels, live_bytes, plan, shape_of
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -11,9 +11,9 @@ from graftlm.config import build, to_tree
 from graftlm.errors import DataError
 from graftlm.model.hub.load import load_tokenizer
 from graftlm.model.hub.sketch import positions
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 MOST = 64

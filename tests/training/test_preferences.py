@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import graftlm
 from graftlm.config import build
 from graftlm.errors import DataError, RecipeError
-from graftlm.training.recipe import Recipe, read_recipe
+from graftlm.recipe import Recipe, read_recipe
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
 

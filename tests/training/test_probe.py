@@ -17,11 +17,11 @@ from graftlm.errors import TrainingError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
-from graftlm.training import probe as probing
+from graftlm.planning import lr_range as probing
+from graftlm.planning.lr_range import STEPS, Tried, probe, suggestion
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data
 from graftlm.training.phases import attach_deltas, plan_batches
-from graftlm.training.probe import STEPS, Tried, probe, suggestion
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 
 RATES = [10 ** (-6 + 6 * i / (STEPS - 1)) for i in range(STEPS)]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import graftlm
+import graftlm.run as run_module
 import graftlm.training.loop as loop
 import graftlm.training.objective as objective
-import graftlm.training.run as run_module
 from graftlm import distributed
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError

@@ -19,9 +19,9 @@ from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.layers.attach import attach, deltas_off, trainable
 from graftlm.model.passes.forward import packed_attention
+from graftlm.recipe import Recipe
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.objective import Objective
-from graftlm.training.recipe import Recipe
 from graftlm.training.regularizers import REGULARISERS, check_regularisers, terms
 from tests.training.test_objective import answered, items, moved
 from tests.training.together import together

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import graftlm
+import graftlm.run as run_module
 import graftlm.training.checkpoints as checkpoint
-import graftlm.training.run as run_module
 from graftlm.config import build, differences, to_yaml
 from graftlm.data.chat import render
 from graftlm.errors import GraftError, OutputError, TrainingError
+from graftlm.recipe import Recipe
 from graftlm.testing import CHATML, save_tiny_base
 from graftlm.training import run_folder
 from graftlm.training.checkpoints import FACTS, MANIFEST, STATE
-from graftlm.training.recipe import Recipe
 from tests.training.test_run import adapter
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("without_pictures")]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import graftlm
 import graftlm.callbacks as policies
+import graftlm.run as run_module
 import graftlm.training.phases as turns
-import graftlm.training.run as run_module
 from graftlm.adapters.store import adapters_in, load_adapter
 from graftlm.config import build
 from graftlm.deltas import METHODS
@@ -25,8 +25,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
 from graftlm.model.hub.load import BaseConfig, fingerprint, load_base, load_tokenizer
 from graftlm.model.layers.attach import hosts
+from graftlm.recipe import Recipe, read_recipe
 from graftlm.testing import logits, save_tiny_base
-from graftlm.training.recipe import Recipe, read_recipe
 
 SUMMARY = {
     "held_out": {"rouge_l": {"base", "tuned"}, "loss_nats": {"base", "tuned"}},

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from graftlm import cli
 from graftlm.config import build, to_tree, to_yaml
 from graftlm.errors import GraftError
-from graftlm.training import runs
-from graftlm.training.recipe import Recipe
-from graftlm.training.runs import compare, short_names
+from graftlm.recipe import Recipe
+from graftlm.runs import compare
+from graftlm.runs.compare import compare, short_names
 
 
 def make(
@@ -96,8 +96,8 @@ def test_a_run_that_is_not_done_is_listed_as_it_stands(tmp_path: Path) -> None:
 def test_the_files_of_a_run_are_called_as_training_calls_them() -> None:
     from graftlm.training import checkpoints
 
-    assert runs.METRICS == checkpoints.METRICS
-    assert Path(runs.UNFINISHED).parts == (checkpoints.FOLDER, checkpoints.UNFINISHED)
+    assert compare.METRICS == checkpoints.METRICS
+    assert Path(compare.UNFINISHED).parts == (checkpoints.FOLDER, checkpoints.UNFINISHED)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_the_command_prints_a_table_json_and_a_page(tmp_path: Path) -> None:
 
 
 def test_looking_at_runs_does_without_torch() -> None:
-    script = "import sys, graftlm.training.runs; assert not {'torch', 'transformers'} & set(sys.modules)"
+    script = "import sys, graftlm.runs.compare; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -16,11 +16,11 @@ import graftlm
 from graftlm import cli
 from graftlm.config import to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError
-from graftlm.training import sweep as sweeping
-from graftlm.training.recipe import read_recipe
-from graftlm.training.run import RESUMABLE
-from graftlm.training.runs import compare
-from graftlm.training.sweep import Outcome, grid, resolve, sweep, values_of
+from graftlm.recipe import read_recipe
+from graftlm.run import RESUMABLE
+from graftlm.runs import sweep as sweeping
+from graftlm.runs.compare import compare
+from graftlm.runs.sweep import Outcome, grid, resolve, sweep, values_of
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -20,10 +20,10 @@ from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach, base_parameters, hosts, trainable
 from graftlm.model.passes.forward import hidden_states, packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
+from graftlm.recipe import Recipe
 from graftlm.testing import move, perturbed, save_tiny_base, tiny_model
 from graftlm.training.checkpoints import FACTS
 from graftlm.training.objective import Objective
-from graftlm.training.recipe import Recipe
 from graftlm.training.teacher import REFERENCE, TEACHER, adapters_compared_with, add_teacher
 from tests.training.test_objective import answered, moved, same, step
 from tests.training.test_resume import same as same_run

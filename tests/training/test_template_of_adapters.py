@@ -22,10 +22,11 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, DataError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach, attachment, detach
+from graftlm.recipe import Recipe
+from graftlm.run import Result, prepare_data
+from graftlm.runs import check_page
 from graftlm.testing import CHATML, save_tiny_base, tiny_tokenizer
-from graftlm.training import check_page, run_folder
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import Result, prepare_data
+from graftlm.training import run_folder
 
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
 
@@ -259,9 +260,7 @@ def test_every_renderer_of_a_run_has_the_day_on_which_it_began(
 
     monkeypatch.setattr(render.Renderer, "__init__", noted)
     on(LATER, monkeypatch)
-    monkeypatch.setattr(
-        run_folder, "datetime", SimpleNamespace(datetime=_at(DAY))
-    )  # midnight passes right after the start
+    monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(datetime=_at(DAY)))  # then midnight passes
     (tmp_path / "chat.jinja").write_text(DATED)
     rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

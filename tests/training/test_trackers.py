@@ -16,7 +16,7 @@ import pytest
 import graftlm
 from graftlm.config import build
 from graftlm.errors import RecipeError, TrainingError
-from graftlm.training.recipe import Recipe, ReportConfig
+from graftlm.recipe import Recipe, ReportConfig
 from graftlm.training.trackers import TRACKERS, Trackers
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

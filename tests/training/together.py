@@ -19,7 +19,7 @@ PATIENCE_S = 120
 def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What the function returns on each of `count` ranks; fails if one raises, or if they do not end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["graftlm.testing", "graftlm.training.run", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["graftlm.testing", "graftlm.run", "torch.distributed.fsdp"])
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's own has this part
     queue = context.Queue()
     processes = [

@@ -8,10 +8,10 @@ import torch
 from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import attach
+from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.training.loop import steps
 from graftlm.training.phases import turns
-from graftlm.training.recipe import Recipe
 from tests.training.test_loop import examples
 
 OTHERS = {

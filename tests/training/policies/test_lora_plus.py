@@ -12,10 +12,10 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, trainable
+from graftlm.recipe import Recipe
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.callback import ParameterGroup, Policy
 from graftlm.training.phases import turns
-from graftlm.training.recipe import Recipe
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -8,9 +8,9 @@ import torch
 from graftlm.callbacks import POLICIES
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import attachment
+from graftlm.planning.estimate import update_bytes
+from graftlm.recipe import Recipe
 from graftlm.training.callback import Policy
-from graftlm.training.plan import update_bytes
-from graftlm.training.recipe import Recipe
 from tests.training.policies.test_every_policy import REFUSED, _lacks, made
 from tests.training.policies.test_policies import run
 from tests.training.test_loop import examples

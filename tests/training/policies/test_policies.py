@@ -15,10 +15,10 @@ from graftlm.config import build
 from graftlm.data.batches.pack import collate
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.model.layers.attach import attachment, trainable
+from graftlm.recipe import Recipe
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.callback import ParameterGroup, Policy, Training
 from graftlm.training.loop import Step, steps
-from graftlm.training.recipe import Recipe
 from tests.training.test_loop import examples
 
 FOLDER = Path(policies.__file__).parent

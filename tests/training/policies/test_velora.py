@@ -11,9 +11,9 @@ from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.planning.estimate import LiveBytes
 from graftlm.testing import perturbed, tiny_model
 from graftlm.training.callback import Policy, Training
-from graftlm.training.plan import LiveBytes
 from tests.training.policies.test_policies import run, training
 from tests.training.test_loop import examples
 

@@ -17,12 +17,12 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.source import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
 from graftlm.model.hub.load import load_tokenizer
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data
 from graftlm.selection import SELECTORS, choose
 from graftlm.selection.base import Pool
 from graftlm.selection.ifd import IfdConfig
 from graftlm.testing import CHATML, tiny_tokenizer
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 from tests.training.select.conftest import some_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

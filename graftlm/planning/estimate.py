@@ -29,16 +29,16 @@ from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.model.passes.forward import hidden_states
+from graftlm.planning.bench import best_s, one_pass, parts_of_time
+from graftlm.recipe import Recipe
+from graftlm.run import peak_rss_gib, prepare_data
 from graftlm.system import kernel_cache_capacity, memory, preserve_global_state
 from graftlm.training.adamw import adamw
-from graftlm.training.bench import best_s, one_pass, parts_of_time
 from graftlm.training.callback import Training
 from graftlm.training.loop import training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.phases import packs_of, plan_batches
-from graftlm.training.recipe import Recipe
 from graftlm.training.regularizers import tie
-from graftlm.training.run import peak_rss_gib, prepare_data
 from graftlm.training.teacher import TEACHER, teacher_base
 from graftlm.training.tokenizer import recipe_tokenizer
 

@@ -47,6 +47,7 @@ from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, par
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
 from graftlm.model.passes.proof import prove
+from graftlm.recipe import Recipe, read_recipe
 from graftlm.rl.config import mean_reward
 from graftlm.rl.rewards import Scorer, make_scorer
 from graftlm.selection.choose import choose
@@ -59,7 +60,6 @@ from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.objective import Objective
 from graftlm.training.phases import attach_deltas, load_teacher, plan_batches, steps_of
 from graftlm.training.positions import check_positions
-from graftlm.training.recipe import Recipe, read_recipe
 from graftlm.training.run_folder import KEPT, RECIPE, SUMMARY, Place
 from graftlm.training.session import Course, Stopping, Watched
 from graftlm.training.tokenizer import recipe_tokenizer

@@ -25,11 +25,11 @@ from graftlm.config import differences, parse_yaml, to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError, nearest, numbered
 from graftlm.files import writing
 from graftlm.lock import only_writer
+from graftlm.recipe import Recipe, read_recipe
+from graftlm.run import RESUMABLE, stop_on_signal
+from graftlm.runs.compare import compare, short_names
 from graftlm.training.other_names import OTHER_NAMES
-from graftlm.training.recipe import Recipe, read_recipe
-from graftlm.training.run import RESUMABLE, stop_on_signal
 from graftlm.training.run_folder import matters
-from graftlm.training.runs import compare, short_names
 
 TAGS = ("method", "name", "by")
 """Keys whose value says which config a mapping is: `lora.r` is then another word for `delta.r`."""

@@ -22,13 +22,13 @@ from graftlm.model.layers.attach import attach, hosts, trainable
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.sites import output_head, transformer_layers
 from graftlm.model.passes.autotune import choose
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data
 from graftlm.system import preserve_global_state
 from graftlm.training.adamw import adamw, warmup_cosine
 from graftlm.training.loop import TrainConfig, steps, training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.phases import plan_batches
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 
 TOKENS = 2048
 """Rows of x in the products that are timed, and tokens of a pack in the steps: enough for a rate that grows no more."""

@@ -30,14 +30,14 @@ from graftlm.files import writing
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.proof import prove
+from graftlm.planning.noise_scale import NoiseScale, batch_for
+from graftlm.recipe import Recipe
+from graftlm.run import prepare_data
 from graftlm.system import preserve_global_state
 from graftlm.training.callback import Policy, PolicyConfig, Training
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.loop import NotFiniteError
-from graftlm.training.noise import NoiseScale, batch_for
 from graftlm.training.phases import Turn, attach_deltas, plan_batches, turns
-from graftlm.training.recipe import Recipe
-from graftlm.training.run import prepare_data
 from graftlm.training.tokenizer import recipe_tokenizer
 
 STEPS = 80

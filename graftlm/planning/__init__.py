@@ -1,0 +1,1 @@
+"""What a recipe needs and how fast it runs, before it runs."""
