@@ -16,7 +16,7 @@ import typer
 
 from graftlm.callbacks import POLICIES
 from graftlm.cli import app
-from graftlm.config import json_schema
+from graftlm.config.schema import json_schema
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES

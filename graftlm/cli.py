@@ -464,7 +464,8 @@ def _by_owner(settings: list[str]) -> tuple[list[str], list[str]]:
 
 def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str | None, settings: list[str]) -> "Recipe":
     """The recipe with the one selector that the command line describes, or with its own."""
-    from graftlm.config import build, lay_over, to_tree
+    from graftlm.config.schema import build, to_tree
+    from graftlm.config.source import lay_over
     from graftlm.errors import RecipeError
     from graftlm.recipe import Recipe
     from graftlm.selection import SELECTORS
@@ -506,7 +507,7 @@ def data_convert(
     network: NetworkOption = False,
 ) -> None:
     """Write rows of any format as messages, and report those that cannot be used."""
-    from graftlm.config import build
+    from graftlm.config.schema import build
     from graftlm.data.sources.convert import convert
     from graftlm.data.sources.source import SourceConfig
     from graftlm.errors import DataError, numbered
@@ -541,7 +542,8 @@ def _recipe_for(
     source: str, base: str | None, mask: str | None, template: str | None, network: bool, overrides: list[str]
 ) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
-    from graftlm.config import build, lay_over, to_tree
+    from graftlm.config.schema import build, to_tree
+    from graftlm.config.source import lay_over
     from graftlm.recipe import Recipe, read_recipe
 
     if _is_recipe(source):

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from graftlm import config
 from graftlm.callbacks import COMPLETES, POLICIES
-from graftlm.config import Count, Flag, PositiveCount
+from graftlm.config.aliases import OTHER_NAMES
+from graftlm.config.schema import Count, Flag, PositiveCount, config
+from graftlm.config.source import read
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
@@ -24,7 +25,6 @@ from graftlm.selection import SELECTORS
 from graftlm.selection.base import SelectorConfig
 from graftlm.training.callback import PolicyConfig
 from graftlm.training.loop import TrainConfig
-from graftlm.training.other_names import OTHER_NAMES
 from graftlm.training.regularizers import REGULARISERS, RegulariserConfig, tie
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ else:  # whichever configs are in the tables, told apart by their `method`, or `
     AnySelector = Annotated[Union[_SELECTORS], Field(discriminator="by")]  # noqa: UP007
     _POLICIES = tuple(row.config for row in POLICIES.values())
     AnyPolicy = Annotated[Union[_POLICIES], Field(discriminator="name")] if len(_POLICIES) > 1 else _POLICIES[0]  # noqa: UP007
-    _REGULARISERS = tuple(config for config, _ in REGULARISERS.values())
+    _REGULARISERS = tuple(schema for schema, _ in REGULARISERS.values())
     AnyRegulariser = Annotated[Union[_REGULARISERS], Field(discriminator="name")]  # noqa: UP007
     _LOSSES = tuple(loss.config for loss in LOSSES.values())
     AnyLoss = Annotated[Union[_LOSSES], Field(discriminator="name")]  # noqa: UP007
@@ -46,7 +46,7 @@ else:  # whichever configs are in the tables, told apart by their `method`, or `
     AnyDelta = Annotated[Union[_CONFIGS], Field(discriminator="method")] if len(_CONFIGS) > 1 else _CONFIGS[0]  # noqa: UP007
 
 
-@config.config
+@config
 class ReportConfig:
     samples: Count = 8
     """Held-out answers shown side by side."""
@@ -64,7 +64,7 @@ def _or_a_name(schema: dict[str, Any]) -> None:
     schema["oneOf"].insert(0, {"enum": list(LOSSES), "type": "string"})
 
 
-@config.config
+@config
 class Recipe:
     base: str | BaseConfig = "smollm2"
     data: DataConfig
@@ -263,4 +263,4 @@ class Recipe:
 
 def read_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key=value` strings laid over it; raises RecipeError with file and line."""
-    return config.read(Recipe, Path(path), overrides)
+    return read(Recipe, Path(path), overrides)

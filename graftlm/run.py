@@ -23,7 +23,7 @@ from rich.console import Console
 
 from graftlm import distributed
 from graftlm.adapters.store import model_card, new_folder, write_adapter
-from graftlm.config import to_yaml
+from graftlm.config.schema import to_yaml
 from graftlm.data.batches.groups import COMPARED, prepare_groups, usable_by
 from graftlm.data.batches.order import Curriculum, curriculum
 from graftlm.data.batches.pack import Example, Group, fill, saved_by_sharing

@@ -165,7 +165,7 @@ def test_an_unknown_kind_is_wrong_usage(folder: Path) -> None:
 
 def test_what_the_library_writes_is_ours(folder: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The patterns follow the code that writes: each file of a run with a selector is listed."""
-    from graftlm.config import build
+    from graftlm.config.schema import build
     from graftlm.recipe import Recipe
     from graftlm.run import train
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from graftlm import Recipe
-from graftlm.config import build, config, json_schema, parse_yaml, read, to_tree, to_yaml
+from graftlm.config.aliases import OTHER_NAMES
+from graftlm.config.schema import build, config, json_schema, to_tree, to_yaml
+from graftlm.config.source import parse_yaml, read
 from graftlm.data.sources.source import DataConfig
 from graftlm.errors import RecipeError
 from graftlm.model.hub.load import BaseConfig
 from graftlm.rl.config import OnlineConfig
-from graftlm.training.other_names import OTHER_NAMES
 
 pytestmark = pytest.mark.versions
 

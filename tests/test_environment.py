@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from graftlm import cli
-from graftlm.config import to_tree
+from graftlm.config.schema import to_tree
 from graftlm.recipe import read_recipe
 from graftlm.recipes import recipes
 

@@ -16,7 +16,7 @@ import torch
 
 import graftlm
 from graftlm import cli, system
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, PlatformError
 from graftlm.generation.answer import answer

@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 from machine import commit, write_result  # noqa: E402
 
 from graftlm.callbacks.dylora import use_rank  # noqa: E402
-from graftlm.config import build  # noqa: E402
+from graftlm.config.schema import build  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import detach, hosts  # noqa: E402

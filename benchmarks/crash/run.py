@@ -38,7 +38,7 @@ import yaml  # noqa: E402
 from machine import commit, write_result  # noqa: E402
 
 import graftlm.training.checkpoints as checkpoint  # noqa: E402
-from graftlm.config import build  # noqa: E402
+from graftlm.config.schema import build  # noqa: E402
 from graftlm.errors import GraftError  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.run import train  # noqa: E402

@@ -18,7 +18,7 @@ import pairs  # noqa: E402
 from machine import write_result  # noqa: E402
 
 import graftlm  # noqa: E402
-from graftlm.config import build  # noqa: E402
+from graftlm.config.schema import build  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 

@@ -20,7 +20,7 @@ import yaml
 
 import graftlm
 from graftlm.callbacks import POLICIES, make_optimiser, make_policies
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import attachment, trainable
 from graftlm.recipe import Recipe

@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import commit, peak_rss_gib, write_result  # noqa: E402
 
-from graftlm.config import build  # noqa: E402
+from graftlm.config.schema import build  # noqa: E402
 from graftlm.data.batches.pack import Example  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.deltas import METHODS  # noqa: E402

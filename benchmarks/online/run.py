@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 from machine import write_result  # noqa: E402
 
 import graftlm  # noqa: E402
-from graftlm.config import build  # noqa: E402
+from graftlm.config.schema import build  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 
 SMOKE: dict[str, dict[str, Any]] = {

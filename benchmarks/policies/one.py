@@ -32,7 +32,7 @@ def main() -> None:
 
     import graftlm
     from graftlm.callbacks import POLICIES, make_optimiser, make_policies
-    from graftlm.config import build
+    from graftlm.config.schema import build
     from graftlm.data.batches.pack import Example, pack
     from graftlm.deltas.full import FullConfig
     from graftlm.model.layers.attach import attach, attachment, trainable

@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 from machine import write_result  # noqa: E402
 
 from graftlm.callbacks import POLICIES, make_policies  # noqa: E402
-from graftlm.config import build  # noqa: E402
+from graftlm.config.schema import build  # noqa: E402
 from graftlm.data.batches.pack import batches  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.quality.preflight import prepare  # noqa: E402

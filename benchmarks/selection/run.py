@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import commit, write_result  # noqa: E402
 
-from graftlm.config import build  # noqa: E402
+from graftlm.config.schema import build  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.sources.source import Row, load_rows  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Count, Flag, build, config, expression
+from graftlm.config.schema import Count, Flag, build, config, expression
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import DeltaConfig, PeftLayout, Targets, matches
 from graftlm.deltas.bitfit import BitFitConfig

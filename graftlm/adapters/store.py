@@ -29,7 +29,7 @@ from graftlm.adapters.foreign import CONFIG as CONFIG
 from graftlm.adapters.foreign import NEUTRAL, NEUTRAL_ANYWHERE, Member, check_numbers, read_adapter
 from graftlm.adapters.foreign import PREFIX as PREFIX
 from graftlm.adapters.peft import model_type, target_modules, task, why_not_read
-from graftlm.config import build, to_tree
+from graftlm.config.schema import build, to_tree
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered

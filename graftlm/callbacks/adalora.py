@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftlm.config import PositiveCount, Share, config
+from graftlm.config.schema import PositiveCount, Share, config
 from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
 
 

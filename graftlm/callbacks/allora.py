@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graftlm.callbacks.lora_fa import NO_PAIRS, pairs
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.training.callback import Policy, PolicyConfig, Training
 
 

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graftlm.config import PositiveCount, Weight, config
+from graftlm.config.schema import PositiveCount, Weight, config
 from graftlm.training.callback import Policy, PolicyConfig, Training, needs_aside, needs_method
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graftlm.callbacks.cola import started_anew
-from graftlm.config import PositiveRate, Rate, Share, config
+from graftlm.config.schema import PositiveRate, Rate, Share, config
 from graftlm.training.callback import Policy, PolicyConfig, Training, learn_from_aside, needs_aside, needs_method
 
 

@@ -12,7 +12,7 @@ at one rate. The paper's variants that press E towards 0 or 1 are left out.
 
 from typing import ClassVar, Literal
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.training.callback import (
     Policy,
     PolicyConfig,

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, Delta
 from graftlm.training.callback import Policy, PolicyConfig, Training
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graftlm.callbacks.autolora import GateSearch
-from graftlm.config import PositiveRate, Share, config
+from graftlm.config.schema import PositiveRate, Share, config
 from graftlm.training.callback import PolicyConfig
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftlm.config import Flag, PositiveCount, config
+from graftlm.config.schema import Flag, PositiveCount, config
 from graftlm.deltas.dylora import DyLora
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attachment, deltas_by_site

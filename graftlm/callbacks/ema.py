@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from graftlm.config import Share, config
+from graftlm.config.schema import Share, config
 from graftlm.training.callback import Policy, PolicyConfig, Training
 
 

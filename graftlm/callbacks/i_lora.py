@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from graftlm.callbacks.ema import Ema
-from graftlm.config import Rate, Share, config
+from graftlm.config.schema import Rate, Share, config
 from graftlm.model.layers.sites import transformer_layers
 from graftlm.training.callback import PolicyConfig, Training, needs_aside
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graftlm import distributed
-from graftlm.config import PositiveCount, Share, config
+from graftlm.config.schema import PositiveCount, Share, config
 from graftlm.deltas.base import AdditiveDelta, Delta
 from graftlm.model.layers.attach import hosts
 from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftlm.config import Weight, config
+from graftlm.config.schema import Weight, config
 from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
 
 

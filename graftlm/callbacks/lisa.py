@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.training.callback import Policy, PolicyConfig, Training
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.deltas.lora import Lora
 from graftlm.training.callback import Policy, PolicyConfig, Training
 

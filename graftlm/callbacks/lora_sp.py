@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Flag, Share, config
+from graftlm.config.schema import Flag, Share, config
 from graftlm.training.callback import Policy, PolicyConfig, Training
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.callbacks.cola import factors_of, started_anew, why_no_restart
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import Delta
 from graftlm.training.callback import Policy, PolicyConfig, Training
 

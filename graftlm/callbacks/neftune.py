@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError
 from graftlm.training.callback import Policy, PolicyConfig, Training

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from graftlm.callbacks.cola import unload, why_no_restart
-from graftlm.config import PositiveCount, Share, config
+from graftlm.config.schema import PositiveCount, Share, config
 from graftlm.training.callback import Policy, PolicyConfig, Training
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from graftlm.callbacks.lora_fa import NO_PAIRS, damped_inverse, pairs
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.training.callback import Policy, PolicyConfig, Training
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import distributed
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import hosts
 from graftlm.model.passes.recompute import is_recomputed

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, PositiveRate, Rate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, Rate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
 
 UNUSED = ("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",

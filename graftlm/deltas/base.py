@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Share, config
+from graftlm.config.schema import Share, config
 from graftlm.errors import TargetError
 
 Targets = str | tuple[str, ...]

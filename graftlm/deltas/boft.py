@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
 from graftlm.errors import TargetError
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Flag, PositiveCount, config
+from graftlm.config.schema import Flag, PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
 from graftlm.errors import TargetError
 

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Flag, PositiveRate, Rate, config
+from graftlm.config.schema import Flag, PositiveRate, Rate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 
 LOW, HIGH = -1.5, 1.5

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Flag, PositiveCount, PositiveRate, config
+from graftlm.config.schema import Flag, PositiveCount, PositiveRate, config
 from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, Targets, WeightDelta, matches
 from graftlm.deltas.lora import Lora, LoraConfig
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import Base, DeltaConfig, Shared, Site, WeightDelta
 from graftlm.deltas.vera import Vera, VeraConfig
 

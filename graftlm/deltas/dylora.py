@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 from graftlm.deltas.starts import lora_factors
 from graftlm.errors import TargetError

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 from graftlm.deltas.linalg import orthonormal, top_singular
 from graftlm.deltas.starts import fan_in

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.deltas.base import Base, DeltaConfig, Site, Targets, WeightDelta
 
 

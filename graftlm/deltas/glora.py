@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import Base, DeltaConfig, Site, WeightDelta
 
 

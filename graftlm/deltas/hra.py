@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, Rate, config
+from graftlm.config.schema import PositiveCount, Rate, config
 from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
 from graftlm.errors import TargetError
 

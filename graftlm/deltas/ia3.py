@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, Targets, WeightDelta, matches
 
 INNER = r".*\.(down_proj|fc2|wo|w2|fc_out|dense_4h_to_h|mlp\.c_proj)"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Shared, Site
 
 

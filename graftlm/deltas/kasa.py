@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, PositiveRate, Rate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, Rate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 from graftlm.errors import TargetError
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import Base, DeltaConfig, Site, Targets, WeightDelta
 from graftlm.deltas.full import Full, FullConfig
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Count, Flag, PositiveCount, PositiveRate, config
+from graftlm.config.schema import Count, Flag, PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, PeftLayout, Site
 
 WHOLE = 2**20

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Flag, PositiveCount, PositiveRate, config
+from graftlm.config.schema import Flag, PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from graftlm.config import Flag, PositiveCount, PositiveRate, config
+from graftlm.config.schema import Flag, PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
 from graftlm.deltas.starts import lora_factors
 

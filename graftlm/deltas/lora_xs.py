@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Count, PositiveCount, PositiveRate, Rate, config
+from graftlm.config.schema import Count, PositiveCount, PositiveRate, Rate, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 from graftlm.deltas.linalg import top_singular, top_singular_fast
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, Site
 from graftlm.errors import TargetError
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Count, Flag, PositiveCount, config
+from graftlm.config.schema import Count, Flag, PositiveCount, config
 from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.config import Count, PositiveCount, config
+from graftlm.config.schema import Count, PositiveCount, config
 from graftlm.deltas.base import DeltaConfig, InputDelta, PeftLayout, Site, Targets
 
 

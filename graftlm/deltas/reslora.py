@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.deltas.base import Base, Delta, DeltaConfig, Shared, Site
 from graftlm.deltas.lora import Lora, LoraConfig
 

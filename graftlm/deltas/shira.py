@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
 from graftlm.errors import TargetError
 

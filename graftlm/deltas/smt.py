@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, Share, config
+from graftlm.config.schema import PositiveCount, Share, config
 from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, Site, Targets
 
 

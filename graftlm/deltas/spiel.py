@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Share, config
+from graftlm.config.schema import Share, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Flag, PositiveCount, config
+from graftlm.config.schema import Flag, PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Shared, Site
 
 

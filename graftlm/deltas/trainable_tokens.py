@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from graftlm.config import Count, config
+from graftlm.config.schema import Count, config
 from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, PeftLayout, Site, Targets
 from graftlm.errors import TargetError
 

@@ -19,7 +19,7 @@ from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Re
 
 from pydantic import field_validator
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.errors import DataError
 
 ATTEMPTS = 4

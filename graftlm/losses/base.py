@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graftlm.config import config
+from graftlm.config.schema import config
 
 Metrics = Mapping[str, tuple[Tensor, Tensor | float]]
 """What is logged of a step beside its loss, by name: a sum, and over how many things. Neither has a gradient."""

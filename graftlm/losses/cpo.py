@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.config import PositiveRate, Rate, config
+from graftlm.config.schema import PositiveRate, Rate, config
 from graftlm.losses.base import Batch, LossConfig, LossSum, lengths, of_pairs, pair_metrics, pairs, per_answer
 
 

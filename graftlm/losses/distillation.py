@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
-from graftlm.config import PositiveRate, Weight, config
+from graftlm.config.schema import PositiveRate, Weight, config
 from graftlm.losses.base import Batch, LossConfig, LossSum, tokens
 
 Between = Annotated[float, Strict(), Field(gt=0, lt=1)]

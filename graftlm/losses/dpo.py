@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.losses.base import Batch, ComparedConfig, LossSum, lengths, log_ratios, of_pairs, pair_metrics, pairs
 
 Noise = Annotated[float, Strict(), Field(gt=0, lt=0.5)]

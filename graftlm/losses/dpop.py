@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.losses.base import Batch, ComparedConfig, LossSum, log_ratios, of_pairs, pair_metrics, pairs
 
 

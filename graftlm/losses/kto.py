@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.losses.base import Batch, ComparedConfig, LossSum, answers, log_ratios, per_answer
 
 

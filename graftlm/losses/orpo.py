@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.losses.base import Batch, LossConfig, LossSum, lengths, of_pairs, pair_metrics, pairs, per_answer
 
 

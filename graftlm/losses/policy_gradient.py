@@ -22,7 +22,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from graftlm.config import PositiveCount, PositiveRate, Rate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, Rate, config
 from graftlm.losses.base import Batch, ComparedConfig, LossSum, lengths, per_answer
 from graftlm.losses.base import answers as count_answers
 from graftlm.losses.base import tokens as count_tokens

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.losses.base import Batch, ComparedConfig, LossSum, answers, log_ratios
 from graftlm.losses.kto import feedback_metrics
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from graftlm.config import Rate, Share, config
+from graftlm.config.schema import Rate, Share, config
 from graftlm.losses.base import Batch, LossConfig, LossSum, Reading, tokens
 
 

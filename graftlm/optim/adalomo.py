@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.optim.lomo import Fused
 from graftlm.training.callback import PolicyConfig, Training
 

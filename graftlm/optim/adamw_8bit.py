@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from graftlm.config import Flag, config
+from graftlm.config.schema import Flag, config
 from graftlm.errors import TrainingError
 from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, torch_groups
 

@@ -22,7 +22,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, Share, config
+from graftlm.config.schema import PositiveCount, Share, config
 from graftlm.training.callback import (
     ParameterGroup,
     Policy,

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.training.callback import (
     ParameterGroup,
     Policy,

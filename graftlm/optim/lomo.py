@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import distributed
-from graftlm.config import PositiveRate, config
+from graftlm.config.schema import PositiveRate, config
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import penalty
 from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, Training, torch_groups

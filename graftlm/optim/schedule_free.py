@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, Strict
 from torch import nn
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.errors import TrainingError
 from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
 

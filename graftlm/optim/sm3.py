@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from graftlm.config import Share, config
+from graftlm.config.schema import Share, config
 from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, torch_groups
 
 RATE = 4.0

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, Strict
 
 from graftlm import distributed
-from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import asked_in
 from graftlm.data.sources.source import Row

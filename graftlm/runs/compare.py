@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from graftlm.config import flat, parse_yaml
+from graftlm.config.source import parse_yaml
+from graftlm.config.trees import flat
 from graftlm.display import pages
 from graftlm.errors import GraftError, nearest
 

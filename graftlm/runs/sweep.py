@@ -21,14 +21,16 @@ from typing import Any
 from zlib import crc32
 
 import graftlm
-from graftlm.config import differences, parse_yaml, to_tree, to_yaml
+from graftlm.config.aliases import OTHER_NAMES
+from graftlm.config.schema import to_tree, to_yaml
+from graftlm.config.source import parse_yaml
+from graftlm.config.trees import differences
 from graftlm.errors import OutputError, RecipeError, TrainingError, nearest, numbered
 from graftlm.files import writing
 from graftlm.lock import only_writer
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.run import RESUMABLE, stop_on_signal
 from graftlm.runs.compare import compare, short_names
-from graftlm.training.other_names import OTHER_NAMES
 from graftlm.training.run_folder import matters
 
 TAGS = ("method", "name", "by")

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, Strict
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.data.batches.pack import Example, Pack, lay_out
 from graftlm.data.chat.render import Rendered, Renderer, Role
 from graftlm.data.quality.preflight import prepare

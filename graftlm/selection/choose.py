@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from graftlm import distributed
-from graftlm.config import to_tree
+from graftlm.config.schema import to_tree
 from graftlm.data.batches.pack import Example
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.token_cache import key as tokens_key

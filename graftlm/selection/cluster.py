@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.config import Count, PositiveCount, config
+from graftlm.config.schema import Count, PositiveCount, config
 from graftlm.selection.base import Pool, Scores, SelectorConfig, embeddings, from_order
 
 

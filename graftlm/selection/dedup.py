@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, Strict
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.quality.minhash import LEAST, NEAR_WORDS, Words, grams, near_duplicates
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, embeddings
 

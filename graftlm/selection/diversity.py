@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import PositiveCount, PositiveRate, config
+from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.selection.base import Pool, Scores, SelectorConfig, embeddings, from_order
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import Pattern, config
+from graftlm.config.schema import Pattern, config
 from graftlm.data.sources.formats import TEXT
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
 

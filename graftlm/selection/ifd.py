@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.batches.pack import Example
 from graftlm.data.chat.render import Rendered, Role
 from graftlm.data.sources.source import Row

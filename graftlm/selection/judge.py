@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from graftlm.config import Rate, config
+from graftlm.config.schema import Rate, config
 from graftlm.data.batches.pack import Example, collate
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import Row

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.selection.base import Pool, Scores, SelectorConfig, embeddings, from_order
 
 

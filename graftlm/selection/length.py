@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import Count, PositiveCount, config
+from graftlm.config.schema import Count, PositiveCount, config
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, last_answer
 from graftlm.selection.longest import answer_lengths
 

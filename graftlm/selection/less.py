@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from graftlm.config import Count, Flag, PositiveCount, PositiveRate, config
+from graftlm.config.schema import Count, Flag, PositiveCount, PositiveRate, config
 from graftlm.data.batches.pack import Example, batches
 from graftlm.data.sources.source import SourceConfig
 from graftlm.deltas.lora import Lora, LoraConfig

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.chat.render import Role
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
 

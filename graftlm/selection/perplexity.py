@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, row_losses
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.sources.source import SourceConfig
 from graftlm.selection.base import Pool, Scores, SelectorConfig, directions, from_order, hidden_means
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import Row
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig

@@ -29,7 +29,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.batches.pack import Pack
 from graftlm.deltas.base import Delta, DeltaConfig
 from graftlm.model.layers.attach import deltas_by_site, shared_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.config import PositiveCount, Rate, config
+from graftlm.config.schema import PositiveCount, Rate, config
 
 WINDOW = 32
 """A loss is compared with that of so many steps before it."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graftlm import distributed
 from graftlm.callbacks import check_policies
-from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
+from graftlm.config.schema import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.backend import TORCH, Backend, Kernels

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import Pattern, PositiveRate, config
+from graftlm.config.schema import Pattern, PositiveRate, config
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import divergence
 from graftlm.model.layers.attach import deltas_by_site, shared_of

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from graftlm import distributed
 from graftlm.adapters.store import check_new_folder, mend_folder
-from graftlm.config import differences, to_tree
+from graftlm.config.schema import to_tree
+from graftlm.config.trees import differences
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
 from graftlm.lock import only_writer

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from graftlm.config.template_variables import checked_with_variables
 from graftlm.errors import RecipeError
 from graftlm.model.hub.load import load_tokenizer, plain_template
-from graftlm.template_variables import checked_with_variables
 
 if TYPE_CHECKING:
     from graftlm.recipe import Recipe

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from graftlm import distributed
-from graftlm.config import to_tree, to_yaml
+from graftlm.config.schema import to_tree, to_yaml
 from graftlm.errors import TrainingError
 from graftlm.files import writing
 from graftlm.recipe import Recipe

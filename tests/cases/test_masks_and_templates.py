@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.config import build
+from graftlm.config.schema import build
+from graftlm.config.template_variables import with_variables
 from graftlm.data.batches.pack import Example
 from graftlm.data.chat.masks import weights
 from graftlm.data.chat.render import Renderer
@@ -26,7 +27,6 @@ from graftlm.data.sources.source import DataConfig, Row, load_rows
 from graftlm.errors import BaseModelError, DataError, RecipeError
 from graftlm.model.hub.load import BaseConfig, load_tokenizer
 from graftlm.recipe import Recipe
-from graftlm.template_variables import with_variables
 from graftlm.testing import save_tiny_base, tiny_tokenizer
 from graftlm.training.tokenizer import recipe_tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import graftlm
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.groups import mismatched, prepare_groups
 from graftlm.data.batches.pack import Group, collate
 from graftlm.data.chat.render import Renderer

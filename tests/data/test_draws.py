@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import graftlm
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import batches
 from graftlm.data.sources.prompt_templates import Template, ask
 from graftlm.data.sources.source import SourceConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import AdditiveDelta, Base, Delta, DeltaConfig, Site, WeightDelta
 from graftlm.deltas.lora import LoraConfig

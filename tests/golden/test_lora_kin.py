@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
 from graftlm.model.layers.attach import activate, attach, hosts, shared_of

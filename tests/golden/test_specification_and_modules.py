@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graftlm.adapters.store import load_adapter, save_adapter
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
 from graftlm.errors import RecipeError, TargetError

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import graftlm.losses
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.errors import RecipeError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.losses.orpo import log_odds

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import graftlm
 from graftlm.callbacks import COMPLETES, POLICIES
-from graftlm.config import build, to_tree
+from graftlm.config.schema import build, to_tree
 from graftlm.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

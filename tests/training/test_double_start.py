@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import graftlm
-from graftlm.config import to_yaml
+from graftlm.config.schema import to_yaml
 from graftlm.errors import OutputError
 from graftlm.lock import lock_file, only_writer
 from graftlm.runs.sweep import Point, sweep

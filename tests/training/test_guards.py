@@ -12,7 +12,7 @@ import torch
 import graftlm
 import graftlm.training.guards as guards_module
 import graftlm.training.objective as objective
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.errors import RecipeError
 from graftlm.recipe import Recipe
 from graftlm.training.guards import EarlyStopping, Guards

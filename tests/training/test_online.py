@@ -14,7 +14,7 @@ from torch import Tensor
 
 import graftlm
 import graftlm.rl.rollouts as sampler_module
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import RecipeError, TrainingError

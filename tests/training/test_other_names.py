@@ -1,4 +1,4 @@
-"""graftlm/training/other_names.py: every setting of the trainers that people come from has an answer."""
+"""graftlm/config/aliases.py: every setting of the trainers that people come from has an answer."""
 
 from dataclasses import fields
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from graftlm import Recipe
-from graftlm.config import build
+from graftlm.config.aliases import OTHER_NAMES
+from graftlm.config.schema import build
 from graftlm.errors import RecipeError
-from graftlm.training.other_names import OTHER_NAMES
 
 PEERS = [
     ("transformers.training_args", "TrainingArguments"),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import graftlm.planning.estimate as plan_module
 from graftlm.cli import app
-from graftlm.config import build, to_yaml
+from graftlm.config.schema import build, to_yaml
 from graftlm.data.batches.pack import Pack
 from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError

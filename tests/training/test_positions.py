@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import graftlm
-from graftlm.config import build, to_tree
+from graftlm.config.schema import build, to_tree
 from graftlm.errors import DataError
 from graftlm.model.hub.load import load_tokenizer
 from graftlm.model.hub.sketch import positions

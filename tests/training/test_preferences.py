@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import graftlm
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.errors import DataError, RecipeError
 from graftlm.recipe import Recipe, read_recipe
 from tests.training.test_resume import same, stopping_after

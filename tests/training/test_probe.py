@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from graftlm import cli, distributed
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import lay_out
 from graftlm.errors import TrainingError
 from graftlm.model.hub.load import load_base

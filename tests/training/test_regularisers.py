@@ -12,7 +12,7 @@ from torch import Tensor
 import graftlm
 import graftlm.training.loop as loop
 from graftlm import distributed
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import RecipeError, TrainingError

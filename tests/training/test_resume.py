@@ -21,7 +21,8 @@ from transformers import LlamaConfig
 import graftlm
 import graftlm.run as run_module
 import graftlm.training.checkpoints as checkpoint
-from graftlm.config import build, differences, to_yaml
+from graftlm.config.schema import build, to_yaml
+from graftlm.config.trees import differences
 from graftlm.data.chat import render
 from graftlm.errors import GraftError, OutputError, TrainingError
 from graftlm.recipe import Recipe

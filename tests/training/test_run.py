@@ -19,7 +19,7 @@ import graftlm.callbacks as policies
 import graftlm.run as run_module
 import graftlm.training.phases as turns
 from graftlm.adapters.store import adapters_in, load_adapter
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import graftlm.runs.compare as comparing
 from graftlm import cli
-from graftlm.config import build, to_tree, to_yaml
+from graftlm.config.schema import build, to_tree, to_yaml
 from graftlm.errors import GraftError
 from graftlm.recipe import Recipe
-from graftlm.runs import compare
 from graftlm.runs.compare import compare, short_names
 
 
@@ -96,8 +96,8 @@ def test_a_run_that_is_not_done_is_listed_as_it_stands(tmp_path: Path) -> None:
 def test_the_files_of_a_run_are_called_as_training_calls_them() -> None:
     from graftlm.training import checkpoints
 
-    assert compare.METRICS == checkpoints.METRICS
-    assert Path(compare.UNFINISHED).parts == (checkpoints.FOLDER, checkpoints.UNFINISHED)
+    assert comparing.METRICS == checkpoints.METRICS
+    assert Path(comparing.UNFINISHED).parts == (checkpoints.FOLDER, checkpoints.UNFINISHED)
 
 
 @pytest.mark.parametrize(

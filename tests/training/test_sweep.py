@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import graftlm
 from graftlm import cli
-from graftlm.config import to_tree, to_yaml
+from graftlm.config.schema import to_tree, to_yaml
 from graftlm.errors import OutputError, RecipeError, TrainingError
 from graftlm.recipe import read_recipe
 from graftlm.run import RESUMABLE

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import graftlm
 from graftlm.adapters.store import save_adapter
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, RecipeError, TrainingError

@@ -15,7 +15,7 @@ import graftlm
 import graftlm.generation.answer as answer_module
 from graftlm.adapters.store import TEMPLATE, load_adapter, save_adapter, template_of
 from graftlm.cli import CHAT_HELP, _load, app
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.chat import render
 from graftlm.data.sources.formats import Message
 from graftlm.deltas.lora import LoraConfig

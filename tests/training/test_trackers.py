@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import graftlm
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.recipe import Recipe, ReportConfig
 from graftlm.training.trackers import TRACKERS, Trackers

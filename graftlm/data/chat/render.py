@@ -30,13 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
+from graftlm.config.template_variables import names_in
 from graftlm.data.chat.fast_bpe import Words
 from graftlm.data.chat.template import Ask, Template, TemplateError
 from graftlm.data.chat.turn_order import TurnOrder, without_system
 from graftlm.data.chat.written import PRIVATE, Lost, Probe, all_in, needs_probe, probe
 from graftlm.data.sources.formats import TEXT, Fields, Message
 from graftlm.errors import BaseModelError, DataError
-from graftlm.template_variables import names_in
 
 _PRIVATE = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
 ANCHORS = ("\n", "a", ".")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftlm.config import parse_yaml
+from graftlm.config.source import parse_yaml
 from graftlm.data.sources.messages import ROLES, Fields, RowError, listed, read_text
 from graftlm.data.sources.other_trainers import Part, as_it_is, column, on_hub, only
 from graftlm.errors import DataError, RecipeError, nearest

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.sources.messages import Fields, RowError, missing
 from graftlm.errors import nearest
 

@@ -14,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.config import to_tree
+from graftlm.config.schema import to_tree
 from graftlm.data.chat import token_cache
 from graftlm.data.chat.parallel import many
 from graftlm.data.sources.fields import unread_notes

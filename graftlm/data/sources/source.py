@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Strict, field_validator
 
-from graftlm.config import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
+from graftlm.config.schema import Count, Flag, PositiveCount, PositiveRate, Share, Weight, config
+from graftlm.config.template_variables import check_variables
 from graftlm.data.chat.turn_order import TurnOrder, in_order
 from graftlm.data.sources import axolotl, llama_factory
 from graftlm.data.sources.fields import Tracked, Unread, unread
@@ -26,7 +27,6 @@ from graftlm.data.sources.other_trainers import Part
 from graftlm.data.sources.prompt_templates import Template, ask
 from graftlm.data.sources.records import Problem, expanded, files, records
 from graftlm.errors import DataError, numbered
-from graftlm.template_variables import check_variables
 
 
 @config

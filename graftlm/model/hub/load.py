@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from graftlm.config import Flag, config
+from graftlm.config.schema import Flag, config
+from graftlm.config.template_variables import checked_with_variables
 from graftlm.errors import AdapterError, BaseModelError, TargetError, nearest, numbered
 from graftlm.files import cache_folder
 from graftlm.model.layers.attach import absent_weights, attachment, base_parameters
@@ -35,7 +36,6 @@ from graftlm.model.layers.bases import view
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.quantize import CODECS, QuantisedLinear
 from graftlm.model.layers.sites import output_head
-from graftlm.template_variables import checked_with_variables
 
 logger = logging.getLogger(__name__)
 

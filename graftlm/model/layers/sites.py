@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graftlm.config import build, expression, to_tree
+from graftlm.config.schema import build, expression, to_tree
 from graftlm.deltas.base import DeltaConfig, Rows, Targets, matches
 from graftlm.errors import TargetError, nearest
 from graftlm.model.layers import parts

@@ -9,7 +9,7 @@ left out. A reward that is not finite is an error of the loop, which names the r
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.data.sources.formats import Message
 from graftlm.errors import DataError
 

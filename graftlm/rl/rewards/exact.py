@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 from unicodedata import normalize
 
-from graftlm.config import Flag, Pattern, config
+from graftlm.config.schema import Flag, Pattern, config
 from graftlm.errors import DataError
 from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 

@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Literal
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.judges.endpoint import GRADE, EndpointConfig, ask, check, filled, grades
 from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 

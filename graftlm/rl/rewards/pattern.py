@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from graftlm.config import Pattern, config
+from graftlm.config.schema import Pattern, config
 from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 
 

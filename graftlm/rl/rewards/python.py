@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.errors import RecipeError, TrainingError, nearest
 from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 

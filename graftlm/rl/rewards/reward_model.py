@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from graftlm.config import PositiveCount, config
+from graftlm.config.schema import PositiveCount, config
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError

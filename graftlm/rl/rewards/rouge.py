@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Literal
 
-from graftlm.config import config
+from graftlm.config.schema import config
 from graftlm.evaluation.held_out import rouge_l
 from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
 

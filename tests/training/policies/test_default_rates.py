@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import attach
 from graftlm.recipe import Recipe

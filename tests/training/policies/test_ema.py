@@ -5,7 +5,7 @@ import torch
 
 from graftlm.callbacks import POLICIES, check_policies, make_policies
 from graftlm.callbacks.ema import Ema, EmaConfig
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable

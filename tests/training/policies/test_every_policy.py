@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graftlm.callbacks import POLICIES, check_policies, make_policies
-from graftlm.config import build, to_tree
+from graftlm.config.schema import build, to_tree
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable

@@ -6,7 +6,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 
 from graftlm.callbacks.lora_plus import LoraPlus, LoraPlusConfig
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig

@@ -11,7 +11,7 @@ import torch
 
 import graftlm.callbacks as policies
 from graftlm.callbacks import POLICIES
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.model.layers.attach import attachment, trainable

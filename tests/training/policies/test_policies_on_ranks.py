@@ -8,7 +8,7 @@ import torch
 
 from graftlm import distributed
 from graftlm.callbacks import POLICIES
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import Pack, pack
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import perturbed, tiny_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graftlm.callbacks import POLICIES
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import trainable
 from graftlm.testing import attach_tiny, tiny_model

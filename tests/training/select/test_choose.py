@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import graftlm
 from graftlm import cli
-from graftlm.config import build
+from graftlm.config.schema import build
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.source import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
