@@ -93,7 +93,7 @@ class Prepared:
     examples: Sequence[Example | Group]
     """What a step is made of: rows, or groups of answers where the loss compares them. Those of a first epoch come
     before what `draws` has for later ones."""
-    pages: Report
+    report: Report
     held_out_rows: Sequence[Row]
     held_out: Sequence[Example | Group]
     first_rows: list[dict[str, Any]]

@@ -103,7 +103,7 @@ class Timing:
 class Choice:
     """What computes a run, and why."""
 
-    cpu: Kernels
+    kernels: Kernels
     """The recipe's `train.kernels`."""
     reason: str = ""
     """Under auto: why our kernels are no candidate, where they are not."""
