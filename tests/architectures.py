@@ -1,6 +1,6 @@
 """A tiny model of every class of causal language models in transformers, and what is asked of each.
 
-`benchmarks/architectures` fills the whole matrix; `tests/model/test_architectures.py` a sample of its rows.
+`benchmarks/architectures` fills the whole matrix; `tests/model/layers/test_architectures.py` a sample of its rows.
 """
 
 import tempfile

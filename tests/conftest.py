@@ -6,18 +6,21 @@ from tests.tiers import pytest_collection_modifyitems  # noqa: F401
 
 # isort: split
 import gc
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 
+import graftlm.judges.endpoint
 from graftlm.model.hub import load
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
+from tests.judges.endpoint_server import Endpoint, running_endpoint
 
 torch.set_num_threads(1)
 
@@ -53,3 +56,32 @@ def smollm2() -> str:
     with one_at_a_time("smollm2"):
         load.locate(load.base_config("smollm2"))
     return "smollm2"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    with open(file, "w") as out:
+        for number in range(24):
+            out.write(
+                json.dumps({"prompt": f"question {number}" * (1 + number % 3), "completion": f"the answer {number}"})
+                + "\n"
+            )
+    return file
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files with many runs: to draw the pictures of a report takes longer than to train for a few steps.
+
+    Files whose subject is the report, among them test_run.py and test_runs.py, have it drawn.
+    """
+    monkeypatch.setattr(pages, "figure", lambda *given, **named: (MagicMock(), MagicMock()))
+    monkeypatch.setattr(pages, "svg", lambda drawn: "<svg></svg>")
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setattr(graftlm.judges.endpoint.time, "sleep", lambda seconds: None)
+    with running_endpoint() as made:
+        yield made

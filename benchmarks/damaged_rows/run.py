@@ -18,7 +18,7 @@ from graftlm.data.sources.formats import FORMATS  # noqa: E402
 from graftlm.data.sources.records import Problem  # noqa: E402
 from graftlm.data.sources.source import load_rows  # noqa: E402
 from tests.data.damage import KINDS, NOTED, damaged_file  # noqa: E402
-from tests.data.test_damage import CLEAN  # noqa: E402
+from tests.data.sources.test_damage import CLEAN  # noqa: E402
 
 
 def read(file: Path) -> tuple[list[int], list[Problem], float]:

@@ -1,6 +1,6 @@
 """Random conversations for each shape of template: what is trained is the answers and their ends, to the character.
 
-The property is that of tests/data/test_render.py, with many more conversations. Every template's run is kept in runs/;
+The property is that of chat/test_render.py, with many more conversations. Every template's run is kept in runs/;
 delete it to start over.
 """
 
@@ -26,7 +26,7 @@ from tests.data.shapes import SHAPES  # noqa: E402
 def one(name: str, conversations: int) -> dict[str, Any]:
     kept = HERE / "runs" / f"{name}.json"
     if not kept.is_file():
-        test = f"tests/data/test_render.py::test_random_conversations_hold_every_promise[{name}]"
+        test = f"tests/data/chat/test_render.py::test_random_conversations_hold_every_promise[{name}]"
         started = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "--no-header", test],

@@ -29,7 +29,7 @@ from graftlm.data.sources.source import Row, SourceConfig, content, load_rows, s
 from graftlm.data.sources.streaming import Stream
 from graftlm.errors import DataError, numbered
 from graftlm.testing import tiny_tokenizer
-from tests.data.test_damage import CLEAN
+from tests.data.sources.test_damage import CLEAN
 
 
 @pytest.fixture(scope="module")

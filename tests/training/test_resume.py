@@ -29,7 +29,7 @@ from graftlm.recipe import Recipe
 from graftlm.testing import CHATML, save_tiny_base
 from graftlm.training import run_folder
 from graftlm.training.checkpoints import FACTS, MANIFEST, STATE
-from tests.training.test_run import adapter
+from tests.test_run import adapter
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("without_pictures")]
 STEPS = 6

@@ -1,0 +1,178 @@
+"""What learns from rows put aside: gradients of two batches in one step, searches made yes or no, ranks that move."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from graftlm.callbacks.alora import Alora, AloraConfig
+from graftlm.callbacks.autolora import AutoLora, AutoLoraConfig
+from graftlm.callbacks.bilora import BiLora, BiLoraConfig
+from graftlm.callbacks.diffora import DiffoRA, DiffoRAConfig
+from graftlm.data.batches.pack import collate
+from graftlm.errors import TrainingError
+from graftlm.model.layers.attach import hosts, trainable
+from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.testing import attach_tiny, perturbed, tiny_model
+from graftlm.training.callback import Policy, Training
+from tests.callbacks.test_callbacks import run, training
+from tests.training.test_loop import examples
+
+ASIDE = collate(examples(seed=50))
+
+
+def loss_aside(model: Any) -> torch.Tensor:
+    with packed_attention(model):
+        return -(log_probs(model, ASIDE) * ASIDE.weights).sum() / ASIDE.weights.sum()
+
+
+def with_aside(state: Training) -> Training:
+    def aside(gradient: bool) -> torch.Tensor:
+        with torch.set_grad_enabled(gradient):
+            loss = loss_aside(state.model)
+        if gradient:
+            loss.backward()
+        return loss.detach()
+
+    state.aside = aside
+    return state
+
+
+def step(state: Training, chosen: list[Policy], number: int = 0) -> Any:
+    return run(state, chosen, [[collate(examples(seed=number))]])[0]
+
+
+def moved(method: str, chosen: list[Policy], batch: Any) -> dict[str, torch.Tensor]:
+    state = with_aside(training(perturbed(method, tiny_model()), []))
+    run(state, chosen, [[batch]])
+    return {name: p.detach() for name, p in trainable(state.model).items()}
+
+
+def test_values_learn_from_the_rows_aside_and_vectors_from_the_others() -> None:
+    batch = collate(examples())
+    here, there = moved("adalora", [], batch), moved("adalora", [], ASIDE)
+    for name, p in moved("adalora", [BiLora(BiLoraConfig())], batch).items():
+        torch.testing.assert_close(p, there[name] if name.endswith(".E") else here[name])
+        assert not torch.equal(here[name], there[name])
+
+
+def gradients_of_gates(model: Any) -> list[torch.Tensor]:
+    """dL/dg [r] of the rows aside at every site, by autograd over the gates alone."""
+    gates = [host.on()[0].g for host in hosts(model).values()]
+    return list(torch.autograd.grad(loss_aside(model), gates))
+
+
+def test_ranks_are_searched_by_softmax_variables() -> None:
+    """One step of the search in closed form: Adam's first step is the rate times the sign, but for its epsilon."""
+    model, batch = perturbed("gated-lora", tiny_model()), collate(examples())
+    wanted = []
+    with torch.no_grad():
+        for host in hosts(model).values():
+            host.on()[0].g.fill_(1.0)
+    for dg in gradients_of_gates(model):
+        dl = 4 * 0.25 * (dg - 0.25 * dg.sum())  # r p_i (dg_i - sum_j p_j dg_j), p = 1 / r
+        variables = -0.3 * dl / (dl.abs() + 1e-8)
+        wanted.append(4 * variables.exp() / variables.exp().sum())
+    state, policy = with_aside(training(model, [], total=10)), AutoLora(AutoLoraConfig(rate=0.3, search=0.5))
+    run(state, [policy], [[batch]])
+    for (_, _, delta), g in zip(state.sites(), wanted, strict=True):
+        torch.testing.assert_close(delta.g.detach(), g)
+    assert state.optimiser.state[next(state.sites())[2].A]
+    assert next(state.sites())[2].g not in state.optimiser.state, "gates are no matter of the optimiser"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [AutoLora(AutoLoraConfig(rate=0.3, search=0.5)), DiffoRA(DiffoRAConfig(rate=0.3, search=0.5, keep=0.4))],
+    ids=["autolora", "diffora"],
+)
+def test_a_search_ends_with_yes_or_no_and_a_fresh_start(policy: Any) -> None:
+    state = with_aside(training(attach_tiny("gated-lora", tiny_model()), [], total=6))
+    for number in range(2):
+        assert not step(state, [policy], number).events
+    before = [delta.g.detach().clone() for _, _, delta in state.sites()]
+    (said,) = step(state, [policy], 2).events
+    found = {site: delta.g.detach().clone() for _, site, delta in state.sites()}
+    assert said["ranks"] == {site: int(g.sum()) for site, g in found.items()}
+    assert {float(v) for g in found.values() for v in g} == {0.0, 1.0}
+    if policy.config.name == "diffora":
+        best = sorted(range(len(before)), key=lambda k: -float(before[k][0]))
+        chosen = [k for k, g in enumerate(found.values()) if g.all()]
+        assert len(chosen) == round(0.4 * len(before)) == sum(bool(g.any()) for g in found.values())
+        assert set(chosen) <= set(best[: len(chosen) + 2]), "the greatest before the last step of the search, or nearly"
+    else:
+        assert all(g.any() for g in found.values())
+    assert not any(delta.B.any() for _, _, delta in state.sites())
+    assert not state.optimiser.state
+    asked: list[bool] = []
+    state.aside = lambda gradient: asked.append(gradient)  # type: ignore[assignment, func-returns-value]
+    for number in (3, 4, 5):
+        step(state, [policy], number)
+    assert not asked, "after the search the rows aside are not asked any more"
+    for (_, site, delta), g in zip(state.sites(), found.values(), strict=True):
+        assert torch.equal(delta.g.detach(), g)
+        assert bool(delta.B.any()) == bool(g.any()), site
+        assert not delta.g.requires_grad
+
+
+def test_what_leaving_a_rank_out_does_is_its_importance() -> None:
+    state, policy = with_aside(training(perturbed("lora", tiny_model()), [], total=20)), Alora(AloraConfig(first=3))
+    policy.on_start(state)
+    scores = policy.importance(state)
+    matrices = [(site, delta.A.detach(), delta.B.detach(), delta.scale) for _, site, delta in state.sites()]
+
+    def loss(kept: Any) -> float:
+        """On a bare model with the ranks that `kept` names in its very weights."""
+        model = tiny_model()
+        with torch.no_grad():
+            for site, A, B, s in matrices:
+                for i in range(3):
+                    if kept(site, i):
+                        model.get_submodule(site).weight.add_(s * torch.outer(B[:, i], A[i]))
+            return float(loss_aside(model))
+
+    whole = loss(lambda site, i: True)
+    for number, i in ((0, 0), (0, 2), (5, 1), (13, 0)):
+        site = matrices[number][0]
+        without, alone = loss(lambda s, j: (s, j) != (site, i)), loss(lambda s, j: (s, j) == (site, i))  # noqa: B023
+        assert float(scores[number][i]) == pytest.approx(-whole + without - alone, abs=1e-5)
+    assert all(float(score[3]) == -torch.inf for score in scores)
+
+
+def test_ranks_move_and_their_number_stays() -> None:
+    state = with_aside(training(attach_tiny("lora", tiny_model()), [], total=8))
+    policy = Alora(AloraConfig(first=2, moves=3, every=4, until=0.6))
+    for number in range(3):
+        assert not step(state, [policy], number).events
+    scores: list[Any] = []
+    original = policy.importance
+    policy.importance = lambda training: scores.append(original(training)) or scores[-1]  # type: ignore[method-assign]
+    (said,) = step(state, [policy], 3).events
+    sites = [site for _, site, _ in state.sites()]
+    worst = sorted((float(s[i]), k, i) for k, s in enumerate(scores[0]) for i in range(2))[:3]
+    lost = {k for _, k, _ in worst}
+    gained = sorted((k for k in range(len(sites)) if k not in lost), key=lambda k: -float(scores[0][k][:2].mean()))[:3]
+    wanted = {site: 2 - sum(k == w for _, w, _ in worst) + (k in gained) for k, site in enumerate(sites)}
+    assert said["ranks"] == wanted
+    assert said["total"] == 2 * len(sites)
+    for number in range(4, 8):
+        assert not step(state, [policy], number).events
+    for _, site, delta in state.sites():
+        assert int(delta.B.detach().any(0).sum()) == wanted[site]
+
+
+@pytest.mark.parametrize(
+    ("method", "policy", "says"),
+    [("lora", BiLora(BiLoraConfig()), "method: adalora"), ("lora", AutoLora(AutoLoraConfig()), "method: gated-lora"),
+     ("dora", Alora(AloraConfig()), "method: lora"), ("lora", Alora(AloraConfig(first=4)), "could gain a rank"),
+     ("gated-lora", DiffoRA(DiffoRAConfig(search=0.1)), "no two steps"),
+     ("lora", Alora(AloraConfig(first=2, every=90)), "no 90 steps")],
+)  # fmt: skip
+def test_what_has_no_meaning_is_refused(method: str, policy: Policy, says: str) -> None:
+    with pytest.raises(TrainingError, match=says):
+        step(with_aside(training(perturbed(method, tiny_model()), [])), [policy])
+
+
+def test_without_rows_aside_it_is_refused() -> None:
+    with pytest.raises(TrainingError, match="put aside"):
+        step(training(perturbed("adalora", tiny_model()), []), [BiLora(BiLoraConfig())])

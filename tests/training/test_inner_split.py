@@ -1,0 +1,110 @@
+"""Rows put aside: never trained on, the same in every run, and what policies are told of them is their mean loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftlm
+from graftlm.data.batches.pack import collate
+from graftlm.errors import TrainingError
+from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.testing import perturbed, tiny_model
+from graftlm.training.inner_split import loss_aside, put_aside
+from tests.callbacks.test_callbacks import training
+from tests.training.test_loop import examples
+from tests.training.test_resume import STEPS, recipe, rows, same, stopping_after
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+__all__ = ["rows"]
+
+CASES: dict[str, Any] = {
+    "bilora": {"delta": {"method": "adalora", "r": 4}, "policies": ["bilora"]},
+    "autolora": {"delta": {"method": "gated-lora", "r": 4}, "policies": [{"name": "autolora", "search": 0.5}]},
+    "alora": {
+        "delta": {"method": "lora", "r": 3, "targets": ["q_proj"], "dropout": 0.1},
+        "policies": [{"name": "alora", "first": 2, "moves": 1, "every": 2}],
+    },
+}
+
+
+def test_they_are_never_trained_on_and_follow_from_the_seed(base_folder: Path, rows: Path) -> None:
+    given = examples(40)
+    learnt, aside = put_aside(recipe(base_folder, rows, **CASES["bilora"]), given)
+    assert len(aside) == 8
+    assert sorted([id(e) for e in learnt] + [id(e) for e in aside]) == sorted(map(id, given))
+    again = put_aside(recipe(base_folder, rows, **CASES["bilora"]), given)
+    assert [e.where for e in again[1]] == [e.where for e in aside]
+    other = put_aside(recipe(base_folder, rows, train__seed=4, **CASES["bilora"]), given)
+    assert [e.where for e in other[1]] != [e.where for e in aside]
+    assert put_aside(recipe(base_folder, rows), given) == (given, [])
+    with pytest.raises(TrainingError, match="only 1 in all"):
+        put_aside(recipe(base_folder, rows, **CASES["bilora"]), given[:1])
+
+
+def test_what_is_told_is_the_mean_loss_of_the_next_rows(base_folder: Path, rows: Path) -> None:
+    wanted, aside = recipe(base_folder, rows, **CASES["bilora"]), examples(6, seed=7)
+    state = training(perturbed("adalora", tiny_model()), [])
+    asked: list[list[str]] = []
+
+    def packs(chosen: Any) -> Any:
+        asked.append([e.where for e in chosen])
+        return [collate(chosen[:2]), collate(chosen[2:])]
+
+    loss = loss_aside(wanted, state, aside, packs)
+    state.done = 1  # rows 4 and 5, and the first two again
+    value = loss(False)
+    assert all(p.grad is None for p in state.parameters().values())
+    assert torch.equal(loss(True), value)
+    assert asked == [[aside[i].where for i in (4, 5, 0, 1)]] * 2
+    found = {name: p.grad for name, p in state.parameters().items()}
+    pack = collate([aside[i] for i in (4, 5, 0, 1)])
+    with packed_attention(state.model):
+        mean = -(log_probs(state.model, pack) * pack.weights).sum() / pack.weights.sum()
+    torch.testing.assert_close(value, mean.detach())
+    for name, gradient in zip(found, torch.autograd.grad(mean, list(state.parameters().values())), strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_with_rows_aside_goes_on_to_the_same_bytes(
+    case: str, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(base_folder, rows, **CASES[case])
+    graftlm.train(wanted, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stopping_after(3, patch)
+        graftlm.train(wanted, tmp_path / "parts")
+    graftlm.train(wanted, tmp_path / "parts", resume=True)
+    same(tmp_path / "parts", tmp_path / "whole")
+    events = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert any("event" in line for line in events) is (case != "bilora")
+    assert len([line for line in events if "loss" in line]) == STEPS
+
+
+CHAINS: dict[str, Any] = {
+    "cola": {"delta": {"method": "lora", "r": 2}, "policies": [{"name": "cola", "every": 2}]},
+    "lte": {"delta": {"method": "lora", "r": 2}, "policies": [{"name": "lte", "every": 2, "heads": 2}]},
+    "adalora": {
+        "delta": {"method": "adalora", "r": 4},
+        "policies": [{"name": "adalora", "target_r": 2, "every": 1}],
+    },
+}
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_a_run_whose_deltas_change_shape_goes_on_to_the_same_bytes(
+    case: str, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(base_folder, rows, **CHAINS[case])
+    graftlm.train(wanted, tmp_path / "whole")
+    for stop in (1, 4):
+        out = tmp_path / f"parts-{stop}"
+        with monkeypatch.context() as patch:
+            stopping_after(stop, patch)
+            graftlm.train(wanted, out)
+        graftlm.train(wanted, out, resume=True)
+        same(out, tmp_path / "whole")
