@@ -17,6 +17,7 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
+import graftlm.display.pages as pages
 import graftlm.judges.endpoint
 from graftlm.model.hub import load
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
