@@ -165,8 +165,6 @@ def test_rows_are_converted_to_messages(rows: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text().splitlines()[0]) == {"messages": turns}
     with pytest.raises(OutputError, match="exists"):
         graft("data", "convert", str(rows), "--out", str(out))
-    with pytest.raises(DataError, match="no such format to write"):
-        graft("data", "convert", str(rows), "--to", "message", "--out", str(out))
 
 
 def test_labelled_rows_are_converted_by_the_templates_of_a_recipe(tmp_path: Path) -> None:
@@ -259,6 +257,41 @@ def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], sai
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "r.yaml"), "unknown command plan: it is estimate now"),
+        (("train", "r.yaml", "--probe-lr"), "unknown option --probe-lr: it is `graft lr-range RECIPE` now"),
+        (
+            ("train", "r.yaml", "--probe-lr", "--html", "x.html"),
+            "unknown option --probe-lr: it is `graft lr-range RECIPE`",
+        ),
+        (("trian", "r.yaml"), "No such command 'trian'"),
+        (("train",), "Missing argument"),
+        (("export", "adapter", "--to", "onnx", "--out", "o"), "unknown value 'onnx'. There is: delta"),
+        (("merge", "--adapter", "a", "--out", "o", "--dtype", "fp8"), "unknown value 'fp8'. There is: bf16, fp32"),
+        (("data", "convert", "rows.jsonl", "--to", "message", "--out", "o.jsonl"), "Did you mean 'messages'?"),
+        (("data", "select", "rows.jsonl", "--by", "lesss", "--out", "o.jsonl"), "Did you mean 'less'?"),
+        (("sweep", "r.yaml", "seed=0..2", "--on", "slurm"), "unknown value 'slurm'. There is: local, ray"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    result = graft(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_an_interrupted_command_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graftlm.environment.environment", interrupted)
+    monkeypatch.setattr(sys, "argv", ["graft", "env"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
 
 
 @pytest.mark.versions

@@ -17,12 +17,14 @@ from graftlm.cli import (
     export,
     generate,
     init,
+    lr_range,
     merge,
     methods,
     runs,
     sweep,
     train,
 )
+from graftlm.cli.renamed import RenamedGroup
 from graftlm.errors import GraftError
 from graftlm.system import require_supported_platform, tune_process
 
@@ -35,6 +37,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 app = typer.Typer(
     name="graft",
+    cls=RenamedGroup,
     help="Teach a frozen language model new behaviour through a small, removable delta.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,7 +46,8 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(top)
 app.command("train")(train.train)
-app.command("plan")(estimate.estimate)
+app.command("estimate")(estimate.estimate)
+app.command("lr-range")(lr_range.lr_range)
 app.command("runs")(runs.runs)
 app.command("sweep")(sweep.sweep)
 app.command("bench")(bench.bench)

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftlm.cli.options import JsonOption
+from graftlm.cli.options import JsonOption, check_choice
 from graftlm.cli.terminal import print_json
-from graftlm.errors import nearest
 
 if TYPE_CHECKING:
     from graftlm.cache import Entry
@@ -47,8 +46,7 @@ def clear(
 
     kinds = tuple(dict.fromkeys(kind or cache.KINDS))
     for each in kinds:
-        if each not in cache.KINDS:
-            raise typer.BadParameter(f"{each}: no such kind. {nearest(each, cache.KINDS)}", param_hint="--kind")
+        check_choice(each, cache.KINDS, "--kind")
     found = cache.entries(kinds)
     if not found:
         print(f"nothing to remove in {cache_folder()}")

@@ -22,6 +22,7 @@ from graftlm.cli.options import (
     TokensOption,
     TopKOption,
     TopPOption,
+    check_choice,
 )
 from graftlm.cli.sampling import parse_day, sampling_options
 from graftlm.cli.terminal import warn
@@ -98,9 +99,7 @@ def _turn_order(how: str | None) -> str | None:
 
     from graftlm.data.chat.turn_order import TurnOrder
 
-    if how is not None and how not in get_args(TurnOrder):
-        raise typer.BadParameter(f"{how}: {nearest(how, get_args(TurnOrder))}", param_hint="--turn-order")
-    return how
+    return how and check_choice(how, get_args(TurnOrder), "--turn-order")
 
 
 def _turn(history: "list[Message]", line: str, ask: "Callable[[list[Message]], str]") -> "list[Message]":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graftlm.cli.options import JsonOption, NetworkOption, OverridesArgument
+from graftlm.cli.options import JsonOption, NetworkOption, OverridesArgument, check_choice
 from graftlm.cli.terminal import note, prepare_libraries, warn
 from graftlm.errors import nearest
 
@@ -158,8 +158,7 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
         raise RecipeError(
             "the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe"
         )
-    if by not in SELECTORS:
-        raise RecipeError(f"--by {by}: no such method. {nearest(by, SELECTORS)}")
+    check_choice(by, SELECTORS, "--by")
     fields: dict[str, Any] = {}
     lay_over(fields, [*settings, *([] if keep is None else [f"keep={keep}"])])
     fields |= {"by": by} if target is None else {"by": by, "target": target}
@@ -188,8 +187,7 @@ def convert(
     from graftlm.errors import DataError, numbered
     from graftlm.recipe import read_recipe
 
-    if to != "messages":
-        raise DataError(f"--to {to}: no such format to write. {nearest(to, ['messages'])}")
+    check_choice(to, ("messages",), "--to")
     if _is_recipe(source):
         data = read_recipe(source).data
         (config, *others), turn_order = data.sources(), data.turn_order

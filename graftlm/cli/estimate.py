@@ -1,25 +1,20 @@
-"""`graft plan`."""
+"""`graft estimate`."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from graftlm.cli.options import JsonOption, OverridesArgument
+from graftlm.cli.options import JsonOption, OverridesArgument, RecipeArgument
 from graftlm.cli.terminal import prepare_libraries, print_json
 
 
 def estimate(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: see docs/recipe.md.")],
+    recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a recipe will need, peak memory and time, before a weight is loaded."""
-    from graftlm.planning.estimate import plan
+    from graftlm.planning.estimate import estimate
     from graftlm.recipe import read_recipe
 
     prepare_libraries()
-    found = plan(read_recipe(recipe, overrides or []))
+    found = estimate(read_recipe(recipe, overrides or []))
     if as_json:
         print_json(found)
         return

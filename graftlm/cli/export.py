@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from graftlm.cli.models import load_model, stop_ids, torch_dtype
-from graftlm.cli.options import BaseOption, DtypeOption, JsonOption, NetworkOption, StoreOption
+from graftlm.cli.options import BaseOption, DtypeOption, JsonOption, NetworkOption, StoreOption, check_choice
 from graftlm.cli.terminal import print_json, warn
-from graftlm.errors import TargetError, nearest
 
 
 def export(
@@ -29,11 +28,11 @@ def export(
     from graftlm.adapters.export.lint import lint, to_json
     from graftlm.adapters.export.warnings import export_warnings
 
-    if to not in EXPORTS:
-        raise TargetError(f"--to {to}: no such kind. {nearest(to, EXPORTS)}")
+    check_choice(to, EXPORTS, "--to")
+    wanted = torch_dtype(dtype)
     model, tokenizer = load_model(base, [adapter], network, store)
     ends = stop_ids(tokenizer)
-    made = export(model, out, to=to, rank=rank, dtype=torch_dtype(dtype), tokenizer=tokenizer, stop_ids=ends)
+    made = export(model, out, to=to, rank=rank, dtype=wanted, tokenizer=tokenizer, stop_ids=ends)
     verdicts = lint(out)
     if as_json:
         print_json(made | {"servers": to_json(verdicts)})

@@ -22,9 +22,10 @@ def merge(
     from graftlm.adapters.export.export import export
     from graftlm.adapters.export.warnings import export_warnings
 
+    wanted = torch_dtype(dtype)
     model, tokenizer = load_model(base, adapter, network, store)
     ends = stop_ids(tokenizer)
-    made = export(model, out, to="merged", dtype=torch_dtype(dtype), tokenizer=tokenizer, stop_ids=ends)
+    made = export(model, out, to="merged", dtype=wanted, tokenizer=tokenizer, stop_ids=ends)
     for text in export_warnings(made, dtype):
         warn(f"warning: {text}")
     wrote(out)

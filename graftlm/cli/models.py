@@ -5,8 +5,8 @@ from typing import Any
 
 import typer
 
+from graftlm.cli.options import check_choice
 from graftlm.cli.terminal import prepare_libraries, warn
-from graftlm.errors import nearest
 
 
 def load_model(base: str, adapters: list[Path], network: bool, store: str | None = None) -> tuple[Any, Any]:
@@ -33,11 +33,8 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def torch_dtype(name: str) -> Any:
+    """The dtype that --dtype names."""
     import torch
 
-    from graftlm.errors import TargetError
-
     known = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if name not in known:
-        raise TargetError(f"--dtype {name}: no such dtype. {nearest(name, known)}")
-    return known[name]
+    return known[check_choice(name, known, "--dtype")]

@@ -1,9 +1,12 @@
 """Options and arguments that several commands have."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from graftlm.errors import nearest
 
 BaseOption = Annotated[str, typer.Option("--base", help="smollm2, a folder, a .gguf file or a hub id.")]
 AdapterOption = Annotated[
@@ -39,6 +42,7 @@ TodayOption = Annotated[
         help="For chat templates that write the date: YYYY-MM-DD, or now; default the day of the adapter's training.",
     ),
 ]
+RecipeArgument = Annotated[Path, typer.Argument(help="A YAML file: see docs/recipe.md.")]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -53,3 +57,10 @@ TableOption = Annotated[
     Path | None, typer.Option("--html", help="Write a page with the table and the loss of every step.")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="fp32, or bf16: half the size, and rounding is reported.")]
+
+
+def check_choice(value: str, known: Iterable[str], option: str) -> str:
+    """The value; wrong usage where it is none of `known`."""
+    if value not in known:
+        raise typer.BadParameter(f"unknown value {value!r}. {nearest(value, known)}", param_hint=option)
+    return value

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from graftlm.cli.options import JsonOption, ReverseOption, SortOption, TableOption
+from graftlm.cli.options import JsonOption, RecipeArgument, ReverseOption, SortOption, TableOption, check_choice
 from graftlm.cli.runs import show_runs
 from graftlm.cli.terminal import note
 
 
 def sweep(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: see docs/recipe.md.")],
+    recipe: RecipeArgument,
     grid: Annotated[
         list[str],
         typer.Argument(
@@ -35,6 +35,7 @@ def sweep(
     from graftlm.runs import sweep as sweeping
     from graftlm.runs.compare import compare
 
+    check_choice(on, sweeping.PLACES, "--on")
     points = sweeping.grid(recipe, grid)
     outcome = sweeping.sweep(points, out, on=on, say=lambda line: note(line))
     made = [out / point.name for point in points if (out / point.name).is_dir()]

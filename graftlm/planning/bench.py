@@ -1,4 +1,4 @@
-"""How fast this machine could train, and how fast it does: `graft bench`, and the measuring that `graft plan` shares.
+"""How fast this machine could train, and how fast it does: `graft bench`, and what `graft estimate` measures with.
 
 The floor of a training token over a frozen base is 4 FLOP for each parameter of the linear layers (2 forward, 2 for
 the gradient of x; none for weights), and 4 for each of the output head where the token is supervised. Divided by the

@@ -1,4 +1,4 @@
-"""What a recipe will need, before a weight is loaded: `graft plan`.
+"""What a recipe will need, before a weight is loaded: `graft estimate`.
 
 The base is known by its config alone (`model/hub/sketch.py`). Of each kind of layer a few are filled with random
 numbers, get the recipe's deltas, and run the recipe's own packs here and now, first one of them, then all: what one
@@ -88,7 +88,7 @@ class Shape:
 
 
 @preserve_global_state()
-def plan(recipe: Recipe) -> dict[str, Any]:
+def estimate(recipe: Recipe) -> dict[str, Any]:
     """Predict peak memory and time of a step: {"peak_gib", "step_s", "tokens_per_s", "parts", "advice", ...}.
 
     Nothing is loaded but config, tokenizer and rows. Raises what `train` would raise for them.
@@ -97,8 +97,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         torch.set_num_threads(recipe.train.threads)
     if recipe.online:
         raise TrainingError(
-            "graft plan measures rows that are there, and with `online` the model writes them as it goes. Plan the "
-            "same recipe without `online`, on rows with answers as long as online.max_new_tokens"
+            "graft estimate measures rows that are there, and with `online` the model writes them as it goes. Estimate "
+            "the same recipe without `online`, on rows with answers as long as online.max_new_tokens"
         )
     tokenizer = recipe_tokenizer(recipe)
     data = prepare_data(recipe, tokenizer)

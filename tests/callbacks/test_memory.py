@@ -1,4 +1,4 @@
-"""What a policy says that its optimiser keeps is what it keeps; `graft plan` counts by it."""
+"""What a policy says that its optimiser keeps is what it keeps; `graft estimate` counts by it."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import graftlm.planning.estimate as plan_module
+import graftlm.planning.estimate as estimate_module
 from graftlm.cli import app
 from graftlm.config.schema import build, to_yaml
 from graftlm.data.batches.pack import Pack
@@ -22,7 +22,7 @@ from graftlm.model.hub.load import load_base, load_tokenizer
 from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
 from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
-from graftlm.planning.estimate import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernels, live_bytes, plan, shape_of
+from graftlm.planning.estimate import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, estimate, kernels, live_bytes, shape_of
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
 from graftlm.system import kernel_cache_capacity
@@ -51,7 +51,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here asks how long anything takes."""
-    monkeypatch.setattr(plan_module, "TRIES", 1)
+    monkeypatch.setattr(estimate_module, "TRIES", 1)
 
 
 def recipe(base_: Path, rows: Path, /, **sections: Any) -> Recipe:
@@ -100,7 +100,7 @@ def test_activations_are_those_of_the_whole_model(name: str, checkpointing: bool
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plan_tells_of_these_activations(checkpointing: bool, base: Path, rows: Path) -> None:
     made = recipe(base, rows, train={"checkpointing": checkpointing})
-    planned = plan(made)["parts"]["memory_gib"]["activations"]
+    planned = estimate(made)["parts"]["memory_gib"]["activations"]
     heap = HEAP_CHECKPOINTED if checkpointing else HEAP
     assert planned * GIB / heap == pytest.approx(exact_activations(made), abs=0.001 * GIB), "rounded"
 
@@ -109,9 +109,9 @@ def exact_activations(made: Recipe) -> float:
     """In bytes: what `plan` rounds."""
     data = prepare_data(made, load_tokenizer(made.base))
     largest = shape_of(made, data.examples).largest
-    sketched, groups = plan_module.with_deltas(made)
-    plan_module.with_teacher(made, sketched)
-    return plan_module._over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
+    sketched, groups = estimate_module.with_deltas(made)
+    estimate_module.with_teacher(made, sketched)
+    return estimate_module._over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
 
 
 def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_p
     made = recipe(base, rows, loss=loss)
     model, largest = loaded(made)
     assert exact_activations(made) == pytest.approx(live_bytes(made, model, largest), rel=0.02)
-    teacher = plan_module.with_teacher(made, plan_module.with_deltas(made)[0])
+    teacher = estimate_module.with_teacher(made, estimate_module.with_deltas(made)[0])
     real = load_base(str(larger), store="fp32").model
     assert teacher is not None
     assert teacher.sketch.base_bytes == sum(4 * t.numel() for t in (*real.parameters(), *real.buffers()))
-    found = plan(made)
+    found = estimate(made)
     assert "teacher" in found["parts"]["memory_gib"]
     assert found["parts"]["time_s"]["other layers of the teacher"] >= 0
-    alone = plan(recipe(base, rows))["parts"]
+    alone = estimate(recipe(base, rows))["parts"]
     assert "teacher" not in alone["memory_gib"]
     assert "other layers of the teacher" not in alone["time_s"]
 
@@ -170,10 +170,10 @@ def test_live_bytes_are_those_in_use_at_one_time() -> None:
 def test_trainable_parameters_are_those_of_a_run_whatever_the_method(name: str, base: Path) -> None:
     config = tiny_config(name)
     made = sketch(str(base), [0])
-    plan_module.attach(made.model, config, start=False)
+    estimate_module.attach(made.model, config, start=False)
     sketched = [(key, p.shape) for key, p in trainable(made.model).items()]
     model = load_base(str(base), store="fp32").model
-    plan_module.attach(model, config, start=False)
+    estimate_module.attach(model, config, start=False)
     assert sketched == [(key, p.shape) for key, p in trainable(model).items()]
     assert sum(shape.numel() for _, shape in sketched) == sum(p.numel() for p in parameters_of(model, "default"))
 
@@ -188,7 +188,7 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", loads)
     monkeypatch.setattr(safetensors, "safe_open", loads)
     monkeypatch.setattr("graftlm.model.hub.load.load_base", loads)
-    found = plan(recipe(base, rows))
+    found = estimate(recipe(base, rows))
     assert found.keys() >= {"peak_gib", "step_s", "tokens_per_s", "parts", "advice"}
     memory = found["parts"]["memory_gib"]
     assert memory.keys() == {
@@ -213,8 +213,8 @@ def test_passes_are_computed_by_the_backend_of_a_run(
         return loop.training_pass(model, **settings)
 
     made = recipe(base, rows, base={"store": "bf16"})
-    monkeypatch.setattr(plan_module, "training_pass", spied)
-    plan(replace(made, train=replace(made.train, kernels=kernels)))
+    monkeypatch.setattr(estimate_module, "training_pass", spied)
+    estimate(replace(made, train=replace(made.train, kernels=kernels)))
     assert len(seen) > 2
     assert len(set(map(id, seen))) == 1
     ours = kernels == "auto" and not unavailable(torch.device("cpu"), torch.bfloat16)
@@ -224,7 +224,7 @@ def test_passes_are_computed_by_the_backend_of_a_run(
 def test_a_backend_that_cannot_compute_is_refused(base: Path, rows: Path) -> None:
     made = recipe(base, rows)
     with pytest.raises(TrainingError, match=r"train.kernels: ours: .*float32 on cpu"):
-        plan(replace(made, train=replace(made.train, kernels="ours")))
+        estimate(replace(made, train=replace(made.train, kernels="ours")))
 
 
 def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
@@ -236,9 +236,9 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
         assert made.base_bytes == weights + buffers
         assert made.file_bytes == (base / "model.safetensors").stat().st_size
     sites = 7 * LAYERS
-    found = plan(recipe(base, rows))
+    found = estimate(recipe(base, rows))
     assert found["trainable_parameters"] == sum(
-        p.numel() for p in trainable(plan_module.with_deltas(recipe(base, rows))[0].model).values()
+        p.numel() for p in trainable(estimate_module.with_deltas(recipe(base, rows))[0].model).values()
     )
     assert found["trainable_parameters"] == LAYERS * 4 * sum(
         d_in + d_out for d_in, d_out in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
@@ -249,7 +249,7 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
 def test_layers_are_of_one_kind_where_they_need_the_same(base: Path, rows: Path) -> None:
     def kinds(delta: dict[str, Any]) -> list[list[int]]:
         made = sketch(str(base), [0])
-        plan_module._attached(recipe(base, rows, delta=delta), made)
+        estimate_module._attached(recipe(base, rows, delta=delta), made)
         return kinds_of_layer(made)
 
     assert kinds(DELTAS["lora"]) == [[0], [1, 2, 3, 4, 5, 6]]  # the lowest passes no gradient on
@@ -267,16 +267,16 @@ def test_the_whole_sketch_is_there_again_afterwards(base: Path) -> None:
 
 
 def test_where_memory_is_short_the_knobs_are_named(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "free_gib", lambda device: 0.0)
-    monkeypatch.setattr(plan_module, "LIBRARIES_GIB", 5.0)
-    said = " ".join(plan(recipe(base, rows))["advice"])
+    monkeypatch.setattr(estimate_module, "free_gib", lambda device: 0.0)
+    monkeypatch.setattr(estimate_module, "LIBRARIES_GIB", 5.0)
+    said = " ".join(estimate(recipe(base, rows))["advice"])
     for knob in ("train.pack_tokens=100", "train.checkpointing=true", "base.store=bf16"):
         assert knob in said
 
 
 def test_where_memory_is_ample_waste_is_named(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "free_gib", lambda device: 1000.0)
-    said = " ".join(plan(recipe(base, rows, train={"checkpointing": True, "pack_tokens": 60}))["advice"])
+    monkeypatch.setattr(estimate_module, "free_gib", lambda device: 1000.0)
+    said = " ".join(estimate(recipe(base, rows, train={"checkpointing": True, "pack_tokens": 60}))["advice"])
     assert "train.checkpointing=false" in said
     assert "train.pack_tokens: a pack has" in said
 
@@ -292,7 +292,7 @@ def test_a_plan_says_what_the_deltas_and_the_codes_of_the_whole_base_reach(
     folder = save_tiny_base(tmp_path / "base", model_type=kind, num_hidden_layers=LAYERS, **more)
     delta = {"method": "lora", "r": 2, "targets": targets[kind]}
     made = recipe(folder, rows, base={"name": str(folder), "store": "nf4"}, delta=delta)
-    found = plan(made)
+    found = estimate(made)
     model = load_base(made.base).model
     attach(model, made.all_deltas()["default"])
     assert found["coverage"] == coverage(model).to_json()
@@ -304,10 +304,10 @@ def test_a_plan_says_what_the_deltas_and_the_codes_of_the_whole_base_reach(
 def test_the_command_prints_json_and_text(base: Path, rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(base, rows)))
-    shown = CliRunner().invoke(app, ["plan", str(file), "train.pack_tokens=100", "--json"])
+    shown = CliRunner().invoke(app, ["estimate", str(file), "train.pack_tokens=100", "--json"])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["largest_pack"]["tokens"] <= 100
-    text = CliRunner().invoke(app, ["plan", str(file)]).stdout
+    text = CliRunner().invoke(app, ["estimate", str(file)]).stdout
     assert "peak memory" in text
     assert "deltas sit on 100% of the decoder's weights" in text
     assert "tokens/s" in text

@@ -165,7 +165,6 @@ def test_what_is_there_is_not_overwritten(base_folder: Path, rows_file: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--by", "ifdd", "--keep", "2"], "Did you mean 'ifd'"),
         (["--by", "ifd"], "say how many to keep"),
         (["--by", "ifd", "--keep", "1.5"], "keep"),
         (["--by", "ifd", "--keep", "2", "bnad=low"], "bnad: unknown key"),
