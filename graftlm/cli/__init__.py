@@ -38,7 +38,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 app = typer.Typer(
     name="graft",
     cls=RenamedGroup,
-    help="Teach a frozen language model new behaviour through a small, removable delta.",
+    help="Fine-tune a frozen language model through a small, removable adapter (a delta).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -59,16 +59,14 @@ app.command("methods")(methods.methods)
 app.command("init")(init.init)
 app.command("env")(env.env)
 
-data_app = typer.Typer(
-    help="Look at training data as training will see it.", no_args_is_help=True, rich_markup_mode=None
-)
+data_app = typer.Typer(help="Check, select and convert training data.", no_args_is_help=True, rich_markup_mode=None)
 data_app.command("check")(data.check)
 data_app.command("select")(data.select)
 data_app.command("convert")(data.convert)
 app.add_typer(data_app, name="data")
 
 cache_app = typer.Typer(
-    help="What graftlm keeps in its cache folder: $GRAFT_CACHE, else ~/.cache/graftlm.",
+    help="List and clear the cache folder: $GRAFT_CACHE, else ~/.cache/graftlm.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -10,14 +10,19 @@ from graftlm.cli.terminal import prepare_libraries, print_json
 
 def bench(
     base: BaseOption = "smollm2",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's own.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Number of CPU threads. Default: torch's.")
+    ] = None,
     kernels: Annotated[
-        str, typer.Option("--kernels", help="As train.kernels: auto, ours, torch or compiled.")
+        str, typer.Option("--kernels", help="Kernels, as train.kernels: auto, ours, torch or compiled.")
     ] = "auto",
     as_json: JsonOption = False,
     network: NetworkOption = False,
 ) -> None:
-    """Measure how fast this machine could train, and how fast it does: LoRA on built-in rows, about half a minute."""
+    """Measure the training speed of this machine and its upper bound.
+
+    It trains LoRA on built-in rows for about half a minute.
+    """
     from graftlm.planning.bench import bench
     from graftlm.training.loop import TrainConfig
 

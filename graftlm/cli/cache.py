@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 KindOption = Annotated[
     list[str] | None,
-    typer.Option("--kind", help="bases, fingerprints, kernels, rows or scores; repeat the option for several."),
+    typer.Option("--kind", help="bases, fingerprints, kernels, rows or scores. Repeat the option for several."),
 ]
 
 
 def list_entries(as_json: JsonOption = False) -> None:
-    """List what graftlm keeps in its cache folder, by kind: entries, size and age."""
+    """List the cache by kind: entries, size and age."""
     from graftlm import cache
     from graftlm.files import cache_folder
 
@@ -33,14 +33,14 @@ def list_entries(as_json: JsonOption = False) -> None:
     for kind, about in cache.KINDS.items():
         print(f"{kind:13} {_size_and_age([entry for entry in found if entry.kind == kind]):42} {about.holds}")
     for path in others:
-        print(f"not written by graftlm, and left alone: {path}")
+        print(f"not written by graftlm, not removed: {path}")
 
 
 def clear(
     kind: KindOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Remove what graftlm keeps in its cache folder, all of it or some kinds; it is made again when it is needed."""
+    """Remove cache entries, all of them or some kinds. They are made again when they are needed."""
     from graftlm import cache
     from graftlm.files import cache_folder
 

@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from graftlm.data.sources.formats import Message
 
 
-CHAT_HELP = "/base turns the delta off, /tuned on again, /new starts over, /quit leaves"
+CHAT_HELP = "/base turns the adapter off, /tuned on again, /new starts a new conversation, /quit quits"
 
 
 def chat(
     base: BaseOption = "smollm2",
     adapter: AdapterOption = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     turn_order: Annotated[
         str | None,
         typer.Option(
             "--turn-order",
-            help="For chat templates without a place for it: refuse, merge into the first question, or drop; default "
-            "as the adapter was trained.",
+            help="If the chat template takes no system message: refuse, merge (into the first question) or drop. "
+            "Default: as the adapter was trained.",
         ),
     ] = None,
     max_new_tokens: TokensOption = 512,
@@ -59,7 +59,10 @@ def chat(
     store: StoreOption = None,
     network: NetworkOption = False,
 ) -> None:
-    """Talk with the model; answers stream. /base switches the delta off in mid-conversation."""
+    """Chat with the model; answers are streamed.
+
+    /base turns the adapter off in the middle of a conversation, /tuned turns it on again.
+    """
     from graftlm.data.sources.formats import Message
     from graftlm.generation.answer import answer, chat_renderer
     from graftlm.model.layers.attach import activate, attachment
@@ -84,7 +87,7 @@ def chat(
             history = list(start)
         elif line in ("/base", "/tuned"):
             if not adapter:
-                warn("there is no delta: start with --adapter FOLDER")
+                warn("there is no adapter: start with --adapter FOLDER")
                 continue
             mode = line[1:]
             activate(model, *(attachment(model).configs if mode == "tuned" else ()))
@@ -110,7 +113,7 @@ def _turn(history: "list[Message]", line: str, ask: "Callable[[list[Message]], s
     try:
         text = ask(asked)
     except KeyboardInterrupt:
-        typer.secho("\n(stopped; this turn is forgotten)", dim=True, err=True)
+        typer.secho("\n(stopped; this turn is discarded)", dim=True, err=True)
         return history
     print()
     return [*asked, Message("assistant", text)]

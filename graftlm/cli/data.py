@@ -16,25 +16,29 @@ if TYPE_CHECKING:
 
 def check(
     source: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe (.yaml), a file of rows, hub:... or builtin:...")
+        str, typer.Argument(metavar="RECIPE_OR_FILE", help="Recipe (.yaml), file of rows, hub:... or builtin:...")
     ],
     base: Annotated[
-        str | None, typer.Option("--base", help="Whose tokenizer and chat template; default smollm2.")
+        str | None, typer.Option("--base", help="Base whose tokenizer and chat template are used. Default: smollm2.")
     ] = None,
     mask: Annotated[
-        str | None, typer.Option("--mask", help="response, last-turn, instruction, no-boilerplate or everything.")
+        str | None,
+        typer.Option("--mask", help="Loss mask: response, last-turn, instruction, no-boilerplate or everything."),
     ] = None,
-    template: Annotated[str | None, typer.Option("--template", help="A .jinja file to use as chat template.")] = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Show this many rows token by token.")] = 1,
+    template: Annotated[str | None, typer.Option("--template", help="Chat template, a .jinja file.")] = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Number of rows to show token by token.")] = 1,
     as_json: JsonOption = False,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page to leaf through the rows, token by token.")
+        Path | None, typer.Option("--html", help="Write an HTML page that shows the rows token by token.")
     ] = None,
     network: NetworkOption = False,
     overrides: OverridesArgument = None,
 ) -> None:
-    """Report what training would see: rows, tokens, what is supervised, what is dropped, what ends an answer; and what
-    the rows look like: duplicates, overlap with held-out rows, refusals, damage."""
+    """Report the tokens and the quality of the training rows.
+
+    Tokens: rows, lengths, supervised tokens, truncation, end of turn. Quality: duplicates, train/held-out overlap,
+    refusals, encoding damage.
+    """
     from rich.console import Console
 
     from graftlm.display import terminal
@@ -63,38 +67,43 @@ def check(
 
 def select(
     source: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe (.yaml), a file of rows, hub:... or builtin:...")
+        str, typer.Argument(metavar="RECIPE_OR_FILE", help="Recipe (.yaml), file of rows, hub:... or builtin:...")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write, its scores beside it.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write (.jsonl); the scores are written next to it.")],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[key=value]...",
-            help="Keys of the method that --by names, or keys of the recipe, e.g. data.max_tokens=512: see "
-            "docs/recipe.md.",
+            help="Keys of the selector or of the recipe, e.g. data.max_tokens=512: see docs/recipe.md.",
         ),
     ] = None,
     by: Annotated[
         str | None,
         typer.Option(
             "--by",
-            help="less, rds, ifd, reversed-ifd, k-center, cluster, diversity, longest, perplexity, judge, dedup, "
-            "length or format; by default what the recipe's own `select` says.",
+            help="Selector: less, rds, ifd, reversed-ifd, k-center, cluster, diversity, longest, perplexity, judge, "
+            "dedup, length or format. Default: the `select` section of the recipe.",
         ),
     ] = None,
     keep: Annotated[
-        str | None, typer.Option("--keep", metavar="N_OR_SHARE", help="So many rows (100), or a share (0.1).")
+        str | None,
+        typer.Option("--keep", metavar="N_OR_SHARE", help="Number of rows (100) or share of them (0.1) to keep."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="For less and rds: a few rows of the kind wanted.")
+        str | None, typer.Option("--target", help="File with a few rows of the target task, for less and rds.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="The model that is asked; default smollm2.")] = None,
-    template: Annotated[str | None, typer.Option("--template", help="A .jinja file to use as chat template.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Model that computes the scores. Default: smollm2.")
+    ] = None,
+    template: Annotated[str | None, typer.Option("--template", help="Chat template, a .jinja file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: JsonOption = False,
     network: NetworkOption = False,
 ) -> None:
-    """Write the rows most worth training on; scores are kept, so that another --keep computes nothing."""
+    """Select the training rows with the best scores and write them.
+
+    The scores are cached: another --keep computes nothing.
+    """
     from dataclasses import asdict
 
     from rich.console import Console
@@ -169,18 +178,18 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
 def convert(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="FILE", help="Rows, what another trainer describes, or a recipe: all rows of its source."
-        ),
+        typer.Argument(metavar="FILE", help="File of rows, config of another trainer, or recipe with one source."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write.")],
-    to: Annotated[str, typer.Option("--to", help="messages: OpenAI's, one conversation a line.")] = "messages",
-    format: Annotated[str, typer.Option("--format", help="The format of FILE, if not to be detected.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if a row cannot be used.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="File to write (.jsonl).")],
+    to: Annotated[
+        str, typer.Option("--to", help="Format to write. messages: OpenAI's format, one conversation a line.")
+    ] = "messages",
+    format: Annotated[str, typer.Option("--format", help="Format of FILE. auto: detect it.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any row is invalid.")] = False,
     network: NetworkOption = False,
 ) -> None:
-    """Write rows of any format as messages, and report those that cannot be used."""
+    """Convert rows of any format to messages and report invalid rows."""
     from graftlm.config.schema import build
     from graftlm.data.sources.convert import convert
     from graftlm.data.sources.source import SourceConfig

@@ -5,7 +5,7 @@ from graftlm.cli.terminal import print_json
 
 
 def env(as_json: JsonOption = False) -> None:
-    """Print what a bug report needs: versions, platform, processor, memory, compiler, GPUs and cache."""
+    """Print the facts for a bug report: versions, hardware, compiler and cache."""
     from graftlm import environment
 
     found = environment.environment()

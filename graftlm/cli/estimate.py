@@ -9,7 +9,7 @@ def estimate(
     overrides: OverridesArgument = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a recipe will need, peak memory and time, before a weight is loaded."""
+    """Estimate peak memory and step time of a recipe without loading weights."""
     from graftlm.planning.estimate import estimate
     from graftlm.recipe import read_recipe
 

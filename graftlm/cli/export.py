@@ -11,19 +11,22 @@ from graftlm.cli.terminal import print_json, warn
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder, ours or PEFT's.")],
-    to: Annotated[str, typer.Option("--to", help="peft, plain-lora, merged, gguf or delta.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")],
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder, graftlm's or PEFT's.")],
+    to: Annotated[str, typer.Option("--to", help="Format: peft, plain-lora, merged, gguf or delta.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.")],
     base: BaseOption = "smollm2",
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="Keep so many factors of a delta that has none exactly.")
+        int | None,
+        typer.Option(
+            "--rank", min=1, help="Rank of the SVD approximation, for methods without an exact low-rank form."
+        ),
     ] = None,
     dtype: DtypeOption = "fp32",
     as_json: JsonOption = False,
     store: StoreOption = None,
     network: NetworkOption = False,
 ) -> None:
-    """Write an adapter in a form that others read, and say which server will take it."""
+    """Export an adapter to another format and list the servers that accept it."""
     from graftlm.adapters.export.export import EXPORTS, export
     from graftlm.adapters.export.lint import lint, to_json
     from graftlm.adapters.export.warnings import export_warnings

@@ -24,8 +24,8 @@ from graftlm.cli.sampling import parse_day, sampling_options
 
 
 def generate(
-    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="What to ask.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The same as QUESTION.")] = None,
+    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="The question.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The question, as an option.")] = None,
     base: BaseOption = "smollm2",
     adapter: AdapterOption = None,
     max_new_tokens: TokensOption = 128,

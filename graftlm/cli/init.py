@@ -10,11 +10,13 @@ from graftlm.errors import nearest
 
 
 def init(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe; without it, they are listed.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The file to write; default NAME.yaml.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Name of a recipe. Default: list the names.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write. Default: NAME.yaml.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a recipe to start from, with comments. Without NAME, list the recipes."""
+    """Write a commented recipe to start from, or list these recipes."""
     from graftlm.files import check_new, whole
     from graftlm.recipes import recipes, title
 

@@ -13,10 +13,13 @@ from graftlm.cli.terminal import prepare_libraries, print_json
 def lr_range(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("lr-range.html"),
+    html: Annotated[Path, typer.Option("--html", help="HTML page to write.")] = Path("lr-range.html"),
     as_json: JsonOption = False,
 ) -> None:
-    """Test learning rates on the rows of a recipe (LR range test) and suggest a batch size. Nothing is trained."""
+    """Run an LR range test on the rows of a recipe.
+
+    It suggests a learning rate and a batch size, and writes a page with the curve. No adapter is written.
+    """
     from rich.console import Console
 
     from graftlm.planning import lr_range

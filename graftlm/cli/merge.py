@@ -11,14 +11,20 @@ from graftlm.cli.terminal import warn, wrote
 
 
 def merge(
-    adapter: Annotated[list[Path], typer.Option("--adapter", help="An adapter folder; several act in this order.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")],
+    adapter: Annotated[
+        list[Path],
+        typer.Option("--adapter", help="Adapter folder. Repeat the option; adapters are applied in this order."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.")],
     base: BaseOption = "smollm2",
     dtype: DtypeOption = "fp32",
     store: StoreOption = None,
     network: NetworkOption = False,
 ) -> None:
-    """Write the base with one or more adapters folded in, as a model that needs neither graftlm nor PEFT."""
+    """Merge adapters into the base and write the model.
+
+    The result needs neither graftlm nor PEFT.
+    """
     from graftlm.adapters.export.export import export
     from graftlm.adapters.export.warnings import export_warnings
 

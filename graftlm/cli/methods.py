@@ -11,13 +11,11 @@ from graftlm.cli.terminal import print_json, print_table
 def methods(
     wanted: Annotated[
         str | None,
-        typer.Option(
-            "--for", help="What matters, in words: quality, memory, speed, size, forgetting, serving, merging."
-        ),
+        typer.Option("--for", help="Suggest methods for: quality, memory, speed, size, forgetting, serving, merging."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the methods: what each can do, and what it did on the job of benchmarks/methods."""
+    """List the methods with their properties and benchmark results."""
     from graftlm.planning.advice import facts, suggest
 
     rows = facts() if wanted is None else suggest(wanted)

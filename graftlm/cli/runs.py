@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 def runs(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Where to look; by default here.")
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="Folders to search for runs. Default: the current folder."),
     ] = None,
     sort: SortOption = None,
     reverse: ReverseOption = False,
     as_json: JsonOption = False,
     html: TableOption = None,
 ) -> None:
-    """Compare the runs in and below some folders: what differs in their recipes, and what came of them."""
+    """Compare recipes and results of finished and running runs."""
     from graftlm.runs.compare import compare
 
     show_runs(compare(folders or [Path()]), sort, reverse, as_json, html)
@@ -47,6 +48,6 @@ def show_runs(
         if table:
             print_table(*compare.cells(table), title=title)
     if not rows:
-        print("no run here: a run is a folder with a metrics.jsonl")
+        print("no run found: a run is a folder with a metrics.jsonl")
     for folder, why in found.damaged.items():
         warn(f"{folder} cannot be read: {why}")

@@ -16,13 +16,13 @@ def sweep(
         list[str],
         typer.Argument(
             metavar="key=VALUES...",
-            help="What to vary: lora.r=4,16,64 or seed=0..2. The end of a recipe's key will do, if it is of one only.",
+            help="Values to combine, e.g. lora.r=4,16,64 or seed=0..2. Keys may be shortened to an unambiguous suffix.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The folder for the runs; the same again goes on.")] = Path(
-        "sweep"
-    ),
-    on: Annotated[str, typer.Option("--on", help="local: one after another; ray: on the cluster that is running.")] = (
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the runs. Run the same command again to resume the sweep.")
+    ] = Path("sweep"),
+    on: Annotated[str, typer.Option("--on", help="local: one run after another; ray: on a running Ray cluster.")] = (
         "local"
     ),
     sort: SortOption = None,
@@ -30,7 +30,7 @@ def sweep(
     as_json: JsonOption = False,
     html: TableOption = None,
 ) -> None:
-    """Train a recipe with every combination of some values, and compare the runs."""
+    """Train a recipe with all combinations of values and compare the runs."""
     from graftlm.run import RESUMABLE
     from graftlm.runs import sweep as sweeping
     from graftlm.runs.compare import compare
@@ -41,9 +41,9 @@ def sweep(
     made = [out / point.name for point in points if (out / point.name).is_dir()]
     show_runs(compare(made), sort, reverse, as_json, html, failed=outcome.failed)
     for name, why in outcome.failed.items():
-        typer.secho(f"{name} FAILED: {why}\n  all of it: {out / 'logs' / name}.log", fg="red", err=True)
+        typer.secho(f"{name} FAILED: {why}\n  full log: {out / 'logs' / name}.log", fg="red", err=True)
     if outcome.failed:
         raise typer.Exit(1)
     if len(outcome.skipped) + len(outcome.done) < len(points):
-        note("stopped: the same command goes on")
+        note("stopped: run the same command again to resume the sweep")
         raise typer.Exit(RESUMABLE)

@@ -13,16 +13,19 @@ from graftlm.cli.terminal import prepare_libraries
 def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    out: Annotated[Path, typer.Option("--out", help="The adapter folder to write.")] = Path("adapter"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")] = Path("adapter"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder, if there is one.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder, if there is one.")
     ] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Resume with a recipe that is not the one the run began with.")
+        bool, typer.Option("--accept-changes", help="Resume although the recipe has changed since the run started.")
     ] = False,
 ) -> None:
-    """Train the delta that a recipe describes. Exit codes: 0 done, 75 stopped and ready for --resume, other: error."""
+    """Train the adapter that a recipe describes.
+
+    Exit codes: 0 success, 1 error, 2 wrong usage, 75 stopped (resume with --resume), 130 interrupted.
+    """
     from rich.console import Console
 
     from graftlm.recipe import read_recipe

@@ -24,7 +24,7 @@ ROLE_STYLES = {
 }
 TRAINED = "bold black on green"
 TRAINED_LESS, TRAINED_MORE = "black on pale_green1", "bold white on dark_green"
-ATTENTION = {"control tokens in text", "left out"}
+ATTENTION = {"EOS not in loss", "special tokens in text", "left out"}
 
 
 def preflight(report: Report, title: str = "pre-flight") -> RenderableType:

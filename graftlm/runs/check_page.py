@@ -69,7 +69,7 @@ def html(data: Prepared, config: DataConfig, *, title: str) -> str:
         histograms=[("prompts", _bars(preflight.prompt_tokens)), ("answers", _bars(preflight.answer_tokens))],
         findings=findings,
         roles=[role.label for role in Role],
-        sampled=f"{len(rows):,} of {total:,} rows: some at even distances, and those that are worth a look."
+        sampled=f"{len(rows):,} of {total:,} rows: a sample at even distances, and those with findings."
         if len(rows) < total
         else "All rows.",
         limit_text=f"{left_out:,} more of these are left out." if left_out else "",

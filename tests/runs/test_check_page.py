@@ -125,9 +125,9 @@ def test_held_out_rows_that_were_trained_on_are_on_the_page(tmp_path: Path, base
     held.write_text(json.dumps({"prompt": "a question", "completion": "an answer"}) + "\n")
     data = prepared(tmp_path, base_folder, loaded, [("a question", "an answer"), ("b", "c")], held_out=str(held))
     shown = json.loads(Page(html(data)).scripts[0])
-    assert shown[0]["found"] == [["also held out", f"the same row ({held}:1)"]]
+    assert shown[0]["found"] == [["train/held-out overlap", f"the same row ({held}:1)"]]
     assert shown[-1]["where"] == f"{held}:1"
-    assert shown[-1]["found"][0][0] == "also held out"
+    assert shown[-1]["found"][0][0] == "train/held-out overlap"
 
 
 def test_histograms_show_every_row_once(tmp_path: Path, base_folder: Path, loaded: Any) -> None:

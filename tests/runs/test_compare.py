@@ -197,7 +197,7 @@ def test_the_command_prints_a_table_json_and_a_page(tmp_path: Path) -> None:
     for fetching in ("src=", "<link", "<script", "url(http", "@import"):
         assert fetching not in page
     (tmp_path / "empty").mkdir()
-    assert "no run here" in graft(tmp_path / "empty").stdout
+    assert "no run found" in graft(tmp_path / "empty").stdout
     assert json.loads(graft(tmp_path / "empty", "--json").stdout)["runs"] == []
 
 
