@@ -17,7 +17,8 @@ from graftlm.deltas import METHODS
 from graftlm.errors import DataError, OutputError
 from graftlm.model.hub.load import BaseConfig, load_base
 from graftlm.model.layers.attach import attach
-from graftlm.testing import close, logits, move, save_tiny_base, tiny_model, tiny_tokenizer
+from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
+from graftlm.testing.deltas import close, logits, move
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
 

@@ -27,7 +27,7 @@ from graftlm.model.layers.attach import attach, attachment, detach
 from graftlm.recipe import Recipe
 from graftlm.run import Result, prepare_data
 from graftlm.runs import check_page
-from graftlm.testing import CHATML, save_tiny_base, tiny_tokenizer
+from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_tokenizer
 from graftlm.training import run_folder
 
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")

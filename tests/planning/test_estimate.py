@@ -26,7 +26,8 @@ from graftlm.planning.estimate import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, e
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
 from graftlm.system import kernel_cache_capacity
-from graftlm.testing import save_tiny_base, tiny_config
+from graftlm.testing import save_tiny_base
+from graftlm.testing.deltas import tiny_config
 from graftlm.training import loop
 from graftlm.training.phases import attach_deltas
 

@@ -22,7 +22,7 @@ from graftlm.run import prepare_data
 from graftlm.selection import SELECTORS, choose
 from graftlm.selection.base import Pool
 from graftlm.selection.ifd import IfdConfig
-from graftlm.testing import CHATML, tiny_tokenizer
+from graftlm.testing.tiny import CHATML, tiny_tokenizer
 from tests.selection.conftest import some_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -18,7 +18,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.model.layers.attach import attach, trainable
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.adamw import adamw, learning_rate_factor, warmup_cosine
 from graftlm.training.loop import TrainConfig
 
