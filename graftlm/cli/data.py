@@ -13,11 +13,23 @@ from graftlm.errors import nearest
 if TYPE_CHECKING:
     from graftlm.recipe import Recipe
 
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE_OR_FILE", help="Recipe (.yaml), file of rows, hub:... or builtin:...")
+]
+TemplateOption = Annotated[str | None, typer.Option("--template", help="Chat template, a .jinja file.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
+SelectorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--by",
+        help="Selector: less, rds, ifd, reversed-ifd, k-center, cluster, diversity, longest, perplexity, judge, "
+        "dedup, length or format. Default: the `select` section of the recipe.",
+    ),
+]
+
 
 def check(
-    source: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_FILE", help="Recipe (.yaml), file of rows, hub:... or builtin:...")
-    ],
+    source: SourceArgument,
     base: Annotated[
         str | None, typer.Option("--base", help="Base whose tokenizer and chat template are used. Default: smollm2.")
     ] = None,
@@ -25,7 +37,7 @@ def check(
         str | None,
         typer.Option("--mask", help="Loss mask: response, last-turn, instruction, no-boilerplate or everything."),
     ] = None,
-    template: Annotated[str | None, typer.Option("--template", help="Chat template, a .jinja file.")] = None,
+    template: TemplateOption = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Number of rows to show token by token.")] = 1,
     as_json: JsonOption = False,
     html: Annotated[
@@ -66,9 +78,7 @@ def check(
 
 
 def select(
-    source: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_FILE", help="Recipe (.yaml), file of rows, hub:... or builtin:...")
-    ],
+    source: SourceArgument,
     out: Annotated[Path, typer.Option("--out", help="File to write (.jsonl); the scores are written next to it.")],
     settings: Annotated[
         list[str] | None,
@@ -77,14 +87,7 @@ def select(
             help="Keys of the selector or of the recipe, e.g. data.max_tokens=512: see docs/recipe.md.",
         ),
     ] = None,
-    by: Annotated[
-        str | None,
-        typer.Option(
-            "--by",
-            help="Selector: less, rds, ifd, reversed-ifd, k-center, cluster, diversity, longest, perplexity, judge, "
-            "dedup, length or format. Default: the `select` section of the recipe.",
-        ),
-    ] = None,
+    by: SelectorOption = None,
     keep: Annotated[
         str | None,
         typer.Option("--keep", metavar="N_OR_SHARE", help="Number of rows (100) or share of them (0.1) to keep."),
@@ -95,8 +98,8 @@ def select(
     base: Annotated[
         str | None, typer.Option("--base", help="Model that computes the scores. Default: smollm2.")
     ] = None,
-    template: Annotated[str | None, typer.Option("--template", help="Chat template, a .jinja file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    template: TemplateOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     network: NetworkOption = False,
 ) -> None:
@@ -185,7 +188,7 @@ def convert(
         str, typer.Option("--to", help="Format to write. messages: OpenAI's format, one conversation a line.")
     ] = "messages",
     format: Annotated[str, typer.Option("--format", help="Format of FILE. auto: detect it.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: OverwriteOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any row is invalid.")] = False,
     network: NetworkOption = False,
 ) -> None:

@@ -22,7 +22,10 @@ from graftlm.model.hub.load import load_base, load_tokenizer
 from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
 from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
-from graftlm.planning.estimate import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, estimate, kernels, live_bytes, shape_of
+from graftlm.planning import layers, memory, step_time
+from graftlm.planning.estimate import estimate
+from graftlm.planning.memory import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernel_count, live_bytes
+from graftlm.planning.packs import shape_of
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
 from graftlm.system import kernel_cache_capacity
@@ -52,7 +55,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here asks how long anything takes."""
-    monkeypatch.setattr(estimate_module, "TRIES", 1)
+    monkeypatch.setattr(step_time, "TRIES", 1)
 
 
 def recipe(base_: Path, rows: Path, /, **sections: Any) -> Recipe:
@@ -110,9 +113,9 @@ def exact_activations(made: Recipe) -> float:
     """In bytes: what `plan` rounds."""
     data = prepare_data(made, load_tokenizer(made.base))
     largest = shape_of(made, data.examples).largest
-    sketched, groups = estimate_module.with_deltas(made)
-    estimate_module.with_teacher(made, sketched)
-    return estimate_module._over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
+    sketched, groups = layers.with_deltas(made)
+    layers.with_teacher(made, sketched)
+    return layers.over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
 
 
 def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_p
     made = recipe(base, rows, loss=loss)
     model, largest = loaded(made)
     assert exact_activations(made) == pytest.approx(live_bytes(made, model, largest), rel=0.02)
-    teacher = estimate_module.with_teacher(made, estimate_module.with_deltas(made)[0])
+    teacher = layers.with_teacher(made, layers.with_deltas(made)[0])
     real = load_base(str(larger), store="fp32").model
     assert teacher is not None
     assert teacher.sketch.base_bytes == sum(4 * t.numel() for t in (*real.parameters(), *real.buffers()))
@@ -146,10 +149,10 @@ def test_kernels_are_counted_for_every_length_of_a_pack_and_of_a_segment(base: P
     assert len(of_segments) >= 2 * len(segments), "queries on keys, and probabilities on values"
     shape = shape_of(made, prepare_data(made, load_tokenizer(made.base)).examples)
     once = replace(shape, lengths=(1, len(segments)))
-    assert kernels(products, once) == len(products)
-    assert kernels(products, replace(shape, lengths=(10**6, 0))) == kernel_cache_capacity()
-    assert kernels(products, replace(shape, lengths=(1, 0))) < len(products)
-    assert kernels(set(), shape) == 0, "float32 products go elsewhere"
+    assert kernel_count(products, once) == len(products)
+    assert kernel_count(products, replace(shape, lengths=(10**6, 0))) == kernel_cache_capacity()
+    assert kernel_count(products, replace(shape, lengths=(1, 0))) < len(products)
+    assert kernel_count(set(), shape) == 0, "float32 products go elsewhere"
 
 
 def test_live_bytes_are_those_in_use_at_one_time() -> None:
@@ -171,10 +174,10 @@ def test_live_bytes_are_those_in_use_at_one_time() -> None:
 def test_trainable_parameters_are_those_of_a_run_whatever_the_method(name: str, base: Path) -> None:
     config = tiny_config(name)
     made = sketch(str(base), [0])
-    estimate_module.attach(made.model, config, start=False)
+    attach(made.model, config, start=False)
     sketched = [(key, p.shape) for key, p in trainable(made.model).items()]
     model = load_base(str(base), store="fp32").model
-    estimate_module.attach(model, config, start=False)
+    attach(model, config, start=False)
     assert sketched == [(key, p.shape) for key, p in trainable(model).items()]
     assert sum(shape.numel() for _, shape in sketched) == sum(p.numel() for p in parameters_of(model, "default"))
 
@@ -193,10 +196,10 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
     assert found.keys() >= {"peak_gib", "step_s", "tokens_per_s", "parts", "advice"}
     memory = found["parts"]["memory_gib"]
     assert memory.keys() == {
-        "process", "base", "deltas", "gradients_and_optimiser", "activations", "kernels", "loading"
+        "process", "base", "deltas", "gradients_and_optimizer", "activations", "kernels", "loading"
     }  # fmt: skip
     assert found["parts"]["time_s"].keys() == {
-        "matrix products", "attention", "head and loss", "element-wise", "rest", "optimiser"
+        "matrix products", "attention", "head and loss", "element-wise", "rest", "optimizer"
     }  # fmt: skip
     assert found["peak_gib"] >= memory["process"] + memory["base"]
     assert found["tokens_per_s"] > 0
@@ -214,7 +217,8 @@ def test_passes_are_computed_by_the_backend_of_a_run(
         return loop.training_pass(model, **settings)
 
     made = recipe(base, rows, base={"store": "bf16"})
-    monkeypatch.setattr(estimate_module, "training_pass", spied)
+    for module in (memory, step_time):
+        monkeypatch.setattr(module, "training_pass", spied)
     estimate(replace(made, train=replace(made.train, kernels=kernels)))
     assert len(seen) > 2
     assert len(set(map(id, seen))) == 1
@@ -239,7 +243,7 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
     sites = 7 * LAYERS
     found = estimate(recipe(base, rows))
     assert found["trainable_parameters"] == sum(
-        p.numel() for p in trainable(estimate_module.with_deltas(recipe(base, rows))[0].model).values()
+        p.numel() for p in trainable(layers.with_deltas(recipe(base, rows))[0].model).values()
     )
     assert found["trainable_parameters"] == LAYERS * 4 * sum(
         d_in + d_out for d_in, d_out in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
@@ -250,7 +254,7 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
 def test_layers_are_of_one_kind_where_they_need_the_same(base: Path, rows: Path) -> None:
     def kinds(delta: dict[str, Any]) -> list[list[int]]:
         made = sketch(str(base), [0])
-        estimate_module._attached(recipe(base, rows, delta=delta), made)
+        layers._attached(recipe(base, rows, delta=delta), made)
         return kinds_of_layer(made)
 
     assert kinds(DELTAS["lora"]) == [[0], [1, 2, 3, 4, 5, 6]]  # the lowest passes no gradient on
