@@ -10,7 +10,7 @@ from graftlm.cli.options import JsonOption, check_choice
 from graftlm.cli.terminal import print_json
 
 if TYPE_CHECKING:
-    from graftlm.cache import Entry
+    from graftlm.cache import CacheEntry
 
 
 KindOption = Annotated[
@@ -60,7 +60,7 @@ def clear(
     print(f"removed {len(found)} entries")
 
 
-def _size_and_age(found: "Sequence[Entry]") -> str:
+def _size_and_age(found: "Sequence[CacheEntry]") -> str:
     if not found:
         return "empty"
     from graftlm.environment import megabytes

@@ -9,7 +9,7 @@ from graftlm.cli.options import JsonOption, ReverseOption, SortOption, TableOpti
 from graftlm.cli.terminal import print_json, print_table, warn, wrote
 
 if TYPE_CHECKING:
-    from graftlm.runs.compare import Comparison
+    from graftlm.runs.compare import RunTable
 
 
 def runs(
@@ -29,7 +29,7 @@ def runs(
 
 
 def show_runs(
-    found: "Comparison", sort: str | None, reverse: bool, as_json: bool, html: Path | None, **more: Any
+    found: "RunTable", sort: str | None, reverse: bool, as_json: bool, html: Path | None, **more: Any
 ) -> None:
     """The table, or JSON with `more` beside it; the page too, where one is asked for."""
     from graftlm.runs import compare

@@ -35,7 +35,7 @@ def sweep(
     from graftlm.runs import sweep as sweeping
     from graftlm.runs.compare import compare
 
-    check_choice(on, sweeping.PLACES, "--on")
+    check_choice(on, sweeping.RUNNERS, "--on")
     points = sweeping.grid(recipe, grid)
     outcome = sweeping.sweep(points, out, on=on, say=lambda line: note(line))
     made = [out / point.name for point in points if (out / point.name).is_dir()]

@@ -22,7 +22,7 @@ MORE_LAYERS = 3
 
 def with_deltas(recipe: Recipe) -> tuple[Sketch, list[list[int]]]:
     """The base of a recipe, sketched, with its deltas on it and one layer of each kind real; and the kinds."""
-    return some_layers(lambda real: _attached(recipe, sketch(recipe.base, real, network=recipe.network)))
+    return some_layers(lambda real: _attach_all(recipe, sketch(recipe.base, real, network=recipe.network)))
 
 
 def some_layers(make: Callable[[Sequence[int]], Sketch]) -> tuple[Sketch, list[list[int]]]:
@@ -53,7 +53,7 @@ def with_teacher(recipe: Recipe, made: Sketch) -> Teacher | None:
     return teacher
 
 
-def _attached(recipe: Recipe, made: Sketch) -> Sketch:
+def _attach_all(recipe: Recipe, made: Sketch) -> Sketch:
     for name, config in recipe.all_deltas().items():
         attach(made.model, config, name=name, seed=recipe.train.seed, start=False)
     for host in hosts(made.model).values():

@@ -49,10 +49,10 @@ SMOOTHING = 5
 BELOW_BEST = 5.0
 """Measured: docs/log.md."""
 
-TOO_MUCH = 1.0
+DIVERGED = 1.0
 """Above the start, in the unit of the loss: two steps in a row, and the test ends."""
 
-QUIET = 0.03
+QUIET_SHARE = 0.03
 """Up to this share of the method's own rate a delta is taken to stand still, for the noise of its gradient."""
 
 MIN_GRADIENTS = 8
@@ -135,7 +135,7 @@ def _steps(
                     base_loss = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
             trial = Trial(rates[step.number - 1], step.loss, base_loss)
             start = trial.loss - trial.base_loss if start is None else start
-            high = high + 1 if trial.loss - trial.base_loss - start > TOO_MUCH else 0
+            high = high + 1 if trial.loss - trial.base_loss - start > DIVERGED else 0
             yield trial
             if high == 2:
                 return
@@ -159,7 +159,7 @@ def suggestion(trials: Sequence[Trial]) -> dict[str, float | None]:
             break  # a valley, no ripple, and half of it is lost again: what comes after is another story
     above = [step.rate for step, gain in zip(trials, gains, strict=True) if gain > 0 and step.rate > trials[best].rate]
     fell = -gains[best]
-    found = fell > LITTLE
+    found = fell > MIN_GAIN
     return {
         "learning_rate": float(f"{trials[best].rate / BELOW_BEST:.1e}") if found else None,
         "best_rate": trials[best].rate if found else None,
@@ -168,7 +168,7 @@ def suggestion(trials: Sequence[Trial]) -> dict[str, float | None]:
     }
 
 
-LITTLE = 0.01
+MIN_GAIN = 0.01
 """Less than this, in the unit of the loss, is nothing."""
 
 
@@ -186,7 +186,7 @@ class GradientNoise(Policy):
 
     def __init__(self, rows: int, usual_rate: float) -> None:
         super().__init__(PolicyConfig(name="noise"))
-        self.rows, self.max_rate = rows, QUIET * usual_rate
+        self.rows, self.max_rate = rows, QUIET_SHARE * usual_rate
         self.scale = NoiseScale()
 
     def on_grads(self, training: Training) -> None:
@@ -195,7 +195,7 @@ class GradientNoise(Policy):
             self.scale.add(gradients, self.rows)
 
 
-# Shown -----------------------------------------------------------------------------------------------------------
+# Output ----------------------------------------------------------------------------------------------------------
 
 
 def lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
@@ -212,7 +212,7 @@ def lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
         texts.append(f"               and was above its start from {found['diverged_rate']:.1e} on")
     noise = found["noise"]
     if noise is None:
-        texts.append("batch          no gradient to look at: the optimiser takes it within the backward pass")
+        texts.append("batch          no gradient to look at: the optimizer updates within the backward pass")
     elif noise["noise_rows"] is None:
         texts.append(
             f"batch          more than {noise['least_rows']} rows: in so many there was nothing but noise to see"
@@ -245,7 +245,7 @@ def _picture(found: dict[str, Any]) -> str:
     trials = [Trial(**step) for step in found["steps"]]
     rates = [step.rate for step in trials]
     start = sum(step.loss - step.base_loss for step in trials[:SMOOTHING]) / len(trials[:SMOOTHING])
-    drawn, axis = pages.figure()
+    figure, axis = pages.figure()
     axis.plot(rates, [s.loss - s.base_loss - start for s in trials], color="#2da44e", linewidth=1, alpha=0.4)
     axis.plot(rates, smoothed_gains(trials), color="#2da44e", linewidth=2)
     for key, color in (("learning_rate", "#0b6bcb"), ("best_rate", "#8b8f96"), ("diverged_rate", "#cf222e")):
@@ -256,4 +256,4 @@ def _picture(found: dict[str, Any]) -> str:
     if found["fell"]:  # what runs away would hide all else
         axis.set_ylim(-1.5 * found["fell"], 1.5 * found["fell"])
     axis.legend(fontsize="small")
-    return pages.svg(drawn)
+    return pages.svg(figure)

@@ -53,26 +53,26 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now: int = 0
         self.peak: int = 0
-        self.seen: set[int] = set()
+        self.storages: set[int] = set()
         self.products: set[Product] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 memory = tensor.untyped_storage()
-                if memory._cdata not in self.seen | given:
-                    self.seen.add(memory._cdata)
+                if memory._cdata not in self.storages | inputs:
+                    self.storages.add(memory._cdata)
                     self.now += memory.nbytes()
-                    weakref.finalize(memory, self._freed, memory._cdata, memory.nbytes())
+                    weakref.finalize(memory, self._free, memory._cdata, memory.nbytes())
         self.peak = max(self.peak, self.now)
         if func.overloadpacket in PRODUCTS and out.dtype != torch.float32:
             self.products.add((str(func), tuple(tuple(t.shape) for t in args if isinstance(t, Tensor))))
         return out
 
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
+    def _free(self, key: int, size: int) -> None:
+        self.storages.discard(key)
         self.now -= size
 
 
@@ -94,7 +94,7 @@ def live_bytes(
 
 
 def update_bytes(recipe: Recipe, model: Any, several_packs: bool) -> tuple[int, int]:
-    """Bytes of gradients and of the optimiser's state, as the policies say; AdamW keeps two float32 moments."""
+    """Bytes of gradients and of the optimizer's state, as the policies say; AdamW keeps two float32 moments."""
     policies = make_policies(recipe.policies)
     parameters = [p for name in recipe.all_deltas() for p in parameters_of(model, name)]
     unmade = torch.optim.SGD([torch.zeros(1)], lr=0.0)
@@ -103,9 +103,9 @@ def update_bytes(recipe: Recipe, model: Any, several_packs: bool) -> tuple[int, 
     learning = [p for p in parameters if id(p) not in waiting]
     gradients = [4 * p.numel() for p in learning]
     own = [sizes for policy in policies if None not in (sizes := [policy.state_bytes(p) for p in learning])]
-    kept = own[0] if own and learning else [8 * p.numel() for p in learning]
+    state = own[0] if own and learning else [8 * p.numel() for p in learning]
     one_alive = any(policy.fused for policy in policies) and not several_packs
-    return (max if one_alive else sum)(gradients), sum(size or 0 for size in kept)
+    return (max if one_alive else sum)(gradients), sum(size or 0 for size in state)
 
 
 def kernel_count(products: set[Product], shape: Shape) -> int:

@@ -8,8 +8,8 @@ from graftlm.data.sources.template_draws import Draws
 from graftlm.recipe import Recipe
 from graftlm.training.phases import packs_of, plan_batches
 
-STEPS_SEEN = 64
-"""Of a longer run this many steps, evenly spread, stand for all; its largest batch is the first, and always seen."""
+STEPS_SAMPLED = 64
+"""Of a longer run this many steps, evenly spread, stand for all; its largest batch is the first, and always sampled."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Shape:
 
 def shape_of(recipe: Recipe, examples: Sequence[Example | Group], draws: Draws | None = None) -> Shape:
     steps = plan_batches(recipe.train, examples, draws=draws)
-    seen = steps[:: max(1, len(steps) // STEPS_SEEN)]
+    sampled = steps[:: max(1, len(steps) // STEPS_SAMPLED)]
     share = recipe.train.prefix_sharing
-    made = sorted((packs_of(recipe, [examples[i] for i in step], share=share) for step in seen), key=token_count)
+    made = sorted((packs_of(recipe, [examples[i] for i in step], share=share) for step in sampled), key=token_count)
     largest = max(
         (pack for packs in made for pack in packs), key=lambda p: (p.ids.numel(), sum(n**2 for n in p.lengths))
     )
     packs = [pack for packs in made for pack in packs]
-    more = len(steps) / len(seen)  # a guess for those that were not looked at; full caches make an end of it
+    more = len(steps) / len(sampled)  # a guess for those that were not looked at; full caches make an end of it
     lengths = len({p.ids.numel() for p in packs}), len({n for p in packs for n in p.lengths})
     count, tokens = sum(map(len, made)), sum(map(token_count, made))
     middle = made[len(made) // 2]

@@ -74,12 +74,12 @@ def update_s(parameters: int, device: torch.device) -> float:
     """Seconds of clipping and one AdamW step."""
     count = min(parameters, MEASURED_PARAMETERS)
     tensors = [torch.nn.Parameter(torch.zeros(2**14, device=device)) for _ in range(max(1, count // 2**14))]
-    optimiser = adamw([(tensors, 1e-4)], weight_decay=0.0)
+    optimizer = adamw([(tensors, 1e-4)], weight_decay=0.0)
     for tensor in tensors:
         tensor.grad = torch.zeros_like(tensor)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(tensors, 1.0)
-        optimiser.step()
+        optimizer.step()
 
     return best_s(update, TRIES) * parameters / sum(tensor.numel() for tensor in tensors)

@@ -75,12 +75,12 @@ def only_the_delta_learns(name: str) -> None:
     base = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     perturbed(name, model)
     before = {key: p.detach().clone() for key, p in trainable(model).items()}
-    optimiser = torch.optim.SGD(trainable(model).values(), lr=1.0)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
     model(ids()).logits.float().log_softmax(-1)[..., 0].sum().backward()
     for key, parameter in trainable(model).items():
         assert parameter.grad is not None, f"{key} got no gradient"
         assert bool(parameter.grad.any()), f"{key} got a gradient of zero"
-    optimiser.step()
+    optimizer.step()
     for key, parameter in trainable(model).items():
         assert not torch.equal(parameter, before[key]), f"{key} did not move"
     detach(model)

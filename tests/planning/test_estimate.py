@@ -254,7 +254,7 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
 def test_layers_are_of_one_kind_where_they_need_the_same(base: Path, rows: Path) -> None:
     def kinds(delta: dict[str, Any]) -> list[list[int]]:
         made = sketch(str(base), [0])
-        layers._attached(recipe(base, rows, delta=delta), made)
+        layers._attach_all(recipe(base, rows, delta=delta), made)
         return kinds_of_layer(made)
 
     assert kinds(DELTAS["lora"]) == [[0], [1, 2, 3, 4, 5, 6]]  # the lowest passes no gradient on

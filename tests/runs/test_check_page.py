@@ -114,7 +114,7 @@ def test_of_many_rows_some_are_shown_and_all_that_are_worth_a_look(
     data = prepared(tmp_path, base_folder, loaded, rows)
     numbers = [int(row["where"].rpartition(":")[2]) - 1 for row in json.loads(Page(html(data)).scripts[0])]
     assert numbers == [0, 10, 13, 20, 30, 31, 40]
-    monkeypatch.setattr(check_page, "MOST_ROWS", 6)
+    monkeypatch.setattr(check_page, "MAX_ROWS", 6)
     text = html(data)
     assert len(json.loads(Page(text).scripts[0])) == 6
     assert "1 more of these are left out" in text
