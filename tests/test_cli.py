@@ -65,8 +65,8 @@ def test_train_generate_and_chat_work_end_to_end(recipe: Path, base_folder: Path
     assert base.stdout != tuned.stdout
 
     talk = ("chat", "--base", str(base_folder), "--adapter", out, "--max-new-tokens", "8")
-    said = graft(*talk, input="question 3\n/new\n/base\nquestion 3\n/new\n/tuned\nquestion 3\n/quit\n").stdout
-    assert said == tuned.stdout + base.stdout + tuned.stdout, "/base and /tuned switch the delta in mid-conversation"
+    output = graft(*talk, input="question 3\n/new\n/base\nquestion 3\n/new\n/tuned\nquestion 3\n/quit\n").stdout
+    assert output == tuned.stdout + base.stdout + tuned.stdout, "/base and /tuned switch the delta in mid-conversation"
 
 
 def test_chat_names_the_command_that_was_meant(base_folder: Path) -> None:
@@ -175,8 +175,8 @@ def test_labelled_rows_are_converted_by_the_templates_of_a_recipe(tmp_path: Path
     source = f"{{path: {tmp_path}/rows.csv, templates: [{way}]}}"
     recipe.write_text(f"data: {{train: {source}}}\n")
     assert graft("data", "convert", str(recipe), "--out", str(out)).exit_code == 0
-    said = [[turn["content"] for turn in json.loads(line)["messages"]] for line in out.read_text().splitlines()]
-    assert said == [["Is it good? fine", "yes"], ["Is it good? bad", "no"]]
+    output = [[turn["content"] for turn in json.loads(line)["messages"]] for line in out.read_text().splitlines()]
+    assert output == [["Is it good? fine", "yes"], ["Is it good? bad", "no"]]
     recipe.write_text(f"data: {{train: [{source}, {tmp_path}/rows.csv]}}\n")
     with pytest.raises(DataError, match="several sources: convert one after the other"):
         graft("data", "convert", str(recipe), "--out", str(out), "--overwrite")
@@ -221,8 +221,8 @@ def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path:
     )  # fmt: skip
     assert not found["exact"]
     assert {server["server"]: server["accepts"] for server in found["servers"]}["vLLM"]
-    said = graft("export", str(tmp_path / "a"), "--to", "peft", "--out", str(tmp_path / "peft"), *base).stdout
-    assert "it refuses DoRA" in said
+    output = graft("export", str(tmp_path / "a"), "--to", "peft", "--out", str(tmp_path / "peft"), *base).stdout
+    assert "it refuses DoRA" in output
 
 
 @pytest.mark.versions
@@ -231,10 +231,10 @@ def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path:
     move(attach(loaded.model, METHODS["lora"].config(r=4)))
     save_adapter(loaded.model, tmp_path / "a")
     base = ("--base", str(base_folder), "--adapter", str(tmp_path / "a"), "--store", "nf4")
-    said = graft("merge", *base, "--out", str(tmp_path / "merged")).stderr
-    assert "times the change away at" in said
-    assert "the middle one" in said
-    assert "trained on" not in said
+    output = graft("merge", *base, "--out", str(tmp_path / "merged")).stderr
+    assert "times the change away at" in output
+    assert "the middle one" in output
+    assert "trained on" not in output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     close(logits(merged), logits(loaded.model.float()), "graft merge onto nf4", tolerance=1e-4)
     other = graft("merge", *base[:-1], "fp32", "--out", str(tmp_path / "other")).stderr
@@ -243,7 +243,7 @@ def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (("train", "no.yaml"), "no.yaml: no such recipe"),
         (("data", "check", "rows.jsonl", "--mask", "respnse"), "'response'"),
@@ -251,12 +251,12 @@ def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path:
         (("generate", "--base", "./nowhere", "--prompt", "x"), "./nowhere: no such folder"),
     ],
 )
-def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], output: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(ROWS)
     command = [sys.executable, "-m", "graftlm", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert output in done.stderr
     assert "Traceback" not in done.stderr
 
 

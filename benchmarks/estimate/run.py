@@ -28,7 +28,7 @@ def graft(*arguments: str) -> str:
 
 
 def measure(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
-    said = json.loads(graft("estimate", str(recipe), *overrides, "--json"))
+    estimate = json.loads(graft("estimate", str(recipe), *overrides, "--json"))
     graft("train", str(recipe), *overrides, "--out", str(folder), "--overwrite")
     peak = json.loads((folder / "summary.json").read_text())["train"]["peak_rss_gib"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -36,10 +36,18 @@ def measure(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder)
     step_s = statistics.median(steps[1:])
     return {
-        "peak_gib": {"estimated": said["peak_gib"], "measured": round(peak, 3), "error": said["peak_gib"] / peak - 1},
-        "step_s": {"estimated": said["step_s"], "measured": round(step_s, 3), "error": said["step_s"] / step_s - 1},
+        "peak_gib": {
+            "estimated": estimate["peak_gib"],
+            "measured": round(peak, 3),
+            "error": estimate["peak_gib"] / peak - 1,
+        },
+        "step_s": {
+            "estimated": estimate["step_s"],
+            "measured": round(step_s, 3),
+            "error": estimate["step_s"] / step_s - 1,
+        },
         "all_steps_s": steps,
-        "estimate": said,
+        "estimate": estimate,
     }
 
 

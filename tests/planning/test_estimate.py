@@ -274,16 +274,16 @@ def test_the_whole_sketch_is_there_again_afterwards(base: Path) -> None:
 def test_where_memory_is_short_the_knobs_are_named(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate_module, "free_gib", lambda device: 0.0)
     monkeypatch.setattr(estimate_module, "LIBRARIES_GIB", 5.0)
-    said = " ".join(estimate(recipe(base, rows))["advice"])
+    text = " ".join(estimate(recipe(base, rows))["advice"])
     for knob in ("train.pack_tokens=100", "train.checkpointing=true", "base.store=bf16"):
-        assert knob in said
+        assert knob in text
 
 
 def test_where_memory_is_ample_waste_is_named(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate_module, "free_gib", lambda device: 1000.0)
-    said = " ".join(estimate(recipe(base, rows, train={"checkpointing": True, "pack_tokens": 60}))["advice"])
-    assert "train.checkpointing=false" in said
-    assert "train.pack_tokens: a pack has" in said
+    text = " ".join(estimate(recipe(base, rows, train={"checkpointing": True, "pack_tokens": 60}))["advice"])
+    assert "train.checkpointing=false" in text
+    assert "train.pack_tokens: a pack has" in text
 
 
 @pytest.mark.parametrize(

@@ -177,20 +177,20 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
 def test_a_failed_run_is_told_and_loses_no_other_and_the_same_again_does_what_is_left(
     recipe: Path, trainer: Trainer, tmp_path: Path
 ) -> None:
-    points, said = grid(recipe, ["r=2,4", "seed=0..1"]), list[str]()
+    points, output = grid(recipe, ["r=2,4", "seed=0..1"]), list[str]()
     names = [point.name for point in points]
     trainer.codes = {names[1]: 1, names[2]: RESUMABLE}
-    outcome = sweep(points, tmp_path / "out", say=said.append)
+    outcome = sweep(points, tmp_path / "out", say=output.append)
     assert trainer.ran == names
     assert outcome == Outcome(done=[names[0], names[3]], stopped=[names[2]], failed={names[1]: f"said by {names[1]}"})
-    assert len(said) == 4
-    assert f"2/4 {names[1]}: FAILED with code 1" in said
+    assert len(output) == 4
+    assert f"2/4 {names[1]}: FAILED with code 1" in output
     trainer.ran.clear()
-    again = sweep(points, tmp_path / "out", say=said.append)
+    again = sweep(points, tmp_path / "out", say=output.append)
     assert trainer.ran == [names[1], names[2]]
     assert again == Outcome(skipped=[names[0], names[3]], done=[names[1], names[2]])
     assert [row["run"] for row in compare([tmp_path / "out"]).rows()] == names
-    assert sweep(points, tmp_path / "out", say=said.append).skipped == names
+    assert sweep(points, tmp_path / "out", say=output.append).skipped == names
 
 
 @pytest.mark.parametrize(
@@ -253,10 +253,10 @@ def test_the_command_prints_the_table_of_runs_and_says_what_failed(
     assert graft().exit_code == RESUMABLE
     last = graft("--json", "--sort", "r", "--reverse")
     assert last.exit_code == 0
-    told = json.loads(last.stdout)
-    assert [(row["r"], row["seed"]) for row in told["runs"]] == [(16, 0), (16, 1), (4, 0), (4, 1)]
-    assert told["failed"] == {}
-    assert [(row["r"], row["seeds"]) for row in told["over_seeds"]] == [(4, 2), (16, 2)]
+    tree = json.loads(last.stdout)
+    assert [(row["r"], row["seed"]) for row in tree["runs"]] == [(16, 0), (16, 1), (4, 0), (4, 1)]
+    assert tree["failed"] == {}
+    assert [(row["r"], row["seeds"]) for row in tree["over_seeds"]] == [(4, 2), (16, 2)]
 
 
 # Its process -----------------------------------------------------------------------------------------------------
@@ -274,9 +274,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
 def test_a_run_is_a_fresh_process_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, "print(os.getpid(), *sys.argv[1:]); sys.exit(3)")
     assert sweeping.run_one(tmp_path / "r.yaml", tmp_path / "out", tmp_path / "log", cwd=str(tmp_path)) == 3
-    said = (tmp_path / "log").read_text().split()
-    assert said[1:] == ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), "--resume"]
-    assert int(said[0]) != os.getpid()
+    output = (tmp_path / "log").read_text().split()
+    assert output[1:] == ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), "--resume"]
+    assert int(output[0]) != os.getpid()
 
 
 def test_a_run_that_is_asked_to_stop_may_save_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
