@@ -83,7 +83,7 @@ def select(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value]...",
+            metavar="key=value",
             help="Keys of the selector or of the recipe, e.g. data.max_tokens=512: see docs/recipe.md.",
         ),
     ] = None,

@@ -24,7 +24,7 @@ from graftlm.cli.sampling import parse_day, sampling_options
 
 
 def generate(
-    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="The question.")] = None,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="The question.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The question, as an option.")] = None,
     base: BaseOption = "smollm2",
     adapter: AdapterOption = None,

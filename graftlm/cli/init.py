@@ -11,7 +11,7 @@ from graftlm.errors import nearest
 
 def init(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Name of a recipe. Default: list the names.")
+        str | None, typer.Argument(metavar="NAME", help="Name of a recipe. Default: list the names.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write. Default: NAME.yaml.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,

@@ -58,11 +58,11 @@ TodayOption = Annotated[
         help="Date for chat templates that write one: YYYY-MM-DD or now. Default: the day the adapter was trained.",
     ),
 ]
-RecipeArgument = Annotated[Path, typer.Argument(help="Recipe, a YAML file: see docs/recipe.md.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file: see docs/recipe.md.")]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[key=value]...",
+        metavar="key=value",
         help="Overrides, e.g. train.steps=100 or policies.0.ratio=4 (list entries count from 0).",
     ),
 ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def runs(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Folders to search for runs. Default: the current folder."),
+        typer.Argument(metavar="FOLDER", help="Folders to search for runs. Default: the current folder."),
     ] = None,
     sort: SortOption = None,
     reverse: ReverseOption = False,

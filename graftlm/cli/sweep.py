@@ -15,7 +15,7 @@ def sweep(
     grid: Annotated[
         list[str],
         typer.Argument(
-            metavar="key=VALUES...",
+            metavar="key=VALUES",
             help="Values to combine, e.g. lora.r=4,16,64 or seed=0..2. Keys may be shortened to an unambiguous suffix.",
         ),
     ],
