@@ -319,10 +319,10 @@ def _lengths(result: dict[str, Any]) -> str:
     return _rows(rows, _where("lengths", result))
 
 
-def _plan(result: dict[str, Any]) -> str:
+def _estimate(result: dict[str, Any]) -> str:
     worst = result["worst"]
     figure = f"peak memory within {worst['peak_gib']:.0%}, step time within {worst['step_s']:.0%}"
-    return _rows({f"`graft plan` on {len(result['recipes'])} recipes": figure}, _where("plan", result))
+    return _rows({f"`graft estimate` on {len(result['recipes'])} recipes": figure}, _where("estimate", result))
 
 
 def _startup(result: dict[str, Any]) -> str:
@@ -422,7 +422,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefix_sharing": _prefix_sharing,
     "nf4": _nf4,
     "lengths": _lengths,
-    "plan": _plan,
+    "estimate": _estimate,
     "startup": _startup,
     "damaged_rows": _damaged_rows,
     "masks": _masks,

@@ -36,7 +36,7 @@ _DRAFT_AGE_S = 3600
 """A draft that is younger may belong to a process that is writing it now."""
 
 
-class Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     kind: str
     path: Path
     bytes: int
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     """Seconds since 1970."""
 
 
-def entries(kinds: tuple[str, ...] = tuple(KINDS)) -> list[Entry]:
+def entries(kinds: tuple[str, ...] = tuple(KINDS)) -> list[CacheEntry]:
     """What graftlm has written into the cache folder, of these kinds. Links are not followed and not listed."""
     return [_entry(kind, path) for kind in kinds for path in _paths(kind) if _is_ours(kind, path)]
 
@@ -58,7 +58,7 @@ def others() -> list[Path]:
     return top + [path for kind in KINDS for path in _paths(kind) if not _is_ours(kind, path) and not _is_draft(path)]
 
 
-def clear(found: list[Entry]) -> None:
+def clear(found: list[CacheEntry]) -> None:
     """Remove these entries. Raises OutputError for one that cannot be removed."""
     for entry in found:
         assert _is_ours(entry.kind, entry.path)
@@ -87,7 +87,7 @@ def _is_draft(path: Path) -> bool:
     return _DRAFT.fullmatch(path.name) is not None
 
 
-def _entry(kind: str, path: Path) -> Entry:
+def _entry(kind: str, path: Path) -> CacheEntry:
     files = [path, *path.rglob("*")] if path.is_dir() else [path]
     about = [file.lstat() for file in files]
-    return Entry(kind, path, sum(each.st_size for each in about), max(each.st_mtime for each in about))
+    return CacheEntry(kind, path, sum(each.st_size for each in about), max(each.st_mtime for each in about))

@@ -48,10 +48,10 @@ def environment() -> dict[str, Any]:
 def kernels() -> dict[str, Any]:
     """What decides which kernels compute a step: the C++ compiler, whether it builds them, and what was measured."""
     words = compiler() or ()
-    said = system.output(*words, "--version") if words else ""
+    banner = system.output(*words, "--version") if words else ""
     return {
         "compiler": " ".join(words) or None,
-        "compiler_version": said.partition("\n")[0] or None,
+        "compiler_version": banner.partition("\n")[0] or None,
         "unavailable": unavailable(torch.device("cpu"), torch.bfloat16),
         "choices": stored_choices(),
     }

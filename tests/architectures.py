@@ -21,7 +21,8 @@ from graftlm.errors import GraftError
 from graftlm.model.layers.attach import attach, deltas_off, hosts, merged_state, trainable
 from graftlm.model.layers.sites import output_head
 from graftlm.model.passes.forward import check_forward, check_packing, head, hidden_states, packed_attention
-from graftlm.testing import TINY, move, tiny_of
+from graftlm.testing.deltas import move
+from graftlm.testing.tiny import TINY, tiny_of
 
 EXPERTS = {
     "num_experts": 4,

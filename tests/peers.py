@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from graftlm.model.layers.attach import hosts
-from graftlm.testing import move
+from graftlm.testing.deltas import move
 
 LAYERS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

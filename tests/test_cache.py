@@ -73,20 +73,20 @@ def foreign(folder: Path, elsewhere: Path) -> list[Path]:
 
 
 def test_an_empty_cache(folder: Path) -> None:
-    code, said = graft("cache", "list")
+    code, output = graft("cache", "list")
     assert code == 0
-    assert str(folder) in said
+    assert str(folder) in output
     for kind in cache.KINDS:
-        assert f"\n{kind:13} empty " in said
+        assert f"\n{kind:13} empty " in output
     assert graft("cache", "clear") == (0, f"nothing to remove in {folder}\n")
     assert not folder.exists()
 
 
 def test_list_counts_by_kind(folder: Path) -> None:
     fill(folder)
-    code, said = graft("cache", "list")
+    code, output = graft("cache", "list")
     assert code == 0
-    lines = {line.split()[0]: line for line in said.splitlines() if line}
+    lines = {line.split()[0]: line for line in output.splitlines() if line}
     assert "1 entry, 3.0 MiB, 0 days old" in lines["bases"]
     assert "3 entries" in lines["kernels"]
     assert "2 entries, 1.0 MiB, 0 to 3 days old" in lines["rows"]
@@ -94,9 +94,9 @@ def test_list_counts_by_kind(folder: Path) -> None:
 
 def test_list_as_json_names_every_entry_and_what_is_not_ours(folder: Path, tmp_path: Path) -> None:
     entries, others = fill(folder), foreign(folder, tmp_path / "elsewhere")
-    code, said = graft("cache", "list", "--json")
+    code, output = graft("cache", "list", "--json")
     assert code == 0
-    found = json.loads(said)
+    found = json.loads(output)
     assert found["folder"] == str(folder)
     listed = {(entry["kind"], entry["path"]) for entry in found["entries"]}
     assert listed == {(kind, str(path)) for kind, paths in entries.items() for path in paths}
@@ -108,9 +108,9 @@ def test_list_as_json_names_every_entry_and_what_is_not_ours(folder: Path, tmp_p
 
 def test_clear_removes_one_kind(folder: Path) -> None:
     entries = fill(folder)
-    code, said = graft("cache", "clear", "--kind", "rows", "--yes")
+    code, output = graft("cache", "clear", "--kind", "rows", "--yes")
     assert code == 0
-    assert "removed 2 entries" in said
+    assert "removed 2 entries" in output
     for kind, paths in entries.items():
         assert all(path.exists() == (kind != "rows") for path in paths), kind
 
@@ -118,9 +118,9 @@ def test_clear_removes_one_kind(folder: Path) -> None:
 def test_clear_asks_first(folder: Path) -> None:
     entries = fill(folder)
     for answer in ("n\n", "\n", ""):
-        code, said = graft("cache", "clear", input=answer)
+        code, output = graft("cache", "clear", input=answer)
         assert code == 1
-        assert "Remove these" in said
+        assert "Remove these" in output
     assert all(path.exists() for paths in entries.values() for path in paths)
     code, _ = graft("cache", "clear", input="y\n")
     assert code == 0
@@ -157,9 +157,9 @@ def test_a_draft_of_a_running_process_stays(folder: Path) -> None:
 
 def test_an_unknown_kind_is_wrong_usage(folder: Path) -> None:
     fill(folder)
-    code, said = graft("cache", "clear", "--kind", "row", "--yes")
+    code, output = graft("cache", "clear", "--kind", "row", "--yes")
     assert code == 2
-    assert "rows" in said
+    assert "rows" in output
     assert len(cache.entries()) == 8
 
 

@@ -17,7 +17,8 @@ from graftlm.deltas import METHODS
 from graftlm.errors import DataError, OutputError
 from graftlm.model.hub.load import BaseConfig, load_base
 from graftlm.model.layers.attach import attach
-from graftlm.testing import close, logits, move, save_tiny_base, tiny_model, tiny_tokenizer
+from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
+from graftlm.testing.deltas import close, logits, move
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
 
@@ -64,8 +65,8 @@ def test_train_generate_and_chat_work_end_to_end(recipe: Path, base_folder: Path
     assert base.stdout != tuned.stdout
 
     talk = ("chat", "--base", str(base_folder), "--adapter", out, "--max-new-tokens", "8")
-    said = graft(*talk, input="question 3\n/new\n/base\nquestion 3\n/new\n/tuned\nquestion 3\n/quit\n").stdout
-    assert said == tuned.stdout + base.stdout + tuned.stdout, "/base and /tuned switch the delta in mid-conversation"
+    output = graft(*talk, input="question 3\n/new\n/base\nquestion 3\n/new\n/tuned\nquestion 3\n/quit\n").stdout
+    assert output == tuned.stdout + base.stdout + tuned.stdout, "/base and /tuned switch the delta in mid-conversation"
 
 
 def test_chat_names_the_command_that_was_meant(base_folder: Path) -> None:
@@ -165,8 +166,6 @@ def test_rows_are_converted_to_messages(rows: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text().splitlines()[0]) == {"messages": turns}
     with pytest.raises(OutputError, match="exists"):
         graft("data", "convert", str(rows), "--out", str(out))
-    with pytest.raises(DataError, match="no such format to write"):
-        graft("data", "convert", str(rows), "--to", "message", "--out", str(out))
 
 
 def test_labelled_rows_are_converted_by_the_templates_of_a_recipe(tmp_path: Path) -> None:
@@ -176,8 +175,8 @@ def test_labelled_rows_are_converted_by_the_templates_of_a_recipe(tmp_path: Path
     source = f"{{path: {tmp_path}/rows.csv, templates: [{way}]}}"
     recipe.write_text(f"data: {{train: {source}}}\n")
     assert graft("data", "convert", str(recipe), "--out", str(out)).exit_code == 0
-    said = [[turn["content"] for turn in json.loads(line)["messages"]] for line in out.read_text().splitlines()]
-    assert said == [["Is it good? fine", "yes"], ["Is it good? bad", "no"]]
+    output = [[turn["content"] for turn in json.loads(line)["messages"]] for line in out.read_text().splitlines()]
+    assert output == [["Is it good? fine", "yes"], ["Is it good? bad", "no"]]
     recipe.write_text(f"data: {{train: [{source}, {tmp_path}/rows.csv]}}\n")
     with pytest.raises(DataError, match="several sources: convert one after the other"):
         graft("data", "convert", str(recipe), "--out", str(out), "--overwrite")
@@ -222,8 +221,8 @@ def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path:
     )  # fmt: skip
     assert not found["exact"]
     assert {server["server"]: server["accepts"] for server in found["servers"]}["vLLM"]
-    said = graft("export", str(tmp_path / "a"), "--to", "peft", "--out", str(tmp_path / "peft"), *base).stdout
-    assert "it refuses DoRA" in said
+    output = graft("export", str(tmp_path / "a"), "--to", "peft", "--out", str(tmp_path / "peft"), *base).stdout
+    assert "it refuses DoRA" in output
 
 
 @pytest.mark.versions
@@ -232,10 +231,10 @@ def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path:
     move(attach(loaded.model, METHODS["lora"].config(r=4)))
     save_adapter(loaded.model, tmp_path / "a")
     base = ("--base", str(base_folder), "--adapter", str(tmp_path / "a"), "--store", "nf4")
-    said = graft("merge", *base, "--out", str(tmp_path / "merged")).stderr
-    assert "times the change away at" in said
-    assert "the middle one" in said
-    assert "trained on" not in said
+    output = graft("merge", *base, "--out", str(tmp_path / "merged")).stderr
+    assert "times the change away at" in output
+    assert "the middle one" in output
+    assert "trained on" not in output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     close(logits(merged), logits(loaded.model.float()), "graft merge onto nf4", tolerance=1e-4)
     other = graft("merge", *base[:-1], "fp32", "--out", str(tmp_path / "other")).stderr
@@ -244,7 +243,7 @@ def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (("train", "no.yaml"), "no.yaml: no such recipe"),
         (("data", "check", "rows.jsonl", "--mask", "respnse"), "'response'"),
@@ -252,13 +251,48 @@ def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path:
         (("generate", "--base", "./nowhere", "--prompt", "x"), "./nowhere: no such folder"),
     ],
 )
-def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], output: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(ROWS)
     command = [sys.executable, "-m", "graftlm", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert output in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "r.yaml"), "unknown command plan: it is estimate now"),
+        (("train", "r.yaml", "--probe-lr"), "unknown option --probe-lr: it is `graft lr-range RECIPE` now"),
+        (
+            ("train", "r.yaml", "--probe-lr", "--html", "x.html"),
+            "unknown option --probe-lr: it is `graft lr-range RECIPE`",
+        ),
+        (("trian", "r.yaml"), "No such command 'trian'"),
+        (("train",), "Missing argument"),
+        (("export", "adapter", "--to", "onnx", "--out", "o"), "unknown value 'onnx'. There is: delta"),
+        (("merge", "--adapter", "a", "--out", "o", "--dtype", "fp8"), "unknown value 'fp8'. There is: bf16, fp32"),
+        (("data", "convert", "rows.jsonl", "--to", "message", "--out", "o.jsonl"), "Did you mean 'messages'?"),
+        (("data", "select", "rows.jsonl", "--by", "lesss", "--out", "o.jsonl"), "Did you mean 'less'?"),
+        (("sweep", "r.yaml", "seed=0..2", "--on", "slurm"), "unknown value 'slurm'. There is: local, ray"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    result = graft(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_an_interrupted_command_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graftlm.environment.environment", interrupted)
+    monkeypatch.setattr(sys, "argv", ["graft", "env"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
 
 
 @pytest.mark.versions

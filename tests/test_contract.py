@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import graftlm.testing
+import graftlm.testing.contract
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import Base, PeftLayout, Site
 from graftlm.deltas.bitfit import BitFit
@@ -21,17 +21,9 @@ from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.deltas.reslora import ResLora
 from graftlm.deltas.vera import Vera
 from graftlm.model.layers.attach import hosts
-from graftlm.testing import (
-    CONTRACT,
-    attach_tiny,
-    check_method,
-    close,
-    logits,
-    pairs_with,
-    sort_of,
-    tiny_model,
-    two_deltas_compose_as,
-)
+from graftlm.testing import tiny_model
+from graftlm.testing.contract import CONTRACT, check_method, pairs_with, sort_of, two_deltas_compose_as
+from graftlm.testing.deltas import attach_tiny, close, logits
 
 SAMPLE = ("lora", "dora", "ia3", "houlsby", "prefix", "prompt", "norm-tuning", "trainable-tokens")
 """One method for each kind of place in a model: these run with every set of library versions too."""
@@ -55,7 +47,7 @@ def test_method_composes_with_every_other(method: str) -> None:
 
 def test_pairs_of_deltas_meet_every_sort_and_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs: set[tuple[str, str]] = set()
-    monkeypatch.setattr(graftlm.testing, "two_deltas_compose_as", lambda name, other: pairs.add((name, other)))
+    monkeypatch.setattr(graftlm.testing.contract, "two_deltas_compose_as", lambda name, other: pairs.add((name, other)))
     for method in METHODS:
         CONTRACT["two_deltas_compose"](method)
     able = pairs_with("lora")

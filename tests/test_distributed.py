@@ -23,7 +23,8 @@ from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_loss
 from graftlm.model.layers.attach import trainable
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.adamw import adamw
 from tests.test_run import recipe
 from tests.training.test_loop import examples

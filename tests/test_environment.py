@@ -45,7 +45,7 @@ def test_env_says_the_same_to_people(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "rows" / f"{'a' * 32}.safetensors").write_bytes(b"x" * 2**21)
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    found, said = json.loads(graft("env", "--json").stdout), graft("env").stdout
+    found, output = json.loads(graft("env", "--json").stdout), graft("env").stdout
     for part in (
         found["graftlm"],
         found["processor"]["name"],
@@ -53,16 +53,16 @@ def test_env_says_the_same_to_people(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "rows 2.0 MiB",
         *found["packages"].values(),
     ):
-        assert part in said
-    assert f"{found['processor']['cores']}, " in said
-    assert "C++ compiler  none" in said
+        assert part in output
+    assert f"{found['processor']['cores']}, " in output
+    assert "C++ compiler  none" in output
 
 
 def test_init_lists_the_recipes_with_what_they_are_for() -> None:
-    said = graft("init").stdout
+    output = graft("init").stdout
     for name in recipes():
-        assert name in said
-    assert "docstrings" in said
+        assert name in output
+    assert "docstrings" in output
 
 
 @pytest.mark.parametrize("name", list(recipes()))

@@ -12,14 +12,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SKIPPED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "runs")
+SKIPPED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo")
+
+
+def skipped(folder: str, names: list[str]) -> set[str]:
+    """What a clone does not hold; `runs` is a package of graftlm, and elsewhere the folder of what was run."""
+    runs = {"runs"} if Path(folder) == ROOT or ROOT / "benchmarks" in Path(folder).parents else set()
+    return SKIPPED(folder, names) | runs
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[zipfile.ZipFile, tarfile.TarFile]:
     """Both, built from a copy by the setuptools that is installed: nothing is fetched."""
     copy, out = tmp_path_factory.mktemp("source") / "graftlm", tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, copy, ignore=SKIPPED, symlinks=True)
+    shutil.copytree(ROOT, copy, ignore=skipped, symlinks=True)
     script = (
         "import sys; out = sys.argv[1]; from setuptools import build_meta; "  # which writes to sys.argv
         "build_meta.build_wheel(out); build_meta.build_sdist(out)"

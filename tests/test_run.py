@@ -26,7 +26,8 @@ from graftlm.errors import DataError, OutputError, RecipeError, TargetError, Tra
 from graftlm.model.hub.load import BaseConfig, fingerprint, load_base, load_tokenizer
 from graftlm.model.layers.attach import hosts
 from graftlm.recipe import Recipe, read_recipe
-from graftlm.testing import logits, save_tiny_base
+from graftlm.testing import save_tiny_base
+from graftlm.testing.deltas import logits
 
 SUMMARY = {
     "held_out": {"rouge_l": {"base", "tuned"}, "loss_nats": {"base", "tuned"}},

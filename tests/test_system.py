@@ -23,8 +23,8 @@ from graftlm.generation.answer import answer
 from graftlm.generation.generate import generate
 from graftlm.model.layers.attach import attach
 from graftlm.planning.bench import bench
-from graftlm.planning.estimate import plan
-from graftlm.planning.lr_range import probe
+from graftlm.planning.estimate import estimate
+from graftlm.planning.lr_range import lr_range_test
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data, train
 from graftlm.selection.choose import choose
@@ -104,9 +104,9 @@ def test_planning_probing_measuring_and_choosing_leave_the_global_state_alone(
     recipe: Any, base_folder: Path, set_state: None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = global_state()
-    plan(recipe())
+    estimate(recipe())
     assert global_state() == before
-    probe(recipe(), count=4)
+    lr_range_test(recipe(), count=4)
     assert global_state() == before
     monkeypatch.setattr("graftlm.planning.bench.SQUARE", 64)
     bench(str(base_folder), threads=1)

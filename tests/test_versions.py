@@ -13,7 +13,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from graftlm import cli, versions
+from graftlm import versions
+from graftlm.cli.terminal import prepare_libraries
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -140,7 +141,7 @@ def test_the_command_line_warns_once_on_standard_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(versions, "TESTED", {"torch": ("1.0", "1.1")})
-    cli._prepare_libraries()
+    prepare_libraries()
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("warning: torch ")

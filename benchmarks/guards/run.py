@@ -25,7 +25,8 @@ from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import attachment, trainable
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
-from graftlm.testing import attach_tiny, save_tiny_base, tiny_model
+from graftlm.testing import save_tiny_base, tiny_model
+from graftlm.testing.deltas import attach_tiny
 from graftlm.training.callback import ParameterGroup, Training
 from graftlm.training.guards import FEWEST
 from graftlm.training.loop import steps

@@ -258,7 +258,7 @@ OTHER_NAMES: Mapping[str, str] = {
         "no key: torchrun starts several processes, and the loss of a step is the same whatever their number",
     ),
     **_all("use_cpu tf32", "no key: the device is the GPU where there is one; base.store is the dtype"),
-    **_all("auto_find_batch_size", "no key: train.pack_tokens bounds the memory, and graft plan says how much it is"),
+    **_all("auto_find_batch_size", "no key: train.pack_tokens bounds the memory, graft estimate says how much it is"),
     **_all(
         "torch_empty_cache_steps skip_memory_metrics use_cache cast_lm_head_to_fp32 pad_to_multiple_of runtime_config "
         "inference_mode task_type auto_mapping peft_version cache_implementation",

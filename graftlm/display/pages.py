@@ -11,11 +11,11 @@ import jinja2
 
 def page(template: str, **values: Any) -> str:
     """A page from a template of this package; whatever it is given is escaped, and nothing may be missing."""
-    return _compiled(template).render(**values)
+    return _compile(template).render(**values)
 
 
 @cache
-def _compiled(template: str) -> jinja2.Template:
+def _compile(template: str) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -46,7 +46,7 @@ def html(
         loss_curve=_loss_curve(steps),
         answers_curve=_answers_curve(steps),
         rewards_curve=_rewards_curve([*steps, *events]),
-        events=[_told(event) for event in events if event["event"] != NO_SIGNAL],  # the curve has their share
+        events=[_event_row(event) for event in events if event["event"] != NO_SIGNAL],  # the curve has their share
         lengths=_lengths(lengths),
         preflight=preflight,
         rows=rows,
@@ -55,7 +55,7 @@ def html(
     )
 
 
-def _told(event: Mapping[str, Any]) -> tuple[int, str, str]:
+def _event_row(event: Mapping[str, Any]) -> tuple[int, str, str]:
     """(step, what happened, what is known of it)"""
     known = ((key, value) for key, value in event.items() if key not in ("step", "event"))
     shown = ((key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in known)
@@ -63,30 +63,30 @@ def _told(event: Mapping[str, Any]) -> tuple[int, str, str]:
 
 
 def _loss_curve(steps: Sequence[Mapping[str, float]]) -> str:
-    drawn, axis = figure()
+    picture, axis = figure()
     numbers, losses = [s["step"] for s in steps], [s["loss"] for s in steps]
     axis.plot(numbers, losses, color="#2da44e", linewidth=1, alpha=0.4)
     axis.plot(numbers, smoothed(losses), color="#2da44e", linewidth=2)
-    compares = any(_shown(s) for s in steps)
+    compares = any(_compares_answers(s) for s in steps)
     axis.set(xlabel="step", ylabel="loss" if compares else "loss, nats per supervised token")
     rate = axis.twinx()
     rate.plot(numbers, [s["learning_rate"] for s in steps], color="#8b8f96", linewidth=1, linestyle=":")
     rate.set_ylabel("learning rate (dotted)")
-    return svg(drawn)
+    return svg(picture)
 
 
 ANSWERS = {"chosen": "#2da44e", "rejected": "#cf222e"}
 
 
-def _shown(step: Mapping[str, float]) -> bool:
+def _compares_answers(step: Mapping[str, float]) -> bool:
     return any(f"{kind}_log_prob" in step for kind in ANSWERS)
 
 
 def _answers_curve(steps: Sequence[Mapping[str, float]]) -> str:
     """How likely chosen and rejected answers are, and the margin between them; nothing where no answer is compared."""
-    if not any(map(_shown, steps)):
+    if not any(map(_compares_answers, steps)):
         return ""
-    drawn, axis = figure()
+    picture, axis = figure()
     for kind, color in ANSWERS.items():
         there = [s for s in steps if f"{kind}_log_prob" in s]
         found = [s[f"{kind}_log_prob"] for s in there]
@@ -98,7 +98,7 @@ def _answers_curve(steps: Sequence[Mapping[str, float]]) -> str:
         margin = axis.twinx()
         margin.plot([s["step"] for s in margins], [s["margin"] for s in margins], color="#0b6bcb", linestyle=":")
         margin.set_ylabel("margin (dotted)")
-    return svg(drawn)
+    return svg(picture)
 
 
 NO_SIGNAL = "no signal"
@@ -111,7 +111,7 @@ def _rewards_curve(lines: Sequence[Mapping[str, Any]]) -> str:
     there = sorted((line for line in lines if "reward" in line), key=lambda line: line["step"])
     if not there:
         return ""
-    drawn, axis = figure()
+    picture, axis = figure()
     numbers, rewards = [line["step"] for line in there], [line["reward"] for line in there]
     axis.plot(numbers, rewards, color="#2da44e", linewidth=1, alpha=0.4)
     axis.plot(numbers, smoothed(rewards), color="#2da44e", linewidth=2)
@@ -119,14 +119,14 @@ def _rewards_curve(lines: Sequence[Mapping[str, Any]]) -> str:
     share = axis.twinx()
     share.plot(numbers, [line["no_signal"] for line in there], color="#8b8f96", linewidth=1, linestyle=":")
     share.set_ylabel("share of prompts without a signal (dotted)")
-    return svg(drawn)
+    return svg(picture)
 
 
 def _lengths(lengths: Sequence[int]) -> str:
-    drawn, axis = figure(height=2.2)
+    picture, axis = figure(height=2.2)
     axis.hist(lengths, bins=40, color="#0b6bcb")
     axis.set(xlabel="tokens of a row", ylabel="rows")
-    return svg(drawn)
+    return svg(picture)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a run shows in a terminal: the pre-flight report, a row with trained tokens coloured, answers side by side."""
+"""What a run shows in a terminal: the pre-flight report, a row with trained tokens colored, answers side by side."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ ROLE_STYLES = {
 }
 TRAINED = "bold black on green"
 TRAINED_LESS, TRAINED_MORE = "black on pale_green1", "bold white on dark_green"
-ATTENTION = {"control tokens in text", "left out"}
+ATTENTION = {"EOS not in loss", "special tokens in text", "left out"}
 
 
 def preflight(report: Report, title: str = "pre-flight") -> RenderableType:
@@ -46,17 +46,17 @@ def tokens(row: dict[str, Any]) -> RenderableType:
     others by role."""
     text, weights = Text(), [token["weight"] for token in row["tokens"]]
     for token, weight in zip(row["tokens"], weights, strict=True):
-        text.append(token["text"], style=_trained(weight) if weight else ROLE_STYLES[token["role"]])
+        text.append(token["text"], style=_weight_style(weight) if weight else ROLE_STYLES[token["role"]])
     legend = Text.assemble(("trained", TRAINED), "  ")
     for name, some in (("less", [w for w in weights if 0 < w < 1]), ("more", [w for w in weights if w > 1])):
         if some:
-            legend.append(f"with {name} weight", style=_trained(some[0])).append("  ")
+            legend.append(f"with {name} weight", style=_weight_style(some[0])).append("  ")
     for role, style in ROLE_STYLES.items():
         legend.append(f"{role}  ", style=style)
     return Panel(Group(text, Text(), legend), title=Text(row["where"]), title_align="left")
 
 
-def _trained(weight: float) -> str:
+def _weight_style(weight: float) -> str:
     return TRAINED if weight == 1 else TRAINED_LESS if weight < 1 else TRAINED_MORE
 
 
@@ -78,7 +78,7 @@ def side_by_side(samples: Sequence[dict[str, str]]) -> RenderableType:
     """Held-out answers before and after, with what was asked and what was wanted: in columns, or under each other where
     a text is too long to be read in a column."""
     if any(len(text) > COLUMN_CHARACTERS or text.count("\n") > COLUMN_LINES for s in samples for text in s.values()):
-        return Group(Text("held-out answers", style="italic"), *(_stacked(sample) for sample in samples))
+        return Group(Text("held-out answers", style="italic"), *(_full_width(sample) for sample in samples))
     table = Table(title="held-out answers", title_justify="left", show_lines=True, expand=True)
     for name, ratio in COLUMNS.items():
         table.add_column(name, ratio=ratio, style="bold green" if name == "tuned" else "", overflow="fold")
@@ -93,7 +93,7 @@ COLUMN_CHARACTERS, COLUMN_LINES = 300, 8
 """The longest text, and the most line breaks in it, for a column."""
 
 
-def _stacked(sample: dict[str, str]) -> RenderableType:
+def _full_width(sample: dict[str, str]) -> RenderableType:
     """A held-out answer at full width."""
     table = Table.grid(padding=(0, 1), expand=True)
     table.add_column(style="bold", width=max(map(len, COLUMNS)))

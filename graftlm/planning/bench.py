@@ -1,4 +1,4 @@
-"""How fast this machine could train, and how fast it does: `graft bench`, and the measuring that `graft plan` shares.
+"""How fast this machine could train, and how fast it does: `graft bench`, and what `graft estimate` measures with.
 
 The floor of a training token over a frozen base is 4 FLOP for each parameter of the linear layers (2 forward, 2 for
 the gradient of x; none for weights), and 4 for each of the output head where the token is supervised. Divided by the
@@ -7,13 +7,13 @@ machine's rate of matrix products that is a time that no step can be below.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from graftlm.data.batches.pack import Pack, pack
+from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.kernels.backend import Kernels
@@ -21,12 +21,12 @@ from graftlm.model.hub.load import load_base, load_tokenizer, multiplies_bf16_fa
 from graftlm.model.layers.attach import attach, hosts, trainable
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.sites import output_head, transformer_layers
-from graftlm.model.passes.autotune import choose
+from graftlm.model.passes.autotune import Choice, choose
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
 from graftlm.system import preserve_global_state
 from graftlm.training.adamw import adamw, warmup_cosine
-from graftlm.training.loop import TrainConfig, steps, training_pass
+from graftlm.training.loop import Step, TrainConfig, steps, training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.phases import plan_batches
 
@@ -60,32 +60,11 @@ def bench(
     rates = matrix_rates(shapes, device)
     rate = max(rates[_name(dtype)].values())
 
-    attach(model, LoraConfig(r=16, alpha=32))
-    for host in hosts(model).values():
-        host.deltas.train()
-    chosen = plan_batches(TrainConfig(steps=STEPS, batch_rows=ROWS), examples)
-    made = [pack([examples[i] for i in rows], TOKENS) for rows in chosen]
-    choice = choose(model, [each.to(device) for packs in made for each in packs], kernels)
-    backend = choice.backend(model.device, dtype)
-    done = list(
-        steps(
-            model,
-            ([each.to(device) for each in packs] for packs in made),
-            loss="supervised",
-            optimiser=adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0),
-            schedule=warmup_cosine(steps=STEPS, warmup_steps=1),
-            clip=1.0,
-            backend=backend,
-        )
-    )
+    choice, done, parts = _train_lora(model, examples, kernels)
     tokens_per_s = statistics.median(step.tokens / step.wall_s for step in done[1:])
     supervised = sum(step.supervised_tokens for step in done) / sum(step.tokens for step in done)
     needed = flop + supervised * head_flop
     floor = rate * 1e9 / needed
-    with training_pass(model, packed=True, backend=backend):
-        first = made[0][0].to(device)
-        one_pass(model, first)
-        parts = parts_of_time(lambda: one_pass(model, first))
     return {
         "base": base,
         "dtype": _name(dtype),
@@ -103,6 +82,35 @@ def bench(
         "share_of_floor": round(tokens_per_s / floor, 3),
         "parts": {name: round(share, 3) for name, share in parts.items()},
     }
+
+
+def _train_lora(
+    model: Any, examples: Sequence[Example | Group], kernels: Kernels
+) -> tuple[Choice, list[Step], dict[str, float]]:
+    """STEPS steps of LoRA: the kernels that computed them, the steps, and the shares of a pass (`parts_of_time`)."""
+    dtype, device = next(model.parameters()).dtype, model.device
+    attach(model, LoraConfig(r=16, alpha=32))
+    for host in hosts(model).values():
+        host.deltas.train()
+    chosen = plan_batches(TrainConfig(steps=STEPS, batch_rows=ROWS), examples)
+    made = [pack([examples[i] for i in rows], TOKENS) for rows in chosen]
+    choice = choose(model, [each.to(device) for packs in made for each in packs], kernels)
+    backend = choice.backend(device, dtype)
+    done = list(
+        steps(
+            model,
+            ([each.to(device) for each in packs] for packs in made),
+            loss="supervised",
+            optimiser=adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0),
+            schedule=warmup_cosine(steps=STEPS, warmup_steps=1),
+            clip=1.0,
+            backend=backend,
+        )
+    )
+    with training_pass(model, packed=True, backend=backend):
+        first = made[0][0].to(device)
+        one_pass(model, first)
+        return choice, done, parts_of_time(lambda: one_pass(model, first))
 
 
 def linear_shapes(model: Any) -> dict[tuple[int, int], int]:

@@ -1,4 +1,4 @@
-"""`graft train RECIPE --probe-lr`: how large a learning rate may be, and how many rows a step is worth: a short run.
+"""`graft lr-range RECIPE`: a short run that shows how large a learning rate may be, and how many rows a step is worth.
 
 The rate rises from 1e-6 to 1 by the same factor at every step (a range test: Smith 2015, arXiv:1506.01186, with an
 exponential rise) while a fresh delta learns from the recipe's own rows; it is thrown away. What counts of a step is by
@@ -6,10 +6,10 @@ how much its loss is below the base's on the very same rows: rows differ far mor
 and so that difference falls out.
 
 The rate that is suggested lies a factor below the one at which this gain was largest (`BELOW_BEST`): there the steps
-already overshoot, and a run makes more of them at one rate than a probe does. Take it as a place to begin.
+already overshoot, and a run makes more of them at one rate than this test does. It is a rate to begin with.
 
 The first steps, whose rates are too small to change anything, also say how much of a step's gradient is noise
-(`noise.py`).
+(`noise_scale.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,38 +49,40 @@ SMOOTHING = 5
 BELOW_BEST = 5.0
 """Measured: docs/log.md."""
 
-TOO_MUCH = 1.0
-"""Above the start, in the unit of the loss: two steps in a row, and the probe ends."""
+DIVERGED = 1.0
+"""Above the start, in the unit of the loss: two steps in a row, and the test ends."""
 
-QUIET = 0.03
+QUIET_SHARE = 0.03
 """Up to this share of the method's own rate a delta is taken to stand still, for the noise of its gradient."""
 
-LEAST = 8
-"""Gradients from which noise is told, whatever their rates."""
+MIN_GRADIENTS = 8
+"""Gradients from which noise is estimated, whatever their rates."""
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One step of a probe."""
+class Trial:
+    """One step of the test."""
 
     rate: float
     loss: float
     """Of this step's rows, before the step."""
-    before: float
+    base_loss: float
     """Of the same rows without the delta; 0 for objectives other than supervised training."""
 
 
 @preserve_global_state()
-def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS) -> dict[str, Any]:
-    """Try rates on the recipe's rows: what `suggestion` says, "noise", "batch_rows", and "steps", a Tried each.
+def lr_range_test(recipe: Recipe, *, console: Console | None = None, count: int = STEPS) -> dict[str, Any]:
+    """Try rates on the recipe's rows: what `suggestion` returns, "noise", "batch_rows", and "steps", a Trial each.
 
     Rates are those of the first delta; others keep their ratio to it. Raises what `train` would raise before its first
     step, and TrainingError under torchrun. Nothing is written.
     """
     if distributed.count() > 1:
-        raise TrainingError("--probe-lr is for one process: leave torchrun out")
+        raise TrainingError("graft lr-range is for one process: leave torchrun out")
     if recipe.online:
-        raise TrainingError("--probe-lr compares losses of the same rows, and with `online` no two steps have the same")
+        raise TrainingError(
+            "graft lr-range compares losses of the same rows, and with `online` no two steps have the same"
+        )
     console = console or Console(quiet=True)
     config = replace(recipe.train, steps=count, epochs=None, in_turn=False, on_nonfinite="stop")
     recipe = replace(recipe, train=config)
@@ -96,25 +98,26 @@ def probe(recipe: Recipe, *, console: Console | None = None, count: int = STEPS)
     attach_deltas(recipe, model, data.examples, plan)
     _, backend = choose_kernels(recipe, model, data.examples, plan, console=console)
     (turn,) = turns(recipe, model, count, data.aside, backend=backend)
-    watch = Watch(config.batch_rows, METHODS[next(iter(recipe.all_deltas().values())).method].delta.learning_rate)
-    turn.policies.append(watch)
-    tried: list[Tried] = []
+    first = next(iter(recipe.all_deltas().values()))
+    noise = GradientNoise(config.batch_rows, METHODS[first.method].delta.learning_rate)
+    turn.policies.append(noise)
+    trials: list[Trial] = []
     with terminal.progress(console) as bars:
-        bar = bars.add_task("probing", total=count, now="")
+        bar = bars.add_task("LR range", total=count, now="")
         for step in _steps(recipe, model, turn, data.examples, plan):
-            tried.append(step)
+            trials.append(step)
             bars.update(bar, advance=1, now=f"rate {step.rate:.1e}  loss {step.loss:.3f}")
-    noise = watch.noise.found() if watch.noise.count > 1 else None
-    return suggestion(tried) | {
-        "noise": noise,
-        "batch_rows": noise and batch_for(noise),
-        "steps": [vars(step) for step in tried],
+    scale = noise.scale.found() if noise.scale.count > 1 else None
+    return suggestion(trials) | {
+        "noise": scale,
+        "batch_rows": scale and batch_for(scale),
+        "steps": [vars(step) for step in trials],
     }
 
 
 def _steps(
     recipe: Recipe, model: Any, turn: Turn, examples: Sequence[Example | Group], plan: list[list[int]]
-) -> Iterator[Tried]:
+) -> Iterator[Trial]:
     """Steps with rising rates, until the last or until the loss is far above its start or no number any more."""
     of_the_base = recipe.loss.name == "supervised"
     tokens, packed = recipe.train.pack_tokens, recipe.data.pack
@@ -125,112 +128,112 @@ def _steps(
     high = 0
     try:
         for step in turn.steps(recipe, examples, plan, 0):
-            before = 0.0
+            base_loss = 0.0
             if of_the_base:
                 rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]
                 with deltas_off(model):
-                    before = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
-            tried = Tried(rates[step.number - 1], step.loss, before)
-            start = tried.loss - tried.before if start is None else start
-            high = high + 1 if tried.loss - tried.before - start > TOO_MUCH else 0
-            yield tried
+                    base_loss = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
+            trial = Trial(rates[step.number - 1], step.loss, base_loss)
+            start = trial.loss - trial.base_loss if start is None else start
+            high = high + 1 if trial.loss - trial.base_loss - start > DIVERGED else 0
+            yield trial
             if high == 2:
                 return
     except NotFiniteError:
         return
 
 
-def suggestion(tried: Sequence[Tried]) -> dict[str, float | None]:
+def suggestion(trials: Sequence[Trial]) -> dict[str, float | None]:
     """What a range test says, None where it did not show:
 
     learning_rate   to begin with
     best_rate       where the loss was furthest below its start; it had fallen by `fell`
     diverged_rate   from where on it was above its start
     """
-    gains = smoothed_gains(tried)
+    gains = smoothed_gains(trials)
     best, deepest = 0, min(gains)
     for i, gain in enumerate(gains):
         if gain < gains[best]:
             best = i
         elif gains[best] < deepest / 4 and gain > gains[best] / 2:
             break  # a valley, no ripple, and half of it is lost again: what comes after is another story
-    above = [step.rate for step, gain in zip(tried, gains, strict=True) if gain > 0 and step.rate > tried[best].rate]
+    above = [step.rate for step, gain in zip(trials, gains, strict=True) if gain > 0 and step.rate > trials[best].rate]
     fell = -gains[best]
-    found = fell > LITTLE
+    found = fell > MIN_GAIN
     return {
-        "learning_rate": float(f"{tried[best].rate / BELOW_BEST:.1e}") if found else None,
-        "best_rate": tried[best].rate if found else None,
+        "learning_rate": float(f"{trials[best].rate / BELOW_BEST:.1e}") if found else None,
+        "best_rate": trials[best].rate if found else None,
         "fell": fell if found else None,
         "diverged_rate": above[0] if above else None,
     }
 
 
-LITTLE = 0.01
+MIN_GAIN = 0.01
 """Less than this, in the unit of the loss, is nothing."""
 
 
-def smoothed_gains(tried: Sequence[Tried]) -> list[float]:
+def smoothed_gains(trials: Sequence[Trial]) -> list[float]:
     """Loss over that of the start, on the same rows where that is known, averaged over SMOOTHING steps."""
-    raw = [step.loss - step.before for step in tried]
+    raw = [step.loss - step.base_loss for step in trials]
     start = sum(raw[:SMOOTHING]) / len(raw[:SMOOTHING])
     half = SMOOTHING // 2
     parts = [raw[max(0, i - half) : i + half + 1] for i in range(len(raw))]
     return [sum(part) / len(part) - start for part in parts]
 
 
-class Watch(Policy):
+class GradientNoise(Policy):
     """Adds up the gradients of the first steps, while the delta all but stands still."""
 
     def __init__(self, rows: int, usual_rate: float) -> None:
         super().__init__(PolicyConfig(name="noise"))
-        self.rows, self.most = rows, QUIET * usual_rate
-        self.noise = NoiseScale()
+        self.rows, self.max_rate = rows, QUIET_SHARE * usual_rate
+        self.scale = NoiseScale()
 
     def on_grads(self, training: Training) -> None:
-        if training.done < LEAST or training.optimiser.param_groups[0]["lr"] <= self.most:
+        if training.done < MIN_GRADIENTS or training.optimiser.param_groups[0]["lr"] <= self.max_rate:
             gradients = (p.grad for p in training.parameters().values() if p.grad is not None)
-            self.noise.add(gradients, self.rows)
+            self.scale.add(gradients, self.rows)
 
 
-# Shown -----------------------------------------------------------------------------------------------------------
+# Output ----------------------------------------------------------------------------------------------------------
 
 
 def lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
     """What was found, in words."""
-    said = []
+    texts = []
     if found["learning_rate"] is None:
-        said.append("learning rate  none that was tried made the loss fall")
+        texts.append("learning rate  none that was tested made the loss fall")
     else:
-        said.append(
+        texts.append(
             f"learning rate  {found['learning_rate']:.1e} to begin with: the loss fell most, by {found['fell']:.3f}, "
             f"at {found['best_rate']:.1e}"
         )
     if found["diverged_rate"] is not None:
-        said.append(f"               and was above its start from {found['diverged_rate']:.1e} on")
+        texts.append(f"               and was above its start from {found['diverged_rate']:.1e} on")
     noise = found["noise"]
     if noise is None:
-        said.append("batch          no gradient to look at: the optimiser takes it within the backward pass")
+        texts.append("batch          no gradient to look at: the optimizer updates within the backward pass")
     elif noise["noise_rows"] is None:
-        said.append(
+        texts.append(
             f"batch          more than {noise['least_rows']} rows: in so many there was nothing but noise to see"
         )
     else:
-        said.append(
+        texts.append(
             f"batch          about {found['batch_rows']} rows a step, judging by {noise['rows']}: at the start a "
             f"gradient over {noise['noise_rows']:.1f} is half noise, later over more. Here: {recipe.train.batch_rows}"
         )
-    return said
+    return texts
 
 
 def write(file: Path, found: dict[str, Any], recipe: Recipe, *, title: str) -> None:
-    """The page of a probe. Raises OutputError where it cannot be written."""
+    """The page of a test. Raises OutputError where it cannot be written."""
     page = pages.page(
         "table.html.jinja",
         title=title,
         notes=lines(found, recipe),
         picture=_picture(found),
         tables=[
-            ("steps", ["rate", "loss", "before"], [[f"{v:.4g}" for v in step.values()] for step in found["steps"]])
+            ("steps", ["rate", "loss", "base_loss"], [[f"{v:.4g}" for v in step.values()] for step in found["steps"]])
         ],
         damaged={},
     )
@@ -239,18 +242,18 @@ def write(file: Path, found: dict[str, Any], recipe: Recipe, *, title: str) -> N
 
 
 def _picture(found: dict[str, Any]) -> str:
-    tried = [Tried(**step) for step in found["steps"]]
-    rates = [step.rate for step in tried]
-    start = sum(step.loss - step.before for step in tried[:SMOOTHING]) / len(tried[:SMOOTHING])
-    drawn, axis = pages.figure()
-    axis.plot(rates, [s.loss - s.before - start for s in tried], color="#2da44e", linewidth=1, alpha=0.4)
-    axis.plot(rates, smoothed_gains(tried), color="#2da44e", linewidth=2)
-    for key, colour in (("learning_rate", "#0b6bcb"), ("best_rate", "#8b8f96"), ("diverged_rate", "#cf222e")):
+    trials = [Trial(**step) for step in found["steps"]]
+    rates = [step.rate for step in trials]
+    start = sum(step.loss - step.base_loss for step in trials[:SMOOTHING]) / len(trials[:SMOOTHING])
+    figure, axis = pages.figure()
+    axis.plot(rates, [s.loss - s.base_loss - start for s in trials], color="#2da44e", linewidth=1, alpha=0.4)
+    axis.plot(rates, smoothed_gains(trials), color="#2da44e", linewidth=2)
+    for key, color in (("learning_rate", "#0b6bcb"), ("best_rate", "#8b8f96"), ("diverged_rate", "#cf222e")):
         if found[key] is not None:
-            axis.axvline(found[key], color=colour, linestyle=":", label=f"{key.replace('_', ' ')} {found[key]:.1e}")
+            axis.axvline(found[key], color=color, linestyle=":", label=f"{key.replace('_', ' ')} {found[key]:.1e}")
     axis.axhline(0, color="#d8dbe0", linewidth=1)
     axis.set(xscale="log", xlabel="learning rate", ylabel="loss less that of the start")
     if found["fell"]:  # what runs away would hide all else
         axis.set_ylim(-1.5 * found["fell"], 1.5 * found["fell"])
     axis.legend(fontsize="small")
-    return pages.svg(drawn)
+    return pages.svg(figure)

@@ -19,10 +19,10 @@ from graftlm.run import Prepared
 SAMPLED = 200
 """Rows at even distances that are shown whatever they hold."""
 
-MOST_ROWS = 2_000
+MAX_ROWS = 2_000
 """Rows on the page, the suspicious ones included."""
 
-MOST_TOKENS = 4_000
+MAX_TOKENS = 4_000
 """Of one row."""
 
 LISTED = 30
@@ -49,9 +49,11 @@ def html(data: Prepared, config: DataConfig, *, title: str) -> str:
                 others = ", ".join(other for other in entry.rows[:3] if other != where)
                 note = f"{entry.note} ({others})" if entry.note and others else entry.note or others
                 notes.setdefault(where, []).append((finding.kind, note))
-    rows = _chosen(data, notes)
+    rows = _rows_to_show(data, notes)
     shown = [
-        _shown(piece, notes, config.max_tokens) for row in rows for piece in shown_rows([row], data.renderer, config, 1)
+        _row_json(piece, notes, config.max_tokens)
+        for row in rows
+        for piece in shown_rows([row], data.renderer, config, 1)
     ]
     place = {piece["where"]: i for i, piece in reversed(list(enumerate(shown)))}
     findings = []
@@ -69,7 +71,7 @@ def html(data: Prepared, config: DataConfig, *, title: str) -> str:
         histograms=[("prompts", _bars(preflight.prompt_tokens)), ("answers", _bars(preflight.answer_tokens))],
         findings=findings,
         roles=[role.label for role in Role],
-        sampled=f"{len(rows):,} of {total:,} rows: some at even distances, and those that are worth a look."
+        sampled=f"{len(rows):,} of {total:,} rows: a sample at even distances, and those with findings."
         if len(rows) < total
         else "All rows.",
         limit_text=f"{left_out:,} more of these are left out." if left_out else "",
@@ -77,21 +79,21 @@ def html(data: Prepared, config: DataConfig, *, title: str) -> str:
     )
 
 
-def _chosen(data: Prepared, notes: dict[str, Any]) -> list[Row]:
+def _rows_to_show(data: Prepared, notes: dict[str, Any]) -> list[Row]:
     """A sample of the training rows and whatever is noted of any row, in order."""
     sample = set(evenly(len(data.rows), SAMPLED))
     every = [*data.rows, *data.held_out_rows]
     suspicious = [i for i, row in enumerate(every) if row.where in notes and i not in sample]
-    return [every[i] for i in sorted(sample | set(suspicious[: MOST_ROWS - len(sample)]))]
+    return [every[i] for i in sorted(sample | set(suspicious[: MAX_ROWS - len(sample)]))]
 
 
-def _shown(piece: dict[str, Any], notes: dict[str, list[tuple[str, str]]], most: int) -> dict[str, Any]:
+def _row_json(piece: dict[str, Any], notes: dict[str, list[tuple[str, str]]], most: int) -> dict[str, Any]:
     tokens = [[token["text"], token["role"], token["weight"], token["id"]] for token in piece["tokens"]]
     return {
         "where": piece["where"],
         "found": notes.get(piece["where"], []),
-        "tokens": tokens[:MOST_TOKENS],
-        "left": len(tokens) - len(tokens[:MOST_TOKENS]),
+        "tokens": tokens[:MAX_TOKENS],
+        "left": len(tokens) - len(tokens[:MAX_TOKENS]),
         "limit": most,
     }
 

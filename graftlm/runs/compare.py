@@ -1,4 +1,4 @@
-"""Runs that were made: found below folders, compared by what differs in their recipes, drawn. Imports no torch.
+"""Runs that were made: found below folders, compared by what differs in their recipes, plotted. Imports no torch.
 
 A run that is done is a folder with metrics.jsonl, recipe.yaml and summary.json. One that is under way, was stopped or
 was killed has a checkpoints/unfinished.json, which is its recipe, and its metrics.jsonl beside that; whatever else lies
@@ -24,18 +24,18 @@ SEED = "train.seed"
 FIGURES: dict[str, Callable[["Run"], Any]] = {
     "steps": lambda run: len(run.steps),
     "train_loss": lambda run: run.last_loss(),
-    "base_loss": lambda run: run.said("held_out", "loss_nats", "base"),
-    "tuned_loss": lambda run: run.said("held_out", "loss_nats", "tuned"),
-    "base_rouge_l": lambda run: run.said("held_out", "rouge_l", "base"),
-    "tuned_rouge_l": lambda run: run.said("held_out", "rouge_l", "tuned"),
-    "tuned_objective": lambda run: run.said("held_out", "objective", "tuned", "loss"),
-    "tuned_accuracy": lambda run: run.said("held_out", "objective", "tuned", "accuracy"),
-    "tuned_reward": lambda run: run.said("held_out", "objective", "tuned", "reward"),
+    "base_loss": lambda run: run.value("held_out", "loss_nats", "base"),
+    "tuned_loss": lambda run: run.value("held_out", "loss_nats", "tuned"),
+    "base_rouge_l": lambda run: run.value("held_out", "rouge_l", "base"),
+    "tuned_rouge_l": lambda run: run.value("held_out", "rouge_l", "tuned"),
+    "tuned_objective": lambda run: run.value("held_out", "objective", "tuned", "loss"),
+    "tuned_accuracy": lambda run: run.value("held_out", "objective", "tuned", "accuracy"),
+    "tuned_reward": lambda run: run.value("held_out", "objective", "tuned", "reward"),
     "tokens_per_s": lambda run: run.tokens_per_s(),
-    "peak_rss_gib": lambda run: run.said("train", "peak_rss_gib"),
-    "wall_s": lambda run: run.said("train", "wall_s"),
+    "peak_rss_gib": lambda run: run.value("train", "peak_rss_gib"),
+    "wall_s": lambda run: run.value("train", "wall_s"),
 }
-"""What is said of every run, None where it is not known. Losses are in nats per supervised token; `objective` is what
+"""The figures of every run, None where unknown. Losses are in nats per supervised token; `objective` is what
 another loss says of held-out answers, and `accuracy` how often it prefers the right one."""
 
 
@@ -50,7 +50,7 @@ class Run:
     steps: Sequence[Mapping[str, Any]] = ()
     """The lines of metrics.jsonl that are steps."""
 
-    def said(self, *path: str) -> Any:
+    def value(self, *path: str) -> Any:
         """A value of summary.json, or None."""
         found: Any = self.summary
         for key in path:
@@ -68,7 +68,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunTable:
     runs: list[Run]
     damaged: dict[str, str]
     """Folder -> what is wrong with it."""
@@ -81,12 +81,12 @@ class Comparison:
         Raises GraftError for a column that there is not.
         """
         names = short_names(self.differ)
-        places = _places([run.folder for run in self.runs])
+        labels = _labels([run.folder for run in self.runs])
         rows = [
-            {"run": place, "status": run.status}
+            {"run": label, "status": run.status}
             | {names[key]: run.recipe.get(key) for key in self.differ}
             | {name: figure(run) for name, figure in FIGURES.items()}
-            for run, place in zip(self.runs, places, strict=True)
+            for run, label in zip(self.runs, labels, strict=True)
         ]
         if sort is None:
             return rows
@@ -94,7 +94,7 @@ class Comparison:
         if rows and column not in rows[0]:
             raise GraftError(f"--sort {sort}: there is no such column. {nearest(sort, rows[0])}")
         known = [row for row in rows if row[column] is not None]
-        known.sort(key=lambda row: _in_order(row[column]), reverse=reverse)
+        known.sort(key=lambda row: _sort_key(row[column]), reverse=reverse)
         return known + [row for row in rows if row[column] is None]
 
     def over_seeds(self) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ class Comparison:
 
 
 def _gain(run: Run) -> float | None:
-    base, tuned = (run.said("held_out", "loss_nats", side) for side in ("base", "tuned"))
+    base, tuned = (run.value("held_out", "loss_nats", side) for side in ("base", "tuned"))
     return None if base is None or tuned is None else base - tuned
 
 
@@ -140,29 +140,29 @@ SPREAD: dict[str, Callable[[Run], Any]] = {
 """What is averaged over seeds. `gain` is base less tuned: another seed holds out other rows, and each its own base."""
 
 
-def compare(folders: Iterable[str | Path]) -> Comparison:
+def compare(folders: Iterable[str | Path]) -> RunTable:
     """The runs in and below some folders, in the order of their names; damaged ones are named, not fatal.
 
     Raises GraftError for a folder that is not there.
     """
     runs: list[Run] = []
     damaged: dict[str, str] = {}
-    for folder in dict.fromkeys(path for given in folders for path in _below(Path(given))):
+    for folder in dict.fromkeys(path for given in folders for path in _run_folders(Path(given))):
         try:
             runs.append(read_run(folder))
         except (GraftError, OSError, ValueError, KeyError, TypeError) as error:
             damaged[str(folder)] = str(error).strip().splitlines()[0]
-    runs.sort(key=lambda run: _in_order(str(run.folder)))
+    runs.sort(key=lambda run: _sort_key(str(run.folder)))
     recipes = [run.recipe for run in runs if run.recipe]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
-    return Comparison(
+    return RunTable(
         runs=runs,
         damaged=damaged,
         differ=[key for key in keys if any(r.get(key) != recipes[0].get(key) for r in recipes)],
     )
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _run_folders(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise GraftError(f"{folder}: there is no such folder")
     for path, inside, files in os.walk(folder):
@@ -220,7 +220,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest ends of dotted keys by which they can be told from each other, and from the other columns."""
+    """The shortest ends of dotted keys that are unique among them and among the other columns."""
     taken = {"run", "status", "seeds", *FIGURES, *SPREAD}
     names = {}
     for key in keys:
@@ -232,7 +232,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _places(folders: Sequence[Path]) -> list[str]:
+def _labels(folders: Sequence[Path]) -> list[str]:
     """Folders without what all of them begin with."""
     if len(folders) < 2:
         return [str(folder) for folder in folders]
@@ -240,7 +240,7 @@ def _places(folders: Sequence[Path]) -> list[str]:
     return [os.path.relpath(folder.absolute(), common) for folder in folders]
 
 
-def _in_order(value: Any) -> tuple[int, Any]:
+def _sort_key(value: Any) -> tuple[int, Any]:
     """Numbers by size and before words; numbers within words by size too."""
     if isinstance(value, int | float):
         return 0, value
@@ -251,10 +251,10 @@ def _in_order(value: Any) -> tuple[int, Any]:
     return 1, [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-# Shown -----------------------------------------------------------------------------------------------------------
+# Output ----------------------------------------------------------------------------------------------------------
 
 
-def to_json(found: Comparison, sort: str | None = None, *, reverse: bool = False) -> dict[str, Any]:
+def to_json(found: RunTable, sort: str | None = None, *, reverse: bool = False) -> dict[str, Any]:
     """{"runs": [a flat row each], "differ": [dotted keys], "over_seeds": [...], "damaged": {folder: why}}"""
     return {
         "runs": found.rows(sort, reverse=reverse),
@@ -280,7 +280,7 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def html(found: Comparison, rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
+def html(found: RunTable, rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
     """The table and the losses of all steps, as a page."""
     tables = [("runs", *cells(rows))]
     if seeds := found.over_seeds():
@@ -295,20 +295,20 @@ def html(found: Comparison, rows: Sequence[Mapping[str, Any]], *, title: str) ->
     )
 
 
-MOST_NAMED = 20
+MAX_LEGEND_ENTRIES = 20
 """Curves that the legend names."""
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    from matplotlib import colormaps  # with this many lines colours must differ: those of one map, evenly
+    from matplotlib import colormaps  # with this many lines colors must differ: those of one map, evenly
 
-    drawn, axis = pages.figure(height=4.5)
-    for number, (run, place) in enumerate(zip(runs, _places([run.folder for run in runs]), strict=True)):
+    figure, axis = pages.figure(height=4.5)
+    for number, (run, name) in enumerate(zip(runs, _labels([run.folder for run in runs]), strict=True)):
         known = {step["step"]: step["loss"] for step in run.steps if math.isfinite(step["loss"])}
-        colour = colormaps["turbo"]((number + 0.5) / len(runs))
-        label = place if number < MOST_NAMED else None
-        axis.plot(list(known), pages.smoothed(list(known.values())), color=colour, linewidth=1.5, label=label)
+        color = colormaps["turbo"]((number + 0.5) / len(runs))
+        label = name if number < MAX_LEGEND_ENTRIES else None
+        axis.plot(list(known), pages.smoothed(list(known.values())), color=color, linewidth=1.5, label=label)
     axis.set(xlabel="step", ylabel="loss, nats per supervised token (smoothed)")
     if runs:
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    return pages.svg(drawn)
+    return pages.svg(figure)

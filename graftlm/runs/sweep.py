@@ -1,11 +1,11 @@
 """`graft sweep`: a grid of values laid over a recipe, a run for each point, each in a process and a folder of its own.
 
     OUT/recipes/NAME.yaml     the recipe of a point, whole, as it was when the sweep began
-    OUT/logs/NAME.log         what its process said
+    OUT/logs/NAME.log         the output of its process
     OUT/NAME/                 its run
 
-The same command goes on where it was: finished runs are skipped, an unfinished one resumes. One that fails is told and
-does not lose the others.
+The same command resumes the sweep: finished runs are skipped, an unfinished one is resumed. A run that fails is
+reported, and the others go on.
 """
 
 import os
@@ -46,13 +46,13 @@ class Point:
 
 @dataclass
 class Outcome:
-    """What became of the points, by name; those in no list were not begun."""
+    """The points by result; those in no list were not started."""
 
     skipped: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Name -> what its log says of it."""
+    """Name -> the error in its log."""
 
 
 # The grid --------------------------------------------------------------------------------------------------------
@@ -74,16 +74,16 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
             raise RecipeError(f"{setting!r}: {full} was already given")
         axes[full] = values_of(setting, text)
     written, _ = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
-    kinds = {kind: value for key in axes for kind, value in _kinds(key, tree, written) if kind not in axes}
+    kinds = {kind: value for key in axes for kind, value in _config_tags(key, tree, written) if kind not in axes}
     varied = [key for key, values in axes.items() if len(values) > 1] or list(axes)
     names = short_names(varied)
     points, problems = [], []
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        laid_over = [f"{key}={value}" for key, value in (kinds | chosen).items()]
-        name = ",".join(f"{names[key]}={_for_a_file(chosen[key])}" for key in varied) or "run"
+        overrides = [f"{key}={value}" for key, value in (kinds | chosen).items()]
+        name = ",".join(f"{names[key]}={_file_name(chosen[key])}" for key in varied) or "run"
         try:
-            points.append(Point(name, read_recipe(path, laid_over)))
+            points.append(Point(name, read_recipe(path, overrides)))
         except RecipeError as error:
             problems.append(str(error))
     if problems:
@@ -91,21 +91,21 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
     return points
 
 
-def _kinds(key: str, tree: Any, written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What must be said too, so that `delta.r=4` means something where the recipe is silent on `delta`."""
-    inside: list[str] = []
-    said: Any = written
+def _config_tags(key: str, tree: Any, written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, value) of defaults to write out, so that `delta.r=4` means something where the recipe has no `delta`."""
+    parents: list[str] = []
+    own: Any = written
     for part in key.split(".")[:-1]:
-        inside.append(part)
-        tree, said = _inside(tree, part), _inside(said, part)
+        parents.append(part)
+        tree, own = _child(tree, part), _child(own, part)
         for tag in TAGS:
-            if said is None and isinstance(tree, Mapping) and tag in tree:
-                yield ".".join((*inside, tag)), str(tree[tag])
+            if own is None and isinstance(tree, Mapping) and tag in tree:
+                yield ".".join((*parents, tag)), str(tree[tag])
         if not isinstance(tree, Mapping):
             return
 
 
-def _inside(tree: Any, part: str) -> Any:
+def _child(tree: Any, part: str) -> Any:
     """What stands in a mapping under this key, or in a list at this number; None where nothing does."""
     if isinstance(tree, Mapping):
         return tree.get(part)
@@ -126,7 +126,7 @@ def values_of(setting: str, text: str) -> list[str]:
         else:
             values.append(part)
     if len(set(values)) < len(values):
-        raise RecipeError(f"{setting!r}: {max(values, key=values.count)} stands here twice")
+        raise RecipeError(f"{setting!r}: {max(values, key=values.count)} is listed twice")
     return values
 
 
@@ -147,23 +147,23 @@ def _split(text: str) -> list[str]:
 
 def resolve(key: str, tree: Mapping[str, Any]) -> str:
     """The one dotted key of a recipe that is `key` or ends so. Raises RecipeError where there is none, or several."""
-    known = list(_spelled(tree))
+    known = list(_spellings(tree))
     if any(real == key for _, real in known):
         return key
     found = sorted({real for spelled, real in known if spelled == key or spelled.endswith(f".{key}")})
     if len(found) == 1:
         return found[0]
     if found:
-        raise RecipeError(f"{key}: this may be {' or '.join(found)}: write more of it")
+        raise RecipeError(f"{key}: this is ambiguous: {' or '.join(found)}. Write more of the key")
     if key.split(".")[0] in {each.name for each in fields(Recipe)}:
-        return key  # of something that the recipe does not say yet; reading it will tell
+        return key  # the recipe has no such section yet; reading it finds mistakes
     if (other := OTHER_NAMES.get(key.rpartition(".")[2])) is not None:
         raise RecipeError(f"{key}: no key of the recipe ends so. Here it is {other}")
     ends = {".".join(spelled.split(".")[n:]) for spelled, _ in known for n in range(spelled.count(".") + 1)}
     raise RecipeError(f"{key}: no key of the recipe ends so. {nearest(key, ends)}")
 
 
-def _spelled(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str = "") -> Iterator[tuple[str, str]]:
+def _spellings(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str = "") -> Iterator[tuple[str, str]]:
     """(how it may be written, what it is) for every key of a recipe and for what is inside."""
     for key, value in tree.items():
         if "." in key:  # a pattern for names, which no bare key can say
@@ -175,10 +175,10 @@ def _spelled(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str = "
         for word in {key, tag or key}:
             yield ".".join((*spelled, word)), here
             if isinstance(value, Mapping):
-                yield from _spelled(value, (*spelled, word), here)
+                yield from _spellings(value, (*spelled, word), here)
 
 
-def _for_a_file(text: str) -> str:
+def _file_name(text: str) -> str:
     """A value as a part of a folder's name; one that cannot stand there as it is ends in a number made of it."""
     clean = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-.")[:40]
     return clean if clean == text else f"{clean}-{crc32(text.encode()):08x}"
@@ -192,8 +192,8 @@ def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callabl
 
     Raises OutputError where a folder holds a run of another recipe, and where another sweep writes to `out`.
     """
-    if on not in PLACES:
-        raise RecipeError(f"--on {on}: no such place. {nearest(on, PLACES)}")
+    if on not in RUNNERS:
+        raise RecipeError(f"--on {on}: unknown value. {nearest(on, RUNNERS)}")
     with only_writer(out, say=say):
         return _sweep(points, out, on, say)
 
@@ -214,19 +214,19 @@ def _sweep(points: Sequence[Point], out: Path, on: str, say: Callable[[str], Non
     if outcome.skipped:
         say(f"{len(outcome.skipped)} of {len(points)} runs are finished already")
 
-    def ended(point: Point, code: int) -> None:
+    def on_end(point: Point, code: int) -> None:
         number = len(points) - len(todo) + len(outcome.done) + len(outcome.stopped) + len(outcome.failed) + 1
         if code == 0:
             outcome.done.append(point.name)
         elif code == RESUMABLE:
             outcome.stopped.append(point.name)
         else:
-            outcome.failed[point.name] = _error_in(_log_file(out, point)) or _by_signal(code)
-        said = {0: "done", RESUMABLE: "stopped; the same command goes on with it"}.get(code, f"FAILED with code {code}")
-        say(f"{number}/{len(points)} {point.name}: {said}")
+            outcome.failed[point.name] = _error_in(_log_file(out, point)) or _exit_text(code)
+        texts = {0: "done", RESUMABLE: "stopped; run the same command again to resume it"}
+        say(f"{number}/{len(points)} {point.name}: {texts.get(code, f'FAILED with code {code}')}")
 
     with stop_on_signal() as stopping:
-        PLACES[on](todo, out, ended, lambda: stopping.requested)
+        RUNNERS[on](todo, out, on_end, lambda: stopping.requested)
     return outcome
 
 
@@ -257,22 +257,22 @@ def _error_in(file: Path) -> str:
     return (named or lines or [""])[-1]
 
 
-def _by_signal(code: int) -> str:
-    return f"its process ended by signal {signal.Signals(-code).name}" if code < 0 else "its process said nothing"
+def _exit_text(code: int) -> str:
+    return f"its process was ended by signal {signal.Signals(-code).name}" if code < 0 else "its log is empty"
 
 
-Ended = Callable[[Point, int], None]
+OnEnd = Callable[[Point, int], None]
 
 
-def _here(todo: Sequence[Point], out: Path, ended: Ended, stop: Callable[[], bool]) -> None:
+def _run_locally(todo: Sequence[Point], out: Path, on_end: OnEnd, stop: Callable[[], bool]) -> None:
     for point in todo:
-        ended(point, run_one(_recipe_file(out, point), out / point.name, _log_file(out, point), stop=stop))
+        on_end(point, run_one(_recipe_file(out, point), out / point.name, _log_file(out, point), stop=stop))
         if stop():
             return
 
 
-def _on_ray(todo: Sequence[Point], out: Path, ended: Ended, stop: Callable[[], bool]) -> None:
-    """A task for each run: `train.threads` cores, one if that is not said, and a GPU where the cluster has some.
+def _run_on_ray(todo: Sequence[Point], out: Path, on_end: OnEnd, stop: Callable[[], bool]) -> None:
+    """A task for each run: `train.threads` cores, one by default, and a GPU where the cluster has some.
 
     OUT must be a folder that all its machines see by this name, and graftlm be installed there.
     """
@@ -300,16 +300,19 @@ def _on_ray(todo: Sequence[Point], out: Path, ended: Ended, stop: Callable[[], b
         for each in ready:
             point = running.pop(each)
             try:
-                ended(point, ray.get(each))
+                on_end(point, ray.get(each))
             except ray.exceptions.TaskCancelledError:  # before it had begun
                 continue
             except ray.exceptions.RayError as error:
                 with open(_log_file(out, point), "a", encoding="utf-8") as log:
                     log.write(f"{error}\n")
-                ended(point, 1)
+                on_end(point, 1)
 
 
-PLACES: dict[str, Callable[[Sequence[Point], Path, Ended, Callable[[], bool]], None]] = {"local": _here, "ray": _on_ray}
+RUNNERS: dict[str, Callable[[Sequence[Point], Path, OnEnd, Callable[[], bool]], None]] = {
+    "local": _run_locally,
+    "ray": _run_on_ray,
+}
 
 
 def run_one(
@@ -320,29 +323,29 @@ def run_one(
     command = [sys.executable, "-m", "graftlm", "train", str(recipe), "--out", str(folder), "--resume"]
     package = str(Path(graftlm.__file__).parent.parent)
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with open(log, "ab") as said:
+    with open(log, "ab") as output:
         child = subprocess.Popen(  # noqa: S603 (ourselves; in a session of its own, else it had each Ctrl-C twice)
             command,
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": paths},
             cwd=cwd,
             start_new_session=True,
         )
-    asked = False
+    requested = False
     while True:
         try:
-            if stop() and not asked:
-                asked = True
+            if stop() and not requested:
+                requested = True
                 child.terminate()
             return child.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
             continue
         except KeyboardInterrupt:
-            if asked:
+            if requested:
                 child.kill()
                 child.wait()
                 raise
-            asked = True
+            requested = True
             child.terminate()

@@ -186,7 +186,7 @@ class Policy:
         return ""
 
     def state_bytes(self, parameter: nn.Parameter) -> int | None:
-        """What its optimiser keeps of a parameter, for `graft plan`; None where it brings no optimiser."""
+        """What its optimiser keeps of a parameter, for `graft estimate`; None where it brings no optimiser."""
         return None
 
     def waiting(self, training: Training) -> Sequence[nn.Parameter]:

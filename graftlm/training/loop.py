@@ -47,7 +47,7 @@ class TrainConfig:
     """Rows of one optimiser step."""
     learning_rate: PositiveRate | None = None
     """The largest learning rate; by default that of each delta's method (`graft methods` lists them): the smallest that
-    gained 95 % of what the best one did on the job of benchmarks/methods. `--probe-lr` tries rates on your own rows."""
+    gained 95 % of what the best one did on the job of benchmarks/methods. `graft lr-range` tests rates on your rows."""
     in_turn: Flag = False
     """Train several deltas one after another, each for an equal share of the steps, instead of together."""
     schedule: Schedule = "cosine"
@@ -360,7 +360,7 @@ def _memory_explained(model: nn.Module, packs: Sequence[Pack], step: int, checkp
             f"step {step} needs more memory than there is: {str(error).strip().splitlines()[0] if str(error) else ''}\n"
             f"Its largest pack has {largest.ids.numel():,} tokens in {rows} rows, {len(largest.targets):,} of them "
             f"supervised; for each of them every one of {layers} layers keeps {kept} until the backward pass.\n"
-            f"To need less: {'; '.join(knobs)}. `graft plan` says beforehand what a recipe needs"
+            f"To need less: {'; '.join(knobs)}. `graft estimate` says beforehand what a recipe needs"
         ) from None
 
 

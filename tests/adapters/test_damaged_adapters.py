@@ -22,7 +22,8 @@ from graftlm.adapters.store import TEMPLATE, WEIGHTS, load_adapter
 from graftlm.errors import GraftError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attachment, detach
-from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
+from graftlm.testing import tiny_model, tiny_tokenizer
+from graftlm.testing.deltas import close, logits
 from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -29,7 +29,8 @@ from graftlm.model.layers.attach import (
     merged_state,
     parameters_of,
 )
-from graftlm.testing import close, ids, logits, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import close, ids, logits
 from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -22,7 +22,8 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach
-from graftlm.testing import TINY, attach_tiny, close, ids, move, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import attach_tiny, close, ids, move
+from graftlm.testing.tiny import TINY, tiny_gpt2, tiny_model
 from tests.architectures import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")

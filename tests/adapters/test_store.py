@@ -20,7 +20,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import activate, attach, attachment, hosts, merged_state, trainable
-from graftlm.testing import logits, perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import logits, perturbed
 from tests.peers import LAYERS, factors_of_ours, factors_of_peft, peft_model, relative_error
 
 pytestmark = pytest.mark.versions

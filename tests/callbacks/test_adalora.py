@@ -15,7 +15,8 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
 from graftlm.deltas.base import Site
 from graftlm.errors import TrainingError
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy, Training
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples

@@ -16,7 +16,8 @@ from graftlm.data.batches.pack import collate
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.model.layers.attach import attachment, trainable
 from graftlm.recipe import Recipe
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import ParameterGroup, Policy, Training
 from graftlm.training.loop import Step, steps
 from tests.training.test_loop import examples

@@ -12,7 +12,8 @@ from graftlm.callbacks.dylora import DyLoraPolicy, DyLoraPolicyConfig, use_rank
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError
 from graftlm.model.layers.attach import attachment, hosts, trainable
-from graftlm.testing import attach_tiny, logits, perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, logits, perturbed
 from graftlm.training.callback import Policy
 from tests.callbacks.test_callbacks import run, training
 from tests.golden.check import against_reference

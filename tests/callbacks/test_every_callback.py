@@ -15,7 +15,8 @@ from graftlm.config.schema import build, to_tree
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy, Training
 from graftlm.training.checkpoints import put_back, put_deltas_back, take
 from tests.callbacks.test_callbacks import run, training, walk

@@ -10,7 +10,8 @@ from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy, Training
 from tests.callbacks.test_callbacks import run, training
 from tests.callbacks.test_inner_split import with_aside

@@ -11,7 +11,8 @@ from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import merged_state
 from graftlm.model.passes.forward import log_probs, packed_attention
-from graftlm.testing import attach_tiny, perturbed, plain_with, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 

@@ -7,7 +7,8 @@ from graftlm.callbacks.lamda import LamdaPolicy, LamdaPolicyConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
-from graftlm.testing import attach_tiny, perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, perturbed
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 

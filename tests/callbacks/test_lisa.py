@@ -5,7 +5,8 @@ import torch
 from graftlm.callbacks.lisa import Lisa, LisaConfig
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import trainable
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy, Training
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples

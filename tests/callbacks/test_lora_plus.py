@@ -13,7 +13,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, trainable
 from graftlm.recipe import Recipe
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import ParameterGroup, Policy
 from graftlm.training.phases import turns
 from tests.callbacks.test_callbacks import run, training

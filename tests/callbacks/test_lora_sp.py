@@ -8,7 +8,8 @@ from graftlm.callbacks.lora_sp import LoraSp, LoraSpConfig
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import trainable
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import ParameterGroup, Policy, Training
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples

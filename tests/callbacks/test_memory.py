@@ -1,4 +1,4 @@
-"""What a policy says that its optimiser keeps is what it keeps; `graft plan` counts by it."""
+"""What a policy says that its optimiser keeps is what it keeps; `graft estimate` counts by it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from graftlm.callbacks import POLICIES
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import attachment
-from graftlm.planning.estimate import update_bytes
+from graftlm.planning.memory import update_bytes
 from graftlm.recipe import Recipe
 from graftlm.training.callback import Policy
 from tests.callbacks.test_callbacks import run

@@ -8,7 +8,8 @@ import torch
 from graftlm.callbacks.neftune import Neftune, NeftuneConfig
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples

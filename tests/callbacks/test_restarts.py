@@ -14,7 +14,8 @@ from graftlm.callbacks.periodic_lora import PeriodicLora, PeriodicLoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, deltas_off, detach, hosts, merged_state, trainable
-from graftlm.testing import attach_tiny, logits, perturbed, plain_with, tiny_config, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, logits, perturbed, plain_with, tiny_config
 from graftlm.training.adamw import adamw
 from graftlm.training.callback import Policy, Training
 from tests.callbacks.test_callbacks import run, training

@@ -11,7 +11,8 @@ from graftlm.callbacks import POLICIES
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.attach import trainable
-from graftlm.testing import attach_tiny, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny
 from graftlm.training.callback import Policy, Training
 from tests.callbacks.test_callbacks import run, training
 from tests.callbacks.test_inner_split import with_aside

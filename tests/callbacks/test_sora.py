@@ -7,7 +7,8 @@ from graftlm.callbacks.sora import Sora, SoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, hosts
-from graftlm.testing import logits, perturbed, tiny_config, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import logits, perturbed, tiny_config
 from graftlm.training.callback import Policy
 from tests.callbacks.test_callbacks import run, training
 from tests.golden.check import against_reference

@@ -12,7 +12,8 @@ from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import merged_state
 from graftlm.model.passes.forward import log_probs, packed_attention
-from graftlm.testing import attach_tiny, perturbed, plain_with, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
 from graftlm.training.callback import Policy, Training
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples

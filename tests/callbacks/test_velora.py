@@ -11,8 +11,9 @@ from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
-from graftlm.planning.estimate import LiveBytes
-from graftlm.testing import perturbed, tiny_model
+from graftlm.planning.memory import LiveBytes
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy, Training
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples

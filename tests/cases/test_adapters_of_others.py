@@ -20,7 +20,8 @@ from graftlm import cli
 from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, template_of, tokenizer_of
 from graftlm.errors import AdapterError
 from graftlm.model.hub.load import load_base
-from graftlm.testing import close, logits, tiny_model, tiny_tokenizer
+from graftlm.testing import tiny_model, tiny_tokenizer
+from graftlm.testing.deltas import close, logits
 from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")

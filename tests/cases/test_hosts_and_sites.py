@@ -31,7 +31,8 @@ from graftlm.model.layers.attach import activate, attach, by_row, deltas_off, de
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.quantize import QuantisedLinear
 from graftlm.model.layers.sites import find_sites, towers
-from graftlm.testing import close, ids, logits, move, save_tiny_base, tiny_config, tiny_model, tiny_tokenizer
+from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
+from graftlm.testing.deltas import close, ids, logits, move, tiny_config
 
 SMALL = LoraConfig(r=2, alpha=4)
 

@@ -8,7 +8,8 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach, attachment, deltas_off, hosts, merged_state
-from graftlm.testing import attach_tiny, close, logits, move, perturbed, plain_with, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed, plain_with
 
 MERGEABLE = [name for name, method in METHODS.items() if method.mergeable]
 

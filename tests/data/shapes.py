@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftlm.data.sources.formats import Message
-from graftlm.testing import CHATML, tiny_tokenizer
+from graftlm.testing.tiny import CHATML, tiny_tokenizer
 
 
 @dataclass(frozen=True)

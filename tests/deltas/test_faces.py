@@ -12,7 +12,9 @@ from graftlm.deltas.base import AdditiveDelta, Base, Delta, DeltaConfig, Site, W
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import activate, attach, deltas_off, detach, hosts, merged_state, trainable
-from graftlm.testing import CONTRACT, ids, logits, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.contract import CONTRACT
+from graftlm.testing.deltas import ids, logits
 from tests.peers import relative_error
 
 

@@ -35,18 +35,8 @@ from graftlm.model.hub.load import load_base, quantise
 from graftlm.model.layers.attach import _part_with, attach, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.model.layers.quantize import QuantisedLinear
 from graftlm.model.passes.statistics import collect
-from graftlm.testing import (
-    attach_tiny,
-    close,
-    ids,
-    logits,
-    move,
-    plain_with,
-    save_tiny_base,
-    tiny_config,
-    tiny_gpt2,
-    tiny_model,
-)
+from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, plain_with, tiny_config
+from graftlm.testing.tiny import save_tiny_base, tiny_gpt2, tiny_model
 
 TARGETS = ("k_proj", "up_proj")
 """Layers of [16, 32] and [48, 32]: one wide, one tall."""

@@ -8,7 +8,8 @@ import torch
 
 from graftlm.deltas import METHODS
 from graftlm.model.layers.attach import attach, hosts, shared_of
-from graftlm.testing import attach_tiny, close, ids, logits, tiny_config, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, close, ids, logits, tiny_config
 
 LIKE_LORA = ("lora", "dylora", "gated-lora", "moslora", "block-lora", "nlora")
 WITH_A_RANDOM_A = ("multilora", "nola", "lora-mini", "eigenlorax")

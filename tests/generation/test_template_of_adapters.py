@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 import graftlm
 import graftlm.generation.answer as answer_module
+from graftlm.adapters.load import load_with_adapters
 from graftlm.adapters.store import TEMPLATE, load_adapter, save_adapter, template_of
-from graftlm.cli import CHAT_HELP, _load, app
+from graftlm.cli import app
+from graftlm.cli.chat import CHAT_HELP
 from graftlm.config.schema import build
 from graftlm.data.chat import render
 from graftlm.data.sources.formats import Message
@@ -25,7 +27,7 @@ from graftlm.model.layers.attach import attach, attachment, detach
 from graftlm.recipe import Recipe
 from graftlm.run import Result, prepare_data
 from graftlm.runs import check_page
-from graftlm.testing import CHATML, save_tiny_base, tiny_tokenizer
+from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_tokenizer
 from graftlm.training import run_folder
 
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
@@ -67,7 +69,7 @@ def test_python_and_the_command_line_ask_alike(
     assert "answers use its chat template" in said
     assert "edited" not in said
     by_python = asked(model, tokenizer, monkeypatch)
-    by_command = asked(*_load(str(base_folder), [adapter], network=False), monkeypatch)
+    by_command = asked(*load_with_adapters(str(base_folder), [adapter])[:2], monkeypatch)
     assert by_python == by_command
     assert by_python.endswith("<|im_start|>bot\n")
     assert own != by_python

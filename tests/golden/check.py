@@ -16,7 +16,8 @@ from graftlm.adapters import store
 from graftlm.deltas import METHODS
 from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.layers.hosts import LayerHost
-from graftlm.testing import close, ids, logits, perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import close, ids, logits, perturbed
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from graftlm.model.layers.attach import merged_state
-from graftlm.testing import _plain_with, close, ids, logits, perturbed, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import close, ids, load_merged_state, logits, perturbed
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
 
 pytestmark = pytest.mark.versions
@@ -96,4 +97,4 @@ def test_dora_learns_the_magnitude_of_more_layers_than_the_direction() -> None:
 
     against_reference("dora", reference, directions=("gate_proj", "up_proj", "down_proj"))
     model = perturbed("dora", tiny_gpt2(), directions=("c_fc",))  # whose layers have biases
-    close(logits(_plain_with(merged_state(model), tiny_gpt2(seed=5))), logits(model), "merged")
+    close(logits(load_merged_state(merged_state(model), tiny_gpt2(seed=5))), logits(model), "merged")

@@ -22,7 +22,8 @@ from graftlm.deltas.vb_lora import VbLoraConfig
 from graftlm.errors import AdapterError, TargetError
 from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
 from graftlm.model.layers.bases import LinearBase
-from graftlm.testing import attach_tiny, close, ids, logits, move, perturbed, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden import check
 from tests.golden.check import LINEAR, against_peft, against_reference
 

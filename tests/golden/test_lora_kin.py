@@ -12,7 +12,8 @@ from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
 from graftlm.model.layers.attach import activate, attach, hosts, shared_of
 from graftlm.model.layers.hosts import LayerHost
-from graftlm.testing import attach_tiny, close, ids, logits, move, perturbed, tiny_config, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import against_reference
 
 Tensors = Mapping[str, Tensor]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from graftlm.adapters.store import load_adapter
 from graftlm.model.layers.attach import attachment, merged_state
-from graftlm.testing import close
+from graftlm.testing.deltas import close
 from tests.golden.make_peft import CASES, IDS, base
 
 HERE = Path(__file__).parent

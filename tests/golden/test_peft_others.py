@@ -20,7 +20,8 @@ from graftlm.adapters.store import load_adapter
 from graftlm.deltas.lokr import _left
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach, hosts, merged_state, penalty
-from graftlm.testing import attach_tiny, close, logits, perturbed, tiny_config, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import attach_tiny, close, logits, perturbed, tiny_config
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
 
 LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}

@@ -20,7 +20,8 @@ from graftlm.deltas.trainable_tokens import TrainableTokensConfig
 from graftlm.errors import RecipeError, TargetError
 from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
 from graftlm.model.passes.statistics import collect
-from graftlm.testing import attach_tiny, close, ids, logits, move, perturbed, tiny_config, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import against_peft, against_reference
 
 LM = {"task_type": "CAUSAL_LM"}

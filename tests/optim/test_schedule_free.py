@@ -7,7 +7,8 @@ from torch import nn
 from graftlm.data.batches.pack import pack
 from graftlm.model.layers.attach import trainable
 from graftlm.optim.schedule_free import ScheduleFree, ScheduleFreeConfig
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.adamw import warmup_cosine
 from graftlm.training.callback import ParameterGroup
 from tests.callbacks.test_callbacks import run, training

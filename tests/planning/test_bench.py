@@ -11,7 +11,8 @@ import graftlm.planning.bench as bench_module
 from graftlm.cli import app
 from graftlm.data.batches.pack import Example, collate
 from graftlm.planning.bench import linear_shapes, one_pass, parts_of_time
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.loop import training_pass
 
 PARTS = {"matrix products", "attention", "head and loss", "element-wise", "rest"}

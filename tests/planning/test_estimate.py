@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import graftlm.planning.estimate as plan_module
+import graftlm.planning.estimate as estimate_module
 from graftlm.cli import app
 from graftlm.config.schema import build, to_yaml
 from graftlm.data.batches.pack import Pack
@@ -22,11 +22,15 @@ from graftlm.model.hub.load import load_base, load_tokenizer
 from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
 from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
-from graftlm.planning.estimate import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernels, live_bytes, plan, shape_of
+from graftlm.planning import layers, memory, step_time
+from graftlm.planning.estimate import estimate
+from graftlm.planning.memory import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernel_count, live_bytes
+from graftlm.planning.packs import shape_of
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
 from graftlm.system import kernel_cache_capacity
-from graftlm.testing import save_tiny_base, tiny_config
+from graftlm.testing import save_tiny_base
+from graftlm.testing.deltas import tiny_config
 from graftlm.training import loop
 from graftlm.training.phases import attach_deltas
 
@@ -51,7 +55,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here asks how long anything takes."""
-    monkeypatch.setattr(plan_module, "TRIES", 1)
+    monkeypatch.setattr(step_time, "TRIES", 1)
 
 
 def recipe(base_: Path, rows: Path, /, **sections: Any) -> Recipe:
@@ -100,7 +104,7 @@ def test_activations_are_those_of_the_whole_model(name: str, checkpointing: bool
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plan_tells_of_these_activations(checkpointing: bool, base: Path, rows: Path) -> None:
     made = recipe(base, rows, train={"checkpointing": checkpointing})
-    planned = plan(made)["parts"]["memory_gib"]["activations"]
+    planned = estimate(made)["parts"]["memory_gib"]["activations"]
     heap = HEAP_CHECKPOINTED if checkpointing else HEAP
     assert planned * GIB / heap == pytest.approx(exact_activations(made), abs=0.001 * GIB), "rounded"
 
@@ -109,9 +113,9 @@ def exact_activations(made: Recipe) -> float:
     """In bytes: what `plan` rounds."""
     data = prepare_data(made, load_tokenizer(made.base))
     largest = shape_of(made, data.examples).largest
-    sketched, groups = plan_module.with_deltas(made)
-    plan_module.with_teacher(made, sketched)
-    return plan_module._over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
+    sketched, groups = layers.with_deltas(made)
+    layers.with_teacher(made, sketched)
+    return layers.over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
 
 
 def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -120,14 +124,14 @@ def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_p
     made = recipe(base, rows, loss=loss)
     model, largest = loaded(made)
     assert exact_activations(made) == pytest.approx(live_bytes(made, model, largest), rel=0.02)
-    teacher = plan_module.with_teacher(made, plan_module.with_deltas(made)[0])
+    teacher = layers.with_teacher(made, layers.with_deltas(made)[0])
     real = load_base(str(larger), store="fp32").model
     assert teacher is not None
     assert teacher.sketch.base_bytes == sum(4 * t.numel() for t in (*real.parameters(), *real.buffers()))
-    found = plan(made)
+    found = estimate(made)
     assert "teacher" in found["parts"]["memory_gib"]
     assert found["parts"]["time_s"]["other layers of the teacher"] >= 0
-    alone = plan(recipe(base, rows))["parts"]
+    alone = estimate(recipe(base, rows))["parts"]
     assert "teacher" not in alone["memory_gib"]
     assert "other layers of the teacher" not in alone["time_s"]
 
@@ -145,10 +149,10 @@ def test_kernels_are_counted_for_every_length_of_a_pack_and_of_a_segment(base: P
     assert len(of_segments) >= 2 * len(segments), "queries on keys, and probabilities on values"
     shape = shape_of(made, prepare_data(made, load_tokenizer(made.base)).examples)
     once = replace(shape, lengths=(1, len(segments)))
-    assert kernels(products, once) == len(products)
-    assert kernels(products, replace(shape, lengths=(10**6, 0))) == kernel_cache_capacity()
-    assert kernels(products, replace(shape, lengths=(1, 0))) < len(products)
-    assert kernels(set(), shape) == 0, "float32 products go elsewhere"
+    assert kernel_count(products, once) == len(products)
+    assert kernel_count(products, replace(shape, lengths=(10**6, 0))) == kernel_cache_capacity()
+    assert kernel_count(products, replace(shape, lengths=(1, 0))) < len(products)
+    assert kernel_count(set(), shape) == 0, "float32 products go elsewhere"
 
 
 def test_live_bytes_are_those_in_use_at_one_time() -> None:
@@ -170,10 +174,10 @@ def test_live_bytes_are_those_in_use_at_one_time() -> None:
 def test_trainable_parameters_are_those_of_a_run_whatever_the_method(name: str, base: Path) -> None:
     config = tiny_config(name)
     made = sketch(str(base), [0])
-    plan_module.attach(made.model, config, start=False)
+    attach(made.model, config, start=False)
     sketched = [(key, p.shape) for key, p in trainable(made.model).items()]
     model = load_base(str(base), store="fp32").model
-    plan_module.attach(model, config, start=False)
+    attach(model, config, start=False)
     assert sketched == [(key, p.shape) for key, p in trainable(model).items()]
     assert sum(shape.numel() for _, shape in sketched) == sum(p.numel() for p in parameters_of(model, "default"))
 
@@ -188,14 +192,14 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", loads)
     monkeypatch.setattr(safetensors, "safe_open", loads)
     monkeypatch.setattr("graftlm.model.hub.load.load_base", loads)
-    found = plan(recipe(base, rows))
+    found = estimate(recipe(base, rows))
     assert found.keys() >= {"peak_gib", "step_s", "tokens_per_s", "parts", "advice"}
     memory = found["parts"]["memory_gib"]
     assert memory.keys() == {
-        "process", "base", "deltas", "gradients_and_optimiser", "activations", "kernels", "loading"
+        "process", "base", "deltas", "gradients_and_optimizer", "activations", "kernels", "loading"
     }  # fmt: skip
     assert found["parts"]["time_s"].keys() == {
-        "matrix products", "attention", "head and loss", "element-wise", "rest", "optimiser"
+        "matrix products", "attention", "head and loss", "element-wise", "rest", "optimizer"
     }  # fmt: skip
     assert found["peak_gib"] >= memory["process"] + memory["base"]
     assert found["tokens_per_s"] > 0
@@ -213,8 +217,9 @@ def test_passes_are_computed_by_the_backend_of_a_run(
         return loop.training_pass(model, **settings)
 
     made = recipe(base, rows, base={"store": "bf16"})
-    monkeypatch.setattr(plan_module, "training_pass", spied)
-    plan(replace(made, train=replace(made.train, kernels=kernels)))
+    for module in (memory, step_time):
+        monkeypatch.setattr(module, "training_pass", spied)
+    estimate(replace(made, train=replace(made.train, kernels=kernels)))
     assert len(seen) > 2
     assert len(set(map(id, seen))) == 1
     ours = kernels == "auto" and not unavailable(torch.device("cpu"), torch.bfloat16)
@@ -224,7 +229,7 @@ def test_passes_are_computed_by_the_backend_of_a_run(
 def test_a_backend_that_cannot_compute_is_refused(base: Path, rows: Path) -> None:
     made = recipe(base, rows)
     with pytest.raises(TrainingError, match=r"train.kernels: ours: .*float32 on cpu"):
-        plan(replace(made, train=replace(made.train, kernels="ours")))
+        estimate(replace(made, train=replace(made.train, kernels="ours")))
 
 
 def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
@@ -236,9 +241,9 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
         assert made.base_bytes == weights + buffers
         assert made.file_bytes == (base / "model.safetensors").stat().st_size
     sites = 7 * LAYERS
-    found = plan(recipe(base, rows))
+    found = estimate(recipe(base, rows))
     assert found["trainable_parameters"] == sum(
-        p.numel() for p in trainable(plan_module.with_deltas(recipe(base, rows))[0].model).values()
+        p.numel() for p in trainable(layers.with_deltas(recipe(base, rows))[0].model).values()
     )
     assert found["trainable_parameters"] == LAYERS * 4 * sum(
         d_in + d_out for d_in, d_out in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
@@ -249,7 +254,7 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
 def test_layers_are_of_one_kind_where_they_need_the_same(base: Path, rows: Path) -> None:
     def kinds(delta: dict[str, Any]) -> list[list[int]]:
         made = sketch(str(base), [0])
-        plan_module._attached(recipe(base, rows, delta=delta), made)
+        layers._attach_all(recipe(base, rows, delta=delta), made)
         return kinds_of_layer(made)
 
     assert kinds(DELTAS["lora"]) == [[0], [1, 2, 3, 4, 5, 6]]  # the lowest passes no gradient on
@@ -267,18 +272,18 @@ def test_the_whole_sketch_is_there_again_afterwards(base: Path) -> None:
 
 
 def test_where_memory_is_short_the_knobs_are_named(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "free_gib", lambda device: 0.0)
-    monkeypatch.setattr(plan_module, "LIBRARIES_GIB", 5.0)
-    said = " ".join(plan(recipe(base, rows))["advice"])
+    monkeypatch.setattr(estimate_module, "free_gib", lambda device: 0.0)
+    monkeypatch.setattr(estimate_module, "LIBRARIES_GIB", 5.0)
+    text = " ".join(estimate(recipe(base, rows))["advice"])
     for knob in ("train.pack_tokens=100", "train.checkpointing=true", "base.store=bf16"):
-        assert knob in said
+        assert knob in text
 
 
 def test_where_memory_is_ample_waste_is_named(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "free_gib", lambda device: 1000.0)
-    said = " ".join(plan(recipe(base, rows, train={"checkpointing": True, "pack_tokens": 60}))["advice"])
-    assert "train.checkpointing=false" in said
-    assert "train.pack_tokens: a pack has" in said
+    monkeypatch.setattr(estimate_module, "free_gib", lambda device: 1000.0)
+    text = " ".join(estimate(recipe(base, rows, train={"checkpointing": True, "pack_tokens": 60}))["advice"])
+    assert "train.checkpointing=false" in text
+    assert "train.pack_tokens: a pack has" in text
 
 
 @pytest.mark.parametrize(
@@ -292,7 +297,7 @@ def test_a_plan_says_what_the_deltas_and_the_codes_of_the_whole_base_reach(
     folder = save_tiny_base(tmp_path / "base", model_type=kind, num_hidden_layers=LAYERS, **more)
     delta = {"method": "lora", "r": 2, "targets": targets[kind]}
     made = recipe(folder, rows, base={"name": str(folder), "store": "nf4"}, delta=delta)
-    found = plan(made)
+    found = estimate(made)
     model = load_base(made.base).model
     attach(model, made.all_deltas()["default"])
     assert found["coverage"] == coverage(model).to_json()
@@ -304,10 +309,10 @@ def test_a_plan_says_what_the_deltas_and_the_codes_of_the_whole_base_reach(
 def test_the_command_prints_json_and_text(base: Path, rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(base, rows)))
-    shown = CliRunner().invoke(app, ["plan", str(file), "train.pack_tokens=100", "--json"])
+    shown = CliRunner().invoke(app, ["estimate", str(file), "train.pack_tokens=100", "--json"])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["largest_pack"]["tokens"] <= 100
-    text = CliRunner().invoke(app, ["plan", str(file)]).stdout
+    text = CliRunner().invoke(app, ["estimate", str(file)]).stdout
     assert "peak memory" in text
     assert "deltas sit on 100% of the decoder's weights" in text
     assert "tokens/s" in text

@@ -531,15 +531,15 @@ def test_what_cannot_be_is_refused_with_its_reason(
         recipe(base_folder, prompts, loss, **sections)
 
 
-def test_plans_and_range_tests_say_that_they_cannot(base_folder: Path, prompts: Path) -> None:
-    from graftlm.planning.estimate import plan
-    from graftlm.planning.lr_range import probe
+def test_estimates_and_range_tests_say_that_they_cannot(base_folder: Path, prompts: Path) -> None:
+    from graftlm.planning.estimate import estimate
+    from graftlm.planning.lr_range import lr_range_test
 
     made = recipe(base_folder, prompts)
     with pytest.raises(TrainingError, match="the model writes them as it goes"):
-        plan(made)
+        estimate(made)
     with pytest.raises(TrainingError, match="no two steps have the same"):
-        probe(made)
+        lr_range_test(made)
 
 
 def test_a_prompt_is_an_example_of_which_nothing_is_trained(base_folder: Path, prompts: Path) -> None:

@@ -114,7 +114,7 @@ def test_of_many_rows_some_are_shown_and_all_that_are_worth_a_look(
     data = prepared(tmp_path, base_folder, loaded, rows)
     numbers = [int(row["where"].rpartition(":")[2]) - 1 for row in json.loads(Page(html(data)).scripts[0])]
     assert numbers == [0, 10, 13, 20, 30, 31, 40]
-    monkeypatch.setattr(check_page, "MOST_ROWS", 6)
+    monkeypatch.setattr(check_page, "MAX_ROWS", 6)
     text = html(data)
     assert len(json.loads(Page(text).scripts[0])) == 6
     assert "1 more of these are left out" in text
@@ -125,9 +125,9 @@ def test_held_out_rows_that_were_trained_on_are_on_the_page(tmp_path: Path, base
     held.write_text(json.dumps({"prompt": "a question", "completion": "an answer"}) + "\n")
     data = prepared(tmp_path, base_folder, loaded, [("a question", "an answer"), ("b", "c")], held_out=str(held))
     shown = json.loads(Page(html(data)).scripts[0])
-    assert shown[0]["found"] == [["also held out", f"the same row ({held}:1)"]]
+    assert shown[0]["found"] == [["train/held-out overlap", f"the same row ({held}:1)"]]
     assert shown[-1]["where"] == f"{held}:1"
-    assert shown[-1]["found"][0][0] == "also held out"
+    assert shown[-1]["found"][0][0] == "train/held-out overlap"
 
 
 def test_histograms_show_every_row_once(tmp_path: Path, base_folder: Path, loaded: Any) -> None:

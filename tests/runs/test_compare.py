@@ -184,10 +184,10 @@ def test_the_command_prints_a_table_json_and_a_page(tmp_path: Path) -> None:
     for seed in (0, 1):
         make(tmp_path / f"s{seed}", train_seed=seed, delta_targets=["q_proj", "v_proj"] if seed else "all-linear")
     make(tmp_path / "s2", train_seed=2)
-    told = json.loads(graft(tmp_path, "--json", "--sort", "seed", "--reverse").stdout)
-    assert told.keys() == {"runs", "differ", "over_seeds", "damaged"}
-    assert [row["seed"] for row in told["runs"]] == [2, 1, 0]
-    assert told["differ"] == ["delta.targets", "train.seed"]
+    tree = json.loads(graft(tmp_path, "--json", "--sort", "seed", "--reverse").stdout)
+    assert tree.keys() == {"runs", "differ", "over_seeds", "damaged"}
+    assert [row["seed"] for row in tree["runs"]] == [2, 1, 0]
+    assert tree["differ"] == ["delta.targets", "train.seed"]
     shown = graft(tmp_path, "--html", tmp_path / "page.html")
     for word in ("tuned loss", "s1", "finished", "over seeds"):
         assert word in shown.stdout
@@ -197,7 +197,7 @@ def test_the_command_prints_a_table_json_and_a_page(tmp_path: Path) -> None:
     for fetching in ("src=", "<link", "<script", "url(http", "@import"):
         assert fetching not in page
     (tmp_path / "empty").mkdir()
-    assert "no run here" in graft(tmp_path / "empty").stdout
+    assert "no run found" in graft(tmp_path / "empty").stdout
     assert json.loads(graft(tmp_path / "empty", "--json").stdout)["runs"] == []
 
 

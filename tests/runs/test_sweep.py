@@ -61,7 +61,7 @@ def test_values_are_listed_or_counted_out(text: str, values: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("2..0", "smaller number first"), ("0.1..0.5", "whole numbers"), ("1,2,1", "1 stands"), ("0..2,1", "twice")],
+    [("2..0", "smaller number first"), ("0.1..0.5", "whole numbers"), ("1,2,1", "listed twice"), ("0..2,1", "twice")],
 )  # fmt: skip
 def test_a_range_that_is_none_is_refused(text: str, why: str) -> None:
     with pytest.raises(RecipeError, match=why):
@@ -118,7 +118,7 @@ def test_a_key_that_is_none_or_several_is_refused_with_what_is_near(recipe: Path
         grid(recipe, ["dora.r=4"])
     two = recipe.with_name("two.yaml")
     two.write_text("data: {train: x}\ndeltas: {a: {method: lora}, b: {method: lora}}\n")
-    with pytest.raises(RecipeError, match=r"deltas.a.r or deltas.b.r: write more of it"):
+    with pytest.raises(RecipeError, match=r"this is ambiguous: deltas.a.r or deltas.b.r\. Write more"):
         grid(two, ["lora.r=4"])
     assert grid(two, ["a.r=4,8"])[1].recipe.deltas["a"].r == 8  # type: ignore[attr-defined]
     with pytest.raises(RecipeError, match="was already given"):
@@ -177,20 +177,20 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
 def test_a_failed_run_is_told_and_loses_no_other_and_the_same_again_does_what_is_left(
     recipe: Path, trainer: Trainer, tmp_path: Path
 ) -> None:
-    points, said = grid(recipe, ["r=2,4", "seed=0..1"]), list[str]()
+    points, output = grid(recipe, ["r=2,4", "seed=0..1"]), list[str]()
     names = [point.name for point in points]
     trainer.codes = {names[1]: 1, names[2]: RESUMABLE}
-    outcome = sweep(points, tmp_path / "out", say=said.append)
+    outcome = sweep(points, tmp_path / "out", say=output.append)
     assert trainer.ran == names
     assert outcome == Outcome(done=[names[0], names[3]], stopped=[names[2]], failed={names[1]: f"said by {names[1]}"})
-    assert len(said) == 4
-    assert f"2/4 {names[1]}: FAILED with code 1" in said
+    assert len(output) == 4
+    assert f"2/4 {names[1]}: FAILED with code 1" in output
     trainer.ran.clear()
-    again = sweep(points, tmp_path / "out", say=said.append)
+    again = sweep(points, tmp_path / "out", say=output.append)
     assert trainer.ran == [names[1], names[2]]
     assert again == Outcome(skipped=[names[0], names[3]], done=[names[1], names[2]])
     assert [row["run"] for row in compare([tmp_path / "out"]).rows()] == names
-    assert sweep(points, tmp_path / "out", say=said.append).skipped == names
+    assert sweep(points, tmp_path / "out", say=output.append).skipped == names
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_failed_run_is_told_and_loses_no_other_and_the_same_again_does_what_is
         ("reading\nDataError: rows.jsonl: 2 rows cannot be used:\n  1: no answer\n  2: no answer\n", "DataError: rows"),
         ("Traceback\n  File x\nValueError: no\n\nTraceback\nRuntimeError: out of memory\n", "RuntimeError: out of"),
         ("step 4\nKilled\n\n", "Killed"),
-        ("", "its process ended by signal SIGKILL"),
+        ("", "its process was ended by signal SIGKILL"),
     ],
 )
 def test_what_failed_is_read_off_the_log(
@@ -253,10 +253,10 @@ def test_the_command_prints_the_table_of_runs_and_says_what_failed(
     assert graft().exit_code == RESUMABLE
     last = graft("--json", "--sort", "r", "--reverse")
     assert last.exit_code == 0
-    told = json.loads(last.stdout)
-    assert [(row["r"], row["seed"]) for row in told["runs"]] == [(16, 0), (16, 1), (4, 0), (4, 1)]
-    assert told["failed"] == {}
-    assert [(row["r"], row["seeds"]) for row in told["over_seeds"]] == [(4, 2), (16, 2)]
+    tree = json.loads(last.stdout)
+    assert [(row["r"], row["seed"]) for row in tree["runs"]] == [(16, 0), (16, 1), (4, 0), (4, 1)]
+    assert tree["failed"] == {}
+    assert [(row["r"], row["seeds"]) for row in tree["over_seeds"]] == [(4, 2), (16, 2)]
 
 
 # Its process -----------------------------------------------------------------------------------------------------
@@ -274,9 +274,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
 def test_a_run_is_a_fresh_process_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, "print(os.getpid(), *sys.argv[1:]); sys.exit(3)")
     assert sweeping.run_one(tmp_path / "r.yaml", tmp_path / "out", tmp_path / "log", cwd=str(tmp_path)) == 3
-    said = (tmp_path / "log").read_text().split()
-    assert said[1:] == ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), "--resume"]
-    assert int(said[0]) != os.getpid()
+    output = (tmp_path / "log").read_text().split()
+    assert output[1:] == ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), "--resume"]
+    assert int(output[0]) != os.getpid()
 
 
 def test_a_run_that_is_asked_to_stop_may_save_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

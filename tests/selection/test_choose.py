@@ -22,7 +22,7 @@ from graftlm.run import prepare_data
 from graftlm.selection import SELECTORS, choose
 from graftlm.selection.base import Pool
 from graftlm.selection.ifd import IfdConfig
-from graftlm.testing import CHATML, tiny_tokenizer
+from graftlm.testing.tiny import CHATML, tiny_tokenizer
 from tests.selection.conftest import some_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -165,7 +165,6 @@ def test_what_is_there_is_not_overwritten(base_folder: Path, rows_file: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--by", "ifdd", "--keep", "2"], "Did you mean 'ifd'"),
         (["--by", "ifd"], "say how many to keep"),
         (["--by", "ifd", "--keep", "1.5"], "keep"),
         (["--by", "ifd", "--keep", "2", "bnad=low"], "bnad: unknown key"),

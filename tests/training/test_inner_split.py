@@ -11,7 +11,8 @@ import graftlm
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.passes.forward import log_probs, packed_attention
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.inner_split import loss_aside, put_aside
 from tests.callbacks.test_callbacks import training
 from tests.training.test_loop import examples

@@ -18,7 +18,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.model.layers.attach import attach, trainable
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.adamw import adamw, learning_rate_factor, warmup_cosine
 from graftlm.training.loop import TrainConfig
 
@@ -276,7 +277,7 @@ def test_memory_that_runs_out_is_explained(error: Exception, monkeypatch: pytest
     message = str(raised.value)
     assert f"largest pack has {packs[0].ids.numel()} tokens in 3 rows, {len(packs[0].targets)} of them" in message
     assert "every one of 2 layers keeps what it computed" in message
-    for knob in ("train.checkpointing", "train.pack_tokens", "base.store", "graft plan"):
+    for knob in ("train.checkpointing", "train.pack_tokens", "base.store", "graft estimate"):
         assert knob in message
     with pytest.raises(TrainingError, match=r"keeps its input until[\s\S]*lower data.max_tokens") as raised:
         run(model.bfloat16(), [[collate(examples(1))]], checkpointing=True)

@@ -18,7 +18,8 @@ from graftlm.losses import LOSSES
 from graftlm.model.layers.attach import activate, attach, deltas_off, trainable
 from graftlm.model.passes.forward import hidden_states, log_probs, packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
-from graftlm.testing import move, perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import move, perturbed
 from graftlm.training.objective import Objective, Sums, beside
 from graftlm.training.teacher import TEACHER
 

@@ -20,7 +20,8 @@ from graftlm.losses import LOSSES
 from graftlm.model.layers.attach import attach, deltas_off, trainable
 from graftlm.model.passes.forward import packed_attention
 from graftlm.recipe import Recipe
-from graftlm.testing import perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import perturbed
 from graftlm.training.objective import Objective
 from graftlm.training.regularizers import REGULARISERS, check_regularisers, terms
 from tests.training.test_objective import answered, items, moved

@@ -26,7 +26,7 @@ from graftlm.config.trees import differences
 from graftlm.data.chat import render
 from graftlm.errors import GraftError, OutputError, TrainingError
 from graftlm.recipe import Recipe
-from graftlm.testing import CHATML, save_tiny_base
+from graftlm.testing.tiny import CHATML, save_tiny_base
 from graftlm.training import run_folder
 from graftlm.training.checkpoints import FACTS, MANIFEST, STATE
 from tests.test_run import adapter

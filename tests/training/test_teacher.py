@@ -21,7 +21,8 @@ from graftlm.model.layers.attach import attach, base_parameters, hosts, trainabl
 from graftlm.model.passes.forward import hidden_states, packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.recipe import Recipe
-from graftlm.testing import move, perturbed, save_tiny_base, tiny_model
+from graftlm.testing import save_tiny_base, tiny_model
+from graftlm.testing.deltas import move, perturbed
 from graftlm.training.checkpoints import FACTS
 from graftlm.training.objective import Objective
 from graftlm.training.teacher import REFERENCE, TEACHER, adapters_compared_with, add_teacher

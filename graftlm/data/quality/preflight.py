@@ -187,13 +187,13 @@ class Report:
         if self.prompts:
             pairs = [pair for pair in pairs if pair[0] not in OF_ANSWERS]
         if self.unterminated:
-            pairs.append(("end NOT trained", shown_places(self.unterminated)))
+            pairs.append(("EOS not in loss", shown_places(self.unterminated)))
         pairs += [
             ("begin-of-text tokens", f"at most {self.most_bos} a row"),
             ("chat template", self.template_hash),
         ]
         if self.rows_with_special_text:
-            pairs.append(("control tokens in text", shown_places(self.rows_with_special_text)))
+            pairs.append(("special tokens in text", shown_places(self.rows_with_special_text)))
         if self.from_cache:
             pairs.append(("rendered", "by an earlier run, from the same rows"))
         if self.problems:

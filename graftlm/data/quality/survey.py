@@ -43,7 +43,7 @@ REFUSAL_CHARACTERS = 300
 WHY = {
     "exact duplicates": "trained on more than once in an epoch",
     "near-duplicates": f"share at least {minhash.LEAST:.0%} of their word 5-grams with another row",
-    "also held out": "held-out figures say nothing about rows that were trained on",
+    "train/held-out overlap": "held-out figures say nothing about rows that were trained on",
     "refusals": "the model learns to refuse",
     "repeated answers": "the same sentence answers different questions",
     "empty thinking": "the model learns not to think",
@@ -110,7 +110,7 @@ class Survey:
                 more = " ..." if len(finding.entries) > SHOWN else ""
                 pairs.append((finding.kind, f"{finding.count:,}: {shown}{more}"))
         if not any(finding.entries for finding in self.findings):
-            pairs.append(("worth a look", "nothing"))
+            pairs.append(("findings", "no issues found"))
         return pairs
 
 
@@ -136,7 +136,7 @@ def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     found = {
         "exact duplicates": same,
         "near-duplicates": _near([some[i] for i in different], [texts[i] for i in different]),
-        "also held out": _leaks(rows, held_out, some, texts, words) if held_out else [],
+        "train/held-out overlap": _leaks(rows, held_out, some, texts, words) if held_out else [],
         "refusals": _each(rows, _refusal),
         "repeated answers": _repeated(rows),
         "empty thinking": _each(rows, _empty_thinking),

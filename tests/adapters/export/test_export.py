@@ -20,7 +20,8 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import OutputError, TargetError
 from graftlm.model.layers.attach import activate, attach, deltas_off
-from graftlm.testing import attach_tiny, close, logits, move, perturbed, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 
 pytestmark = pytest.mark.versions
 

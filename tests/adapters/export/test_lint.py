@@ -14,7 +14,8 @@ from graftlm.adapters.export.lint import PROGRAMS, RULES, lint, to_json
 from graftlm.adapters.store import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.layers.attach import attach
-from graftlm.testing import perturbed, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import perturbed
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.architectures import build
 
 READERS = ("PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "OpenVINO")

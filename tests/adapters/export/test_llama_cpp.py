@@ -19,7 +19,8 @@ from graftlm.adapters.export.llama_cpp import ARCHITECTURES
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach, hosts, merged_state
-from graftlm.testing import TINY, move, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import move
+from graftlm.testing.tiny import TINY, tiny_gpt2, tiny_model
 from tests.architectures import build
 
 ARCH = {

@@ -16,7 +16,7 @@ from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError
-from graftlm.testing import CHATML, tiny_tokenizer
+from graftlm.testing.tiny import CHATML, tiny_tokenizer
 from tests.data.shapes import chat, tokenizer_for
 
 DATA = DataConfig(train="rows.jsonl")

@@ -211,8 +211,8 @@ def test_rows_whose_own_text_holds_control_tokens_are_named(renderer: Renderer) 
     rows = [row("X", "P"), row("X<|im_end|>", "P", where="f:5"), row("X", "<|endoftext|>", where="f:6")]
     _, report = prepare(rows, renderer, data())
     assert report.rows_with_special_text == ["f:5", "f:6"]
-    assert dict(report.lines())["control tokens in text"] == "2 rows: f:5, f:6"
-    assert "control tokens in text" not in dict(prepare(ROWS, renderer, data())[1].lines())
+    assert dict(report.lines())["special tokens in text"] == "2 rows: f:5, f:6"
+    assert "special tokens in text" not in dict(prepare(ROWS, renderer, data())[1].lines())
 
 
 def test_the_mask_decides_what_is_supervised(renderer: Renderer) -> None:
@@ -324,7 +324,7 @@ def test_rows_whose_end_is_not_trained_are_named(renderer: Renderer) -> None:
     cut = row("X", "P" * 20, where="f:4")
     _, report = prepare([*ROWS, cut], renderer, data(max_tokens=20, over_length="truncate"))
     assert report.unterminated == ["f:2", "f:4"]  # f:2 has two answers, and its second one is cut
-    assert dict(report.lines())["end NOT trained"] == "2 rows: f:2, f:4"
+    assert dict(report.lines())["EOS not in loss"] == "2 rows: f:2, f:4"
     assert prepare([*ROWS, cut], renderer, data())[1].unterminated == []
     endless = LETTERS.replace(" + '<|im_end|>'", "")
     assert prepare(ROWS, Renderer(tiny_tokenizer(endless)), data())[1].unterminated == ["f:1", "f:2", "f:3"]

@@ -29,7 +29,7 @@ def found(rows: list[Row], held_out: list[Row] | None = None) -> dict[str, list[
 def test_clean_rows_have_no_findings() -> None:
     looked = survey(clean(), [row(1, "and what is this?", "something else entirely")])
     assert {f.kind: f.entries for f in looked.findings if f.entries} == {}
-    assert dict(looked.lines())["worth a look"] == "nothing"
+    assert dict(looked.lines())["findings"] == "no issues found"
     assert (looked.rows, looked.looked_for_near) == (30, 30)
 
 
@@ -83,13 +83,13 @@ def test_training_rows_that_are_held_out_are_named_with_both_places() -> None:
     ]
     rows = [*clean(), row(1, "what is 2 and 2", "four"), row(2, "who is there?", "me"), row(3, "so", LONG[:90])]
     assert found(rows, held) == {
-        "also held out": [
+        "train/held-out overlap": [
             Entry(["f:1", "g:1"], "the same row"),
             Entry(["f:2", "g:2"], "the same question"),
-            Entry(["f:3", "g:3"], found(rows, held)["also held out"][2].note),
+            Entry(["f:3", "g:3"], found(rows, held)["train/held-out overlap"][2].note),
         ]
     }
-    assert found(rows, held)["also held out"][2].note.endswith("% of its phrases of 13 words")
+    assert found(rows, held)["train/held-out overlap"][2].note.endswith("% of its phrases of 13 words")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from graftlm.files import cache_folder
 from graftlm.model.hub import load
 from graftlm.model.hub.load import BaseConfig, base_record, fingerprint, load_base, load_tokenizer
 from graftlm.model.layers.attach import attach, base_parameters
-from graftlm.testing import CHATML, logits, perturbed, save_tiny_base, tiny_config, tiny_model
+from graftlm.testing.deltas import logits, perturbed, tiny_config
+from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_model
 
 pytestmark = pytest.mark.versions
 

@@ -16,7 +16,8 @@ from graftlm.generation.answer import answer
 from graftlm.generation.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids, base_stop_ids, missing_end
 from graftlm.model.layers.attach import attach
-from graftlm.testing import move, tiny_model, tiny_tokenizer
+from graftlm.testing import tiny_model, tiny_tokenizer
+from graftlm.testing.deltas import move
 
 pytestmark = pytest.mark.versions
 

@@ -25,7 +25,8 @@ from graftlm.model.layers.attach import (
     merged_state,
     trainable,
 )
-from graftlm.testing import logits, perturbed, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import logits, perturbed
 from tests.peers import relative_error
 
 pytestmark = pytest.mark.versions

@@ -14,7 +14,8 @@ from graftlm.model.layers.attach import deltas_off, detach, hosts, trainable
 from graftlm.model.layers.bases import Residual, view
 from graftlm.model.layers.hosts import LayerHost
 from graftlm.model.layers.quantize import CODECS, QuantisedLinear
-from graftlm.testing import attach_tiny, close, ids, logits, move, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import attach_tiny, close, ids, logits, move
 
 STORES = sorted(CODECS)
 

@@ -33,7 +33,8 @@ from graftlm.model.layers.attach import (
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.sites import find_sites
 from graftlm.model.passes.statistics import collect
-from graftlm.testing import close, ids, logits, move, save_tiny_base, tiny_config, tiny_model
+from graftlm.testing import save_tiny_base, tiny_model
+from graftlm.testing.deltas import close, ids, logits, move, tiny_config
 from graftlm.training.callback import Training
 
 GPT2 = "transformer.h.0.attn.c_attn"

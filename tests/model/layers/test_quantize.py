@@ -20,7 +20,8 @@ from graftlm.model.hub.load import fingerprint, load_base, quantise, store_of
 from graftlm.model.layers.attach import attach, base_state, deltas_off, hosts, merged_state, trainable
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.quantize import BLOCK, CODECS, GROUP, QuantisedLinear, dynamic_levels, normal_levels
-from graftlm.testing import attach_tiny, close, ids, logits, move, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import attach_tiny, close, ids, logits, move
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 
 STORES = sorted(CODECS)
 ODD = [(5, 7), (33, 57), (1, 1), (64, 1), (1, 130), (12, 96)]

@@ -7,7 +7,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach, hosts
 from graftlm.model.layers.spectrum import ranks_by_spectrum
-from graftlm.testing import logits, tiny_config, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.deltas import logits, tiny_config
 
 
 def shares(W: torch.Tensor) -> list[float]:

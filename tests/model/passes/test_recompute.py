@@ -16,7 +16,9 @@ from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, hosts, trainable
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.model.passes.recompute import is_recomputed, offloaded, recomputed_layers
-from graftlm.testing import OneLayer, perturbed, tiny_config, tiny_model
+from graftlm.testing import tiny_model
+from graftlm.testing.contract import OneLayer
+from graftlm.testing.deltas import perturbed, tiny_config
 
 pytestmark = pytest.mark.versions
 

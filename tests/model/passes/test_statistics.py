@@ -13,7 +13,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach, trainable
 from graftlm.model.passes.statistics import collect
-from graftlm.testing import close, ids, logits, move, tiny_gpt2, tiny_model
+from graftlm.testing.deltas import close, ids, logits, move
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 
 BATCHES = [(1, 2, 12), (2, 3, 7), (3, 1, 20)]
 """(seed, rows, length): passes with different numbers of tokens."""

@@ -17,7 +17,7 @@ from graftlm.rl.rewards.pattern import PatternConfig
 from graftlm.rl.rewards.python import PythonConfig
 from graftlm.rl.rewards.reward_model import RewardModelConfig
 from graftlm.rl.rewards.rouge import RougeConfig
-from graftlm.testing import TINY, tiny_tokenizer
+from graftlm.testing.tiny import TINY, tiny_tokenizer
 from tests.judges.endpoint_server import Endpoint
 
 

@@ -1,4 +1,4 @@
-"""What `graft plan` says of twenty recipes against what they then need, each in two processes of its own.
+"""What `graft estimate` says of twenty recipes against what they then need, each in two processes of its own.
 
 Peak memory is the run's whole, from its summary.json; the time of a step is the median over metrics.jsonl, the first
 step left out. Every pair is kept in runs/ and not measured again; delete runs/ to start over. Names of recipes on the
@@ -28,7 +28,7 @@ def graft(*arguments: str) -> str:
 
 
 def measure(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
-    said = json.loads(graft("plan", str(recipe), *overrides, "--json"))
+    estimate = json.loads(graft("estimate", str(recipe), *overrides, "--json"))
     graft("train", str(recipe), *overrides, "--out", str(folder), "--overwrite")
     peak = json.loads((folder / "summary.json").read_text())["train"]["peak_rss_gib"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -36,10 +36,18 @@ def measure(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder)
     step_s = statistics.median(steps[1:])
     return {
-        "peak_gib": {"planned": said["peak_gib"], "measured": round(peak, 3), "error": said["peak_gib"] / peak - 1},
-        "step_s": {"planned": said["step_s"], "measured": round(step_s, 3), "error": said["step_s"] / step_s - 1},
+        "peak_gib": {
+            "estimated": estimate["peak_gib"],
+            "measured": round(peak, 3),
+            "error": estimate["peak_gib"] / peak - 1,
+        },
+        "step_s": {
+            "estimated": estimate["step_s"],
+            "measured": round(step_s, 3),
+            "error": estimate["step_s"] / step_s - 1,
+        },
         "all_steps_s": steps,
-        "plan": said,
+        "estimate": estimate,
     }
 
 

@@ -1,4 +1,4 @@
-"""For tests, ours and other packages': a tiny model, a tiny tokenizer, and the contract of a method as functions.
+"""The contract of a method, as functions.
 
 `check_method(name)` runs the whole contract over one row of METHODS; `tests/test_contract.py` runs each of its clauses
 by name. A clause sees a method only through the interface, so a new method is tested without a new test.
@@ -15,14 +15,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Site, WeightDelta
+from graftlm.deltas.base import AdditiveDelta, Delta, Site, WeightDelta
 from graftlm.model.layers.attach import (
     activate,
     attach,
@@ -31,155 +30,24 @@ from graftlm.model.layers.attach import (
     detach,
     hosts,
     merged_state,
-    needed_statistics,
     shared_of,
     trainable,
 )
 from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
-from graftlm.model.passes.statistics import collect
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+from graftlm.testing.deltas import (
+    attach_tiny,
+    close,
+    ids,
+    load_merged_state,
+    logits,
+    move,
+    perturbed,
+    plain_with,
+    tiny_config,
 )
-
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": True,
-}
-
-
-def tiny_model(model_type: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of two layers, float32, in evaluation mode; any architecture by its model type."""
-    return tiny_of(AutoConfig.for_model(model_type, **(TINY | changes)), seed=seed)
-
-
-def tiny_of(config: Any, *, seed: int = 0) -> Any:
-    """The same of a config of transformers.
-
-    Gains of norms and biases, which start as ones and zeros, are random too: else a mistake with them would not show.
-    """
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.float().eval().requires_grad_(False)
-
-
-def tiny_tokenizer(template: str | None = CHATML) -> Any:
-    """A byte-level BPE tokenizer of at most 300 tokens, trained here and now on a few sentences."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(
-        ["the user asks and the assistant answers in one line\n\n", "  a system tells"], trainer
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=special[1], eos_token=special[2], pad_token=special[0]
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def save_tiny_base(folder: Path, *, seed: int = 0, template: str | None = CHATML, **changes: Any) -> Path:
-    """A folder that `load_base` loads: the tiny model and the tiny tokenizer."""
-    tiny_model(seed=seed, **changes).save_pretrained(folder)
-    tiny_tokenizer(template).save_pretrained(folder)
-    return folder
-
-
-# The contract ----------------------------------------------------------------------------------------------------
-
-
-SMALL: dict[str, Any] = {
-    "alpha": 6.0,
-    "bases": 6,
-    "block": 8,
-    "components": 6,
-    "density": 0.2,
-    "dimension": 50,
-    "gate": 0.5,
-    "gate_speed": 1.0,
-    "group": 12,
-    "inner": 3,
-    "last": 1,
-    "minis": 4,
-    "n_frequency": 50,
-    "num_vectors": 12,
-    "p": 5,
-    "r": 4,
-    "tokens": (3, 11, 40),
-    "vector_length": 8,
-}
-"""Values for fields of these names at which every method fits the tiny model."""
-
-
-def tiny_config(name: str, **changes: Any) -> DeltaConfig:
-    """The config of a method with sizes that fit the tiny model."""
-    config: Any = METHODS[name].config
-    known = {f.name for f in fields(config)}
-    made: DeltaConfig = config(**{key: value for key, value in SMALL.items() if key in known} | changes)
-    return made
-
-
-def attach_tiny(name: str, model: Any, *, seed: int = 0, delta: str = "default", **changes: Any) -> Any:
-    """Attach the method with its small config, statistics included where it wants them."""
-    config = tiny_config(name, **changes)
-    needs = needed_statistics(config)
-    statistics = collect(model, config, needs, [lambda: model(ids(), labels=ids()).loss]) if needs else None
-    return attach(model, config, name=delta, seed=seed, statistics=statistics)
-
-
-def ids(seed: int = 0, rows: int = 2, length: int = 12) -> Tensor:
-    return torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def perturbed(name: str, model: Any, *, scale: float = 0.1, seed: int = 1, **changes: Any) -> Any:
-    """The model with the method on it, and every trainable tensor moved away from its start, so that no-ops show."""
-    return move(attach_tiny(name, model, **changes), scale=scale, seed=seed)
-
-
-def move(model: Any, *, scale: float = 0.1, seed: int = 1) -> Any:
-    """Move every trainable tensor of the model by noise."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainable(model).values():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    out: Tensor = model(ids()).logits
-    return out
-
-
-def close(ours: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5) -> None:
-    """Assert that the largest difference is at most `tolerance` of the largest value."""
-    ours, wanted = ours.detach(), wanted.detach()
-    error = float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
-    assert error <= tolerance, f"{what}: differs by {error:.3g} of the largest value, {tolerance:g} is allowed"
+from graftlm.testing.tiny import tiny_gpt2, tiny_model
 
 
 def identity_at_start(name: str) -> None:
@@ -207,12 +75,12 @@ def only_the_delta_learns(name: str) -> None:
     base = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     perturbed(name, model)
     before = {key: p.detach().clone() for key, p in trainable(model).items()}
-    optimiser = torch.optim.SGD(trainable(model).values(), lr=1.0)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
     model(ids()).logits.float().log_softmax(-1)[..., 0].sum().backward()
     for key, parameter in trainable(model).items():
         assert parameter.grad is not None, f"{key} got no gradient"
         assert bool(parameter.grad.any()), f"{key} got a gradient of zero"
-    optimiser.step()
+    optimizer.step()
     for key, parameter in trainable(model).items():
         assert not torch.equal(parameter, before[key]), f"{key} did not move"
     detach(model)
@@ -260,28 +128,6 @@ def merged_is_the_model(name: str) -> None:
     wanted, state = logits(model), merged_state(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), "merging changed it"
     close(logits(plain_with(state)), wanted, "the merged model against the model with its delta")
-
-
-def plain_with(state: Mapping[str, Tensor]) -> Any:
-    """A model without deltas that has a merged state for its weights, new biases included."""
-    return _plain_with(state, tiny_model(seed=5))
-
-
-def _plain_with(state: Mapping[str, Tensor], plain: Any) -> Any:
-    for key, tensor in state.items():
-        layer, _, kind = key.rpartition(".")
-        if kind == "bias" and plain.get_submodule(layer).bias is None:
-            plain.get_submodule(layer).bias = nn.Parameter(torch.empty_like(tensor), requires_grad=False)
-    if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"], _embeddings(state)):
-        plain.lm_head.weight = nn.Parameter(torch.empty_like(state["lm_head.weight"]), requires_grad=False)  # untied
-    missing, unexpected = plain.load_state_dict(state, strict=False)
-    assert not missing, f"merged state lacks {missing}"
-    assert not unexpected, f"merged state has {unexpected}, which the base has not"
-    return plain
-
-
-def _embeddings(state: Mapping[str, Tensor]) -> Tensor:
-    return next(tensor for key, tensor in state.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
 
 
 def save_load_save_is_stable(name: str) -> None:
@@ -489,21 +335,15 @@ def other_kinds_of_layer(name: str) -> None:
     if "linear" in METHODS[name].delta.kinds:
         model = perturbed(name, tiny_gpt2())
         if METHODS[name].mergeable:
-            plain = _plain_with(merged_state(model), tiny_gpt2(seed=5))
+            plain = load_merged_state(merged_state(model), tiny_gpt2(seed=5))
             close(logits(plain), logits(model), "GPT-2 merged against GPT-2 with its delta")
     if "embedding" in METHODS[name].delta.kinds:
         model = tiny_model(tie_word_embeddings=False)
         before = logits(model)
         perturbed(name, model, targets=("embed_tokens",))
         assert not torch.equal(logits(model), before), "a delta on the embeddings must change the logits"
-        plain = _plain_with(merged_state(model), tiny_model(seed=5, tie_word_embeddings=False))
+        plain = load_merged_state(merged_state(model), tiny_model(seed=5, tie_word_embeddings=False))
         close(logits(plain), logits(model), "merged embeddings against embeddings with their delta")
-
-
-def tiny_gpt2(*, seed: int = 0) -> Any:
-    return tiny_model(
-        "gpt2", seed=seed, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, num_key_value_heads=4
-    )
 
 
 def bf16_base(name: str) -> None:

@@ -1,0 +1,55 @@
+"""The packs of a recipe: of a step of middling size, and the largest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graftlm.data.batches.pack import Example, Group, Pack
+from graftlm.data.sources.template_draws import Draws
+from graftlm.recipe import Recipe
+from graftlm.training.phases import packs_of, plan_batches
+
+STEPS_SAMPLED = 64
+"""Of a longer run this many steps, evenly spread, stand for all; its largest batch is the first, and always sampled."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A recipe's packs: those of a step of middling size, and the one that needs the most memory."""
+
+    step: list[Pack]
+    largest: Pack
+    lengths: tuple[int, int]
+    """How many different lengths the packs of the run have, and how many their segments."""
+    packs_a_step: float
+    tokens_a_step: float
+    """Computed ones; those of the rows are more where beginnings are shared."""
+    row_tokens_a_step: float
+    tokens_a_pack: float
+
+
+def shape_of(recipe: Recipe, examples: Sequence[Example | Group], draws: Draws | None = None) -> Shape:
+    steps = plan_batches(recipe.train, examples, draws=draws)
+    sampled = steps[:: max(1, len(steps) // STEPS_SAMPLED)]
+    share = recipe.train.prefix_sharing
+    made = sorted((packs_of(recipe, [examples[i] for i in step], share=share) for step in sampled), key=token_count)
+    largest = max(
+        (pack for packs in made for pack in packs), key=lambda p: (p.ids.numel(), sum(n**2 for n in p.lengths))
+    )
+    packs = [pack for packs in made for pack in packs]
+    more = len(steps) / len(sampled)  # a guess for those that were not looked at; full caches make an end of it
+    lengths = len({p.ids.numel() for p in packs}), len({n for p in packs for n in p.lengths})
+    count, tokens = sum(map(len, made)), sum(map(token_count, made))
+    middle = made[len(made) // 2]
+    return Shape(
+        middle,
+        largest,
+        (int(more * lengths[0]), int(more * lengths[1])),
+        count / len(made),
+        token_count(middle),
+        sum(pack.row_tokens for pack in middle),
+        tokens / count,
+    )
+
+
+def token_count(packs: Sequence[Pack]) -> int:
+    return sum(pack.ids.numel() for pack in packs)
