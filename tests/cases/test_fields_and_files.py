@@ -17,7 +17,8 @@ import yaml
 from graftlm import DataConfig
 from graftlm.data.batches.prompts import asked_in
 from graftlm.data.chat.masks import weights
-from graftlm.data.chat.render import Renderer, Role
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.roles import Role
 from graftlm.data.quality.preflight import Report, prepare, shown_rows
 from graftlm.data.sources.convert import convert
 from graftlm.data.sources.formats import FORMATS, RowError
