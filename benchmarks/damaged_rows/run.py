@@ -15,8 +15,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 from machine import write_result  # noqa: E402
 
 from graftlm.data.sources.formats import FORMATS  # noqa: E402
+from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.data.sources.records import Problem  # noqa: E402
-from graftlm.data.sources.source import load_rows  # noqa: E402
 from tests.data.damage import KINDS, NOTED, damaged_file  # noqa: E402
 from tests.data.sources.test_damage import CLEAN  # noqa: E402
 

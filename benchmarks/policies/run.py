@@ -32,7 +32,8 @@ from graftlm.config.schema import build  # noqa: E402
 from graftlm.data.batches.pack import batches  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.quality.preflight import prepare  # noqa: E402
-from graftlm.data.sources.source import DataConfig, load_rows  # noqa: E402
+from graftlm.data.sources.load import load_rows  # noqa: E402
+from graftlm.data.sources.source import DataConfig  # noqa: E402
 from graftlm.model.hub.load import load_base, load_tokenizer  # noqa: E402
 from graftlm.training.callback import Policy  # noqa: E402
 

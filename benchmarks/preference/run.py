@@ -15,7 +15,8 @@ from graftlm.data.batches.groups import answers_of, groups
 from graftlm.data.batches.pack import batches
 from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
-from graftlm.data.sources.source import DataConfig, load_rows
+from graftlm.data.sources.load import load_rows
+from graftlm.data.sources.source import DataConfig
 from graftlm.model.hub.load import load_tokenizer
 
 OPTIONS = ("steps", "batch_pairs", "seed", "warmup_steps", "learning_rate", "beta")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 from machine import write_result  # noqa: E402
 
 from graftlm.data.batches.pack import Example, pack  # noqa: E402
-from graftlm.data.sources.source import load_rows  # noqa: E402
+from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import attach, trainable  # noqa: E402

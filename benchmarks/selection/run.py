@@ -35,7 +35,8 @@ from machine import commit, write_result  # noqa: E402
 
 from graftlm.config.schema import build  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
-from graftlm.data.sources.source import Row, load_rows  # noqa: E402
+from graftlm.data.sources.load import load_rows  # noqa: E402
+from graftlm.data.sources.source import Row  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import detach  # noqa: E402

@@ -16,7 +16,9 @@ from rounds import compare
 from graftlm.data.batches.pack import batches
 from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
-from graftlm.data.sources.source import DataConfig, load_rows, split
+from graftlm.data.sources.load import load_rows
+from graftlm.data.sources.source import DataConfig
+from graftlm.data.sources.splits import split
 from graftlm.model.hub.load import load_tokenizer
 
 OPTIONS = ("steps", "batch_rows", "seed", "warmup_steps", "learning_rate")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from graftlm.data.chat.render import Role
+from graftlm.data.chat.roles import Role
 from graftlm.data.quality.preflight import Lengths, shown_rows
 from graftlm.data.quality.survey import WHY, evenly
 from graftlm.data.sources.source import DataConfig, Row

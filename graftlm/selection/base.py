@@ -20,9 +20,12 @@ from pydantic import BeforeValidator, Field, Strict
 
 from graftlm.config.schema import PositiveCount, config
 from graftlm.data.batches.pack import Example, Pack, lay_out
-from graftlm.data.chat.render import Rendered, Renderer, Role
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.roles import Rendered, Role
 from graftlm.data.quality.preflight import prepare
-from graftlm.data.sources.source import DataConfig, Row, SourceConfig, for_supervised, load_rows
+from graftlm.data.sources.load import load_rows
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
+from graftlm.data.sources.splits import for_supervised
 from graftlm.model.passes.forward import hidden_states, log_probs, packed_attention
 
 Scores = NDArray[np.float32]

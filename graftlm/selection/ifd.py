@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from graftlm.config.schema import config
 from graftlm.data.batches.pack import Example
-from graftlm.data.chat.render import Rendered, Role
+from graftlm.data.chat.roles import Rendered, Role
 from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, last_answer, losses

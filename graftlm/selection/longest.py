@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from graftlm.config.schema import config
-from graftlm.data.chat.render import Role
+from graftlm.data.chat.roles import Role
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import Prompt
-from graftlm.data.sources.source import content
+from graftlm.data.sources.parts import content_hash
 from graftlm.model.hub.load import Fingerprint, difference, fingerprint
 from graftlm.recipe import Recipe
 from graftlm.training.teacher import TEACHER, adapters_compared_with
@@ -25,7 +25,7 @@ def record(recipe: Recipe, model: Any, tokenizer: Any, items: Sequence[Example |
     teacher = model.__dict__.get(TEACHER)
     return {
         "rows": digest(items),
-        "sources": [content(path) for path in paths(recipe)],
+        "sources": [content_hash(path) for path in paths(recipe)],
         "template": hashlib.sha256(str(template).encode()).hexdigest(),
         "began": began,
         "base": fingerprint(model).to_json(),
@@ -75,7 +75,7 @@ def where_it_is_now(began: Mapping[str, Any], tree: Mapping[str, Any], saved: Ma
     """The recipe that a run began with, with the paths of `tree` for sources whose contents are those of the record,
     and for a base in a folder: what it holds is compared when it is loaded."""
     began = {**began, "data": dict(began["data"])}
-    same = saved.get("sources") == (now := [content(path) for path in paths(recipe)]) and None not in now
+    same = saved.get("sources") == (now := [content_hash(path) for path in paths(recipe)]) and None not in now
     data = tree["data"]
     for key in ("train", "held_out"):
         if same and _without_paths(began["data"].get(key)) == _without_paths(data.get(key)):

@@ -17,15 +17,18 @@ import yaml
 from graftlm import DataConfig
 from graftlm.data.batches.prompts import asked_in
 from graftlm.data.chat.masks import weights
-from graftlm.data.chat.render import Renderer, Role
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.roles import Role
 from graftlm.data.quality.preflight import Report, prepare, shown_rows
 from graftlm.data.sources.convert import convert
 from graftlm.data.sources.formats import FORMATS, RowError
+from graftlm.data.sources.load import load_rows, stream_rows
 from graftlm.data.sources.messages import Message
+from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.prompt_templates import Template, ask
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.row_cache import read_kept
-from graftlm.data.sources.source import Row, SourceConfig, content, load_rows, stream_rows
+from graftlm.data.sources.source import Row, SourceConfig
 from graftlm.data.sources.streaming import Stream
 from graftlm.errors import DataError, numbered
 from graftlm.testing import tiny_tokenizer
@@ -496,10 +499,10 @@ def test_a_new_file_in_a_folder_is_seen_by_what_was_kept(files: Path, monkeypatc
     data = DataConfig(train=str(files / "folder"))
     for _ in range(2):
         assert len(read_kept(data, seed=0, folder=files / "kept").train) == 1
-    before = content(str(files / "folder"))
+    before = content_hash(str(files / "folder"))
     assert before is not None
     (files / "folder" / "d.jsonl").write_text(LINE)
-    assert content(str(files / "folder")) != before
+    assert content_hash(str(files / "folder")) != before
     assert len(read_kept(data, seed=0, folder=files / "kept").train) == 2
 
 

@@ -22,8 +22,9 @@ from graftlm.data.chat.turn_order import in_order
 from graftlm.data.quality.preflight import Report, prepare
 from graftlm.data.sources.convert import to_fields
 from graftlm.data.sources.formats import FORMATS, Message
+from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.source import DataConfig, Row, load_rows
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError, RecipeError
 from graftlm.model.hub.load import BaseConfig, load_tokenizer
 from graftlm.recipe import Recipe

@@ -17,7 +17,8 @@ from graftlm.data.batches.groups import mismatched, prepare_groups
 from graftlm.data.batches.pack import Group, collate
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
-from graftlm.data.sources.source import DataConfig, Row, load_rows
+from graftlm.data.sources.load import load_rows
+from graftlm.data.sources.source import DataConfig, Row
 from graftlm.losses.base import lengths, per_answer
 from graftlm.model.passes.forward import log_probs, packed_attention
 from graftlm.recipe import Recipe

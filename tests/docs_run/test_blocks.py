@@ -17,7 +17,7 @@ import yaml
 
 from graftlm.cli import app
 from graftlm.data.sources.formats import FORMATS
-from graftlm.data.sources.source import load_rows
+from graftlm.data.sources.load import load_rows
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
 from graftlm.model.hub import load

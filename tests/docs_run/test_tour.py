@@ -42,7 +42,8 @@ def test_a_name_that_does_not_exist_would_be_found_out() -> None:
 
 def test_the_tokens_on_the_tour_are_those_of_smollm2(smollm2: str) -> None:
     from graftlm.data.chat.masks import weights
-    from graftlm.data.chat.render import Renderer, Role
+    from graftlm.data.chat.render import Renderer
+    from graftlm.data.chat.roles import Role
     from graftlm.data.sources.formats import Message
     from graftlm.model.hub.load import load_tokenizer
 

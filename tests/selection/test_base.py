@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graftlm.data.chat.masks import weights
-from graftlm.data.chat.render import Role
+from graftlm.data.chat.roles import Role
 from graftlm.selection.base import Pool, embeddings, from_order, last_answer, row_losses
 from graftlm.testing import tiny_model
 from tests.selection.conftest import qa, some_rows

@@ -14,7 +14,7 @@ import graftlm
 from graftlm import cli
 from graftlm.config.schema import build
 from graftlm.data.chat.render import Renderer
-from graftlm.data.sources.source import load_rows
+from graftlm.data.sources.load import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
 from graftlm.model.hub.load import load_tokenizer
 from graftlm.recipe import Recipe

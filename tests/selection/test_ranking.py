@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftlm.data.chat.render import Role
+from graftlm.data.chat.roles import Role
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
@@ -30,7 +30,7 @@ def _perplexity(model: Any, ids: np.ndarray, count: int) -> float:
 def test_ifd_is_the_ratio_of_perplexities_of_the_plain_model(pool_of: Callable[..., Pool]) -> None:
     model, rows = tiny_model(), some_rows(8)
     pool = pool_of(rows, model)
-    header = pool.renderer._encode("<|im_end|>\n<|im_start|>assistant\n", cuts=[])[0]
+    header = pool.renderer.tokenization.encode("<|im_end|>\n<|im_start|>assistant\n", cuts=[])[0]
     found, by_loss = (ifd.ratios(pool, rows, ratio) for ratio in ("perplexity", "loss"))
     for number, row in enumerate(rows):
         rendered = pool.renderer.conversation(row.messages)

@@ -24,7 +24,8 @@ from graftlm.data.batches.pack import Example, Group
 from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import Report, prepare
 from graftlm.data.sources.formats import TEXT, Message
-from graftlm.data.sources.source import DataConfig, Row, for_supervised
+from graftlm.data.sources.source import DataConfig, Row
+from graftlm.data.sources.splits import for_supervised
 from graftlm.errors import DataError, numbered
 
 COMPARED = ("pairs", "feedback")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from graftlm.data.batches.pack import Example, Group
-from graftlm.data.chat.render import Renderer, Role
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.roles import Role
 from graftlm.data.quality.preflight import Report, unheard
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.row_cache import unread_keys

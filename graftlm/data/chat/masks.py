@@ -20,7 +20,7 @@ stands before both.
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data.chat.render import Rendered, Role
+from graftlm.data.chat.roles import Rendered, Role
 
 MASKS: dict[str, frozenset[Role]] = {
     "response": frozenset({Role.ASSISTANT, Role.END_OF_TURN}),

@@ -69,7 +69,7 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
         np.concatenate([np.empty(0, np.float32), *all_weights]),
         np.cumsum([len(piece) for piece in ids], dtype=np.int64),
         np.array(numbers, np.int64),
-        _holds_control(rows, renderer.special_texts),
+        _holds_control(rows, renderer.tokenization.special_texts),
         lost,
         problems,
     )

@@ -18,7 +18,8 @@ from graftlm.data.batches.pack import Example
 from graftlm.data.chat import token_cache as token_cache
 from graftlm.data.chat.masks import weights
 from graftlm.data.chat.parallel import lasting, many, rendered
-from graftlm.data.chat.render import Renderer, Role
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.roles import Role
 from graftlm.data.chat.token_columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
 from graftlm.data.quality.survey import Survey, shown_places
 from graftlm.data.sources.formats import TEXT

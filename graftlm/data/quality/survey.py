@@ -15,7 +15,8 @@ from typing import Any
 from graftlm.data.quality import minhash
 from graftlm.data.quality.languages import language
 from graftlm.data.sources.formats import TEXT, Message
-from graftlm.data.sources.source import SAME, Row
+from graftlm.data.sources.load import SAME
+from graftlm.data.sources.source import Row
 
 NEAR_ROWS = 100_000
 """About a minute on one core at the most; half of it for rows of a few hundred words."""

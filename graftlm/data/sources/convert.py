@@ -14,9 +14,10 @@ from typing import Any
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.fields import Unread, unread_notes
 from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.load import stream_rows
 from graftlm.data.sources.messages import MESSAGE_KEYS
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.source import Row, SourceConfig, stream_rows
+from graftlm.data.sources.source import Row, SourceConfig
 from graftlm.errors import DataError, numbered
 from graftlm.files import check_lines, check_new, whole
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftlm.data.chat.parallel import lasting
+from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.source import DataConfig, Row, SourceConfig, for_supervised, load_rows, split
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
+from graftlm.data.sources.splits import for_supervised, split
 from graftlm.errors import DataError
 
 

@@ -21,7 +21,9 @@ from graftlm.data.sources.fields import unread_notes
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.messages import MESSAGE_KEYS
 from graftlm.data.sources.mixing import Data, read_data
-from graftlm.data.sources.source import DataConfig, Row, SourceConfig, content, for_supervised
+from graftlm.data.sources.parts import content_hash
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
+from graftlm.data.sources.splits import for_supervised
 
 BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack"}
 """Keys of `data` that say nothing of which rows there are."""
@@ -115,7 +117,7 @@ def _sources(data: DataConfig) -> list[SourceConfig]:
 
 def _key(data: DataConfig, seed: int, needs: str) -> str | None:
     """64 hexadecimal digits; None where a source is no file of this machine."""
-    contents = [content(source.path) for source in _sources(data)]
+    contents = [content_hash(source.path) for source in _sources(data)]
     if None in contents:
         return None
     settings = [{**to_tree(source), "path": None} for source in _sources(data)]

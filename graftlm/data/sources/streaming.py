@@ -27,9 +27,11 @@ from graftlm.data.batches.pack import Example
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.quality.preflight import stream
+from graftlm.data.sources.load import stream_rows
 from graftlm.data.sources.mixing import apportion, drawn_by, masses
+from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.source import DataConfig, Row, SourceConfig, content, stream_rows
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.errors import DataError, nearest, numbered
 
 BLOCK = 4096
@@ -46,7 +48,7 @@ class Counted:
     """What a first pass finds out about a source."""
 
     path: str
-    content: str
+    content_hash: str
     """SHA-256 of the file; empty where it is none."""
     rows: int
     """That can be used, after the cap."""
@@ -172,7 +174,7 @@ class Stream:
             rows, last = len(lowest), max(lowest, default=None)
         if not rows:
             raise DataError(f"{source.path}: no row can be used\n{numbered(self.problems)}")
-        return Counted(source.path, content(source.path) or "", rows, last)
+        return Counted(source.path, content_hash(source.path) or "", rows, last)
 
     def _seen(self, row: Row) -> Row:
         for level_and_key in row.unread:
@@ -193,7 +195,7 @@ class Stream:
             other = next(iter({*paths} ^ {*known}), "")
             raise DataError(f"the cursor is of other sources: {known}, not {paths}. {nearest(other, known)}")
         for each in self.counted:
-            if (content(each.path) or "") != each.content:
+            if (content_hash(each.path) or "") != each.content:
                 raise DataError(f"{each.path}: was changed since the cursor was taken, so it leads to other rows")
 
 

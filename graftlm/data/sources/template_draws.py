@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.quality.preflight import Report
-from graftlm.data.sources.source import DataConfig, Row, SourceConfig, stream_rows
+from graftlm.data.sources.load import stream_rows
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.errors import DataError
 
 Ready = Callable[[Sequence[Row], DataConfig], tuple[Sequence[Example | Group], Sequence[Row], Report]]

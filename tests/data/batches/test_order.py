@@ -9,7 +9,8 @@ import pytest
 from graftlm.data.batches.order import Curriculum, curriculum
 from graftlm.data.batches.pack import Example
 from graftlm.data.sources.formats import Message
-from graftlm.data.sources.source import OrderConfig, Row, load_rows
+from graftlm.data.sources.load import load_rows
+from graftlm.data.sources.source import OrderConfig, Row
 from graftlm.errors import DataError
 
 COUNT = 60

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graftlm.data.chat.masks import MASKS, weights
-from graftlm.data.chat.render import Rendered, Role
+from graftlm.data.chat.roles import Rendered, Role
 
 ROLES = [
     Role.SPECIAL,

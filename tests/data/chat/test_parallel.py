@@ -168,7 +168,7 @@ def test_a_caller_without_a_main_guard_is_not_run_again(tmp_path: Any) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "print('once')\n"
-        "from graftlm.data import parallel\n"
+        "from graftlm.data.chat import parallel\n"
         "from graftlm.data.sources.formats import Message\n"
         "from graftlm.data.chat.render import Renderer\n"
         "from graftlm.data.sources.source import DataConfig, Row\n"

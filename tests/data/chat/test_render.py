@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from graftlm.data.chat.masks import weights
-from graftlm.data.chat.render import Rendered, Renderer, Role
+from graftlm.data.chat.render import Renderer
+from graftlm.data.chat.roles import Rendered, Role
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer

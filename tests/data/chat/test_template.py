@@ -218,7 +218,7 @@ def test_a_program_that_is_stopped_for_a_while_goes_on_where_it_was() -> None:
     """Ctrl-Z, and later `fg`: the clock has gone on, and no row has taken too long for that."""
     program = """
 import os, signal, time
-from graftlm.data import template
+from graftlm.data.chat import template
 template.CLOCK_SECONDS, template.MORE_SECONDS, template.PATIENCE_SECONDS = 0.05, 9.0, 1.0
 asked = template.Template("{{ messages[0].content * 9 }}", {})
 with asked.rendering([template.Ask([[{"content": "a" * 100_000}]], [(0, 1, False)])]) as answers:

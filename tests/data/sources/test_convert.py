@@ -9,7 +9,8 @@ import pytest
 
 from graftlm.data.sources.convert import convert
 from graftlm.data.sources.formats import FORMATS
-from graftlm.data.sources.source import Row, load_rows
+from graftlm.data.sources.load import load_rows
+from graftlm.data.sources.source import Row
 from graftlm.errors import DataError, OutputError
 from tests.data.sources.test_damage import CLEAN
 from tests.data.sources.test_formats import ROWS

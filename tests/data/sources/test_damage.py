@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from graftlm.data.sources.formats import FORMATS, RowError, check
+from graftlm.data.sources.load import load_rows, stream_rows
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.source import SourceConfig, load_rows, stream_rows
+from graftlm.data.sources.source import SourceConfig
 from graftlm.errors import DataError
 from tests.data.damage import KINDS, NOTED, damaged_file, good
 

@@ -9,7 +9,8 @@ import pytest
 
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.mixing import apportion, balance, mix, read_data
-from graftlm.data.sources.source import DataConfig, Row, SourceConfig, every_row
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
+from graftlm.data.sources.splits import every_row
 from graftlm.errors import DataError
 
 

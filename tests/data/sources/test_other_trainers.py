@@ -12,8 +12,9 @@ from graftlm.data.sources import llama_factory
 from graftlm.data.sources.axolotl import is_axolotl
 from graftlm.data.sources.axolotl import parts as axolotl_parts
 from graftlm.data.sources.formats import TEXT, Message
+from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.source import Row, load_rows
+from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
 from tests.data.sources.test_damage import changed
 

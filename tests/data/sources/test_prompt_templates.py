@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.messages import RowError
 from graftlm.data.sources.prompt_templates import Template, ask
-from graftlm.data.sources.source import SourceConfig, load_rows
+from graftlm.data.sources.source import SourceConfig
 
 
 def said(templates: list[Template], row: dict[str, object]) -> tuple[str, str]:

@@ -13,8 +13,9 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources import docstrings, mixing, row_cache
 from graftlm.data.sources.mixing import Data, read_data
+from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.row_cache import KeptRows, read_kept
-from graftlm.data.sources.source import DataConfig, SourceConfig, content
+from graftlm.data.sources.source import DataConfig, SourceConfig
 from graftlm.testing import tiny_tokenizer
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2.5, null]}'}}
@@ -207,7 +208,7 @@ def test_the_built_in_rows_are_known_by_the_library_that_they_are_made_from(
 
 def test_what_is_no_file_is_read_each_time_and_a_few_rows_too(rows_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
-    assert content("hub:org/name") is None
+    assert content_hash("hub:org/name") is None
     read_kept(DataConfig(train=str(write(tmp_path / "one.jsonl", LINES[:1]))), seed=0, folder=folder)
     read_kept(DataConfig(train=str(rows_file)), seed=0, folder=None)
     assert not folder.exists()

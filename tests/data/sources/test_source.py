@@ -8,8 +8,10 @@ import pytest
 
 from graftlm.data.sources import docstrings
 from graftlm.data.sources.formats import Message
+from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.source import Row, SourceConfig, for_supervised, load_rows, split
+from graftlm.data.sources.source import Row, SourceConfig
+from graftlm.data.sources.splits import for_supervised, split
 from graftlm.errors import DataError
 
 pytestmark = pytest.mark.versions

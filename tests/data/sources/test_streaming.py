@@ -12,8 +12,9 @@ import pytest
 from graftlm.data.chat import parallel
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources import streaming
+from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.mixing import read_data
-from graftlm.data.sources.source import DataConfig, Row, SourceConfig, load_rows
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.streaming import Examples, Stream
 from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
