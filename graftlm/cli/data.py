@@ -113,7 +113,7 @@ def select(
 
     from graftlm.data.sources.mixing import read_data
     from graftlm.data.sources.row_cache import unread_keys
-    from graftlm.data.sources.source import every_row, for_supervised
+    from graftlm.data.sources.splits import every_row, for_supervised
     from graftlm.selection.choose import check_writable, choose, write_rows
     from graftlm.training.tokenizer import recipe_tokenizer
 
