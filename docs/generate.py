@@ -1,4 +1,5 @@
-"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, policies.md, architectures.md,
+"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, equations.md,
+policies.md, architectures.md,
 recipe.schema.json, and the figures in benchmarks.md and README.md.
 
 `python docs/generate.py` writes them; with `--check` it fails where one is stale, and says which.
@@ -42,33 +43,108 @@ def _help(command: Any, name: str, parent: Any) -> Iterator[str]:
         yield from _help(inner, f"{name} {child}", context)
 
 
+COMMON = {
+    "the recipe": ("base", "data", "delta", "train", "loss", "report"),
+    "BaseConfig": ("name", "store", "template"),
+    "DataConfig": ("train", "held_out", "mask", "max_tokens", "over_length", "pack"),
+    "SourceConfig": ("path", "format", "weight", "cap"),
+    "TrainConfig": (
+        "steps",
+        "epochs",
+        "batch_rows",
+        "learning_rate",
+        "schedule",
+        "warmup",
+        "pack_tokens",
+        "threads",
+        "checkpointing",
+        "kernels",
+        "save_every",
+        "seed",
+    ),
+    "ReportConfig": ("answers", "max_new_tokens", "trackers"),
+}
+"""Config -> the keys that come first in its table: those that most recipes set."""
+FIRST_METHODS = ("lora", "dora", "full", "prefix")
+
+
 def recipe() -> str:
-    """Every key of a recipe: its values, its default and what it means."""
+    """Every key of a recipe, by section: its values, its default and what it means."""
     schema = json.loads(json_schema(Recipe))
-    lines = [MADE + "# Recipe\n", "Every key, its values and its default. Unknown keys are errors.\n"]
-    lines += ["Editors complete and check recipes with `docs/recipe.schema.json`.\n"]
-    sections = {"": schema} | {name: schema["$defs"][name] for name in sorted(schema["$defs"])}
-    for name, section in sections.items():
-        lines.append(f"## {name or 'the recipe'}\n\n| key | values | default | |\n|---|---|---|---|")
-        for key, field in section["properties"].items():
-            needed = key in section.get("required", ())
-            default = "needed" if needed else f"`{json.dumps(field['default'])}`" if "default" in field else ""
-            meaning = " ".join(field.get("description", "").split())
-            lines.append(f"| `{key}` | {_values(field)} | {default} | {meaning} |")
-        lines.append("")
+    sections = dict(schema["$defs"])
+    lines = [MADE + "# Recipe\n", "Every key, its values and its default, by section; common keys come first.\n"]
+    lines += ["Unknown keys are errors. Editors complete and check recipes with `docs/recipe.schema.json`.\n"]
+    methods = [*FIRST_METHODS, *(name for name in METHODS if name not in FIRST_METHODS)]
+    groups = {
+        "base": ["BaseConfig"],
+        "data": ["DataConfig", "SourceConfig"],
+        "delta": [METHODS[name].config.__name__ for name in methods],
+        "train": ["TrainConfig"],
+        "loss": [row.config.__name__ for row in LOSSES.values()],
+        "regularisers": [],
+        "policies": [row.config.__name__ for row in POLICIES.values()],
+        "select": [row.config.__name__ for row in SELECTORS.values()],
+        "online": [],
+        "report": ["ReportConfig"],
+    }
+    for key, names in groups.items():  # and what these refer to, unless another section has it
+        taken = {name for other, found in groups.items() if other != key for name in found}
+        names += [name for name in _reached(schema["properties"][key], sections) if name not in {*names, *taken}]
+    first = next(iter(groups.values()))
+    first += [name for name in sections if not any(name in names for names in groups.values())]
+    titles = {name: _title(key, name, sections[name]) for key, names in groups.items() for name in names}
+    lines.append("## The recipe\n\n" + _table(schema, COMMON["the recipe"], titles))
+    done: set[str] = set()
+    for key, names in groups.items():
+        lines.append(f"## {key}\n")
+        if meaning := " ".join(schema["properties"][key].get("description", "").split()):
+            lines.append(meaning + "\n")
+        for name in dict.fromkeys(names):
+            if name in sections and name not in done:
+                done.add(name)
+                python = "" if titles[name] == name else f"In Python: `{name}`.\n\n"
+                lines.append(f"### {titles[name]}\n\n{python}{_table(sections[name], COMMON.get(name, ()), titles)}")
     return "\n".join(lines)
 
 
-def _values(field: dict[str, Any]) -> str:
+def _reached(field: Any, sections: dict[str, Any], found: dict[str, None] | None = None) -> list[str]:
+    """The names of the configs to which a field leads, in order."""
+    found = {} if found is None else found
+    for name in re.findall(r'"#/\$defs/(\w+)"', json.dumps(field)):
+        if name not in found:
+            found[name] = None
+            _reached(sections[name], sections, found)
+    return list(found)
+
+
+def _title(key: str, name: str, section: dict[str, Any]) -> str:
+    """`delta: lora` for what is chosen by a name, else the name of the config."""
+    names = [field["const"] for field in section["properties"].values() if "const" in field]
+    return f"{'scorer' if key == 'online' else key}: {names[0]}" if names else name
+
+
+def _table(section: dict[str, Any], common: tuple[str, ...], titles: dict[str, str]) -> str:
+    properties = section["properties"]
+    lines = ["| key | values | default | |\n|---|---|---|---|"]
+    for key in sorted(properties, key=lambda key: common.index(key) if key in common else len(common)):
+        field = properties[key]
+        needed = key in section.get("required", ())
+        default = "needed" if needed else f"`{json.dumps(field['default'])}`" if "default" in field else ""
+        meaning = " ".join(field.get("description", "").split())
+        lines.append(f"| `{key}` | {_values(field, titles)} | {default} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _values(field: dict[str, Any], titles: dict[str, str]) -> str:
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
+        return f"[{titles[name]}](#{titles[name].lower().replace(': ', '-')})"
     if "anyOf" in field:
-        return " or ".join(_values(option) for option in field["anyOf"])
+        return " or ".join(_values(option, titles) for option in field["anyOf"])
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "array" and "items" in field:
-        return f"list of {_values(field['items'])}"
+        return f"list of {_values(field['items'], titles)}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
     return " ".join([field.get("type", "mapping"), ", ".join(limits)]).strip()
@@ -105,6 +181,34 @@ LoRA of it that every server reads. *In PEFT*: the type under which PEFT reads a
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines += ["", *_measured_methods(with_figures, base)]
     return "\n".join(lines) + "\n"
+
+
+def equations() -> str:
+    """What each method and each init computes: the text at the top of its file, and a recipe."""
+    lines = [
+        f"""{MADE}# Equations
+
+The equation of each method, its shapes, and where it departs from its paper: the text at the top of its file in
+`graftlm/deltas/`. W [d_out, d_in] is a frozen weight of the base, x the input of its layer, h the output with the
+delta. [The table of methods](methods.md) says what each can do; [the recipe](recipe.md#delta) has its keys.
+
+![learnt against forgotten, on one job](methods.svg)
+"""
+    ]
+    lines.append("## Methods\n")
+    for name, method in METHODS.items():
+        lines.append(f"### {name}\n\n{_prose(method.delta.__module__)}\n")
+    lines.append("## Inits\n")
+    for name, init in INITS.items():
+        if name != "zero":
+            lines.append(f"### Init {name}\n\n{_prose(init.make.__module__)}\n")
+    return "\n".join(lines)
+
+
+def _prose(module: str) -> str:
+    """The text at the top of a module; its indented lines are equations, and stay as they are."""
+    lines = (import_module(module).__doc__ or "").strip().splitlines()
+    return "\n".join(line if line.startswith("    ") else line.replace("<", "&lt;") for line in lines)
 
 
 def _measured_methods(rows: list[dict[str, Any]], base: dict[str, float]) -> list[str]:
@@ -511,6 +615,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli,
     "recipe.md": recipe,
     "methods.md": methods,
+    "equations.md": equations,
     "policies.md": policies,
     "recipe.schema.json": lambda: json_schema(Recipe),
 }
