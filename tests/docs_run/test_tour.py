@@ -65,12 +65,11 @@ def test_every_link_of_the_docs_leads_somewhere() -> None:
     import re
 
     for page in PAGES:
-        if page.is_relative_to(ROOT / "docs"):
-            for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
-                path, _, anchor = target.partition("#")
-                linked = (page.parent / path) if path else page
-                assert linked.exists(), f"{title(page)} links to {target}"
-                assert not anchor or anchor in _anchors(linked), f"{title(page)} links to {target}"
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path) if path else page
+            assert linked.exists(), f"{title(page)} links to {target}"
+            assert not anchor or anchor in _anchors(linked), f"{title(page)} links to {target}"
 
 
 def _anchors(page: Path) -> set[str]:
@@ -78,3 +77,12 @@ def _anchors(page: Path) -> set[str]:
 
     heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_file_that_contributing_names_exists() -> None:
+    import re
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:graftlm|tests|docs|benchmarks)/[\w/.-]+)`", text):
+        path = re.sub(r"(NAME|GROUP|NNN).*", "", name)
+        assert (ROOT / path).exists(), name
