@@ -5,6 +5,7 @@ seconds and need nothing installed. README's blocks take rows.jsonl for granted,
 says that its rows and adapter are those of the quick start runs after the blocks of that page.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -144,3 +145,20 @@ def test_the_pages_name_every_mask_and_every_error() -> None:
     for kind in kinds:
         assert kind is errors.GraftError or f"| {kind.__name__} |" in TEXTS["docs/errors.md"]
     assert len(kinds) > 5
+
+
+def test_the_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
+    """Between the dots each message is a part of some text in graftlm/."""
+    texts = []
+    for file in (ROOT / "graftlm").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    code = "\n".join(texts)
+    rows = [line.split(" | ") for line in TEXTS["docs/errors.md"].splitlines() if re.match(r"\| \w+Error \|", line)]
+    assert len(rows) > 60
+    for _, messages, _ in rows:
+        for message in re.findall(r"`([^`]+)`", messages):
+            for part in message.split("..."):
+                assert part.strip(" :") in code, f"{message}: no message has {part!r}"
