@@ -8,9 +8,11 @@ GOLDEN ?= tests/golden
 VENV   := .venv
 BIN    := $(VENV)/bin
 INSTALL = -m pip --disable-pip-version-check --quiet install
+# A broken link is an error.
+SITE   := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PIP    := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: setup demo test test-all test-long test-versions test-oldest test-newest peers check bench docs clean
+.PHONY: setup demo test test-all test-long test-versions test-oldest test-newest peers check bench docs docs-site clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.run
@@ -64,6 +66,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/generate.py --check
+	$(SITE)
 
 # One claim again: make bench CLAIM=train_speed
 bench: $(VENV)/.bench
@@ -73,8 +76,12 @@ bench: $(VENV)/.bench
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
+# The pages of docs/ as a site in site/, with search; open site/index.html.
+docs-site: $(VENV)/.dev
+	$(SITE)
+
 clean:
-	rm -rf $(VENV) .venvs demo runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venvs demo runs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 
 $(VENV)/.python:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: apt-get install python3 python3-venv, or say PYTHON=/path/to/python"; exit 1; }

@@ -1,5 +1,6 @@
-"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, policies.md, architectures.md,
-recipe.schema.json, and the figures in README.md.
+"""Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, equations.md,
+policies.md, architectures.md,
+recipe.schema.json, and the figures in benchmarks.md and README.md.
 
 `python docs/generate.py` writes them; with `--check` it fails where one is stale, and says which.
 """
@@ -42,33 +43,108 @@ def _help(command: Any, name: str, parent: Any) -> Iterator[str]:
         yield from _help(inner, f"{name} {child}", context)
 
 
+COMMON = {
+    "the recipe": ("base", "data", "delta", "train", "loss", "report"),
+    "BaseConfig": ("name", "store", "template"),
+    "DataConfig": ("train", "held_out", "mask", "max_tokens", "over_length", "pack"),
+    "SourceConfig": ("path", "format", "weight", "cap"),
+    "TrainConfig": (
+        "steps",
+        "epochs",
+        "batch_rows",
+        "learning_rate",
+        "schedule",
+        "warmup",
+        "pack_tokens",
+        "threads",
+        "checkpointing",
+        "kernels",
+        "save_every",
+        "seed",
+    ),
+    "ReportConfig": ("answers", "max_new_tokens", "trackers"),
+}
+"""Config -> the keys that come first in its table: those that most recipes set."""
+FIRST_METHODS = ("lora", "dora", "full", "prefix")
+
+
 def recipe() -> str:
-    """Every key of a recipe: its values, its default and what it means."""
+    """Every key of a recipe, by section: its values, its default and what it means."""
     schema = json.loads(json_schema(Recipe))
-    lines = [MADE + "# Recipe\n", "Every key, its values and its default. Unknown keys are errors.\n"]
-    lines += ["Editors complete and check recipes with `docs/recipe.schema.json`.\n"]
-    sections = {"": schema} | {name: schema["$defs"][name] for name in sorted(schema["$defs"])}
-    for name, section in sections.items():
-        lines.append(f"## {name or 'the recipe'}\n\n| key | values | default | |\n|---|---|---|---|")
-        for key, field in section["properties"].items():
-            needed = key in section.get("required", ())
-            default = "needed" if needed else f"`{json.dumps(field['default'])}`" if "default" in field else ""
-            meaning = " ".join(field.get("description", "").split())
-            lines.append(f"| `{key}` | {_values(field)} | {default} | {meaning} |")
-        lines.append("")
+    sections = dict(schema["$defs"])
+    lines = [MADE + "# Recipe\n", "Every key, its values and its default, by section; common keys come first.\n"]
+    lines += ["Unknown keys are errors. Editors complete and check recipes with `docs/recipe.schema.json`.\n"]
+    methods = [*FIRST_METHODS, *(name for name in METHODS if name not in FIRST_METHODS)]
+    groups = {
+        "base": ["BaseConfig"],
+        "data": ["DataConfig", "SourceConfig"],
+        "delta": [METHODS[name].config.__name__ for name in methods],
+        "train": ["TrainConfig"],
+        "loss": [row.config.__name__ for row in LOSSES.values()],
+        "regularisers": [],
+        "policies": [row.config.__name__ for row in POLICIES.values()],
+        "select": [row.config.__name__ for row in SELECTORS.values()],
+        "online": [],
+        "report": ["ReportConfig"],
+    }
+    for key, names in groups.items():  # and what these refer to, unless another section has it
+        taken = {name for other, found in groups.items() if other != key for name in found}
+        names += [name for name in _reached(schema["properties"][key], sections) if name not in {*names, *taken}]
+    first = next(iter(groups.values()))
+    first += [name for name in sections if not any(name in names for names in groups.values())]
+    titles = {name: _title(key, name, sections[name]) for key, names in groups.items() for name in names}
+    lines.append("## The recipe\n\n" + _table(schema, COMMON["the recipe"], titles))
+    done: set[str] = set()
+    for key, names in groups.items():
+        lines.append(f"## {key}\n")
+        if meaning := " ".join(schema["properties"][key].get("description", "").split()):
+            lines.append(meaning + "\n")
+        for name in dict.fromkeys(names):
+            if name in sections and name not in done:
+                done.add(name)
+                python = "" if titles[name] == name else f"In Python: `{name}`.\n\n"
+                lines.append(f"### {titles[name]}\n\n{python}{_table(sections[name], COMMON.get(name, ()), titles)}")
     return "\n".join(lines)
 
 
-def _values(field: dict[str, Any]) -> str:
+def _reached(field: Any, sections: dict[str, Any], found: dict[str, None] | None = None) -> list[str]:
+    """The names of the configs to which a field leads, in order."""
+    found = {} if found is None else found
+    for name in re.findall(r'"#/\$defs/(\w+)"', json.dumps(field)):
+        if name not in found:
+            found[name] = None
+            _reached(sections[name], sections, found)
+    return list(found)
+
+
+def _title(key: str, name: str, section: dict[str, Any]) -> str:
+    """`delta: lora` for what is chosen by a name, else the name of the config."""
+    names = [field["const"] for field in section["properties"].values() if "const" in field]
+    return f"{'scorer' if key == 'online' else key}: {names[0]}" if names else name
+
+
+def _table(section: dict[str, Any], common: tuple[str, ...], titles: dict[str, str]) -> str:
+    properties = section["properties"]
+    lines = ["| key | values | default | |\n|---|---|---|---|"]
+    for key in sorted(properties, key=lambda key: common.index(key) if key in common else len(common)):
+        field = properties[key]
+        needed = key in section.get("required", ())
+        default = "needed" if needed else f"`{json.dumps(field['default'])}`" if "default" in field else ""
+        meaning = " ".join(field.get("description", "").split())
+        lines.append(f"| `{key}` | {_values(field, titles)} | {default} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _values(field: dict[str, Any], titles: dict[str, str]) -> str:
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
+        return f"[{titles[name]}](#{titles[name].lower().replace(': ', '-')})"
     if "anyOf" in field:
-        return " or ".join(_values(option) for option in field["anyOf"])
+        return " or ".join(_values(option, titles) for option in field["anyOf"])
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "array" and "items" in field:
-        return f"list of {_values(field['items'])}"
+        return f"list of {_values(field['items'], titles)}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
     return " ".join([field.get("type", "mapping"), ", ".join(limits)]).strip()
@@ -105,6 +181,34 @@ LoRA of it that every server reads. *In PEFT*: the type under which PEFT reads a
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines += ["", *_measured_methods(with_figures, base)]
     return "\n".join(lines) + "\n"
+
+
+def equations() -> str:
+    """What each method and each init computes: the text at the top of its file, and a recipe."""
+    lines = [
+        f"""{MADE}# Equations
+
+The equation of each method, its shapes, and where it departs from its paper: the text at the top of its file in
+`graftlm/deltas/`. W [d_out, d_in] is a frozen weight of the base, x the input of its layer, h the output with the
+delta. [The table of methods](methods.md) says what each can do; [the recipe](recipe.md#delta) has its keys.
+
+![learnt against forgotten, on one job](methods.svg)
+"""
+    ]
+    lines.append("## Methods\n")
+    for name, method in METHODS.items():
+        lines.append(f"### {name}\n\n{_prose(method.delta.__module__)}\n")
+    lines.append("## Inits\n")
+    for name, init in INITS.items():
+        if name != "zero":
+            lines.append(f"### Init {name}\n\n{_prose(init.make.__module__)}\n")
+    return "\n".join(lines)
+
+
+def _prose(module: str) -> str:
+    """The text at the top of a module; its indented lines are equations, and stay as they are."""
+    lines = (import_module(module).__doc__ or "").strip().splitlines()
+    return "\n".join(line if line.startswith("    ") else line.replace("<", "&lt;") for line in lines)
 
 
 def _measured_methods(rows: list[dict[str, Any]], base: dict[str, float]) -> list[str]:
@@ -182,26 +286,64 @@ The file of each opens with its equation and says where it departs from the pape
 
 
 def readme() -> str:
-    """README.md with the figures of benchmarks/*/result.json, and how many there are of what, between their marks."""
+    """README.md with six figures of docs/benchmarks.md, and how many there are of what, between their marks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [make(json.loads(file.read_text())) for name, make in FIGURES.items() if (file := _result(name)).is_file()]
-    table = ["| measured | figure | source, machine |", "|---|---|---|", *lines, "", _how_speed_was_measured()]
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in _figures()}
     counts = (
         f"{len(METHODS)} methods ([table](docs/methods.md)), {len(INITS)} inits, {len(LOSSES)} objectives, "
         f"{len(POLICIES)} training policies ([table](docs/policies.md)) and {len(SELECTORS)} ways to choose rows."
     )
+    note = (
+        "Speed is that of SmolLM2-135M on this machine: [all figures, and how they were measured](docs/benchmarks.md)."
+    )
+    table = [
+        "| measured | figure | source, machine |",
+        "|---|---|---|",
+        *(rows[name] for name in README_FIGURES),
+        "",
+        note,
+    ]
     return _between("figures", "\n".join(table), _between("counts", counts, text))
+
+
+def benchmarks() -> str:
+    """docs/benchmarks.md with the figures of benchmarks/*/result.json between its marks."""
+    text = (HERE / "benchmarks.md").read_text(encoding="utf-8")
+    table = ["| measured | figure | source, machine |", "|---|---|---|", *_figures(), "", _how_speed_was_measured()]
+    return _between("figures", "\n".join(table).replace("](benchmarks/", "](../benchmarks/"), text)
+
+
+def _figures() -> list[str]:
+    """One line of a table for each figure; links are those of README.md."""
+    found = [make(json.loads(file.read_text())) for name, make in FIGURES.items() if (file := _result(name)).is_file()]
+    return "\n".join(found).splitlines()
+
+
+README_FIGURES = (
+    "demo: held-out ROUGE-L F1, base -> tuned (the first run, 100 functions)",
+    "demo: time after the installation",
+    "demo: peak memory of the process",
+    "training, one thread, against TRL + PEFT tuned, prefix sharing off",
+    "NF4 with double quantization",
+    "kill -9 at random and at every write, full and read-only disks",
+)
+"""The rows of the table of figures that README shows."""
 
 
 def _how_speed_was_measured() -> str:
     config = json.loads(_result("train_speed").read_text())["config"]
     steps, rounds = config["steps"], config["rounds"]
-    return f"""TRL + PEFT *at its best*: eager attention, one row at a time, no autocast, no packing, no torch.compile;
-*as documented*: its own defaults. Speeds are of SmolLM2-135M over {steps} steps in {rounds} alternating
-rounds on this one machine; *as documented* and *patched* ran once. Other processors give other ratios, and so does
-this one from day to day, with the rate of its products. torch.compile makes the peer's steps 1.22 times as fast after
-six minutes of compiling ([grid](benchmarks/train_speed/grid.json), [log](docs/log.md)).
-It is left out of *at its best*."""
+    return f"""Names of the settings:
+
+- *TRL + PEFT tuned*: the fastest configuration that we found: eager attention, one row at a time, no autocast, no
+  packing, no torch.compile.
+- *as documented*: the defaults of TRL and PEFT. It ran once.
+- *patched*: *tuned*, with TRL's code patched and the allocator tuned. It ran once.
+- *prefix sharing*: rows that begin alike share the computation of the common prefix.
+
+Speeds are of SmolLM2-135M over {steps} steps in {rounds} alternating rounds on one machine. Other processors give other
+ratios. The same machine also varies from day to day. torch.compile makes the peer's steps 1.22 times as fast after six
+minutes of compiling ([grid](benchmarks/train_speed/grid.json), [log](log.md)); *tuned* does not include it."""
 
 
 def package() -> str:
@@ -233,10 +375,10 @@ def _quickstart(result: dict[str, Any]) -> str:
     rouge, loss = ([run["held_out"][key] for run in runs] for key in ("rouge_l", "loss_nats"))
     walls, memory = [r["command_wall_s"] for r in runs], [r["train"]["peak_rss_gib"] for r in runs]
     figures = {
-        "held-out ROUGE-L F1, base -> tuned (the first run's, over 100 functions)": _both(rouge[0]),
-        "held-out loss, nats per supervised token": _both(loss[0]),
-        "the whole demo after its install part": f"{walls[0]:.0f} s, {min(walls[1:]):.0f} s once the base is cached",
-        "peak memory of the process": f"{max(memory):.2f} GiB",
+        "demo: held-out ROUGE-L F1, base -> tuned (the first run, 100 functions)": _both(rouge[0]),
+        "demo: held-out loss, nats per supervised token": _both(loss[0]),
+        "demo: time after the installation": f"{walls[0]:.0f} s, {min(walls[1:]):.0f} s once the base is cached",
+        "demo: peak memory of the process": f"{max(memory):.2f} GiB",
     }
     return _rows(figures, where)
 
@@ -250,30 +392,30 @@ def _train_speed(result: dict[str, Any]) -> str:
     for threads, found in result["threads"].items():
         on = "one thread" if threads == "1" else f"{threads} threads"
         best = found["table"][found["best_peer"]]["tokens_per_s"]
-        for name, label in (("ours", "no beginning shared"), ("ours, shared beginnings", "beginnings shared")):
+        for name, label in (("ours", "prefix sharing off"), ("ours, shared beginnings", "prefix sharing on")):
             ratios, speed = found["ratios"][name], found["table"][name]["tokens_per_s"]
             figure = f"{ratios['to the best peer']:.2f} times ({speed:.0f} against {best:.0f} tokens/s)"
-            rows[f"training, {on}, against TRL + PEFT at its best, {label}"] = figure
+            rows[f"training, {on}, against TRL + PEFT tuned, {label}"] = figure
         ratios = found["ratios"]["ours, shared beginnings"]
         for name, label in (
-            ("to as documented", "the same as documented"),
-            ("to tuned beyond configuration", "it with its code patched and its allocator tuned"),
+            ("to as documented", "TRL + PEFT as documented"),
+            ("to tuned beyond configuration", "TRL + PEFT patched"),
         ):
             if name in ratios:
-                rows[f"{on}, against {label}, beginnings shared"] = f"{ratios[name]:.2f} times"
+                rows[f"training, {on}, against {label}, prefix sharing on"] = f"{ratios[name]:.2f} times"
         if (exact := found["table"].get("peer's code in float32")) is not None:
             apart = {name: _apart(shape["losses"], exact["losses"]) for name, shape in found["table"].items()}
             ours = max(share for name, share in apart.items() if name.startswith("ours"))
             steps = result["config"]["steps"]
-            rows[f"losses of {steps} steps in bf16 against the same in float32, at most apart"] = (
-                f"{ours:.2%}, the worst of our settings (TRL + PEFT: {apart[found['best_peer']]:.2%} at its best, "
+            rows[f"largest difference of the losses of {steps} steps, bf16 against float32"] = (
+                f"{ours:.2%}, the worst of our settings (TRL + PEFT: {apart[found['best_peer']]:.2%} tuned, "
                 f"{apart['as documented']:.2%} as documented)"
             )
         small = found["ratios"].get("ours, small packs")
         if small:
             ours = found["table"]["ours, small packs"]
             figure = f"{small['peak memory']:.2f} of its {found['table'][found['best_peer']]['peak_rss_gib']:.2f} GiB"
-            rows[f"peak memory against the peer at its best, packs of 256 tokens, {on}"] = (
+            rows[f"peak memory against TRL + PEFT tuned, packs of 256 tokens, {on}"] = (
                 f"{figure}, at {ours['tokens_per_s']:.0f} tokens/s"
             )
     return _rows(rows, where)
@@ -289,7 +431,7 @@ def _rows(rows: dict[str, str], where: str) -> str:
 
 def _prefix_sharing(result: dict[str, Any]) -> str:
     rows = {
-        f"{name}: beginnings shared against not": (
+        f"{name}: prefix sharing on against off": (
             f"{job['times_as_fast']:.2f} times as fast, " if job["times_as_fast"] else ""
         )
         + f"{job['fewer_tokens']:.1f} times fewer tokens computed"
@@ -301,7 +443,7 @@ def _prefix_sharing(result: dict[str, Any]) -> str:
 def _nf4(result: dict[str, Any]) -> str:
     nats, codec = result["nats"], result["codecs"]["nf4"]
     rows = {
-        "NF4 with double quantisation": f"{codec['bits_a_weight']:.2f} bits a weight; a step takes "
+        "NF4 with double quantization": f"{codec['bits_a_weight']:.2f} bits a weight; a step takes "
         f"{result['steps']['cpu_ratio_to_bf16']['nf4']:.2f} of a bf16 step",
         "loss of the base on Python's documentation, nats a token": f"bf16 {nats['bf16']:.3f}, NF4 "
         f"{nats['nf4, fp32 products']:.3f}, NF4 by bitsandbytes' codes "
@@ -367,11 +509,12 @@ def _streaming(result: dict[str, Any]) -> str:
 def _selection(result: dict[str, Any]) -> str:
     found = result["demo"]
     means, best = found["held_out_loss_mean"], found["best"]
+    seeds = len(found["held_out_loss"][best])
     rows_of = {
         "LESS: rows of a task found among others, at 5 % of the pool": ", ".join(
             f"{recall:.0%}" for recall in result["planted"]["recall_at_5_percent"]
         ),
-        f"10 % chosen by {best} against 10 % drawn: held-out loss, mean of {len(found['held_out_loss'][best])} seeds": (
+        f"10 % selected by {best} against 10 % drawn at random: held-out loss, mean of {seeds} seeds": (
             f"{means[best]:.2f} against {means['drawn']:.2f}, better in {found['wins']}"
         ),
     }
@@ -380,7 +523,7 @@ def _selection(result: dict[str, Any]) -> str:
 
 def _preference(result: dict[str, Any]) -> str:
     rows = {
-        f"a DPO step, {threads} thread{'s' * (threads != '1')}, against TRL + PEFT at its best": (
+        f"a DPO step, {threads} thread{'s' * (threads != '1')}, against TRL + PEFT tuned": (
             f"{found['ratios']['step, to the best peer']:.2f} times as fast"
         )
         for threads, found in result["threads"].items()
@@ -393,14 +536,14 @@ def _dpo_task(result: dict[str, Any]) -> str:
         [seed["held_out"][which]["accuracy"] for seed in result["seeds"].values()] for which in ("base", "tuned")
     )
     figure = f"{min(before):.2f} -> {min(after):.2f} to {max(after):.2f} over {len(after)} seeds"
-    return _rows({"DPO: held-out pairs put in the right order": figure}, _where("dpo_task", result))
+    return _rows({"DPO: share of held-out pairs in the right order": figure}, _where("dpo_task", result))
 
 
 def _crash(result: dict[str, Any]) -> str:
     parts = [part for kind in result["config"]["runs"] for part in result[kind].values()]
     lives = sum(part.get("kills", 0) + part.get("operations", 0) + part.get("points", 0) for part in parts)
     wrong = sum(part["failed"] + part["other_bytes"] for part in parts)
-    figure = f"{lives:,} deaths, {wrong} that did not end in the bytes of an unbroken run"
+    figure = f"{lives:,} kills, {wrong} that did not end in the bytes of an uninterrupted run"
     return _rows({"kill -9 at random and at every write, full and read-only disks": figure}, _where("crash", result))
 
 
@@ -466,11 +609,13 @@ def _cell(cell: dict[str, str]) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "architectures.md": architectures,
+    "benchmarks.md": benchmarks,
     "../README.md": readme,
     "package.md": package,
     "cli.md": cli,
     "recipe.md": recipe,
     "methods.md": methods,
+    "equations.md": equations,
     "policies.md": policies,
     "recipe.schema.json": lambda: json_schema(Recipe),
 }

@@ -30,7 +30,7 @@ class Support(NamedTuple):
 
 
 def platform_support() -> Support:
-    """What graftlm promises on this platform. README and docs/guide.md ("Platforms") state the same."""
+    """What graftlm promises on this platform. README and docs/how-to/platforms.md state the same."""
     system, machine = platform.system(), platform.machine()
     if system == "Windows":
         why = "graftlm needs signals, resource limits and fsync of folders as POSIX has them. Use WSL 2, which is Linux"

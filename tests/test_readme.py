@@ -1,4 +1,4 @@
-"""README: the tree names files that exist, figures name their machine, and claims about others have a source."""
+"""README, the benchmarks and the comparison: figures name their machine, claims about other projects have a source."""
 
 import dataclasses
 import json
@@ -15,21 +15,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_every_file_in_the_tree_exists() -> None:
-    tree = re.search(r"## The files\n\n```text\n(.*?)```", README, re.S)
-    assert tree is not None
-    folders: list[tuple[int, Path]] = []
-    count = 0
-    for line in tree[1].splitlines():
-        indent, name = len(line) - len(line.lstrip()), line.split()[0]
-        while folders and folders[-1][0] >= indent:
-            folders.pop()
-        path = (folders[-1][1] if folders else ROOT) / name
-        assert path.exists(), f"{path} is in README's tree and not in the repository"
-        if name.endswith("/"):
-            folders.append((indent, path))
-        count += 1
-    assert count > 25
+def test_readme_is_one_screen_and_a_half() -> None:
+    assert len(README.splitlines()) <= 110
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -37,11 +24,22 @@ def test_every_link_leads_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_every_module_is_in_the_tree_or_its_folder_is_described() -> None:
-    for file in (ROOT / "graftlm").glob("*/*.py"):
-        folder = file.parent.name
-        if file.name != "__init__.py" and folder in ("model", "data"):
-            assert f"    {file.name}" in README, f"{file} is not in README's tree"
+def test_the_tour_names_every_package_and_nothing_that_does_not_exist() -> None:
+    tree = re.search(r"## The packages\n.*?```text\n(.*?)```", (ROOT / "docs" / "tour.md").read_text(), re.S)
+    assert tree is not None
+    folders: list[tuple[int, Path]] = []
+    named = set()
+    for line in tree[1].splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        path = (folders[-1][1] if folders else ROOT) / name
+        assert path.exists(), f"{path} is in the tour's tree and not in the repository"
+        named.add(path)
+        if name.endswith("/"):
+            folders.append((indent, path))
+    packages = {file.parent for file in (ROOT / "graftlm").rglob("__init__.py")}
+    assert packages <= named, f"the tour does not name {packages - named}"
 
 
 def table(text: str, heading: str) -> list[list[str]]:
@@ -50,15 +48,17 @@ def table(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
-COMPARISON = "| | graftlm | PEFT |"
+HEADING = "| | graftlm | PEFT |"
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text()
 SOURCES = (ROOT / "docs" / "sources.md").read_text()
 
 
 def claims() -> dict[tuple[str, str], str]:
-    """(row, project) -> what README says about that project."""
-    projects = README[README.index(COMPARISON) :].splitlines()[0].strip("| ").split(" | ")[1:]
+    """(row, project) -> what docs/comparison.md says about that project."""
+    projects = COMPARISON[COMPARISON.index(HEADING) :].splitlines()[0].strip("| ").split(" | ")[1:]
     said = {}
-    for row, _, *others in table(README, COMPARISON):
+    for row, _, *others in table(COMPARISON, HEADING):
         assert len(others) == len(projects), row
         said.update({(row, project): cell for project, cell in zip(projects, others, strict=True)})
     return {key: cell for key, cell in said.items() if cell not in ("-", "?")}
@@ -75,7 +75,9 @@ def sources() -> dict[tuple[str, str], tuple[str, str]]:
 def test_every_claim_about_another_project_has_a_source() -> None:
     said, found = claims(), sources()
     assert len(said) > 40
-    assert {key: says for key, (says, _) in found.items()} == said, "docs/sources.md repeats README's cells"
+    assert {key: says for key, (says, _) in found.items()} == said, (
+        "docs/sources.md repeats the cells of docs/comparison.md"
+    )
 
 
 def test_every_source_is_a_file_or_a_version_and_a_date() -> None:
@@ -106,7 +108,7 @@ def test_what_is_counted_of_peft_and_of_ours_is_right() -> None:
     """Of the PEFT that is installed; the variants of LoRA are counted in its configuration and by the class names."""
     from peft.tuners.lora import variants
 
-    cells = {row[0]: row for row in table(README, COMPARISON)}
+    cells = {row[0]: row for row in table(COMPARISON, HEADING)}
     types, mapped = len(PeftType), {row["peft_type"] for row in facts() if row["peft_type"]}
     assert f"{len(mapped)} of PEFT's {types} types" in cells["adapters of the others"][1]
     assert {"GLORA"} <= {each.value for each in PeftType} - mapped
@@ -118,11 +120,24 @@ def test_what_is_counted_of_peft_and_of_ours_is_right() -> None:
     assert cells["any method in a server that reads LoRA"][1].startswith(f"{exact} methods exactly")
 
 
+def test_readme_shows_rows_of_the_comparison_and_of_the_figures() -> None:
+    whole = {row[0]: row for row in table(COMPARISON.replace("](../", "]("), HEADING)}
+    shown = table(README, HEADING)
+    assert len(shown) > 4
+    assert all(whole[row[0]] == row for row in shown)
+    figures = table(BENCHMARKS.replace("](../", "]("), FIGURES)
+    assert len(table(README, FIGURES)) == 6
+    assert all(row in figures for row in table(README, FIGURES))
+
+
+FIGURES = "| measured | figure |"
+
+
 def test_every_figure_names_its_processor_and_cores() -> None:
-    rows = table(README, "| measured | figure |")
+    rows = table(BENCHMARKS, FIGURES)
     assert len(rows) > 30
     for what, _, where in rows:
-        name = re.match(r"\[(\w+)\]\(benchmarks/\1/result\.json\), ", where)
+        name = re.match(r"\[(\w+)\]\(\.\./benchmarks/\1/result\.json\), ", where)
         assert name is not None, what
         machine = json.loads((ROOT / "benchmarks" / name[1] / "result.json").read_text())["machine"]
         assert machine["processor"] in where, what

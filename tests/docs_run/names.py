@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(p for p in (ROOT / "README.md",) if p.is_file())])
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 NAMED = re.compile(r"`(graftlm/[\w/]+)\.py: ([\w.]+)`")
 
 

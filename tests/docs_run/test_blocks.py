@@ -1,9 +1,11 @@
 """The blocks of README and docs/: Python runs, YAML is a recipe, commands exist.
 
 Nothing is changed in a block. Pages say `smollm2`; here that name leads to a tiny random base, so that they run in
-seconds and need nothing installed. README's blocks take rows.jsonl for granted, so it lies in the folder.
+seconds and need nothing installed. README's blocks take rows.jsonl for granted, so it lies in the folder. A page that
+says that its rows and adapter are those of the quick start runs after the blocks of that page.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -34,6 +36,8 @@ LINES = [
     for command in block.replace("\\\n", " ").splitlines()
     if command.strip() and not command.startswith("#")
 ]
+QUICK_START = "docs/index.md"
+AFTER_QUICK_START = "Rows and adapter: those of the [quick start](../index.md)."
 
 
 @pytest.fixture
@@ -66,7 +70,10 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for line, block in blocks(TEXTS[page], "python"):
+    parts = [(page, *part) for part in blocks(TEXTS[page], "python")]
+    if AFTER_QUICK_START in TEXTS[page]:
+        parts = [(QUICK_START, *part) for part in blocks(TEXTS[QUICK_START], "python")] + parts
+    for page, line, block in parts:
         exec(compile("\n" * (line - 1) + block, str(ROOT / page), "exec"), namespace)  # errors name the page's line
     assert namespace.keys() - {"__name__", "__builtins__"}, "the blocks did something"
 
@@ -118,8 +125,8 @@ def test_a_misspelt_override_would_be_found_out(tmp_path: Path) -> None:
         read_recipe(tmp_path / "recipe.yaml", ["train.learning_rat=1"])
 
 
-def test_the_guide_shows_every_format_with_a_row_that_is_told_as_such(tmp_path: Path) -> None:
-    shown = re.findall(r"\n\n`([\w-]+)`(?:[^\n]+\n)+\n```jsonl\n(.*?)```", TEXTS["docs/guide.md"], re.S)
+def test_the_page_of_formats_shows_every_one_with_a_row_that_is_told_as_such(tmp_path: Path) -> None:
+    shown = re.findall(r"\n\n`([\w-]+)`(?:[^\n]+\n)+\n```jsonl\n(.*?)```", TEXTS["docs/row-formats.md"], re.S)
     assert {name for name, _ in shown} == set(FORMATS)
     for name, text in shown:
         (tmp_path / "rows.jsonl").write_text(text)
@@ -128,13 +135,30 @@ def test_the_guide_shows_every_format_with_a_row_that_is_told_as_such(tmp_path: 
         assert len(rows) == 1
 
 
-def test_the_guide_names_every_mask_and_every_error() -> None:
+def test_the_pages_name_every_mask_and_every_error() -> None:
     from graftlm import errors
     from graftlm.data.chat.masks import MASKS
 
     for mask in MASKS:
-        assert f"| `{mask}`" in TEXTS["docs/guide.md"]
+        assert f"| `{mask}`" in TEXTS["docs/how-to/masks.md"]
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.GraftError)]
     for kind in kinds:
-        assert kind is errors.GraftError or f"| {kind.__name__} |" in TEXTS["docs/guide.md"]
+        assert kind is errors.GraftError or f"| {kind.__name__} |" in TEXTS["docs/errors.md"]
     assert len(kinds) > 5
+
+
+def test_the_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
+    """Between the dots each message is a part of some text in graftlm/."""
+    texts = []
+    for file in (ROOT / "graftlm").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    code = "\n".join(texts)
+    rows = [line.split(" | ") for line in TEXTS["docs/errors.md"].splitlines() if re.match(r"\| \w+Error \|", line)]
+    assert len(rows) > 60
+    for _, messages, _ in rows:
+        for message in re.findall(r"`([^`]+)`", messages):
+            for part in message.split("..."):
+                assert part.strip(" :") in code, f"{message}: no message has {part!r}"

@@ -28,7 +28,7 @@ def test_a_record_is_a_page_with_four_headings_and_stands_in_the_index(record: o
 
 
 def test_pages_are_ascii_and_lines_are_not_endless() -> None:
-    for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "CHANGELOG.md"]:
+    for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         if "made by docs/generate.py" not in (text := page.read_text(encoding="utf-8")):
             assert text.isascii(), page
             long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "{", "- ["))]

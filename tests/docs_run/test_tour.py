@@ -8,8 +8,9 @@ from tests.docs_run.names import NAMED, PAGES, ROOT, resolve, title
 
 TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 STAGES = [
-    "data/formats", "data/source", "data/render", "data/mask", "data/check", "data/pack", "model/load", "model/attach",
-    "model/forward", "model/ops", "losses/__init__", "training/loop", "training/run", "model/store", "model/generate",
+    "data/sources/formats", "data/sources/source", "data/chat/render", "data/chat/masks", "data/quality/preflight",
+    "data/batches/pack", "model/hub/load", "model/layers/attach", "model/passes/forward", "kernels/torch_ops",
+    "losses/__init__", "training/loop", "run", "adapters/store", "generation/generate",
 ]  # fmt: skip
 NAMES = sorted({(title(page), *named) for page in PAGES for named in NAMED.findall(page.read_text(encoding="utf-8"))})
 
@@ -28,16 +29,17 @@ def test_the_tour_passes_every_part() -> None:
 
 def test_the_tour_goes_in_the_direction_of_the_data() -> None:
     first = {path.removeprefix("graftlm/"): n for n, (path, _) in reversed(list(enumerate(NAMED.findall(TOUR))))}
-    way = ["data/source", "data/formats", "data/render", "data/mask", "data/check", "data/pack", "model/attach",
-           "training/loop", "model/ops", "losses/__init__", "model/store", "model/generate"]  # fmt: skip
+    way = ["data/sources/source", "data/sources/formats", "data/chat/render", "data/chat/masks",
+           "data/quality/preflight", "data/batches/pack", "model/layers/attach", "training/loop", "kernels/torch_ops",
+           "losses/__init__", "adapters/store", "generation/generate"]  # fmt: skip
     assert [first[stage] for stage in way] == sorted(first[stage] for stage in way)
 
 
 def test_a_name_that_does_not_exist_would_be_found_out() -> None:
     with pytest.raises(AttributeError):
-        resolve("graftlm/data/source", "no_such_function")
+        resolve("graftlm/data/sources/source", "no_such_function")
     with pytest.raises(AttributeError):
-        resolve("graftlm/data/render", "Renderer.no_such_method")
+        resolve("graftlm/data/chat/render", "Renderer.no_such_method")
 
 
 def test_the_tokens_on_the_tour_are_those_of_smollm2(smollm2: str) -> None:
@@ -64,12 +66,11 @@ def test_every_link_of_the_docs_leads_somewhere() -> None:
     import re
 
     for page in PAGES:
-        if page.is_relative_to(ROOT / "docs"):
-            for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
-                path, _, anchor = target.partition("#")
-                linked = (page.parent / path) if path else page
-                assert linked.exists(), f"{title(page)} links to {target}"
-                assert not anchor or anchor in _anchors(linked), f"{title(page)} links to {target}"
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path) if path else page
+            assert linked.exists(), f"{title(page)} links to {target}"
+            assert not anchor or anchor in _anchors(linked), f"{title(page)} links to {target}"
 
 
 def _anchors(page: Path) -> set[str]:
@@ -77,3 +78,12 @@ def _anchors(page: Path) -> set[str]:
 
     heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_file_that_contributing_names_exists() -> None:
+    import re
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:graftlm|tests|docs|benchmarks)/[\w/.-]+)`", text):
+        path = re.sub(r"(NAME|GROUP|NNN).*", "", name)
+        assert (ROOT / path).exists(), name

@@ -27,8 +27,8 @@ from tests.selection.conftest import some_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
-FOLDER = Path(graftlm.__file__).parent / "training" / "select"
-GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
+FOLDER = Path(graftlm.__file__).parent / "selection"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "select-rows.md"
 
 
 def select(*arguments: Any) -> Any:
@@ -48,7 +48,7 @@ def test_no_selector_is_missing_from_the_table() -> None:
     for name, selector in SELECTORS.items():
         assert selector.config.__dataclass_fields__["by"].default == name  # type: ignore[attr-defined]
         assert len((FOLDER / f"{name.replace('-', '_')}.py").read_text().splitlines()) <= 170
-        assert f"`{name}`" in GUIDE.read_text(), "the guide says what it keeps"
+        assert f"`{name}`" in PAGE.read_text(), "the page says what it keeps"
 
 
 @pytest.mark.parametrize(("keep", "count"), [(3, 3), (0.2, 2), (0.01, 1), (1.0, 10), (99, 10), (None, 10)])

@@ -205,7 +205,7 @@ class Report:
         return pairs
 
     def _advice(self) -> str:
-        better = f": mask {self.suggested_mask!r} may do better (docs/guide.md)"
+        better = f": mask {self.suggested_mask!r} may do better (docs/how-to/masks.md)"
         return better if self.suggested_mask != self.mask else ""
 
 
