@@ -29,7 +29,8 @@ from graftlm.data.batches.order import Curriculum, curriculum
 from graftlm.data.batches.pack import Example, Group, fill, saved_by_sharing
 from graftlm.data.batches.prompts import asked_in, prepare_prompts, shown_prompts
 from graftlm.data.chat.render import Renderer
-from graftlm.data.quality.preflight import Report, prepare, shown_rows
+from graftlm.data.quality.preflight import prepare, shown_rows
+from graftlm.data.quality.report import Report
 from graftlm.data.quality.survey import not_told, survey
 from graftlm.data.sources.row_cache import read_kept, unread_keys
 from graftlm.data.sources.source import DataConfig, Row

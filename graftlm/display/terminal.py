@@ -10,7 +10,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from graftlm.data.quality.preflight import Report
+from graftlm.data.quality.report import Report
 from graftlm.data.quality.survey import WHY
 
 ROLE_STYLES = {
@@ -42,7 +42,7 @@ def preflight(report: Report, title: str = "pre-flight") -> RenderableType:
 
 
 def tokens(row: dict[str, Any]) -> RenderableType:
-    """One row of `data.check.shown_rows`: trained tokens on green, lighter or darker where their weight is not 1, the
+    """One row of `preflight.shown_rows`: trained tokens on green, lighter or darker where their weight is not 1, the
     others by role."""
     text, weights = Text(), [token["weight"] for token in row["tokens"]]
     for token, weight in zip(row["tokens"], weights, strict=True):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.data.chat.roles import Role
-from graftlm.data.quality.preflight import Lengths, shown_rows
+from graftlm.data.quality.preflight import shown_rows
+from graftlm.data.quality.report import Lengths
 from graftlm.data.quality.survey import WHY, evenly
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.display import pages

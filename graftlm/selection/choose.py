@@ -21,7 +21,7 @@ from graftlm.config.schema import to_tree
 from graftlm.data.batches.pack import Example
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.token_cache import key as tokens_key
-from graftlm.data.quality.preflight import Report
+from graftlm.data.quality.report import Report
 from graftlm.data.sources.convert import to_fields, write_lines
 from graftlm.data.sources.source import SELECTED, Row
 from graftlm.display import terminal

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graftlm.data.batches.pack import Example, Group
-from graftlm.data.quality.preflight import Report
+from graftlm.data.quality.report import Report
 from graftlm.errors import DataError, numbered
 from graftlm.model.hub.sketch import Positions, positions
 

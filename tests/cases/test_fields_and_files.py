@@ -19,7 +19,8 @@ from graftlm.data.batches.prompts import asked_in
 from graftlm.data.chat.masks import weights
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.roles import Role
-from graftlm.data.quality.preflight import Report, prepare, shown_rows
+from graftlm.data.quality.preflight import prepare, shown_rows
+from graftlm.data.quality.report import Report
 from graftlm.data.sources.convert import convert
 from graftlm.data.sources.formats import FORMATS, RowError
 from graftlm.data.sources.load import load_rows, stream_rows

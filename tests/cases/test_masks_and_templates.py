@@ -19,7 +19,8 @@ from graftlm.data.chat.masks import weights
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.token_cache import key
 from graftlm.data.chat.turn_order import in_order
-from graftlm.data.quality.preflight import Report, prepare
+from graftlm.data.quality.preflight import prepare
+from graftlm.data.quality.report import Report
 from graftlm.data.sources.convert import to_fields
 from graftlm.data.sources.formats import FORMATS, Message
 from graftlm.data.sources.load import load_rows

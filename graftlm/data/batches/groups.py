@@ -22,7 +22,8 @@ import numpy as np
 
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.chat.render import Renderer
-from graftlm.data.quality.preflight import Report, prepare
+from graftlm.data.quality.preflight import prepare
+from graftlm.data.quality.report import Report
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.data.sources.splits import for_supervised
@@ -122,7 +123,7 @@ def _common(conversations: Sequence[Sequence[Message]]) -> int:
 def prepare_groups(
     rows: Sequence[Row], renderer: Renderer, data: DataConfig, needs: str, **options: Any
 ) -> tuple[list[Group], list[Row], Report]:
-    """Groups ready to pack, the rows that they are of, and the report, as `check.prepare` makes them of single rows."""
+    """Groups ready to pack, the rows that they are of, and the report, as `prepare` makes them of single rows."""
     examples, report = prepare(answers_of(rows), renderer, data, **options)
     made, kept, problems = groups(rows, examples, needs, in_part=report.rows_in_part)
     report.problems += problems

@@ -13,7 +13,7 @@ import numpy as np
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.roles import Role
-from graftlm.data.quality.preflight import Report, unheard
+from graftlm.data.quality.report import Report, unwritten_notes
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.row_cache import unread_keys
 from graftlm.data.sources.source import DataConfig, Row
@@ -94,14 +94,14 @@ def _lost(rows: Sequence[Row], renderer: Renderer) -> list[str]:
     whole = [(asked_in(row)[0], row.tools, row.variables) for row in rows]
     some = [one for one in whole if one[1] or any(message.tool_calls for message in one[0])]
     found = [lost for lost in renderer.lost_of_all(some) if not isinstance(lost, DataError)]
-    notes = unheard(0, sum(lost.tools for lost in found))
+    notes = unwritten_notes(0, sum(lost.tools for lost in found))
     if calls := sum(bool(lost.calls) for lost in found):
         notes.append(f"{calls:,} rows have earlier calls of tools that the chat template does not write")
     return notes
 
 
 def shown_prompts(prompts: Sequence[Example | Group], renderer: Renderer, count: int) -> list[dict[str, Any]]:
-    """The first prompts token by token, as `check.shown_rows` has rows."""
+    """The first prompts token by token, as `preflight.shown_rows` has rows."""
     return [
         {
             "where": prompt.where,

@@ -48,7 +48,7 @@ class Counted:
     """What a first pass finds out about a source."""
 
     path: str
-    content_hash: str
+    content: str
     """SHA-256 of the file; empty where it is none."""
     rows: int
     """That can be used, after the cap."""

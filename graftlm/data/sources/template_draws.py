@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.data.batches.pack import Example, Group
-from graftlm.data.quality.preflight import Report
+from graftlm.data.quality.report import Report
 from graftlm.data.sources.load import stream_rows
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.errors import DataError

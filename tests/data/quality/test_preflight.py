@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from graftlm.data.chat.render import Renderer
-from graftlm.data.quality import preflight
-from graftlm.data.quality.preflight import FEW_ROWS, LEAST_ROWS, Lengths, prepare, shown_rows, stream
+from graftlm.data.quality import piece_counts
+from graftlm.data.quality.preflight import prepare, shown_rows, stream
+from graftlm.data.quality.report import FEW_ROWS, LEAST_ROWS, Lengths
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError
@@ -145,7 +146,7 @@ def test_however_many_tokens_are_counted_at_a_time_the_report_is_the_same(
     for changes in ({}, {"max_tokens": 20, "over_length": "truncate"}, {"mask": "last-turn", "prompt_weight": 0.5}):
         wanted = [prepare([each], renderer, data(**changes))[1] for each in rows]
         with monkeypatch.context() as patch:
-            patch.setattr(preflight, "AT_ONCE", at_once)
+            patch.setattr(piece_counts, "AT_ONCE", at_once)
             _, report = prepare(rows, renderer, data(**changes))
         assert report.supervised_tokens == sum(one.supervised_tokens for one in wanted)
         assert report.tokens == sum(one.tokens for one in wanted)
