@@ -195,7 +195,7 @@ class Stream:
             other = next(iter({*paths} ^ {*known}), "")
             raise DataError(f"the cursor is of other sources: {known}, not {paths}. {nearest(other, known)}")
         for each in self.counted:
-            if (content_hash(each.path) or "") != each.content_hash:
+            if (content_hash(each.path) or "") != each.content:
                 raise DataError(f"{each.path}: was changed since the cursor was taken, so it leads to other rows")
 
 
