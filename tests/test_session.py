@@ -140,7 +140,7 @@ def ci(folder: Path, test: str) -> subprocess.CompletedProcess[str]:
     (folder / "tests" / "test_one.py").write_text(f"import pytest\n\n\n{test}\n")
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name in ("ruff", "mypy", "lint-imports"):
+    for name in ("ruff", "mypy", "lint-imports", "mkdocs"):
         (programs / name).symlink_to(shutil.which("true") or "/bin/true")
     python = programs / "python"
     python.write_text(f'#!/bin/sh\ncase "$1" in -m) exec {sys.executable} "$@";; esac\n')  # not docs/generate.py

@@ -22,7 +22,7 @@ from graftlm.training.callback import ParameterGroup, Policy, Training
 from graftlm.training.loop import Step, steps
 from tests.training.test_loop import examples
 
-FOLDER = Path(policies.__file__).parent
+FOLDERS = (Path(policies.__file__).parent, Path(policies.__file__).parents[1] / "optim")
 
 
 def training(model: Any, chosen: list[Policy], *, rate: float = 0.01, total: int = 4) -> Training:
@@ -45,7 +45,7 @@ def run(state: Training, chosen: list[Policy], batches: list[Any], **options: An
 
 
 def test_every_file_is_in_the_table() -> None:
-    files = {file.stem for file in FOLDER.glob("*.py")} - {"__init__", "base"}
+    files = {file.stem for folder in FOLDERS for file in folder.glob("*.py")} - {"__init__"}
     assert {row.policy.__module__.rpartition(".")[2] for row in POLICIES.values()} == files
     for name, row in POLICIES.items():
         assert row.config.__dataclass_fields__["name"].default == name
