@@ -8,7 +8,7 @@ from tests.docs_run.names import NAMED, PAGES, ROOT, resolve, title
 
 TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 STAGES = [
-    "data/sources/formats", "data/sources/source", "data/chat/render", "data/chat/masks", "data/quality/preflight",
+    "data/sources/formats", "data/sources/load", "data/chat/render", "data/chat/masks", "data/quality/preflight",
     "data/batches/pack", "model/hub/load", "model/layers/attach", "model/passes/forward", "kernels/torch_ops",
     "losses/__init__", "training/loop", "run", "adapters/store", "generation/generate",
 ]  # fmt: skip
@@ -29,7 +29,7 @@ def test_the_tour_passes_every_part() -> None:
 
 def test_the_tour_goes_in_the_direction_of_the_data() -> None:
     first = {path.removeprefix("graftlm/"): n for n, (path, _) in reversed(list(enumerate(NAMED.findall(TOUR))))}
-    way = ["data/sources/source", "data/sources/formats", "data/chat/render", "data/chat/masks",
+    way = ["data/sources/load", "data/sources/formats", "data/chat/render", "data/chat/masks",
            "data/quality/preflight", "data/batches/pack", "model/layers/attach", "training/loop", "kernels/torch_ops",
            "losses/__init__", "adapters/store", "generation/generate"]  # fmt: skip
     assert [first[stage] for stage in way] == sorted(first[stage] for stage in way)
@@ -37,7 +37,7 @@ def test_the_tour_goes_in_the_direction_of_the_data() -> None:
 
 def test_a_name_that_does_not_exist_would_be_found_out() -> None:
     with pytest.raises(AttributeError):
-        resolve("graftlm/data/sources/source", "no_such_function")
+        resolve("graftlm/data/sources/load", "no_such_function")
     with pytest.raises(AttributeError):
         resolve("graftlm/data/chat/render", "Renderer.no_such_method")
 
