@@ -336,14 +336,14 @@ def _how_speed_was_measured() -> str:
     return f"""Names of the settings:
 
 - *TRL + PEFT tuned*: the fastest configuration that we found: eager attention, one row at a time, no autocast, no
-  packing, no torch.compile.
+  packing, with torch.compile ([grid](benchmarks/train_speed/grid.json)).
 - *as documented*: the defaults of TRL and PEFT. It ran once.
 - *patched*: *tuned*, with TRL's code patched and the allocator tuned. It ran once.
 - *prefix sharing*: rows that begin alike share the computation of the common prefix.
 
 Speeds are of SmolLM2-135M over {steps} steps in {rounds} alternating rounds on one machine. Other processors give other
-ratios. The same machine also varies from day to day. torch.compile makes the peer's steps 1.22 times as fast after six
-minutes of compiling ([grid](benchmarks/train_speed/grid.json), [log](log.md)); *tuned* does not include it."""
+ratios. The same machine also varies from day to day. The first three steps, in which both sides warm up and the peer
+compiles for minutes, do not count. Without torch.compile the peer is slower ([log](log.md))."""
 
 
 def package() -> str:
