@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, sha256_of
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
-from graftlm.kernels.torch_ops import Comparison
+from graftlm.kernels.head import Comparison
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
 from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of

@@ -76,7 +76,7 @@ def class_of(operation: str, arguments: Sequence[Any]) -> ShapeClass:
     x = arguments[0]
     if operation == "attention":
         (H, T, D), G = x.shape, arguments[1].shape[0]
-        return ShapeClass(operation, (H, G, D), (T // len(arguments[3].plan.lengths)).bit_length())
+        return ShapeClass(operation, (H, G, D), (T // len(arguments[3].layout.lengths)).bit_length())
     if operation == "rotary":
         return ShapeClass(operation, (x.shape[1], arguments[1].shape[1], x.shape[-1]), x.shape[-2].bit_length())
     rows = (x.numel() // x.shape[-1]).bit_length()

@@ -17,22 +17,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from graftlm.errors import TrainingError
+from graftlm.kernels.attention import SegmentLayout, use_layout
 from graftlm.kernels.backend import TORCH, Backend, probe
-from graftlm.kernels.torch_ops import (
-    Comparison,
-    Plan,
-    Readings,
-    attending_by,
-    head_log_probs,
-    head_readings,
-    linear_readings,
-    planned,
-    segment_attention,
-)
+from graftlm.kernels.head import Comparison, Readings, head_log_probs, head_readings, linear_readings
 from graftlm.model.layers.attach import deltas_off
+from graftlm.model.layers.attention import attending_by
 from graftlm.model.layers.hosts import LayerHost
 from graftlm.model.layers.sites import decoder_of
 from graftlm.model.passes.first_layers import first_layers_in_float32
+from graftlm.model.passes.packed_attention import segment_attention
 from graftlm.model.passes.recompute import computing_by
 
 SEGMENTS = "graft_segments"
@@ -41,7 +34,7 @@ AttentionInterface.register(SEGMENTS, segment_attention)
 
 @contextmanager
 def packed_attention(model: Any, backend: Backend = TORCH) -> Iterator[None]:
-    """Inside, the model attends by segments and needs a plan; outside, as it did before (generation, evaluation).
+    """Inside, the model attends by segments and needs a layout; outside, as it did before (generation, evaluation).
 
     Held over the backward pass too, where recomputation may run the forward pass again. `backend` computes attention,
     layers with low-rank factors, norms, gated units, rotary embeddings and the head: every layer, pack and model of a
@@ -194,10 +187,10 @@ def log_probs(model: Any, pack: Packed) -> Tensor:
 
 def hidden_states(model: Any, pack: Packed) -> Tensor:
     """The last hidden state of each token of a pack, as the head sees it: [T, d], in the model's dtype."""
-    plan = None
+    layout = None
     if len(pack.lengths) > 1 or is_packed(model):
-        plan = Plan(pack.lengths, pack.parents, attend=backend_of(model).attention)
-    with planned(plan):
+        layout = SegmentLayout(pack.lengths, pack.parents, attend=backend_of(model).attention)
+    with use_layout(layout):
         out = _decoder(model)(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
     hidden: Tensor = out.last_hidden_state
     return hidden[0]
