@@ -19,7 +19,8 @@ from graftlm.kernels.head import Comparison
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
 from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of
-from graftlm.model.passes.forward import hidden_states, is_packed, logits, packed_attention
+from graftlm.model.passes.forward import hidden_states, logits
+from graftlm.model.passes.packed_attention import is_packed, packed_attention
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference`, or a teacher that is one, is called on the model."""

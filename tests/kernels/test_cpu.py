@@ -23,8 +23,9 @@ from graftlm.kernels import cpu, linear
 from graftlm.kernels.attention import AttentionRule, SegmentLayout, tiled_attention
 from graftlm.kernels.backend import OURS, TORCH
 from graftlm.model.layers.attach import attach, trainable
-from graftlm.model.passes.forward import check_packing, log_probs, packed_attention
-from graftlm.model.passes.packed_attention import segment_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention, segment_attention
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.testing import tiny_model
 from tests.kernels.equations import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
 from tests.peers import relative_error
@@ -463,7 +464,7 @@ def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it() -> None:
     code = (
         "import sys, torch\n"
         "from graftlm.model.passes.autotune import choose\n"
-        "from graftlm.model.passes.forward import packed_attention\n"
+        "from graftlm.model.passes.packed_attention import packed_attention\n"
         "from graftlm.testing import tiny_model\n"
         "model = tiny_model('gpt_neox').bfloat16()\n"
         "with packed_attention(model, choose(model, []).backend(model.device, model.dtype)): pass\n"

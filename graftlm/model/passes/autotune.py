@@ -26,7 +26,8 @@ from graftlm.files import cache_folder, whole
 from graftlm.kernels import cpu
 from graftlm.kernels.backend import OURS, TORCH, Backend, Kernels, compiled, pinned, rotates_halves
 from graftlm.model.layers.attach import trainable
-from graftlm.model.passes.forward import Packed, hidden_states, packed_attention
+from graftlm.model.passes.forward import Packed, hidden_states
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.system import processor
 
 CALLS = 4

@@ -18,7 +18,8 @@ from graftlm.kernels.backend import OURS, TORCH, Backend
 from graftlm.model.layers.attach import attach, trainable
 from graftlm.model.passes import autotune
 from graftlm.model.passes.autotune import Choice, ShapeClass, Timing, choose, class_of
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from tests.kernels.equations import normal
 from tests.peers import relative_error

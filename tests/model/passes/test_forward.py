@@ -23,13 +23,9 @@ from graftlm.errors import TrainingError
 from graftlm.kernels import head
 from graftlm.kernels.backend import TORCH, Backend, compiled
 from graftlm.model.layers.attach import attach, trainable
-from graftlm.model.passes.forward import (
-    SEGMENTS,
-    check_forward,
-    check_packing,
-    log_probs,
-    packed_attention,
-)
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import SEGMENTS, packed_attention
+from graftlm.model.passes.packing_check import check_forward, check_packing
 from graftlm.testing import tiny_model
 
 pytestmark = pytest.mark.versions

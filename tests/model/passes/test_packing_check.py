@@ -19,7 +19,9 @@ from graftlm.model.layers.quantize import QuantisedLinear
 from graftlm.model.layers.sites import decoder_of, transformer_layers
 from graftlm.model.passes import first_layers, forward
 from graftlm.model.passes.first_layers import first_layers_in_float32
-from graftlm.model.passes.forward import check_forward, check_packing, head, packed_attention
+from graftlm.model.passes.forward import head
+from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.passes.packing_check import check_forward, check_packing
 from graftlm.testing import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
