@@ -47,7 +47,7 @@ from graftlm.model.hub.stopping import missing_end
 from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
-from graftlm.model.passes.proof import prove
+from graftlm.model.passes.packing_check import prove
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.rl.config import mean_reward
 from graftlm.rl.rewards import Scorer, make_scorer

@@ -20,7 +20,9 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError
 from graftlm.model.layers.attach import attach, deltas_off, hosts, merged_state, trainable
 from graftlm.model.layers.sites import output_head
-from graftlm.model.passes.forward import check_forward, check_packing, head, hidden_states, packed_attention
+from graftlm.model.passes.forward import head, hidden_states
+from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.passes.packing_check import check_forward, check_packing
 from graftlm.testing.deltas import move
 from graftlm.testing.tiny import TINY, tiny_of
 

@@ -23,7 +23,7 @@ from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E
 from graftlm.data.batches.pack import lay_out  # noqa: E402
 from graftlm.model.layers.attach import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
-from graftlm.model.passes.proof import prove  # noqa: E402
+from graftlm.model.passes.packing_check import prove  # noqa: E402
 from graftlm.run import prepare_data  # noqa: E402
 from graftlm.training.adamw import adamw  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402

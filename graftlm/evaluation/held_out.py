@@ -16,7 +16,7 @@ from graftlm.data.quality.minhash import words_of
 from graftlm.data.sources.source import Row
 from graftlm.generation.generate import generate
 from graftlm.model.hub.stopping import all_stop_ids
-from graftlm.model.passes.forward import packed_attention
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.training.objective import Objective, Sums
 
 

@@ -1,7 +1,8 @@
 """What computes the operations of a training pass: one record of functions, and the ways to fill it.
 
-    TORCH        torch's own operations, with gradients written by hand (`ops.py`): every device and dtype
-    OURS         kernels for a CPU in bfloat16 (`kernels.py`); what they do not serve is left to TORCH
+    TORCH        torch's own operations, with gradients written by hand (`linear.py`, `attention.py`, `head.py`): every
+                 device and dtype
+    OURS         kernels for a CPU in bfloat16 (`cpu.py`); what they do not serve is left to TORCH
     compiled()   norms, gates and rotary embeddings by torch.compile, the rest by TORCH
 
 `train.kernels` pins one of them. Under `auto` each class of calls goes to the fastest (`autotune.py`).
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import TrainingError
-from graftlm.kernels import cpu, torch_ops
+from graftlm.kernels import cpu, linear
+from graftlm.kernels.attention import AttentionRule, tiled_attention
+from graftlm.kernels.head import linear_log_probs
 
 Kernels = Literal["auto", "ours", "torch", "compiled"]
 
@@ -25,12 +28,12 @@ Kernels = Literal["auto", "ours", "torch", "compiled"]
 @cache
 @torch.no_grad()
 def rotates_halves(function: Callable[..., Any]) -> bool:
-    """Whether a modeling file's rotary embedding is `ops.by_halves`, found by its results: other models rotate
+    """Whether a modeling file's rotary embedding is `linear.by_halves`, found by its results: other models rotate
     neighboring dimensions, or only a part of each head."""
     q, k, cos, sin = (probe(n, 8, torch.zeros(())).view(1, -1, 3, 8) for n in (12, 6, 3, 6))
     cos, sin = cos[0], sin[0, 1:]
     try:
-        found, wanted = function(q, k, cos, sin), torch_ops.by_halves(q, k, cos, sin)
+        found, wanted = function(q, k, cos, sin), linear.by_halves(q, k, cos, sin)
     except (TypeError, RuntimeError, ValueError):
         return False
     if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)):
@@ -38,7 +41,7 @@ def rotates_halves(function: Callable[..., Any]) -> bool:
     try:
         function(q, k, cos[..., :4], sin[..., :4])
     except RuntimeError:
-        return list(signature(function).parameters) == list(signature(torch_ops.by_halves).parameters)
+        return list(signature(function).parameters) == list(signature(linear.by_halves).parameters)
     return False
 
 
@@ -49,19 +52,19 @@ def probe(rows: int, d: int, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Backend:
-    """A function for every operation. `ops.py` says what each computes."""
+    """A function for every operation. `linear.py`, `attention.py` and `head.py` say what each computes."""
 
-    low_rank_linear: Callable[..., Tensor] = torch_ops.low_rank_linear
+    low_rank_linear: Callable[..., Tensor] = linear.low_rank_linear
     """A frozen linear layer with low-rank factors on it: (x, W, b, A, B, gain) -> y."""
-    attention: Callable[[Tensor, Tensor, Tensor, torch_ops.Rule], Tensor] = torch_ops.tiled_attention
+    attention: Callable[[Tensor, Tensor, Tensor, AttentionRule], Tensor] = tiled_attention
     """Attention inside the segments of a pack: (q, k, v, rule) -> out."""
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = torch_ops.rms_norm
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = linear.rms_norm
     """(x, gain, eps) -> y"""
-    silu_gate: Callable[[Tensor, Tensor], Tensor] = torch_ops.silu_gate
+    silu_gate: Callable[[Tensor, Tensor], Tensor] = linear.silu_gate
     """(gate, up) -> silu(gate) * up"""
     rotary: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     """The rotary embedding of a modeling file -> what takes its place."""
-    head: Callable[..., Tensor] = torch_ops.linear_log_probs
+    head: Callable[..., Tensor] = linear_log_probs
     """The frozen output head and the log-probabilities: (hidden, W, b, targets, softcap) -> log p(targets)."""
 
 
@@ -85,7 +88,7 @@ def compiled() -> Backend:
             lambda x, gain, eps: torch.nn.functional.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
         ),
         silu_gate=_compile(lambda gate, up: torch.nn.functional.silu(gate) * up),
-        rotary=lambda function: _compile(torch_ops.by_halves if rotates_halves(function) else function),
+        rotary=lambda function: _compile(linear.by_halves if rotates_halves(function) else function),
     )
 
 

@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from graftlm.errors import OutputError, TrainingError
 from graftlm.files import cache_folder, whole
-from graftlm.kernels import torch_ops
+from graftlm.kernels import linear
+from graftlm.kernels.attention import AttentionRule, SegmentLayout, tiled_attention
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
@@ -217,10 +218,10 @@ def _like(t: Tensor) -> Tensor:
 
 
 class _Segments:
-    """A plan's segments as the kernels read them."""
+    """The segments of a layout as the kernels read them."""
 
-    def __init__(self, plan: torch_ops.Plan, always: int) -> None:
-        tiles = plan.tiles(always, None)
+    def __init__(self, layout: SegmentLayout, always: int) -> None:
+        tiles = layout.tiles(always, None)
         ends = [[end for keys in tile.keys for end in (keys.start, keys.stop)] for tile in tiles]
         self.ranges = [(ctypes.c_int * len(each))(*each) for each in ends]
         self.array = (_Segment * len(tiles))(
@@ -255,15 +256,15 @@ class _Attention(Function):
         return dq, dk, dv, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rule: torch_ops.Rule) -> Tensor:
-    """`ops.tiled_attention`, for heads of one width, in sixteens; windows and capped scores are left to it."""
-    D, tiles = q.shape[-1], rule.plan.tiles(rule.always, None)
+def attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+    """`tiled_attention`, for heads of one width, in sixteens; windows and capped scores are left to it."""
+    D, tiles = q.shape[-1], rule.layout.tiles(rule.always, None)
     windowed = rule.window is not None and any(rule.window < tile.shape[1] for tile in tiles)
     if windowed or rule.softcap is not None or D % LANES or v.shape[-1] != D or not serves(q.device, q.dtype):
-        return torch_ops.tiled_attention(q, k, v, rule)
-    known = rule.plan.as_kernels_read
+        return tiled_attention(q, k, v, rule)
+    known = rule.layout.for_cpu_kernels
     if rule.always not in known:
-        known[rule.always] = _Segments(rule.plan, rule.always)
+        known[rule.always] = _Segments(rule.layout, rule.always)
     out: Tensor = _Attention.apply(q, k, v, known[rule.always], rule.scale)
     return out
 
@@ -304,14 +305,14 @@ class _LowRank(Function):
 
 
 def low_rank_linear(
-    x: Tensor, W: torch_ops.Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None
+    x: Tensor, W: linear.Frozen, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None
 ) -> Tensor:
-    """`ops.low_rank_linear`, for weights that lie in rows; biases, gains and weights that are made are left to it."""
+    """`linear.low_rank_linear` for weights that lie in rows; biases, gains and weights that are made are left to it."""
     if b is not None or gain is not None or not isinstance(W, Tensor) or not W.is_contiguous() or not _served(x, W):
-        return torch_ops.low_rank_linear(x, W, b, A, B, gain)
+        return linear.low_rank_linear(x, W, b, A, B, gain)
     if len(W) % LANES or A.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
-        return torch_ops.low_rank_linear(x, W, b, A, B, gain)
-    return torch_ops.by_rows(lambda rows: _LowRank.apply(rows, W, A, B), x)
+        return linear.low_rank_linear(x, W, b, A, B, gain)
+    return linear.by_rows(lambda rows: _LowRank.apply(rows, W, A, B), x)
 
 
 # Passes over memory --------------------------------------------------------------------------------------------------
@@ -337,14 +338,14 @@ class _RmsNorm(Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """`ops.rms_norm`."""
+    """`linear.rms_norm`."""
     if not _served(x, gain) or not gain.is_contiguous():
-        return torch_ops.rms_norm(x, gain, eps)
+        return linear.rms_norm(x, gain, eps)
     y: Tensor = _RmsNorm.apply(x, gain, eps)
     return y
 
 
-class _SiluGate(Function):
+class _SiluGateKernel(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
@@ -365,15 +366,15 @@ class _SiluGate(Function):
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """`ops.silu_gate`."""
+    """`linear.silu_gate`."""
     if not _served(gate, up):
-        return torch_ops.silu_gate(gate, up)
-    y: Tensor = _SiluGate.apply(gate, up)
+        return linear.silu_gate(gate, up)
+    y: Tensor = _SiluGateKernel.apply(gate, up)
     return y
 
 
 class _Rotate(Function):
-    """x [heads, T, D] -> [T, heads, D]: a view made in here could not be edited in place (`ops.by_rows`)."""
+    """x [heads, T, D] -> [T, heads, D]: a view made in here could not be edited in place (`linear.by_rows`)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -397,10 +398,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """`ops.by_halves` for q [1, H, T, D], k [1, G, T, D], cos and sin [1, T, D]."""
+    """`linear.by_halves` for q [1, H, T, D], k [1, G, T, D], cos and sin [1, T, D]."""
     one_row = unsqueeze_dim == 1 and q.dim() == 4 and len(q) == 1 and cos.dim() == 3 and len(cos) == 1
     if not one_row or q.shape[-1] % (2 * LANES) or cos.shape[-1] != q.shape[-1] or not _served(q, k, cos, sin):
-        return torch_ops.by_halves(q, k, cos, sin, unsqueeze_dim)
+        return linear.by_halves(q, k, cos, sin, unsqueeze_dim)
     cos, sin = cos[0].contiguous(), sin[0].contiguous()
     q, k = (_Rotate.apply(t[0], cos, sin).transpose(0, 1)[None] for t in (q, k))
     return q, k

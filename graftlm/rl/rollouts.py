@@ -29,7 +29,8 @@ from graftlm.generation.generate import generate
 from graftlm.losses import LOSSES
 from graftlm.model.hub.stopping import all_stop_ids
 from graftlm.model.layers.attach import deltas_still
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.recipe import Recipe
 from graftlm.rl.config import OnlineConfig, material, score
 from graftlm.rl.rewards import Said, Scorer, make_scorer

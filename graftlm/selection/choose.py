@@ -28,7 +28,7 @@ from graftlm.display import terminal
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
 from graftlm.model.hub.load import base_config, load_base, locate, return_freed_memory
-from graftlm.model.passes.proof import prove
+from graftlm.model.passes.packing_check import prove
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import Pool, Scores, SelectorConfig, examples_of
 from graftlm.system import preserve_global_state

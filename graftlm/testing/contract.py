@@ -34,7 +34,8 @@ from graftlm.model.layers.attach import (
     trainable,
 )
 from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.testing.deltas import (
     attach_tiny,

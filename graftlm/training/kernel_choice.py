@@ -13,7 +13,7 @@ from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.autotune import Choice, choose
-from graftlm.model.passes.proof import prove
+from graftlm.model.passes.packing_check import prove
 from graftlm.recipe import Recipe
 
 STEPS_SEEN = 16

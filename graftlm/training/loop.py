@@ -28,7 +28,7 @@ from graftlm.kernels.backend import TORCH, Backend, Kernels
 from graftlm.losses import LossConfig
 from graftlm.model.layers.attach import penalty, trainable
 from graftlm.model.layers.sites import transformer_layers
-from graftlm.model.passes.forward import packed_attention
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import offloaded, recomputed_layers
 from graftlm.training.adamw import Schedule, learning_rate_factor
 from graftlm.training.callback import Policy, Training

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.data.batches.groups import mismatched
 from graftlm.data.batches.pack import Example, Group, Pack
-from graftlm.kernels.torch_ops import Comparison, Readings
+from graftlm.kernels.head import Comparison, Readings
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
 from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig

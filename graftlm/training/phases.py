@@ -23,8 +23,8 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.attach import attach, hosts, needed_statistics, parameters_of, trainable
-from graftlm.model.passes.forward import packed_attention
-from graftlm.model.passes.proof import prove
+from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.passes.packing_check import prove
 from graftlm.model.passes.statistics import collect
 from graftlm.recipe import Recipe
 from graftlm.rl.rewards import Scorer

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, sha256_of
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
-from graftlm.kernels.torch_ops import Comparison
+from graftlm.kernels.head import Comparison
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
 from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of
-from graftlm.model.passes.forward import hidden_states, is_packed, logits, packed_attention
+from graftlm.model.passes.forward import hidden_states, logits
+from graftlm.model.passes.packed_attention import is_packed, packed_attention
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference`, or a teacher that is one, is called on the model."""

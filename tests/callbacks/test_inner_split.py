@@ -12,7 +12,8 @@ from graftlm.callbacks.diffora import DiffoRA, DiffoRAConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import hosts, trainable
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed
 from graftlm.training.callback import Policy, Training

@@ -11,7 +11,8 @@ from graftlm.callbacks.spiel import SpielPolicy, SpielPolicyConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import merged_state
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
 from graftlm.training.callback import Policy, Training

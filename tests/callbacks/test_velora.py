@@ -10,7 +10,8 @@ from graftlm.callbacks.velora import Velora, VeloraConfig
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attachment, hosts, trainable
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.planning.memory import LiveBytes
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

@@ -25,7 +25,7 @@ from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import BaseModelError, TargetError
-from graftlm.kernels import cpu, torch_ops
+from graftlm.kernels import cpu, linear
 from graftlm.model.hub.load import load_base, quantise
 from graftlm.model.layers.attach import activate, attach, by_row, deltas_off, detach, hosts, merged_state, trainable
 from graftlm.model.layers.coverage import coverage
@@ -289,11 +289,11 @@ def test_no_operation_of_ours_returns_a_view_that_it_made_itself() -> None:
     x, W = torch.randn(2, 5, 16), torch.randn(16, 16)
     A, B, gain = torch.randn(4, 16).requires_grad_(), torch.randn(16, 4).requires_grad_(), torch.ones(16)
     outputs = {
-        "low rank": lambda x: torch_ops.low_rank_linear(x, W, torch.randn(16), A, B),
-        "low rank with a gain": lambda x: torch_ops.low_rank_linear(x, W, torch.randn(16), A, B, gain),
-        "frozen": lambda x: torch_ops.frozen_linear(x, W, torch.randn(16)),
-        "gate": lambda x: torch_ops.silu_gate(x, x),
-        "norm": lambda x: torch_ops.rms_norm(x, gain, 1e-6),
+        "low rank": lambda x: linear.low_rank_linear(x, W, torch.randn(16), A, B),
+        "low rank with a gain": lambda x: linear.low_rank_linear(x, W, torch.randn(16), A, B, gain),
+        "frozen": lambda x: linear.frozen_linear(x, W, torch.randn(16)),
+        "gate": lambda x: linear.silu_gate(x, x),
+        "norm": lambda x: linear.rms_norm(x, gain, 1e-6),
     }
     if not cpu.unavailable(torch.device("cpu"), torch.bfloat16):
         half, cos = W.bfloat16(), torch.ones(1, 5, 32, dtype=torch.bfloat16)

@@ -7,10 +7,11 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.model.layers.sites import decoder_of, transformer_layers
-from graftlm.model.passes.forward import check_forward, check_packing, packed_attention
+from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.passes.packing_check import check_forward, check_packing
 from graftlm.testing import tiny_model
 from tests.architectures import build
-from tests.model.passes.test_packing_proof import DTYPES, ids, made, rows
+from tests.model.passes.test_packing_check import DTYPES, ids, made, rows
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.kernels import cpu, torch_ops
+from graftlm.kernels import cpu, linear
+from graftlm.kernels.attention import AttentionRule, SegmentLayout, tiled_attention
 from graftlm.kernels.backend import OURS, TORCH
-from graftlm.kernels.torch_ops import Plan, Rule, segment_attention
 from graftlm.model.layers.attach import attach, trainable
-from graftlm.model.passes.forward import check_packing, log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention, segment_attention
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.testing import tiny_model
-from tests.kernels.test_torch_ops import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
+from tests.kernels.equations import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
 from tests.peers import relative_error
 
 pytestmark = pytest.mark.skipif(
@@ -90,7 +92,7 @@ TREES = {
 def test_attention_is_its_equation(tree: str, heads: tuple[int, int], D: int, threads: int, built: None) -> None:
     lengths, parents = TREES[tree]
     (H, G), T = heads, sum(lengths)
-    rule = Rule(Plan(lengths, parents), 0.3, None, None, 0)
+    rule = AttentionRule(SegmentLayout(lengths, parents), 0.3, None, None, 0)
     seen = seen_in_a_tree(lengths, parents or [-1] * len(lengths), None)
     same(
         lambda q, k, v: cpu.attention(q, k, v, rule),
@@ -101,7 +103,7 @@ def test_attention_is_its_equation(tree: str, heads: tuple[int, int], D: int, th
 
 def test_keys_before_all_segments_are_seen_by_all() -> None:
     lengths, T = [20, 7], 27
-    rule = Rule(Plan(lengths), 0.3, None, None, 5)
+    rule = AttentionRule(SegmentLayout(lengths), 0.3, None, None, 5)
     seen = F.pad(seen_in_a_tree(lengths, [-1, -1], None), (5, 0), value=True)
     same(
         lambda q, k, v: cpu.attention(q, k, v, rule),
@@ -111,7 +113,7 @@ def test_keys_before_all_segments_are_seen_by_all() -> None:
 
 
 def test_heads_may_lie_in_memory_in_any_order() -> None:
-    rule = Rule(Plan([10, 6]), 0.3, None, None, 0)
+    rule = AttentionRule(SegmentLayout([10, 6]), 0.3, None, None, 0)
     q, k, v = (normal(16, n, 32, seed=n, dtype=torch.bfloat16).transpose(0, 1) for n in (4, 2, 2))
     assert torch.equal(cpu.attention(q, k, v, rule), cpu.attention(*(t.contiguous() for t in (q, k, v)), rule))
     across = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
@@ -119,7 +121,7 @@ def test_heads_may_lie_in_memory_in_any_order() -> None:
 
 
 def test_rows_may_lie_an_odd_number_apart() -> None:
-    rule = Rule(Plan([10, 6]), 0.3, None, None, 0)
+    rule = AttentionRule(SegmentLayout([10, 6]), 0.3, None, None, 0)
     q, k, v = (normal(16, n, 32, seed=n, dtype=torch.bfloat16).transpose(0, 1) for n in (4, 2, 2))
     apart = [
         F.pad(t.transpose(0, 1).flatten(1), (0, 1))[:, :-1].unflatten(1, (-1, 32)).transpose(0, 1) for t in (q, k, v)
@@ -129,7 +131,7 @@ def test_rows_may_lie_an_odd_number_apart() -> None:
 
 
 def test_keys_may_be_very_many() -> None:
-    rule = Rule(Plan([3]), 0.3, None, None, 40_000)
+    rule = AttentionRule(SegmentLayout([3]), 0.3, None, None, 40_000)
     seen = F.pad(torch.ones(3, 3).tril().bool(), (40_000, 0), value=True)
     same(
         lambda q, k, v: cpu.attention(q, k, v, rule),
@@ -140,8 +142,8 @@ def test_keys_may_be_very_many() -> None:
 
 FEWER_THREADS = """
 import torch
-from graftlm.model import kernels
-from graftlm.kernels.torch_ops import Plan, Rule
+from graftlm.kernels import cpu as kernels
+from graftlm.kernels.attention import AttentionRule, SegmentLayout
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(0)
 def made(*shape, dtype=torch.bfloat16):
@@ -149,7 +151,7 @@ def made(*shape, dtype=torch.bfloat16):
 x, A, B, W = made(50, 32), made(16, 32, dtype=torch.float32), made(48, 16, dtype=torch.float32), made(48, 32).detach()
 kernels.low_rank_linear(x, W, None, A, B).sum().backward()
 q, k, v = made(4, 30, 32), made(2, 30, 32), made(2, 30, 32)
-kernels.attention(q, k, v, Rule(Plan([20, 10]), 0.3, None, None, 0)).sum().backward()
+kernels.attention(q, k, v, AttentionRule(SegmentLayout([20, 10]), 0.3, None, None, 0)).sum().backward()
 print([float(t.grad.double().abs().sum()) for t in (x, A, B, q, k, v)])
 """
 
@@ -170,8 +172,8 @@ def test_fewer_threads_than_were_asked_for_do_all_of_the_work() -> None:
 def test_attention_of_another_kind_is_that_of_ops(settings: dict[str, Any], D: int) -> None:
     q, k, v = (normal(1, n, 20, D, seed=n, dtype=torch.bfloat16) for n in (4, 2, 2))
     found, wanted = (
-        segment_attention(nn.Module(), q, k, v, plan=Plan([13, 7]), attend=attend, **settings)[0]
-        for attend in (cpu.attention, torch_ops.tiled_attention)
+        segment_attention(nn.Module(), q, k, v, layout=SegmentLayout([13, 7]), attend=attend, **settings)[0]
+        for attend in (cpu.attention, tiled_attention)
     )
     assert relative_error(found, wanted) <= ROUNDING
     if settings or D == 8:
@@ -179,7 +181,7 @@ def test_attention_of_another_kind_is_that_of_ops(settings: dict[str, Any], D: i
 
 
 def test_large_scores_are_finite_and_what_is_not_stays_in_its_row() -> None:
-    rule = Rule(Plan([8, 8]), 1.0, None, None, 0)
+    rule = AttentionRule(SegmentLayout([8, 8]), 1.0, None, None, 0)
     q, k, v = (normal(2, 16, 32, seed=n, dtype=torch.bfloat16) * 100 for n in range(3))
     assert cpu.attention(q, k, v, rule).isfinite().all()
     for hurt in (q, k, v):
@@ -196,7 +198,7 @@ def test_the_same_threads_give_the_same_bits(threads: int) -> None:
     runs = []
     for _ in range(3):
         q, k, v = (half(n, sum(lengths), 64, seed=n) for n in (6, 3, 3))
-        cpu.attention(q, k, v, Rule(Plan(lengths, parents), 0.1, None, None, 0)).sum().backward()
+        cpu.attention(q, k, v, AttentionRule(SegmentLayout(lengths, parents), 0.1, None, None, 0)).sum().backward()
         runs.append([q.grad, k.grad, v.grad])
     for run in runs[1:]:
         for a, b in zip(run, runs[0], strict=True):
@@ -242,7 +244,7 @@ def test_layers_of_another_kind_are_those_of_ops() -> None:
     A, B, b, gain = normal(4, 32, seed=2), normal(48, 4, seed=3), half(48, seed=4, learns=False), normal(48, seed=5)
     across = W.T.contiguous().T
     for given in ((x, W, b, A, B), (x, W, None, A, B, gain), (x, across, None, A, B), (x, lambda dtype: W, None, A, B)):
-        assert torch.equal(cpu.low_rank_linear(*given), torch_ops.low_rank_linear(*given))  # type: ignore[arg-type]
+        assert torch.equal(cpu.low_rank_linear(*given), linear.low_rank_linear(*given))  # type: ignore[arg-type]
 
 
 def test_what_a_young_delta_adds_is_not_lost_beside_what_it_is_added_to() -> None:
@@ -274,16 +276,16 @@ def test_a_gated_unit_is_its_equation(threads: int, built: None) -> None:
 
 def test_a_rotary_embedding_is_its_equation(threads: int, built: None) -> None:
     cos, sin = (half(1, 9, 32, seed=s, learns=False) for s in (2, 3))
-    same(cpu.rotary, torch_ops.by_halves, [half(1, 4, 9, 32, seed=0), half(1, 2, 9, 32, seed=1), cos, sin])
+    same(cpu.rotary, linear.by_halves, [half(1, 4, 9, 32, seed=0), half(1, 2, 9, 32, seed=1), cos, sin])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_and_dtypes_without_a_kernel_are_computed_by_ops(dtype: torch.dtype) -> None:
     x, gain, up = (normal(*shape, seed=n, dtype=dtype) for n, shape in enumerate(((3, 20), (20,), (3, 20))))
-    assert torch.equal(cpu.rms_norm(x, gain, 1e-6), torch_ops.rms_norm(x, gain, 1e-6))
-    assert torch.equal(cpu.silu_gate(x, up), torch_ops.silu_gate(x, up))
+    assert torch.equal(cpu.rms_norm(x, gain, 1e-6), linear.rms_norm(x, gain, 1e-6))
+    assert torch.equal(cpu.silu_gate(x, up), linear.silu_gate(x, up))
     q, k, cos, sin = (normal(*shape, 20, seed=3, dtype=dtype) for shape in ((2, 4, 5), (2, 2, 5), (2, 5), (2, 5)))
-    for found, wanted in zip(cpu.rotary(q, k, cos, sin), torch_ops.by_halves(q, k, cos, sin), strict=True):
+    for found, wanted in zip(cpu.rotary(q, k, cos, sin), linear.by_halves(q, k, cos, sin), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -462,7 +464,7 @@ def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it() -> None:
     code = (
         "import sys, torch\n"
         "from graftlm.model.passes.autotune import choose\n"
-        "from graftlm.model.passes.forward import packed_attention\n"
+        "from graftlm.model.passes.packed_attention import packed_attention\n"
         "from graftlm.testing import tiny_model\n"
         "model = tiny_model('gpt_neox').bfloat16()\n"
         "with packed_attention(model, choose(model, []).backend(model.device, model.dtype)): pass\n"

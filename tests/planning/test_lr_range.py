@@ -16,7 +16,8 @@ from graftlm.data.batches.pack import lay_out
 from graftlm.errors import TrainingError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import trainable
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.planning import lr_range
 from graftlm.planning.lr_range import STEPS, Trial, lr_range_test, suggestion
 from graftlm.recipe import Recipe

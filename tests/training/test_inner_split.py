@@ -10,7 +10,8 @@ import torch
 import graftlm
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.inner_split import loss_aside, put_aside

@@ -16,7 +16,8 @@ from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
 from graftlm.model.layers.attach import activate, attach, deltas_off, trainable
-from graftlm.model.passes.forward import hidden_states, log_probs, packed_attention
+from graftlm.model.passes.forward import hidden_states, log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import move, perturbed

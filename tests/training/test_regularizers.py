@@ -18,7 +18,7 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.layers.attach import attach, deltas_off, trainable
-from graftlm.model.passes.forward import packed_attention
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

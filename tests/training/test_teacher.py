@@ -18,7 +18,8 @@ from graftlm.errors import GraftError, RecipeError, TrainingError
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach, base_parameters, hosts, trainable
-from graftlm.model.passes.forward import hidden_states, packed_attention
+from graftlm.model.passes.forward import hidden_states
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_model

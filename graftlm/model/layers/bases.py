@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.errors import TargetError
-from graftlm.kernels.torch_ops import Frozen, low_rank_linear
+from graftlm.kernels.linear import Frozen, low_rank_linear
 from graftlm.model.layers.quantize import QuantisedLinear
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graftlm.deltas.base import AdditiveDelta, Delta, InputDelta, WeightDelta
 from graftlm.errors import TargetError
-from graftlm.kernels.torch_ops import PLAN, Plan, planned
+from graftlm.kernels.attention import LAYOUT, SegmentLayout, use_layout
 from graftlm.model.layers import prefix
 from graftlm.model.layers.bases import LinearBase, Residual, view
 
@@ -401,13 +401,13 @@ class ModelHost(Host):
         embeddings = torch.cat(prompts)[None].to(weight.dtype)
         start = 0 if learnt is None else learnt.shape[3]
         positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
-        pack = PLAN.get()
-        plan = None if pack is None else Plan([embeddings.shape[1]], attend=pack.attend)
+        pack = LAYOUT.get()
+        layout = None if pack is None else SegmentLayout([embeddings.shape[1]], attend=pack.attend)
         self._busy, kept, rows = True, self.before, self.switch.rows
         self.before = prefix.stack([prefix.Before(learnt)])
         self.switch.rows = None if rows is None else [dict.fromkeys(combo, 1.0)]
         try:
-            with prefix.recording(decoder) as heard, planned(plan):
+            with prefix.recording(decoder) as heard, use_layout(layout):
                 decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
         finally:
             self._busy, self.before, self.switch.rows = False, kept, rows

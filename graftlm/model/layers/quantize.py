@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.kernels.torch_ops import frozen_linear
+from graftlm.kernels.linear import frozen_linear
 
 Stored = Mapping[str, Tensor]
 

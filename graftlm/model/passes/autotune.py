@@ -26,7 +26,8 @@ from graftlm.files import cache_folder, whole
 from graftlm.kernels import cpu
 from graftlm.kernels.backend import OURS, TORCH, Backend, Kernels, compiled, pinned, rotates_halves
 from graftlm.model.layers.attach import trainable
-from graftlm.model.passes.forward import Packed, hidden_states, packed_attention
+from graftlm.model.passes.forward import Packed, hidden_states
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.system import processor
 
 CALLS = 4
@@ -76,7 +77,7 @@ def class_of(operation: str, arguments: Sequence[Any]) -> ShapeClass:
     x = arguments[0]
     if operation == "attention":
         (H, T, D), G = x.shape, arguments[1].shape[0]
-        return ShapeClass(operation, (H, G, D), (T // len(arguments[3].plan.lengths)).bit_length())
+        return ShapeClass(operation, (H, G, D), (T // len(arguments[3].layout.lengths)).bit_length())
     if operation == "rotary":
         return ShapeClass(operation, (x.shape[1], arguments[1].shape[1], x.shape[-1]), x.shape[-2].bit_length())
     rows = (x.numel() // x.shape[-1]).bit_length()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graftlm.errors import TrainingError
-from graftlm.kernels.torch_ops import PLAN, Plan, planned
+from graftlm.kernels.attention import LAYOUT, SegmentLayout, use_layout
 from graftlm.model.layers.prefix import is_recording
 from graftlm.model.layers.sites import transformer_layers
 
@@ -61,12 +61,12 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
     # What a prompt lets the layers say beforehand is kept: a second run would find it standing before itself.
     if not torch.is_grad_enabled() or is_recording(layer):
         return forward(*args, **kwargs)
-    return checkpoint(partial(_by_plan, PLAN.get(), forward), *args, use_reentrant=False, **kwargs)
+    return checkpoint(partial(_by_layout, LAYOUT.get(), forward), *args, use_reentrant=False, **kwargs)
 
 
-def _by_plan(plan: Plan | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The pass of a layer, with the plan of the forward pass in the backward pass too, whatever thread runs it."""
-    with planned(plan):
+def _by_layout(layout: SegmentLayout | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The pass of a layer, with the layout of the forward pass in the backward pass too, whatever thread runs it."""
+    with use_layout(layout):
         return forward(*args, **kwargs)
 
 

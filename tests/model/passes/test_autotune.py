@@ -13,14 +13,15 @@ from torch import Tensor
 from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.deltas.lora import LoraConfig
 from graftlm.kernels import cpu
+from graftlm.kernels.attention import AttentionRule, SegmentLayout
 from graftlm.kernels.backend import OURS, TORCH, Backend
-from graftlm.kernels.torch_ops import Plan, Rule
 from graftlm.model.layers.attach import attach, trainable
 from graftlm.model.passes import autotune
 from graftlm.model.passes.autotune import Choice, ShapeClass, Timing, choose, class_of
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
-from tests.kernels.test_torch_ops import normal
+from tests.kernels.equations import normal
 from tests.peers import relative_error
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_calls_are_of_one_class_where_operation_widths_and_size_to_a_power_of_tw
     assert linear(64) == linear(127) == class_of("low_rank_linear", (torch.zeros(1, 100, 32), None, None, A, B))
     assert len({linear(63), linear(64), linear(128)}) == 3
     assert str(linear(64)) == "low_rank_linear 32 x 48, 64 to 127 rows"
-    rule = Rule(Plan([60, 68]), 1.0, None, None, 0)
+    rule = AttentionRule(SegmentLayout([60, 68]), 1.0, None, None, 0)
     q, k = torch.zeros(4, 128, 16), torch.zeros(2, 128, 16)
     assert str(class_of("attention", (q, k, k, rule))) == "attention 4 x 2 x 16, 64 to 127 tokens a segment"
     assert str(class_of("rotary", (q[None], k[None], None, None))) == "rotary 4 x 2 x 16, 128 to 255 rows"

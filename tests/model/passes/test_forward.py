@@ -20,16 +20,12 @@ from transformers.models.llama import modeling_llama
 from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.kernels import torch_ops
+from graftlm.kernels import head
 from graftlm.kernels.backend import TORCH, Backend, compiled
 from graftlm.model.layers.attach import attach, trainable
-from graftlm.model.passes.forward import (
-    SEGMENTS,
-    check_forward,
-    check_packing,
-    log_probs,
-    packed_attention,
-)
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import SEGMENTS, packed_attention
+from graftlm.model.passes.packing_check import check_forward, check_packing
 from graftlm.testing import tiny_model
 
 pytestmark = pytest.mark.versions
@@ -218,7 +214,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, at_once = 5000, 8  # rows of logits
-    monkeypatch.setattr(torch_ops, "LOGITS_AT_ONCE", at_once * vocabulary)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once * vocabulary)
     model = tiny_model(kind, vocab_size=vocabulary)
     attach(model, LoraConfig(r=2))
     packed = pack(rows(vocabulary, [40, 30, 30]))

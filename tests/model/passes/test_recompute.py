@@ -14,7 +14,8 @@ from torch import Tensor
 from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach, hosts, trainable
-from graftlm.model.passes.forward import log_probs, packed_attention
+from graftlm.model.passes.forward import log_probs
+from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import is_recomputed, offloaded, recomputed_layers
 from graftlm.testing import tiny_model
 from graftlm.testing.contract import OneLayer

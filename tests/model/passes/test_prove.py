@@ -1,4 +1,4 @@
-"""graftlm/model/passes/proof.py: the proof is short, and still finds what packing or sharing would spoil."""
+"""prove (packing_check.py): the proof is short, and still finds what packing or sharing would spoil."""
 
 from typing import Any
 
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example
 from graftlm.errors import TrainingError
-from graftlm.model.passes.forward import PROBE_TOKENS
-from graftlm.model.passes.proof import prove
+from graftlm.model.passes.packing_check import PROBE_TOKENS, prove
 from graftlm.testing import tiny_model
 
 

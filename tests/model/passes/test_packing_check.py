@@ -12,14 +12,16 @@ from transformers.modeling_outputs import CausalLMOutput
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.kernels import cpu
+from graftlm.kernels.attention import SegmentLayout
 from graftlm.kernels.backend import TORCH, Backend, compiled, pinned
-from graftlm.kernels.torch_ops import Plan
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.quantize import QuantisedLinear
 from graftlm.model.layers.sites import decoder_of, transformer_layers
 from graftlm.model.passes import first_layers, forward
 from graftlm.model.passes.first_layers import first_layers_in_float32
-from graftlm.model.passes.forward import check_forward, check_packing, head, packed_attention
+from graftlm.model.passes.forward import head
+from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.passes.packing_check import check_forward, check_packing
 from graftlm.testing import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -108,12 +110,12 @@ def test_two_way_attention_of_a_models_own_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrong", [-1, 3], ids=["no parent", "the neighbor for a parent"])
 def test_a_wrong_parent_of_a_shared_beginning_is_found(kind: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan(lengths: list[int], parents: list[int], **more: Any) -> Plan:
-        return Plan(lengths, [wrong if n == 4 else parent for n, parent in enumerate(parents)], **more)
+    def layout(lengths: list[int], parents: list[int], **more: Any) -> SegmentLayout:
+        return SegmentLayout(lengths, [wrong if n == 4 else parent for n, parent in enumerate(parents)], **more)
 
     model = made(kind)
     check_packing(model, *rows(), sharing=True)
-    monkeypatch.setattr(forward, "Plan", plan)
+    monkeypatch.setattr(forward, "SegmentLayout", layout)
     with pytest.raises(TrainingError, match="cannot be packed with shared beginnings: .*prefix_sharing: false"):
         check_packing(model, *rows(), sharing=True)
 
