@@ -1,6 +1,5 @@
 """Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, equations.md,
-policies.md, architectures.md,
-recipe.schema.json, and the figures in benchmarks.md and README.md.
+policies.md, architectures.md, recipe.schema.json, and the figures in benchmarks.md and README.md.
 
 `python docs/generate.py` writes them; with `--check` it fails where one is stale, and says which.
 """

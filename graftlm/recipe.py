@@ -55,8 +55,8 @@ class ReportConfig:
     max_new_tokens: PositiveCount = 96
     """The longest of those answers, in tokens; one that does not end by then is cut."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Where to watch the run beside metrics.jsonl: each is told the same lines. Their libraries must be installed;
-    nothing leaves this machine without `network`."""
+    """Where to watch the run beside metrics.jsonl: each receives the lines of that file. Their libraries must be
+    installed; nothing leaves this machine without `network`."""
 
 
 def _or_a_name(schema: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Recipe:
     OTHER_NAMES: ClassVar[Mapping[str, str]] = OTHER_NAMES
     """What other trainers call these keys."""
     network: Flag = False
-    """Allow a base or a data set to be fetched from the hub, and trackers to send what they are told elsewhere."""
+    """Allow a base or a data set to be fetched from the hub, and trackers to send data to other machines."""
 
     @field_validator("regularisers", mode="before")
     @classmethod

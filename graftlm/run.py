@@ -6,10 +6,8 @@ recipe -> rows -> examples -> base -> delta -> steps -> held-out rows -> adapter
 import datetime
 import json
 import math
-import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -41,7 +39,7 @@ from graftlm.evaluation.held_out import HeldOut, can_be_answered, evaluate, held
 from graftlm.files import cache_folder, writing
 from graftlm.kernels.backend import pinned
 from graftlm.losses import LOSSES
-from graftlm.model.hub.load import Loaded, base_config, fingerprint, load_base, return_freed_memory
+from graftlm.model.hub.load import Loaded, base_config, fingerprint, load_base
 from graftlm.model.hub.sketch import Positions
 from graftlm.model.hub.stopping import missing_end
 from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
@@ -52,10 +50,9 @@ from graftlm.recipe import Recipe, read_recipe
 from graftlm.rl.config import mean_reward
 from graftlm.rl.rewards import Scorer, make_scorer
 from graftlm.selection.choose import choose
-from graftlm.system import preserve_global_state
+from graftlm.system import peak_rss_gib, preserve_global_state, return_freed_memory
 from graftlm.training import dependencies
 from graftlm.training.checkpoints import METRICS, put_deltas_back
-from graftlm.training.guards import resident_gib
 from graftlm.training.inner_split import put_aside
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.objective import Objective
@@ -435,14 +432,6 @@ def _measure(
 def path_name(source: str) -> str:
     """A source for what may be published: a file without the folders that it lies in."""
     return source if source.startswith(("hub:", "builtin:")) else Path(source).name
-
-
-def peak_rss_gib() -> float:
-    """The most memory that this process had resident at any time."""
-    if (peak := resident_gib("VmHWM")) is not None:  # the other figure begins at that of who started us
-        return peak
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _summary(

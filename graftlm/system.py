@@ -6,13 +6,14 @@ command line calls `tune_process`; a Python program may.
 """
 
 import ctypes
+import gc
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -187,6 +188,34 @@ def memory() -> Memory:
     if limit.isdecimal() and used.isdecimal():  # "max" is no limit
         total, free = min(total, int(limit)), min(free, int(limit) - int(used))
     return Memory(total / 2**30, free / 2**30)
+
+
+def peak_rss_gib() -> float:
+    """The most memory that this process had resident at any time."""
+    if (peak := resident_gib("VmHWM")) is not None:  # the other figure begins at that of who started us
+        return peak
+    import resource  # Windows has none, where this module must be imported to refuse it politely
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def resident_gib(what: str) -> float | None:
+    """VmRSS, what this process has resident now, or VmHWM, the most that it ever had; None where there is no /proc."""
+    with suppress(OSError), open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
+    return None
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system: glibc keeps it for more of the kind, and none may come.
+
+    Without this the peak of a run is training plus evaluation, with it the larger of the two; and a base in codes
+    holds on to as much again as it saved.
+    """
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _read(file: str) -> str:

@@ -19,6 +19,7 @@ import torch
 
 import graftlm.display.pages as pages
 import graftlm.judges.endpoint
+from graftlm import system
 from graftlm.model.hub import load
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from tests.judges.endpoint_server import Endpoint, running_endpoint
@@ -30,7 +31,7 @@ torch.set_num_threads(1)
 def _garbage_of_runs() -> Iterator[None]:
     """Each run searches all objects of the process for garbage. Of pytest's there are half a million (0.3 s a run), so
     here it searches among the young ones, and the rest is left to the collector's own turns."""
-    with patch.object(load, "gc", SimpleNamespace(collect=lambda: gc.collect(1))):
+    with patch.object(system, "gc", SimpleNamespace(collect=lambda: gc.collect(1))):
         yield
 
 

@@ -40,8 +40,8 @@ from graftlm.evaluation.held_out import answers, can_be_answered, held_out_loss,
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import attach, detach, parameters_of  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
-from graftlm.run import Prepared, prepare_data, return_freed_memory  # noqa: E402
-from graftlm.system import tune_process  # noqa: E402
+from graftlm.run import Prepared, prepare_data  # noqa: E402
+from graftlm.system import return_freed_memory, tune_process  # noqa: E402
 from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
 
 tune_process()  # here, for the worker processes too

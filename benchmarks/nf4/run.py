@@ -29,8 +29,8 @@ from machine import write_result  # noqa: E402
 from graftlm.model.hub.load import load_base, load_tokenizer  # noqa: E402
 from graftlm.model.layers.quantize import CODECS, QuantisedLinear, normal_levels  # noqa: E402
 from graftlm.recipe import Recipe, read_recipe  # noqa: E402
-from graftlm.run import peak_rss_gib, prepare_data  # noqa: E402
-from graftlm.system import tune_process  # noqa: E402
+from graftlm.run import prepare_data  # noqa: E402
+from graftlm.system import peak_rss_gib, tune_process  # noqa: E402
 from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())

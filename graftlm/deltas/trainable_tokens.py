@@ -30,7 +30,7 @@ from graftlm.errors import TargetError
 class TrainableTokensConfig(DeltaConfig):
     method: Literal["trainable-tokens"] = "trainable-tokens"
     tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (0,)
-    """The ids of the tokens: there is no default that is right for a model, so give them."""
+    """The ids of the tokens to train. Required: no default fits every model."""
     targets: Targets = r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)"
 
     def __post_init__(self) -> None:

@@ -85,8 +85,8 @@ class ComparedConfig(LossConfig):
     """Of the objectives that compare the policy with a reference."""
 
     reference: str | None = None
-    """What the policy is compared with: by default the base without deltas, or an adapter folder, which is put on the
-    base beside them and stays as it is."""
+    """The reference model: the folder of an adapter, which is loaded onto the base and not trained. Default: the base
+    without deltas."""
 
     @property
     def needs_reference(self) -> bool:

@@ -34,8 +34,8 @@ from graftlm.planning.memory import (
 from graftlm.planning.packs import Shape, shape_of
 from graftlm.planning.step_time import time_of, update_s
 from graftlm.recipe import Recipe
-from graftlm.run import peak_rss_gib, prepare_data
-from graftlm.system import preserve_global_state
+from graftlm.run import prepare_data
+from graftlm.system import peak_rss_gib, preserve_global_state
 from graftlm.training.tokenizer import recipe_tokenizer
 
 

@@ -61,11 +61,11 @@ class LiveBytes(TorchDispatchMode):
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                memory = tensor.untyped_storage()
-                if memory._cdata not in self.storages | inputs:
-                    self.storages.add(memory._cdata)
-                    self.now += memory.nbytes()
-                    weakref.finalize(memory, self._free, memory._cdata, memory.nbytes())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.storages | inputs:
+                    self.storages.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self.now)
         if func.overloadpacket in PRODUCTS and out.dtype != torch.float32:
             self.products.add((str(func), tuple(tuple(t.shape) for t in args if isinstance(t, Tensor))))

@@ -1,6 +1,6 @@
 """The loop of `online`: prompts -> answers of the model as it is -> rewards -> what a step trains on.
 
-It sits where a step takes its rows (`turns.Turn.steps`), so everything behind it is what it is for rows of files. It
+It sits where a step takes its rows (`phases.Turn.steps`), so everything behind it is what it is for rows of files. It
 is a policy, because it is something that acts between steps: what it must remember when a run is stopped is in its
 `facts`, which checkpoints keep. That is nothing as long as every step has answers of its own: what is drawn follows
 from the seed, the steps done and the batch alone, so a resumed run draws it again. With `steps_per_round` the model

@@ -27,11 +27,11 @@ from graftlm.data.sources.source import SELECTED, Row
 from graftlm.display import terminal
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
-from graftlm.model.hub.load import base_config, load_base, locate, return_freed_memory
+from graftlm.model.hub.load import base_config, load_base, locate
 from graftlm.model.passes.packing_check import prove
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import Pool, Scores, SelectorConfig, examples_of
-from graftlm.system import preserve_global_state
+from graftlm.system import preserve_global_state, return_freed_memory
 from graftlm.training.positions import check_positions
 
 if TYPE_CHECKING:

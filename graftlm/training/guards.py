@@ -6,7 +6,6 @@ is watched as one that was never stopped. Steps that are not finite are the loop
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from statistics import median
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftlm.config.schema import PositiveCount, Rate, config
+from graftlm.system import resident_gib
 
 WINDOW = 32
 """A loss is compared with that of so many steps before it."""
@@ -109,10 +109,3 @@ def memory_gib() -> float | None:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
     return resident_gib("VmRSS")
-
-
-def resident_gib(what: str) -> float | None:
-    """VmRSS, what this process has resident now, or VmHWM, the most that it ever had; None where there is no /proc."""
-    with suppress(OSError), open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
-    return None

@@ -4,8 +4,7 @@
         ...                              # logging, evaluating, saving are ordinary statements of the caller
 
 The loss of a step is the sum over the supervised tokens (or pairs, or answers: `losses`) of all its packs, divided by
-their count: how a batch is split into packs, and those among processes (`ranks`), changes memory and time, not the
-result.
+their count: how a batch is split into packs, and those among processes, changes memory and time, not the result.
 """
 
 import math

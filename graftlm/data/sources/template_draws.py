@@ -1,6 +1,7 @@
 """Rows of `templates` in a run of several epochs: each epoch asks them in another way.
 
-A row that k templates fit is asked in each of them once in k epochs, in an order drawn from the seed (`wording.ask`).
+A row that k templates fit is asked in each of them once in k epochs, in an order drawn from the seed
+(`prompt_templates.ask`).
 All that a run will ask is rendered before it begins, each rendering once, so nothing can turn out to be too long or
 wrong in the middle of it, and what a step sees follows from files, recipe and seed alone.
 """

@@ -4,14 +4,12 @@ Accepts the packaged default (`smollm2`), a folder, a .gguf file, or a hub id. W
 that ships with a model is not run, and nothing is fetched unless asked.
 """
 
-import ctypes
 import gc
 import hashlib
 import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -36,6 +34,7 @@ from graftlm.model.layers.bases import view
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.quantize import CODECS, QuantisedLinear
 from graftlm.model.layers.sites import output_head
+from graftlm.system import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -155,17 +154,6 @@ def put_into_codes(model: nn.Module, store: str) -> nn.Module:
         )
         setattr(model.get_submodule(parent), attribute, made.train(layer.training))
     return model
-
-
-def return_freed_memory() -> None:
-    """Give memory that was freed back to the system: glibc keeps it for more of the kind, and none may come.
-
-    Without this the peak of a run is training plus evaluation, with it the larger of the two; and a base in codes
-    holds on to as much again as it saved.
-    """
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _read_original(folder: str, key: str, digest: str | None, transposed: bool) -> torch.Tensor:

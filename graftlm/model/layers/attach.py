@@ -19,7 +19,7 @@ from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, InputDelta, R
 from graftlm.deltas.inits import INITS
 from graftlm.errors import TargetError, nearest
 from graftlm.model.layers import prefix
-from graftlm.model.layers.bases import LinearBase, view
+from graftlm.model.layers.bases import view
 from graftlm.model.layers.hosts import Host, LayerHost, ModelHost, Row, SubLayerHost, Switch
 from graftlm.model.layers.parts import expanded, indices, together
 from graftlm.model.layers.quantize import QuantisedLinear
@@ -704,9 +704,3 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 def _without_host(key: str, found: Mapping[str, Host]) -> str:
     site, dot, rest = key.rpartition(".base.")
     return f"{site}.{rest}" if dot and site in found else key
-
-
-def base_view(host: Host) -> LinearBase:
-    """The view of the frozen layer under a host."""
-    assert isinstance(host, LayerHost)
-    return host.view
