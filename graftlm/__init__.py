@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from graftlm.generation.answer import answer as answer
     from graftlm.model.hub.load import BaseConfig as BaseConfig
     from graftlm.model.hub.load import load_base as load_base
-    from graftlm.model.layers.attach import activate as activate
     from graftlm.model.layers.attach import attach as attach
-    from graftlm.model.layers.attach import by_row as by_row
-    from graftlm.model.layers.attach import deltas_off as deltas_off
     from graftlm.model.layers.attach import detach as detach
-    from graftlm.model.layers.attach import merged_state as merged_state
+    from graftlm.model.layers.modes import activate as activate
+    from graftlm.model.layers.modes import by_row as by_row
+    from graftlm.model.layers.modes import deltas_off as deltas_off
+    from graftlm.model.layers.state_dict import merged_state as merged_state
     from graftlm.model.passes.statistics import collect as collect
     from graftlm.recipe import Recipe as Recipe
     from graftlm.recipe import ReportConfig as ReportConfig
@@ -44,17 +44,17 @@ _HOME = {
     "ReportConfig": "graftlm.recipe",
     "SourceConfig": "graftlm.data.sources.source",
     "TrainConfig": "graftlm.training.loop",
-    "activate": "graftlm.model.layers.attach",
+    "activate": "graftlm.model.layers.modes",
     "answer": "graftlm.generation.answer",
     "attach": "graftlm.model.layers.attach",
-    "by_row": "graftlm.model.layers.attach",
+    "by_row": "graftlm.model.layers.modes",
     "collect": "graftlm.model.passes.statistics",
-    "deltas_off": "graftlm.model.layers.attach",
+    "deltas_off": "graftlm.model.layers.modes",
     "detach": "graftlm.model.layers.attach",
     "export": "graftlm.adapters.export.export",
     "load_adapter": "graftlm.adapters.store",
     "load_base": "graftlm.model.hub.load",
-    "merged_state": "graftlm.model.layers.attach",
+    "merged_state": "graftlm.model.layers.state_dict",
     "save_adapter": "graftlm.adapters.store",
     "train": "graftlm.run",
 }

@@ -208,7 +208,7 @@ def shard(model: Any) -> None:
 
     from graftlm.deltas.base import InputDelta
     from graftlm.model.hub.load import fingerprint
-    from graftlm.model.layers.attach import hosts
+    from graftlm.model.layers.registry import hosts
     from graftlm.model.layers.sites import decoder_of, transformer_layers
 
     decoder, layers = decoder_of(model) or model, transformer_layers(model)

@@ -42,8 +42,9 @@ from graftlm.losses import LOSSES
 from graftlm.model.hub.load import Loaded, base_config, fingerprint, load_base
 from graftlm.model.hub.sketch import Positions
 from graftlm.model.hub.stopping import missing_end
-from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.registry import Chat, attachment, hosts, parameters_of, trainable
 from graftlm.model.passes.autotune import Choice
 from graftlm.model.passes.packing_check import prove
 from graftlm.recipe import Recipe, read_recipe

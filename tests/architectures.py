@@ -18,8 +18,11 @@ from graftlm.adapters.export.export import export, merge_into
 from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError
-from graftlm.model.layers.attach import attach, deltas_off, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.sites import output_head
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import head, hidden_states
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.packing_check import check_forward, check_packing

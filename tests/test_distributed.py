@@ -22,7 +22,7 @@ from graftlm import distributed
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_loss
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.adamw import adamw

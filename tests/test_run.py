@@ -24,7 +24,7 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
 from graftlm.model.hub.load import BaseConfig, fingerprint, load_base, load_tokenizer
-from graftlm.model.layers.attach import hosts
+from graftlm.model.layers.registry import hosts
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.testing import save_tiny_base
 from graftlm.testing.deltas import logits

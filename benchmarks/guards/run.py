@@ -22,7 +22,7 @@ import graftlm
 from graftlm.callbacks import POLICIES, make_optimiser, make_policies
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.attach import attachment, trainable
+from graftlm.model.layers.registry import attachment, trainable
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
 from graftlm.testing import save_tiny_base, tiny_model

@@ -37,7 +37,7 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
     from graftlm.data.batches.pack import batches, pack
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import choose
     from graftlm.run import prepare_data
     from graftlm.training.adamw import adamw

@@ -28,7 +28,7 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
 
     from graftlm import LoraConfig, attach, load_base
     from graftlm.data.batches.pack import Example, collate
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import fastest_backend
     from graftlm.system import tune_process
     from graftlm.training.adamw import adamw, warmup_cosine

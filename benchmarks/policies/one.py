@@ -35,7 +35,8 @@ def main() -> None:
     from graftlm.config.schema import build
     from graftlm.data.batches.pack import Example, pack
     from graftlm.deltas.full import FullConfig
-    from graftlm.model.layers.attach import attach, attachment, trainable
+    from graftlm.model.layers.attach import attach
+    from graftlm.model.layers.registry import attachment, trainable
     from graftlm.system import tune_process
     from graftlm.training.callback import ParameterGroup, Training
     from graftlm.training.loop import steps

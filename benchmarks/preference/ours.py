@@ -26,7 +26,7 @@ def main() -> None:
     from graftlm.adapters.store import load_adapter
     from graftlm.data.batches.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import fastest_backend
     from graftlm.system import tune_process
     from graftlm.training.adamw import adamw

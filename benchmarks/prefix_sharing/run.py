@@ -22,7 +22,8 @@ from graftlm.data.batches.pack import Example, pack  # noqa: E402
 from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import attach, trainable  # noqa: E402
+from graftlm.model.layers.attach import attach  # noqa: E402
+from graftlm.model.layers.registry import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.adamw import adamw  # noqa: E402

@@ -21,7 +21,7 @@ done("imports of torch and transformers")
 # what transformers imports when it first loads a model is among its imports, so that "graftlm" is ours alone
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
 from graftlm.data.batches.pack import lay_out  # noqa: E402
-from graftlm.model.layers.attach import trainable  # noqa: E402
+from graftlm.model.layers.registry import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.model.passes.packing_check import prove  # noqa: E402
 from graftlm.run import prepare_data  # noqa: E402

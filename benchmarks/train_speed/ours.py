@@ -28,7 +28,7 @@ def main() -> None:
     import graftlm
     from graftlm.adapters.store import load_adapter
     from graftlm.data.batches.pack import Example, pack
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import choose
     from graftlm.system import tune_process
     from graftlm.training.adamw import adamw

@@ -26,10 +26,9 @@ from graftlm.deltas.bitfit import BitFitConfig
 from graftlm.deltas.full import FullConfig
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
 from graftlm.errors import AdapterError, TargetError, nearest, numbered
-from graftlm.model.layers.attach import sites_of
 from graftlm.model.layers.bases import LinearBase, view
 from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.sites import Place, config_at, find_sites, output_head, places
+from graftlm.model.layers.sites import Place, config_at, find_sites, output_head, places, sites_of
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."

@@ -45,18 +45,10 @@ from graftlm.model.hub.load import (
     store_of,
     with_more_tokens,
 )
-from graftlm.model.layers.attach import (
-    Chat,
-    attach,
-    attachment,
-    deltas_by_site,
-    detach,
-    hosts,
-    parameters_of,
-    shared_of,
-)
+from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.hosts import Host, LayerHost, ModelHost
 from graftlm.model.layers.quantize import CODECS
+from graftlm.model.layers.registry import Chat, attachment, deltas_by_site, hosts, parameters_of, shared_of
 from graftlm.model.layers.sites import config_at
 
 WEIGHTS = "adapter_model.safetensors"

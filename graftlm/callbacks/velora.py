@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.config.schema import PositiveCount, config
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import hosts
+from graftlm.model.layers.registry import hosts
 from graftlm.model.passes.recompute import is_recomputed
 from graftlm.training.callback import Policy, PolicyConfig, Training
 

@@ -65,7 +65,8 @@ def chat(
     """
     from graftlm.data.sources.formats import Message
     from graftlm.generation.answer import answer, chat_renderer
-    from graftlm.model.layers.attach import activate, attachment
+    from graftlm.model.layers.modes import activate
+    from graftlm.model.layers.registry import attachment
 
     options = sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     rendering: dict[str, Any] = {"today": parse_day(today), "turn_order": _turn_order(turn_order)}

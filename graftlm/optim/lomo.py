@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.config.schema import PositiveRate, config
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import penalty
+from graftlm.model.layers.registry import penalty
 from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
 
 RATE = 250.0

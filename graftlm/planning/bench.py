@@ -18,8 +18,9 @@ from graftlm.data.sources.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.kernels.backend import Kernels
 from graftlm.model.hub.load import load_base, load_tokenizer, multiplies_bf16_fast
-from graftlm.model.layers.attach import attach, hosts, trainable
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.bases import view
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.sites import output_head, transformer_layers
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.recipe import Recipe

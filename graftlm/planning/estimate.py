@@ -14,8 +14,8 @@ from graftlm.errors import TrainingError
 from graftlm.kernels.backend import Backend
 from graftlm.model.hub.load import multiplies_bf16_fast
 from graftlm.model.hub.sketch import Sketch
-from graftlm.model.layers.attach import hosts, parameters_of
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.registry import hosts, parameters_of
 from graftlm.model.passes.autotune import Choice
 from graftlm.planning.layers import kernels_of, over_layers, with_deltas, with_teacher
 from graftlm.planning.memory import (

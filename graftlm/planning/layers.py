@@ -8,7 +8,8 @@ from graftlm.kernels.backend import pinned
 from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.sketch import Sketch, kinds_of_layer, only, shorten, sketch
-from graftlm.model.layers.attach import attach, hosts
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.planning.packs import Shape
 from graftlm.recipe import Recipe

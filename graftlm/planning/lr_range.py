@@ -28,7 +28,7 @@ from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_loss
 from graftlm.files import writing
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import deltas_off
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.passes.packing_check import prove
 from graftlm.planning.noise_scale import NoiseScale, batch_for
 from graftlm.recipe import Recipe

@@ -28,7 +28,7 @@ from graftlm.display.pages import NO_SIGNAL
 from graftlm.generation.generate import generate
 from graftlm.losses import LOSSES
 from graftlm.model.hub.stopping import all_stop_ids
-from graftlm.model.layers.attach import deltas_still
+from graftlm.model.layers.modes import deltas_still
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.recipe import Recipe

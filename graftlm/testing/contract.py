@@ -22,18 +22,11 @@ from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, Site, WeightDelta
-from graftlm.model.layers.attach import (
-    activate,
-    attach,
-    by_row,
-    deltas_off,
-    detach,
-    hosts,
-    merged_state,
-    shared_of,
-    trainable,
-)
+from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
+from graftlm.model.layers.modes import activate, by_row, deltas_off
+from graftlm.model.layers.registry import hosts, shared_of, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers

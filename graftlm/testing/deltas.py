@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
-from graftlm.model.layers.attach import attach, needed_statistics, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.tiny import tiny_model
 

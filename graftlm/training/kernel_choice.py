@@ -11,7 +11,7 @@ from graftlm.data.batches.pack import Example, Group, Pack, lay_out
 from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.layers.attach import deltas_off
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.model.passes.packing_check import prove
 from graftlm.recipe import Recipe

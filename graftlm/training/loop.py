@@ -25,7 +25,7 @@ from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.backend import TORCH, Backend, Kernels
 from graftlm.losses import LossConfig
-from graftlm.model.layers.attach import penalty, trainable
+from graftlm.model.layers.registry import penalty, trainable
 from graftlm.model.layers.sites import transformer_layers
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import offloaded, recomputed_layers

@@ -15,7 +15,7 @@ from graftlm.kernels.head import Comparison, Readings
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
 from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
-from graftlm.model.layers.attach import SHARED, share, shared_of
+from graftlm.model.layers.registry import SHARED, share, shared_of
 from graftlm.model.passes.forward import head, head_read, hidden_states, log_probs
 from graftlm.training.callback import ParameterGroup
 from graftlm.training.regularizers import KlConfig

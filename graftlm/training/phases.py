@@ -22,7 +22,9 @@ from graftlm.data.sources.template_draws import Draws
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.layers.attach import attach, hosts, needed_statistics, parameters_of, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.layers.registry import hosts, parameters_of, trainable
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.packing_check import prove
 from graftlm.model.passes.statistics import collect

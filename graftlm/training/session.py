@@ -14,7 +14,8 @@ from graftlm.data.batches.pack import Example, Group
 from graftlm.data.chat.render import Renderer
 from graftlm.evaluation.held_out import held_out_metrics
 from graftlm.kernels.backend import Backend
-from graftlm.model.layers.attach import deltas_still, trainable
+from graftlm.model.layers.modes import deltas_still
+from graftlm.model.layers.registry import trainable
 from graftlm.recipe import Recipe
 from graftlm.rl.rewards import Scorer
 from graftlm.training.checkpoints import BEST, Snapshot, put_back, put_deltas_back, step_name, take

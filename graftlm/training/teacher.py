@@ -18,7 +18,8 @@ from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.head import Comparison
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
-from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of
+from graftlm.model.layers.modes import activate, deltas_only
+from graftlm.model.layers.registry import hosts, parameters_of
 from graftlm.model.passes.forward import hidden_states, logits
 from graftlm.model.passes.packed_attention import is_packed, packed_attention
 

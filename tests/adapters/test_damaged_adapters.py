@@ -21,7 +21,8 @@ from graftlm.adapters.foreign import CONFIG
 from graftlm.adapters.store import TEMPLATE, WEIGHTS, load_adapter
 from graftlm.errors import GraftError
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attachment, detach
+from graftlm.model.layers.attach import detach
+from graftlm.model.layers.registry import attachment
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits
 from tests.peers import peft_adapter

@@ -19,16 +19,10 @@ from graftlm.adapters.store import WEIGHTS, load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, GraftError, TargetError
 from graftlm.model.hub.load import quantise
-from graftlm.model.layers.attach import (
-    activate,
-    attachment,
-    by_row,
-    deltas_off,
-    detach,
-    hosts,
-    merged_state,
-    parameters_of,
-)
+from graftlm.model.layers.attach import detach
+from graftlm.model.layers.modes import activate, by_row, deltas_off
+from graftlm.model.layers.registry import attachment, hosts, parameters_of
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close, ids, logits
 from tests.peers import peft_adapter

@@ -19,7 +19,10 @@ from graftlm.adapters.store import CONFIG, RECORD, WEIGHTS, load_adapter, save_a
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import activate, attach, attachment, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import activate
+from graftlm.model.layers.registry import attachment, hosts, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits, perturbed
 from tests.peers import LAYERS, factors_of_ours, factors_of_peft, peft_model, relative_error

@@ -14,7 +14,7 @@ from graftlm.callbacks import POLICIES
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.errors import RecipeError, TrainingError
-from graftlm.model.layers.attach import attachment, trainable
+from graftlm.model.layers.registry import attachment, trainable
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

@@ -10,7 +10,7 @@ from graftlm import distributed
 from graftlm.callbacks import POLICIES
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Pack, pack
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from tests.callbacks.test_callbacks import run, training

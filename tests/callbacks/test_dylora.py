@@ -11,7 +11,7 @@ from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.callbacks.dylora import DyLoraPolicy, DyLoraPolicyConfig, use_rank
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError
-from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, logits, perturbed
 from graftlm.training.callback import Policy

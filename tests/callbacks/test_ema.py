@@ -8,7 +8,7 @@ from graftlm.callbacks.ema import Ema, EmaConfig
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy, Training

@@ -14,7 +14,7 @@ from graftlm.callbacks import POLICIES, check_policies, make_policies
 from graftlm.config.schema import build, to_tree
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Policy, Training

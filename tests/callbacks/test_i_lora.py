@@ -8,7 +8,7 @@ import torch
 from graftlm.callbacks.i_lora import ILora, ILoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model

@@ -9,7 +9,7 @@ import torch
 from graftlm.callbacks.increlora import IncreLora, IncreLoraConfig
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import merged_state
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model

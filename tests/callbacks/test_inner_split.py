@@ -11,7 +11,7 @@ from graftlm.callbacks.bilora import BiLora, BiLoraConfig
 from graftlm.callbacks.diffora import DiffoRA, DiffoRAConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import hosts, trainable
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model

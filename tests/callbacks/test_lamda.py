@@ -6,7 +6,7 @@ import torch
 from graftlm.callbacks.lamda import LamdaPolicy, LamdaPolicyConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed
 from tests.callbacks.test_callbacks import run, training

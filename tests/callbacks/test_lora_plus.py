@@ -11,7 +11,8 @@ from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

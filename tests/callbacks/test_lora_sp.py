@@ -7,7 +7,7 @@ from graftlm import callbacks
 from graftlm.callbacks.lora_sp import LoraSp, LoraSpConfig
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import ParameterGroup, Policy, Training

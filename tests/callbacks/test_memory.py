@@ -7,7 +7,7 @@ import torch
 
 from graftlm.callbacks import POLICIES
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.attach import attachment
+from graftlm.model.layers.registry import attachment
 from graftlm.planning.memory import update_bytes
 from graftlm.recipe import Recipe
 from graftlm.training.callback import Policy

@@ -13,7 +13,10 @@ from graftlm.callbacks.lte import Lte, LteConfig
 from graftlm.callbacks.periodic_lora import PeriodicLora, PeriodicLoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attach, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach, detach
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.registry import hosts, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, logits, perturbed, plain_with, tiny_config
 from graftlm.training.adamw import adamw

@@ -6,7 +6,8 @@ import torch
 from graftlm.callbacks.sora import Sora, SoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attach, hosts
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits, perturbed, tiny_config
 from graftlm.training.callback import Policy

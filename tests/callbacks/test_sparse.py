@@ -10,7 +10,7 @@ from graftlm.callbacks.diff_pruning import DiffPruningPolicy, DiffPruningPolicyC
 from graftlm.callbacks.spiel import SpielPolicy, SpielPolicyConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import merged_state
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model

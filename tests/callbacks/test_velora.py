@@ -9,7 +9,7 @@ from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
 from graftlm.callbacks.velora import Velora, VeloraConfig
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.planning.memory import LiveBytes

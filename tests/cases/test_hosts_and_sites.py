@@ -27,10 +27,13 @@ from graftlm.deltas import METHODS
 from graftlm.errors import BaseModelError, TargetError
 from graftlm.kernels import cpu, linear
 from graftlm.model.hub.load import load_base, quantise
-from graftlm.model.layers.attach import activate, attach, by_row, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.modes import activate, by_row, deltas_off
 from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.sites import find_sites, towers
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config
 

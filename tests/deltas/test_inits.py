@@ -32,8 +32,12 @@ from graftlm.deltas.inits.pissa_fast import pissa_fast
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.errors import TargetError
 from graftlm.model.hub.load import load_base, quantise
-from graftlm.model.layers.attach import _part_with, attach, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach, detach
+from graftlm.model.layers.initialize import part_with
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.registry import hosts, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, plain_with, tiny_config
 from graftlm.testing.tiny import save_tiny_base, tiny_gpt2, tiny_model
@@ -64,7 +68,7 @@ def deltas_of_all_methods() -> Mapping[str, Delta]:
 
 def admits(method: str, init: str) -> bool:
     try:
-        _part_with(deltas_of_all_methods()[method], INITS[init].tensors, init)
+        part_with(deltas_of_all_methods()[method], INITS[init].tensors, init)
     except TargetError:
         return False
     return True

@@ -23,7 +23,8 @@ from graftlm.data.sources.formats import Message
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, DataError
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, attachment, detach
+from graftlm.model.layers.attach import attach, detach
+from graftlm.model.layers.registry import attachment
 from graftlm.recipe import Recipe
 from graftlm.run import Result, prepare_data
 from graftlm.runs import check_page

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from graftlm.adapters import store
 from graftlm.deltas import METHODS
-from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close, ids, logits, perturbed
 

@@ -20,8 +20,10 @@ from graftlm.deltas.kasa import Kasa, KasaConfig
 from graftlm.deltas.mora import Mora, MoraConfig
 from graftlm.deltas.vb_lora import VbLoraConfig
 from graftlm.errors import AdapterError, TargetError
-from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.bases import LinearBase
+from graftlm.model.layers.registry import hosts, penalty, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden import check

@@ -19,7 +19,9 @@ from graftlm.adapters import store
 from graftlm.adapters.store import load_adapter
 from graftlm.deltas.lokr import _left
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import attach, hosts, merged_state, penalty
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, penalty
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, logits, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference

@@ -18,7 +18,9 @@ from graftlm.config.schema import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
 from graftlm.errors import RecipeError, TargetError
-from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, penalty, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model

@@ -22,7 +22,8 @@ from graftlm.errors import TrainingError
 from graftlm.kernels import cpu, linear
 from graftlm.kernels.attention import AttentionRule, SegmentLayout, tiled_attention
 from graftlm.kernels.backend import OURS, TORCH
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention, segment_attention
 from graftlm.model.passes.packing_check import check_packing

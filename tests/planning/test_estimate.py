@@ -20,8 +20,9 @@ from graftlm.kernels.backend import TORCH, Backend
 from graftlm.kernels.cpu import unavailable
 from graftlm.model.hub.load import load_base, load_tokenizer
 from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
-from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.registry import hosts, parameters_of, trainable
 from graftlm.planning import layers, memory, step_time
 from graftlm.planning.estimate import estimate
 from graftlm.planning.memory import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernel_count, live_bytes

@@ -15,7 +15,7 @@ from graftlm.config.schema import build
 from graftlm.data.batches.pack import lay_out
 from graftlm.errors import TrainingError
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.planning import lr_range

@@ -20,7 +20,7 @@ from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.recipe import Recipe
 from graftlm.rl.config import FEEDBACK, material, score

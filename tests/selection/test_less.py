@@ -11,7 +11,8 @@ import torch
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError
-from graftlm.model.layers.attach import attach, hosts, parameters_of
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, parameters_of
 from graftlm.selection import less
 from graftlm.selection.base import Pool
 from graftlm.selection.less import LessConfig, Projection, adam_step, gradient

@@ -17,7 +17,8 @@ from graftlm.data.batches.pack import Example, collate, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.adamw import adamw, learning_rate_factor, warmup_cosine

@@ -15,7 +15,9 @@ from graftlm.data.batches.groups import mismatched
 from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
-from graftlm.model.layers.attach import activate, attach, deltas_off, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import activate, deltas_off
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import hidden_states, log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers

@@ -17,7 +17,9 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, RecipeError, TrainingError
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, base_parameters, hosts, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, trainable
+from graftlm.model.layers.state_dict import base_parameters
 from graftlm.model.passes.forward import hidden_states
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers

@@ -24,9 +24,10 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError, numbered
 from graftlm.model.hub.load import fingerprint, public_name, store_of
 from graftlm.model.hub.stopping import generation_settings, missing_end, tokenizer_that_ends
-from graftlm.model.layers.attach import attachment, base_state, hosts, merged_state
 from graftlm.model.layers.hosts import Host, LayerHost, all_factors
 from graftlm.model.layers.quantize import CODECS, GROUP, QuantisedLinear
+from graftlm.model.layers.registry import attachment, hosts
+from graftlm.model.layers.state_dict import base_state, merged_state
 
 # Merged models ---------------------------------------------------------------------------------------------------
 

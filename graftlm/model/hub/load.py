@@ -29,11 +29,13 @@ from graftlm.config.schema import Flag, config
 from graftlm.config.template_variables import checked_with_variables
 from graftlm.errors import AdapterError, BaseModelError, TargetError, nearest, numbered
 from graftlm.files import cache_folder
-from graftlm.model.layers.attach import absent_weights, attachment, base_parameters
+from graftlm.model.layers.attach import absent_weights
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.quantize import CODECS, QuantisedLinear
+from graftlm.model.layers.registry import attachment
 from graftlm.model.layers.sites import output_head
+from graftlm.model.layers.state_dict import base_parameters
 from graftlm.system import return_freed_memory
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from graftlm.model.layers.attach import attachment, base_parameters, deltas_by_site
 from graftlm.model.layers.bases import QuantisedBase, view
 from graftlm.model.layers.probing import of_any_layer
+from graftlm.model.layers.registry import attachment, deltas_by_site
 from graftlm.model.layers.sites import (
     KEYWORDS,
     decoder_of,
@@ -23,6 +23,7 @@ from graftlm.model.layers.sites import (
     places,
     towers,
 )
+from graftlm.model.layers.state_dict import base_parameters
 
 
 @dataclass(frozen=True)

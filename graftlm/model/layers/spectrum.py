@@ -21,7 +21,7 @@ from torch import nn
 
 from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import sites_of
+from graftlm.model.layers.sites import sites_of
 
 C = TypeVar("C", bound=DeltaConfig)
 

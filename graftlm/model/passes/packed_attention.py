@@ -16,9 +16,9 @@ from graftlm.errors import TrainingError
 from graftlm.kernels.attention import LAYOUT, AttentionRule, SegmentLayout, tiled_attention
 from graftlm.kernels.backend import TORCH, Backend, probe
 from graftlm.model.layers import prefix
-from graftlm.model.layers.attach import deltas_off
 from graftlm.model.layers.attention import attending_by
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.passes.recompute import computing_by
 
 

@@ -19,7 +19,8 @@ from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import OutputError, TargetError
-from graftlm.model.layers.attach import activate, attach, deltas_off
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import activate, deltas_off
 from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 

@@ -16,7 +16,8 @@ from graftlm.errors import BaseModelError
 from graftlm.files import cache_folder
 from graftlm.model.hub import load
 from graftlm.model.hub.load import BaseConfig, base_record, fingerprint, load_base, load_tokenizer
-from graftlm.model.layers.attach import attach, base_parameters
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.state_dict import base_parameters
 from graftlm.testing.deltas import logits, perturbed, tiny_config
 from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_model
 

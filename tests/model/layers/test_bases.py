@@ -10,10 +10,12 @@ from torch import nn
 from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.model.hub.load import quantise
-from graftlm.model.layers.attach import deltas_off, detach, hosts, trainable
+from graftlm.model.layers.attach import detach
 from graftlm.model.layers.bases import Residual, view
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.layers.quantize import CODECS, QuantisedLinear
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move
 

@@ -16,22 +16,13 @@ from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import TargetError
 from graftlm.model.hub.load import load_base, quantise
-from graftlm.model.layers.attach import (
-    activate,
-    attach,
-    attachment,
-    by_row,
-    deltas_by_site,
-    deltas_off,
-    detach,
-    hosts,
-    merged_state,
-    needed_statistics,
-    penalty,
-    trainable,
-)
+from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.layers.modes import activate, by_row, deltas_off
+from graftlm.model.layers.registry import attachment, deltas_by_site, hosts, penalty, trainable
 from graftlm.model.layers.sites import find_sites
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config

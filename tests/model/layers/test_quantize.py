@@ -17,9 +17,12 @@ from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.errors import BaseModelError, TargetError
 from graftlm.model.hub import load
 from graftlm.model.hub.load import fingerprint, load_base, quantise, store_of
-from graftlm.model.layers.attach import attach, base_state, deltas_off, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.bases import view
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.layers.quantize import BLOCK, CODECS, GROUP, QuantisedLinear, dynamic_levels, normal_levels
+from graftlm.model.layers.registry import hosts, trainable
+from graftlm.model.layers.state_dict import base_state, merged_state
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 

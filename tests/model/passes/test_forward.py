@@ -22,7 +22,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.kernels import head
 from graftlm.kernels.backend import TORCH, Backend, compiled
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import SEGMENTS, packed_attention
 from graftlm.model.passes.packing_check import check_forward, check_packing
