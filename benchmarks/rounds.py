@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from machine import write_result
 
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from graftlm.adapters.export.export import export as export
-    from graftlm.adapters.store import load_adapter as load_adapter
-    from graftlm.adapters.store import save_adapter as save_adapter
+    from graftlm.adapters.load import load_adapter as load_adapter
+    from graftlm.adapters.save import save_adapter as save_adapter
     from graftlm.data.sources.source import DataConfig as DataConfig
     from graftlm.data.sources.source import SourceConfig as SourceConfig
     from graftlm.deltas import METHODS as METHODS
@@ -52,10 +52,10 @@ _HOME = {
     "deltas_off": "graftlm.model.layers.modes",
     "detach": "graftlm.model.layers.attach",
     "export": "graftlm.adapters.export.export",
-    "load_adapter": "graftlm.adapters.store",
+    "load_adapter": "graftlm.adapters.load",
     "load_base": "graftlm.model.hub.load",
     "merged_state": "graftlm.model.layers.state_dict",
-    "save_adapter": "graftlm.adapters.store",
+    "save_adapter": "graftlm.adapters.save",
     "train": "graftlm.run",
 }
 

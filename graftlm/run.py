@@ -20,7 +20,9 @@ import torch
 from rich.console import Console
 
 from graftlm import distributed
-from graftlm.adapters.store import model_card, new_folder, write_adapter
+from graftlm.adapters.folder import new_folder
+from graftlm.adapters.model_card import model_card
+from graftlm.adapters.save import write_adapter
 from graftlm.config.schema import to_yaml
 from graftlm.data.batches.groups import COMPARED, prepare_groups, usable_by
 from graftlm.data.batches.order import Curriculum, curriculum

@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graftlm.adapters.export.export import export, merge_into
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError
 from graftlm.model.layers.attach import attach

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from graftlm import cli
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.errors import DataError, OutputError
 from graftlm.model.hub.load import BaseConfig, load_base

@@ -18,7 +18,8 @@ import graftlm
 import graftlm.callbacks as policies
 import graftlm.run as run_module
 import graftlm.training.phases as turns
-from graftlm.adapters.store import adapters_in, load_adapter
+from graftlm.adapters.folder import adapters_in
+from graftlm.adapters.load import load_adapter
 from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig

@@ -23,7 +23,7 @@ def main() -> None:
     import torch
 
     import graftlm
-    from graftlm.adapters.store import load_adapter
+    from graftlm.adapters.load import load_adapter
     from graftlm.data.batches.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
     from graftlm.model.layers.registry import trainable

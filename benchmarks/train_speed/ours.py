@@ -26,7 +26,7 @@ def main() -> None:
     import transformers
 
     import graftlm
-    from graftlm.adapters.store import load_adapter
+    from graftlm.adapters.load import load_adapter
     from graftlm.data.batches.pack import Example, pack
     from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import choose

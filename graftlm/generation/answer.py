@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from graftlm.adapters.store import chat_of, tokenizer_of
+from graftlm.adapters.chat import chat_of, tokenizer_of
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.formats import Message

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, Site, WeightDelta

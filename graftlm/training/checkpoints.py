@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftlm.adapters.store import fill_delta, sha256_of, tensors_of_delta
+from graftlm.adapters.folder import sha256_of
+from graftlm.adapters.tensors import fill_delta, tensors_of_delta
 from graftlm.errors import TrainingError, numbered
 from graftlm.files import sync, writing
 from graftlm.training.callback import Policy, Training

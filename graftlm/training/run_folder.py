@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm import distributed
-from graftlm.adapters.store import check_new_folder, mend_folder
+from graftlm.adapters.folder import check_new_folder, mend_folder
 from graftlm.config.schema import to_tree
 from graftlm.config.trees import differences
 from graftlm.errors import OutputError, TrainingError, numbered

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, sha256_of
+from graftlm.adapters.folder import CONFIG, WEIGHTS, sha256_of
+from graftlm.adapters.load import load_adapter
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.head import Comparison

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftlm.adapters.foreign import CONFIG
-from graftlm.adapters.store import TEMPLATE, WEIGHTS, load_adapter
+from graftlm.adapters.folder import CONFIG, TEMPLATE, WEIGHTS
+from graftlm.adapters.load import load_adapter
 from graftlm.errors import GraftError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import detach

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from graftlm.adapters.export.export import plain_lora
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.callbacks.dylora import DyLoraPolicy, DyLoraPolicyConfig, use_rank
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError

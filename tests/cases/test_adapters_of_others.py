@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 import graftlm
 from graftlm import cli
-from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, template_of, tokenizer_of
+from graftlm.adapters.chat import template_of, tokenizer_of
+from graftlm.adapters.folder import CONFIG, WEIGHTS
+from graftlm.adapters.load import load_adapter
 from graftlm.errors import AdapterError
 from graftlm.model.hub.load import load_base
 from graftlm.testing import tiny_model, tiny_tokenizer

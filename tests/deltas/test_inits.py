@@ -23,7 +23,8 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, Site
 from graftlm.deltas.inits import INITS

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 import graftlm
 import graftlm.generation.answer as answer_module
-from graftlm.adapters.load import load_with_adapters
-from graftlm.adapters.store import TEMPLATE, load_adapter, save_adapter, template_of
+from graftlm.adapters.chat import template_of
+from graftlm.adapters.folder import TEMPLATE
+from graftlm.adapters.load import load_adapter, load_with_adapters
+from graftlm.adapters.save import save_adapter
 from graftlm.cli import app
 from graftlm.cli.chat import CHAT_HELP
 from graftlm.config.schema import build

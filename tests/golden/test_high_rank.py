@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.base import Site
 from graftlm.deltas.bone import Bone, BoneConfig
 from graftlm.deltas.flora import Flora, FloraConfig

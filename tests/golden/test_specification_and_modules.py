@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.config.schema import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig

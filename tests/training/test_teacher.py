@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import graftlm
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig

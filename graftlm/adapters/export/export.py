@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graftlm.adapters.export.llama_cpp import Architecture, architecture, gguf_factors, why_not_gguf
-from graftlm.adapters.peft import model_type, target_modules, task, why_not_read
-from graftlm.adapters.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
+from graftlm.adapters.folder import new_folder
+from graftlm.adapters.peft import model_type, target_modules, task, transposed, why_not_peft, why_not_read
+from graftlm.adapters.save import write_adapter, write_files
+from graftlm.adapters.tensors import PREFIX
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError, numbered

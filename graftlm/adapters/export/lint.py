@@ -14,8 +14,9 @@ from typing import Any
 from safetensors import safe_open
 
 from graftlm.adapters.export.llama_cpp import why_not_gguf
-from graftlm.adapters.peft import why_not_read
-from graftlm.adapters.store import CONFIG, OWN_TYPE, PREFIX, RECORD, WEIGHTS
+from graftlm.adapters.folder import CONFIG, RECORD, WEIGHTS
+from graftlm.adapters.peft import OWN_TYPE, why_not_read
+from graftlm.adapters.tensors import PREFIX
 
 PROGRAMS = ("transformers", "PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "Ollama", "OpenVINO", "MLX")
 """In the order of the verdicts. OpenVINO is OpenVINO GenAI, MLX is mlx-lm."""

@@ -15,7 +15,8 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from graftlm.adapters.export.export import export, lost_by_rounding, merge_into, plain_lora
 from graftlm.adapters.export.lint import lint
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import OutputError, TargetError

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from graftlm.adapters.export.export import export
 from graftlm.adapters.export.lint import PROGRAMS, RULES, lint, to_json
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.layers.attach import attach
 from graftlm.testing.deltas import perturbed

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.model.hub.load import quantise
 from graftlm.model.layers.attach import detach

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
 from graftlm.adapters.export.export import export
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import TargetError

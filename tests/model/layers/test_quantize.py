@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import graftlm
 from graftlm.adapters.export.export import lost_by_quantising, merged_int4, plain_lora
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.errors import BaseModelError, TargetError
 from graftlm.model.hub import load
 from graftlm.model.hub.load import fingerprint, load_base, quantise, store_of
