@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
     from graftlm.generation.answer import answer as answer
-    from graftlm.model.hub.load import BaseConfig as BaseConfig
+    from graftlm.model.hub.config import BaseConfig as BaseConfig
     from graftlm.model.hub.load import load_base as load_base
     from graftlm.model.layers.attach import activate as activate
     from graftlm.model.layers.attach import attach as attach
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from graftlm.training.loop import TrainConfig as TrainConfig
 
 _HOME = {
-    "BaseConfig": "graftlm.model.hub.load",
+    "BaseConfig": "graftlm.model.hub.config",
     "DataConfig": "graftlm.data.sources.source",
     "INITS": "graftlm.deltas.inits",
     "LoraConfig": "graftlm.deltas.lora",

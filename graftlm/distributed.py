@@ -207,7 +207,7 @@ def shard(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from graftlm.deltas.base import InputDelta
-    from graftlm.model.hub.load import fingerprint
+    from graftlm.model.hub.fingerprint import fingerprint
     from graftlm.model.layers.attach import hosts
     from graftlm.model.layers.sites import decoder_of, transformer_layers
 

@@ -55,6 +55,11 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     return f"There is: {shown}." if options else "There is nothing to choose from."
 
 
+def first_lines(error: Exception) -> str:
+    """The first two lines of a library's error, as one."""
+    return " ".join(str(error).strip().splitlines()[:2])
+
+
 SHARED = 10
 """A reason that so many problems have is one line."""
 

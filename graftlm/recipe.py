@@ -18,7 +18,7 @@ from graftlm.errors import nearest
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
-from graftlm.model.hub.load import BaseConfig
+from graftlm.model.hub.config import BaseConfig
 from graftlm.model.layers.attach import needed_statistics
 from graftlm.rl.config import OnlineConfig
 from graftlm.selection import SELECTORS

@@ -39,7 +39,9 @@ from graftlm.evaluation.held_out import HeldOut, can_be_answered, evaluate, held
 from graftlm.files import cache_folder, writing
 from graftlm.kernels.backend import pinned
 from graftlm.losses import LOSSES
-from graftlm.model.hub.load import Loaded, base_config, fingerprint, load_base
+from graftlm.model.hub.config import base_config
+from graftlm.model.hub.fingerprint import fingerprint
+from graftlm.model.hub.load import Loaded, load_base
 from graftlm.model.hub.sketch import Positions
 from graftlm.model.hub.stopping import missing_end
 from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable

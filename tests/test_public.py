@@ -65,7 +65,7 @@ def test_no_method_file_mentions_plumbing() -> None:
         if file.stem == "base":
             continue
         text = file.read_text()
-        for word in (".cuda", "bfloat16", "device", "quantis", "def merge"):
+        for word in (".cuda", "bfloat16", "device", "quantiz", "def merge"):
             assert word not in text, f"{file.name} mentions {word}: that belongs to graftlm/model/"
         assert 20 <= len(text.splitlines()) <= 120, f"{file.name} has {len(text.splitlines())} lines"
 

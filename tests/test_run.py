@@ -23,7 +23,10 @@ from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
-from graftlm.model.hub.load import BaseConfig, fingerprint, load_base, load_tokenizer
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.fingerprint import fingerprint
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.model.layers.attach import hosts
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.testing import save_tiny_base
@@ -37,7 +40,7 @@ SUMMARY = {
 
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "train": {"steps": 4, "batch_rows": 4, "seed": 3},
@@ -159,7 +162,7 @@ def test_a_failure_while_measuring_leaves_the_adapter(
     monkeypatch.setattr(run_module, "evaluate", fails)
     with pytest.raises(RuntimeError):
         graftlm.train(recipe(base_folder, rows), tmp_path / "out")
-    model, _ = graftlm.load_base(str(base_folder), store="fp32")
+    model, _ = graftlm.load_base(str(base_folder), dtype="float32")
     graftlm.load_adapter(model, tmp_path / "out")
 
 
@@ -258,7 +261,7 @@ def test_held_out_questions_are_not_trained_on(base_folder: Path, tmp_path: Path
 
 def several(base: Path, rows: Path, **train: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "deltas": {
             "low": {"method": "lora", "r": 4},
@@ -279,7 +282,7 @@ def test_several_deltas_are_trained_together_and_each_is_an_adapter(
     folders = adapters_in(tmp_path / "out")
     assert list(folders) == ["low", "biases", "adapters", "before"], "in the order in which they act"
     trained = logits(result.model)
-    model = graftlm.load_base(BaseConfig(name=str(base_folder), store="fp32")).model
+    model = graftlm.load_base(BaseConfig(name=str(base_folder), dtype="float32")).model
     for name, folder in folders.items():
         load_adapter(model, folder, name=name)
         assert (folder / "README.md").is_file()
@@ -347,7 +350,7 @@ def test_an_init_that_wants_statistics_gets_them_from_the_training_rows(
     base_folder: Path, rows: Path, tmp_path: Path, init: str
 ) -> None:
     result = graftlm.train(recipe(base_folder, rows, delta_init=init), tmp_path / "out")
-    model = graftlm.load_base(BaseConfig(name=str(base_folder), store="fp32")).model
+    model = graftlm.load_base(BaseConfig(name=str(base_folder), dtype="float32")).model
     load_adapter(model, tmp_path / "out")
     assert torch.equal(logits(model), logits(result.model))
     again = graftlm.train(recipe(base_folder, rows, delta_init=init), tmp_path / "again")
@@ -356,12 +359,12 @@ def test_an_init_that_wants_statistics_gets_them_from_the_training_rows(
 
 
 @pytest.mark.parametrize("init", ["zero", "loftq", "lq-lora", "quailora"])
-def test_a_base_in_codes_is_trained_on_and_stays_the_same_base(
+def test_a_quantized_base_is_trained_on_and_stays_the_same_base(
     init: str, base_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
-    result = graftlm.train(recipe(base_folder, rows, base_store="nf4", delta_init=init), tmp_path / "out")
-    assert result.summary["base_fingerprint"] == fingerprint(load_base(str(base_folder), store="fp32").model).digest
-    again = load_base(str(base_folder), store="nf4").model
+    result = graftlm.train(recipe(base_folder, rows, base_quantization="nf4", delta_init=init), tmp_path / "out")
+    assert result.summary["base_fingerprint"] == fingerprint(load_base(str(base_folder), dtype="float32").model).digest
+    again = load_base(str(base_folder), quantization="nf4").model
     load_adapter(again, tmp_path / "out")
     assert torch.equal(logits(again), logits(result.model))
     B = load_file(tmp_path / "out" / "adapter_model.safetensors")

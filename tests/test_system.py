@@ -62,7 +62,7 @@ def recipe(base_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
     def make(**changes: Any) -> Recipe:
         tree = {
-            "base": {"name": str(base_folder), "store": "fp32"},
+            "base": {"name": str(base_folder), "dtype": "float32"},
             "data": {"train": str(rows), "held_out": 2},
             "delta": {"method": "lora", "r": 2, "dropout": 0.1},
             "train": {"steps": 3, "batch_rows": 2, "threads": 1, "seed": 7},

@@ -42,7 +42,7 @@ from graftlm.system import tune_process  # noqa: E402
 
 def recipe(config: dict[str, Any], base: Path, count: int, batch_rows: int, seed: int) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": config["rows"], "held_out": 8, "max_tokens": config["max_tokens"]},
         "delta": {"method": "full"},
         "train": {

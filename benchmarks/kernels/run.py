@@ -44,7 +44,7 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
     from graftlm.training.loop import steps
 
     torch.set_num_threads(threads)
-    model, tokenizer = load_base(config["base"], store="bf16")
+    model, tokenizer = load_base(config["base"], dtype="bfloat16")
     examples = prepare_data(Recipe(data=DataConfig(train=config["rows"])), tokenizer).examples
     chosen = batches(len(examples), config["batch_rows"], config["steps"] + 1, 0)
     packs = [pack([examples[i] for i in rows], recipe["pack_tokens"], share=recipe["share"]) for rows in chosen]

@@ -93,7 +93,7 @@ def line_through(points: list[dict[str, Any]]) -> tuple[float, float]:
 
 def attention_flop(base: str, length: int) -> float:
     """Forward and backward of one causal row, recomputation not counted: 6 products of [L, L / 2, D] a head."""
-    from graftlm.model.hub.load import BaseConfig
+    from graftlm.model.hub.config import BaseConfig
     from graftlm.model.hub.sketch import read_config
 
     config = read_config(BaseConfig(name=base)).get_text_config()

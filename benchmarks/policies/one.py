@@ -50,7 +50,7 @@ def main() -> None:
         for number, row in enumerate(rows[: size * count])
     ]
     before = resident_gib()
-    model, _ = graftlm.load_base(args.base, store="bf16")
+    model, _ = graftlm.load_base(args.base, dtype="bfloat16")
     attach(model, FullConfig(), seed=settings["seed"])
     learning = trainable(model)
     policies = make_policies([build(POLICIES[p["name"]].config, p, source="config.yaml") for p in args.policies])

@@ -44,7 +44,7 @@ def main() -> None:
         for row in rows_of(args.rows, args.steps * args.batch_pairs)
     ]
     batches = [groups[i : i + args.batch_pairs] for i in range(0, len(groups), args.batch_pairs)]
-    model, _ = graftlm.load_base(args.base, store="bf16")
+    model, _ = graftlm.load_base(args.base, dtype="bfloat16")
     load_adapter(model, args.start)
     for parameter in trainable(model).values():
         assert parameter.dtype == torch.float32

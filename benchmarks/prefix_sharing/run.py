@@ -53,7 +53,7 @@ def main() -> None:
     tune_process()
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     torch.set_num_threads(config["threads"])
-    model, tokenizer = load_base(config["base"], store="bf16")
+    model, tokenizer = load_base(config["base"], dtype="bfloat16")
     attach(model, LoraConfig(r=16, alpha=32), seed=0)
     rows, _ = load_rows("builtin:docstrings")
     text = np.array(tokenizer("\n".join(row.messages[0].content for row in rows[:600])).input_ids, np.int32)

@@ -41,7 +41,7 @@ def main() -> None:
         for number, row in enumerate(rows_of(args.rows, args.steps * args.batch_rows))
     ]
     batches = [examples[i : i + args.batch_rows] for i in range(0, len(examples), args.batch_rows)]
-    model, _ = graftlm.load_base(args.base, store="bf16")
+    model, _ = graftlm.load_base(args.base, dtype="bfloat16")
     load_adapter(model, args.start)
     for parameter in trainable(model).values():
         assert parameter.dtype == torch.float32

@@ -17,14 +17,19 @@ class LoadedAdapters(NamedTuple):
 
 
 def load_with_adapters(
-    base: str, folders: Sequence[Path], *, store: str | None = None, network: bool = False
+    base: str,
+    folders: Sequence[Path],
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    network: bool = False,
 ) -> LoadedAdapters:
     """Load a base and the adapters of these folders, all active, applied in this order.
 
     A folder may be an adapter or hold several. An only adapter keeps its name; of several, the name begins with the
     number of the folder.
     """
-    model, tokenizer = load_base(base, store=store, network=network)
+    model, tokenizer = load_base(base, dtype=dtype, quantization=quantization, network=network)
     paths = [(number, name, path) for number, each in enumerate(folders, 1) for name, path in adapters_in(each).items()]
     messages = [
         load_adapter(model, path, name=f"{number}-{name}" if len(paths) > 1 else name) for number, name, path in paths

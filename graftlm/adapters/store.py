@@ -34,17 +34,11 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, BaseModelError, GraftError, OutputError, TargetError, nearest, numbered
 from graftlm.files import sync, writing
-from graftlm.model.hub.load import (
-    PACKAGED,
-    base_record,
-    difference,
-    embedding_rows,
-    fingerprint,
-    public_name,
-    read_tokenizer,
-    store_of,
-    with_more_tokens,
-)
+from graftlm.model.hub.dtypes import dtype_name
+from graftlm.model.hub.fingerprint import base_record, difference, fingerprint, public_name
+from graftlm.model.hub.locate import PACKAGED
+from graftlm.model.hub.quantize_base import quantization_of
+from graftlm.model.hub.tokenizer import embedding_rows, read_tokenizer, with_more_tokens
 from graftlm.model.layers.attach import (
     Chat,
     attach,
@@ -215,7 +209,12 @@ def write_files(
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     ours = {
         "graftlm": __version__,
-        "base": {"name": public_name(model), "store": store_of(model), **fingerprint(model).to_json()},
+        "base": {
+            "name": public_name(model),
+            "dtype": dtype_name(model),
+            "quantization": quantization_of(model),
+            **fingerprint(model).to_json(),
+        },
         "config": to_tree(config),
         "sha256": {file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
         **facts,
@@ -407,7 +406,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         attachment(model).tokenizers[name] = tokenizer
     if ours is not None:
         said = f"{folder}: {len(tensors)} tensors, checksums and base fingerprint match"
-        return said + _another_store(model, ours) + _use_chat(model, name, template, ours, folder)
+        return said + _another_quantization(model, ours) + _use_chat(model, name, template, ours, folder)
     said = (
         f"{folder}: written by another tool, without a fingerprint of its base: keys, shapes, dtypes and finiteness of "
         f"{len(tensors)} tensors were checked, that the base is the right one was not"
@@ -473,12 +472,19 @@ def template_of(model: nn.Module) -> str | None:
     return None if chat is None else chat.template
 
 
-def _another_store(model: nn.Module, ours: dict[str, Any]) -> str:
-    """What to say where the base is the same, and kept otherwise than in training: codes are other weights."""
-    then, now = ours["base"].get("store"), store_of(model)
-    if then is None or then == now or not {then, now} & CODECS.keys():
+def _another_quantization(model: nn.Module, ours: dict[str, Any]) -> str:
+    """What to say where the base is the same, and quantized otherwise than in training: its weights are others."""
+    then, now = _quantization_in(ours["base"]), quantization_of(model)
+    if then is None or then == now:
         return ""
-    return f" (it was trained on {then}, this base is kept in {now}: the same weights up to what quantising lost)"
+    return f" (it was trained on quantization {then}, this base has {now}: the same weights up to what quantizing lost)"
+
+
+def _quantization_in(base: Mapping[str, Any]) -> str | None:
+    """The quantization in a record of a base; before it had that key, `store` had either it or the dtype."""
+    before: str | None = base.get("store")
+    found: str | None = base.get("quantization", before if before is None or before in CODECS else "none")
+    return found
 
 
 def _make_room(model: nn.Module, name: str, layout: PeftLayout | None, tensors: Mapping[str, Tensor]) -> None:

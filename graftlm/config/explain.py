@@ -19,6 +19,7 @@ def explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, 
     where = source if line is None else "command line" if line == 0 else f"{source}:{line}"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         if (instead := getattr(owner, "REPLACED", {}).get(str(key[-1]))) is not None:
+            instead = instead(error["input"]) if callable(instead) else instead
             return key, error["type"], f"{where}: {dotted(key)}: this key was replaced by {instead}"
         if (instead := getattr(cls, "OTHER_NAMES", {}).get(str(key[-1]).lower().replace("-", "_"))) is not None:
             return key, error["type"], f"{where}: {dotted(key)}: unknown key. Here it is {instead}"
@@ -91,10 +92,17 @@ def _locate(cls: type, tree: Tree, loc: Sequence[str | int]) -> tuple[Key, objec
             key.append(part)
             node = node[part] if is_key else None  # type: ignore[index]
             if index < len(loc) - 1:
-                owner = get_type_hints(owner).get(str(part), owner) if is_dataclass(owner) else owner
+                held = _without_none(owner)
+                owner = get_type_hints(held).get(str(part), owner) if is_dataclass(held) else owner
         else:
             owner = _member(owner, part) or owner
     return tuple(key), _only_dataclass(owner)
+
+
+def _without_none(annotation: object) -> object:
+    """T of `T | None`; anything else as it is."""
+    inner = get_args(annotation)
+    return inner[0] if len(inner) == 2 and inner[1] is type(None) else annotation
 
 
 def _is_field(owner: object, part: str | int) -> bool:

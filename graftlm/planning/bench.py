@@ -17,7 +17,9 @@ from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.kernels.backend import Kernels
-from graftlm.model.hub.load import load_base, load_tokenizer, multiplies_bf16_fast
+from graftlm.model.hub.dtypes import multiplies_bf16_fast
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.model.layers.attach import attach, hosts, trainable
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.sites import output_head, transformer_layers

@@ -12,7 +12,7 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import Backend
-from graftlm.model.hub.load import multiplies_bf16_fast
+from graftlm.model.hub.dtypes import multiplies_bf16_fast
 from graftlm.model.hub.sketch import Sketch
 from graftlm.model.layers.attach import hosts, parameters_of
 from graftlm.model.layers.coverage import coverage
@@ -135,9 +135,9 @@ def advice(recipe: Recipe, found: dict[str, Any], made: Sketch, shape: Shape) ->
         if not train.checkpointing:
             texts.append("train.checkpointing=true would keep one hidden state a layer instead of all that it computes")
         if made.dtype == torch.float32:
-            texts.append(f"base.store=bf16 would save {memory['base'] / 2:.2f} GiB")
+            texts.append(f"base.dtype=bfloat16 would save {memory['base'] / 2:.2f} GiB")
     if halves:
-        texts.append("base.store=bf16: this machine multiplies bf16 fast, and the base would take half the memory")
+        texts.append("base.dtype=bfloat16: this machine multiplies bf16 fast, and the base would take half the memory")
     if train.checkpointing and peak < free / 2:
         texts.append("train.checkpointing=false: there is room for the activations, and a step would be shorter")
     if recipe.data.pack and shape.tokens_a_pack < FULL_PACK and peak < free / 2:

@@ -27,7 +27,9 @@ from graftlm.data.sources.source import SELECTED, Row
 from graftlm.display import terminal
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
-from graftlm.model.hub.load import base_config, load_base, locate
+from graftlm.model.hub.config import base_config
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.locate import locate
 from graftlm.model.passes.packing_check import prove
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import Pool, Scores, SelectorConfig, examples_of

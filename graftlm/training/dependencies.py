@@ -12,7 +12,7 @@ from typing import Any
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import Prompt
 from graftlm.data.sources.parts import content_hash
-from graftlm.model.hub.load import Fingerprint, difference, fingerprint
+from graftlm.model.hub.fingerprint import Fingerprint, difference, fingerprint
 from graftlm.recipe import Recipe
 from graftlm.training.teacher import TEACHER, adapters_compared_with
 

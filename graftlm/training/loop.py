@@ -354,7 +354,7 @@ def _memory_explained(model: nn.Module, packs: Sequence[Pack], step: int, checkp
         kept = "its input" if checkpointing else "what it computed"
         knobs = [] if checkpointing else ["set train.checkpointing: true"]
         knobs += ["lower train.pack_tokens" if rows > 1 else "lower data.max_tokens (the pack is a single row)"]
-        knobs += ["keep the base in bf16 (base.store)"] if next(model.parameters()).dtype == torch.float32 else []
+        knobs += ["load the base in bfloat16 (base.dtype)"] if next(model.parameters()).dtype == torch.float32 else []
         raise TrainingError(
             f"step {step} needs more memory than there is: {str(error).strip().splitlines()[0] if str(error) else ''}\n"
             f"Its largest pack has {largest.ids.numel():,} tokens in {rows} rows, {len(largest.targets):,} of them "

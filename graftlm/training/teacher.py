@@ -17,7 +17,9 @@ from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.head import Comparison
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of
 from graftlm.model.passes.forward import hidden_states, logits
 from graftlm.model.passes.packed_attention import is_packed, packed_attention
@@ -45,7 +47,7 @@ def teacher_base(config: Any) -> BaseConfig | None:
     """The other base that a loss has as its teacher; None where it is an adapter, or there is none."""
     if not isinstance(config, DistillationConfig) or config.teacher is None or is_adapter(config.teacher):
         return None
-    return BaseConfig(name=config.teacher, store=config.teacher_store)
+    return BaseConfig(name=config.teacher, dtype=config.teacher_dtype, quantization=config.teacher_quantization)
 
 
 def add_teacher(

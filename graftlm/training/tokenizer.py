@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.config.template_variables import checked_with_variables
 from graftlm.errors import RecipeError
-from graftlm.model.hub.load import load_tokenizer, plain_template
+from graftlm.model.hub.tokenizer import load_tokenizer, plain_template
 
 if TYPE_CHECKING:
     from graftlm.recipe import Recipe

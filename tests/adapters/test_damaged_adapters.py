@@ -69,8 +69,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>", "<|tool|>"]})
     made = {}
     for name, settings in SOURCES.items():
-        model, _ = load_base(root / "base", store="fp32")
-        theirs = peft_adapter(settings, load_base(root / "base", store="fp32").model, root / name)
+        model, _ = load_base(root / "base", dtype="float32")
+        theirs = peft_adapter(settings, load_base(root / "base", dtype="float32").model, root / name)
         tokenizer.save_pretrained(root / name)
         bare = logits(model)
         load_adapter(model, root / name)

@@ -18,7 +18,7 @@ from graftlm.adapters.foreign import CONFIG, copied_rows
 from graftlm.adapters.store import WEIGHTS, load_adapter, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, GraftError, TargetError
-from graftlm.model.hub.load import quantise
+from graftlm.model.hub.quantize_base import quantize
 from graftlm.model.layers.attach import (
     activate,
     attachment,
@@ -397,10 +397,10 @@ def test_adapters_of_several_deltas_lie_on_one_model_beside_each_other(tmp_path:
     assert torch.equal(logits(ours), logits(base))
 
 
-def test_weights_stand_in_place_of_codes(tmp_path: Path) -> None:
-    """On a base in codes they are what the adapter says, whatever quantising lost."""
+def test_weights_stand_in_place_of_quantized_ones(tmp_path: Path) -> None:
+    """On a quantized base they are what the adapter says, whatever quantizing lost."""
     peft_adapter(lora(modules_to_save=["mlp", "lm_head"]), untied(), tmp_path / "a")
-    ours = quantise(untied(), "int4")
+    ours = quantize(untied(), "int4")
     load_adapter(ours, tmp_path / "a")
     stored, merged = load_file(tmp_path / "a" / WEIGHTS), merged_state(ours)
     for key in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):

@@ -278,7 +278,7 @@ def test_a_bf16_adapter_of_another_tool_is_loaded_in_float32(foreign: Path) -> N
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_names(tmp_path: Path, base_folder: Path) -> None:
-    model = load_base(str(base_folder), store="fp32").model
+    model = load_base(str(base_folder), dtype="float32").model
     folder = save_adapter(perturbed("lora", model), tmp_path / "a")
     other = tiny_model(seed=1)
     message = refused(folder, base_folder.name, "LlamaForCausalLM", "weights differ", model=other, error=BaseModelError)
@@ -310,9 +310,9 @@ def test_another_base_loads_where_it_is_trusted(adapter: Path) -> None:
 
 
 def test_a_base_in_bf16_is_the_base_that_it_is_in_fp32(base_folder: Path, tmp_path: Path) -> None:
-    from graftlm.model.hub.load import fingerprint
+    from graftlm.model.hub.fingerprint import fingerprint
 
-    wide, narrow = (load_base(str(base_folder), store=s).model for s in ("fp32", "bf16"))
+    wide, narrow = (load_base(str(base_folder), dtype=d).model for d in ("float32", "bfloat16"))
     assert fingerprint(wide) == fingerprint(narrow)
     folder = save_adapter(perturbed("lora", wide), tmp_path / "a")
     assert "fingerprint match" in load_adapter(narrow, folder)

@@ -169,7 +169,7 @@ def test_pairs_with_calls_are_trained_on_a_template_that_rewrites(loss: str, tmp
     base = save_tiny_base(tmp_path / "base", template=shipped("qwen3"), max_position_embeddings=4096)
     rows_of(tmp_path, *(PAIR | {"prompt": [user(f"Weather {n}?")]} for n in range(6)))
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_tokens": 2048},
         "loss": loss,
         "train": {"steps": 2, "batch_rows": 3, "pack_tokens": 4096},

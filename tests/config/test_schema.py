@@ -14,7 +14,7 @@ from graftlm.config.schema import build, config, json_schema, to_tree, to_yaml
 from graftlm.config.source import parse_yaml, read
 from graftlm.data.sources.source import DataConfig
 from graftlm.errors import RecipeError
-from graftlm.model.hub.load import BaseConfig
+from graftlm.model.hub.config import BaseConfig
 from graftlm.rl.config import OnlineConfig
 
 pytestmark = pytest.mark.versions
@@ -122,14 +122,19 @@ def test_overrides_reach_into_lists_and_behind_names(tmp_path: Path) -> None:
     recipe: Any = read(
         Recipe,
         file,
-        ["data.train.0.weight=2", "data.train.1.cap=7", "policies.1.ratio=4", "loss.beta=0.3", "base.store=fp32"],
+        ["data.train.0.weight=2", "data.train.1.cap=7", "policies.1.ratio=4", "loss.beta=0.3", "base.dtype=float32"],
     )
     assert [(source.path, source.weight, source.cap) for source in recipe.data.sources()] == [
         ("a.jsonl", 2, None),
         ("b.jsonl", 3, 7),
     ]
     assert (recipe.policies[0].name, recipe.policies[1].name, recipe.policies[1].ratio) == ("ema", "lora-plus", 4)
-    assert (recipe.loss.name, recipe.loss.beta, recipe.base.name, recipe.base.store) == ("dpo", 0.3, "smollm2", "fp32")
+    assert (recipe.loss.name, recipe.loss.beta, recipe.base.name, recipe.base.dtype) == (
+        "dpo",
+        0.3,
+        "smollm2",
+        "float32",
+    )
     file.write_text("data: {train: a.jsonl}\npolicies: lora-plus\ndelta:\n")
     one: Any = read(Recipe, file, ["policies.0.ratio=4", "data.train.0.cap=5", "delta.method=lora", "delta.r=2"])
     assert (one.policies[0].ratio, one.data.sources()[0].cap, one.delta.r) == (4, 5, 2)
@@ -172,7 +177,7 @@ def test_an_override_that_reaches_nothing_says_what_is_there(override: str, said
         ("train: {per-device-train-batch-size: 4}", ["Here it is train.batch_rows"]),
         ("lr: 1", ["r.yaml:2: lr: unknown key. Here it is train.learning_rate"]),
         ("delta: {method: lora, lora_alpha: 16}", ["delta.lora_alpha: unknown key. Here it is delta.alpha"]),
-        ("base: {name: x, torch_dtype: bf16}", ["base.torch_dtype: unknown key. Here it is base.store"]),
+        ("base: {name: x, torch_dtype: bf16}", ["base.torch_dtype: unknown key. Here it is base.dtype"]),
         ("output_dir: x", ["Here it is no key: graft train --out DIR"]),
         ("train: {lr_scheduler_type: cosine}", ["Here it is train.schedule"]),
         ("base: {name: x, chat_template_kwargs: {a: 1}}", ["Here it is data.template_variables"]),
@@ -189,6 +194,48 @@ def test_what_other_trainers_call_a_key_gets_the_key_here(text: str, said: list[
     for part in said:
         assert part in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: {name: x, store: nf4}", "r.yaml:2: base.store: {}: write `base: {quantization: nf4}`"),
+        ("base: {name: x, store: bf16}", "r.yaml:2: base.store: {}: write `base: {dtype: bfloat16}`"),
+        ("base: {name: x, store: auto}", "r.yaml:2: base.store: {}: write `base: {dtype: auto}`"),
+        (
+            "base: {name: x, store: [4]}",
+            "base.store: {} (auto, float32, bfloat16, float16; none, int8, int4, nf4)",
+        ),
+        (
+            "loss: {name: distillation, teacher: x, teacher_store: int8}",
+            "loss.teacher_store: this key was replaced by teacher_dtype and teacher_quantization: write "
+            "`loss: {teacher_quantization: int8}`",
+        ),
+        (
+            "online: {scorer: {by: reward-model, model: x, store: fp32}}",
+            "online.scorer.store: this key was replaced by dtype (auto, float32, bfloat16, float16)",
+        ),
+    ],
+)
+def test_a_store_of_before_is_answered_with_what_to_write_now(text: str, said: str, tmp_path: Path) -> None:
+    message = error(f"data: {{train: a.jsonl}}\n{text}\n", tmp_path)
+    assert said.replace("{}", "this key was replaced by dtype and quantization", 1) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_store_of_before_on_the_command_line_is_answered_too(tmp_path: Path) -> None:
+    assert "command line: base.store: this key was replaced by" in error(GOOD, tmp_path, "base.store=nf4")
+
+
+def test_both_spellings_of_a_dtype_are_one_recipe(tmp_path: Path) -> None:
+    trees = []
+    for dtype in ("bf16", "bfloat16"):
+        file = tmp_path / f"{dtype}.yaml"
+        file.write_text(f"base: {{name: x, dtype: {dtype}}}\ndata: {{train: a.jsonl}}\n")
+        trees.append(to_tree(read(Recipe, file)))
+    assert trees[0] == trees[1]
+    assert trees[0]["base"]["dtype"] == "bfloat16"
+    assert "base.dtype: Input should be 'auto', 'float32'" in error("base: {name: x, dtype: fp8}\n", tmp_path)
 
 
 def test_every_other_name_leads_to_a_key_that_exists_and_is_no_key_itself() -> None:

@@ -22,7 +22,8 @@ from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.load import load_rows
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
-from graftlm.model.hub import load
+from graftlm.model.hub import load, tokenizer
+from graftlm.model.hub.config import BaseConfig
 from graftlm.recipe import read_recipe
 from tests.docs_run.names import PAGES, ROOT, blocks, title
 
@@ -45,10 +46,11 @@ def smollm2_is_tiny(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name `smollm2` means the tiny base."""
     locate = load.locate
 
-    def found(base: load.BaseConfig, *, network: bool = False) -> str:
+    def found(base: BaseConfig, *, network: bool = False) -> str:
         return str(base_folder) if base.name == "smollm2" else locate(base, network=network)
 
     monkeypatch.setattr(load, "locate", found)
+    monkeypatch.setattr(tokenizer, "locate", found)
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(block)
     recipe = read_recipe(tmp_path / "recipe.yaml")
     base = yaml.safe_load(block)["base"]
-    assert recipe.base == (base if isinstance(base, str) else load.BaseConfig(**base))
+    assert recipe.base == (base if isinstance(base, str) else BaseConfig(**base))
 
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line}" for page, line in LINES])

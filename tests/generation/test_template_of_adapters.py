@@ -144,7 +144,7 @@ def trained(base: Path, folder: Path, template: str, **data: Any) -> Result:
     rows = [{"messages": [*before, *turns("a", "b")]} for _ in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
-        "base": {"name": str(base), "store": "fp32", "template": str(folder / "chat.jinja")},
+        "base": {"name": str(base), "dtype": "float32", "template": str(folder / "chat.jinja")},
         "data": {"train": str(folder / "rows.jsonl"), **data},
         "train": {"steps": 1, "batch_rows": 4},
     }
@@ -267,7 +267,7 @@ def test_every_renderer_of_a_run_has_the_day_on_which_it_began(
     rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = RUNS[name] | {
-        "base": {"name": str(base_folder), "store": "fp32", "template": str(tmp_path / "chat.jinja")},
+        "base": {"name": str(base_folder), "dtype": "float32", "template": str(tmp_path / "chat.jinja")},
         "data": RUNS[name]["data"] | {"train": str(tmp_path / "rows.jsonl")},
         "train": {"steps": 1, "batch_rows": 2},
         "report": {"answers": 1, "max_new_tokens": 2},

@@ -16,7 +16,7 @@ BEFORE = Path(__file__).parent / "before_house"
 @pytest.mark.parametrize("method", ["lora", "mora", "adalora"])
 def test_an_adapter_of_before_has_the_logits_of_before(method: str) -> None:
     written = load_file(BEFORE / "logits.safetensors")
-    model, _ = load_base(str(BEFORE / "base"), store="fp32")
+    model, _ = load_base(str(BEFORE / "base"), dtype="float32")
     load_adapter(model, BEFORE / method)
     with torch.no_grad():
         torch.testing.assert_close(model(written["ids"]).logits, written[method], rtol=0, atol=1e-5)

@@ -29,7 +29,7 @@ RATES = [10 ** (-6 + 6 * i / (STEPS - 1)) for i in range(STEPS)]
 
 def recipe(base: Path, rows: Path, **train: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "train": {"steps": 4, "batch_rows": 4, "seed": 3, **train},
@@ -128,7 +128,7 @@ def test_an_objective_that_compares_answers_is_tested_by_its_own_loss(base_folde
     pairs = [{"prompt": f"question {n}", "chosen": "yes it is", "rejected": f"no {n}"} for n in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tree = {
-        "base": {"name": str(base_folder), "store": "fp32"},
+        "base": {"name": str(base_folder), "dtype": "float32"},
         "data": {"train": str(tmp_path / "pairs.jsonl")},
         "loss": "dpo",
         "train": {"batch_rows": 4},
@@ -140,7 +140,7 @@ def test_an_objective_that_compares_answers_is_tested_by_its_own_loss(base_folde
 
 def test_several_deltas_are_tested_together_and_keep_their_ratio(base_folder: Path, rows: Path) -> None:
     tree = {
-        "base": {"name": str(base_folder), "store": "fp32"},
+        "base": {"name": str(base_folder), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "deltas": {"low": {"method": "lora", "r": 4}, "biases": {"method": "bitfit"}},
         "train": {"batch_rows": 4, "in_turn": True},
@@ -160,7 +160,7 @@ def test_the_command_prints_and_draws(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(
-        f"base: {{name: {base_folder}, store: fp32}}\ndata: {{train: {rows}}}\ntrain: {{batch_rows: 4}}\n"
+        f"base: {{name: {base_folder}, dtype: float32}}\ndata: {{train: {rows}}}\ntrain: {{batch_rows: 4}}\n"
     )
     text = CliRunner().invoke(cli.app, ["lr-range", "recipe.yaml"])
     assert text.exit_code == 0, text.output

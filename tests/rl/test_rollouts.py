@@ -57,7 +57,7 @@ def scorer(file: Path, source: str = LETTERS) -> dict[str, str]:
 
 def recipe(base: Path, rows: Path, loss: Any = "policy-gradient", **sections: dict[str, Any]) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 3},
         "delta": {"method": "lora", "r": 4},
         "loss": loss,

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 def recipe(base_folder: Path, rows: Path, tmp_path: Path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"base: {{name: {base_folder}, store: fp32}}\n"
+        f"base: {{name: {base_folder}, dtype: float32}}\n"
         f"data: {{train: {rows}, held_out: 2}}\n"
         "delta: {method: lora, r: 2}\n"
         "train: {steps: 2, batch_rows: 2}\n"
@@ -94,7 +94,7 @@ def test_a_value_that_cannot_stand_in_a_name_gets_one_that_is_its_own(recipe: Pa
     ("key", "full"),
     [
         ("lora.r", "delta.r"), ("r", "delta.r"), ("delta.r", "delta.r"), ("seed", "train.seed"), ("delta", "delta"),
-        ("method", "delta.method"), ("learning_rate", "train.learning_rate"), ("base.store", "base.store"),
+        ("method", "delta.method"), ("learning_rate", "train.learning_rate"), ("base.dtype", "base.dtype"),
         ("network", "network"), ("delta.k", "delta.k"),
     ],
 )  # fmt: skip

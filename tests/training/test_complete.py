@@ -37,7 +37,7 @@ def test_other_methods_get_none() -> None:
 
 def test_adalora_by_its_name_alone_prunes_to_two_thirds(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     tree = {
-        "base": {"name": str(base_folder), "store": "fp32"},
+        "base": {"name": str(base_folder), "dtype": "float32"},
         "data": {"train": str(rows)},
         "delta": {"method": "adalora", "r": 6},
         "train": {"steps": 10, "batch_rows": 2},

@@ -277,12 +277,12 @@ def test_memory_that_runs_out_is_explained(error: Exception, monkeypatch: pytest
     message = str(raised.value)
     assert f"largest pack has {packs[0].ids.numel()} tokens in 3 rows, {len(packs[0].targets)} of them" in message
     assert "every one of 2 layers keeps what it computed" in message
-    for knob in ("train.checkpointing", "train.pack_tokens", "base.store", "graft estimate"):
+    for knob in ("train.checkpointing", "train.pack_tokens", "base.dtype", "graft estimate"):
         assert knob in message
     with pytest.raises(TrainingError, match=r"keeps its input until[\s\S]*lower data.max_tokens") as raised:
         run(model.bfloat16(), [[collate(examples(1))]], checkpointing=True)
     assert "train.checkpointing" not in str(raised.value)
-    assert "base.store" not in str(raised.value)
+    assert "base.dtype" not in str(raised.value)
 
 
 def test_another_error_of_the_runtime_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def feedback(tmp_path: Path) -> Path:
 
 def recipe(base: Path, rows: Path, loss: Any, **sections: dict[str, Any]) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "loss": loss,

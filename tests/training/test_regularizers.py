@@ -191,7 +191,7 @@ def test_what_has_no_meaning_is_refused(method: str, options: dict[str, Any], sa
 
 def recipe(base: Path, rows: Path, **sections: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 2},
         "delta": {"method": "lora", "r": 4},
         "train": {"steps": 3, "batch_rows": 4, "learning_rate": 0.01},

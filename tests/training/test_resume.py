@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
@@ -50,7 +51,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 3},
         "delta": {"method": "lora", "r": 4, "dropout": 0.2},
         "train": {"steps": STEPS, "batch_rows": 4, "pack_tokens": 64, "seed": 3, "save_every": 2}
@@ -124,6 +125,25 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert "interrupted" not in summary
     assert summary["train"]["steps"] == STEPS
     same(out, unbroken)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_was_begun_with_the_key_store_is_refused(
+    finished: bool, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, made = tmp_path / "out", recipe(base_folder, rows)
+    with monkeypatch.context() as patch:
+        stopping_after(1, patch)
+        graftlm.train(made, out)
+    if finished:
+        graftlm.train(made, out, resume=True)
+    file = out / "recipe.yaml" if finished else out / "checkpoints" / "unfinished.json"
+    tree = yaml.safe_load(file.read_text())
+    del tree["base"]["dtype"], tree["base"]["quantization"]
+    tree["base"]["store"] = "fp32"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(GraftError, match="replaced by dtype" if finished else 'base.store: "fp32" ->'):
+        graftlm.train(made, out, resume=True)
 
 
 def test_a_stopped_run_leaves_what_its_policies_would_leave_and_goes_on_from_where_it_was(

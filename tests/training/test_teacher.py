@@ -141,7 +141,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_teacher_is_no_part_of_the_model(base_folder: Path, larger: Path) -> None:
     model = load_base(str(base_folder)).model
     before, names = [*model.named_parameters()], {*base_parameters(model)}
-    config = DistillationConfig(teacher=str(larger), teacher_store="fp32")
+    config = DistillationConfig(teacher=str(larger), teacher_dtype="float32")
     add_teacher(model, config, base=str(base_folder), network=False)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in before]
     assert {*base_parameters(model)} == names
@@ -178,7 +178,7 @@ def test_a_teacher_that_cannot_be_compared_with_is_refused(base_folder: Path, la
 
 def recipe(base: Path, rows: Path, loss: dict[str, Any], **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "loss": {"name": "distillation", **loss},
@@ -195,7 +195,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 def test_a_run_with_a_larger_teacher_resumes_and_notices_another(
     base_folder: Path, larger: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = {"teacher": str(larger), "teacher_store": "fp32", "supervised_weight": 0.5, "temperature": 2.0}
+    loss = {"teacher": str(larger), "teacher_dtype": "float32", "supervised_weight": 0.5, "temperature": 2.0}
     wanted = recipe(base_folder, rows, loss)
     graftlm.train(wanted, tmp_path / "whole")
     seen = lines(tmp_path / "whole")
@@ -219,12 +219,12 @@ def test_a_run_with_a_larger_teacher_resumes_and_notices_another(
 def test_an_adapter_on_the_teacher_makes_another_teacher(
     base_folder: Path, larger: Path, rows: Path, tmp_path: Path
 ) -> None:
-    tuned = load_base(str(larger), store="fp32").model
+    tuned = load_base(str(larger), dtype="float32").model
     move(attach(tuned, LoraConfig(r=2)), scale=0.3)
     save_adapter(tuned, tmp_path / "adapter")
     first = []
     for number, more in enumerate(({}, {"teacher_adapter": str(tmp_path / "adapter")})):
-        loss = {"teacher": str(larger), "teacher_store": "fp32", **more}
+        loss = {"teacher": str(larger), "teacher_dtype": "float32", **more}
         graftlm.train(recipe(base_folder, rows, loss), tmp_path / f"out-{number}")
         first.append(lines(tmp_path / f"out-{number}")[0]["loss"])
     assert first[0] != pytest.approx(first[1], rel=1e-3)

@@ -308,7 +308,7 @@ def test_tensorboard_can_read_what_it_was_told(tmp_path: Path) -> None:
 
 def whole(base: Path, rows: Path, *trackers: str, **train: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 2},
         "train": {"steps": 6, "batch_rows": 2, "save_every": 2, **train},

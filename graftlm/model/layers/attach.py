@@ -22,7 +22,7 @@ from graftlm.model.layers import prefix
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.hosts import Host, LayerHost, ModelHost, Row, SubLayerHost, Switch
 from graftlm.model.layers.parts import expanded, indices, together
-from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.quantize import QuantizedLinear
 from graftlm.model.layers.sites import (
     CHILD,
     KEYWORDS,
@@ -208,7 +208,7 @@ def absent_weights(model: nn.Module) -> str:
     return (
         f"{len(absent)} weights are not in memory, the first is {absent[0]}: accelerate keeps them on disk or on the "
         "CPU and brings them when a layer runs, and a delta needs them where it computes. Load the model whole "
-        "(without device_map), in fewer bits if it does not fit (load_base(..., store='nf4'))"
+        "(without device_map), in fewer bits if it does not fit (load_base(..., quantization='nf4'))"
     )
 
 
@@ -245,7 +245,7 @@ def sites_of(
         kinds = " or ".join(METHODS[config.method].delta.kinds)
         raise TargetError(
             f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}"
-            f"{_codes_of_others(model)}"
+            f"{_quantized_by_others(model)}"
         )
     check_patterns(config, [site.name for site in chosen])
     if config.dropout and all(site.kind in ("embedding", "model") for site in chosen):
@@ -254,14 +254,14 @@ def sites_of(
     return list(chosen)
 
 
-def _codes_of_others(model: nn.Module) -> str:
+def _quantized_by_others(model: nn.Module) -> str:
     if getattr(getattr(model, "config", None), "quantization_config", None) is None:
         return ""
     odd = next((m for m in model.modules() if isinstance(m, nn.Linear) and view(m) is None), None)
     layers = "" if odd is None else f", in layers such as {type(odd).__name__}"
     return (
-        f": its weights were quantised by another library{layers}. Load the model that it was made of, with store nf4, "
-        "int4 or int8"
+        f": its weights were quantized by another library{layers}. Load the model that it was made of, with "
+        "quantization nf4, int4 or int8"
     )
 
 
@@ -671,10 +671,10 @@ def merged_state(model: nn.Module, *, dtype: torch.dtype | None = torch.float32)
                 )
         state: dict[str, Tensor] = {}
         converted: dict[tuple[int, torch.Size], Tensor] = {}
-        coded = {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
-        codes = {f"{name}.{key}" for name, layer in coded.items() for key in layer.stored()}
+        quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+        packed = {f"{name}.{key}" for name, layer in quantized.items() for key in layer.tensors()}
         for key, tensor in model.state_dict().items():
-            if key.startswith(ours) or key in codes:
+            if key.startswith(ours) or key in packed:
                 continue
             name = _without_host(key, found)
             if (new := changed.pop(name, None)) is not None:
@@ -685,18 +685,18 @@ def merged_state(model: nn.Module, *, dtype: torch.dtype | None = torch.float32)
                 to = dtype or tensor.dtype
                 converted[identity] = tensor.to(to, copy=True) if tensor.is_floating_point() else tensor.clone()
             state[name] = converted[identity]
-        for key, layer in coded.items():
+        for key, layer in quantized.items():
             name = _without_host(f"{key}.weight", found)
             if name not in changed:
-                W = layer.dequantised(dtype or layer.dtype)
+                W = layer.dequantized(dtype or layer.dtype)
                 state[name] = W.T.contiguous() if layer.transposed else W
-        # What has no tensor of its name in the base: a bias that is new, and the weight of a layer that holds codes.
+        # What has no tensor of its name in the base: a bias that is new, and the weight of a quantized layer.
         state.update({name: tensor for name, tensor in changed.items() if tensor is not None})
     return state
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the frozen base as it is kept, codes included, under its own names; no copies."""
+    """The state dict of the frozen base as it is kept, quantized weights included, under its own names; no copies."""
     found, ours = hosts(model), tuple(_ours(model))
     return {_without_host(key, found): t for key, t in model.state_dict().items() if not key.startswith(ours)}
 

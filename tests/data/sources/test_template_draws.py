@@ -36,7 +36,7 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
 def tree(base: Path, folder: Path, **train: Any) -> dict[str, Any]:
     ways = [{"prompt": way.prompt, "completion": way.completion} for way in WAYS]
     return {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": {"path": written(folder, "rows.jsonl", ROWS), "templates": ways}},
         "train": {"batch_rows": 4, "pack_tokens": 64, "seed": 5} | train,
     }

@@ -15,7 +15,8 @@ from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import TargetError
-from graftlm.model.hub.load import load_base, quantise
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.quantize_base import quantize
 from graftlm.model.layers.attach import (
     activate,
     attach,
@@ -242,13 +243,13 @@ def test_peft_has_no_name_for_a_part_and_gets_an_exact_lora_with_zero_rows(tmp_p
         assert not B[32:64].any()
 
 
-def test_parts_of_a_base_in_codes() -> None:
-    model = quantise(tiny_model("phi3"), "nf4")
+def test_parts_of_a_quantized_base() -> None:
+    model = quantize(tiny_model("phi3"), "nf4")
     plain = tiny_model("phi3", seed=9)
     plain.load_state_dict(merged_state(model))
     for each in (model, plain):
         move(attach(each, SMALL, targets=("qkv_proj.q", "gate_up_proj.gate")))
-    close(logits(model), logits(plain), "codes against the numbers that they stand for")
+    close(logits(model), logits(plain), "quantized weights against the numbers that they stand for")
 
 
 def test_policies_and_penalties_see_each_part() -> None:

@@ -15,7 +15,7 @@ from graftlm.kernels import cpu
 from graftlm.kernels.attention import SegmentLayout
 from graftlm.kernels.backend import TORCH, Backend, compiled, pinned
 from graftlm.model.layers.attach import attach
-from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.quantize import QuantizedLinear
 from graftlm.model.layers.sites import decoder_of, transformer_layers
 from graftlm.model.passes import first_layers, forward
 from graftlm.model.passes.first_layers import first_layers_in_float32
@@ -185,12 +185,12 @@ def test_every_kind_of_layer_is_among_them_and_embeddings_are_not_copied() -> No
     assert wide() == 0
 
 
-def test_codes_of_a_quantised_base_are_computed_in_float32_too() -> None:
-    from graftlm.model.hub.load import quantise
+def test_a_quantized_base_is_computed_in_float32_too() -> None:
+    from graftlm.model.hub.quantize_base import quantize
 
     model = made("llama", torch.bfloat16)
-    quantise(model, "int8")
-    assert any(isinstance(module, QuantisedLinear) for module in model.modules())
+    quantize(model, "int8")
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     check_packing(model, *rows(), sharing=True)
     with pytest.raises(TrainingError, match="its neighbour"):
         check_packing(planted(model, LEAKS["a millionth of the mean"]), *rows())

@@ -138,8 +138,8 @@ def saved(folder: Path, labels: int = 1, **changes: Any) -> Path:
 def test_a_reward_model_says_of_many_what_it_says_of_one(tmp_path: Path, padding: int | None) -> None:
     folder = saved(tmp_path / "reward", pad_token_id=padding)
     answers = [said("ab"), said("a longer answer of more tokens"), said(""), said("the user asks", question="why so?")]
-    alone = [rewards(RewardModelConfig(model=str(folder), store="fp32"), one)[0] for one in answers]
-    together = rewards(RewardModelConfig(model=str(folder), store="fp32", at_once=3), *answers)
+    alone = [rewards(RewardModelConfig(model=str(folder), dtype="float32"), one)[0] for one in answers]
+    together = rewards(RewardModelConfig(model=str(folder), dtype="float32", at_once=3), *answers)
     assert together == pytest.approx(alone, rel=1e-5, abs=1e-7)
     assert len({round(float(reward or 0), 7) for reward in alone}) == 4
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
