@@ -215,7 +215,7 @@ def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path:
         logits(merged), wanted, "graft merge", tolerance=0.02
     )  # the command loads the base in bf16 where that is fast
     half = graft("merge", *base, "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "half"), "--dtype", "bf16")
-    assert "bf16 loses" in half.stderr
+    assert "bfloat16 loses" in half.stderr
     found = json.loads(
         graft("export", str(tmp_path / "a"), "--to", "plain-lora", "--rank", "4", "--out", str(tmp_path / "lora"),
               "--json", *base).stdout
@@ -238,8 +238,8 @@ def test_merging_onto_quantized_weights_says_what_they_had_lost(base_folder: Pat
     assert "trained on" not in output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     close(logits(merged), logits(loaded.model.float()), "graft merge onto nf4", tolerance=1e-4)
-    other = graft("merge", *base[:-1], "fp32", "--out", str(tmp_path / "other")).stderr
-    assert "it was trained on nf4, this base is kept in fp32" in other
+    other = graft("merge", *base[:-2], "--base-dtype", "fp32", "--out", str(tmp_path / "other")).stderr
+    assert "it was trained on quantization nf4, this base has none" in other
 
 
 @pytest.mark.sampled

@@ -364,7 +364,7 @@ def test_a_quantized_base_is_trained_on_and_stays_the_same_base(
 ) -> None:
     result = graftlm.train(recipe(base_folder, rows, base_quantization="nf4", delta_init=init), tmp_path / "out")
     assert result.summary["base_fingerprint"] == fingerprint(load_base(str(base_folder), dtype="float32").model).digest
-    again = load_base(str(base_folder), quantization="nf4").model
+    again = load_base(str(base_folder), dtype="float32", quantization="nf4").model
     load_adapter(again, tmp_path / "out")
     assert torch.equal(logits(again), logits(result.model))
     B = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -108,7 +108,7 @@ def test_a_norm_that_takes_a_gate_keeps_its_own_code() -> None:
     with packed_attention(model):
         assert not any("forward" in vars(module) for module in gated)
         assert any("forward" in vars(module) for module in model.modules()), "plain norms are replaced"
-    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbour"):
+    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbor"):
         check_packing(model, *rows())
 
 
@@ -116,7 +116,7 @@ def test_a_norm_whose_gain_is_no_parameter_keeps_its_own_code() -> None:
     """Falcon-Mamba's has ones of another width than its rows."""
     model = tiny_model("falcon_mamba", state_size=8)
     check_forward(model, rows()[1])
-    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbour"):
+    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbor"):
         check_packing(model, *rows())
 
 

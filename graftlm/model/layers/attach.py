@@ -358,11 +358,11 @@ def _new_delta(model: nn.Module, site: Site, config: DeltaConfig, start: bool) -
     delta = METHODS[config.method].delta(site, config_at(config, site.name))
     if start:
         delta.start()
-        _initialise(site, delta, config.init)
+        _initialize(site, delta, config.init)
     return delta.to(next(model.parameters()).device)
 
 
-def _initialise(site: Site, delta: Delta, name: str) -> None:
+def _initialize(site: Site, delta: Delta, name: str) -> None:
     """Lay the init's tensors over the delta's own; where dW is then not zero, record an offset that makes it so."""
     init = INITS[name]
     if init.tensors:

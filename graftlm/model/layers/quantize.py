@@ -2,7 +2,7 @@
 
     int8    per row: round(127 W / max|W|)                                                              8 + 32 / d_in
     nf4     16 quantiles of a normal distribution, blocks of 64, block constants in 8 bits again        4.127
-            Dettmers et al. 2023, arXiv:2305.14314, section 3; the very codes of bitsandbytes
+            Dettmers et al. 2023, arXiv:2305.14314, section 3; the very integers of bitsandbytes
     int4    per group of 32 inputs of a row: W = scale (code - zero), zero a float                      5.5
 
 The last column is bits a weight. A codec turns W [d_out, d_in] into a few tensors and these into W again; every product

@@ -41,22 +41,22 @@ class _PackedRow:
     hidden_rows: Tensor
     targets: Tensor
     beside: Tensor
-    """[T]: whether a token is one of the row's neighbours."""
+    """[T]: whether a token is one of the row's neighbors."""
     last: Tensor
     """[T]: whether it is the last one of the row, of which no other token of it knows."""
 
     @classmethod
-    def of(cls, row: Tensor, neighbour: Tensor | None = None, shared: int = 0, *, start: int = 0) -> "_PackedRow":
-        """A row, between a neighbour and the same once more, if there is one; with `shared`, the row a second time, now
-        with its first `shared` tokens in common with a neighbour. The first segment begins at position `start`."""
+    def of(cls, row: Tensor, neighbor: Tensor | None = None, shared: int = 0, *, start: int = 0) -> "_PackedRow":
+        """A row, between a neighbor and the same once more, if there is one; with `shared`, the row a second time, now
+        with its first `shared` tokens in common with a neighbor. The first segment begins at position `start`."""
         segments, of_the_row = [(row, start, -1)], [[0]]
-        if neighbour is not None:
-            segments, of_the_row = [(neighbour, start, -1), (row, 0, -1)], [[1]]
+        if neighbor is not None:
+            segments, of_the_row = [(neighbor, start, -1), (row, 0, -1)], [[1]]
             if shared:
                 root = len(segments)
-                segments += [(row[:shared], 0, -1), (neighbour, shared, root), (row[shared:], shared, root)]
+                segments += [(row[:shared], 0, -1), (neighbor, shared, root), (row[shared:], shared, root)]
                 of_the_row.append([root, root + 2])
-            segments.append((neighbour, 0, -1))
+            segments.append((neighbor, 0, -1))
         lengths = [len(ids) for ids, _, _ in segments]
         places = torch.arange(sum(lengths), device=row.device).split(lengths)
         own = [torch.cat([places[n] for n in parts]) for parts in of_the_row]
@@ -267,7 +267,7 @@ def _prove(
     *,
     spoiled: bool,
 ) -> None:
-    """The second row in a pack against the row alone; then, `spoiled`, against the row beside NaN, or its neighbours
+    """The second row in a pack against the row alone; then, `spoiled`, against the row beside NaN, or its neighbors
     against the same alone."""
     ways = {"packed": "data: {pack: false}` to run one row at a time"}
     if sharing:
@@ -327,12 +327,12 @@ def _leak(model: Any, by: _Criterion, clean: _PackedRow, found: Tensor, backend:
     if of_the_end > of_neighbor:
         return f"a token changes by {of_the_end:.3g} {by.unit} with one that comes after it in its row"
     if of_neighbor > 0:
-        return f"a row changes by {of_neighbor:.3g} {by.unit} with its neighbour"
-    return "a row takes in numbers of its neighbour (NaN in one row became NaN in the other)"
+        return f"a row changes by {of_neighbor:.3g} {by.unit} with its neighbor"
+    return "a row takes in numbers of its neighbor (NaN in one row became NaN in the other)"
 
 
 def _why(model: Any, by: _Criterion, first: Tensor, second: Tensor, start: int, wanted: Tensor) -> str:
-    """The reason of a difference, where one can be named: beside a neighbour of the same length, at the usual
+    """The reason of a difference, where one can be named: beside a neighbor of the same length, at the usual
     positions, the row is right."""
     usual = _PackedRow.of(second, (second + 1) % _vocabulary(model))
     with packed_attention(model):

@@ -1,6 +1,7 @@
 """Codecs against their definitions and against bitsandbytes; the layer against its dequantized weight; the base."""
 
 import gc
+import json
 import weakref
 from pathlib import Path
 from statistics import NormalDist
@@ -16,6 +17,7 @@ from graftlm.adapters.export.export import lost_by_quantizing, merged_int4, plai
 from graftlm.adapters.store import load_adapter, save_adapter
 from graftlm.errors import BaseModelError, TargetError
 from graftlm.model.hub import dtypes
+from graftlm.model.hub.dtypes import dtype_name
 from graftlm.model.hub.fingerprint import fingerprint
 from graftlm.model.hub.load import load_base
 from graftlm.model.hub.quantize_base import quantization_of, quantize
@@ -332,6 +334,12 @@ def test_an_adapter_goes_from_quantization_to_quantization(
     assert "this base has none" in load_adapter(other, tmp_path / "a", name="twice")
     for key, tensor in trainable(model).items():
         assert torch.equal(trainable(other)[key], tensor)
+    record = tmp_path / "a" / "graftlm.json"
+    written = json.loads(record.read_text())
+    assert (written["base"].pop("dtype"), written["base"].pop("quantization")) == (dtype_name(model), quantization)
+    for store, is_another in ((quantization, False), ("fp32", True)):  # a record of before
+        record.write_text(json.dumps(written | {"base": written["base"] | {"store": store}}))
+        assert ("trained on" in load_adapter(again, tmp_path / "a", name=store)) == is_another
     with pytest.raises(BaseModelError, match="weights differ"):
         load_adapter(quantize(tiny_model(seed=9), quantization), tmp_path / "a")
 

@@ -347,5 +347,5 @@ def test_a_layer_that_carries_a_state_from_row_to_row_is_found_out() -> None:
         return out + x.cumsum(1)
 
     layer.forward = leaking
-    with pytest.raises(TrainingError, match=r"changes by .* nats with its neighbour"):
+    with pytest.raises(TrainingError, match=r"changes by .* nats with its neighbor"):
         check_packing(model, *rows()[2:4])

@@ -86,7 +86,7 @@ def test_a_layer_that_mixes_rows_is_refused(kind: str, leak: str, dtype: torch.d
 def test_a_small_leak_in_the_last_layer_is_found_in_half_precision_too(kind: str, dtype: torch.dtype) -> None:
     """The layer is none of those that are compared in float32, and what it leaks is less than a rounding."""
     model = planted(made(kind, dtype, num_hidden_layers=5), LEAKS["a millionth of the mean"], layer=4)
-    with pytest.raises(TrainingError, match="takes in numbers of its neighbour|changes by .* with its neighbour"):
+    with pytest.raises(TrainingError, match="takes in numbers of its neighbor|changes by .* with its neighbor"):
         check_packing(model, *rows())
 
 
@@ -98,7 +98,7 @@ def test_a_model_that_sees_what_comes_after_a_token_is_refused_with_and_without_
     model = planted(made(kind, dtype), lambda x: x + 0.02 * torch.cat([x[:, 1:], x[:, -1:]], 1))
     with pytest.raises(TrainingError, match="comes after"):
         check_forward(model, rows()[1])
-    with pytest.raises(TrainingError, match="comes after it in its row|with its neighbour"):
+    with pytest.raises(TrainingError, match="comes after it in its row|with its neighbor"):
         check_packing(model, *rows())
 
 
@@ -139,7 +139,7 @@ def test_every_backend_computes_beside_numbers_that_are_none(backend: str) -> No
     attach(model, LoraConfig(r=4))
     for lengths in ((9, 14), (33, 2)) if backend == "compiled" else ((9, 14), (3, 50), (33, 2)):
         check_packing(model, *rows(1, *lengths), sharing=True, backend=by)
-    with pytest.raises(TrainingError, match="its neighbour"):
+    with pytest.raises(TrainingError, match="its neighbor"):
         check_packing(planted(model, LEAKS["a millionth of the mean"]), *rows(), backend=by)
 
 
@@ -192,7 +192,7 @@ def test_a_quantized_base_is_computed_in_float32_too() -> None:
     quantize(model, "int8")
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     check_packing(model, *rows(), sharing=True)
-    with pytest.raises(TrainingError, match="its neighbour"):
+    with pytest.raises(TrainingError, match="its neighbor"):
         check_packing(planted(model, LEAKS["a millionth of the mean"]), *rows())
 
 
