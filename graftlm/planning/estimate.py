@@ -12,6 +12,7 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import Backend
+from graftlm.model.hub.config import base_config
 from graftlm.model.hub.dtypes import multiplies_bf16_fast
 from graftlm.model.hub.sketch import Sketch
 from graftlm.model.layers.attach import hosts, parameters_of
@@ -125,7 +126,8 @@ def advice(recipe: Recipe, found: dict[str, Any], made: Sketch, shape: Shape) ->
     train, memory = recipe.train, found["parts"]["memory_gib"]
     texts = []
     free, peak = found["memory_free_gib"] + memory["process"], found["peak_gib"]
-    halves = made.dtype == torch.float32 and multiplies_bf16_fast(made.model.device.type)
+    wide = made.dtype == torch.float32 and base_config(recipe.base).quantization == "none"
+    halves = wide and multiplies_bf16_fast(made.model.device.type)
     if peak > free:
         texts.append(f"{peak:.1f} GiB are needed and {free:.1f} are there")
         if len(shape.largest.rows) > 1:
@@ -134,7 +136,7 @@ def advice(recipe: Recipe, found: dict[str, Any], made: Sketch, shape: Shape) ->
             texts.append(f"data.max_tokens: the largest pack is one row of {shape.largest.ids.numel()} tokens")
         if not train.checkpointing:
             texts.append("train.checkpointing=true would keep one hidden state a layer instead of all that it computes")
-        if made.dtype == torch.float32:
+        if wide:
             texts.append(f"base.dtype=bfloat16 would save {memory['base'] / 2:.2f} GiB")
     if halves:
         texts.append("base.dtype=bfloat16: this machine multiplies bf16 fast, and the base would take half the memory")

@@ -252,6 +252,19 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
     assert sites == 49
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_quantized_is_counted_in_its_dtype(base: Path, rows: Path, dtype: str) -> None:
+    made = recipe(base, rows, base={"dtype": dtype, "quantization": "nf4"}).base
+    model = load_base(made).model
+    tensors = (*model.parameters(), *model.buffers())
+    assert sketch(made, [0]).base_bytes == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=1e-3)
+
+
+def test_a_quantized_base_in_float32_is_not_told_to_take_half(base: Path, rows: Path) -> None:
+    found = estimate(recipe(base, rows, base={"dtype": "float32", "quantization": "nf4"}))
+    assert not [text for text in found["advice"] if "base.dtype" in text]
+
+
 def test_layers_are_of_one_kind_where_they_need_the_same(base: Path, rows: Path) -> None:
     def kinds(delta: dict[str, Any]) -> list[list[int]]:
         made = sketch(str(base), [0])
