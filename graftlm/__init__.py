@@ -12,25 +12,33 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from graftlm.adapters.export.export import export as export
+    from graftlm.adapters.export.lint import lint as lint
     from graftlm.adapters.store import load_adapter as load_adapter
     from graftlm.adapters.store import save_adapter as save_adapter
+    from graftlm.data.quality.rendered_row import render as render
+    from graftlm.data.sources.load import load_rows as load_rows
     from graftlm.data.sources.source import DataConfig as DataConfig
     from graftlm.data.sources.source import SourceConfig as SourceConfig
     from graftlm.deltas import METHODS as METHODS
     from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
     from graftlm.generation.answer import answer as answer
+    from graftlm.generation.generate import generate as generate
     from graftlm.model.hub.load import BaseConfig as BaseConfig
     from graftlm.model.hub.load import load_base as load_base
+    from graftlm.model.hub.load import quantise as quantize  # noqa: F401 (a public name)
     from graftlm.model.layers.attach import activate as activate
     from graftlm.model.layers.attach import attach as attach
     from graftlm.model.layers.attach import by_row as by_row
     from graftlm.model.layers.attach import deltas_off as deltas_off
     from graftlm.model.layers.attach import detach as detach
     from graftlm.model.layers.attach import merged_state as merged_state
+    from graftlm.model.passes.packing_check import check_packing as check_packing
     from graftlm.model.passes.statistics import collect as collect
     from graftlm.recipe import Recipe as Recipe
     from graftlm.recipe import ReportConfig as ReportConfig
+    from graftlm.recipe import read_recipe as read_recipe
+    from graftlm.rows import rows_report as rows_report
     from graftlm.run import train as train
     from graftlm.training.loop import TrainConfig as TrainConfig
 
@@ -48,16 +56,25 @@ _HOME = {
     "answer": "graftlm.generation.answer",
     "attach": "graftlm.model.layers.attach",
     "by_row": "graftlm.model.layers.attach",
+    "check_packing": "graftlm.model.passes.packing_check",
     "collect": "graftlm.model.passes.statistics",
     "deltas_off": "graftlm.model.layers.attach",
     "detach": "graftlm.model.layers.attach",
     "export": "graftlm.adapters.export.export",
+    "generate": "graftlm.generation.generate",
+    "lint": "graftlm.adapters.export.lint",
     "load_adapter": "graftlm.adapters.store",
     "load_base": "graftlm.model.hub.load",
+    "load_rows": "graftlm.data.sources.load",
     "merged_state": "graftlm.model.layers.attach",
+    "quantize": "graftlm.model.hub.load:quantise",
+    "read_recipe": "graftlm.recipe",
+    "render": "graftlm.data.quality.rendered_row",
+    "rows_report": "graftlm.rows",
     "save_adapter": "graftlm.adapters.store",
     "train": "graftlm.run",
 }
+"""Name -> its module, and `:NAME` where it is called otherwise there."""
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)
 
@@ -65,7 +82,8 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         require_supported_platform()
-        return getattr(import_module(_HOME[name]), name)
+        module, _, own = _HOME[name].partition(":")
+        return getattr(import_module(module), own or name)
     raise AttributeError(f"module 'graftlm' has no attribute {name!r}")
 
 

@@ -48,6 +48,8 @@ else:  # whichever configs are in the tables, told apart by their `method`, or `
 
 @config
 class ReportConfig:
+    """What is measured on held-out rows, and where a run is watched. A wrong value raises a ValueError."""
+
     samples: Count = 8
     """Held-out answers shown side by side."""
     answers: Count = 100
@@ -66,6 +68,8 @@ def _or_a_name(schema: dict[str, Any]) -> None:
 
 @config
 class Recipe:
+    """Everything that a run is: `train` takes it, and YAML has the same keys. A wrong value raises a ValueError."""
+
     base: str | BaseConfig = "smollm2"
     data: DataConfig
     select: tuple[AnySelector, ...] = ()
@@ -262,5 +266,8 @@ class Recipe:
 
 
 def read_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with `key=value` strings laid over it; raises RecipeError with file and line."""
+    """Read a recipe from a YAML file and lay `key=value` strings over it (`train.steps=100`).
+
+    Returns the Recipe. Raises RecipeError with file, line and key.
+    """
     return read(Recipe, Path(path), overrides)

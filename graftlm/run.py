@@ -45,7 +45,7 @@ from graftlm.model.hub.stopping import missing_end
 from graftlm.model.layers.attach import Chat, attachment, deltas_off, hosts, parameters_of, trainable
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.passes.autotune import Choice
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.rl.config import mean_reward
 from graftlm.rl.rewards import Scorer, make_scorer
@@ -233,7 +233,7 @@ def train(
     `accept_changes` with a recipe that is not the one it began with. Raises a GraftError before anything is loaded
     where it can. Ctrl-C and SIGTERM finish the step, save and return; a second one stops at once. `console` shows the
     run; by default it is silent. Under torchrun the processes train it together, and the first of them writes. While
-    another process trains into `out`, an OutputError names it.
+    another process trains into `out`, an OutputError names it. Returns the Result: folder, summary, model, tokenizer.
     """
     distributed.start()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
@@ -324,7 +324,7 @@ def _train(
     """Attach the delta and train it, from where the checkpoint stood if there is one: (metrics so far, was stopped,
     what computed it)."""
     model, tokenizer = base
-    prove(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
+    check_packing(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     load_teacher(recipe, model, data.examples)
     facts: dict[str, Any] = dependencies.record(
         recipe, model, tokenizer, data.examples, began=distributed.gathered([place.began])[0]

@@ -23,7 +23,7 @@ from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E
 from graftlm.data.batches.pack import lay_out  # noqa: E402
 from graftlm.model.layers.attach import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
-from graftlm.model.passes.packing_check import prove  # noqa: E402
+from graftlm.model.passes.packing_check import check_packing  # noqa: E402
 from graftlm.run import prepare_data  # noqa: E402
 from graftlm.training.adamw import adamw  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402
@@ -33,7 +33,7 @@ model, tokenizer = load_base("smollm2")
 done("loading base and tokenizer")
 rows = prepare_data(Recipe(data=DataConfig(train="builtin:docstrings")), tokenizer).examples
 done("rows as an earlier run left them")
-prove(model, rows, packed=True, sharing=True)
+check_packing(model, rows, packed=True, sharing=True)
 done("proving the forward pass and packing")
 attach(model, LoraConfig(), seed=0)
 done("attaching the delta")

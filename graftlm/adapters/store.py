@@ -158,7 +158,8 @@ def save_adapter(
 ) -> Path:
     """Write one delta of the model as an adapter folder; with a tokenizer, its files and chat template too.
 
-    `name` may be left out where there is only one delta.
+    `name` may be left out where there is only one delta. Returns the folder. Raises AdapterError for a name that no
+    delta has and for an adapter that is several deltas, OutputError where the folder exists and `overwrite` is not set.
     """
     known = attachment(model).configs
     name = next(iter(known)) if name is None and len(known) == 1 else name or "default"

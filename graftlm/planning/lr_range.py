@@ -29,7 +29,7 @@ from graftlm.evaluation.held_out import held_out_loss
 from graftlm.files import writing
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import deltas_off
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.planning.noise_scale import NoiseScale, batch_for
 from graftlm.recipe import Recipe
 from graftlm.run import prepare_data
@@ -93,7 +93,7 @@ def lr_range_test(recipe: Recipe, *, console: Console | None = None, count: int 
     data = prepare_data(recipe, tokenizer, console=console)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model
-    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
+    check_packing(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
     plan = plan_batches(config, data.examples, data.curriculum, data.draws)
     attach_deltas(recipe, model, data.examples, plan)
     _, backend = choose_kernels(recipe, model, data.examples, plan, console=console)

@@ -28,7 +28,7 @@ from graftlm.display import terminal
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
 from graftlm.model.hub.load import base_config, load_base, locate
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import Pool, Scores, SelectorConfig, examples_of
 from graftlm.system import preserve_global_state, return_freed_memory
@@ -164,7 +164,7 @@ def _proved(recipe: "Recipe", pool: Pool) -> Any:
     examples = [example for row in pool.examples for example in row]
     pool.check_positions(examples, "rows")
     model: Any = load_base(recipe.base, network=recipe.network).model
-    prove(model, examples, packed=recipe.data.pack, sharing=False)
+    check_packing(model, examples, packed=recipe.data.pack, sharing=False)
     return model
 
 

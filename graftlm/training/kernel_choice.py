@@ -13,7 +13,7 @@ from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.attach import deltas_off
 from graftlm.model.passes.autotune import Choice, choose
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.recipe import Recipe
 
 STEPS_SEEN = 16
@@ -31,7 +31,7 @@ def choose_kernels(
     """The choice for a run of `plan`, on a model that has its deltas and is not sharded yet, and its backend.
 
     `saved` is the choice of a checkpoint: it is used again where this machine can. The backend is proved on the model,
-    as `prove` proves torch's operations.
+    as `check_packing` proves torch's operations.
     """
     console = console or Console(quiet=True)
     wanted = recipe.train.kernels
@@ -60,7 +60,7 @@ def choose_kernels(
     backend = choice.backend(model.device, model.dtype)
     if backend is not TORCH:
         with deltas_off(model):
-            prove(model, examples, packed=True, sharing=recipe.train.prefix_sharing, backend=backend)
+            check_packing(model, examples, packed=True, sharing=recipe.train.prefix_sharing, backend=backend)
     return choice, backend
 
 

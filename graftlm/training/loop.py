@@ -38,6 +38,8 @@ from graftlm.training.regularizers import RegulariserConfig, check_regularisers,
 
 @config
 class TrainConfig:
+    """The steps of a run: how many, how large, at which rate, on which machine. A wrong value raises a ValueError."""
+
     steps: PositiveCount | None = None
     """Optimiser steps; give these or `epochs`."""
     epochs: PositiveRate | None = None

@@ -24,7 +24,7 @@ from graftlm.deltas.base import Delta
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.attach import attach, hosts, needed_statistics, parameters_of, trainable
 from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.model.passes.statistics import collect
 from graftlm.recipe import Recipe
 from graftlm.rl.rewards import Scorer
@@ -63,7 +63,7 @@ def attach_deltas(
 
 def load_teacher(recipe: Recipe, model: Any, examples: Sequence[Example | Group]) -> None:
     """Put another base beside the model where the loss has one as its teacher, proved on the rows."""
-    proved = partial(prove, items=examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
+    proved = partial(check_packing, items=examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     add_teacher(model, recipe.loss, base=recipe.base, network=recipe.network, proved=proved)
 
 

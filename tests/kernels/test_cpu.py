@@ -25,7 +25,7 @@ from graftlm.kernels.backend import OURS, TORCH
 from graftlm.model.layers.attach import attach, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention, segment_attention
-from graftlm.model.passes.packing_check import check_packing
+from graftlm.model.passes.packing_check import check_packed_rows
 from graftlm.testing import tiny_model
 from tests.kernels.equations import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
 from tests.peers import relative_error
@@ -313,7 +313,7 @@ def test_a_model_in_bf16_is_as_near_to_float32_with_kernels_as_without(kind: str
             made.mean().backward()
         gradient = torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
         found.append((made.detach(), gradient))
-        check_packing(model, rows[1], rows[0], sharing=True, backend=backend)
+        check_packed_rows(model, rows[1], rows[0], sharing=True, backend=backend)
     truth, plain, fast = found
     for right, without, with_kernels in zip(truth, plain, fast, strict=True):
         assert relative_error(with_kernels, right) <= 1.3 * relative_error(without, right)

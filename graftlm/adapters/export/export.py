@@ -357,7 +357,8 @@ def export(
     """Write the active deltas as `to`, one of EXPORTS; returns facts about what was written (`exact`, `errors` ...).
 
     `stop_ids`: as in `merge_into`. Other forms than a merged model leave the generation settings to the base: where it
-    lacks the first of `stop_ids`, that is the fact `missing_end`.
+    lacks the first of `stop_ids`, that is the fact `missing_end`. Raises TargetError with the reason where the deltas
+    cannot be written so, and OutputError where the folder exists.
     """
     made = _exported(model, folder, to=to, rank=rank, dtype=dtype, tokenizer=tokenizer, stop_ids=stop_ids)
     if to != "merged" and tokenizer is not None and (end := missing_end(model, tokenizer, stop_ids)):

@@ -49,6 +49,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @config
 class BaseConfig:
+    """The base model: where it is, and how its weights are stored. A wrong value raises a ValueError."""
+
     name: str
     """`smollm2`, a folder, a .gguf file, or a hub id."""
     store: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4", "int4"] = "auto"
@@ -83,7 +85,10 @@ def load_base(
     device: str | None = None,
     leave_on_cpu: bool = False,
 ) -> Loaded:
-    """A frozen causal language model in evaluation mode, and its tokenizer; raises BaseModelError.
+    """Load a frozen causal language model in evaluation mode, and its tokenizer.
+
+    Returns them as `Loaded`: `model, tokenizer = load_base(name)`. Raises BaseModelError for a base that is not there,
+    is incomplete or is unsafe to load.
 
     `store` overrides the config's: auto, fp32, bf16, fp16, int8, nf4 or int4. `network` allows a hub id to be fetched.
     `leave_on_cpu`: what the device wants, but not yet there (it may hold only a part: `graftlm/distributed.py`).
@@ -123,6 +128,7 @@ def quantise(model: nn.Module, store: str) -> nn.Module:
 
     The fingerprint is taken before: the base stays the base that it is. Where a model keeps its experts fused in one
     tensor, which is no linear layer and stays as it is, a logged warning says what share of the weights is in codes.
+    Returns the model. Raises BaseModelError for an unknown `store`, and for a model with deltas on it.
     """
     put_into_codes(model, store)
     if (found := coverage(model)).experts:

@@ -486,7 +486,10 @@ def _remove_host(model: Any, name: str, host: Host, record: Attachment) -> None:
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take a delta (default: all) off again; where a host is left empty, the very module that it held comes back."""
+    """Take a delta (default: all) off again; where a host is left empty, the very module that it held comes back.
+
+    Returns the model. Raises TargetError for a name that no delta has.
+    """
     record = attachment(model)
     for gone in _named(model, [name]) if name is not None else list(record.configs):
         for site_name, host in hosts(model).items():
@@ -522,14 +525,20 @@ def _named(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Switch on exactly these deltas, in this order; none for the bare base."""
+    """Switch on exactly these deltas, in this order; none for the bare base.
+
+    Returns nothing. Raises TargetError for a name that no delta has; the model is then as it was.
+    """
     names = _named(model, names)
     for host in hosts(model).values():
         host.active = tuple(n for n in names if n in host.deltas)
 
 
 def deltas_off(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """Inside, the model is its base, bit for bit; afterwards the same deltas are active as before."""
+    """Inside, the model is its base, bit for bit; afterwards the same deltas are active as before.
+
+    Returns a context that yields the model. Raises nothing.
+    """
     return deltas_only(model)
 
 
@@ -567,8 +576,8 @@ def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn
 
     A row may be a mapping from deltas to weights: {"a": 0.3} makes three tenths of the change that `a` makes, as
     `combine.merge` would. Generation repeats a row for its beams and for several answers, which have the row's deltas.
-    Raises TargetError for a delta that is not on the model, a weight on a prefix or prompt, which are there or not, and
-    a batch that is no multiple of the rows.
+    Yields the model. Raises TargetError for a delta that is not on the model, a weight on a prefix or prompt, which are
+    there or not, and a batch that is no multiple of the rows.
     """
     wanted = [_weighted(model, row) for row in rows]
     _check_rows(model, wanted)
@@ -647,7 +656,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged_state(model: nn.Module, *, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
-    """The state dict of the base with the active deltas folded in: new tensors under the base's own names.
+    """Return the state dict of the base with the active deltas folded in: new tensors under the base's own names.
 
     `dtype=None` keeps the base's own. Nothing in the model is changed. Tensors that share memory in the model (a tied
     head) share it here too, unless a delta sits on one of them. Raises TargetError where an active delta is no change

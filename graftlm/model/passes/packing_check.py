@@ -95,14 +95,19 @@ def _not_a_number(model: Any, tokens: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def prove(
-    model: Any, items: Sequence[Example | Group], *, packed: bool, sharing: bool, backend: Backend = TORCH
+def check_packing(
+    model: Any, items: Sequence[Example | Group], *, packed: bool = True, sharing: bool = True, backend: Backend = TORCH
 ) -> None:
-    """TrainingError where the head, packed attention or shared beginnings give other numbers than the model's own.
+    """Prove on the rows of a run that the head, packed attention and shared beginnings give the model's own numbers.
 
-    The rows are the shortest and the longest of the run: what changes with a row's length shows between these. Another
-    backend is proved after TORCH was: by the whole model in packs, as the rest does not go through it.
+    `items` are rows of two tokens at least (`graftlm.render` makes some); the shortest and the longest of them are
+    used: what changes with a row's length shows between these. `packed=False` checks the head alone (`data.pack`),
+    `sharing` checks shared beginnings too (`train.prefix_sharing`). Another backend is proved after TORCH was: by the
+    whole model in packs, as the rest does not go through it. Returns nothing. Raises TrainingError with the remedy
+    where the numbers differ by more than rounding, and ValueError without rows.
     """
+    if not items:
+        raise ValueError("items: there is no row to check")
     examples = [answer for item in items for answer in item.answers]
     short, long = (
         torch.from_numpy(example.ids.astype("int64")).to(model.device)
@@ -111,7 +116,7 @@ def prove(
     if backend is TORCH:
         check_forward(model, long[-PROBE_TOKENS:])
     if packed:
-        check_packing(model, short, long, sharing=sharing, longest=len(long), backend=backend)
+        check_packed_rows(model, short, long, sharing=sharing, longest=len(long), backend=backend)
 
 
 @torch.no_grad()
@@ -171,7 +176,7 @@ def check_forward(model: Any, row: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_packing(
+def check_packed_rows(
     model: Any,
     first: Tensor,
     second: Tensor,
@@ -209,7 +214,7 @@ def check_packing(
         tolerance=PACKING_TOLERANCE.get(_dtype(model), 1e-3),
         unit="nats",
     )
-    _prove(model, in_nats, short, row, longest - len(short), sharing, backend, spoiled=True)
+    _compare(model, in_nats, short, row, longest - len(short), sharing, backend, spoiled=True)
     if backend is not TORCH:
         return
     with first_layers_in_float32(model) as decoder:
@@ -225,7 +230,7 @@ def check_packing(
             unit="of its hidden states",
         )
         short, row = first[-LONG_TOKENS:], second[-LONG_TOKENS:]
-        _prove(model, in_float32, short, row, longest - len(short), sharing, TORCH, spoiled=False)
+        _compare(model, in_float32, short, row, longest - len(short), sharing, TORCH, spoiled=False)
 
 
 def _positions(model: Any, row: Tensor) -> int:
@@ -256,7 +261,7 @@ class _Criterion:
     unit: str
 
 
-def _prove(
+def _compare(
     model: Any,
     by: _Criterion,
     first: Tensor,

@@ -24,10 +24,11 @@ from graftlm.model.layers.sites import part_of
 def collect(
     model: Any, config: DeltaConfig, needs: Iterable[str], losses: Iterable[Callable[[], Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
-    """{site: {name: tensor}} for the sites that `config` means, float32, from passes over the bare base.
+    """Gather statistics of the sites that `config` means, from passes over the bare base.
 
+    Returns {site: {name: tensor}}, float32; `needs` are names among gradient, fisher and second_moment.
     Each entry of `losses` runs the model once and returns its loss. No weight gradient is kept but the running mean,
-    and that layer by layer: memory is one matrix a site.
+    and that layer by layer: memory is one matrix a site. Raises TargetError where `config` matches no layer.
     """
     needs = tuple(needs)
     backwards = bool({"gradient", "fisher"} & set(needs))
