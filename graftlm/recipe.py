@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from graftlm.callbacks import COMPLETES, POLICIES
 from graftlm.config.aliases import OTHER_NAMES
@@ -20,12 +20,15 @@ from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
 from graftlm.model.hub.load import BaseConfig
 from graftlm.model.layers.attach import needed_statistics
+from graftlm.plugins import load_plugins, refuse_broken
 from graftlm.rl.config import OnlineConfig
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import SelectorConfig
 from graftlm.training.callback import PolicyConfig
 from graftlm.training.loop import TrainConfig
 from graftlm.training.regularizers import REGULARISERS, RegulariserConfig, tie
+
+load_plugins()  # what they add to the tables is in the unions
 
 if TYPE_CHECKING:
     AnyDelta = DeltaConfig
@@ -138,6 +141,12 @@ class Recipe:
         names = [each.name for each in given]
         if len(names) > len(set(names)):
             raise ValueError(f"{max(names, key=names.count)!r} stands here twice")
+        return given
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_broken_plugin(cls, given: object, info: ValidationInfo) -> object:
+        refuse_broken(info.field_name or "", given)
         return given
 
     @model_validator(mode="after")

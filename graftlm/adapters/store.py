@@ -58,6 +58,7 @@ from graftlm.model.layers.attach import (
 from graftlm.model.layers.hosts import Host, LayerHost, ModelHost
 from graftlm.model.layers.quantize import CODECS
 from graftlm.model.layers.sites import config_at
+from graftlm.plugins import load_plugins, why_broken
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "graftlm.json"
@@ -366,6 +367,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
     another base. Tokenizer and chat template in the folder are what `answer` asks with, whatever it is given; a
     template that writes the date writes that of training.
     """
+    load_plugins("graftlm.methods")
     folder = Path(folder)
     _check_folder(folder)
     ours = _read_record(folder)  # checksums first: of a damaged file they say more than a parser does
@@ -377,7 +379,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         _check_base(model, ours, folder, trust_base)
         method_name = str(ours["config"].get("method"))
         if method_name not in METHODS:
-            raise AdapterError(f"{folder}: method {method_name!r} is none of ours. {nearest(method_name, METHODS)}")
+            why = why_broken("graftlm.methods", method_name) or nearest(method_name, METHODS)
+            raise AdapterError(f"{folder}: method {method_name!r} is none of ours. {why}")
         method = METHODS[method_name]
         config = build(method.config, ours["config"], source=str(folder / RECORD))
         members = [Member("", config, None if ours["layout"] == OWN_TYPE else method.delta.peft, tensors)]

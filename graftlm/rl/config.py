@@ -32,7 +32,10 @@ from graftlm.data.sources.source import Row
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.policy_gradient import advantages
+from graftlm.plugins import load_plugins
 from graftlm.rl.rewards import SCORERS, Reward, Said, Scorer, ScorerConfig
+
+load_plugins("graftlm.rewards")  # what they add to the table is in the union
 
 if TYPE_CHECKING:
     AnyScorer = ScorerConfig

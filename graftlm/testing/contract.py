@@ -37,6 +37,7 @@ from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
+from graftlm.plugins import load_plugins
 from graftlm.testing.deltas import (
     attach_tiny,
     close,
@@ -406,6 +407,7 @@ CONTRACT: dict[str, Callable[[str], None]] = {
 
 def check_method(name: str) -> None:
     """Run every clause of the contract on one method of METHODS; raises AssertionError with the clause's name."""
+    load_plugins("graftlm.methods")
     for title, clause in CONTRACT.items():
         try:
             clause(name)

@@ -37,6 +37,7 @@ from graftlm.model.layers.sites import (
     part_of,
     site_seed,
 )
+from graftlm.plugins import load_plugins
 
 SHARED = "graft_shared"
 ROUNDING = 1e-6
@@ -229,6 +230,7 @@ def sites_of(
     model: nn.Module, config: DeltaConfig, *, seed: int = 0, statistics: Statistics | None = None
 ) -> list[Site]:
     """The sites that a config means on this model, in the model's order; TargetError where there is none."""
+    load_plugins("graftlm.methods")
     if config.init not in INITS:
         raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
     names = find_sites(model, config.targets, METHODS[config.method].delta.kinds)
@@ -350,6 +352,7 @@ def _check_statistics(config: DeltaConfig, sites: Sequence[Site], start: bool) -
 
 def needed_statistics(config: DeltaConfig) -> tuple[str, ...]:
     """What a delta with this config wants to know of the data before it starts: gradient, fisher, second_moment."""
+    load_plugins("graftlm.methods")
     return tuple(dict.fromkeys((*METHODS[config.method].delta.needs, *INITS[config.init].needs)))
 
 
