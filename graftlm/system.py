@@ -55,7 +55,9 @@ def require_supported_platform() -> None:
     """Raise PlatformError where graftlm cannot work."""
     support = platform_support()
     if support.level == "refused":
-        raise PlatformError(f"{platform.system()} is not supported: {' '.join(support.limits)}")
+        raise PlatformError(
+            f"{platform.system()} is not supported: {' '.join(support.limits)}", code="unsupported-system"
+        )
 
 
 # Settings of a process -----------------------------------------------------------------------------------------------

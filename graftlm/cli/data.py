@@ -161,14 +161,18 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
     if by is None:
         if not recipe.select:
             raise RecipeError(
-                f"--by: say how to choose, here or under `select` in the recipe. {nearest('', SELECTORS)}"
+                f"--by: say how to choose, here or under `select` in the recipe. {nearest('', SELECTORS)}",
+                code="missing-option",
             )
         if keep or target or settings:
-            raise RecipeError("--keep, --target and key=value belong to a method: name it with --by")
+            raise RecipeError(
+                "--keep, --target and key=value belong to a method: name it with --by", code="missing-option"
+            )
         return recipe
     if recipe.select:
         raise RecipeError(
-            "the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe"
+            "the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe",
+            code="conflicting-settings",
         )
     check_choice(by, SELECTORS, "--by")
     fields: dict[str, Any] = {}
@@ -196,16 +200,17 @@ def convert(
     from graftlm.config.schema import build
     from graftlm.data.sources.convert import convert
     from graftlm.data.sources.source import SourceConfig
-    from graftlm.errors import DataError, numbered
+    from graftlm.errors import DataError, RecipeError, numbered
     from graftlm.recipe import read_recipe
 
     check_choice(to, ("messages",), "--to")
     if _is_recipe(source):
         data = read_recipe(source).data
         (config, *others), turn_order = data.sources(), data.turn_order
-        if others or format != "auto":
-            why = "it has several sources: convert one after the other" if others else "the recipe says the format"
-            raise DataError(f"{source}: {why}")
+        if others:
+            raise DataError(f"{source}: it has several sources: convert one after the other", code="several-sources")
+        if format != "auto":
+            raise RecipeError(f"{source}: the recipe says the format", code="conflicting-settings")
     else:
         config = build(SourceConfig, {"path": source, "format": format}, source="command line")
         turn_order = "refuse"

@@ -17,7 +17,7 @@ def explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, 
     key, owner = _locate(cls, tree, error["loc"])
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = source if line is None else "command line" if line == 0 else f"{source}:{line}"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if error["type"] in UNKNOWN:
         if (instead := getattr(owner, "REPLACED", {}).get(str(key[-1]))) is not None:
             return key, error["type"], f"{where}: {dotted(key)}: this key was replaced by {instead}"
         if (instead := getattr(cls, "OTHER_NAMES", {}).get(str(key[-1]).lower().replace("-", "_"))) is not None:
@@ -44,6 +44,8 @@ def explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, 
     return key, error["type"], f"{where}: {dotted(key) or 'the recipe'}: {message}{shown}"
 
 
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""Kinds of pydantic errors that an unknown key has."""
 MOST_HOMES = 3
 """A key that more sections have says nothing of which is meant."""
 

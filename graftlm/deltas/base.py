@@ -29,7 +29,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 def _no_original() -> Tensor:
-    raise TargetError("there is no weight here that was quantised")
+    raise TargetError("there is no weight here that was quantised", code="layer-not-quantized")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ def usable_by(loss: str, needs: str, data: DataConfig) -> Usable:
         if lacking:
             raise DataError(
                 f"{len(lacking)} of {len(rows)} rows lack what loss {loss!r} needs:\n"
-                f"{numbered(lacking)}\n{REMEDIES[needs]}"
+                f"{numbered(lacking)}\n{REMEDIES[needs]}",
+                code="rows-unfit-for-loss",
             )
         return list(rows), []
 
@@ -132,11 +133,14 @@ def prepare_groups(
         marks = [mark for group in made for mark in group.marks]
         report.notes.append(f"{sum(marks):,.0f} answers were liked, {len(marks) - sum(marks):,.0f} were not")
     if problems and (data.strict or not made):
-        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
+        raise DataError(
+            f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems), code="unusable-rows"
+        )
     if not made:
         raise DataError(
             f"no row is left to train on: each of {len(rows)} has an answer longer than max_tokens={data.max_tokens}. "
-            "Raise data.max_tokens, or set data.over_length: truncate"
+            "Raise data.max_tokens, or set data.over_length: truncate",
+            code="no-rows-left",
         )
     return made, kept, report
 

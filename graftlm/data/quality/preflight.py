@@ -57,7 +57,9 @@ def prepare(
         done += len(some)
     wrong = [*problems, *parts]
     if wrong and (data.strict or data.over_length == "error" or not examples):
-        raise DataError(f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong))
+        raise DataError(
+            f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong), code="unusable-rows"
+        )
     report.problems += problems
     report.notes[:0] = unread_keys(rows)
     report.notes += parts + unwritten_notes(len(report.rows_without_thoughts), len(report.rows_without_tools))
@@ -72,7 +74,8 @@ def prepare(
     if not examples:
         raise DataError(
             f"no row is left to train on: all {len(rows)} are longer than max_tokens={data.max_tokens}. "
-            "Raise data.max_tokens, or set data.over_length: truncate"
+            "Raise data.max_tokens, or set data.over_length: truncate",
+            code="no-rows-left",
         )
     return examples, report
 
@@ -96,7 +99,7 @@ def stream(
         problems: list[str] = []
         yield from _examples(some, columns, renderer, data, report, problems, problems)
         if problems:
-            raise DataError("rows cannot be trained on:\n" + numbered(problems))
+            raise DataError("rows cannot be trained on:\n" + numbered(problems), code="unusable-rows")
         count += len(some)
         done(count)
 

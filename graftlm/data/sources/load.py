@@ -62,10 +62,13 @@ def load_rows(
     if out and (problems is None or strict or not rows):
         raise DataError(
             f"{len(out)} rows of {path} cannot be used ({len(rows)} can; the format is {name or 'not known'}):\n"
-            + numbered(out)
+            + numbered(out),
+            code="unusable-rows",
         )
     if not rows:
-        raise DataError(f"{path}: holds no rows: in .jsonl a line is a row, in .csv a line below the header")
+        raise DataError(
+            f"{path}: holds no rows: in .jsonl a line is a row, in .csv a line below the header", code="no-rows"
+        )
     if problems is not None:
         problems += all_problems
     return rows, name
