@@ -44,6 +44,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 GZ = ".gz"
 GZIP = b"\x1f\x8b"
 """What a file begins with that gzip has packed."""
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 JSONL = ".jsonl"
 TABLES = (".parquet", ".arrow")
 """Files of columns, which have their own way to pack them."""
@@ -77,10 +78,10 @@ def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
     try:
         with _open(file) as stream:
             head = stream.read(4096)
-    except (OSError, EOFError, zlib.error) as error:  # of the disk, or of gzip
-        raise DataError(
-            f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}", code="unreadable-file"
-        ) from None
+    except GZIP_ERRORS as error:
+        raise _damaged(file, error) from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}", code="unreadable-file") from None
     if not head:
         raise DataError(f"{path}: the file is empty", code="empty-file")
     if head.startswith(GZIP):
@@ -132,10 +133,12 @@ def _open(file: Path) -> IO[bytes]:
 def _unpacked(file: Path, found: Iterator[Record | Problem]) -> Iterator[Record | Problem]:
     try:
         yield from found
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{file}: damaged: what gzip has packed cannot be unpacked whole: {error}", code="damaged-file"
-        ) from None
+    except GZIP_ERRORS as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: damaged: what gzip has packed cannot be unpacked whole: {error}", code="damaged-file")
 
 
 def files(path: str) -> list[Path]:

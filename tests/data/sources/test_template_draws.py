@@ -15,11 +15,11 @@ from graftlm.data.batches.pack import batches
 from graftlm.data.sources.prompt_templates import Template, ask
 from graftlm.data.sources.source import SourceConfig
 from graftlm.data.sources.template_draws import Draws
-from graftlm.errors import DataError
 from graftlm.recipe import Recipe
 from graftlm.run import Prepared, prepare_data
 from graftlm.testing import tiny_tokenizer
 from graftlm.training.phases import plan_batches
+from tests.errors import raises
 from tests.training.test_resume import losses, same, stopping_after
 
 WORDS = ("Who", "What", "Which")
@@ -138,7 +138,7 @@ def test_a_rendering_that_is_too_long_leaves_its_epoch_with_the_first_one(base_f
     first, second = asked(made, data)
     assert len(first) == len(second) == sum(short)
     assert not any("please" in text for text in (*first, *second))
-    with pytest.raises(DataError, match="are more than max_tokens"):
+    with raises("data/unusable-rows", match="are more than max_tokens"):
         prepared(recipe | {"data": recipe["data"] | {"over_length": "error"}})
 
 
