@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from graftlm import cli
 from graftlm.adapters.store import save_adapter
 from graftlm.deltas import METHODS
-from graftlm.errors import DataError, OutputError
 from graftlm.model.hub.load import BaseConfig, load_base
 from graftlm.model.layers.attach import attach
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits, move
+from tests.errors import raises
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
 
@@ -114,7 +114,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_reported(base_folder: Path, r
     assert "1 rows that can NOT be used" in shown
     strict = recipe.read_text().replace("held_out: 2", "held_out: 2, strict: true")
     recipe.write_text(strict)
-    with pytest.raises(DataError, match="1 rows of .* cannot be used"):
+    with raises("data/unusable-rows", match="1 rows of "):
         graft("data", "check", str(recipe))
 
 
@@ -164,7 +164,7 @@ def test_rows_are_converted_to_messages(rows: Path, tmp_path: Path) -> None:
     assert f"wrote 12 rows to {out}" in done.stderr
     turns = [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "answer 0"}]
     assert json.loads(out.read_text().splitlines()[0]) == {"messages": turns}
-    with pytest.raises(OutputError, match="exists"):
+    with raises("output/already-exists"):
         graft("data", "convert", str(rows), "--out", str(out))
 
 
@@ -178,12 +178,12 @@ def test_labelled_rows_are_converted_by_the_templates_of_a_recipe(tmp_path: Path
     output = [[turn["content"] for turn in json.loads(line)["messages"]] for line in out.read_text().splitlines()]
     assert output == [["Is it good? fine", "yes"], ["Is it good? bad", "no"]]
     recipe.write_text(f"data: {{train: [{source}, {tmp_path}/rows.csv]}}\n")
-    with pytest.raises(DataError, match="several sources: convert one after the other"):
+    with raises("data/several-sources"):
         graft("data", "convert", str(recipe), "--out", str(out), "--overwrite")
 
 
 def test_rows_are_written_to_a_name_that_says_what_they_are(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"out\.csv: .*a name that ends in \.jsonl"):
+    with raises("output/not-jsonl"):
         graft("data", "convert", str(rows), "--out", str(tmp_path / "out.csv"))
 
 

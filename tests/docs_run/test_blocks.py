@@ -21,10 +21,10 @@ from graftlm.cli import app
 from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.load import load_rows
 from graftlm.deltas import METHODS
-from graftlm.errors import RecipeError
 from graftlm.model.hub import load
 from graftlm.recipe import read_recipe
 from tests.docs_run.names import PAGES, ROOT, blocks, title
+from tests.errors import raises
 from tests.errors.messages import sites
 
 TEXTS = {title(page): page.read_text(encoding="utf-8") for page in PAGES}
@@ -124,7 +124,7 @@ def test_a_command_that_does_not_exist_would_be_found_out(line: str) -> None:
 
 def test_a_misspelt_override_would_be_found_out(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("data: {train: rows.jsonl}\ndelta: {method: lora}\n")
-    with pytest.raises(RecipeError, match="learning_rate"):
+    with raises("recipe/unknown-key", match="learning_rate"):
         read_recipe(tmp_path / "recipe.yaml", ["train.learning_rat=1"])
 
 

@@ -29,6 +29,7 @@ from graftlm.run import Result, prepare_data
 from graftlm.runs import check_page
 from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_tokenizer
 from graftlm.training import run_folder
+from tests.errors import raises
 
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
 
@@ -218,7 +219,10 @@ def test_a_chat_keeps_the_turn_order_of_training(
     dropped = asked(model, tokenizer, monkeypatch, said, turn_order="drop")
     assert "Be brief." not in dropped
     assert "<|im_start|>user\nhello<|im_end|>" in dropped
-    with pytest.raises(DataError, match=r"turn_order: merge \(under `data` in a recipe, --turn-order of graft chat"):
+    with raises(
+        "data/template-refuses-conversation",
+        match="turn_order: merge .*, --turn-order of graft chat",
+    ):
         asked(model, tokenizer, monkeypatch, said, turn_order="refuse")
 
 

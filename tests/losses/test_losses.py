@@ -15,10 +15,10 @@ from torch import Tensor
 
 import graftlm.losses
 from graftlm.config.schema import build
-from graftlm.errors import RecipeError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.losses.orpo import log_odds
 from graftlm.losses.policy_gradient import advantages
+from tests.errors import raises
 from tests.losses.answers import Answers, answers
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -258,22 +258,27 @@ def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "code", "said"),
     [
-        ("dpo", {"noise": 0.1}, "noise is for the links robust and exo"),
-        ("dpo", {"link": "robust", "noise": 0.5}, "less than 0.5"),
-        ("dpo", {"beta": 0}, "greater than 0"),
-        ("dpo", {"gamma": 1}, "unknown key"),
-        ("supervised", {"label_smoothing": 1.0}, "less than 1"),
-        ("distillation", {"beta": 0.3}, "beta is for the divergence jsd"),
-        ("distillation", {"divergence": "jsd", "beta": 1.0}, "less than 1"),
-        ("distillation", {"teacher_adapter": "x"}, "name that base in teacher"),
-        ("simpo", {"reference": "x"}, "unknown key"),
-        ("policy-gradient", {"ratio": "answer", "divide": "tokens"}, "divide: tokens is for ratio: token"),
+        ("dpo", {"noise": 0.1}, "recipe/invalid-value", "noise is for the links robust and exo"),
+        ("dpo", {"link": "robust", "noise": 0.5}, "recipe/invalid-value", "less than 0.5"),
+        ("dpo", {"beta": 0}, "recipe/invalid-value", "greater than 0"),
+        ("dpo", {"gamma": 1}, "recipe/unknown-key", "gamma"),
+        ("supervised", {"label_smoothing": 1.0}, "recipe/invalid-value", "less than 1"),
+        ("distillation", {"beta": 0.3}, "recipe/invalid-value", "beta is for the divergence jsd"),
+        ("distillation", {"divergence": "jsd", "beta": 1.0}, "recipe/invalid-value", "less than 1"),
+        ("distillation", {"teacher_adapter": "x"}, "recipe/invalid-value", "name that base in teacher"),
+        ("simpo", {"reference": "x"}, "recipe/unknown-key", "reference"),
+        (
+            "policy-gradient",
+            {"ratio": "answer", "divide": "tokens"},
+            "recipe/invalid-value",
+            "divide: tokens is for ratio: token",
+        ),
     ],
 )
-def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], code: str, said: str) -> None:
+    with raises(code, match=said):
         build(LOSSES[name].config, options, source="recipe.yaml")
 
 
