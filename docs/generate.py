@@ -32,7 +32,11 @@ MADE = "<!-- made by docs/generate.py: do not edit -->\n\n"
 def cli() -> str:
     """Every command's help text."""
     command = typer.main.get_command(app)
-    return MADE + "# Command line\n\n" + "\n".join(_help(command, "graft", None))
+    errors = (
+        "A command prints results to standard output and everything else to standard error. An error that you can\n"
+        "correct is one message, `error[CODE]: MESSAGE`, with exit code 1; [errors](errors.md) lists codes and fixes.\n"
+    )
+    return MADE + f"# Command line\n\n{errors}\n" + "\n".join(_help(command, "graft", None))
 
 
 def _help(command: Any, name: str, parent: Any) -> Iterator[str]:

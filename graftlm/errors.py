@@ -17,7 +17,8 @@ class GraftError(Exception):
     """The first half of the codes of a class of errors."""
 
     def __init__(self, message: str, *, code: str = "unspecified") -> None:
-        """`code`: two to four words joined by hyphens that name the condition, the same in every version."""
+        """`code`: two to four words joined by hyphens that name the condition, the same in every version. The default
+        is for packages whose errors have none yet (docs/decisions/056)."""
         super().__init__(message)
         self.slug = code
 
