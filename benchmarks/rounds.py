@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from machine import write_result
 
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach
@@ -76,7 +76,7 @@ def one_run(here: Path, command: list[str], given: dict[str, Any], out: Path) ->
 def write_base(config: Config, folder: Path) -> None:
     """The base in bf16, as hubs have it, for both sides: converting a float32 file takes the memory of both."""
     if not folder.is_dir():
-        model, tokenizer = load_base(config["base"], store="bf16")
+        model, tokenizer = load_base(config["base"], dtype="bfloat16")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -84,6 +84,6 @@ def write_base(config: Config, folder: Path) -> None:
 def write_start(config: Config, folder: Path) -> None:
     """The fresh adapter, in PEFT's files, that both sides train: so that losses can be compared step by step."""
     if not folder.is_dir():
-        model = load_base(config["base"], store="bf16").model
+        model = load_base(config["base"], dtype="bfloat16").model
         attach(model, LoraConfig(r=16, alpha=32), seed=config["seed"])
         save_adapter(model, folder)

@@ -94,7 +94,7 @@ def clock(threads: int) -> tuple[Any, list[float]]:
 
 def begin_at(trainer: Any, start: Path, dtype: str = "bfloat16") -> None:
     """Put the common adapter into a trainer's model, and hold it to the same dtypes: PEFT makes adapters fp32 over a
-    bf16 base, and TRL casts them only over a quantised one. `dtype` is the base's."""
+    bf16 base, and TRL casts them only over a quantized one. `dtype` is the base's."""
     import peft
     import safetensors.torch
     import torch

@@ -32,7 +32,11 @@ MADE = "<!-- made by docs/generate.py: do not edit -->\n\n"
 def cli() -> str:
     """Every command's help text."""
     command = typer.main.get_command(app)
-    return MADE + "# Command line\n\n" + "\n".join(_help(command, "graft", None))
+    errors = (
+        "A command prints results to standard output and everything else to standard error. An error that you can\n"
+        "correct is one message, `error[CODE]: MESSAGE`, with exit code 1; [errors](errors.md) lists codes and fixes.\n"
+    )
+    return MADE + f"# Command line\n\n{errors}\n" + "\n".join(_help(command, "graft", None))
 
 
 def _help(command: Any, name: str, parent: Any) -> Iterator[str]:
@@ -44,7 +48,7 @@ def _help(command: Any, name: str, parent: Any) -> Iterator[str]:
 
 COMMON = {
     "the recipe": ("base", "data", "delta", "train", "loss", "report"),
-    "BaseConfig": ("name", "store", "template"),
+    "BaseConfig": ("name", "dtype", "quantization", "template"),
     "DataConfig": ("train", "held_out", "mask", "max_tokens", "over_length", "pack"),
     "SourceConfig": ("path", "format", "weight", "cap"),
     "TrainConfig": (
@@ -445,7 +449,7 @@ def _nf4(result: dict[str, Any]) -> str:
         "NF4 with double quantization": f"{codec['bits_a_weight']:.2f} bits a weight; a step takes "
         f"{result['steps']['cpu_ratio_to_bf16']['nf4']:.2f} of a bf16 step",
         "loss of the base on Python's documentation, nats a token": f"bf16 {nats['bf16']:.3f}, NF4 "
-        f"{nats['nf4, fp32 products']:.3f}, NF4 by bitsandbytes' codes "
+        f"{nats['nf4, fp32 products']:.3f}, NF4 by bitsandbytes "
         f"{nats['nf4 of bitsandbytes, fp32 products']:.3f}",
     }
     return _rows(rows, _where("nf4", result))

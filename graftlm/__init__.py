@@ -12,30 +12,38 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from graftlm.adapters.export.export import export as export
-    from graftlm.adapters.store import load_adapter as load_adapter
-    from graftlm.adapters.store import save_adapter as save_adapter
+    from graftlm.adapters.export.lint import lint as lint
+    from graftlm.adapters.load import load_adapter as load_adapter
+    from graftlm.adapters.save import save_adapter as save_adapter
+    from graftlm.data.quality.rendered_row import render as render
+    from graftlm.data.sources.load import load_rows as load_rows
     from graftlm.data.sources.source import DataConfig as DataConfig
     from graftlm.data.sources.source import SourceConfig as SourceConfig
     from graftlm.deltas import METHODS as METHODS
     from graftlm.deltas.inits import INITS as INITS
     from graftlm.deltas.lora import LoraConfig as LoraConfig
     from graftlm.generation.answer import answer as answer
-    from graftlm.model.hub.load import BaseConfig as BaseConfig
+    from graftlm.generation.generate import generate as generate
+    from graftlm.model.hub.config import BaseConfig as BaseConfig
     from graftlm.model.hub.load import load_base as load_base
-    from graftlm.model.layers.attach import activate as activate
+    from graftlm.model.hub.quantize_base import quantize as quantize
     from graftlm.model.layers.attach import attach as attach
-    from graftlm.model.layers.attach import by_row as by_row
-    from graftlm.model.layers.attach import deltas_off as deltas_off
     from graftlm.model.layers.attach import detach as detach
-    from graftlm.model.layers.attach import merged_state as merged_state
+    from graftlm.model.layers.modes import activate as activate
+    from graftlm.model.layers.modes import by_row as by_row
+    from graftlm.model.layers.modes import deltas_off as deltas_off
+    from graftlm.model.layers.state_dict import merged_state as merged_state
+    from graftlm.model.passes.packing_check import check_packing as check_packing
     from graftlm.model.passes.statistics import collect as collect
     from graftlm.recipe import Recipe as Recipe
     from graftlm.recipe import ReportConfig as ReportConfig
+    from graftlm.recipe import read_recipe as read_recipe
+    from graftlm.rows import rows_report as rows_report
     from graftlm.run import train as train
     from graftlm.training.loop import TrainConfig as TrainConfig
 
 _HOME = {
-    "BaseConfig": "graftlm.model.hub.load",
+    "BaseConfig": "graftlm.model.hub.config",
     "DataConfig": "graftlm.data.sources.source",
     "INITS": "graftlm.deltas.inits",
     "LoraConfig": "graftlm.deltas.lora",
@@ -44,20 +52,29 @@ _HOME = {
     "ReportConfig": "graftlm.recipe",
     "SourceConfig": "graftlm.data.sources.source",
     "TrainConfig": "graftlm.training.loop",
-    "activate": "graftlm.model.layers.attach",
+    "activate": "graftlm.model.layers.modes",
     "answer": "graftlm.generation.answer",
     "attach": "graftlm.model.layers.attach",
-    "by_row": "graftlm.model.layers.attach",
+    "by_row": "graftlm.model.layers.modes",
+    "check_packing": "graftlm.model.passes.packing_check",
     "collect": "graftlm.model.passes.statistics",
-    "deltas_off": "graftlm.model.layers.attach",
+    "deltas_off": "graftlm.model.layers.modes",
     "detach": "graftlm.model.layers.attach",
     "export": "graftlm.adapters.export.export",
-    "load_adapter": "graftlm.adapters.store",
+    "generate": "graftlm.generation.generate",
+    "lint": "graftlm.adapters.export.lint",
+    "load_adapter": "graftlm.adapters.load",
     "load_base": "graftlm.model.hub.load",
-    "merged_state": "graftlm.model.layers.attach",
-    "save_adapter": "graftlm.adapters.store",
+    "load_rows": "graftlm.data.sources.load",
+    "merged_state": "graftlm.model.layers.state_dict",
+    "quantize": "graftlm.model.hub.quantize_base",
+    "read_recipe": "graftlm.recipe",
+    "render": "graftlm.data.quality.rendered_row",
+    "rows_report": "graftlm.rows",
+    "save_adapter": "graftlm.adapters.save",
     "train": "graftlm.run",
 }
+"""Name -> its module."""
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)
 

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,6 +12,7 @@ from graftlm import __version__, cache, system
 from graftlm.files import cache_folder
 from graftlm.kernels.cpu import compiler, unavailable
 from graftlm.model.passes.autotune import stored_choices
+from graftlm.plugins import plugins
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "safetensors", "numpy", "pydantic"),
@@ -26,6 +28,7 @@ def environment() -> dict[str, Any]:
         "graftlm": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "plugins": [asdict(plugin) for plugin in plugins()],
         "platform": {"name": platform.platform(), "support": support.level, "limits": list(support.limits)},
         "processor": {
             "name": processor.name,
@@ -72,6 +75,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         "graftlm": found["graftlm"],
         "Python": f"{found['python']['version']} ({found['python']['executable']})",
         "packages": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
+        "plugins": f"\n{'':13} ".join(map(_plugin_line, found["plugins"])) or "none",
         "platform": f"{found['platform']['name']}: {found['platform']['support']}",
         "processor": f"{processor['name']} ({' '.join([processor['architecture'], *processor['flags']])})",
         "cores": f"{processor['cores']}, {processor['usable_cores']} usable; torch uses "
@@ -87,6 +91,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
     more = [*found["platform"]["limits"], *choices]
     return [f"{name:13} {what}" for name, what in parts.items()] + [f"{'':13} {line}" for line in more]
+
+
+def _plugin_line(plugin: dict[str, str]) -> str:
+    line = "{group}: {name} of {distribution} {version}".format_map(plugin)
+    return f"{line}, BROKEN: {plugin['error']}" if plugin["error"] else line
 
 
 def megabytes(count: int) -> str:

@@ -7,42 +7,81 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, ClassVar
 
 
 class GraftError(Exception):
     """The root: catch this to catch everything that graftlm refuses."""
 
+    family: ClassVar[str] = "graft"
+    """The first half of the codes of a class of errors."""
+
+    def __init__(self, message: str, *, code: str = "unspecified") -> None:
+        """`code`: two to four words joined by hyphens that name the condition, the same in every version. The default
+        is for packages whose errors have none yet (docs/decisions/056)."""
+        super().__init__(message)
+        self.slug = code
+
+    @property
+    def code(self) -> str:
+        """`family/condition`, as in `data/unusable-rows`: what programs and tests compare."""
+        return f"{self.family}/{self.slug}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which calls a class with its positional arguments alone."""
+        return _restore, (type(self), self.args, self.slug)
+
+
+def _restore(kind: type[GraftError], args: tuple[str], slug: str) -> GraftError:
+    return kind(*args, code=slug)
+
 
 class RecipeError(GraftError):
-    """A recipe or a `key=value` with an unknown key, a wrong type or a value out of range."""
+    """A recipe, a `key=value` or an option with an unknown key, a wrong type or a value out of range."""
+
+    family = "recipe"
 
 
 class DataError(GraftError):
     """Rows that cannot be read, understood or trained on. Lists every one as `file:line: reason`."""
 
+    family = "data"
+
 
 class BaseModelError(GraftError):
     """A base that cannot be found, is incomplete, is unsafe to load, or is not the one an adapter was trained on."""
+
+    family = "base"
 
 
 class TargetError(GraftError):
     """Targets or patterns that match no layer, or a layer that a delta cannot sit on."""
 
+    family = "target"
+
 
 class AdapterError(GraftError):
     """An adapter on disk that is damaged, incomplete, or does not fit."""
+
+    family = "adapter"
 
 
 class OutputError(GraftError):
     """A place that results cannot be written to: it exists, is read-only, or has no room."""
 
+    family = "output"
+
 
 class TrainingError(GraftError):
     """A run that must not go on: a non-finite loss, a tensor that learns nothing, attention that leaks."""
 
+    family = "training"
+
 
 class PlatformError(GraftError):
     """An operating system that graftlm does not run on."""
+
+    family = "platform"
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
@@ -53,6 +92,11 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
         return f"Did you mean {' or '.join(repr(c) for c in close)}?"
     shown = ", ".join(options[:12]) + (f", and {len(options) - 12} more" if len(options) > 12 else "")
     return f"There is: {shown}." if options else "There is nothing to choose from."
+
+
+def first_lines(error: Exception) -> str:
+    """The first two lines of a library's error, as one."""
+    return " ".join(str(error).strip().splitlines()[:2])
 
 
 SHARED = 10

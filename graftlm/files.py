@@ -16,15 +16,17 @@ def check_new(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a file would take the place of something, before anything is computed."""
     with writing(out):
         if out.is_dir():
-            raise OutputError(f"{out} is a folder: name a file in it")
+            raise OutputError(f"{out} is a folder: name a file in it", code="path-is-folder")
         if out.exists() and not overwrite:
-            raise OutputError(f"{out} exists and would be lost: choose another file, or say --overwrite")
+            raise OutputError(
+                f"{out} exists and would be lost: choose another file, or say --overwrite", code="already-exists"
+            )
 
 
 def check_lines(out: Path) -> None:
     """Raise OutputError where the name of a file does not say what will stand in it: JSON by the line."""
     if out.suffix != ".jsonl":
-        raise OutputError(f"{out}: rows are written one a line: give a name that ends in .jsonl")
+        raise OutputError(f"{out}: rows are written one a line: give a name that ends in .jsonl", code="not-jsonl")
 
 
 @contextmanager
@@ -53,15 +55,15 @@ def writing(out: Path, *, needs: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(_no_room(out, needs)) from None
+            raise OutputError(_no_room(out, needs), code="no-space-left") from None
         place = Path(str(error.filename))  # of a file that is not there: it may be another one, which is read inside
         ours = place in (out, *out.parents) or place.name.startswith(f".{out.name}.")
         if error.errno in _NO_PLACE or (error.errno == errno.ENOENT and ours):
-            raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+            raise OutputError(f"{out}: cannot be written: {error.strerror}", code="not-writable") from None
         raise
     except SafetensorError as error:  # how safetensors reports a full disk
         if "No space left" in str(error):
-            raise OutputError(_no_room(out, needs)) from None
+            raise OutputError(_no_room(out, needs), code="no-space-left") from None
         raise
 
 

@@ -84,9 +84,9 @@ def _acquire(path: Path, out: Path, say: Callable[[str], None]) -> int:
                 continue
             owner = _owner(handle)
             if locked is False:
-                raise OutputError(_in_use(out, owner))
+                raise OutputError(_in_use(out, owner), code="folder-in-use")
             if owner is not None and _lives(owner, mine, path, flock=locked is True, out=out, say=say):
-                raise OutputError(_in_use(out, owner))
+                raise OutputError(_in_use(out, owner), code="folder-in-use")
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(mine._asdict()).encode(), 0)
             os.fsync(handle)

@@ -1,53 +1,68 @@
-"""The recipe: everything that a run is, in one tree. YAML and `graftlm.train(Recipe(...))` are the same thing."""
+"""The recipe: everything that a run is, in one tree. YAML and `graftlm.train(Recipe(...))` are the same thing.
 
-from collections.abc import Mapping
+A recipe knows the tables of its parts and no part by its name. What a part needs of the others is written in the part,
+as `conflict_in(recipe)`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from graftlm.callbacks import COMPLETES, POLICIES
+from graftlm.callbacks import CALLBACKS
 from graftlm.config.aliases import OTHER_NAMES
 from graftlm.config.schema import Count, Flag, PositiveCount, config
 from graftlm.config.source import read
+from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import nearest
 from graftlm.losses import LOSSES, LossConfig
-from graftlm.losses.distillation import DistillationConfig
 from graftlm.losses.supervised import SupervisedConfig
-from graftlm.model.hub.load import BaseConfig
-from graftlm.model.layers.attach import needed_statistics
-from graftlm.rl.config import OnlineConfig
+from graftlm.model.hub.config import BaseConfig
+from graftlm.optim import OPTIMIZERS
+from graftlm.optim.adamw import AdamWConfig
+from graftlm.plugins import load_plugins, refuse_broken
+from graftlm.rl.config import RLConfig
+from graftlm.rl.rewards import Scorer, make_scorer
+from graftlm.rl.rollouts import Sampler
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import SelectorConfig
-from graftlm.training.callback import PolicyConfig
+from graftlm.training.callback import Callback, CallbackConfig, OptimizerConfig
 from graftlm.training.loop import TrainConfig
-from graftlm.training.regularizers import REGULARISERS, RegulariserConfig, tie
+from graftlm.training.regularizers import REGULARIZERS, RegularizerConfig
+from graftlm.training.setup import Answers, Setup
+from graftlm.training.tokenizer import run_tokenizer
+
+load_plugins()  # what they add to the tables is in the unions
 
 if TYPE_CHECKING:
+    AnyCallback = CallbackConfig
     AnyDelta = DeltaConfig
     AnyLoss = LossConfig
-    AnyPolicy = PolicyConfig
-    AnyRegulariser = RegulariserConfig
+    AnyOptimizer = OptimizerConfig
+    AnyRegularizer = RegularizerConfig
     AnySelector = SelectorConfig
-else:  # whichever configs are in the tables, told apart by their `method`, or `by`
-    _SELECTORS = tuple(selector.config for selector in SELECTORS.values())
-    AnySelector = Annotated[Union[_SELECTORS], Field(discriminator="by")]  # noqa: UP007
-    _POLICIES = tuple(row.config for row in POLICIES.values())
-    AnyPolicy = Annotated[Union[_POLICIES], Field(discriminator="name")] if len(_POLICIES) > 1 else _POLICIES[0]  # noqa: UP007
-    _REGULARISERS = tuple(schema for schema, _ in REGULARISERS.values())
-    AnyRegulariser = Annotated[Union[_REGULARISERS], Field(discriminator="name")]  # noqa: UP007
-    _LOSSES = tuple(loss.config for loss in LOSSES.values())
-    AnyLoss = Annotated[Union[_LOSSES], Field(discriminator="name")]  # noqa: UP007
-    _CONFIGS = tuple(method.config for method in METHODS.values())
-    AnyDelta = Annotated[Union[_CONFIGS], Field(discriminator="method")] if len(_CONFIGS) > 1 else _CONFIGS[0]  # noqa: UP007
+else:  # a union of the configs in a table, of which one key names the member
+
+    def _union(configs: Sequence[type], key: str) -> Any:
+        return Annotated[Union[tuple(configs)], Field(discriminator=key)]  # noqa: UP007 (made at run time)
+
+    AnyCallback = _union([row.config for row in CALLBACKS.values()], "name")
+    AnyDelta = _union([method.config for method in METHODS.values()], "method")
+    AnyLoss = _union([loss.config for loss in LOSSES.values()], "name")
+    AnyOptimizer = _union([row.config for row in OPTIMIZERS.values()], "name")
+    AnyRegularizer = _union([schema for schema, _ in REGULARIZERS.values()], "name")
+    AnySelector = _union([selector.config for selector in SELECTORS.values()], "by")
 
 
 @config
 class ReportConfig:
+    """What is measured on held-out rows, and where a run is watched. A wrong value raises a ValueError."""
+
     samples: Count = 8
     """Held-out answers shown side by side."""
     answers: Count = 100
@@ -59,13 +74,36 @@ class ReportConfig:
     installed; nothing leaves this machine without `network`."""
 
 
-def _or_a_name(schema: dict[str, Any]) -> None:
-    """Lets editors complete `loss: NAME` too."""
-    schema["oneOf"].insert(0, {"enum": list(LOSSES), "type": "string"})
+def _or_a_name(table: Mapping[str, Any]) -> Any:
+    """Lets editors complete `loss: NAME` and `optimizer: NAME` too."""
+
+    def extend(schema: dict[str, Any]) -> None:
+        schema["oneOf"].insert(0, {"enum": list(table), "type": "string"})
+
+    return extend
+
+
+def _named(value: object, table: Mapping[str, Any], kind: str) -> object:
+    """`NAME` as {name: NAME}. ValueError for a name that is not in the table."""
+    tree = {"name": value} if isinstance(value, str) else value
+    if not isinstance(tree, Mapping):
+        return tree
+    if "name" not in tree:
+        raise ValueError("give its name too: {name: NAME, ...}")
+    if (name := str(tree["name"])) not in table:
+        raise ValueError(f"unknown {kind} {name!r}. {nearest(name, table)}")
+    return tree
+
+
+def _list(value: object) -> object:
+    """One entry as a list of one."""
+    return [value] if isinstance(value, str | Mapping) else value
 
 
 @config
 class Recipe:
+    """Everything that a run is: `train` takes it, and YAML has the same keys. A wrong value raises a ValueError."""
+
     base: str | BaseConfig = "smollm2"
     data: DataConfig
     select: tuple[AnySelector, ...] = ()
@@ -74,66 +112,80 @@ class Recipe:
     """The delta to train; LoRA with its defaults where neither this nor `deltas` is given."""
     deltas: Mapping[str, AnyDelta] = Field(default_factory=dict)
     """Several by name, all on one model: each acts on what those before it left, each is an adapter of its own."""
-    loss: AnyLoss = Field(default_factory=SupervisedConfig, json_schema_extra=_or_a_name)
+    loss: AnyLoss = Field(default_factory=SupervisedConfig, json_schema_extra=_or_a_name(LOSSES))
     """The objective: a name, or `{name: NAME, ...}` with options."""
-    regularisers: tuple[AnyRegulariser, ...] = ()
+    regularisers: tuple[AnyRegularizer, ...] = ()
     """What is added to the objective: `{name: NAME, weight: WEIGHT, ...}` each, or one."""
-    online: OnlineConfig | None = None
-    """Let the model answer the rows' questions by itself while it is trained, and train on these answers by what a
-    scorer says of them."""
-    policies: tuple[AnyPolicy, ...] = ()
-    """What acts between steps: names, or `{name: NAME, ...}` with options."""
+    rl: RLConfig | None = None
+    """Online RL: the model answers the rows' questions while it is trained, and learns from the rewards of these
+    answers."""
+    optimizer: AnyOptimizer = Field(default_factory=AdamWConfig, json_schema_extra=_or_a_name(OPTIMIZERS))
+    """What updates parameters: a name, or `{name: NAME, ...}` with options."""
+    callbacks: tuple[AnyCallback, ...] = ()
+    """What else acts between steps, in this order: names, or `{name: NAME, ...}` with options."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
-    OTHER_NAMES: ClassVar[Mapping[str, str]] = OTHER_NAMES
-    """What other trainers call these keys."""
     network: Flag = False
     """Allow a base or a data set to be fetched from the hub, and trackers to send data to other machines."""
 
-    @field_validator("regularisers", mode="before")
-    @classmethod
-    def _one_regulariser(cls, given: object) -> object:
-        given = [given] if isinstance(given, Mapping) else given
-        for each in given if isinstance(given, list | tuple) else ():
-            if isinstance(each, Mapping) and (name := str(each.get("name"))) not in REGULARISERS:
-                raise ValueError(f"{name!r} is no regulariser. {nearest(name, REGULARISERS)}")
-        return given
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = OTHER_NAMES
+    """What other trainers call these keys."""
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "policies": "optimizer, for what updates parameters (adamw if not given), and callbacks, for all others",
+        "online": "rl",
+    }
+    """Keys of earlier versions, and what took their place."""
 
     @field_validator("select", mode="before")
     @classmethod
-    def _one_selector(cls, given: object) -> object:
-        return [given] if isinstance(given, Mapping) else given
+    def _selectors(cls, value: object) -> object:
+        return _list(value)
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _loss_by_name(cls, given: object) -> object:
-        named = {"name": given} if isinstance(given, str) else given
-        if not isinstance(named, Mapping):
-            return named
-        if "name" not in named:
-            raise ValueError("give its name too: {name: NAME, ...}")
-        if (name := str(named["name"])) not in LOSSES:
-            raise ValueError(f"{name!r} is no loss. {nearest(name, LOSSES)}")
-        return named
+    def _loss(cls, value: object) -> object:
+        return _named(value, LOSSES, "loss")
 
-    @field_validator("policies", mode="before")
+    @field_validator("optimizer", mode="before")
     @classmethod
-    def _by_name(cls, given: object) -> object:
-        given = [given] if isinstance(given, str | Mapping) else given
-        if not isinstance(given, list | tuple):
-            return given
-        named = [{"name": each} if isinstance(each, str) else each for each in given]
-        for each in named:
-            if isinstance(each, Mapping) and (name := str(each.get("name"))) not in POLICIES:
-                raise ValueError(f"{name!r} is no policy. {nearest(name, POLICIES)}")
-        return named
+    def _optimizer(cls, value: object) -> object:
+        name = value.get("name") if isinstance(value, Mapping) else value
+        if isinstance(name, str) and name in CALLBACKS:
+            raise ValueError(f"{name} is a callback: write `callbacks: [{name}]`")
+        return _named(value, OPTIMIZERS, "optimizer")
 
-    @field_validator("policies", "regularisers")
+    @field_validator("regularisers", mode="before")
     @classmethod
-    def _each_once(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [each.name for each in given]
+    def _regularizers(cls, value: object) -> object:
+        value = _list(value)
+        return (
+            [_named(each, REGULARIZERS, "regulariser") for each in value] if isinstance(value, list | tuple) else value
+        )
+
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def _callbacks(cls, value: object) -> object:
+        value = _list(value)
+        if not isinstance(value, list | tuple):
+            return value
+        for each in value:
+            name = each.get("name") if isinstance(each, Mapping) else each
+            if isinstance(name, str) and name in OPTIMIZERS:
+                raise ValueError(f"{name} is an optimizer, and a run has one: write `optimizer: {name}`")
+        return [_named(each, CALLBACKS, "callback") for each in value]
+
+    @field_validator("callbacks", "regularisers")
+    @classmethod
+    def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [each.name for each in value]
         if len(names) > len(set(names)):
-            raise ValueError(f"{max(names, key=names.count)!r} stands here twice")
+            raise ValueError(f"{max(names, key=names.count)!r} is listed twice")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_broken_plugin(cls, given: object, info: ValidationInfo) -> object:
+        refuse_broken(info.field_name or "", given)
         return given
 
     @model_validator(mode="after")
@@ -146,121 +198,79 @@ class Recipe:
 
     @model_validator(mode="after")
     def _complete(self) -> "Recipe":
-        names = {policy.name for policy in self.policies}
+        """Add the callbacks that methods need to be what their papers describe (`Delta.callbacks`)."""
+        names = {callback.name for callback in self.callbacks}
         for method in dict.fromkeys(delta.method for delta in self.all_deltas().values()):
-            if (needs := COMPLETES.get(method)) and not names.intersection(needs):
-                own: Any = POLICIES[needs[0]].config(name=needs[0])
-                object.__setattr__(self, "policies", (*self.policies, own))
+            needs = METHODS[method].delta.callbacks
+            if needs and not names.intersection(needs):
+                own: Any = CALLBACKS[needs[0]].config(name=needs[0])
+                object.__setattr__(self, "callbacks", (*self.callbacks, own))
         return self
 
     @model_validator(mode="after")
-    def _comparable(self) -> "Recipe":
-        needs, name = LOSSES[self.loss.name].rows, self.loss.name
-        if needs in ("pairs", "feedback"):
-            if self.data.mask not in ("response", "last-turn") or self.data.prompt_weight:
-                raise ValueError(
-                    f"loss {name} compares answers and nothing else: use data.mask response and no data.prompt_weight"
-                )
-            if self.select:
-                raise ValueError(f"select chooses rows for loss supervised; loss {name} takes them as they are")
-        if tie(self.regularisers) and "neftune" in [policy.name for policy in self.policies]:
-            raise ValueError("policy neftune would disturb the policy and not the base that regulariser kl ties it to")
-        if self.loss.needs_reference and "neftune" in [policy.name for policy in self.policies]:
-            raise ValueError(
-                f"policy neftune would disturb the reference of loss {name} as it does the policy: drop one"
-            )
-        if isinstance(self.loss, DistillationConfig):
-            if self.loss.teacher is None and not self.loss.supervised_weight:
-                raise ValueError(
-                    "loss distillation needs a teacher: another base, or the folder of an adapter for it. Without "
-                    "one the policy is held to its own base, which means something beside a supervised_weight only"
-                )
-            if "neftune" in [policy.name for policy in self.policies]:
-                raise ValueError("policy neftune would disturb the policy and not its teacher: drop one")
-        passes = self.loss.needs_reference or isinstance(self.loss, DistillationConfig) or tie(self.regularisers)
-        if passes and "i-lora" in [policy.name for policy in self.policies]:
-            raise ValueError(
-                "policy i-lora ties the hidden states of the pass that learns: drop it, or what makes passes of its "
-                f"own ({'regulariser kl' if tie(self.regularisers) else f'loss {name}'})"
-            )
-        if needs == "pairs" and not self.data.pack:
-            raise ValueError(f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`")
-        if LOSSES[name].statistic is not None and self.train.batch_rows < 2:
-            raise ValueError(f"loss {name} needs answers to other prompts of a step: set train.batch_rows to 2 or more")
+    def _parts_agree(self) -> "Recipe":
+        for conflict in self._conflicts():
+            if conflict:
+                raise ValueError(conflict)
         return self
 
-    @model_validator(mode="after")
-    def _online(self) -> "Recipe":
-        online, data, train, name = self.online, self.data, self.train, self.loss.name
-        needs = LOSSES[name].rows
-        if online is None:
-            return self
-        if needs == "text":
-            raise ValueError(f"loss {name} trains raw text, and online gives answers: use supervised, or another loss")
-        if needs == "rewards" and (online.temperature, online.top_p) != (1.0, 1.0):
-            raise ValueError(
-                f"loss {name} needs online.temperature and top_p at 1: its gradient is that of answers which the "
-                "policy itself gives, and these would be drawn from another distribution"
-            )
-        if needs != "answers" and not data.pack:
-            raise ValueError(f"loss {name} sees several answers in one pass: set `data: {{pack: true}}`")
-        if data.mask != "response" or data.prompt_weight:
-            raise ValueError("online trains what the model answered: use data.mask response and no data.prompt_weight")
-        if data.over_length == "truncate":
-            raise ValueError("a question that was cut asks something else: online takes data.over_length drop or error")
-        if data.max_tokens <= online.max_new_tokens:
-            raise ValueError(
-                f"data.max_tokens {data.max_tokens} must hold a prompt and online.max_new_tokens "
-                f"{online.max_new_tokens}: raise the one or lower the other"
-            )
-        if self.select or data.desirable_share is not None:
-            key = "select" if self.select else "data.desirable_share"
-            raise ValueError(f"{key} chooses rows by their answers, and online takes questions only: leave one out")
-        if train.early_stopping or train.on_spike == "return":
-            key = "early_stopping" if train.early_stopping else "on_spike: return"
-            raise ValueError(f"train.{key} looks at the loss, which says nothing where answers change with the model")
-        if aside := [p.name for p in self.policies if POLICIES[p.name].policy.wants_aside]:
-            raise ValueError(f"policy {aside[0]} learns from rows that are put aside, and online makes its rows itself")
-        if starts := [c.method for c in self.all_deltas().values() if needed_statistics(c)]:
-            raise ValueError(
-                f"delta {starts[0]} starts from what it sees of training rows, and online makes them later: choose "
-                "another init or method"
-            )
-        return self
+    def _conflicts(self) -> Iterator[str]:
+        yield LOSSES[self.loss.name].conflict_in(self)
+        yield self.train.conflict_in(self)
+        if self.rl is not None:
+            yield self.rl.conflict_in(self)
+        for each in self.all_callbacks():
+            if reason := _callback_class(each).conflict_in(self):
+                yield f"{'optimizer' if each is self.optimizer else 'callback'} {each.name}: {reason}"
 
     def all_deltas(self) -> dict[str, DeltaConfig]:
         """Every delta by its name, in the order in which they act; a single one is called `default`."""
         return {"default": self.delta} if self.delta is not None else dict(self.deltas)
 
-    def passes(self) -> dict[str, Any]:
-        """How packs go through the model, as `loop.training_pass` takes it."""
-        train = self.train
-        return {"packed": self.data.pack, "checkpointing": train.checkpointing, "offload": train.offload}
+    def all_callbacks(self) -> list[CallbackConfig]:
+        """The optimizer, then the callbacks."""
+        return [self.optimizer, *self.callbacks]
 
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> "Recipe":
-        if self.train.steps is not None and self.train.epochs is not None:
-            raise ValueError("train: give steps or epochs, not both")
-        return self
+    def inner_share(self) -> float:
+        """The share of the training rows that becomes the inner validation split."""
+        return max(_callback_class(each).inner_share for each in self.all_callbacks())
 
-    @model_validator(mode="after")
-    def _stops_on_something(self) -> "Recipe":
-        if self.train.early_stopping and not self.data.held_out:
-            raise ValueError("train.early_stopping looks at held-out rows: set data.held_out")
-        if self.train.early_stopping and self.train.in_turn:
-            raise ValueError("train.early_stopping knows one end, and train.in_turn has several: leave one out")
-        return self
+    def tokenizer(self) -> Any:
+        """The tokenizer of the run; see `run_tokenizer` for what it raises."""
+        return run_tokenizer(self.base, self.data.template_variables, network=self.network)
 
-    @model_validator(mode="after")
-    def _kernels_in_packs(self) -> "Recipe":
-        if self.train.kernels in ("ours", "compiled") and not self.data.pack:
-            raise ValueError(
-                f"train.kernels: {self.train.kernels} computes packs only: set `data: {{pack: true}}` or "
-                "train.kernels: auto"
-            )
-        return self
+    def setup(self, scorer: Scorer | None = None, renderer: Renderer | None = None) -> Setup:
+        """What training takes of the recipe. With `rl`, the scorer and the renderer of the run may be given."""
+        rl, sampler = self.rl, dict[str, Any]()
+        if rl is not None:
+            sampler["scorer"] = scorer or make_scorer(rl.scorer, network=self.network)
+            sampler["renderer"] = renderer or Renderer(self.tokenizer(), turn_order=self.data.turn_order)
+            sampler |= {"packed": self.data.pack, "sharing": self.train.prefix_sharing}
+
+        def make_callbacks() -> list[Callback]:
+            made = [_callback_class(each)(each) for each in self.all_callbacks()]
+            return made if rl is None else [*made, Sampler(rl, self.loss, **sampler)]
+
+        return Setup(
+            base=self.base,
+            deltas=self.all_deltas(),
+            loss=self.loss,
+            regularizers=self.regularisers,
+            train=self.train,
+            make_callbacks=make_callbacks,
+            packed=self.data.pack,
+            network=self.network,
+            answers=None if rl is None else Answers(rl.samples, rl.max_new_tokens),
+        )
+
+
+def _callback_class(each: CallbackConfig) -> type[Callback]:
+    return (OPTIMIZERS if isinstance(each, OptimizerConfig) else CALLBACKS)[each.name].callback
 
 
 def read_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with `key=value` strings laid over it; raises RecipeError with file and line."""
+    """Read a recipe from a YAML file and lay `key=value` strings over it (`train.steps=100`).
+
+    Returns the Recipe. Raises RecipeError with file, line and key.
+    """
     return read(Recipe, Path(path), overrides)

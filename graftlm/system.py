@@ -55,7 +55,9 @@ def require_supported_platform() -> None:
     """Raise PlatformError where graftlm cannot work."""
     support = platform_support()
     if support.level == "refused":
-        raise PlatformError(f"{platform.system()} is not supported: {' '.join(support.limits)}")
+        raise PlatformError(
+            f"{platform.system()} is not supported: {' '.join(support.limits)}", code="unsupported-system"
+        )
 
 
 # Settings of a process -----------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def resident_gib(what: str) -> float | None:
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system: glibc keeps it for more of the kind, and none may come.
 
-    Without this the peak of a run is training plus evaluation, with it the larger of the two; and a base in codes
+    Without this the peak of a run is training plus evaluation, with it the larger of the two; and a quantized base
     holds on to as much again as it saved.
     """
     gc.collect()

@@ -15,14 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graftlm.adapters.export.export import export, merge_into
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError
-from graftlm.model.layers.attach import attach, deltas_off, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.sites import output_head
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import head, hidden_states
 from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import check_forward, check_packing
+from graftlm.model.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing.deltas import move
 from graftlm.testing.tiny import TINY, tiny_of
 
@@ -257,7 +262,7 @@ def gradients(name: str) -> str:
     wanted = {key: p.grad for key, p in trainable(model).items()}
     model.zero_grad()
     try:
-        check_packing(model, *rows)
+        check_packed_rows(model, *rows)
         packs, how = [_pack(rows)], "packed"
     except GraftError:
         packs, how = [_pack([row]) for row in rows], "row by row"
@@ -298,7 +303,7 @@ def proof(name: str) -> str:
         for first, second in PAIRS:
             try:
                 check_forward(model, second)
-                check_packing(model, first, second, sharing=True)
+                check_packed_rows(model, first, second, sharing=True)
             except GraftError as error:
                 said.setdefault(str(error), []).append(str(dtype))
             else:

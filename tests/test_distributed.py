@@ -22,10 +22,11 @@ from graftlm import distributed
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_loss
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
+from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.adamw import adamw
+from graftlm.training.sharding import shard
 from tests.test_run import recipe
 from tests.training.test_loop import examples
 from tests.training.together import command_line, together
@@ -54,7 +55,7 @@ def gradients(method: str, count: int, packed: bool, sharded: bool) -> dict[str,
     model = perturbed(method, tiny_model())
     distributed.check_same(trainable(model))
     if sharded:
-        distributed.shard(model)
+        shard(model)
     rows = examples(count)
 
     def make(rows: Sequence[Any]) -> list[Pack]:
@@ -151,7 +152,7 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
     model = perturbed("lora", tiny_model())
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     if sharded:
-        distributed.shard(model)
+        shard(model)
     packs = distributed.packs_of(examples(6), lambda rows: pack(rows, 40), sharded=sharded)
     original = objective.log_probs
 
@@ -189,7 +190,7 @@ def different_start() -> str:
 def prompt_in_parts() -> str:
     distributed.start()
     with pytest.raises(TrainingError) as raised:
-        distributed.shard(perturbed("prompt", tiny_model()))
+        shard(perturbed("prompt", tiny_model()))
     return str(raised.value)
 
 

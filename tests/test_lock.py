@@ -14,8 +14,8 @@ from threading import Event, Thread
 import pytest
 
 from graftlm import lock
-from graftlm.errors import OutputError
 from graftlm.lock import Owner, lock_file, only_writer, this_process
+from tests.errors import raises
 
 HOLDS = """
 import sys, time
@@ -73,7 +73,7 @@ def owned_by(out: Path, owner: Owner) -> Path:
 def test_a_second_writer_is_refused_in_one_line_that_names_the_first(
     holder: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
-    with pytest.raises(OutputError) as raised, only_writer(tmp_path / "out"):
+    with raises("output/folder-in-use") as raised, only_writer(tmp_path / "out"):
         pass
     said = str(raised.value)
     assert "\n" not in said
@@ -82,7 +82,7 @@ def test_a_second_writer_is_refused_in_one_line_that_names_the_first(
 
 
 def test_two_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
-    with only_writer(tmp_path / "out"), pytest.raises(OutputError), only_writer(tmp_path / "out"):
+    with only_writer(tmp_path / "out"), raises("output/folder-in-use"), only_writer(tmp_path / "out"):
         pass
 
 
@@ -92,7 +92,7 @@ def test_another_spelling_of_the_path_is_the_same_path(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     with only_writer(tmp_path / "real"):
         for other in (Path("real"), Path("link"), tmp_path / "x" / ".." / "real"):
-            with pytest.raises(OutputError), only_writer(other):
+            with raises("output/folder-in-use"), only_writer(other):
                 pass
 
 
@@ -125,7 +125,7 @@ def test_of_many_processes_that_come_and_go_two_are_never_inside(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"), only_writer(tmp_path / "file" / "out"):
+    with raises("output/not-writable"), only_writer(tmp_path / "file" / "out"):
         pass
 
 
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_without_flock_a_living_process_of_this_machine_keeps_the_lock(
     holder: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
-    with pytest.raises(OutputError, match=f"process {holder.pid}"), only_writer(tmp_path / "out"):
+    with raises("output/folder-in-use", match=f"process {holder.pid}"), only_writer(tmp_path / "out"):
         pass
 
 
@@ -169,7 +169,7 @@ def test_without_flock_one_of_two_that_come_at_once_gets_the_lock(tmp_path: Path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lock.time, "sleep", and_another_comes)
-        with pytest.raises(OutputError, match="process 1 on"), only_writer(tmp_path / "out"):
+        with raises("output/folder-in-use", match="process 1 on"), only_writer(tmp_path / "out"):
             pass
 
 
@@ -191,7 +191,7 @@ def test_an_owner_on_another_machine_is_watched(
     thread = Thread(target=lives)
     thread.start()
     try:
-        with pytest.raises(OutputError, match="process 99 on node7"), only_writer(out, say=said.append):
+        with raises("output/folder-in-use", match="process 99 on node7"), only_writer(out, say=said.append):
             pass
     finally:
         ended.set()

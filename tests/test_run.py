@@ -15,16 +15,20 @@ import yaml
 from safetensors.torch import load_file
 
 import graftlm
-import graftlm.callbacks as policies
-import graftlm.run as run_module
+import graftlm.optim.adamw as adamw_module
 import graftlm.training.phases as turns
-from graftlm.adapters.store import adapters_in, load_adapter
+from graftlm.adapters.folder import adapters_in
+from graftlm.adapters.load import load_adapter
 from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
-from graftlm.model.hub.load import BaseConfig, fingerprint, load_base, load_tokenizer
-from graftlm.model.layers.attach import hosts
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.fingerprint import fingerprint
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.model.layers.registry import hosts
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.testing import save_tiny_base
 from graftlm.testing.deltas import logits
@@ -37,7 +41,7 @@ SUMMARY = {
 
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "train": {"steps": 4, "batch_rows": 4, "seed": 3},
@@ -156,10 +160,10 @@ def test_a_failure_while_measuring_leaves_the_adapter(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr(run_module, "evaluate", fails)
+    monkeypatch.setattr("graftlm.results.evaluate", fails)
     with pytest.raises(RuntimeError):
         graftlm.train(recipe(base_folder, rows), tmp_path / "out")
-    model, _ = graftlm.load_base(str(base_folder), store="fp32")
+    model, _ = graftlm.load_base(str(base_folder), dtype="float32")
     graftlm.load_adapter(model, tmp_path / "out")
 
 
@@ -245,7 +249,7 @@ def test_held_out_questions_are_not_trained_on(base_folder: Path, tmp_path: Path
     file = tmp_path / "doubles.jsonl"
     lines = [json.dumps({"prompt": f"q{n % 6}", "completion": f"a {n}"}) for n in range(24)]
     file.write_text("\n".join(lines))
-    data = run_module.prepare_data(recipe(base_folder, file), graftlm.load_base(str(base_folder)).tokenizer)
+    data = prepare_data(recipe(base_folder, file), graftlm.load_base(str(base_folder)).tokenizer)
     trained = {example.where for example in data.examples}
     held_out = {row.messages[0].content for row in data.held_out_rows}
     for number, line in enumerate(lines, start=1):
@@ -258,7 +262,7 @@ def test_held_out_questions_are_not_trained_on(base_folder: Path, tmp_path: Path
 
 def several(base: Path, rows: Path, **train: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "deltas": {
             "low": {"method": "lora", "r": 4},
@@ -279,7 +283,7 @@ def test_several_deltas_are_trained_together_and_each_is_an_adapter(
     folders = adapters_in(tmp_path / "out")
     assert list(folders) == ["low", "biases", "adapters", "before"], "in the order in which they act"
     trained = logits(result.model)
-    model = graftlm.load_base(BaseConfig(name=str(base_folder), store="fp32")).model
+    model = graftlm.load_base(BaseConfig(name=str(base_folder), dtype="float32")).model
     for name, folder in folders.items():
         load_adapter(model, folder, name=name)
         assert (folder / "README.md").is_file()
@@ -293,7 +297,7 @@ def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving: list[set[str]] = []
-    real = turns.Turn.steps
+    real = turns.Phase.steps
 
     def watched(turn: Any, recipe: Any, *rest: Any) -> Any:
         model = turn.training.model
@@ -309,7 +313,7 @@ def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
     def every(model: Any, name: str) -> list[Any]:
         return [p for host in hosts(model).values() if name in host.deltas for p in host.deltas[name].parameters()]
 
-    monkeypatch.setattr(turns.Turn, "steps", watched)
+    monkeypatch.setattr(turns.Phase, "steps", watched)
     graftlm.train(several(base_folder, rows, in_turn=True), tmp_path / "out")
     assert moving == [{name} for name in ("low", "biases", "adapters", "before") for _ in range(2)]
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -328,14 +332,14 @@ def test_the_learning_rate_is_the_method_s_own_unless_the_recipe_says_another(
 ) -> None:
     monkeypatch.setattr(METHODS["bitfit"].delta, "learning_rate", 0.125)
     groups: list[list[float]] = []
-    real = policies.adamw
+    real = adamw_module.adamw
 
     def watched(made: Any, **settings: Any) -> Any:
         made = list(made)
         groups.append([rate for _, rate in made])
         return real(made, **settings)
 
-    monkeypatch.setattr(policies, "adamw", watched)
+    monkeypatch.setattr(adamw_module, "adamw", watched)
     graftlm.train(several(base_folder, rows, steps=1), tmp_path / "a")
     graftlm.train(several(base_folder, rows, steps=1, learning_rate=1e-3), tmp_path / "b")
     assert groups[0][:2] == [METHODS["lora"].delta.learning_rate, 0.125]
@@ -347,7 +351,7 @@ def test_an_init_that_wants_statistics_gets_them_from_the_training_rows(
     base_folder: Path, rows: Path, tmp_path: Path, init: str
 ) -> None:
     result = graftlm.train(recipe(base_folder, rows, delta_init=init), tmp_path / "out")
-    model = graftlm.load_base(BaseConfig(name=str(base_folder), store="fp32")).model
+    model = graftlm.load_base(BaseConfig(name=str(base_folder), dtype="float32")).model
     load_adapter(model, tmp_path / "out")
     assert torch.equal(logits(model), logits(result.model))
     again = graftlm.train(recipe(base_folder, rows, delta_init=init), tmp_path / "again")
@@ -356,12 +360,12 @@ def test_an_init_that_wants_statistics_gets_them_from_the_training_rows(
 
 
 @pytest.mark.parametrize("init", ["zero", "loftq", "lq-lora", "quailora"])
-def test_a_base_in_codes_is_trained_on_and_stays_the_same_base(
+def test_a_quantized_base_is_trained_on_and_stays_the_same_base(
     init: str, base_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
-    result = graftlm.train(recipe(base_folder, rows, base_store="nf4", delta_init=init), tmp_path / "out")
-    assert result.summary["base_fingerprint"] == fingerprint(load_base(str(base_folder), store="fp32").model).digest
-    again = load_base(str(base_folder), store="nf4").model
+    result = graftlm.train(recipe(base_folder, rows, base_quantization="nf4", delta_init=init), tmp_path / "out")
+    assert result.summary["base_fingerprint"] == fingerprint(load_base(str(base_folder), dtype="float32").model).digest
+    again = load_base(str(base_folder), dtype="float32", quantization="nf4").model
     load_adapter(again, tmp_path / "out")
     assert torch.equal(logits(again), logits(result.model))
     B = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -397,8 +401,8 @@ def test_a_curriculum_is_what_is_trained_on(by: str, base_folder: Path, tmp_path
         "train": {"epochs": 2, "batch_rows": 3},
     }
     made = build(Recipe, tree, source="test")
-    data = run_module.prepare_data(made, load_tokenizer(made.base))
-    plan = turns.plan_batches(made.train, data.examples, data.curriculum)
+    data = prepare_data(made, load_tokenizer(made.base))
+    plan = turns.make_batches(made.train, data.examples, data.curriculum)
     order = [int(data.examples[i].where.rpartition(":")[2]) - 1 for step in plan for i in step]
     keys = [lines[n]["hard"] if by == "hard" else len(lines[n]["completion"]) for n in order]
     assert keys[:12] == sorted(keys[:12])

@@ -18,16 +18,18 @@ import graftlm
 from graftlm import cli, system
 from graftlm.config.schema import build
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import GraftError, PlatformError
+from graftlm.errors import TrainingError
 from graftlm.generation.answer import answer
 from graftlm.generation.generate import generate
 from graftlm.model.layers.attach import attach
 from graftlm.planning.bench import bench
 from graftlm.planning.estimate import estimate
 from graftlm.planning.lr_range import lr_range_test
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data, train
+from graftlm.run import train
 from graftlm.selection.choose import choose
+from tests.errors import raises
 
 State = tuple[Any, ...]
 
@@ -62,7 +64,7 @@ def recipe(base_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
     def make(**changes: Any) -> Recipe:
         tree = {
-            "base": {"name": str(base_folder), "store": "fp32"},
+            "base": {"name": str(base_folder), "dtype": "float32"},
             "data": {"train": str(rows), "held_out": 2},
             "delta": {"method": "lora", "r": 2, "dropout": 0.1},
             "train": {"steps": 3, "batch_rows": 2, "threads": 1, "seed": 7},
@@ -90,10 +92,10 @@ def test_training_that_raises_leaves_the_global_state_alone(
     def fail(*_: Any, **__: Any) -> None:
         seen.append(torch.get_num_threads())
         torch.rand(3)
-        raise GraftError("in mid-run")
+        raise TrainingError("in mid-run", code="in-mid-run")
 
     monkeypatch.setattr("graftlm.run.attach_deltas", fail)
-    with pytest.raises(GraftError, match="in mid-run"):
+    with raises("training/in-mid-run"):
         train(recipe(), tmp_path / "out")
     assert seen == [1], "the recipe's threads were in use"
     assert global_state() == before
@@ -238,10 +240,10 @@ def test_windows_gets_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         cli.main()
     said = capsys.readouterr().err.strip()
     assert end.value.code == 1
-    assert said.startswith("PlatformError: Windows is not supported")
+    assert said.startswith("error[platform/unsupported-system]: Windows ")
     assert "WSL" in said
     assert "\n" not in said
-    with pytest.raises(PlatformError):
+    with raises("platform/unsupported-system"):
         _ = graftlm.train
     assert graftlm.__version__
 
@@ -302,8 +304,8 @@ def test_generators_of_gpus_are_restored_where_they_are_in_use(monkeypatch: pyte
         pass
     assert restored == [], "a GPU that nobody uses is left alone"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(GraftError), system.preserve_global_state():
-        raise GraftError
+    with pytest.raises(KeyError), system.preserve_global_state():
+        raise KeyError
     assert [state.tolist() for state in restored[0]] == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
 
 

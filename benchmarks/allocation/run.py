@@ -30,11 +30,12 @@ from graftlm.callbacks.dylora import use_rank  # noqa: E402
 from graftlm.config.schema import build  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import detach, hosts  # noqa: E402
+from graftlm.model.layers.attach import detach  # noqa: E402
+from graftlm.model.layers.registry import hosts  # noqa: E402
+from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
-from graftlm.run import prepare_data  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 RUNS = HERE / "runs.jsonl"
@@ -70,7 +71,7 @@ class Job:
         started, wanted = time.perf_counter(), recipe(variant, rate, seed)
         data = prepare_data(wanted, self.tokenizer)
         data = replace(data, examples=[e for e in data.examples if len(e) <= CONFIG["row_tokens"]])
-        plan = plan_batches(wanted.train, data.examples)
+        plan = make_batches(wanted.train, data.examples)
         attach_deltas(wanted, self.model, data.examples, plan)
         losses = [round(step.loss, 4) for step in training_steps(wanted, self.model, data.examples, plan)]
         for host in hosts(self.model).values():

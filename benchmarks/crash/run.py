@@ -252,7 +252,7 @@ def main() -> None:
         )
         for name, changes in CONFIG["runs"].items():
             tree = {
-                "base": {"name": str(base), "store": "fp32"},
+                "base": {"name": str(base), "dtype": "float32"},
                 "data": {"train": str(rows), "held_out": 2},
                 "train": CONFIG["train"],
                 "report": {"samples": 1, "answers": 1, "max_new_tokens": 2},

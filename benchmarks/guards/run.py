@@ -22,15 +22,15 @@ import graftlm
 from graftlm.callbacks import POLICIES, make_optimiser, make_policies
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.attach import attachment, trainable
+from graftlm.model.layers.registry import attachment, trainable
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import attach_tiny
-from graftlm.training.callback import ParameterGroup, Training
 from graftlm.training.guards import FEWEST
 from graftlm.training.loop import steps
 from graftlm.training.objective import Sums
+from graftlm.training.state import ParameterGroup, TrainingState
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -42,7 +42,7 @@ from graftlm.system import tune_process  # noqa: E402
 
 def recipe(config: dict[str, Any], base: Path, count: int, batch_rows: int, seed: int) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": config["rows"], "held_out": 8, "max_tokens": config["max_tokens"]},
         "delta": {"method": "full"},
         "train": {
@@ -94,15 +94,15 @@ def trained(batches: list[Any], total: int, seed: int) -> tuple[list[torch.Tenso
             module.deltas.train()
     options = {"adalora": {"target_r": 2, "every": 5}, "ema": {}}
     policies = make_policies([build(POLICIES[n].config, {"name": n, **o}, source="") for n, o in options.items()])
-    optimiser = make_optimiser(policies, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
-    state = Training(model, attachment(model).configs, optimiser, total=total, seed=seed)
+    optimizer = make_optimiser(policies, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
+    state = TrainingState(model, attachment(model).configs, optimizer, total=total, seed=seed)
     done = steps(
-        model, batches, loss="supervised", optimiser=optimiser, schedule=lambda step: 1.0, clip=1.0, policies=policies,
+        model, batches, loss="supervised", optimizer=optimizer, schedule=lambda step: 1.0, clip=1.0, policies=policies,
         training=state, on_nonfinite="skip",
     )  # fmt: skip
     skipped = [bool(step.skipped) for step in done]
     tensors = [*trainable(model).values(), *(t for p in policies for t in p.tensors.values())]
-    tensors += [t for kept in optimiser.state.values() for t in kept.values() if torch.is_tensor(t)]
+    tensors += [t for kept in optimizer.state.values() for t in kept.values() if torch.is_tensor(t)]
     return [t.detach().clone() for t in tensors], skipped
 
 

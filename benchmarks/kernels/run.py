@@ -37,14 +37,14 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
     from graftlm.data.batches.pack import batches, pack
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import choose
-    from graftlm.run import prepare_data
-    from graftlm.training.adamw import adamw
+    from graftlm.optim.adamw import adamw
+    from graftlm.prepare import prepare_data
     from graftlm.training.loop import steps
 
     torch.set_num_threads(threads)
-    model, tokenizer = load_base(config["base"], store="bf16")
+    model, tokenizer = load_base(config["base"], dtype="bfloat16")
     examples = prepare_data(Recipe(data=DataConfig(train=config["rows"])), tokenizer).examples
     chosen = batches(len(examples), config["batch_rows"], config["steps"] + 1, 0)
     packs = [pack([examples[i] for i in rows], recipe["pack_tokens"], share=recipe["share"]) for rows in chosen]
@@ -56,7 +56,7 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
             model,
             packs,
             loss="supervised",
-            optimiser=adamw([(trainable(model).values(), 1e-5)], weight_decay=0.0),
+            optimizer=adamw([(trainable(model).values(), 1e-5)], weight_decay=0.0),
             schedule=lambda step: 1.0,
             clip=1.0,
             checkpointing=recipe.get("checkpointing", False),

@@ -28,11 +28,12 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
 
     from graftlm import LoraConfig, attach, load_base
     from graftlm.data.batches.pack import Example, collate
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import fastest_backend
+    from graftlm.optim.adamw import adamw
     from graftlm.system import tune_process
-    from graftlm.training.adamw import adamw, warmup_cosine
     from graftlm.training.loop import steps
+    from graftlm.training.schedule import warmup_cosine
 
     tune_process()
     torch.set_num_threads(config["threads"])
@@ -52,7 +53,7 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
             model,
             [[collate(rows)] for _ in range(config["steps"])],
             loss="supervised",
-            optimiser=adamw([(trainable(model).values(), 1e-4)], weight_decay=0.0),
+            optimizer=adamw([(trainable(model).values(), 1e-4)], weight_decay=0.0),
             schedule=warmup_cosine(steps=config["steps"], warmup_steps=0),
             clip=1.0,
             backend=backend,
@@ -93,7 +94,7 @@ def line_through(points: list[dict[str, Any]]) -> tuple[float, float]:
 
 def attention_flop(base: str, length: int) -> float:
     """Forward and backward of one causal row, recomputation not counted: 6 products of [L, L / 2, D] a head."""
-    from graftlm.model.hub.load import BaseConfig
+    from graftlm.model.hub.config import BaseConfig
     from graftlm.model.hub.sketch import read_config
 
     config = read_config(BaseConfig(name=base)).get_text_config()

@@ -38,11 +38,12 @@ from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.deltas import METHODS  # noqa: E402
 from graftlm.evaluation.held_out import answers, can_be_answered, held_out_loss, rouge_l  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import attach, detach, parameters_of  # noqa: E402
+from graftlm.model.layers.attach import attach, detach  # noqa: E402
+from graftlm.model.layers.registry import parameters_of  # noqa: E402
+from graftlm.prepare import Prepared, prepare_data  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
-from graftlm.run import Prepared, prepare_data  # noqa: E402
 from graftlm.system import return_freed_memory, tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
 
 tune_process()  # here, for the worker processes too
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
@@ -122,7 +123,7 @@ def learn(method: str, learning_rate: float | None, seed: int, answers_below: fl
     if method == BASE:
         return line | JOB.measure(seed, answers_below=answers_below)
     data, wanted = JOB.data(seed), recipe(method, learning_rate, seed)
-    plan = plan_batches(wanted.train, data.examples)
+    plan = make_batches(wanted.train, data.examples)
     try:
         attach_deltas(wanted, JOB.model, data.examples, plan)
         line["parameters"] = sum(p.numel() for p in parameters_of(JOB.model, "default"))
@@ -274,7 +275,7 @@ def _steps_of(job: Job, method: str) -> tuple[list[float], float]:
     """Seconds of some steps after a first that warms up, on the same rows for every method; and the peak in GiB."""
     wanted = recipe(method, METHODS[method].delta.learning_rate, 0)
     data = job.data(0)
-    plan = plan_batches(wanted.train, data.examples)[: CONFIG["cost"]["steps"] + 1]
+    plan = make_batches(wanted.train, data.examples)[: CONFIG["cost"]["steps"] + 1]
     attach(job.model, wanted.all_deltas()["default"], start=not METHODS[method].delta.needs)
     return_freed_memory()  # of the method before
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

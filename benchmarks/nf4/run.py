@@ -1,6 +1,6 @@
-"""What a frozen base in codes costs and what it loses: bits, errors, perplexity, ways to expand codes, step time.
+"""What a quantized frozen base costs and what it loses: bits, errors, perplexity, ways to expand codes, step time.
 
-Times are process CPU time; the steps of each store run in a process of their own, in turn, `rounds` times.
+Times are process CPU time; the steps of each kind of base run in a process of their own, in turn, `rounds` times.
 
     python benchmarks/nf4/run.py                       everything, writes result.json
     python benchmarks/nf4/run.py --steps nf4           one process of the step section, prints JSON
@@ -26,27 +26,30 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
-from graftlm.model.hub.load import load_base, load_tokenizer  # noqa: E402
-from graftlm.model.layers.quantize import CODECS, QuantisedLinear, normal_levels  # noqa: E402
+from graftlm.model.hub.load import load_base  # noqa: E402
+from graftlm.model.hub.tokenizer import load_tokenizer  # noqa: E402
+from graftlm.model.layers.quantize import CODECS, QuantizedLinear, normal_levels  # noqa: E402
+from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.recipe import Recipe, read_recipe  # noqa: E402
-from graftlm.run import prepare_data  # noqa: E402
 from graftlm.system import peak_rss_gib, tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 
 
-def recipe(store: str, *overrides: str) -> Recipe:
-    base = f"base={{name: {CONFIG['base']}, store: {store}}}"
+def recipe(kind: str, *overrides: str) -> Recipe:
+    """The demo job on a base of this dtype (bf16, fp32) or quantization."""
+    key = "quantization" if kind in CODECS else "dtype"
+    base = f"base={{name: {CONFIG['base']}, {key}: {kind}}}"
     return read_recipe(HERE / CONFIG["recipe"], [f"train.steps={CONFIG['steps']['count']}", base, *overrides])
 
 
-def base_of(store: str) -> Any:
-    return load_base(recipe(store).base).model
+def base_of(kind: str) -> Any:
+    return load_base(recipe(kind).base).model
 
 
-def coded_layers(model: Any) -> dict[str, QuantisedLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+def quantized_layers(model: Any) -> dict[str, QuantizedLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 # Bits and errors -------------------------------------------------------------------------------------------------
@@ -56,13 +59,13 @@ def codecs() -> dict[str, Any]:
     """Over all linear layers of the base; and, since a base from a GGUF file is 4-bit already, over normal weights."""
     normal = torch.randn(1536, 576, generator=torch.Generator().manual_seed(0))
     found = {}
-    for store, codec in CODECS.items():
-        layers = coded_layers(base_of(store)).values()
-        size = sum(t.numel() * t.element_size() for layer in layers for t in layer.stored().values())
+    for kind, codec in CODECS.items():
+        layers = quantized_layers(base_of(kind)).values()
+        size = sum(t.numel() * t.element_size() for layer in layers for t in layer.tensors().values())
         weights = sum(math.prod(layer.shape) for layer in layers)
-        errors = [relative(layer.dequantised(), layer.original().float()) for layer in layers]  # type: ignore[misc]
-        again = codec.dequantise(codec.quantise(normal), (1536, 576), torch.float32)
-        found[store] = {
+        errors = [relative(layer.dequantized(), layer.original().float()) for layer in layers]  # type: ignore[misc]
+        again = codec.dequantize(codec.quantize(normal), (1536, 576), torch.float32)
+        found[kind] = {
             "bits_a_weight": round(8 * size / weights, 4),
             "mib": round(size / 2**20, 1),
             "relative_error": {"mean": round(statistics.mean(errors), 5), "max": round(max(errors), 5)},
@@ -94,23 +97,23 @@ def nats(model: Any) -> float:
 
 
 def perplexities() -> dict[str, float]:
-    found = {store: nats(base_of(store)) for store in CONFIG["stores"]}
-    for name, codes in (("nf4, fp32 products", _ours), ("nf4 of bitsandbytes, fp32 products", _theirs)):
-        plain, coded = base_of("fp32"), coded_layers(base_of("nf4"))
+    found = {kind: nats(base_of(kind)) for kind in CONFIG["bases"]}
+    for name, weight in (("nf4, fp32 products", _ours), ("nf4 of bitsandbytes, fp32 products", _theirs)):
+        plain, quantized = base_of("fp32"), quantized_layers(base_of("nf4"))
         try:
-            for key, layer in coded.items():
-                plain.get_submodule(key).weight.data = codes(layer)
+            for key, layer in quantized.items():
+                plain.get_submodule(key).weight.data = weight(layer)
         except ImportError:
             continue
         found[name] = nats(plain)
     return {name: round(value, 5) for name, value in found.items()}
 
 
-def _ours(layer: QuantisedLinear) -> torch.Tensor:
-    return layer.dequantised()
+def _ours(layer: QuantizedLinear) -> torch.Tensor:
+    return layer.dequantized()
 
 
-def _theirs(layer: QuantisedLinear) -> torch.Tensor:
+def _theirs(layer: QuantizedLinear) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     W = layer.original().bfloat16()  # type: ignore[misc]
@@ -123,27 +126,27 @@ def _theirs(layer: QuantisedLinear) -> torch.Tensor:
 
 
 def loftq() -> dict[str, Any]:
-    """||W - Q - B A|| / ||W||, the mean over layers: as quantised, after one SVD, after so many rounds of both."""
+    """||W - Q - B A|| / ||W||, the mean over layers: as quantized, after one SVD, after so many rounds of both."""
     about = CONFIG["loftq"]
-    codec, r = CODECS[about["store"]], about["r"]
+    codec, r = CODECS[about["quantization"]], about["r"]
     rows = []
-    for layer in list(coded_layers(base_of(about["store"])).values())[:: about["every"]]:
+    for layer in list(quantized_layers(base_of(about["quantization"])).values())[:: about["every"]]:
         W = layer.original().float()  # type: ignore[misc]
         product, errors = torch.zeros_like(W), []
         for _ in range(about["rounds"]):
-            Q = codec.dequantise(codec.quantise(W - product), layer.shape, torch.float32)
+            Q = codec.dequantize(codec.quantize(W - product), layer.shape, torch.float32)
             errors.append(relative(Q + product, W) if not errors else None)
             U, S, V = torch.svd_lowrank(W - Q, r + 16, niter=4)
             product = (U[:, :r] * S[:r]) @ V[:, :r].T
             errors.append(relative(Q + product, W))
         rows.append((errors[0], errors[1], errors[-1]))
-    quantised, once, often = (statistics.mean(column) for column in zip(*rows, strict=True))
+    quantized, once, often = (statistics.mean(column) for column in zip(*rows, strict=True))
     return {
         "layers": len(rows),
-        "quantised": round(quantised, 5),
+        "quantized": round(quantized, 5),
         "one_svd": round(once, 5),
         f"{about['rounds']}_rounds": round(often, 5),
-        "one_svd_takes_away": round(1 - once / quantised, 4),
+        "one_svd_takes_away": round(1 - once / quantized, 4),
         "more_rounds_take_away_of_the_rest": round(1 - often / once, 4),
     }
 
@@ -160,7 +163,7 @@ def inits() -> dict[str, Any]:
         data = prepare_data(job, tokenizer)
         model = load_base(job.base).model
         started = time.process_time()
-        attach_deltas(job, model, data.examples, plan_batches(job.train, data.examples))
+        attach_deltas(job, model, data.examples, make_batches(job.train, data.examples))
         found[init] = {"start_s": round(time.process_time() - started, 1), "nats": round(nats(model), 5)}
     return found
 
@@ -183,8 +186,8 @@ def cpu_ms(run: Callable[[], Any]) -> float:
 def expansions(shape: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """NF4 codes of W -> W in bf16, four ways."""
     codec, levels = CODECS["nf4"], normal_levels()
-    stored = codec.quantise(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    bytes_, n = stored["codes"], math.prod(shape)
+    tensors = codec.quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    bytes_, n = tensors["codes"], math.prod(shape)
     constants = torch.rand(n // 64, 1)
     byte = torch.arange(256)
     pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
@@ -205,7 +208,7 @@ def expansions(shape: tuple[int, int]) -> dict[str, Callable[[], Any]]:
         return fours.index_select(0, words).view(torch.bfloat16).view(-1, 64).mul_(constants.bfloat16())
 
     return {
-        "pairs in float32, rounded once (kept)": lambda: codec.dequantise(stored, shape, torch.bfloat16),
+        "pairs in float32, rounded once (kept)": lambda: codec.dequantize(tensors, shape, torch.bfloat16),
         "pairs in bf16": bf16_pairs,
         "fours in bf16": bf16_fours,
         "nibble by nibble": by_nibble,
@@ -227,13 +230,13 @@ def expand() -> dict[str, Any]:
 # Steps of the demo job -------------------------------------------------------------------------------------------
 
 
-def steps(store: str) -> dict[str, Any]:
+def steps(kind: str) -> dict[str, Any]:
     """Process and wall seconds of each step after the first few, tokens, losses and peak memory; in this process."""
-    job = recipe(store)
+    job = recipe(kind)
     torch.manual_seed(job.train.seed)
     base = load_base(job.base)
     data = prepare_data(job, base.tokenizer)
-    plan = plan_batches(job.train, data.examples)
+    plan = make_batches(job.train, data.examples)
     attach_deltas(job, base.model, data.examples, plan)
     cpu, done = [time.process_time()], []
     for step in training_steps(job, base.model, data.examples, plan):
@@ -252,17 +255,17 @@ def steps(store: str) -> dict[str, Any]:
 
 def all_steps() -> dict[str, Any]:
     about = CONFIG["steps"]
-    runs: dict[str, list[dict[str, Any]]] = {store: [] for store in about["stores"]}
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in about["bases"]}
     for _ in range(about["rounds"]):
-        for store in about["stores"]:
-            command = [sys.executable, __file__, "--steps", store]
+        for kind in about["bases"]:
+            command = [sys.executable, __file__, "--steps", kind]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            runs[store].append(json.loads(out.splitlines()[-1]))
+            runs[kind].append(json.loads(out.splitlines()[-1]))
     table = {
-        store: {key: round(statistics.median(run[key] for run in made), 4) for key in made[0]}
-        for store, made in runs.items()
+        kind: {key: round(statistics.median(run[key] for run in made), 4) for key in made[0]}
+        for kind, made in runs.items()
     }
-    ratios = {store: round(row["cpu_s"] / table["bf16"]["cpu_s"], 3) for store, row in table.items()}
+    ratios = {kind: round(row["cpu_s"] / table["bf16"]["cpu_s"], 3) for kind, row in table.items()}
     return {"table": table, "cpu_ratio_to_bf16": ratios}
 
 

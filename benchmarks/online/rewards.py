@@ -1,9 +1,9 @@
 """What a summary line should look like: a reward that can be checked."""
 
-from graftlm.rl.rewards import Said
+from graftlm.rl.rewards import Completion
 
 
-def form(said: Said) -> float:
+def form(said: Completion) -> float:
     """From 0 to 1, a quarter for each: it is over, on one line, at most ten words, one sentence with its full stop."""
     text = said.answer
     points = [not said.cut, bool(text) and "\n" not in text, 0 < len(text.split()) <= 10]

@@ -35,10 +35,11 @@ def main() -> None:
     from graftlm.config.schema import build
     from graftlm.data.batches.pack import Example, pack
     from graftlm.deltas.full import FullConfig
-    from graftlm.model.layers.attach import attach, attachment, trainable
+    from graftlm.model.layers.attach import attach
+    from graftlm.model.layers.registry import attachment, trainable
     from graftlm.system import tune_process
-    from graftlm.training.callback import ParameterGroup, Training
     from graftlm.training.loop import steps
+    from graftlm.training.state import ParameterGroup, TrainingState
 
     tune_process()
     torch.set_num_threads(settings["threads"])
@@ -50,12 +51,12 @@ def main() -> None:
         for number, row in enumerate(rows[: size * count])
     ]
     before = resident_gib()
-    model, _ = graftlm.load_base(args.base, store="bf16")
+    model, _ = graftlm.load_base(args.base, dtype="bfloat16")
     attach(model, FullConfig(), seed=settings["seed"])
     learning = trainable(model)
     policies = make_policies([build(POLICIES[p["name"]].config, p, source="config.yaml") for p in args.policies])
-    optimiser = make_optimiser(policies, [ParameterGroup(learning, settings["learning_rate"])], weight_decay=0.0)
-    state = Training(model, attachment(model).configs, optimiser, total=count, seed=settings["seed"])
+    optimizer = make_optimiser(policies, [ParameterGroup(learning, settings["learning_rate"])], weight_decay=0.0)
+    state = TrainingState(model, attachment(model).configs, optimizer, total=count, seed=settings["seed"])
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     held = resident_gib() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak of what follows, not of loading
@@ -64,7 +65,7 @@ def main() -> None:
             model,
             (pack(examples[n : n + size], settings["pack_tokens"]) for n in range(0, len(examples), size)),
             loss="supervised",
-            optimiser=optimiser,
+            optimizer=optimizer,
             schedule=lambda step: 1.0,
             clip=1.0,
             policies=policies,
@@ -72,7 +73,7 @@ def main() -> None:
             checkpointing=True,
         )
     )
-    kept = [t for s in optimiser.state.values() for t in s.values() if torch.is_tensor(t)]
+    kept = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
     result = {
         "peak_gib": peak_rss_gib() - before,
         "after_loading_gib": held,

@@ -34,8 +34,11 @@ from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.quality.preflight import prepare  # noqa: E402
 from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.data.sources.source import DataConfig  # noqa: E402
-from graftlm.model.hub.load import load_base, load_tokenizer  # noqa: E402
-from graftlm.training.callback import Policy  # noqa: E402
+from graftlm.model.hub.load import load_base  # noqa: E402
+from graftlm.model.hub.tokenizer import load_tokenizer  # noqa: E402
+from graftlm.training.callback import (
+    Callback,
+)
 
 RUNS = HERE / "runs"
 
@@ -44,7 +47,7 @@ def write_inputs(config: dict[str, Any]) -> None:
     """The rows of every step, and the base in bf16: converting a float32 file takes the memory of both."""
     RUNS.mkdir(exist_ok=True)
     if not (RUNS / "base").is_dir():
-        model, tokenizer = load_base(config["base"], store="bf16")
+        model, tokenizer = load_base(config["base"], dtype="bfloat16")
         model.save_pretrained(RUNS / "base")
         tokenizer.save_pretrained(RUNS / "base")
     rows, _ = load_rows(config["rows"])
@@ -71,7 +74,7 @@ def one_run(config: dict[str, Any], name: str, round_: int) -> dict[str, Any]:
     return result
 
 
-def learning_by_shapes(policy: Policy, shape: dict[str, int]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def learning_by_shapes(policy: Callback, shape: dict[str, int]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(all parameters of a LLaMA that `full` trains, those of them that this policy lets learn at a time)."""
     d, ff, heads = shape["d"], shape["ff"], shape.get("key_value", shape["d"])
     one = [(d, d), (heads, d), (heads, d), (d, d), (ff, d), (ff, d), (d, ff)]

@@ -23,13 +23,13 @@ def main() -> None:
     import torch
 
     import graftlm
-    from graftlm.adapters.store import load_adapter
+    from graftlm.adapters.load import load_adapter
     from graftlm.data.batches.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import fastest_backend
+    from graftlm.optim.adamw import adamw
     from graftlm.system import tune_process
-    from graftlm.training.adamw import adamw
     from graftlm.training.loop import steps
 
     tune_process()
@@ -44,7 +44,7 @@ def main() -> None:
         for row in rows_of(args.rows, args.steps * args.batch_pairs)
     ]
     batches = [groups[i : i + args.batch_pairs] for i in range(0, len(groups), args.batch_pairs)]
-    model, _ = graftlm.load_base(args.base, store="bf16")
+    model, _ = graftlm.load_base(args.base, dtype="bfloat16")
     load_adapter(model, args.start)
     for parameter in trainable(model).values():
         assert parameter.dtype == torch.float32
@@ -55,7 +55,7 @@ def main() -> None:
             model,
             packs,
             loss=DpoConfig(beta=args.beta),
-            optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
+            optimizer=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,
             backend=backend,

@@ -22,10 +22,11 @@ from graftlm.data.batches.pack import Example, pack  # noqa: E402
 from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import attach, trainable  # noqa: E402
+from graftlm.model.layers.attach import attach  # noqa: E402
+from graftlm.model.layers.registry import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
+from graftlm.optim.adamw import adamw  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.adamw import adamw  # noqa: E402
 from graftlm.training.loop import Step, steps  # noqa: E402
 
 
@@ -42,9 +43,9 @@ def cut_rows(text: np.ndarray, *, rows: int, alike: int, shared: int, own: int) 
 
 
 def one_step(model: Any, rows: list[Example], tokens: int, share: bool) -> Step:
-    optimiser = adamw([(trainable(model).values(), 0.0)], weight_decay=0.0)  # a rate of 0: every round is the same
+    optimizer = adamw([(trainable(model).values(), 0.0)], weight_decay=0.0)  # a rate of 0: every round is the same
     batches = [pack(rows, tokens, share=share)]
-    how = {"optimiser": optimiser, "schedule": lambda step: 1.0, "clip": 1.0}
+    how = {"optimiser": optimizer, "schedule": lambda step: 1.0, "clip": 1.0}
     (step,) = steps(model, batches, loss="supervised", backend=fastest_backend(model, batches[0]), **how)
     return step
 
@@ -53,7 +54,7 @@ def main() -> None:
     tune_process()
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     torch.set_num_threads(config["threads"])
-    model, tokenizer = load_base(config["base"], store="bf16")
+    model, tokenizer = load_base(config["base"], dtype="bfloat16")
     attach(model, LoraConfig(r=16, alpha=32), seed=0)
     rows, _ = load_rows("builtin:docstrings")
     text = np.array(tokenizer("\n".join(row.messages[0].content for row in rows[:600])).input_ids, np.int32)

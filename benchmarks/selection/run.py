@@ -46,7 +46,7 @@ from graftlm.selection.base import Pool, embeddings, examples_of  # noqa: E402
 from graftlm.selection.choose import choose  # noqa: E402
 from graftlm.selection.k_center import greedy_order  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, plan_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 RUNS = HERE / "runs.jsonl"
@@ -300,11 +300,11 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         assert bench is not None
         recipe = bench.recipe(str(SCRATCH / "pool.jsonl"), train={**settings["train"], "seed": seed})
         examples = [example for row in examples_of(rows, bench.renderer, recipe.data) for example in row]
-        plan = plan_batches(recipe.train, examples)
+        plan = make_batches(recipe.train, examples)
         torch.manual_seed(seed)
-        attach_deltas(recipe, bench.model, examples, plan)
+        attach_deltas(recipe.setup(), bench.model, examples, plan)
         try:
-            for _ in training_steps(recipe, bench.model, examples, plan):
+            for _ in training_steps(recipe.setup(), bench.model, examples, plan):
                 pass
             bench.model.eval()
             return {"tokens": int(sum(e.weights.sum() for e in examples)), **measured()}

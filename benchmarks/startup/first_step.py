@@ -21,11 +21,11 @@ done("imports of torch and transformers")
 # what transformers imports when it first loads a model is among its imports, so that "graftlm" is ours alone
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
 from graftlm.data.batches.pack import lay_out  # noqa: E402
-from graftlm.model.layers.attach import trainable  # noqa: E402
+from graftlm.model.layers.registry import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
-from graftlm.model.passes.packing_check import prove  # noqa: E402
-from graftlm.run import prepare_data  # noqa: E402
-from graftlm.training.adamw import adamw  # noqa: E402
+from graftlm.model.passes.packing_check import check_packing  # noqa: E402
+from graftlm.optim.adamw import adamw  # noqa: E402
+from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.training.loop import steps  # noqa: E402
 
 done("imports of graftlm")
@@ -33,15 +33,15 @@ model, tokenizer = load_base("smollm2")
 done("loading base and tokenizer")
 rows = prepare_data(Recipe(data=DataConfig(train="builtin:docstrings")), tokenizer).examples
 done("rows as an earlier run left them")
-prove(model, rows, packed=True, sharing=True)
+check_packing(model, rows, packed=True, sharing=True)
 done("proving the forward pass and packing")
 attach(model, LoraConfig(), seed=0)
 done("attaching the delta")
-optimiser = adamw([(trainable(model).values(), 1e-3)], weight_decay=0.0)
+optimizer = adamw([(trainable(model).values(), 1e-3)], weight_decay=0.0)
 packs = [lay_out(rows[:8], 1024, packed=True, share=True)]
 backend = fastest_backend(model, packs[0])
 done("choosing kernels, as an earlier run measured them")
-how = {"optimiser": optimiser, "schedule": lambda step: 1.0, "clip": 1.0, "backend": backend}
+how = {"optimiser": optimizer, "schedule": lambda step: 1.0, "clip": 1.0, "backend": backend}
 next(iter(steps(model, packs, loss="supervised", **how)))
 done("the first step")
 print(json.dumps(stages))

@@ -26,12 +26,12 @@ def main() -> None:
     import transformers
 
     import graftlm
-    from graftlm.adapters.store import load_adapter
+    from graftlm.adapters.load import load_adapter
     from graftlm.data.batches.pack import Example, pack
-    from graftlm.model.layers.attach import trainable
+    from graftlm.model.layers.registry import trainable
     from graftlm.model.passes.autotune import choose
+    from graftlm.optim.adamw import adamw
     from graftlm.system import tune_process
-    from graftlm.training.adamw import adamw
     from graftlm.training.loop import steps
 
     tune_process()
@@ -41,7 +41,7 @@ def main() -> None:
         for number, row in enumerate(rows_of(args.rows, args.steps * args.batch_rows))
     ]
     batches = [examples[i : i + args.batch_rows] for i in range(0, len(examples), args.batch_rows)]
-    model, _ = graftlm.load_base(args.base, store="bf16")
+    model, _ = graftlm.load_base(args.base, dtype="bfloat16")
     load_adapter(model, args.start)
     for parameter in trainable(model).values():
         assert parameter.dtype == torch.float32
@@ -52,7 +52,7 @@ def main() -> None:
             model,
             packs,
             loss="supervised",
-            optimiser=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
+            optimizer=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
             schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
             clip=1.0,
             backend=choice.backend(model.device, model.dtype),

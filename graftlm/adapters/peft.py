@@ -1,13 +1,50 @@
-"""How PEFT reads a folder: which modules its `target_modules` mean, the task, and what it loses."""
+"""What PEFT can express, and how it reads a folder: its config, what its `target_modules` mean, what it loses."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from graftlm.deltas.base import matches
-from graftlm.model.layers.hosts import Host, LayerHost
+from graftlm.adapters.tensors import modules_of
+from graftlm.deltas import METHODS
+from graftlm.deltas.base import Delta, DeltaConfig, PeftLayout, matches
+from graftlm.model.layers.hosts import Host, LayerHost, ModelHost
+from graftlm.model.layers.registry import attachment, hosts
+from graftlm.model.layers.sites import config_at
+
+OWN_TYPE = "GRAFTLM"
+"""The `peft_type` of a delta that PEFT has no word for: PEFT refuses it, and so does not load it half."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False,),
+    "eva_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "loftq_config": (None, {}),
+    "lora_bias": (False,),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}
+"""Keys of PEFT's LORA that change what an adapter computes, with the values at which they do not; others: refused."""
+
+NEUTRAL_ANYWHERE: dict[str, tuple[Any, ...]] = {
+    "exclude_modules": (None, []),
+    "layers_pattern": (None, [], ""),
+    "layers_to_transform": (None, []),
+    "modules_to_save": (None, []),
+}
+"""The same for the keys that most types have."""
 
 MOE_AS_QWEN2 = (
     "afmoe",
@@ -125,3 +162,60 @@ def task(model: Any) -> dict[str, Any]:
         return {"task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"}
     made = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {"task_type": None, "auto_mapping": made}
+
+
+def why_not_peft(model: nn.Module, name: str = "default") -> str:
+    """Why PEFT's format cannot hold this delta exactly, or an empty text where it can."""
+    config = attachment(model).configs[name]
+    method = METHODS[config.method].delta
+    if method.peft is None:
+        return f"PEFT has no method that computes what {config.method} does"
+    if method.peft.why_not is not None and (reason := method.peft.why_not(config)):
+        return reason
+    for pattern, overrides in config.patterns.items():
+        if lost := overrides.keys() - method.peft.patterns.keys():
+            return f"PEFT has no pattern for {', '.join(sorted(lost))}, which {pattern!r} sets"
+    for site, module in modules_of(model, name).items():
+        if isinstance(module, Delta) and module.site.rows is not None:
+            return f"{site} is a part of a layer, and PEFT has no name for one"
+        if isinstance(module, Delta) and method.peft.why_not_at and (reason := method.peft.why_not_at(module.site)):
+            return f"{site}: {reason}"
+        if getattr(module, "offset_A", None) is not None:
+            return f"init {config.init!r} took a part of W out, and PEFT's format has no place for a fixed offset"
+        known = method.peft.tensors if site else method.peft.shared
+        for key in module.state_dict():
+            if key not in known:
+                return f"PEFT's {method.peft.type} has no tensor for {key}"
+    parameters = not config.dropout and not method.peft.constants.get("use_dora")
+    return why_not_read(model_type(model), method.peft.type, attachment(model).sites[name], parameters=parameters)
+
+
+def peft_config(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: list[str]) -> dict[str, Any]:
+    """PEFT's config: sites as suffixes where those mean the same, and what differs at a site under its full name."""
+    on = hosts(model)
+    stored: dict[str, Any] = {"inference_mode": True, "peft_type": layout.type, "revision": None}
+    if layout.type == "LORA":
+        stored |= {key: values[0] for key, values in NEUTRAL.items()} | {"init_lora_weights": True}
+    if not isinstance(on[sites[0]], ModelHost):
+        swapped = any(transposed(on[site]) for site in sites)
+        stored |= {key: values[0] for key, values in NEUTRAL_ANYWHERE.items()}
+        stored |= {"fan_in_fan_out": swapped, "target_modules": target_modules(model, sites)}
+    patterns: dict[str, dict[str, Any]] = {key: {} for key in layout.patterns.values()}
+    for site in sites:
+        there = config_at(config, site)
+        for ours, key in layout.patterns.items():
+            if getattr(there, ours) != getattr(config, ours):
+                patterns[key][re.escape(site)] = getattr(there, ours)
+    fields = {key: getattr(config, ours) for ours, key in layout.fields.items()}
+    first = next(m for m in _modules_on(on[sites[0]], config))
+    facts = layout.facts(first.site, config) if layout.facts else {}
+    return {**stored, **patterns, **layout.constants, **fields, **facts}
+
+
+def _modules_on(host: Host, config: DeltaConfig) -> Iterator[Delta]:
+    return (d for d in host.deltas.values() if isinstance(d, Delta) and d.config.method == config.method)
+
+
+def transposed(host: Host) -> bool:
+    """Whether a state dict of the base holds this linear layer's weight as [d_in, d_out]."""
+    return isinstance(host, LayerHost) and host.view.kind == "linear" and host.view.transposed

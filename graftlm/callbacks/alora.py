@@ -10,7 +10,7 @@ is a plain LoRA.
 The equation is taken from a survey of the paper; no code, of its authors or of others, was found to check it with.
 
 Departures: the paper scores by the task's metric on a batch of validation rows, here it is the loss; and a rank that is
-given to a site starts like LoRA's own, B at zero. The optimiser keeps what it knew of that column.
+given to a site starts like LoRA's own, B at zero. The optimizer keeps what it knew of that column.
 """
 
 from typing import ClassVar, Literal
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from graftlm.config.schema import PositiveCount, Weight, config
-from graftlm.training.callback import Policy, PolicyConfig, Training, needs_aside, needs_method
+from graftlm.training.callback import Callback, CallbackConfig, needs_inner_split, needs_method
+from graftlm.training.state import TrainingState
 
 
 @config
-class AloraConfig(PolicyConfig):
+class AloraConfig(CallbackConfig):
     name: Literal["alora"] = "alora"
     first: PositiveCount = 8
     """Ranks of each site that are on at the start; less than the method's `r`, up to which a site can grow."""
@@ -35,13 +36,13 @@ class AloraConfig(PolicyConfig):
     """Share of the run after which nothing is moved any more."""
 
 
-class Alora(Policy):
+class Alora(Callback):
     paper = "Liu et al. 2024, arXiv:2403.16187"
     cost = "each time two forward passes over rows put aside for every rank that is on: thousands in a whole model"
-    wants_aside: ClassVar[float] = 0.05
+    inner_share: ClassVar[float] = 0.05
 
-    def refuse(self, training: Training) -> str:
-        if reason := needs_method(training, "lora") or needs_aside(training):
+    def refusal(self, training: TrainingState) -> str:
+        if reason := needs_method(training, "lora") or needs_inner_split(training):
             return reason
         least = min(len(delta.get_parameter("A")) for _, _, delta in training.sites())
         if self.config.first >= least:
@@ -49,7 +50,7 @@ class Alora(Policy):
         last = self.config.until * training.total
         return "" if self.config.every <= last else f"no {self.config.every} steps pass before ranks are fixed"
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         for name, site, delta in training.sites():
             if f"on/{name}/{site}" not in self.tensors:
                 on = torch.zeros(len(delta.get_parameter("A")))
@@ -57,43 +58,43 @@ class Alora(Policy):
                 self.tensors[f"on/{name}/{site}"] = on
         self._hold(training)
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         for name, site, delta in training.sites():
             B = delta.get_parameter("B")
             if B.grad is not None:
                 B.grad *= self.tensors[f"on/{name}/{site}"].to(B.device)
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         if training.done % self.config.every == 0 and training.done <= self.config.until * training.total:
             self._move(training)
         self._hold(training)
 
     @torch.no_grad()
-    def importance(self, training: Training) -> list[Tensor]:
+    def importance(self, training: TrainingState) -> list[Tensor]:
         """IS [r] of every site, -inf for ranks that are off."""
-        assert training.aside is not None
+        assert training.inner_loss is not None
         self._hold(training)
         factors = [delta.get_parameter("B") for _, _, delta in training.sites()]
         masks = [self.tensors[f"on/{name}/{site}"] for name, site, _ in training.sites()]
         before, found = [B.clone() for B in factors], [torch.full_like(on, -torch.inf) for on in masks]
-        whole = -float(training.aside(False))
+        whole = -float(training.inner_loss(False))
         for B, kept, on, score in zip(factors, before, masks, found, strict=True):
             for i in on.nonzero()[:, 0].tolist():
                 B[:, i] = 0
-                score[i] = whole + float(training.aside(False))
+                score[i] = whole + float(training.inner_loss(False))
                 B[:, i] = kept[:, i]
         for B in factors:
             B.zero_()
         for B, kept, on, score in zip(factors, before, masks, found, strict=True):
             for i in on.nonzero()[:, 0].tolist():
                 B[:, i] = kept[:, i]
-                score[i] -= float(training.aside(False))
+                score[i] -= float(training.inner_loss(False))
                 B[:, i] = 0
         for B, kept in zip(factors, before, strict=True):
             B.copy_(kept)
         return found
 
-    def _move(self, training: Training) -> None:
+    def _move(self, training: TrainingState) -> None:
         scores = self.importance(training)
         keys = [f"on/{name}/{site}" for name, site, _ in training.sites()]
         masks = [self.tensors[key] for key in keys]
@@ -111,10 +112,10 @@ class Alora(Policy):
                 off -= 1
             gains = [k for k in gains if not masks[k].all()]
         ranks = {site: int(on.sum()) for (_, site, _), on in zip(training.sites(), masks, strict=True)}
-        training.events.append({"event": "ranks", "policy": "alora", "total": sum(ranks.values()), "ranks": ranks})
+        training.events.append({"event": "ranks", "callback": "alora", "total": sum(ranks.values()), "ranks": ranks})
 
     @torch.no_grad()
-    def _hold(self, training: Training) -> None:
+    def _hold(self, training: TrainingState) -> None:
         for name, site, delta in training.sites():
             B = delta.get_parameter("B")
             B.mul_(self.tensors[f"on/{name}/{site}"].to(B.device))

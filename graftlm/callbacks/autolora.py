@@ -20,11 +20,12 @@ from torch import Tensor
 
 from graftlm.callbacks.cola import started_anew
 from graftlm.config.schema import PositiveRate, Rate, Share, config
-from graftlm.training.callback import Policy, PolicyConfig, Training, learn_from_aside, needs_aside, needs_method
+from graftlm.training.callback import Callback, CallbackConfig, needs_inner_split, needs_method, use_inner_gradient
+from graftlm.training.state import TrainingState
 
 
 @config
-class AutoLoraConfig(PolicyConfig):
+class AutoLoraConfig(CallbackConfig):
     name: Literal["autolora"] = "autolora"
     search: Share = 0.4
     """Share of the run that is spent on searching."""
@@ -34,11 +35,11 @@ class AutoLoraConfig(PolicyConfig):
     """What of its site's mean a selection variable must reach for its rank to be kept."""
 
 
-class GateSearch(Policy):
+class GateSearch(Callback):
     """Gates of gated-lora that follow from variables, which learn from rows put aside and are then made yes or no."""
 
     cost = "a second forward and backward pass a step while it searches, and a fifth of the rows"
-    wants_aside: ClassVar[float] = 0.2
+    inner_share: ClassVar[float] = 0.2
 
     @abstractmethod
     def gates(self, variables: Tensor) -> Tensor:
@@ -48,59 +49,59 @@ class GateSearch(Policy):
     def kept_gates(self, found: list[Tensor]) -> list[Tensor]:
         """The gates of all sites as found -> 1 for what stays, 0 for what goes."""
 
-    def refuse(self, training: Training) -> str:
-        if reason := needs_method(training, "gated-lora") or needs_aside(training):
+    def refusal(self, training: TrainingState) -> str:
+        if reason := needs_method(training, "gated-lora") or needs_inner_split(training):
             return reason
         return "" if self._last(training) >= 2 else "search leaves no two steps to search in"
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         if training.done >= self._last(training):
             self._fix(training)
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         if training.done >= self._last(training):
             return
-        learn_from_aside(training, [delta.get_parameter("g") for _, _, delta in training.sites()])
+        use_inner_gradient(training, [delta.get_parameter("g") for _, _, delta in training.sites()])
         for name, site, delta in training.sites():
             g = delta.get_parameter("g")
-            variables = self.kept(f"variables/{name}/{site}", g).clone().requires_grad_(True)
+            variables = self.buffer(f"variables/{name}/{site}", g).clone().requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.gates(variables), variables, g.grad)
             self._adam(f"{name}/{site}", gradient, training.done + 1)
-            g.grad = None  # the optimiser leaves it alone
+            g.grad = None  # the optimizer leaves it alone
 
     def _adam(self, key: str, gradient: Tensor, t: int) -> None:
         """One step of Adam with betas 0.9 and 0.999."""
-        mean, square = self.kept(f"mean/{key}", gradient), self.kept(f"square/{key}", gradient)
+        mean, square = self.buffer(f"mean/{key}", gradient), self.buffer(f"square/{key}", gradient)
         mean.lerp_(gradient, 0.1)
         square.lerp_(gradient.square(), 0.001)
         step = (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)
         self.tensors[f"variables/{key}"].sub_(self.config.rate * step)
 
     @torch.no_grad()
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         if training.done > self._last(training):
             return
         sites = list(training.sites())
-        found = [self.gates(self.kept(f"variables/{name}/{site}", d.get_parameter("g"))) for name, site, d in sites]
+        found = [self.gates(self.buffer(f"variables/{name}/{site}", d.get_parameter("g"))) for name, site, d in sites]
         if training.done == self._last(training):
             found = self.kept_gates(found)
             self._begin_again(training)
             ranks = {site: int(g.sum()) for (_, site, _), g in zip(sites, found, strict=True)}
-            event = {"event": "ranks", "policy": self.config.name, "total": sum(ranks.values()), "ranks": ranks}
+            event = {"event": "ranks", "callback": self.config.name, "total": sum(ranks.values()), "ranks": ranks}
             training.events.append(event)
         for (_, _, delta), g in zip(sites, found, strict=True):
             delta.get_parameter("g").copy_(g)
         if training.done == self._last(training):
             self._fix(training)
 
-    def _begin_again(self, training: Training) -> None:
+    def _begin_again(self, training: TrainingState) -> None:
         for name, site, delta in training.sites():
             fresh = started_anew(training, name, site, delta)
             for p, start in zip(delta.parameters(), fresh.parameters(), strict=True):
                 p.copy_(start)
-                training.optimiser.state.pop(p, None)
+                training.optimizer.state.pop(p, None)
 
-    def _fix(self, training: Training) -> None:
+    def _fix(self, training: TrainingState) -> None:
         """Gates are decided: they do not learn any more, nor does anything at a site that has none open."""
         for _, _, delta in training.sites():
             g = delta.get_parameter("g")
@@ -108,7 +109,7 @@ class GateSearch(Policy):
                 p.requires_grad_(False)
                 p.grad = None
 
-    def _last(self, training: Training) -> int:
+    def _last(self, training: TrainingState) -> int:
         return int(self.config.search * training.total)
 
 

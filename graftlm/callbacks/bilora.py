@@ -6,35 +6,29 @@
     upper level:  E    <- gradient of L(D2)                  D2: a fifth of the rows, put aside (the paper: two tenths)
 
 Departures: the upper gradient is taken at the P, Q of the same step, and how P, Q would have answered to another E is
-left out (the first order of DARTS; the paper unrolls the lower level). Both levels move in one step of one optimiser,
+left out (the first order of DARTS; the paper unrolls the lower level). Both levels move in one step of one optimizer,
 at one rate. The paper's variants that press E towards 0 or 1 are left out.
 """
 
 from typing import ClassVar, Literal
 
 from graftlm.config.schema import config
-from graftlm.training.callback import (
-    Policy,
-    PolicyConfig,
-    Training,
-    learn_from_aside,
-    needs_aside,
-    needs_method,
-)
+from graftlm.training.callback import Callback, CallbackConfig, needs_inner_split, needs_method, use_inner_gradient
+from graftlm.training.state import TrainingState
 
 
 @config
-class BiLoraConfig(PolicyConfig):
+class BiLoraConfig(CallbackConfig):
     name: Literal["bilora"] = "bilora"
 
 
-class BiLora(Policy):
+class BiLora(Callback):
     paper = "Qiang, Zhang and Xie 2024, arXiv:2403.13037"
     cost = "a second forward and backward pass each step, and a fifth of the rows"
-    wants_aside: ClassVar[float] = 0.2
+    inner_share: ClassVar[float] = 0.2
 
-    def refuse(self, training: Training) -> str:
-        return needs_method(training, "adalora") or needs_aside(training)
+    def refusal(self, training: TrainingState) -> str:
+        return needs_method(training, "adalora") or needs_inner_split(training)
 
-    def on_grads(self, training: Training) -> None:
-        learn_from_aside(training, [delta.get_parameter("E") for _, _, delta in training.sites()])
+    def on_grads(self, training: TrainingState) -> None:
+        use_inner_gradient(training, [delta.get_parameter("E") for _, _, delta in training.sites()])

@@ -1,6 +1,6 @@
 """Chain of LoRA: merge and restart. Xia, Qin and Hazan 2024, arXiv:2401.04151, Algorithm 1.
 
-    every T steps:  W <- W + s B A;  A, B drawn anew (B = 0);  the optimiser forgets them
+    every T steps:  W <- W + s B A;  A, B drawn anew (B = 0);  the optimizer forgets them
 
 Here the base is never changed (docs/decisions/003): s B A goes into the fixed offset of the delta, by concatenation,
 
@@ -23,31 +23,32 @@ from torch import Tensor
 
 from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import AdditiveDelta, Delta
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import TrainingState
 
 
 @config
-class ColaConfig(PolicyConfig):
+class ColaConfig(CallbackConfig):
     name: Literal["cola"] = "cola"
     every: PositiveCount = 100
     """Steps of each link of the chain."""
 
 
-class Cola(Policy):
+class Cola(Callback):
     paper = "Xia, Qin and Hazan 2024, arXiv:2401.04151"
     cost = "the rank grows by r at each restart, in time, memory and on disk"
     no_mean = "what was learnt goes into the base and the factors begin again: their mean is of different things"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         return why_no_restart(training, self.config.every)
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         if training.done % self.config.every == 0 and training.done < training.total:
             ranks = [unload(training, name, site, delta) for name, site, delta in training.sites()]
-            training.events.append({"event": "restart", "policy": self.config.name, "fixed_rank": max(ranks)})
+            training.events.append({"event": "restart", "callback": self.config.name, "fixed_rank": max(ranks)})
 
 
-def why_no_restart(training: Training, every: int) -> str:
+def why_no_restart(training: TrainingState, every: int) -> str:
     """Why what was learnt cannot be put into a fixed B A every so many steps, or an empty text."""
     for _, _, delta in training.sites():
         if not isinstance(delta, AdditiveDelta) or delta.factors() is None:
@@ -61,13 +62,13 @@ def why_no_restart(training: Training, every: int) -> str:
 
 
 @torch.no_grad()
-def unload(training: Training, name: str, site: str, delta: Delta) -> int:
+def unload(training: TrainingState, name: str, site: str, delta: Delta) -> int:
     """Put what this delta adds into its fixed offset and let it start again; returns the rank of the offset."""
     A, B = factors_of(delta)
     fresh = started_anew(training, name, site, delta)
     for parameter, start in zip(delta.parameters(), fresh.parameters(), strict=True):
         parameter.copy_(start)
-        training.optimiser.state.pop(parameter, None)
+        training.optimizer.state.pop(parameter, None)
     A0, B0 = factors_of(delta)
     grow(delta, A, -B)
     if (B0 @ A0).count_nonzero():
@@ -85,7 +86,7 @@ def factors_of(delta: Delta) -> tuple[Tensor, Tensor]:
     return A.detach().clone(), B.detach().clone()
 
 
-def started_anew(training: Training, name: str, site: str, delta: Delta) -> Delta:
+def started_anew(training: TrainingState, name: str, site: str, delta: Delta) -> Delta:
     """The same delta as its method starts it, with a seed for this step of the run."""
     seed = int(torch.randint(2**31, (1,), generator=training.generator(f"restart/{name}/{site}")))
     fresh = type(delta)(replace(delta.site, seed=seed), delta.config)

@@ -15,14 +15,15 @@ import torch
 
 from graftlm.config.schema import Share, config
 from graftlm.deltas.diff_pruning import DiffPruning
-from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
+from graftlm.training.callback import Callback, CallbackConfig, needs_method
+from graftlm.training.state import TrainingState
 
 SURE = 50.0
 """An alpha at which the gate is 0 or 1 exactly, whatever the noise."""
 
 
 @config
-class DiffPruningPolicyConfig(PolicyConfig):
+class DiffPruningCallbackConfig(CallbackConfig):
     name: Literal["diff-pruning"] = "diff-pruning"
     density: Share = 0.005
     """Share of the entries that may differ from the base, over all sites together."""
@@ -30,16 +31,16 @@ class DiffPruningPolicyConfig(PolicyConfig):
     """Share of the run before the pruning."""
 
 
-class DiffPruningPolicy(Policy):
+class DiffPruningCallback(Callback):
     paper = "Guo, Rush and Kim 2020, arXiv:2012.07463"
     cost = "once, a sort of all entries; none before and after"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         if reason := needs_method(training, "diff-pruning"):
             return reason
         return "" if self._when(training) >= 1 else "there is no step before the pruning"
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         if training.done >= self._when(training):
             for delta in _deltas(training):
                 for gate in (delta.a, delta.a_group):
@@ -47,7 +48,7 @@ class DiffPruningPolicy(Policy):
                         gate.grad = None
 
     @torch.no_grad()
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         if training.done != self._when(training):
             return
         deltas = _deltas(training)
@@ -63,12 +64,12 @@ class DiffPruningPolicy(Policy):
             if delta.a_group is not None:
                 delta.a_group.fill_((SURE - delta.gate) / delta.gate_speed)
             for p in delta.parameters():
-                training.optimiser.state.pop(p, None)
-        training.events.append({"event": "pruned", "policy": "diff-pruning", "kept": count, "of": len(sizes)})
+                training.optimizer.state.pop(p, None)
+        training.events.append({"event": "pruned", "callback": "diff-pruning", "kept": count, "of": len(sizes)})
 
-    def _when(self, training: Training) -> int:
+    def _when(self, training: TrainingState) -> int:
         return int(self.config.after * training.total)
 
 
-def _deltas(training: Training) -> list[DiffPruning]:
+def _deltas(training: TrainingState) -> list[DiffPruning]:
     return [delta for _, _, delta in training.sites() if isinstance(delta, DiffPruning)]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from graftlm.callbacks.autolora import GateSearch
 from graftlm.config.schema import PositiveRate, Share, config
-from graftlm.training.callback import PolicyConfig
+from graftlm.training.callback import CallbackConfig
 
 
 @config
-class DiffoRAConfig(PolicyConfig):
+class DiffoRAConfig(CallbackConfig):
     name: Literal["diffora"] = "diffora"
     search: Share = 0.4
     """Share of the run that is spent on searching."""

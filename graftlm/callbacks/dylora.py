@@ -25,12 +25,13 @@ from torch import nn
 from graftlm.config.schema import Flag, PositiveCount, config
 from graftlm.deltas.dylora import DyLora
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import attachment, deltas_by_site
-from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
+from graftlm.model.layers.registry import attachment, deltas_by_site
+from graftlm.training.callback import Callback, CallbackConfig, needs_method
+from graftlm.training.state import TrainingState
 
 
 @config
-class DyLoraPolicyConfig(PolicyConfig):
+class DyLoraCallbackConfig(CallbackConfig):
     name: Literal["dylora"] = "dylora"
     least: PositiveCount = 1
     """The smallest rank that is drawn."""
@@ -38,18 +39,18 @@ class DyLoraPolicyConfig(PolicyConfig):
     """Update only the last of the ranks that a step uses."""
 
 
-class DyLoraPolicy(Policy):
+class DyLoraCallback(Callback):
     paper = "Valipour et al. 2022, arXiv:2210.07558"
     cost = "none: a step costs what LoRA of the rank drawn does"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         if reason := needs_method(training, "dylora"):
             return reason
         r = min(len(delta.A) for delta in _deltas(training))
         return f"least {self.config.least} is more than r {r}" if self.config.least > r else ""
 
     @contextmanager
-    def during(self, training: Training) -> Iterator[None]:
+    def during(self, training: TrainingState) -> Iterator[None]:
         before: list[tuple[DyLora, int]] = [(delta, delta.rank) for delta in _deltas(training)]
         for delta, r in before:
             delta.use(min(self.drawn(training), r))
@@ -59,12 +60,12 @@ class DyLoraPolicy(Policy):
             for delta, r in before:
                 delta.use(r)
 
-    def drawn(self, training: Training) -> int:
+    def drawn(self, training: TrainingState) -> int:
         """b of this step: where sites differ in r, drawn for the greatest and cut to each site's own."""
         r = max(len(delta.A) for delta in _deltas(training))
         return int(torch.randint(self.config.least, r + 1, (1,), generator=training.generator("dylora")))
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         if not self.config.frozen or training.done < 2:
             return
         for delta in _deltas(training):
@@ -74,7 +75,7 @@ class DyLoraPolicy(Policy):
                     gradient[:last] = 0
 
 
-def _deltas(training: Training) -> list[DyLora]:
+def _deltas(training: TrainingState) -> list[DyLora]:
     return [delta for _, _, delta in training.sites() if isinstance(delta, DyLora)]
 
 

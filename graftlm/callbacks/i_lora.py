@@ -18,7 +18,7 @@ slower than W.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,11 +26,12 @@ from torch import Tensor
 from graftlm.callbacks.ema import Ema
 from graftlm.config.schema import Rate, Share, config
 from graftlm.model.layers.sites import transformer_layers
-from graftlm.training.callback import PolicyConfig, Training, needs_aside
+from graftlm.training.callback import CallbackConfig, needs_inner_split, part_that_makes_passes
+from graftlm.training.state import TrainingState
 
 
 @config
-class ILoraConfig(PolicyConfig):
+class ILoraConfig(CallbackConfig):
     name: Literal["i-lora"] = "i-lora"
     decay: Share = 0.99
     """The share of the slow learner that a step keeps: 1 / (1 - decay) steps count."""
@@ -41,20 +42,26 @@ class ILoraConfig(PolicyConfig):
 class ILora(Ema):
     paper = "Ren et al. 2024, arXiv:2402.18865"
     cost = "a copy of what is trained; each step goes over as many rows put aside, twice, and keeps their hidden states"
-    wants_aside: ClassVar[float] = 0.05
+    inner_share: ClassVar[float] = 0.05
 
-    def refuse(self, training: Training) -> str:
-        return needs_aside(training)
+    @classmethod
+    def conflict_in(cls, recipe: Any) -> str:
+        if part := part_that_makes_passes(recipe):
+            return f"i-lora ties the hidden states of the pass that learns, and {part} makes other passes: drop one"
+        return super().conflict_in(recipe)
 
-    def on_grads(self, training: Training) -> None:
-        assert training.aside is not None
+    def refusal(self, training: TrainingState) -> str:
+        return needs_inner_split(training)
+
+    def on_grads(self, training: TrainingState) -> None:
+        assert training.inner_loss is not None
         slow: list[Tensor] = []
 
         def keep(h: Tensor) -> None:
             slow.append(h.detach())
 
         with self.evaluating(training), torch.no_grad(), _each_layer(training, keep):
-            training.aside(False)
+            training.inner_loss(False)
         count, seen = sum(h.numel() for h in slow), iter(slow)
 
         def tie(h: Tensor) -> None:
@@ -66,14 +73,14 @@ class ILora(Ema):
                 h.register_hook(lambda g: g + strength * (here - other))
 
         with _each_layer(training, tie):
-            training.aside(True)
+            training.inner_loss(True)
         for p in training.parameters().values():
             if p.grad is not None:
                 p.grad /= 2
 
 
 @contextmanager
-def _each_layer(training: Training, see: Callable[[Tensor], None]) -> Iterator[None]:
+def _each_layer(training: TrainingState, see: Callable[[Tensor], None]) -> Iterator[None]:
     """Inside, `see` is called with what each decoder layer puts out."""
 
     def after(layer: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:

@@ -30,14 +30,15 @@ from torch.utils.hooks import RemovableHandle
 from graftlm import distributed
 from graftlm.config.schema import PositiveCount, Share, config
 from graftlm.deltas.base import AdditiveDelta, Delta
-from graftlm.model.layers.attach import hosts
-from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
+from graftlm.model.layers.registry import hosts
+from graftlm.training.callback import Callback, CallbackConfig, needs_method
+from graftlm.training.state import TrainingState
 
 RESERVE = 1e-5
 
 
 @config
-class IncreLoraConfig(PolicyConfig):
+class IncreLoraConfig(CallbackConfig):
     name: Literal["increlora"] = "increlora"
     first: PositiveCount = 1
     """Ranks of each site at the start."""
@@ -53,14 +54,14 @@ class IncreLoraConfig(PolicyConfig):
     beta2: Share = 0.85
 
 
-class IncreLora(Policy):
+class IncreLora(Callback):
     paper = "Zhang et al. 2023, arXiv:2308.12043"
     cost = (
         "while ranks are added, the gradient of every W: about half as much again in time; memory of one W, or of all "
         "where a step is several packs or processes"
     )
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         if reason := needs_method(training, "adalora"):
             return reason
         least = min(len(delta.get_parameter("E")) for _, _, delta in training.sites())
@@ -68,12 +69,12 @@ class IncreLora(Policy):
             return f"first {self.config.first} < target_r {self.config.target_r} <= r {least} must hold"
         return "" if self._moments(training) else "warmup, until and every leave no step at which a rank is added"
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.facts.setdefault("ranks", {f"{n}/{site}": self.config.first for n, site, _ in training.sites()})
         self._hold(training)
 
     @contextmanager
-    def during(self, training: Training) -> Iterator[None]:
+    def during(self, training: TrainingState) -> Iterator[None]:
         self.found: dict[str, float] = {}
         self.sums: dict[str, Tensor] = {}
         handles: list[RemovableHandle] = []
@@ -88,20 +89,20 @@ class IncreLora(Policy):
             for handle in handles:
                 handle.remove()
 
-    def _see(self, training: Training, key: str, delta: AdditiveDelta, G: Tensor) -> None:
+    def _see(self, training: TrainingState, key: str, delta: AdditiveDelta, G: Tensor) -> None:
         if distributed.count() == 1 and training.last_pack and key not in self.sums:
             self.found[key] = _score(delta, G)  # it is whole already
         else:
             self.sums[key] = self.sums[key].add_(G) if key in self.sums else G
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         for name, site, delta in training.sites():
             E = delta.get_parameter("E")
             assert E.grad is not None
             E.grad[self.facts["ranks"][f"{name}/{site}"] :] = 0
         if training.done < self._moments(training)[-1]:
             here = torch.tensor([self._whole_score(f"{name}/{site}", delta) for name, site, delta in training.sites()])
-            smooth, unsure = self.kept("smooth", here), self.kept("unsure", here)
+            smooth, unsure = self.buffer("smooth", here), self.buffer("unsure", here)
             smooth.lerp_(here, 1 - self.config.beta1)
             unsure.lerp_((here - smooth).abs(), 1 - self.config.beta2)
 
@@ -111,13 +112,13 @@ class IncreLora(Policy):
             return self.found.get(key, 0.0)
         return _score(delta, whole_gradient(self.sums.pop(key, None), delta))
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         moments = self._moments(training)
         if training.done in moments:
             self._grow(training, moments.index(training.done) + 1, len(moments))
         self._hold(training)
 
-    def _grow(self, training: Training, number: int, of: int) -> None:
+    def _grow(self, training: TrainingState, number: int, of: int) -> None:
         """Give a rank to the sites with the greatest scores, so that after `of` times the target is reached."""
         have: dict[str, int] = self.facts["ranks"]
         first, target = self.config.first * len(have), self.config.target_r * len(have)
@@ -131,10 +132,10 @@ class IncreLora(Policy):
                     have[key] += 1
                     missing -= 1
         names = {key.partition("/")[2]: r for key, r in have.items()}
-        training.events.append({"event": "ranks", "policy": "increlora", "total": sum(have.values()), "ranks": names})
+        training.events.append({"event": "ranks", "callback": "increlora", "total": sum(have.values()), "ranks": names})
 
     @torch.no_grad()
-    def _hold(self, training: Training) -> None:
+    def _hold(self, training: TrainingState) -> None:
         """E of the rank in reserve stays 1e-5, of those after it 0."""
         reserve = RESERVE if training.done < self._moments(training)[-1] else 0.0
         for name, site, delta in training.sites():
@@ -142,7 +143,7 @@ class IncreLora(Policy):
             E[r:] = 0
             E[r : r + 1] = reserve
 
-    def _moments(self, training: Training) -> list[int]:
+    def _moments(self, training: TrainingState) -> list[int]:
         """The steps after which ranks are added."""
         start, end = int(self.config.warmup * training.total), int(self.config.until * training.total)
         return [t for t in range(max(1, start), end + 1) if t % self.config.every == 0]

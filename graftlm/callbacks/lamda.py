@@ -4,7 +4,7 @@
     from step T on:              none does; S [r, r] alone learns
 
 The columns belong to singular values of W in falling order, so those of the least go first. T is the share `until` of
-the run (the paper: 30 % of the steps). A frozen column stays exactly where it is, whatever momentum the optimiser has;
+the run (the paper: 30 % of the steps). A frozen column stays exactly where it is, whatever momentum the optimizer has;
 when all are frozen, their gradient is not computed any more.
 
 The 30 % stand in the authors' code too (ArminAzizi98/LaMDA). Which end goes first is by a survey of the paper: their
@@ -17,33 +17,34 @@ import torch
 from torch import Tensor
 
 from graftlm.config.schema import Weight, config
-from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
+from graftlm.training.callback import Callback, CallbackConfig, needs_method
+from graftlm.training.state import TrainingState
 
 
 @config
-class LamdaPolicyConfig(PolicyConfig):
+class LamdaCallbackConfig(CallbackConfig):
     name: Literal["lamda"] = "lamda"
     until: Weight = 0.3
     """Share of the run after which B is frozen as a whole."""
 
 
-class LamdaPolicy(Policy):
+class LamdaCallback(Callback):
     paper = "Azizi et al. 2024, arXiv:2406.12832"
     cost = "a copy of the frozen columns for the length of a step; later no gradient of B: less time and memory"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         return needs_method(training, "lamda")
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.before: list[Tensor] = []
         self._freeze(training)
 
-    def learning(self, training: Training, r: int) -> int:
+    def learning(self, training: TrainingState, r: int) -> int:
         """How many of r columns learn in the step after `training.done`."""
         end = self.config.until * training.total
         return round(r * (1 - training.done / end)) if training.done < end else 0
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         self.before = []
         for _, _, delta in training.sites():
             B = delta.get_parameter("PMB")
@@ -53,13 +54,13 @@ class LamdaPolicy(Policy):
             self.before.append(B.detach()[:, count:].clone())
 
     @torch.no_grad()
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         for (_, _, delta), kept in zip(training.sites(), self.before, strict=True):
             if kept.shape[1]:
                 delta.get_parameter("PMB")[:, -kept.shape[1] :] = kept
         self._freeze(training)
 
-    def _freeze(self, training: Training) -> None:
+    def _freeze(self, training: TrainingState) -> None:
         for _, _, delta in training.sites():
             B = delta.get_parameter("PMB")
             if B.requires_grad and not self.learning(training, B.shape[1]):

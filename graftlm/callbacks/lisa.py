@@ -5,7 +5,7 @@
     K  `every`      g  `layers`, 2 in the paper
 
 What lies in no layer (embeddings, the last norm, the head where it is a target) learns throughout, as in the paper.
-Waiting tensors have no gradient and no optimiser state: Adam begins anew when their turn comes, as the authors have it.
+Waiting tensors have no gradient and no optimizer state: Adam begins anew when their turn comes, as the authors have it.
 The saving is that of moments and gradients; the backward pass stops above the lowest layer that learns, unless
 embeddings learn too. For any delta: a site belongs to the layer that it lies in.
 """
@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from graftlm.config.schema import PositiveCount, config
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import TrainingState
 
 
 @config
-class LisaConfig(PolicyConfig):
+class LisaConfig(CallbackConfig):
     name: Literal["lisa"] = "lisa"
     layers: PositiveCount = 2
     """How many layers learn at a time."""
@@ -28,49 +29,49 @@ class LisaConfig(PolicyConfig):
     """Steps between two draws."""
 
 
-class Lisa(Policy):
+class Lisa(Callback):
     paper = "Pan et al. 2024, arXiv:2403.17919"
     cost = "less than nothing: moments and gradients of a few layers in place of all"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         numbers = {delta.site.layer for _, _, delta in training.sites()} - {None}
         if len(numbers) <= self.config.layers:
             return f"it draws {self.config.layers} layers to learn, and deltas sit in {len(numbers)}"
         return ""
 
-    def waiting(self, training: Training) -> list[nn.Parameter]:
+    def idle_parameters(self, training: TrainingState) -> list[nn.Parameter]:
         layers = sorted(self._by_layer(training).values(), key=lambda layer: -sum(p.numel() for p in layer))
         return [p for layer in layers[self.config.layers :] for p in layer]
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         if "learning" not in self.facts:
             self._draw(training)
         self._freeze(training)
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         if training.done % self.config.every == 0:
             self._draw(training)
             self._freeze(training)
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         for p in training.parameters().values():
             p.requires_grad_(True)
 
-    def _draw(self, training: Training) -> None:
+    def _draw(self, training: TrainingState) -> None:
         numbers = sorted(self._by_layer(training))
         order = torch.randperm(len(numbers), generator=training.generator("lisa")).tolist()
         self.facts["learning"] = sorted(numbers[i] for i in order[: self.config.layers])
         training.events.append({"event": "lisa", "layers": self.facts["learning"]})
 
-    def _freeze(self, training: Training) -> None:
+    def _freeze(self, training: TrainingState) -> None:
         for number, parameters in self._by_layer(training).items():
             for p in parameters:
                 p.requires_grad_(number in self.facts["learning"])
                 if not p.requires_grad:
                     p.grad = None
-                    training.optimiser.state.pop(p, None)
+                    training.optimizer.state.pop(p, None)
 
-    def _by_layer(self, training: Training) -> dict[int, list[nn.Parameter]]:
+    def _by_layer(self, training: TrainingState) -> dict[int, list[nn.Parameter]]:
         found: dict[int, list[nn.Parameter]] = {}
         for _, _, delta in training.sites():
             if delta.site.layer is not None:

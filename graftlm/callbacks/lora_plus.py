@@ -17,11 +17,12 @@ from typing import Literal
 from torch import nn
 
 from graftlm.config.schema import PositiveRate, config
-from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import ParameterGroup, TrainingState
 
 
 @config
-class LoraPlusConfig(PolicyConfig):
+class LoraPlusConfig(CallbackConfig):
     name: Literal["lora-plus"] = "lora-plus"
     ratio: PositiveRate = 16.0
     """The learning rate of B over that of everything else."""
@@ -29,11 +30,11 @@ class LoraPlusConfig(PolicyConfig):
     """The learning rate of a delta on an embedding."""
 
 
-class LoraPlus(Policy):
+class LoraPlus(Callback):
     paper = "Hayou, Ghosh and Yu 2024, arXiv:2402.12354"
     cost = "none"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         if not any(_is_B(name) for name in training.parameters()):
             return "it gives the tensors named B a rate of their own, and no delta here has one that is trained"
         return ""

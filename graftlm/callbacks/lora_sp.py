@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import Flag, Share, config
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import TrainingState
 
 
 @config
-class LoraSpConfig(PolicyConfig):
+class LoraSpConfig(CallbackConfig):
     name: Literal["lora-sp"] = "lora-sp"
     frozen: Share = 0.5
     """The share of the elements (or tensors) that do not learn."""
@@ -25,16 +26,16 @@ class LoraSpConfig(PolicyConfig):
     """Freeze whole tensors."""
 
 
-class LoraSp(Policy):
+class LoraSp(Callback):
     paper = "Wu et al. 2024, arXiv:2403.08822"
     cost = "none; with `whole` it saves moments and gradients of the share that is frozen"
 
-    def refuse(self, training: Training) -> str:
-        if any(group.get("weight_decay") for group in training.optimiser.param_groups):
+    def refusal(self, training: TrainingState) -> str:
+        if any(group.get("weight_decay") for group in training.optimizer.param_groups):
             return "weight decay would move what it keeps: set train.weight_decay: 0"
         return ""
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         parameters, start = training.parameters(), replace(training, done=0)  # the same masks after a resume
         self.masks: dict[str, Tensor] = {}
         if self.config.whole:
@@ -45,16 +46,16 @@ class LoraSp(Policy):
         else:
             self.masks = {name: self._mask(start, name, p) for name, p in parameters.items()}
 
-    def _mask(self, start: Training, name: str, p: nn.Parameter) -> Tensor:  # bool, of the shape of p
+    def _mask(self, start: TrainingState, name: str, p: nn.Parameter) -> Tensor:  # bool, of the shape of p
         drawn = torch.rand(p.shape, generator=start.generator(f"lora-sp/{name}"))
         return drawn.ge(self.config.frozen).to(p.device)
 
     @torch.no_grad()
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         for name, p in training.parameters().items():
             if p.grad is not None and name in self.masks:
                 p.grad *= self.masks[name]
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         for p in training.parameters().values():
             p.requires_grad_(True)

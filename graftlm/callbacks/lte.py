@@ -26,36 +26,37 @@ from torch import Tensor, nn
 from graftlm.callbacks.cola import factors_of, started_anew, why_no_restart
 from graftlm.config.schema import PositiveCount, config
 from graftlm.deltas.base import Delta
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import TrainingState
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps of a tensor."""
 
 
 @config
-class LteConfig(PolicyConfig):
+class LteConfig(CallbackConfig):
     name: Literal["lte"] = "lte"
     heads: PositiveCount = 4
     every: PositiveCount = 10
     """T: steps of one head before the next has its turn; after `heads` turns they are averaged."""
 
 
-class Lte(Policy):
+class Lte(Callback):
     paper = "Huh et al. 2024, arXiv:2402.16828"
-    cost = "N times the delta and its optimiser's state in memory; N + 1 times the rank in a step and in the adapter"
+    cost = "N times the delta and its optimizer's state in memory; N + 1 times the rank in a step and in the adapter"
     no_mean = "its heads take turns: the mean would be of different heads"
 
-    def refuse(self, training: Training) -> str:
-        if not isinstance(training.optimiser, torch.optim.AdamW):
-            return "each head keeps AdamW's state of its own, and this run has another optimiser"
+    def refusal(self, training: TrainingState) -> str:
+        if not isinstance(training.optimizer, torch.optim.AdamW):
+            return "each head keeps AdamW's state of its own, and this run has another optimizer"
         if not self.facts.get("began") and any(delta.offset_A is not None for _, _, delta in training.sites()):
             return "the heads' mean takes the place of a fixed offset, which this init has; take `init: zero`"
         return why_no_restart(training, self.config.every)
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.facts["began"] = True
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         turn, left = divmod(training.done, int(self.config.every))
         if left:
             return
@@ -68,9 +69,9 @@ class Lte(Policy):
             self._take_out(training, f"{turn % heads}/{key}", name, site, delta)
             self._share(key, turn % heads, delta)
         if turn % heads == 0:
-            training.events.append({"event": "averaged", "policy": "lte", "heads": heads})
+            training.events.append({"event": "averaged", "callback": "lte", "heads": heads})
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         """What the heads have learnt up to here is averaged, whoever's turn it is."""
         now = training.done // self.config.every % self.config.heads
         for name, site, delta in training.sites():
@@ -79,7 +80,7 @@ class Lte(Policy):
             self._share(f"{name}/{site}", now, delta)
 
     @contextmanager
-    def evaluating(self, training: Training) -> Iterator[None]:
+    def evaluating(self, training: TrainingState) -> Iterator[None]:
         """Inside, the model is what it would be if the run ended here."""
         tensors = dict(self.tensors)
         offsets = [(delta, delta.offset_A, delta.offset_B) for _, _, delta in training.sites()]
@@ -92,25 +93,25 @@ class Lte(Policy):
             for delta, A, B in offsets:
                 delta.offset_A, delta.offset_B = A, B
 
-    def _put_away(self, training: Training, key: str, delta: Delta) -> None:
+    def _put_away(self, training: TrainingState, key: str, delta: Delta) -> None:
         for number, p in enumerate(delta.parameters()):
             self.tensors[f"{key}/{number}"] = p.detach().clone()
-            for what, kept in training.optimiser.state.get(p, {}).items():
+            for what, kept in training.optimizer.state.get(p, {}).items():
                 self.tensors[f"{key}/{number}/{what}"] = kept.clone()
         self.tensors[f"{key}/A"], self.tensors[f"{key}/B"] = factors_of(delta)
 
     @torch.no_grad()
-    def _take_out(self, training: Training, key: str, name: str, site: str, delta: Delta) -> None:
+    def _take_out(self, training: TrainingState, key: str, name: str, site: str, delta: Delta) -> None:
         fresh = None if f"{key}/0" in self.tensors else list(started_anew(training, name, site, delta).parameters())
         for number, p in enumerate(delta.parameters()):
             p.copy_(self.tensors[f"{key}/{number}"] if fresh is None else fresh[number])
-            self._restore(training.optimiser, p, f"{key}/{number}")
+            self._restore(training.optimizer, p, f"{key}/{number}")
 
-    def _restore(self, optimiser: torch.optim.Optimizer, p: nn.Parameter, key: str) -> None:
-        optimiser.state.pop(p, None)
+    def _restore(self, optimizer: torch.optim.Optimizer, p: nn.Parameter, key: str) -> None:
+        optimizer.state.pop(p, None)
         found = {what: self.tensors[f"{key}/{what}"].clone() for what in STATE if f"{key}/{what}" in self.tensors}
         if found:
-            optimiser.state[p] = {what: t if what == "step" else t.to(p.device) for what, t in found.items()}
+            optimizer.state[p] = {what: t if what == "step" else t.to(p.device) for what, t in found.items()}
 
     def _average(self, key: str) -> None:
         """What the heads have now is what they are averaged by until the next time."""

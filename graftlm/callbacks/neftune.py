@@ -20,22 +20,29 @@ from torch import Tensor
 from graftlm.config.schema import PositiveRate, config
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig, part_that_makes_passes
+from graftlm.training.state import TrainingState
 
 
 @config
-class NeftuneConfig(PolicyConfig):
+class NeftuneConfig(CallbackConfig):
     name: Literal["neftune"] = "neftune"
     alpha: PositiveRate = 5.0
     """The size of the noise: 5 to 15 in the paper."""
 
 
-class Neftune(Policy):
+class Neftune(Callback):
     paper = "Jain et al. 2023, arXiv:2310.05914"
     cost = "none, but beginnings cannot be shared"
 
+    @classmethod
+    def conflict_in(cls, recipe: Any) -> str:
+        if part := part_that_makes_passes(recipe):
+            return f"neftune adds noise to the policy alone, and {part} compares it with another model: drop one"
+        return ""
+
     @contextmanager
-    def during(self, training: Training) -> Iterator[None]:
+    def during(self, training: TrainingState) -> Iterator[None]:
         def noisy(module: Any, args: Any, X: Tensor) -> Tensor:
             if training.pack is None or not torch.is_grad_enabled():
                 return X  # a reference or a probe: nothing learns from it
@@ -48,12 +55,12 @@ class Neftune(Policy):
         finally:
             hook.remove()
 
-    def _noise(self, training: Training, pack: Pack, d: int) -> Tensor:
+    def _noise(self, training: TrainingState, pack: Pack, d: int) -> Tensor:
         """[1, T, d]"""
         if shared := [rows for rows in pack.where if len(rows) > 1]:
             names = " and ".join(dict.fromkeys(shared[0][:2]))
             raise TrainingError(
-                f"policies: neftune: rows of {names} share their beginning, so they cannot have a noise each. "
+                f"callbacks: neftune: rows of {names} share their beginning, so they cannot have a noise each. "
                 "Set train: {prefix_sharing: false}"
             )
         parts = []

@@ -13,25 +13,26 @@ import torch
 
 from graftlm.callbacks.lora_fa import NO_PAIRS, damped_inverse, pairs
 from graftlm.config.schema import PositiveRate, config
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import TrainingState
 
 
 @config
-class RiemannianConfig(PolicyConfig):
+class RiemannianConfig(CallbackConfig):
     name: Literal["riemannian"] = "riemannian"
     damping: PositiveRate = 0.01
     """Added to the squares of A and B before they are inverted."""
 
 
-class Riemannian(Policy):
+class Riemannian(Callback):
     paper = "Zhang and Pilanci 2024, arXiv:2402.02347"
     cost = "two r x r inverses a site and step"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         return "" if list(pairs(training)) else NO_PAIRS
 
     @torch.no_grad()
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         for part in pairs(training):
             A, B = part.A, part.B
             if A.grad is not None:

@@ -6,8 +6,8 @@
     lambda  `sparsity`; rising linearly to `sparsity_last` where that is given (the authors' schedule, Algorithm 1,
             which raises it step by step to see what is forgotten first)
 
-The step from which the threshold is taken is the optimiser's, whichever that is (AdamW: the authors' too). Their main
-optimiser subtracts lambda itself, a second one of theirs eta lambda, as the paper has it and we do. A gate at zero has
+The step from which the threshold is taken is the optimizer's, whichever that is (AdamW: the authors' too). Their main
+optimizer subtracts lambda itself, a second one of theirs eta lambda, as the paper has it and we do. A gate at zero has
 a gradient still and may open again. The ranks that are left are said at the end of the run.
 """
 
@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from graftlm.config.schema import PositiveRate, config
-from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
+from graftlm.training.callback import Callback, CallbackConfig, needs_method
+from graftlm.training.state import TrainingState
 
 
 @config
-class SoraConfig(PolicyConfig):
+class SoraConfig(CallbackConfig):
     name: Literal["sora"] = "sora"
     sparsity: PositiveRate = 1.0
     """lambda: with a rate of 2e-3, gates that nothing pulls open again are shut after 500 steps."""
@@ -29,28 +30,28 @@ class SoraConfig(PolicyConfig):
     """lambda at the last step, towards which it rises or falls evenly; the same all through where nothing is said."""
 
 
-class Sora(Policy):
+class Sora(Callback):
     paper = "Ding et al. 2023, arXiv:2311.11696"
     cost = "none"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         return needs_method(training, "gated-lora")
 
     @torch.no_grad()
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         for _, g, rate in self._gates(training):
             g.copy_(nn.functional.softshrink(g, rate * self.sparsity(training)))
         if training.done == training.total:
             ranks = {site: int(g.count_nonzero()) for site, g, _ in self._gates(training)}
-            training.events.append({"event": "ranks", "policy": "sora", "total": sum(ranks.values()), "ranks": ranks})
+            training.events.append({"event": "ranks", "callback": "sora", "total": sum(ranks.values()), "ranks": ranks})
 
-    def sparsity(self, training: Training) -> float:
+    def sparsity(self, training: TrainingState) -> float:
         """lambda of the step that was just made."""
         first: float = self.config.sparsity
         last = first if self.config.sparsity_last is None else self.config.sparsity_last
         return first + (last - first) * (training.done - 1) / max(1, training.total - 1)
 
-    def _gates(self, training: Training) -> list[tuple[str, nn.Parameter, float]]:
-        rates = {id(p): group["lr"] for group in training.optimiser.param_groups for p in group["params"]}
+    def _gates(self, training: TrainingState) -> list[tuple[str, nn.Parameter, float]]:
+        rates = {id(p): group["lr"] for group in training.optimizer.param_groups for p in group["params"]}
         gates = [(site, delta.get_parameter("g")) for _, site, delta in training.sites()]
         return [(site, g, rates[id(g)]) for site, g in gates]

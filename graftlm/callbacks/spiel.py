@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from graftlm.callbacks.increlora import see_gradient, whole_gradient
 from graftlm.config.schema import PositiveCount, Share, config
-from graftlm.model.layers.attach import hosts
-from graftlm.training.callback import Policy, PolicyConfig, Training, needs_method
+from graftlm.model.layers.registry import hosts
+from graftlm.training.callback import Callback, CallbackConfig, needs_method
+from graftlm.training.state import TrainingState
 
 
 @config
-class SpielPolicyConfig(PolicyConfig):
+class SpielCallbackConfig(CallbackConfig):
     name: Literal["spiel"] = "spiel"
     every: PositiveCount = 20
     """S: steps between two moves."""
@@ -36,24 +37,24 @@ class SpielPolicyConfig(PolicyConfig):
     """Share of the run after which nothing is moved any more."""
 
 
-class SpielPolicy(Policy):
+class SpielCallback(Callback):
     paper = "Ansell et al. 2024, arXiv:2401.16405"
     cost = "at a move the whole gradient of every W, in time and memory; between moves none"
     no_mean = "a number stands for another element of W after each move: the mean would be of different elements"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         if reason := needs_method(training, "spiel"):
             return reason
         if any(delta.site.kind != "linear" for _, _, delta in training.sites()):
             return "where to grow is read off what goes in and comes out of a linear layer; an embedding has neither"
         return "" if self.config.every <= self.config.until * training.total else "nothing is moved before `until`"
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         for name, site, delta in training.sites():
             self.tensors.setdefault(f"last/{name}/{site}", delta.get_parameter("phi").detach().clone())
 
     @contextmanager
-    def during(self, training: Training) -> Iterator[None]:
+    def during(self, training: TrainingState) -> Iterator[None]:
         self.gradients: dict[str, Tensor] = {}
         with ExitStack() as held:
             if self._moves(training.done + 1, training):
@@ -65,14 +66,14 @@ class SpielPolicy(Policy):
     def _add(self, site: str, G: Tensor) -> None:
         self.gradients[site] = G if site not in self.gradients else self.gradients[site].add_(G)
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         if not self._moves(training.done + 1, training):
             return
         for _, site, delta in training.sites():
             self.gradients[site] = whole_gradient(self.gradients.get(site), delta)
 
     @torch.no_grad()
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         if not self._moves(training.done, training):
             return
         moved = 0
@@ -84,23 +85,23 @@ class SpielPolicy(Policy):
             n = min(n, int((eligible >= 0).sum()))
             dropped = dropped[:n]
             eta[dropped] = eligible.topk(n).indices
-            for tensor in (phi, *_moments(training.optimiser, phi)):
+            for tensor in (phi, *_moments(training.optimizer, phi)):
                 tensor[dropped] = 0
             self.tensors[f"last/{name}/{site}"] = phi.detach().clone()
             moved += n
         self.gradients = {}
-        training.events.append({"event": "moved", "policy": "spiel", "indices": moved})
+        training.events.append({"event": "moved", "callback": "spiel", "indices": moved})
 
-    def count(self, training: Training, k: int) -> int:
+    def count(self, training: TrainingState, k: int) -> int:
         """How many of k indices move after step t = `training.done`."""
         part = training.done / (self.config.until * training.total)
         return int(self.config.share * k * (1 + math.cos(math.pi * min(1.0, part))) / 2)
 
-    def _moves(self, t: int, training: Training) -> bool:
+    def _moves(self, t: int, training: TrainingState) -> bool:
         return t % int(self.config.every) == 0 and t <= self.config.until * training.total
 
 
-def _moments(optimiser: torch.optim.Optimizer, phi: nn.Parameter) -> list[Tensor]:
-    """What the optimiser keeps for each number of phi."""
-    kept = optimiser.state.get(phi, {}).values()
+def _moments(optimizer: torch.optim.Optimizer, phi: nn.Parameter) -> list[Tensor]:
+    """What the optimizer keeps for each number of phi."""
+    kept = optimizer.state.get(phi, {}).values()
     return [value for value in kept if isinstance(value, Tensor) and value.shape == phi.shape]

@@ -25,16 +25,17 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.config.schema import PositiveCount, config
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import hosts
+from graftlm.model.layers.registry import hosts
 from graftlm.model.passes.recompute import is_recomputed
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import TrainingState
 
 METHODS = ("lora", "dora", "full")
 """In these x is multiplied by matrices and does nothing else, so that only their gradients need it."""
 
 
 @config
-class VeloraConfig(PolicyConfig):
+class VeloraConfig(CallbackConfig):
     name: Literal["velora"] = "velora"
     groups: PositiveCount = 32
     """g: numbers that are kept of each token; more are nearer to x, and take more memory."""
@@ -48,11 +49,11 @@ class Kept(NamedTuple):
     shape: torch.Size
 
 
-class Velora(Policy):
+class Velora(Callback):
     paper = "Miles et al. 2024, arXiv:2405.17991"
     cost = "one number in place of d_in / groups for each input that is kept; the gradient of A is approximate"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         if others := {c.method for c in training.deltas.values()} - set(METHODS):
             return f"of {', '.join(METHODS)} it is known that only a matrix's gradient needs x, of {min(others)} not"
         if any(c.dropout for c in training.deltas.values()):
@@ -65,7 +66,7 @@ class Velora(Policy):
         return ""
 
     @contextmanager
-    def during(self, training: Training) -> Iterator[None]:
+    def during(self, training: TrainingState) -> Iterator[None]:
         names = {site for _, site, delta in training.sites() if delta.site.kind == "linear"}
         with ExitStack() as held:
             for site, host in hosts(training.model).items():
@@ -74,14 +75,14 @@ class Velora(Policy):
             yield
 
     @contextmanager
-    def _inside(self, training: Training, site: str, host: nn.Module) -> Iterator[None]:
+    def _inside(self, training: TrainingState, site: str, host: nn.Module) -> Iterator[None]:
         """Inside, what the host saves of its input is compressed."""
         saving = ExitStack()
 
         def before(host: nn.Module, args: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
                 if is_recomputed(training.model):
-                    raise TrainingError("policies: velora: train.checkpointing keeps no such inputs: set one of both")
+                    raise TrainingError("callbacks: velora: train.checkpointing keeps no such inputs: set one of both")
                 saving.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keeper(site, args[0]), restored))
 
         def after(host: nn.Module, args: Any, output: Any) -> None:

@@ -83,7 +83,7 @@ def main() -> None:
         app()
     except GraftError as error:
         if distributed.shows_errors():
-            typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            typer.secho(f"error[{error.code}]: {error}", fg="red", err=True)
         sys.exit(1)
     except Exception:
         if distributed.shows_errors():

@@ -11,12 +11,13 @@ from graftlm.cli.models import load_model
 from graftlm.cli.options import (
     AdapterOption,
     BaseOption,
+    DtypeOption,
     MinPOption,
     NetworkOption,
     PenaltyOption,
+    QuantizationOption,
     SeedOption,
     StopOption,
-    StoreOption,
     TemperatureOption,
     TodayOption,
     TokensOption,
@@ -56,7 +57,8 @@ def chat(
     stop: StopOption = None,
     seed: SeedOption = 0,
     today: TodayOption = None,
-    store: StoreOption = None,
+    dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     network: NetworkOption = False,
 ) -> None:
     """Chat with the model; answers are streamed.
@@ -65,11 +67,12 @@ def chat(
     """
     from graftlm.data.sources.formats import Message
     from graftlm.generation.answer import answer, chat_renderer
-    from graftlm.model.layers.attach import activate, attachment
+    from graftlm.model.layers.modes import activate
+    from graftlm.model.layers.registry import attachment
 
     options = sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     rendering: dict[str, Any] = {"today": parse_day(today), "turn_order": _turn_order(turn_order)}
-    model, tokenizer = load_model(base, adapter or [], network, store)
+    model, tokenizer = load_model(base, adapter or [], network, dtype, quantization)
     start = [Message("system", system)] if system else []
     history, mode = list(start), "tuned" if adapter else "base"
 

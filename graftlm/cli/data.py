@@ -54,14 +54,12 @@ def check(
     from rich.console import Console
 
     from graftlm.display import terminal
-    from graftlm.run import prepare_data
+    from graftlm.rows import check_rows
     from graftlm.runs import check_page
-    from graftlm.training.tokenizer import recipe_tokenizer
 
     prepare_libraries()
     recipe = _recipe_for(source, base, mask, template, network, overrides or [])
-    tokenizer = recipe_tokenizer(recipe)
-    found = prepare_data(recipe, tokenizer, show=show, look=True, console=Console(stderr=True))
+    found = check_rows(recipe, show=show, console=Console(stderr=True))
     for line in found.chosen:
         note(line)
     if html:
@@ -114,21 +112,22 @@ def select(
     from graftlm.data.sources.mixing import read_data
     from graftlm.data.sources.row_cache import unread_keys
     from graftlm.data.sources.splits import every_row, for_supervised
-    from graftlm.selection.choose import check_writable, choose, write_rows
-    from graftlm.training.tokenizer import recipe_tokenizer
+    from graftlm.prepare import select_rows
+    from graftlm.rows import is_recipe
+    from graftlm.selection.choose import check_writable, write_rows
 
     prepare_libraries()
     check_writable(out, overwrite=overwrite)
     of_recipe, of_method = _by_owner(settings or [])
     recipe = _recipe_for(source, base, None, template, network, of_recipe)
     recipe = _selecting(recipe, by, keep, target, of_method)
-    tokenizer = recipe_tokenizer(recipe)
-    usable = for_supervised if _is_recipe(source) else every_row  # what a file of rows is for, nobody says
+    tokenizer = recipe.tokenizer()
+    usable = for_supervised if is_recipe(source) else every_row  # what a file of rows is for, nobody says
     read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
     for problem in (*read.problems, *unread_keys(read.train), *read.notes):
         warn(problem)
     rows = read.train
-    kept, choices = choose(recipe, rows, tokenizer, Console(stderr=True))
+    kept, choices = select_rows(recipe, rows, tokenizer, Console(stderr=True))
     scores = write_rows(out, kept, choices)
     if as_json:
         found = {"rows": len(rows), "kept": len(kept), "out": str(out), "scores": [str(file) for file in scores]}
@@ -161,14 +160,18 @@ def _selecting(recipe: "Recipe", by: str | None, keep: str | None, target: str |
     if by is None:
         if not recipe.select:
             raise RecipeError(
-                f"--by: say how to choose, here or under `select` in the recipe. {nearest('', SELECTORS)}"
+                f"--by: say how to choose, here or under `select` in the recipe. {nearest('', SELECTORS)}",
+                code="missing-option",
             )
         if keep or target or settings:
-            raise RecipeError("--keep, --target and key=value belong to a method: name it with --by")
+            raise RecipeError(
+                "--keep, --target and key=value belong to a method: name it with --by", code="missing-option"
+            )
         return recipe
     if recipe.select:
         raise RecipeError(
-            "the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe"
+            "the recipe has a `select` of its own: leave out --by to apply it, or take it out of the recipe",
+            code="conflicting-settings",
         )
     check_choice(by, SELECTORS, "--by")
     fields: dict[str, Any] = {}
@@ -196,16 +199,18 @@ def convert(
     from graftlm.config.schema import build
     from graftlm.data.sources.convert import convert
     from graftlm.data.sources.source import SourceConfig
-    from graftlm.errors import DataError, numbered
+    from graftlm.errors import DataError, RecipeError, numbered
     from graftlm.recipe import read_recipe
+    from graftlm.rows import is_recipe
 
     check_choice(to, ("messages",), "--to")
-    if _is_recipe(source):
+    if is_recipe(source):
         data = read_recipe(source).data
         (config, *others), turn_order = data.sources(), data.turn_order
-        if others or format != "auto":
-            why = "it has several sources: convert one after the other" if others else "the recipe says the format"
-            raise DataError(f"{source}: {why}")
+        if others:
+            raise DataError(f"{source}: it has several sources: convert one after the other", code="several-sources")
+        if format != "auto":
+            raise RecipeError(f"{source}: the recipe says the format", code="conflicting-settings")
     else:
         config = build(SourceConfig, {"path": source, "format": format}, source="command line")
         turn_order = "refuse"
@@ -216,27 +221,15 @@ def convert(
     note(f"wrote {count} rows to {out}")
 
 
-def _is_recipe(source: str) -> bool:
-    """Whether it is a recipe of ours, and neither a file of rows nor what another trainer describes."""
-    from graftlm.data.sources.axolotl import is_axolotl
-
-    return Path(source).suffix in (".yaml", ".yml") and not is_axolotl(source)
-
-
 def _recipe_for(
     source: str, base: str | None, mask: str | None, template: str | None, network: bool, overrides: list[str]
 ) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""
     from graftlm.config.schema import build, to_tree
-    from graftlm.config.source import lay_over
     from graftlm.recipe import Recipe, read_recipe
+    from graftlm.rows import is_recipe, recipe_of_rows
 
-    if _is_recipe(source):
-        recipe = read_recipe(source, overrides)
-    else:
-        rows: dict[str, Any] = {"data": {"train": source}}
-        lay_over(rows, overrides)
-        recipe = build(Recipe, rows, source="command line")
+    recipe = read_recipe(source, overrides) if is_recipe(source) else recipe_of_rows(source, overrides)
     tree = to_tree(recipe)
     if isinstance(tree["base"], str):
         tree["base"] = {"name": tree["base"]}

@@ -5,8 +5,16 @@ from typing import Annotated
 
 import typer
 
-from graftlm.cli.models import load_model, stop_ids, torch_dtype
-from graftlm.cli.options import BaseOption, DtypeOption, JsonOption, NetworkOption, StoreOption, check_choice
+from graftlm.cli.models import load_model, stop_ids
+from graftlm.cli.options import (
+    BaseDtypeOption,
+    BaseOption,
+    JsonOption,
+    MergedDtypeOption,
+    NetworkOption,
+    QuantizationOption,
+    check_choice,
+)
 from graftlm.cli.terminal import print_json, warn
 
 
@@ -21,21 +29,22 @@ def export(
             "--rank", min=1, help="Rank of the SVD approximation, for methods without an exact low-rank form."
         ),
     ] = None,
-    dtype: DtypeOption = "fp32",
+    dtype: MergedDtypeOption = "float32",
     as_json: JsonOption = False,
-    store: StoreOption = None,
+    base_dtype: BaseDtypeOption = None,
+    quantization: QuantizationOption = None,
     network: NetworkOption = False,
 ) -> None:
     """Export an adapter to another format and list the servers that accept it."""
     from graftlm.adapters.export.export import EXPORTS, export
     from graftlm.adapters.export.lint import lint, to_json
     from graftlm.adapters.export.warnings import export_warnings
+    from graftlm.model.hub.dtypes import DTYPES
 
     check_choice(to, EXPORTS, "--to")
-    wanted = torch_dtype(dtype)
-    model, tokenizer = load_model(base, [adapter], network, store)
+    model, tokenizer = load_model(base, [adapter], network, base_dtype, quantization)
     ends = stop_ids(tokenizer)
-    made = export(model, out, to=to, rank=rank, dtype=wanted, tokenizer=tokenizer, stop_ids=ends)
+    made = export(model, out, to=to, rank=rank, dtype=DTYPES[dtype], tokenizer=tokenizer, stop_ids=ends)
     verdicts = lint(out)
     if as_json:
         print_json(made | {"servers": to_json(verdicts)})

@@ -8,12 +8,13 @@ from graftlm.cli.models import load_model
 from graftlm.cli.options import (
     AdapterOption,
     BaseOption,
+    DtypeOption,
     MinPOption,
     NetworkOption,
     PenaltyOption,
+    QuantizationOption,
     SeedOption,
     StopOption,
-    StoreOption,
     TemperatureOption,
     TodayOption,
     TokensOption,
@@ -37,7 +38,8 @@ def generate(
     stop: StopOption = None,
     seed: SeedOption = 0,
     today: TodayOption = None,
-    store: StoreOption = None,
+    dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     network: NetworkOption = False,
 ) -> None:
     """Answer one question and print the answer."""
@@ -46,6 +48,6 @@ def generate(
     if (question is None) == (prompt is None):
         raise typer.BadParameter('give one question: graft generate "How are you?"', param_hint="QUESTION")
     options = sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, stop) | {"today": parse_day(today)}
-    model, tokenizer = load_model(base, adapter or [], network, store)
+    model, tokenizer = load_model(base, adapter or [], network, dtype, quantization)
     asked = question if question is not None else prompt
     print(answer(model, tokenizer, asked or "", max_new_tokens=max_new_tokens, seed=seed, **options))

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from graftlm.cli.models import load_model, stop_ids, torch_dtype
-from graftlm.cli.options import BaseOption, DtypeOption, NetworkOption, StoreOption
+from graftlm.cli.models import load_model, stop_ids
+from graftlm.cli.options import BaseDtypeOption, BaseOption, MergedDtypeOption, NetworkOption, QuantizationOption
 from graftlm.cli.terminal import warn, wrote
 
 
@@ -17,8 +17,9 @@ def merge(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.")],
     base: BaseOption = "smollm2",
-    dtype: DtypeOption = "fp32",
-    store: StoreOption = None,
+    dtype: MergedDtypeOption = "float32",
+    base_dtype: BaseDtypeOption = None,
+    quantization: QuantizationOption = None,
     network: NetworkOption = False,
 ) -> None:
     """Merge adapters into the base and write the model.
@@ -27,11 +28,11 @@ def merge(
     """
     from graftlm.adapters.export.export import export
     from graftlm.adapters.export.warnings import export_warnings
+    from graftlm.model.hub.dtypes import DTYPES
 
-    wanted = torch_dtype(dtype)
-    model, tokenizer = load_model(base, adapter, network, store)
+    model, tokenizer = load_model(base, adapter, network, base_dtype, quantization)
     ends = stop_ids(tokenizer)
-    made = export(model, out, to="merged", dtype=wanted, tokenizer=tokenizer, stop_ids=ends)
+    made = export(model, out, to="merged", dtype=DTYPES[dtype], tokenizer=tokenizer, stop_ids=ends)
     for text in export_warnings(made, dtype):
         warn(f"warning: {text}")
     wrote(out)

@@ -5,16 +5,19 @@ from typing import Any
 
 import typer
 
-from graftlm.cli.options import check_choice
 from graftlm.cli.terminal import prepare_libraries, warn
 
 
-def load_model(base: str, adapters: list[Path], network: bool, store: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    base: str, adapters: list[Path], network: bool, dtype: str | None = None, quantization: str | None = None
+) -> tuple[Any, Any]:
     """(model, tokenizer); what was checked of each adapter goes to standard error."""
     from graftlm.adapters.load import load_with_adapters
 
     prepare_libraries()
-    model, tokenizer, messages = load_with_adapters(base, adapters, store=store, network=network)
+    model, tokenizer, messages = load_with_adapters(
+        base, adapters, dtype=dtype, quantization=quantization, network=network
+    )
     for message in messages:
         typer.secho(message, dim=True, err=True)
     return model, tokenizer
@@ -30,11 +33,3 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
     except BaseModelError as error:
         warn(f"warning: {error}. So the token that ends an answer is not known, and the stop tokens stay the base's")
         return ()
-
-
-def torch_dtype(name: str) -> Any:
-    """The dtype that --dtype names."""
-    import torch
-
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return known[check_choice(name, known, "--dtype")]

@@ -15,10 +15,50 @@ AdapterOption = Annotated[
         "--adapter", help="Adapter folder, graftlm's or PEFT's. Repeat the option; adapters are applied in this order."
     ),
 ]
-StoreOption = Annotated[
+
+
+def check_choice(value: str, known: Iterable[str], option: str | None = None) -> str:
+    """The value; wrong usage where it is none of `known`. Callbacks of options leave `option`, its name, out."""
+    if value not in known:
+        raise typer.BadParameter(f"unknown value {value!r}. {nearest(value, known)}", param_hint=option)
+    return value
+
+
+def _base_dtype(value: str | None) -> str | None:
+    from graftlm.config.dtypes import DTYPES, long_dtype
+
+    return value and check_choice(long_dtype(value), DTYPES)
+
+
+def _merged_dtype(value: str) -> str:
+    from graftlm.config.dtypes import long_dtype
+
+    return check_choice(long_dtype(value), ("float32", "bfloat16"))
+
+
+def _quantization(value: str | None) -> str | None:
+    from graftlm.config.dtypes import QUANTIZATIONS
+
+    return value and check_choice(value, QUANTIZATIONS)
+
+
+_BASE_DTYPE = "Dtype of the base weights: auto, float32, bfloat16 or float16. Default: auto."
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help=_BASE_DTYPE, callback=_base_dtype)]
+BaseDtypeOption = Annotated[str | None, typer.Option("--base-dtype", help=_BASE_DTYPE, callback=_base_dtype)]
+MergedDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Dtype of the merged weights: float32, or bfloat16 (half the size; the rounding error is reported).",
+        callback=_merged_dtype,
+    ),
+]
+QuantizationOption = Annotated[
     str | None,
     typer.Option(
-        "--store", help="Dtype or quantization of the base weights: auto, fp32, bf16, fp16, int8, nf4 or int4."
+        "--quantization",
+        help="Quantization of the base weights: none, int8, int4 or nf4. Default: none.",
+        callback=_quantization,
     ),
 ]
 NetworkOption = Annotated[bool, typer.Option("--network", help="Allow downloads from the Hugging Face hub.")]
@@ -63,7 +103,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="key=value",
-        help="Overrides, e.g. train.steps=100 or policies.0.ratio=4 (list entries count from 0).",
+        help="Overrides, e.g. train.steps=100 or callbacks.0.ratio=4 (list entries count from 0).",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -72,16 +112,3 @@ ReverseOption = Annotated[bool, typer.Option("--reverse", help="Sort in descendi
 TableOption = Annotated[
     Path | None, typer.Option("--html", help="Write an HTML page with the table and the loss curves.")
 ]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        "--dtype", help="Dtype of the merged weights: fp32, or bf16 (half the size; the rounding error is reported)."
-    ),
-]
-
-
-def check_choice(value: str, known: Iterable[str], option: str) -> str:
-    """The value; wrong usage where it is none of `known`."""
-    if value not in known:
-        raise typer.BadParameter(f"unknown value {value!r}. {nearest(value, known)}", param_hint=option)
-    return value

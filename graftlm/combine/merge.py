@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from graftlm.model.layers.attach import activate, deltas_off, merged_state
+from graftlm.model.layers.modes import activate, deltas_off
+from graftlm.model.layers.state_dict import merged_state
 
 
 def merge(model: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ PEFT's LoraConfig (0.21) are here, but for those that a recipe calls the same.
 from collections.abc import Mapping
 
 _WHOLE_STEP = "train.batch_rows, the rows of a whole step; train.pack_tokens says how much is computed at once"
-_OPTIMIZER = "policies, which has other optimizers than AdamW"
+_OPTIMIZER = "optimizer, by its name here"
 _CLI = "no key: graft train"
 
 
@@ -25,17 +25,15 @@ OTHER_NAMES: Mapping[str, str] = {
     "model_name_or_path": "base.name",
     "pretrained_model_name_or_path": "base.name",
     "model_id": "base.name",
-    "dtype": "base.store",
-    "torch_dtype": "base.store",
-    "bf16": "base.store",
-    "fp16": "base.store",
-    "precision": "base.store",
-    "quantization": "base.store",
-    "quantization_bit": "base.store",
-    "quantization_config": "base.store",
-    "bnb_4bit_quant_type": "base.store",
-    "load_in_4bit": "base.store (nf4 or int4)",
-    "load_in_8bit": "base.store (int8)",
+    "torch_dtype": "base.dtype",
+    "bf16": "base.dtype",
+    "fp16": "base.dtype",
+    "precision": "base.dtype",
+    "quantization_bit": "base.quantization",
+    "quantization_config": "base.quantization",
+    "bnb_4bit_quant_type": "base.quantization (nf4)",
+    "load_in_4bit": "base.quantization (nf4 or int4)",
+    "load_in_8bit": "base.quantization (int8)",
     "model_revision": "base.revision",
     "trust_remote_code": "base.run_code_shipped_with_the_model",
     "chat_template": "base.template",
@@ -44,7 +42,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "enable_thinking": "data.template_variables, with its key enable_thinking",
     "reasoning_effort": "data.template_variables, with its key reasoning_effort",
     "base_model_name_or_path": "base.name",
-    "model_init_kwargs": "base, with its keys store and revision",
+    "model_init_kwargs": "base, with its keys dtype and revision",
     # rows
     "dataset": "data.train",
     "datasets": "data.train",
@@ -120,7 +118,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "kasa_config": "delta.method (kasa)",
     "use_qalora": "delta.method (qa-lora)",
     "qalora_group_size": "delta.method (qa-lora)",
-    "velora_config": "policies (velora)",
+    "velora_config": "callbacks (velora)",
     "use_dora": "delta.method (dora)",
     "lora_use_dora": "delta.method (dora)",
     # training
@@ -130,9 +128,8 @@ OTHER_NAMES: Mapping[str, str] = {
     "lr_scheduler_kwargs": "train.decay, the share of the steps over which warmup-stable-decay falls",
     "scheduler": "train.schedule",
     "optim": _OPTIMIZER,
-    "optimizer": _OPTIMIZER,
     "optim_args": _OPTIMIZER,
-    "optim_target_modules": "policies (galore), for all matrices that are trained",
+    "optim_target_modules": "optimizer (galore), for all matrices that are trained",
     "max_lr": "train.learning_rate",
     "peak_lr": "train.learning_rate",
     "num_train_epochs": "train.epochs",
@@ -186,7 +183,6 @@ OTHER_NAMES: Mapping[str, str] = {
     "save_strategy": "train.save_every",
     "num_threads": "train.threads",
     # objective and what acts between steps
-    "rl": "online",
     "rl_beta": "loss, with its key beta",
     "dpo_beta": "loss, with its key beta",
     "objective": "loss",
@@ -204,15 +200,15 @@ OTHER_NAMES: Mapping[str, str] = {
     "epsilon_high": "loss, with its key high (policy-gradient)",
     "importance_sampling_level": "loss, with its key ratio (policy-gradient)",
     "scale_rewards": "loss, with its key baseline (policy-gradient)",
-    "steps_per_generation": "online.steps_per_round",
-    "num_iterations": "online.steps_per_round",
-    "generation_batch_size": "online.at_once",
-    "num_generations": "online.samples",
-    "max_completion_length": "online.max_new_tokens",
-    "reward_funcs": "online.scorer",
-    "reward_model": "online.scorer",
-    "neftune_noise_alpha": "policies (neftune)",
-    "loraplus_lr_ratio": "policies (lora-plus)",
+    "steps_per_generation": "rl.steps_per_round",
+    "num_iterations": "rl.steps_per_round",
+    "generation_batch_size": "rl.at_once",
+    "num_generations": "rl.samples",
+    "max_completion_length": "rl.max_new_tokens",
+    "reward_funcs": "rl.scorer",
+    "reward_model": "rl.scorer",
+    "neftune_noise_alpha": "callbacks (neftune)",
+    "loraplus_lr_ratio": "callbacks (lora-plus)",
     # where it goes
     "report_to": "report.trackers",
     "max_eval_samples": "report.answers",
@@ -257,7 +253,7 @@ OTHER_NAMES: Mapping[str, str] = {
         "ddp_static_graph ddp_backend ddp_timeout local_rank accelerator_config ds3_gather_for_generation",
         "no key: torchrun starts several processes, and the loss of a step is the same whatever their number",
     ),
-    **_all("use_cpu tf32", "no key: the device is the GPU where there is one; base.store is the dtype"),
+    **_all("use_cpu tf32", "no key: the device is the GPU where there is one; base.dtype is the dtype"),
     **_all("auto_find_batch_size", "no key: train.pack_tokens bounds the memory, graft estimate says how much it is"),
     **_all(
         "torch_empty_cache_steps skip_memory_metrics use_cache cast_lm_head_to_fp32 pad_to_multiple_of runtime_config "
@@ -275,7 +271,7 @@ OTHER_NAMES: Mapping[str, str] = {
     ),
     **_all(
         "generation_kwargs repetition_penalty top_k min_p max_tool_calling_iterations",
-        "no key: answers of `online` are sampled with its temperature and top_p",
+        "no key: answers of `rl` are sampled with its temperature and top_p",
     ),
     **_all(
         "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url "

@@ -17,8 +17,9 @@ def explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, 
     key, owner = _locate(cls, tree, error["loc"])
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = source if line is None else "command line" if line == 0 else f"{source}:{line}"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if error["type"] in UNKNOWN:
         if (instead := getattr(owner, "REPLACED", {}).get(str(key[-1]))) is not None:
+            instead = instead(error["input"]) if callable(instead) else instead
             return key, error["type"], f"{where}: {dotted(key)}: this key was replaced by {instead}"
         if (instead := getattr(cls, "OTHER_NAMES", {}).get(str(key[-1]).lower().replace("-", "_"))) is not None:
             return key, error["type"], f"{where}: {dotted(key)}: unknown key. Here it is {instead}"
@@ -44,6 +45,8 @@ def explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, 
     return key, error["type"], f"{where}: {dotted(key) or 'the recipe'}: {message}{shown}"
 
 
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""Kinds of pydantic errors that an unknown key has."""
 MOST_HOMES = 3
 """A key that more sections have says nothing of which is meant."""
 
@@ -91,10 +94,17 @@ def _locate(cls: type, tree: Tree, loc: Sequence[str | int]) -> tuple[Key, objec
             key.append(part)
             node = node[part] if is_key else None  # type: ignore[index]
             if index < len(loc) - 1:
-                owner = get_type_hints(owner).get(str(part), owner) if is_dataclass(owner) else owner
+                held = _without_none(owner)
+                owner = get_type_hints(held).get(str(part), owner) if is_dataclass(held) else owner
         else:
             owner = _member(owner, part) or owner
     return tuple(key), _only_dataclass(owner)
+
+
+def _without_none(annotation: object) -> object:
+    """T of `T | None`; anything else as it is."""
+    inner = get_args(annotation)
+    return inner[0] if len(inner) == 2 and inner[1] is type(None) else annotation
 
 
 def _is_field(owner: object, part: str | int) -> bool:

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on; pydantic brings it
 
-from graftlm.config.explain import explain
+from graftlm.config.explain import UNKNOWN, explain
 from graftlm.config.trees import Key, Tree
 from graftlm.errors import RecipeError
 
@@ -64,7 +64,10 @@ def build(cls: type[T], tree: Tree, *, source: str, lines: Mapping[Key, int] | N
         nearer = {key[:depth] for key, _, _ in found for depth in range(len(key))}
         nearer |= {key for key, kind, _ in found if not kind.endswith("_type")}
         problems = [said for key, kind, said in found if not (kind.endswith("_type") and key in nearer)]
-        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+        message = "\n".join(dict.fromkeys(problems))
+        if any(kind in UNKNOWN for _, kind, _ in found):
+            raise RecipeError(message, code="unknown-key") from None
+        raise RecipeError(message, code="invalid-value") from None
 
 
 def to_tree(value: object) -> Tree:

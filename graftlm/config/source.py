@@ -20,9 +20,9 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         there = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-        raise RecipeError(f"{path}: no such recipe. {nearest(str(path), there)}") from None
+        raise RecipeError(f"{path}: no such recipe. {nearest(str(path), there)}", code="no-such-recipe") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from None
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error}", code="unreadable-recipe") from None
     tree, lines = parse_yaml(text, str(path))
     for key in lay_over(tree, overrides):
         lines[key] = 0
@@ -34,7 +34,7 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 def lay_over(tree: Tree, overrides: Sequence[str]) -> list[Key]:
     """Put the values of `key=value` strings into a tree, in place; returns their keys.
 
-    The entries of a list are counted from 0 (`policies.0.ratio=4`), and a part of a key that holds dots is quoted
+    The entries of a list are counted from 0 (`callbacks.0.ratio=4`), and a part of a key that holds dots is quoted
     (`delta.patterns."self_attn.q_proj".r=4`).
     """
     return [_put(tree, key, value) for key, value in map(_parse_override, overrides)]
@@ -60,15 +60,19 @@ def parse_yaml(text: str, source: str) -> tuple[Tree, dict[Key, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}", code="invalid-yaml") from None
     finally:
         loader.dispose()
     if not isinstance(tree, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping of keys to values, this is a {type(tree).__name__}")
+        raise RecipeError(
+            f"{source}: a recipe is a mapping of keys to values, this is a {type(tree).__name__}", code="not-a-mapping"
+        )
     lines: dict[Key, int] = {}
     for key, line in _key_lines(node, (), source):
         if key in lines:
-            raise RecipeError(f"{source}:{line}: {dotted(key)} was already given in line {lines[key]}")
+            raise RecipeError(
+                f"{source}:{line}: {dotted(key)} was already given in line {lines[key]}", code="repeated-key"
+            )
         lines[key] = line
     return tree, lines
 
@@ -78,7 +82,8 @@ def _key_lines(
 ) -> Iterator[tuple[Key, int]]:
     if node is not None and any(node is each for each in around):
         raise RecipeError(
-            f"{source}:{node.start_mark.line + 1}: {dotted(prefix)} is an alias of what it is in, so it never ends"
+            f"{source}:{node.start_mark.line + 1}: {dotted(prefix)} is an alias of what it is in, so it never ends",
+            code="endless-alias",
         )
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -101,19 +106,27 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], object]:
     if after != "=":
         raise RecipeError(
             f"{text!r}: write an override as key=value, for example train.steps=100; a part of the key that holds a "
-            "dot is quoted"
+            "dot is quoted",
+            code="malformed-override",
         )
     try:
         return tuple(key), yaml.load(text[at:], Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{text!r}: the value is not valid YAML: {error}") from None
+        raise RecipeError(f"{text!r}: the value is not valid YAML: {error}", code="invalid-yaml") from None
 
 
-SHORT = {"base": "name", "loss": "name", "policies": "name", "data.train": "path", "data.held_out": "path"}
+SHORT = {
+    "base": "name",
+    "loss": "name",
+    "optimizer": "name",
+    "callbacks": "name",
+    "data.train": "path",
+    "data.held_out": "path",
+}
 """Keys whose value may be a text alone, and the key inside that the text stands for."""
 
 
-LISTS = ("data.train", "policies", "regularisers", "select")
+LISTS = ("data.train", "callbacks", "regularisers", "select")
 """Keys whose value may be one entry or a list of them."""
 
 
@@ -133,16 +146,22 @@ def _put(tree: Tree, key: Sequence[str], value: object) -> Key:
         if isinstance(inner, list):
             if not part.isdecimal():
                 raise RecipeError(
-                    f"{dotted(key)}: {name} is a list: write which entry, as in {dotted((*real, 0))}.{part}"
+                    f"{dotted(key)}: {name} is a list: write which entry, as in {dotted((*real, 0))}.{part}",
+                    code="list-without-index",
                 )
             if int(part) >= len(inner):
-                raise RecipeError(f"{dotted(key)}: {dotted(real)} has {len(inner)} entries, which are counted from 0")
+                raise RecipeError(
+                    f"{dotted(key)}: {dotted(real)} has {len(inner)} entries, which are counted from 0",
+                    code="index-out-of-range",
+                )
             holder, last = inner, int(part)
         elif isinstance(inner, dict):
             inner.setdefault(part, None)
             holder, last = inner, part
         else:
-            raise RecipeError(f"{dotted(key)}: {dotted(real)} is {inner!r}, so it has no keys inside")
+            raise RecipeError(
+                f"{dotted(key)}: {dotted(real)} is {inner!r}, so it has no keys inside", code="no-nested-keys"
+            )
         real.append(last)
     holder[last] = value
     return tuple(real)

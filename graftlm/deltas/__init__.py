@@ -1,7 +1,9 @@
-"""METHODS: the table of every method. A new method is its file, its line here, and its comparison in the tests."""
+"""METHODS: the table of every method. A new method is its file, its line here, and its comparison in the tests.
+
+Other distributions add rows to it (`graftlm/plugins.py`).
+"""
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 
 from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, WeightDelta
@@ -130,6 +132,3 @@ METHODS: dict[str, Method] = {
     "vb-lora": Method(VbLoraConfig, VbLora),
     "vera": Method(VeraConfig, Vera),
 }
-
-for _entry in entry_points(group="graftlm.methods"):  # methods of other packages: name = "module:METHOD"
-    METHODS.setdefault(_entry.name, _entry.load())

@@ -54,6 +54,7 @@ def with_pruned(stored: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
 class AdaLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
+    callbacks = ("adalora", "bilora", "increlora")
     formula = "r * (d_in + d_out + 1)"
     learning_rate = 0.032
     peft = PeftLayout(

@@ -8,7 +8,7 @@
 
 A method file overrides the most special face that its equation has and nothing else; the others are derived here. A
 faster form of the same equation may stand beside it (`increment`, `forward` of a WeightDelta): the contract compares.
-Tensors are float32 and dense: dtype, device, quantiser and dropout are the plumbing's (`graftlm/model/`).
+Tensors are float32 and dense: dtype, device, quantizer and dropout are the plumbing's (`graftlm/model/`).
 """
 
 import re
@@ -29,7 +29,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 def _no_original() -> Tensor:
-    raise TargetError("there is no weight here that was quantised")
+    raise TargetError("there is no weight here that was quantized", code="layer-not-quantized")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Site:
     bias: Callable[[], Tensor | None] = lambda: None
     """b, float32 [d_out], or None."""
     original: Callable[[], Tensor] = _no_original
-    """W before the base was quantised, float32 [d_out, d_in], read from its files; TargetError where there is none."""
+    """W before the base was quantized, float32 [d_out, d_in], read from its files; TargetError where there is none."""
     tied: bool = False
     """Whether the output head has the same weight."""
     layer: int | None = None
@@ -87,7 +87,7 @@ class Shared(nn.Module):
 
 
 class Base(Protocol):
-    """A view of a frozen layer of any kind (linear, transposed, quantised ...), made by `model/layers/bases.py`."""
+    """A view of a frozen layer of any kind (linear, transposed, quantized ...), made by `model/layers/bases.py`."""
 
     @property
     def weight(self) -> Tensor:
@@ -204,6 +204,8 @@ class Delta(nn.Module):
     """Why the fresh delta is not the identity, for the few methods whose paper wants that."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Statistics that `start` reads from `site.statistics`: gradient, second_moment."""
+    callbacks: ClassVar[tuple[str, ...]] = ()
+    """Callbacks of which it needs one to be what its paper describes. A recipe without any gets the first."""
     learning_rate: ClassVar[float] = 5e-4
     """The default, as found by benchmarks/methods (docs/methods.md)."""
     scale: float = 1.0

@@ -54,7 +54,8 @@ class Boft(WeightDelta):
         if site.d_in % (b * 2 ** (m - 1)) or (m > 1 and b % 2):
             raise TargetError(
                 f"boft: {m} factors with blocks of {b} want an even block and an input that {b * 2 ** (m - 1)} "
-                f"divides; {site.name} has {site.d_in}: choose another block or fewer factors"
+                f"divides; {site.name} has {site.d_in}: choose another block or fewer factors",
+                code="indivisible-layer",
             )
         self.P = nn.Parameter(torch.zeros(m, site.d_in // b, b, b))
         self.s = nn.Parameter(torch.ones(site.d_out, 1))

@@ -50,7 +50,10 @@ class Bone(AdditiveDelta):
         super().__init__(site, config)
         r, self.bat = config.r, config.bat
         if r > site.d_in or (self.bat and (site.d_in % r or site.d_out % r)):
-            raise TargetError(f"bone: r = {r} does not fit the {site.d_out} x {site.d_in} weight of {site.name}")
+            raise TargetError(
+                f"bone: r = {r} does not fit the {site.d_out} x {site.d_in} weight of {site.name}",
+                code="rank-too-large",
+            )
         self.D = nn.Parameter(torch.zeros((site.d_out // r, r, r) if self.bat else (r, site.d_out)))
         shards = torch.eye(r).repeat(1, -(-site.d_in // r))[:, : site.d_in]
         self.register_buffer("shards", None if self.bat else shards, persistent=False)

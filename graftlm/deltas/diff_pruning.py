@@ -40,6 +40,7 @@ class DiffPruningConfig(DeltaConfig):
 class DiffPruning(AdditiveDelta):
     family = "specification"
     paper = "Guo, Rush and Kim 2020, arXiv:2012.07463"
+    callbacks = ("diff-pruning",)
     formula = "2 * d_in * d_out + structured"
     learning_rate = 0.000125
     kinds = ("linear", "embedding")

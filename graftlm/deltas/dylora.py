@@ -29,6 +29,7 @@ class DyLoraConfig(DeltaConfig):
 class DyLora(AdditiveDelta):
     family = "reparameterisation"
     paper = "Valipour et al. 2022, arXiv:2210.07558"
+    callbacks = ("dylora",)
     formula = "r * (d_in + d_out)"
     learning_rate = 2e-3
     kinds = ("linear", "embedding")
@@ -44,7 +45,10 @@ class DyLora(AdditiveDelta):
         """Use the first `rank` ranks from now on, all where it is None."""
         r = len(self.A)
         if rank is not None and not 1 <= rank <= r:
-            raise TargetError(f"rank: {rank} of a DyLoRA of r = {r}: it can be cut to anything from 1 to {r}")
+            raise TargetError(
+                f"rank: {rank} of a DyLoRA of r = {r}: it can be cut to anything from 1 to {r}",
+                code="rank-out-of-range",
+            )
         self.rank = rank or r
         self.scale = self.alpha / self.rank
 

@@ -52,7 +52,8 @@ class Hra(WeightDelta):
     def start(self) -> None:
         if self.U.shape[1] % 2:
             raise TargetError(
-                f"hra: r must be even, for reflections start in pairs that cancel; r is {self.U.shape[1]}"
+                f"hra: r must be even, for reflections start in pairs that cancel; r is {self.U.shape[1]}",
+                code="odd-rank",
             )
 
     def penalty(self) -> Tensor | None:

@@ -53,7 +53,10 @@ class Kasa(AdditiveDelta):
         r, d_in, d_out = config.r, site.d_in, site.d_out
         cut = max(0, min(d_in, d_out) - max(0, d_in - r))
         if cut == min(d_in, d_out):
-            raise TargetError(f"kasa: with r = {r} nothing is left of the {d_out} x {d_in} weight of {site.name}")
+            raise TargetError(
+                f"kasa: with r = {r} nothing is left of the {d_out} x {d_in} weight of {site.name}",
+                code="rank-too-large",
+            )
         generator = site.generator()
         self.V = nn.Parameter((2 * torch.rand(r, d_in, generator=generator) - 1) / d_in**0.5)
         self.sigma = nn.Parameter(torch.randn(r, generator=generator))

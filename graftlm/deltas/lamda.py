@@ -34,6 +34,7 @@ class LamdaConfig(DeltaConfig):
 class Lamda(AdditiveDelta):
     family = "reparameterisation"
     paper = "Azizi et al. 2024, arXiv:2406.12832"
+    callbacks = ("lamda",)
     formula = "min(r, d_in, d_out) * (d_out + min(r, d_in, d_out))"
     learning_rate = 0.000125
     kinds = ("linear", "embedding")

@@ -20,6 +20,8 @@ from graftlm.deltas.starts import lora_factors
 
 @config
 class LoraConfig(DeltaConfig):
+    """LoRA: a low-rank change of each layer, dW = (alpha / r) B A. A wrong value raises a ValueError."""
+
     method: Literal["lora"] = "lora"
     r: PositiveCount = 16
     alpha: PositiveRate = 32

@@ -39,7 +39,8 @@ class MeLora(AdditiveDelta):
         if site.d_in % n or site.d_out % n:
             raise TargetError(
                 f"melora: minis is {n}, which does not divide the {site.d_in} inputs and {site.d_out} outputs of "
-                f"{site.name}: choose a number that divides both, by `patterns` if it is to differ there"
+                f"{site.name}: choose a number that divides both, by `patterns` if it is to differ there",
+                code="indivisible-layer",
             )
         A = 2 * torch.rand(n, r, site.d_in // n, generator=site.generator()) - 1
         self.A = nn.Parameter(A / (site.d_in // n) ** 0.5)

@@ -45,7 +45,10 @@ class Shira(AdditiveDelta):
         super().__init__(site, config)
         k, all_of_it = config.r * (site.d_in + site.d_out), site.d_in * site.d_out
         if k > all_of_it:
-            raise TargetError(f"shira: {site.name} has {all_of_it} weights, r = {config.r} would choose {k} of them")
+            raise TargetError(
+                f"shira: {site.name} has {all_of_it} weights, r = {config.r} would choose {k} of them",
+                code="rank-too-large",
+            )
         self.S = nn.Parameter(torch.zeros(k))
         self.register_buffer("places", torch.zeros(2, k, dtype=torch.int32))
         self.mask = config.mask

@@ -29,6 +29,7 @@ class SpielConfig(DeltaConfig):
 class Spiel(AdditiveDelta):
     family = "specification"
     paper = "Ansell et al. 2024, arXiv:2401.16405"
+    callbacks = ("spiel",)
     formula = "max(1, int(density * d_in * d_out))"
     learning_rate = 8e-3
     kinds = ("linear", "embedding")

@@ -39,7 +39,10 @@ class TrainableTokensConfig(DeltaConfig):
 
     def select(self, sites: Sequence[Site]) -> Sequence[Site]:
         if inside := [site.name for site in sites if site.kind == "linear" and site.layer is not None]:
-            raise TargetError(f"targets: {inside[0]} has no row for each token; embeddings and output heads have")
+            raise TargetError(
+                f"targets: {inside[0]} has no row for each token; embeddings and output heads have",
+                code="not-an-embedding",
+            )
         return sites
 
 
@@ -64,7 +67,10 @@ class TrainableTokens(AdditiveDelta):
         super().__init__(site, config)
         self.count = site.d_in if site.kind == "embedding" else site.d_out
         if max(config.tokens) >= self.count:
-            raise TargetError(f"tokens: {max(config.tokens)} is no id at {site.name}, which has {self.count} of them")
+            raise TargetError(
+                f"tokens: {max(config.tokens)} is no id at {site.name}, which has {self.count} of them",
+                code="token-out-of-range",
+            )
         t = torch.tensor(config.tokens)
         T_0 = (site.W()[:, t].T if site.kind == "embedding" else site.W()[t]).clone()
         self.T = nn.Parameter(T_0.clone())

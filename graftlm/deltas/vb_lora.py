@@ -74,10 +74,14 @@ class VbLora(AdditiveDelta):
         super().__init__(site, config)
         r, h, b, self.top_k = config.r, config.num_vectors, config.vector_length, config.top_k
         if site.d_in % b or site.d_out % b:
-            raise TargetError(f"vb-lora: vector_length {b} does not divide {site.d_in} and {site.d_out} of {site.name}")
+            raise TargetError(
+                f"vb-lora: vector_length {b} does not divide {site.d_in} and {site.d_out} of {site.name}",
+                code="indivisible-layer",
+            )
         if config.top_k > h or not isinstance(site.shared, Bank) or site.shared.bank.shape != (h, b):
             raise TargetError(
-                f"vb-lora: top_k {config.top_k} of {h} vectors of {b} at {site.name}: the bank has others"
+                f"vb-lora: top_k {config.top_k} of {h} vectors of {b} at {site.name}: the bank has others",
+                code="vector-bank-mismatch",
             )
         generator = site.generator()
         self.z_A = nn.Parameter(config.logits_std * torch.randn(r, site.d_in // b, h, generator=generator))

@@ -61,7 +61,7 @@ def held_out_metrics(
     make = partial(lay_out, tokens=pack_tokens, packed=packed, share=share)
     sharded, sums, count = distributed.is_sharded(model), Sums(objective), 0.0
     with packed_attention(model) if packed else nullcontext():
-        probes = distributed.packs_of(objective.probes(groups), make, sharded=sharded)
+        probes = distributed.packs_of(objective.mismatched(groups), make, sharded=sharded)
         statistic = objective.statistic(model, [part.to(model.device) for part in probes])
         for part in distributed.packs_of(groups, make, sharded=sharded):
             made, _ = objective.part(model, part.to(model.device), statistic)

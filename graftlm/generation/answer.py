@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from graftlm.adapters.store import chat_of, tokenizer_of
+from graftlm.adapters.chat import chat_of, tokenizer_of
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.formats import Message
@@ -51,6 +51,8 @@ def answer(
     Tokenizer and chat template are those of the adapters on the model, where they have them. So are `today`, the day
     that templates write (of training; without an adapter the present day), and `turn_order`, what becomes of a system
     message that the template has no place for (`data.turn_order` of training; without an adapter it is refused).
+    Returns the text of the answer. Raises ValueError for an empty text in `stop`, and DataError for a conversation that
+    the template refuses.
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     if "" in stop:

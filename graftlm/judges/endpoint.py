@@ -84,17 +84,24 @@ def check(endpoint: Endpoint, *, network: bool) -> str | None:
     """The key; DataError where there is none, or where something would be sent to another machine without leave."""
     url = endpoint.url or ""
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise DataError(f"judge: url: {url!r} is no http address. Write it up to /v1, as in http://localhost:8000/v1")
+        raise DataError(
+            f"judge: url: {url!r} is no http address. Write it up to /v1, as in http://localhost:8000/v1",
+            code="invalid-url",
+        )
     local = is_local(url)
     if not local and not network:
         raise DataError(
             f"judge: {url} is not on this machine, and would be sent every row. Allow it: `network: true` in "
-            "the recipe, --network on the command line"
+            "the recipe, --network on the command line",
+            code="network-not-allowed",
         )
     variable = endpoint.key_from or (None if local else "OPENAI_API_KEY")
     key = os.environ.get(variable) if variable else None
     if variable and not key:
-        raise DataError(f"judge: the environment variable {variable} holds no key. Set it, or name another: key_from")
+        raise DataError(
+            f"judge: the environment variable {variable} holds no key. Set it, or name another: key_from",
+            code="missing-api-key",
+        )
     return key
 
 
@@ -116,7 +123,8 @@ def grades(replies: Sequence[str]) -> list[float | None]:
     if silent > len(replies) / 2:
         first = next(reply for reply, each in zip(replies, found, strict=True) if each is None)
         raise DataError(
-            f"judge: {silent} of {len(replies)} replies hold no grade from 1 to 5. The first of them: {first!r}"
+            f"judge: {silent} of {len(replies)} replies hold no grade from 1 to 5. The first of them: {first!r}",
+            code="ungraded-replies",
         )
     return found
 
@@ -174,7 +182,10 @@ class _NoRedirect(HTTPRedirectHandler):
 
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         fp.close()
-        raise DataError(f"judge: {req.full_url} redirects to {newurl}. Nothing was sent there. If you trust it: url")
+        raise DataError(
+            f"judge: {req.full_url} redirects to {newurl}. Nothing was sent there. If you trust it: url",
+            code="endpoint-redirects",
+        )
 
 
 def _opener(url: str) -> OpenerDirector:
@@ -195,11 +206,16 @@ def _ask(endpoint: Endpoint, key: str | None, question: str) -> str:
         except HTTPError as error:
             said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
             if error.code not in (408, 429) and error.code < 500:
-                raise DataError(f"judge: {url} refuses: {said}. Look at url, model and key_from") from None
+                raise DataError(
+                    f"judge: {url} refuses: {said}. Look at url, model and key_from", code="endpoint-refuses"
+                ) from None
         except (URLError, TimeoutError, ConnectionError) as error:
             said = str(error)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise DataError(f"judge: {url} does not answer as an OpenAI-compatible endpoint does: {error!r}") from None
+            raise DataError(
+                f"judge: {url} does not answer as an OpenAI-compatible endpoint does: {error!r}",
+                code="endpoint-incompatible",
+            ) from None
         if attempt + 1 < ATTEMPTS:
             time.sleep(2**attempt)
-    raise DataError(f"judge: {url} did not answer in {ATTEMPTS} attempts: {said}")
+    raise DataError(f"judge: {url} did not answer in {ATTEMPTS} attempts: {said}", code="endpoint-unreachable")

@@ -106,7 +106,8 @@ def pinned(kernels_: Literal["ours", "torch", "compiled"], device: torch.device,
         return compiled()
     if reason := cpu.unavailable(device, dtype):
         raise TrainingError(
-            f"train.kernels: ours: {reason}. Set train.kernels: auto to use the fastest of what works here"
+            f"train.kernels: ours: {reason}. Set train.kernels: auto to use the fastest of what works here",
+            code="kernels-unavailable",
         )
     return OURS
 
@@ -116,5 +117,6 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu" and cpu.compiler() is None:
         raise TrainingError(
             "train.kernels: compiled: torch.compile writes C++ on a CPU, and there is no compiler here (no g++, "
-            "clang++ or $CXX). Install one (apt-get install g++) or set train.kernels: auto"
+            "clang++ or $CXX). Install one (apt-get install g++) or set train.kernels: auto",
+            code="no-compiler",
         )

@@ -110,7 +110,7 @@ def library() -> ctypes.CDLL:
     """cpu.cpp as a library, built where there is none yet. Raises TrainingError with what went wrong."""
     found = _library(SOURCE, FLAGS)
     if isinstance(found, str):
-        raise TrainingError(f"train.kernels: {found}")
+        raise TrainingError(f"train.kernels: {found}", code="kernels-unavailable")
     return found.functions
 
 

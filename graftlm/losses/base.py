@@ -47,9 +47,9 @@ class Batch:
     """int64 [S]: the answer that each triple is a token of, from 0. Empty where nobody tells answers apart."""
     pairs: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
     """int64 [P, 2]: answers to one prompt, (chosen, rejected)."""
-    marks: Tensor = field(default_factory=lambda: torch.empty(0))
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
     """float [N]: what is known of each answer: liked 1 or not 0, a share of wins, a reward, an advantage."""
-    before: Tensor | None = None
+    old_log_probs: Tensor | None = None
     """float [S]: log-probabilities from when the answers were sampled; None where the policy is still the same."""
     values: Tensor | None = None
     """float [N], with a gradient: V(x) of the prompt that each answer is to, for losses with a value head."""
@@ -78,6 +78,15 @@ class LossConfig:
     def reads(self) -> tuple[Reading, ...]:
         """What must be read of each distribution of the policy's."""
         return ()
+
+    @property
+    def makes_passes(self) -> bool:
+        """Whether another model, or this one without its deltas, goes through the packs of a step too."""
+        return self.needs_reference
+
+    def conflict_in(self, recipe: Any) -> str:
+        """Why these options do not fit other parts of a recipe, or an empty text; `recipe` as in `Loss.conflict_in`."""
+        return ""
 
 
 @config
@@ -108,8 +117,25 @@ class Loss:
     values: bool = False
     """Whether it learns a value of each prompt: a linear head on the hidden state where the prompt ends."""
     statistic: Callable[[Any, Tensor, Tensor | None, Batch], LossSum] | None = None
-    """For a number that is a mean over the whole step, like the KL divergence in KTO: its part of one pack of probes,
-    without a gradient. The mean over all packs of probes is `batch.statistic` of the passes that learn."""
+    """For a number that is a mean over the whole step, like the KL divergence in KTO: its part of one pack of
+    mismatched answers, without a gradient. The mean over all of them is `batch.statistic` of the passes that learn."""
+
+    def conflict_in(self, recipe: Any) -> str:
+        """Why this objective does not fit other parts of a recipe, or an empty text. `recipe` has the sections of a
+        recipe as attributes."""
+        data, name = recipe.data, recipe.loss.name
+        if self.rows in ("pairs", "feedback"):
+            if data.mask not in ("response", "last-turn") or data.prompt_weight:
+                return (
+                    f"loss {name} compares answers and nothing else: use data.mask response and no data.prompt_weight"
+                )
+            if recipe.select:
+                return f"select chooses rows for loss supervised; loss {name} takes them as they are"
+        if self.rows == "pairs" and not data.pack:
+            return f"loss {name} sees two answers in one pass: set `data: {{pack: true}}`"
+        if self.statistic is not None and recipe.train.batch_rows < 2:
+            return f"loss {name} needs answers to other prompts of a step: set train.batch_rows to 2 or more"
+        return str(recipe.loss.conflict_in(recipe))
 
 
 # What is counted --------------------------------------------------------------------------------------------------
@@ -120,7 +146,7 @@ def tokens(config: Any, batch: Batch) -> Tensor:
 
 
 def answers(config: Any, batch: Batch) -> Tensor:
-    return torch.tensor(float(len(batch.marks)))
+    return torch.tensor(float(len(batch.scores)))
 
 
 def pairs(config: Any, batch: Batch) -> Tensor:
@@ -132,7 +158,7 @@ def pairs(config: Any, batch: Batch) -> Tensor:
 
 def per_answer(values: Tensor, batch: Batch) -> Tensor:
     """The weighted sum of values [S] over the tokens of each answer: [N]."""
-    return values.new_zeros(len(batch.marks)).index_add(0, batch.answers, values * batch.weights.to(values.dtype))
+    return values.new_zeros(len(batch.scores)).index_add(0, batch.answers, values * batch.weights.to(values.dtype))
 
 
 def lengths(batch: Batch, like: Tensor) -> Tensor:

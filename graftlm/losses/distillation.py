@@ -14,12 +14,14 @@ smaller student with LoRA.
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
+from graftlm.config.dtypes import Dtype, Quantization, instead_of_store
 from graftlm.config.schema import PositiveRate, Weight, config
 from graftlm.losses.base import Batch, LossConfig, LossSum, tokens
 
@@ -36,8 +38,12 @@ class DistillationConfig(LossConfig):
     which the policy is then held to."""
     teacher_adapter: str | None = None
     """The folder of an adapter that is put on a teacher which is another base."""
-    teacher_store: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4", "int4"] = "auto"
-    """How the weights of a teacher that is another base are kept, as `base.store`."""
+    teacher_dtype: Dtype = "auto"
+    """Dtype of a teacher that is another base, as `base.dtype`."""
+    teacher_quantization: Quantization = "none"
+    """Quantization of a teacher that is another base, as `base.quantization`."""
+    REPLACED: ClassVar[Mapping[str, Callable[[object], str]]] = {"teacher_store": instead_of_store("loss", "teacher_")}
+    """Keys of earlier versions, and what took their place."""
     divergence: Divergence = "forward"
     """forward covers all that the teacher finds likely, reverse keeps to what is likeliest, jsd lies between."""
     beta: Between | None = None
@@ -54,6 +60,18 @@ class DistillationConfig(LossConfig):
         if self.teacher is None and self.teacher_adapter is not None:
             raise ValueError("teacher_adapter is put on a teacher that is another base: name that base in teacher")
         return self
+
+    @property
+    def makes_passes(self) -> bool:
+        return True
+
+    def conflict_in(self, recipe: Any) -> str:
+        if self.teacher is not None or self.supervised_weight:
+            return ""
+        return (
+            "loss distillation needs a teacher: another base, or the folder of an adapter for it. Without one the "
+            "policy is held to its own base, which is useful beside a supervised_weight only"
+        )
 
 
 def value(config: DistillationConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:

@@ -4,7 +4,7 @@
 
 The optimum of maximising reward under a KL divergence of weight tau makes the bracket zero for every answer, so no
 pairs are needed. V(x) [N] is learnt with the policy: here a linear head on the policy's hidden state where the prompt
-ends, whose gradient does not reach the policy; in the paper it is a network of its own. marks [N] are the rewards; of
+ends, whose gradient does not reach the policy; in the paper it is a network of its own. scores [N] are the rewards; of
 feedback, 1 for an answer that was liked and 0 for one that was not.
 """
 
@@ -29,7 +29,7 @@ class DroConfig(ComparedConfig):
 def value(config: DroConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:
     assert batch.values is not None, "this objective needs the value of each prompt"
     rewards = config.tau * log_ratios(policy, reference, batch)
-    losses = (batch.marks.to(rewards.dtype) - batch.values - rewards).square() / 2
+    losses = (batch.scores.to(rewards.dtype) - batch.values - rewards).square() / 2
     metrics = feedback_metrics(policy, rewards, batch)
     metrics["value"] = (batch.values.detach().sum(), answers(config, batch))
     return LossSum(losses.sum(), answers(config, batch), metrics)

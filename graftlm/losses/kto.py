@@ -8,7 +8,7 @@ z0 estimates the KL divergence between policy and reference. A mismatched answer
 one of the next row of the step. z0 has no gradient and is one number for the whole step, whatever its packs and ranks:
 it is measured before the passes that learn (`statistic`), where TRL takes the mean of each device's own batch.
 
-marks [N]: 1 liked, 0 not liked. Pairs may be given too; each is one answer that was liked and one that was not.
+scores [N]: 1 liked, 0 not liked. Pairs may be given too; each is one answer that was liked and one that was not.
 """
 
 from typing import Literal
@@ -33,7 +33,7 @@ class KtoConfig(ComparedConfig):
 
 def value(config: KtoConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:
     ratios = log_ratios(policy, reference, batch)
-    liked = batch.marks > 0.5
+    liked = batch.scores > 0.5
     gain = config.beta * (ratios - max(0.0, batch.statistic))
     losses = torch.where(liked, config.liked * (-gain).sigmoid(), config.not_liked * gain.sigmoid())
     count = answers(config, batch)
@@ -50,7 +50,7 @@ def divergence(config: KtoConfig, policy: Tensor, reference: Tensor | None, batc
 def feedback_metrics(policy: Tensor, rewards: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean rewards and log-probabilities of liked (chosen) and not liked (rejected) answers: rewards [N]."""
     with torch.no_grad():
-        liked = (batch.marks > 0.5).to(policy.dtype)
+        liked = (batch.scores > 0.5).to(policy.dtype)
         sums = per_answer(policy, batch)
         found = {}
         for name, mask in (("chosen", liked), ("rejected", 1 - liked)):

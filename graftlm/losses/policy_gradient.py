@@ -6,12 +6,13 @@ al. 2025, arXiv:2503.20783), GSPO (Zheng et al. 2025, arXiv:2507.18071) are one 
     rho = pi(token) / pi_before(token)                        by token [S], or of the whole answer [N]
     L   = -min( rho A, clip(rho, 1 - low, 1 + high) A ) + kl (q - log q - 1),   q = pi_ref(token) / pi(token)
 
-marks [N] are the advantages A (`advantages`), before [S] the log-probabilities under the policy that sampled the
-answers. ratio: `token` is GRPO; `answer` is RLOO with the product over the answer's tokens, and `answer-mean` is GSPO
-with its |y|-th root. divide: `answers` is the mean over answers of the mean over their tokens (GRPO), `tokens` the mean
+scores [N] are the advantages A (`advantages`), old_log_probs [S] the log-probabilities under the policy that sampled
+the answers. ratio: `token` is GRPO; `answer` is RLOO with the product over the answer's tokens, and `answer-mean` is
+GSPO with its |y|-th root. divide: `answers` is the mean over answers of the mean over their tokens (GRPO), `tokens` the
+mean
 over all tokens of the step (DAPO, arXiv:2503.14476), `constant` the mean over answers of the sum over their tokens by
 one number for all, `length` (Dr. GRPO, section 3.2 and its code, which takes the longest answer that generation may
-give: `online.max_new_tokens`). What is a sum over a whole answer is not divided by its length.
+give: `rl.max_new_tokens`). What is a sum over a whole answer is not divided by its length.
 
     Dr. GRPO    {ratio: token, baseline: mean, divide: constant, length: max_new_tokens}
 """
@@ -37,11 +38,11 @@ class PolicyGradientConfig(ComparedConfig):
     """By what the losses of tokens are divided: the tokens of their answer and the answers of the step (GRPO), the
     tokens of the step (DAPO), or `length` and the answers of the step (Dr. GRPO). The last two need ratio token."""
     length: PositiveCount | None = None
-    """The number of `divide: constant`; in Dr. GRPO `online.max_new_tokens`."""
+    """The number of `divide: constant`; in Dr. GRPO `rl.max_new_tokens`."""
     low: PositiveRate = 0.2
     high: PositiveRate = 0.2
     baseline: Literal["leave-one-out", "mean", "standardised"] = "standardised"
-    """What `online` makes of rewards: each less the mean of the other answers to its prompt (RLOO), less that of all
+    """What `rl` makes of rewards: each less the mean of the other answers to its prompt (RLOO), less that of all
     of them (Dr. GRPO, with `divide: constant`), or that over their standard deviation (GRPO)."""
     kl: Rate = 0.0
     """The weight of the divergence from the reference; 0 needs no reference."""
@@ -64,16 +65,16 @@ class PolicyGradientConfig(ComparedConfig):
 
 
 def value(config: PolicyGradientConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:
-    before = policy.detach() if batch.before is None else batch.before
+    before = policy.detach() if batch.old_log_probs is None else batch.old_log_probs
     size = lengths(batch, policy)
     divisor = {"answers": size, "tokens": torch.ones_like(size), "constant": torch.full_like(size, config.length or 1)}
     by = divisor[config.divide]
     if config.ratio == "token":
-        of_token = _clipped(config, policy - before, batch.marks[batch.answers])
+        of_token = _clipped(config, policy - before, batch.scores[batch.answers])
         losses = per_answer(of_token, batch) / by
     else:
         change = per_answer(policy - before, batch)
-        losses = _clipped(config, change / size if config.ratio == "answer-mean" else change, batch.marks)
+        losses = _clipped(config, change / size if config.ratio == "answer-mean" else change, batch.scores)
     metrics = {"kl": (policy.new_zeros(()), count_answers(config, batch))}
     if config.kl:
         assert reference is not None, "a divergence from the reference needs its log-probabilities"

@@ -2,7 +2,7 @@
 
     L = ( log pi(y|x) / pi_ref(y|x) - eta (P(y) - 1/2) )^2        over N answers
 
-marks [N]: P(y), the share of comparisons with the reference's own answers that y wins, as a judge estimates it; of a
+scores [N]: P(y), the share of comparisons with the reference's own answers that y wins, as a judge estimates it; of a
 pair, 1 for the chosen answer and 0 for the rejected one. The mean over answers is the paper's; TRL (`sppo_hard`) adds
 up the two of a pair, so its loss is twice this. pi_ref is the policy of the iteration before.
 """
@@ -25,5 +25,5 @@ class SppoConfig(ComparedConfig):
 
 def value(config: SppoConfig, policy: Tensor, reference: Tensor | None, batch: Batch) -> LossSum:
     ratios = log_ratios(policy, reference, batch)
-    losses = (ratios - config.eta * (batch.marks.to(ratios.dtype) - 0.5)).square()
+    losses = (ratios - config.eta * (batch.scores.to(ratios.dtype) - 0.5)).square()
     return LossSum(losses.sum(), answers(config, batch), feedback_metrics(policy, ratios / config.eta, batch))

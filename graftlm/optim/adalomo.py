@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from graftlm.config.schema import config
 from graftlm.optim.lomo import Fused
-from graftlm.training.callback import PolicyConfig, Training
+from graftlm.training.callback import OptimizerConfig
+from graftlm.training.state import TrainingState
 
 FLOOR = 1e-30
 
 
 @config
-class AdaLomoConfig(PolicyConfig):
+class AdaLomoConfig(OptimizerConfig):
     name: Literal["adalomo"] = "adalomo"
 
 
@@ -39,7 +40,7 @@ class AdaLomo(Fused):
         return 4 * (sum(parameter.shape) if parameter.dim() == 2 else parameter.numel())
 
     @torch.no_grad()
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.sizes: dict[nn.Parameter, float] = {}
         for _, _, delta in training.sites():
             W = delta.site.weight()
@@ -47,8 +48,8 @@ class AdaLomo(Fused):
                 if W is not None and p.shape == W.shape:
                     self.sizes[p] = float(_mean_square(W).sqrt())
 
-    def act(self, training: Training, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
-        state, b = training.optimiser.state[p], 1 - (training.done + 1) ** -0.8
+    def act(self, training: TrainingState, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
+        state, b = training.optimizer.state[p], 1 - (training.done + 1) ** -0.8
         u = g  # in its memory: a gradient may be as large as all embeddings
         if p.dim() == 2:
             r = _moved(state, "row", _mean_square(g, 1), b)

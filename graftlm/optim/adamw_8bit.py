@@ -17,35 +17,36 @@ from torch import nn
 
 from graftlm.config.schema import Flag, config
 from graftlm.errors import TrainingError
-from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, torch_groups
+from graftlm.training.callback import Optimizer, OptimizerConfig, torch_groups
+from graftlm.training.state import ParameterGroup
 
 LEAST = 4096
 """Of fewer elements bitsandbytes keeps moments of 32 bits."""
 
 
 @config
-class AdamW8bitConfig(PolicyConfig):
+class AdamW8bitConfig(OptimizerConfig):
     name: Literal["adamw-8bit"] = "adamw-8bit"
     paged: Flag = False
     """Let a GPU's moments give way to the machine's memory."""
 
 
-class AdamW8bit(Policy):
+class AdamW8bit(Optimizer):
     paper = "Dettmers et al. 2021, arXiv:2110.02861"
-    cost = "2 bytes of moments a parameter in place of 8; a step of the optimiser takes longer on a CPU"
+    cost = "2 bytes of moments a parameter in place of 8; a step of the optimizer takes longer on a CPU"
 
     def state_bytes(self, parameter: nn.Parameter) -> int:
         n = parameter.numel()
         return 8 * n if n < LEAST else 2 * n + 8 * -(-n // 256)  # codes, and a scale for each block
 
-    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
+    def make(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         if self.config.paged and any(p.device.type == "cpu" for group in groups for p in group.parameters.values()):
-            raise TrainingError("policies: adamw-8bit: paged is for GPUs, and the model is on a CPU: leave it out")
+            raise TrainingError("optimizer: adamw-8bit: paged is for GPUs, and the model is on a CPU: leave it out")
         try:
             from bitsandbytes.optim import AdamW
         except ImportError:
-            raise TrainingError("policies: adamw-8bit is from bitsandbytes: pip install 'graftlm[4bit]'") from None
-        optimiser: torch.optim.Optimizer = AdamW(
+            raise TrainingError("optimizer: adamw-8bit is from bitsandbytes: pip install 'graftlm[4bit]'") from None
+        optimizer: torch.optim.Optimizer = AdamW(
             torch_groups(groups), weight_decay=weight_decay, optim_bits=8, is_paged=self.config.paged
         )
-        return optimiser
+        return optimizer

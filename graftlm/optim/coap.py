@@ -19,11 +19,11 @@ from torch import Tensor
 
 from graftlm.config.schema import PositiveCount, PositiveRate, config
 from graftlm.optim.galore import Projecting, leading
-from graftlm.training.callback import PolicyConfig
+from graftlm.training.callback import OptimizerConfig
 
 
 @config
-class CoapConfig(PolicyConfig):
+class CoapConfig(OptimizerConfig):
     name: Literal["coap"] = "coap"
     rank: PositiveCount = 128
     """Directions that are kept of each matrix; one with a side of no more keeps moments of its full size."""

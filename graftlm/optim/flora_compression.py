@@ -8,7 +8,7 @@
 LoRA with a frozen A is, to first order, such a compression of the gradient; other directions every so often make the
 sum of its steps of full rank. (The method `flora` is something else that has the same name.)
 
-N = G / sqrt(R C^T / mean(R)) with running means of the squares over rows and over columns, as the authors' optimiser
+N = G / sqrt(R C^T / mean(R)) with running means of the squares over rows and over columns, as the authors' optimizer
 has it (Adafactor, beta2 = 1 - t^-0.8). A is never kept: it is drawn again at each step from the seed, the tensor's name
 and the number of the period. Vectors and matrices with a side of at most r have a momentum of their full size.
 
@@ -23,21 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, Share, config
-from graftlm.training.callback import (
-    ParameterGroup,
-    Policy,
-    PolicyConfig,
-    Training,
-    is_over,
-    needs_matrices_over,
-    torch_groups,
-)
+from graftlm.training.callback import Optimizer, OptimizerConfig, is_over, needs_matrices_over, torch_groups
+from graftlm.training.state import ParameterGroup, TrainingState
 
 FLOOR = 1e-30
 
 
 @config
-class FloraCompressionConfig(PolicyConfig):
+class FloraCompressionConfig(OptimizerConfig):
     name: Literal["flora-compression"] = "flora-compression"
     rank: PositiveCount = 128
     """Directions that are kept of each matrix; one with a side of no more keeps moments of its full size."""
@@ -47,7 +40,7 @@ class FloraCompressionConfig(PolicyConfig):
     """The share of the last steps in each."""
 
 
-class FloraOptimiser(torch.optim.Optimizer):
+class FloraOptimizer(torch.optim.Optimizer):
     seed = 0
 
     def __init__(self, config: FloraCompressionConfig, groups: Sequence[ParameterGroup], weight_decay: float) -> None:
@@ -98,11 +91,11 @@ class FloraOptimiser(torch.optim.Optimizer):
         return G * (kept[0] / kept[0].mean()).rsqrt()[:, None] * kept[1].rsqrt()
 
 
-class FloraCompression(Policy):
+class FloraCompression(Optimizer):
     paper = "Hao, Cao and Mou 2024, arXiv:2402.03293"
     cost = "one moment of r rows in place of two of all; its directions are drawn again at every step"
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         return needs_matrices_over(self.config.rank, training)
 
     def state_bytes(self, parameter: nn.Parameter) -> int:
@@ -110,9 +103,9 @@ class FloraCompression(Policy):
         compressed = is_over(self.config.rank, parameter)
         return 4 * (sides + (self.config.rank * max(parameter.shape) if compressed else parameter.numel()))
 
-    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
-        return FloraOptimiser(self.config, groups, weight_decay)
+    def make(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
+        return FloraOptimizer(self.config, groups, weight_decay)
 
-    def on_start(self, training: Training) -> None:
-        assert isinstance(training.optimiser, FloraOptimiser)
-        training.optimiser.seed = training.seed
+    def on_start(self, training: TrainingState) -> None:
+        assert isinstance(training.optimizer, FloraOptimizer)
+        training.optimizer.seed = training.seed

@@ -24,19 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, PositiveRate, config
-from graftlm.training.callback import (
-    ParameterGroup,
-    Policy,
-    PolicyConfig,
-    Training,
-    is_over,
-    needs_matrices_over,
-    torch_groups,
-)
+from graftlm.training.callback import Optimizer, OptimizerConfig, is_over, needs_matrices_over, torch_groups
+from graftlm.training.state import ParameterGroup, TrainingState
 
 
 @config
-class GaloreConfig(PolicyConfig):
+class GaloreConfig(OptimizerConfig):
     name: Literal["galore"] = "galore"
     rank: PositiveCount = 128
     """Directions that are kept of each matrix; one with a side of no more keeps moments of its full size."""
@@ -49,9 +42,9 @@ class GaloreConfig(PolicyConfig):
 class ProjectedAdam(torch.optim.Optimizer):
     """AdamW whose moments are of P^T G for matrices with both sides over `rank`."""
 
-    def __init__(self, policy: "Projecting", groups: Sequence[ParameterGroup], weight_decay: float) -> None:
+    def __init__(self, settings: "Projecting", groups: Sequence[ParameterGroup], weight_decay: float) -> None:
         super().__init__(torch_groups(groups), {"weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
-        self.policy = policy
+        self.settings = settings
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -61,14 +54,14 @@ class ProjectedAdam(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state, G = self.state[p], p.grad
-                projected = is_over(self.policy.config.rank, p)
+                projected = is_over(self.settings.config.rank, p)
                 if projected and "P" not in state and not G.any():
                     continue
                 turned = projected and p.shape[0] > p.shape[1]
                 G = G.T if turned else G
                 if projected:
                     before = state.get("P")
-                    self.policy.renew(state, G)
+                    self.settings.renew(state, G)
                     if before is not None and state["P"] is not before:
                         state["P"] = with_signs_of(before, state["P"])
                 R = state["P"].T @ G if projected else G
@@ -80,19 +73,19 @@ class ProjectedAdam(torch.optim.Optimizer):
                 N = (M / (1 - b1**t)) / ((V / (1 - b2**t)).sqrt() + eps)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 if projected:  # in the memory of p
-                    (p.T if turned else p).addmm_(state["P"], N, alpha=-group["lr"] * self.policy.config.scale)
+                    (p.T if turned else p).addmm_(state["P"], N, alpha=-group["lr"] * self.settings.config.scale)
                 else:
                     p.sub_(N, alpha=group["lr"])
 
 
-class Projecting(Policy):
+class Projecting(Optimizer):
     """What differs between the ways to choose P."""
 
     @abstractmethod
     def renew(self, state: dict[str, Any], G: Tensor) -> None:
         """Set state["P"] [n, r] before step state["step"] + 1, if it is due; G [n, m], n <= m, is not all zero."""
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         return needs_matrices_over(self.config.rank, training)
 
     def default_rate(self, rate: float) -> float:
@@ -104,7 +97,7 @@ class Projecting(Policy):
         r: int = self.config.rank
         return 4 * r * (2 * max(parameter.shape) + min(parameter.shape))  # M, V and P
 
-    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
+    def make(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return ProjectedAdam(self, groups, weight_decay)
 
 

@@ -12,7 +12,7 @@ to sum the squares (section 3.3), and again to act. That second pass is also wha
 nothing. With `largest` there is a single pass and every element of g is cut at it instead, the paper's other choice.
 
 A step of several packs is exact: gradients add up until the last pack, whose backward pass uses them. So they are all
-alive then, as in any optimiser; where memory counts, let a step be one pack (train.pack_tokens, or fewer batch_rows).
+alive then, as in any optimizer; where memory counts, let a step be one pack (train.pack_tokens, or fewer batch_rows).
 """
 
 import math
@@ -28,15 +28,16 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.config.schema import PositiveRate, config
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import penalty
-from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
+from graftlm.model.layers.registry import penalty
+from graftlm.training.callback import Optimizer, OptimizerConfig, torch_groups
+from graftlm.training.state import ParameterGroup, TrainingState
 
 RATE = 250.0
 """8 steps of 4 rows of docstrings on SmolLM2, full: the held-out loss falls by 0.57 nats, with AdamW by 0.83."""
 
 
 @config
-class LomoConfig(PolicyConfig):
+class LomoConfig(OptimizerConfig):
     name: Literal["lomo"] = "lomo"
     largest: PositiveRate | None = None
     """One pass a step, not two: each element of the gradient is cut at this, and train.clip does nothing."""
@@ -48,27 +49,27 @@ class Acted(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...  # type: ignore[override]
 
 
-class Fused(Policy):
+class Fused(Optimizer):
     """What acts on each parameter the moment that its gradient is whole."""
 
     fused = True
 
     @abstractmethod
-    def act(self, training: Training, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
-        """Change p by its gradient g; `training.optimiser.state[p]` is what may be kept of it."""
+    def act(self, training: TrainingState, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
+        """Change p by its gradient g; `training.optimizer.state[p]` is what may be kept of it."""
 
-    def refuse(self, training: Training) -> str:
+    def refusal(self, training: TrainingState) -> str:
         if distributed.count() > 1:
             return "it acts on gradients before those of the other processes are added: galore and adamw-8bit do not"
         with torch.no_grad():
             penalised = penalty(training.model) is not None
         return "the penalty of this method is added after the backward pass, in which this acts" if penalised else ""
 
-    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
+    def make(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         return Acted(torch_groups(groups), {"weight_decay": weight_decay})
 
     @contextmanager
-    def during(self, training: Training) -> Iterator[None]:
+    def during(self, training: TrainingState) -> Iterator[None]:
         squares: list[Tensor] = []
 
         def take(group: dict[str, Any], p: nn.Parameter) -> None:
@@ -90,7 +91,7 @@ class Fused(Policy):
             if training.last_pack:
                 take(group, p)
 
-        groups = training.optimiser.param_groups
+        groups = training.optimizer.param_groups
         learning = [(group, p) for group in groups for p in group["params"] if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(partial(arrived, group)) for group, p in learning]
         try:
@@ -119,7 +120,7 @@ class Lomo(Fused):
     def state_bytes(self, parameter: nn.Parameter) -> int:
         return 0
 
-    def act(self, training: Training, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
+    def act(self, training: TrainingState, group: dict[str, Any], p: nn.Parameter, g: Tensor) -> None:
         if self.config.largest is not None:
             g.clamp_(-self.config.largest, self.config.largest)
         else:

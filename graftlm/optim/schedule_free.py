@@ -19,17 +19,18 @@ from torch import nn
 
 from graftlm.config.schema import config
 from graftlm.errors import TrainingError
-from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, Training, torch_groups
+from graftlm.training.callback import Optimizer, OptimizerConfig, torch_groups
+from graftlm.training.state import ParameterGroup, TrainingState
 
 
 @config
-class ScheduleFreeConfig(PolicyConfig):
+class ScheduleFreeConfig(OptimizerConfig):
     name: Literal["schedule-free"] = "schedule-free"
     momentum: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.9
     """How near to the mean gradients are taken."""
 
 
-class ScheduleFree(Policy):
+class ScheduleFree(Optimizer):
     paper = "Defazio et al. 2024, arXiv:2405.15682"
     cost = "none: z stands where Adam has its first moment"
     no_mean = "it keeps a mean of its own, which is what is evaluated and saved"
@@ -37,27 +38,27 @@ class ScheduleFree(Policy):
     def state_bytes(self, parameter: nn.Parameter) -> int:
         return 8 * parameter.numel()
 
-    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
+    def make(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         try:
             from schedulefree import AdamWScheduleFree
         except ImportError:
             raise TrainingError(
-                "policies: schedule-free is a library of its own: pip install 'graftlm[schedule-free]'"
+                "optimizer: schedule-free is a library of its own: pip install 'graftlm[schedule-free]'"
             ) from None
-        optimiser: torch.optim.Optimizer = AdamWScheduleFree(
+        optimizer: torch.optim.Optimizer = AdamWScheduleFree(
             torch_groups(groups), betas=(self.config.momentum, 0.999), weight_decay=weight_decay
         )
-        return optimiser
+        return optimizer
 
     def schedule(self, factor: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: max(map(factor, range(step + 1)))  # it rises as it did, and does not fall
 
-    def on_start(self, training: Training) -> None:
-        optimiser: Any = training.optimiser
-        optimiser.train()
+    def on_start(self, training: TrainingState) -> None:
+        optimizer: Any = training.optimizer
+        optimizer.train()
 
     @contextmanager
-    def evaluating(self, training: Training) -> Iterator[None]:
+    def evaluating(self, training: TrainingState) -> Iterator[None]:
         kept = {p: p.detach().clone() for p in training.parameters().values()}  # to and fro would round
         self.on_end(training)
         try:
@@ -68,6 +69,6 @@ class ScheduleFree(Policy):
                 for p, y in kept.items():
                     p.copy_(y)
 
-    def on_end(self, training: Training) -> None:
-        optimiser: Any = training.optimiser
-        optimiser.eval()
+    def on_end(self, training: TrainingState) -> None:
+        optimizer: Any = training.optimizer
+        optimizer.eval()

@@ -18,20 +18,21 @@ import torch
 from torch import nn
 
 from graftlm.config.schema import Share, config
-from graftlm.training.callback import ParameterGroup, Policy, PolicyConfig, torch_groups
+from graftlm.training.callback import Optimizer, OptimizerConfig, torch_groups
+from graftlm.training.state import ParameterGroup
 
 RATE = 4.0
 """8 steps of 4 rows of docstrings on SmolLM2, LoRA: the held-out loss falls by 0.87 nats, with AdamW by 0.54."""
 
 
 @config
-class Sm3Config(PolicyConfig):
+class Sm3Config(OptimizerConfig):
     name: Literal["sm3"] = "sm3"
     momentum: Share = 0.9
     """0 keeps a row and a column of each matrix and nothing else."""
 
 
-class Sm3Optimiser(torch.optim.Optimizer):
+class Sm3Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -52,7 +53,7 @@ class Sm3Optimiser(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(p), alpha=group["lr"])
 
 
-class Sm3(Policy):
+class Sm3(Optimizer):
     paper = "Anil et al. 2019, arXiv:1901.11150"
     cost = "one moment in place of two, or none with `momentum: 0`"
 
@@ -62,5 +63,5 @@ class Sm3(Policy):
     def state_bytes(self, parameter: nn.Parameter) -> int:
         return 4 * (sum(parameter.shape) + (parameter.numel() if self.config.momentum else 0))
 
-    def optimiser(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
-        return Sm3Optimiser(torch_groups(groups), {"weight_decay": weight_decay, "momentum": self.config.momentum})
+    def make(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
+        return Sm3Optimizer(torch_groups(groups), {"weight_decay": weight_decay, "momentum": self.config.momentum})

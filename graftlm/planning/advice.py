@@ -12,6 +12,7 @@ from typing import Any
 
 from graftlm.deltas import METHODS
 from graftlm.errors import GraftError, nearest
+from graftlm.plugins import load_plugins
 
 MEASURED = Path(__file__).parent.parent / "measured.json"
 
@@ -25,6 +26,7 @@ def measured() -> dict[str, Any]:
 
 def facts() -> list[dict[str, Any]]:
     """Every method of METHODS with what it says of itself and, where it was measured, what it did."""
+    load_plugins("graftlm.methods")
     base, runs = measured()["base"], measured()["methods"]
     rows = []
     for name, method in METHODS.items():

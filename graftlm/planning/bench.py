@@ -17,18 +17,22 @@ from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.kernels.backend import Kernels
-from graftlm.model.hub.load import load_base, load_tokenizer, multiplies_bf16_fast
-from graftlm.model.layers.attach import attach, hosts, trainable
+from graftlm.model.hub.dtypes import multiplies_bf16_fast
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.bases import view
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.sites import output_head, transformer_layers
 from graftlm.model.passes.autotune import Choice, choose
+from graftlm.optim.adamw import adamw
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
 from graftlm.system import preserve_global_state
-from graftlm.training.adamw import adamw, warmup_cosine
 from graftlm.training.loop import Step, TrainConfig, steps, training_pass
 from graftlm.training.objective import Objective
-from graftlm.training.phases import plan_batches
+from graftlm.training.phases import make_batches
+from graftlm.training.schedule import warmup_cosine
 
 TOKENS = 2048
 """Rows of x in the products that are timed, and tokens of a pack in the steps: enough for a rate that grows no more."""
@@ -92,7 +96,7 @@ def _train_lora(
     attach(model, LoraConfig(r=16, alpha=32))
     for host in hosts(model).values():
         host.deltas.train()
-    chosen = plan_batches(TrainConfig(steps=STEPS, batch_rows=ROWS), examples)
+    chosen = make_batches(TrainConfig(steps=STEPS, batch_rows=ROWS), examples)
     made = [pack([examples[i] for i in rows], TOKENS) for rows in chosen]
     choice = choose(model, [each.to(device) for packs in made for each in packs], kernels)
     backend = choice.backend(device, dtype)
@@ -101,7 +105,7 @@ def _train_lora(
             model,
             ([each.to(device) for each in packs] for packs in made),
             loss="supervised",
-            optimiser=adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0),
+            optimizer=adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0),
             schedule=warmup_cosine(steps=STEPS, warmup_steps=1),
             clip=1.0,
             backend=backend,

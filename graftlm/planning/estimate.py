@@ -12,10 +12,11 @@ import torch
 
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import Backend
-from graftlm.model.hub.load import multiplies_bf16_fast
+from graftlm.model.hub.config import base_config
+from graftlm.model.hub.dtypes import multiplies_bf16_fast
 from graftlm.model.hub.sketch import Sketch
-from graftlm.model.layers.attach import hosts, parameters_of
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.registry import hosts, parameters_of
 from graftlm.model.passes.autotune import Choice
 from graftlm.planning.layers import kernels_of, over_layers, with_deltas, with_teacher
 from graftlm.planning.memory import (
@@ -33,10 +34,9 @@ from graftlm.planning.memory import (
 )
 from graftlm.planning.packs import Shape, shape_of
 from graftlm.planning.step_time import time_of, update_s
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
 from graftlm.system import peak_rss_gib, preserve_global_state
-from graftlm.training.tokenizer import recipe_tokenizer
 
 
 @preserve_global_state()
@@ -47,12 +47,12 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    if recipe.online:
+    if recipe.rl is not None:
         raise TrainingError(
-            "graft estimate measures rows that are there, and with `online` the model writes them as it goes. Estimate "
-            "the same recipe without `online`, on rows with answers as long as online.max_new_tokens"
+            "graft estimate measures rows that are there, and with `rl` the model writes them as it goes. Estimate "
+            "the same recipe without `rl`, on rows with answers as long as rl.max_new_tokens"
         )
-    data = prepare_data(recipe, recipe_tokenizer(recipe))
+    data = prepare_data(recipe, recipe.tokenizer())
     shape = shape_of(recipe, data.examples, data.draws)
     process = peak_rss_gib()
     made, groups = with_deltas(recipe)
@@ -125,7 +125,8 @@ def advice(recipe: Recipe, found: dict[str, Any], made: Sketch, shape: Shape) ->
     train, memory = recipe.train, found["parts"]["memory_gib"]
     texts = []
     free, peak = found["memory_free_gib"] + memory["process"], found["peak_gib"]
-    halves = made.dtype == torch.float32 and multiplies_bf16_fast(made.model.device.type)
+    wide = made.dtype == torch.float32 and base_config(recipe.base).quantization == "none"
+    halves = wide and multiplies_bf16_fast(made.model.device.type)
     if peak > free:
         texts.append(f"{peak:.1f} GiB are needed and {free:.1f} are there")
         if len(shape.largest.rows) > 1:
@@ -134,10 +135,10 @@ def advice(recipe: Recipe, found: dict[str, Any], made: Sketch, shape: Shape) ->
             texts.append(f"data.max_tokens: the largest pack is one row of {shape.largest.ids.numel()} tokens")
         if not train.checkpointing:
             texts.append("train.checkpointing=true would keep one hidden state a layer instead of all that it computes")
-        if made.dtype == torch.float32:
-            texts.append(f"base.store=bf16 would save {memory['base'] / 2:.2f} GiB")
+        if wide:
+            texts.append(f"base.dtype=bfloat16 would save {memory['base'] / 2:.2f} GiB")
     if halves:
-        texts.append("base.store=bf16: this machine multiplies bf16 fast, and the base would take half the memory")
+        texts.append("base.dtype=bfloat16: this machine multiplies bf16 fast, and the base would take half the memory")
     if train.checkpointing and peak < free / 2:
         texts.append("train.checkpointing=false: there is room for the activations, and a step would be shorter")
     if recipe.data.pack and shape.tokens_a_pack < FULL_PACK and peak < free / 2:

@@ -8,12 +8,13 @@ from graftlm.kernels.backend import pinned
 from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.sketch import Sketch, kinds_of_layer, only, shorten, sketch
-from graftlm.model.layers.attach import attach, hosts
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts
 from graftlm.model.passes.autotune import Choice, choose
 from graftlm.planning.packs import Shape
 from graftlm.recipe import Recipe
 from graftlm.training.objective import Objective
-from graftlm.training.regularizers import tie
+from graftlm.training.regularizers import kl_to_base
 from graftlm.training.teacher import TEACHER, teacher_base
 
 MORE_LAYERS = 3
@@ -92,4 +93,4 @@ def objective_of(recipe: Recipe) -> Objective:
         loss = replace(loss, teacher=None)
     elif isinstance(loss, ComparedConfig):
         loss = replace(loss, reference=None)
-    return Objective(loss, tie(recipe.regularisers))
+    return Objective(loss, kl_to_base(recipe.regularisers))

@@ -28,17 +28,17 @@ from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_loss
 from graftlm.files import writing
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import deltas_off
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.planning.noise_scale import NoiseScale, batch_for
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
 from graftlm.system import preserve_global_state
-from graftlm.training.callback import Policy, PolicyConfig, Training
+from graftlm.training.callback import Callback, CallbackConfig
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.loop import NotFiniteError
-from graftlm.training.phases import Turn, attach_deltas, plan_batches, turns
-from graftlm.training.tokenizer import recipe_tokenizer
+from graftlm.training.phases import Phase, attach_deltas, make_batches, phases
+from graftlm.training.state import TrainingState
 
 STEPS = 80
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -79,32 +79,31 @@ def lr_range_test(recipe: Recipe, *, console: Console | None = None, count: int 
     """
     if distributed.count() > 1:
         raise TrainingError("graft lr-range is for one process: leave torchrun out")
-    if recipe.online:
-        raise TrainingError(
-            "graft lr-range compares losses of the same rows, and with `online` no two steps have the same"
-        )
+    if recipe.rl is not None:
+        raise TrainingError("graft lr-range compares losses of the same rows, and with `rl` no two steps have the same")
     console = console or Console(quiet=True)
     config = replace(recipe.train, steps=count, epochs=None, in_turn=False, on_nonfinite="stop")
     recipe = replace(recipe, train=config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    tokenizer = recipe_tokenizer(recipe)
+    tokenizer = recipe.tokenizer()
     data = prepare_data(recipe, tokenizer, console=console)
     with console.status("loading the base"):
         model: Any = load_base(recipe.base, network=recipe.network).model
-    prove(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
-    plan = plan_batches(config, data.examples, data.curriculum, data.draws)
-    attach_deltas(recipe, model, data.examples, plan)
-    _, backend = choose_kernels(recipe, model, data.examples, plan, console=console)
-    (turn,) = turns(recipe, model, count, data.aside, backend=backend)
+    check_packing(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
+    setup = recipe.setup()
+    batches = make_batches(config, data.examples, data.curriculum, data.draws)
+    attach_deltas(setup, model, data.examples, batches)
+    _, backend = choose_kernels(setup, model, data.examples, batches, console=console)
+    (phase,) = phases(setup, model, count, data.inner_rows, backend=backend)
     first = next(iter(recipe.all_deltas().values()))
     noise = GradientNoise(config.batch_rows, METHODS[first.method].delta.learning_rate)
-    turn.policies.append(noise)
+    phase.callbacks.append(noise)
     trials: list[Trial] = []
     with terminal.progress(console) as bars:
         bar = bars.add_task("LR range", total=count, now="")
-        for step in _steps(recipe, model, turn, data.examples, plan):
+        for step in _steps(recipe, model, phase, data.examples, batches):
             trials.append(step)
             bars.update(bar, advance=1, now=f"rate {step.rate:.1e}  loss {step.loss:.3f}")
     scale = noise.scale.found() if noise.scale.count > 1 else None
@@ -116,21 +115,21 @@ def lr_range_test(recipe: Recipe, *, console: Console | None = None, count: int 
 
 
 def _steps(
-    recipe: Recipe, model: Any, turn: Turn, examples: Sequence[Example | Group], plan: list[list[int]]
+    recipe: Recipe, model: Any, phase: Phase, examples: Sequence[Example | Group], batches: list[list[int]]
 ) -> Iterator[Trial]:
     """Steps with rising rates, until the last or until the loss is far above its start or no number any more."""
     of_the_base = recipe.loss.name == "supervised"
     tokens, packed = recipe.train.pack_tokens, recipe.data.pack
-    rates = [LOWEST * (HIGHEST / LOWEST) ** (i / (len(plan) - 1)) for i in range(len(plan))]
-    own = turn.training.optimiser.param_groups[0]["lr"]
-    turn.schedule = lambda done: rates[done] / own
+    rates = [LOWEST * (HIGHEST / LOWEST) ** (i / (len(batches) - 1)) for i in range(len(batches))]
+    own = phase.training.optimizer.param_groups[0]["lr"]
+    phase.schedule = lambda done: rates[done] / own
     start: float | None = None
     high = 0
     try:
-        for step in turn.steps(recipe, examples, plan, 0):
+        for step in phase.steps(examples, batches, 0):
             base_loss = 0.0
             if of_the_base:
-                rows = [row for i in plan[step.number - 1] if isinstance(row := examples[i], Example)]
+                rows = [row for i in batches[step.number - 1] if isinstance(row := examples[i], Example)]
                 with deltas_off(model):
                     base_loss = held_out_loss(model, rows, pack_tokens=tokens, packed=packed)
             trial = Trial(rates[step.number - 1], step.loss, base_loss)
@@ -181,18 +180,18 @@ def smoothed_gains(trials: Sequence[Trial]) -> list[float]:
     return [sum(part) / len(part) - start for part in parts]
 
 
-class GradientNoise(Policy):
+class GradientNoise(Callback):
     """Adds up the gradients of the first steps, while the delta all but stands still."""
 
     def __init__(self, rows: int, usual_rate: float) -> None:
-        super().__init__(PolicyConfig(name="noise"))
-        self.rows, self.max_rate = rows, QUIET_SHARE * usual_rate
+        super().__init__(CallbackConfig(name="noise"))
+        self.batch_rows, self.max_rate = rows, QUIET_SHARE * usual_rate
         self.scale = NoiseScale()
 
-    def on_grads(self, training: Training) -> None:
-        if training.done < MIN_GRADIENTS or training.optimiser.param_groups[0]["lr"] <= self.max_rate:
+    def on_grads(self, training: TrainingState) -> None:
+        if training.done < MIN_GRADIENTS or training.optimizer.param_groups[0]["lr"] <= self.max_rate:
             gradients = (p.grad for p in training.parameters().values() if p.grad is not None)
-            self.scale.add(gradients, self.rows)
+            self.scale.add(gradients, self.batch_rows)
 
 
 # Output ----------------------------------------------------------------------------------------------------------

@@ -8,17 +8,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from graftlm.callbacks import make_policies
 from graftlm.data.batches.pack import Pack
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.layers.attach import parameters_of, trainable
+from graftlm.model.layers.registry import parameters_of, trainable
 from graftlm.planning.bench import one_pass
 from graftlm.planning.layers import objective_of
 from graftlm.planning.packs import Shape
 from graftlm.recipe import Recipe
 from graftlm.system import kernel_cache_capacity, memory
-from graftlm.training.callback import Training
+from graftlm.training.callback import Optimizer
 from graftlm.training.loop import training_pass
+from graftlm.training.state import TrainingState
 
 GIB = 2**30
 
@@ -86,7 +86,7 @@ def live_bytes(
     for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
-    with training_pass(model, **recipe.passes(), backend=backend), live:
+    with training_pass(model, **recipe.setup().passes(), backend=backend), live:
         one_pass(model, pack, objective_of(recipe))
     if products is not None:
         products |= live.products
@@ -94,18 +94,17 @@ def live_bytes(
 
 
 def update_bytes(recipe: Recipe, model: Any, several_packs: bool) -> tuple[int, int]:
-    """Bytes of gradients and of the optimizer's state, as the policies say; AdamW keeps two float32 moments."""
-    policies = make_policies(recipe.policies)
+    """Bytes of gradients and of the optimizer's state, as the optimizer and the callbacks say."""
+    callbacks = recipe.setup().make_callbacks()
     parameters = [p for name in recipe.all_deltas() for p in parameters_of(model, name)]
     unmade = torch.optim.SGD([torch.zeros(1)], lr=0.0)
-    training = Training(model, recipe.all_deltas(), unmade, total=recipe.train.steps or 1, seed=recipe.train.seed)
-    waiting = {id(p) for policy in policies for p in policy.waiting(training)}
+    training = TrainingState(model, recipe.all_deltas(), unmade, total=recipe.train.steps or 1, seed=recipe.train.seed)
+    waiting = {id(p) for callback in callbacks for p in callback.idle_parameters(training)}
     learning = [p for p in parameters if id(p) not in waiting]
     gradients = [4 * p.numel() for p in learning]
-    own = [sizes for policy in policies if None not in (sizes := [policy.state_bytes(p) for p in learning])]
-    state = own[0] if own and learning else [8 * p.numel() for p in learning]
-    one_alive = any(policy.fused for policy in policies) and not several_packs
-    return (max if one_alive else sum)(gradients), sum(size or 0 for size in state)
+    (optimizer,) = (callback for callback in callbacks if isinstance(callback, Optimizer))
+    one_alive = optimizer.fused and not several_packs
+    return (max if one_alive else sum)(gradients), sum(map(optimizer.state_bytes, learning))
 
 
 def kernel_count(products: set[Product], shape: Shape) -> int:

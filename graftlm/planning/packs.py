@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.data.sources.template_draws import Draws
 from graftlm.recipe import Recipe
-from graftlm.training.phases import packs_of, plan_batches
+from graftlm.training.phases import make_batches
 
 STEPS_SAMPLED = 64
 """Of a longer run this many steps, evenly spread, stand for all; its largest batch is the first, and always sampled."""
@@ -28,10 +28,12 @@ class Shape:
 
 
 def shape_of(recipe: Recipe, examples: Sequence[Example | Group], draws: Draws | None = None) -> Shape:
-    steps = plan_batches(recipe.train, examples, draws=draws)
+    steps = make_batches(recipe.train, examples, draws=draws)
     sampled = steps[:: max(1, len(steps) // STEPS_SAMPLED)]
     share = recipe.train.prefix_sharing
-    made = sorted((packs_of(recipe, [examples[i] for i in step], share=share) for step in sampled), key=token_count)
+    made = sorted(
+        (recipe.setup().make_packs([examples[i] for i in step], share=share) for step in sampled), key=token_count
+    )
     largest = max(
         (pack for packs in made for pack in packs), key=lambda p: (p.ids.numel(), sum(n**2 for n in p.lengths))
     )

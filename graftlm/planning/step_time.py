@@ -9,11 +9,11 @@ from graftlm.data.batches.pack import Pack
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.hub.sketch import Sketch
 from graftlm.model.passes.forward import hidden_states
+from graftlm.optim.adamw import adamw
 from graftlm.planning.bench import best_s, one_pass, parts_of_time
 from graftlm.planning.layers import Teacher, objective_of, over_layers
 from graftlm.planning.packs import Shape, token_count
 from graftlm.recipe import Recipe
-from graftlm.training.adamw import adamw
 from graftlm.training.loop import training_pass
 
 TRIES = 2
@@ -40,7 +40,7 @@ def time_of(
             for pack in packs:
                 one_pass(model, pack, objective_of(recipe))
 
-        with training_pass(model, **recipe.passes(), backend=backend):
+        with training_pass(model, **recipe.setup().passes(), backend=backend):
             found = best_s(passes, TRIES)
             shares.append({name: share * found for name, share in parts_of_time(passes).items()})
         return found

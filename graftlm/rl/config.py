@@ -32,7 +32,11 @@ from graftlm.data.sources.source import Row
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.policy_gradient import advantages
-from graftlm.rl.rewards import SCORERS, Reward, Said, Scorer, ScorerConfig
+from graftlm.model.layers.initialize import needed_statistics
+from graftlm.plugins import load_plugins
+from graftlm.rl.rewards import SCORERS, Completion, Reward, Scorer, ScorerConfig
+
+load_plugins("graftlm.rewards")  # what they add to the table is in the union
 
 if TYPE_CHECKING:
     AnyScorer = ScorerConfig
@@ -44,7 +48,7 @@ Nucleus = Annotated[float, Strict(), Field(gt=0, le=1)]
 
 
 @config
-class OnlineConfig:
+class RLConfig:
     scorer: AnyScorer
     """What gives an answer its reward."""
     samples: Annotated[int, Strict(), Field(ge=2)] = 4
@@ -62,11 +66,46 @@ class OnlineConfig:
     """Steps that are made of answers from one state of the model: their prompts are all answered before the first of
     them. With more than 1, policy-gradient compares the policy with the one that answered."""
 
+    def conflict_in(self, recipe: Any) -> str:
+        """Why training on the model's own answers does not fit other parts of a recipe, or an empty text."""
+        data, train, name = recipe.data, recipe.train, recipe.loss.name
+        needs = LOSSES[name].rows
+        if needs == "text":
+            return f"loss {name} trains raw text, and rl gives answers: use supervised, or another loss"
+        if needs == "rewards" and (self.temperature, self.top_p) != (1.0, 1.0):
+            return (
+                f"loss {name} needs rl.temperature and top_p at 1: its gradient is that of answers which the policy "
+                "itself gives, and these would be drawn from another distribution"
+            )
+        if needs != "answers" and not data.pack:
+            return f"loss {name} sees several answers in one pass: set `data: {{pack: true}}`"
+        if data.mask != "response" or data.prompt_weight:
+            return "rl trains what the model answered: use data.mask response and no data.prompt_weight"
+        if data.over_length == "truncate":
+            return "a question that was cut asks something else: rl takes data.over_length drop or error"
+        if data.max_tokens <= self.max_new_tokens:
+            return (
+                f"data.max_tokens {data.max_tokens} must hold a prompt and rl.max_new_tokens {self.max_new_tokens}: "
+                "raise the one or lower the other"
+            )
+        if recipe.select or data.desirable_share is not None:
+            key = "select" if recipe.select else "data.desirable_share"
+            return f"{key} chooses rows by their answers, and rl takes questions only: leave one out"
+        if train.early_stopping or train.on_spike == "return":
+            key = "early_stopping" if train.early_stopping else "on_spike: return"
+            return f"train.{key} looks at the loss, which says nothing where answers change with the model"
+        if starts := [each.method for each in recipe.all_deltas().values() if needed_statistics(each)]:
+            return (
+                f"delta {starts[0]} starts from what it sees of training rows, and rl makes them later: choose another "
+                "init or method"
+            )
+        return ""
+
 
 # Rewards ---------------------------------------------------------------------------------------------------------
 
 
-def score(scorer: Scorer, answers: Sequence[Said]) -> list[Reward]:
+def score(scorer: Scorer, answers: Sequence[Completion]) -> list[Reward]:
     """The reward of each answer, the ranks sharing the work; TrainingError for one that is not finite, or missing."""
     mine = list(range(distributed.rank(), len(answers), distributed.count()))
     rewards = list(scorer([answers[i] for i in mine])) if mine else []
@@ -90,14 +129,14 @@ def mean_reward(scorer: Scorer, rows: Sequence[Row], texts: Sequence[str]) -> fl
     """The mean reward of answers to these rows; None where none can be judged. Whether they were cut is not known."""
     asked = [asked_in(row) for row in rows]
     said = [
-        Said(messages, text, reference, cut=False, where=row.where)
+        Completion(messages, text, reference, cut=False, where=row.where)
         for row, (messages, reference), text in zip(rows, asked, texts, strict=True)
     ]
     known = [reward for reward in score(scorer, said) if reward is not None]
     return fmean(known) if known else None
 
 
-def material(loss: LossConfig, answers: Sequence[Example], rewards: Sequence[Reward]) -> Example | Group | None:
+def training_group(loss: LossConfig, answers: Sequence[Example], rewards: Sequence[Reward]) -> Example | Group | None:
     """What the loss trains on, of several answers to one prompt; None where they say nothing.
 
     An answer whose reward is None is left out.
@@ -113,11 +152,11 @@ def material(loss: LossConfig, answers: Sequence[Example], rewards: Sequence[Rew
     if needs == "pairs":
         return Group((best, worst), (1.0, 0.0), ((0, 1),))
     if needs == "rewards":
-        marks: list[float | None] = [*_advantages(loss, values)]
+        scores: list[float | None] = [*_advantages(loss, values)]
     else:
-        marks = FEEDBACK[loss.name](values)
-    kept = [(answer, mark) for (answer, _), mark in zip(known, marks, strict=True) if mark is not None]
-    return Group(tuple(answer for answer, _ in kept), tuple(mark for _, mark in kept))
+        scores = FEEDBACK[loss.name](values)
+    kept = [(answer, score) for (answer, _), score in zip(known, scores, strict=True) if score is not None]
+    return Group(tuple(answer for answer, _ in kept), tuple(score for _, score in kept))
 
 
 def _advantages(loss: Any, rewards: Sequence[float]) -> list[float]:

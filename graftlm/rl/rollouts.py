@@ -1,12 +1,11 @@
-"""The loop of `online`: prompts -> answers of the model as it is -> rewards -> what a step trains on.
+"""The loop of `rl`: prompts -> answers of the model as it is -> rewards -> what a step trains on.
 
-It sits where a step takes its rows (`phases.Turn.steps`), so everything behind it is what it is for rows of files. It
-is a policy, because it is something that acts between steps: what it must remember when a run is stopped is in its
-`facts`, which checkpoints keep. That is nothing as long as every step has answers of its own: what is drawn follows
-from the seed, the steps done and the batch alone, so a resumed run draws it again. With `steps_per_round` the model
-that answered is gone after a step, and the answers of the steps to come are kept.
+It makes the rows of a step (`Callback.rows`), so everything after that is the same as for rows of files. What it must
+remember when a run is stopped is in its `facts`, which checkpoints save. That is nothing as long as every step has
+answers of its own: what is drawn follows from the seed, the steps done and the batch alone, so a resumed run draws it
+again. With `steps_per_round` the model that answered is gone after a step, and the answers for later steps are saved.
 
-What is trained are the very ids that were generated after the very ids of the prompt: no text is tokenised again. An
+What is trained are the very ids that were generated after the very ids of the prompt: no text is tokenized again. An
 answer that ended is trained with the token that ended it, one that was cut without.
 """
 
@@ -26,56 +25,52 @@ from graftlm.data.batches.prompts import Prompt
 from graftlm.data.chat.render import Renderer
 from graftlm.display.pages import NO_SIGNAL
 from graftlm.generation.generate import generate
-from graftlm.losses import LOSSES
+from graftlm.losses import LOSSES, LossConfig
 from graftlm.model.hub.stopping import all_stop_ids
-from graftlm.model.layers.attach import deltas_still
+from graftlm.model.layers.modes import deltas_still
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.recipe import Recipe
-from graftlm.rl.config import OnlineConfig, material, score
-from graftlm.rl.rewards import Said, Scorer, make_scorer
-from graftlm.training.callback import Policy, PolicyConfig, Training
-from graftlm.training.tokenizer import recipe_tokenizer
+from graftlm.rl.config import RLConfig, score, training_group
+from graftlm.rl.rewards import Completion, Scorer
+from graftlm.training.callback import Callback, CallbackConfig
+from graftlm.training.state import TrainingState
 
 Prompts = Sequence[Example | Group]
 
 
-class Sampler(Policy):
-    """Makes the rows of a step of its prompts; made once a turn."""
+class Sampler(Callback):
+    """Makes the rows of a step of its prompts; made once a phase."""
 
     paper = "DeepSeekMath, Shao et al. 2024, arXiv:2402.03300, algorithm 1"
     cost = "the answers of a step: `samples` a prompt, each token of them a forward pass"
 
     def __init__(
-        self, recipe: Recipe, first: int, scorer: Scorer | None = None, renderer: Renderer | None = None
+        self, rl: RLConfig, loss: LossConfig, scorer: Scorer, renderer: Renderer, *, packed: bool, sharing: bool
     ) -> None:
-        """`first` is the batch with which the turn begins: rounds are counted from there. Scorer and renderer are those
-        of the run; without them they are made of the recipe."""
-        super().__init__(PolicyConfig(name="online"))
-        assert recipe.online is not None
-        self.recipe, self.first = recipe, first
-        self.online: OnlineConfig = recipe.online
-        self.scorer: Scorer = scorer or make_scorer(recipe.online.scorer, network=recipe.network)
-        self.renderer = renderer or Renderer(recipe_tokenizer(recipe), turn_order=recipe.data.turn_order)
+        """`packed` and `sharing` say how old log-probabilities are computed: as `data.pack` and
+        `train.prefix_sharing`."""
+        super().__init__(CallbackConfig(name="rl"))
+        self.rl, self.loss, self.scorer, self.renderer = rl, loss, scorer, renderer
+        self.packed, self.sharing = packed, sharing
 
     def rows(
-        self, training: Training, number: int, prompts_of: Callable[[int], Prompts], last: int
+        self, training: TrainingState, number: int, rows_of: Callable[[int], Prompts], last: int
     ) -> list[Example | Group]:
-        """What batch `number` trains on; what is to be told of it goes to `training`. `prompts_of` are those of any
-        batch, and `last` is where the turn ends."""
-        length = self.online.steps_per_round
+        """What batch `number` trains on; metrics and events go to `training`. `rows_of` has the prompts of any batch,
+        and the phase ends before `last`."""
+        length = self.rl.steps_per_round
         kept = {key: made for key, made in self.facts.items() if int(key) >= number}
         if str(number) not in kept:
-            until = min(last, number - (number - self.first) % length + length)
-            kept = self._round(training, {n: prompts_of(n) for n in range(number, until)})
+            until = min(last, number - (number - training.first) % length + length)
+            kept = self._round(training, {n: rows_of(n) for n in range(number, until)})
         self.facts = kept if length > 1 else {}
         made = kept[str(number)]
         training.metrics |= made["metrics"]
         training.events += made["events"]
-        prompts = prompts_of(number)
+        prompts = rows_of(number)
         return [_row(one, prompts[one["prompt"]]) for one in made["rows"]]
 
-    def _round(self, training: Training, steps: Mapping[int, Prompts]) -> dict[str, Any]:
+    def _round(self, training: TrainingState, steps: Mapping[int, Prompts]) -> dict[str, Any]:
         """{batch: {rows, metrics, events}}, as JSON can say it."""
         started = time.perf_counter()
         where = [(number, place) for number, some in steps.items() for place in range(len(some))]
@@ -84,13 +79,13 @@ class Sampler(Policy):
         ends = all_stop_ids(training.model, self.renderer.stop_ids)
         said = [self._said(prompt, ids, ends) for prompt, some in zip(prompts, answers, strict=True) for ids in some]
         rewards = score(self.scorer, said)
-        took, samples = time.perf_counter() - started, self.online.samples
+        took, samples = time.perf_counter() - started, self.rl.samples
         parts = [slice(i * samples, (i + 1) * samples) for i in range(len(prompts))]
         made = [
-            material(self.recipe.loss, [_example(prompt, ids) for ids in some], rewards[part])
+            training_group(self.loss, [_example(prompt, ids) for ids in some], rewards[part])
             for prompt, some, part in zip(prompts, answers, parts, strict=True)
         ]
-        if self.online.steps_per_round > 1 and LOSSES[self.recipe.loss.name].rows == "rewards":
+        if self.rl.steps_per_round > 1 and LOSSES[self.loss.name].rows == "rewards":
             made = self._with_before(training, made)
         found: dict[str, Any] = {}
         for number in steps:
@@ -109,51 +104,51 @@ class Sampler(Policy):
             }
         return found
 
-    def _answers(self, training: Training, prompts: Prompts, purpose: str) -> list[list[list[int]]]:
+    def _answers(self, training: TrainingState, prompts: Prompts, purpose: str) -> list[list[list[int]]]:
         """`samples` answers to each prompt, as ids. Batches have the same prompts and draw the same numbers whatever
         the number of ranks, which share them; with a base in parts all ranks go through each together."""
-        model, online = training.model, self.online
+        model, rl = training.model, self.rl
         ids = [prompt.answers[0].ids for prompt in prompts]
-        order = sorted(range(len(ids) * online.samples), key=lambda i: len(ids[i // online.samples]))
+        order = sorted(range(len(ids) * rl.samples), key=lambda i: len(ids[i // rl.samples]))
         together = distributed.is_sharded(model)
         mine: list[tuple[int, list[int]]] = []
         with deltas_still(model):
-            for batch, start in enumerate(range(0, len(order), online.at_once)):
+            for batch, start in enumerate(range(0, len(order), rl.at_once)):
                 if not together and batch % distributed.count() != distributed.rank():
                     continue
-                some = order[start : start + online.at_once]
+                some = order[start : start + rl.at_once]
                 found = generate(
                     model,
-                    [ids[i // online.samples] for i in some],
+                    [ids[i // rl.samples] for i in some],
                     stop_ids=all_stop_ids(model, self.renderer.stop_ids),
-                    max_new_tokens=online.max_new_tokens,
-                    temperature=online.temperature,
-                    top_p=online.top_p,
+                    max_new_tokens=rl.max_new_tokens,
+                    temperature=rl.temperature,
+                    top_p=rl.top_p,
                     seed=training.seed_for(f"{purpose}, {batch}"),
-                    batch_tokens=len(some) * max(len(ids[i // online.samples]) for i in some),
+                    batch_tokens=len(some) * max(len(ids[i // rl.samples]) for i in some),
                     keep_stop=True,
                 )
                 mine += [(some[i], new) for i, new in found]
         every = dict(mine if together else distributed.gathered(mine))
-        return [[every[i * online.samples + n] for n in range(online.samples)] for i in range(len(prompts))]
+        return [[every[i * rl.samples + n] for n in range(rl.samples)] for i in range(len(prompts))]
 
-    def _said(self, prompt: Example | Group, ids: Sequence[int], ends: Sequence[int]) -> Said:
+    def _said(self, prompt: Example | Group, ids: Sequence[int], ends: Sequence[int]) -> Completion:
         assert isinstance(prompt, Prompt)
         cut = ids[-1] not in ends
         answer = self.renderer.decode(ids if cut else ids[:-1]).strip()
-        return Said(prompt.messages, answer, prompt.reference, cut, prompt.where)
+        return Completion(prompt.messages, answer, prompt.reference, cut, prompt.where)
 
     @torch.no_grad()
-    def _with_before(self, training: Training, made: Sequence[Any]) -> list[Any]:
+    def _with_before(self, training: TrainingState, made: Sequence[Any]) -> list[Any]:
         """Groups whose answers know how likely they were when they were given; the ranks share the work."""
         model: Any = training.model
         together = distributed.is_sharded(model)
         mine: list[tuple[int, list[list[float]]]] = []
-        with deltas_still(model), packed_attention(model) if self.recipe.data.pack else nullcontext():
+        with deltas_still(model), packed_attention(model) if self.packed else nullcontext():
             for i, group in enumerate(made):
                 if group is None or not (together or i % distributed.count() == distributed.rank()):
                     continue
-                pack = collate([group], share=self.recipe.train.prefix_sharing).to(model.device)
+                pack = collate([group], share=self.sharing).to(model.device)
                 values = log_probs(model, pack).float().cpu()
                 # Triples are in the order of their hidden rows, so those of an answer are in the order of its tokens.
                 of_answer = [values[pack.answers.cpu() == n].tolist() for n in range(len(group.answers))]
@@ -173,11 +168,11 @@ def _remember(group: Group, log_probs: Sequence[Sequence[float]]) -> Group:
     for answer, values in zip(group.answers, log_probs, strict=True):
         before = np.zeros(len(answer), np.float32)
         before[answer.weights > 0] = values
-        answers.append(replace(answer, before=before))
+        answers.append(replace(answer, old_log_probs=before))
     return replace(group, answers=tuple(answers))
 
 
-def _metrics(rewards: Sequence[float | None], said: Sequence[Said]) -> dict[str, float]:
+def _metrics(rewards: Sequence[float | None], said: Sequence[Completion]) -> dict[str, float]:
     """The mean reward and its spread, and which shares of the answers were cut, or could not be judged."""
     known = [reward for reward in rewards if reward is not None]
     found = {"reward": fmean(known), "reward_spread": pstdev(known)} if known else {}
@@ -195,16 +190,16 @@ def _fields(made: Example | Group, prompt: int) -> dict[str, Any]:
     answers = []
     for answer in made.answers:
         trained = answer.weights > 0
-        before = None if answer.before is None else answer.before[trained].tolist()
+        before = None if answer.old_log_probs is None else answer.old_log_probs[trained].tolist()
         answers.append([answer.ids[trained].tolist(), before])
-    marks, pairs = (made.marks, made.pairs) if isinstance(made, Group) else (None, ())
-    return {"prompt": prompt, "answers": answers, "marks": marks, "pairs": pairs}
+    scores, pairs = (made.scores, made.pairs) if isinstance(made, Group) else (None, ())
+    return {"prompt": prompt, "answers": answers, "scores": scores, "pairs": pairs}
 
 
 def _row(fields: Mapping[str, Any], prompt: Example | Group) -> Example | Group:
     answers = tuple(_example(prompt, ids) for ids, _ in fields["answers"])
-    if fields["marks"] is None:
+    if fields["scores"] is None:
         return answers[0]
-    group = Group(answers, tuple(fields["marks"]), tuple((a, b) for a, b in fields["pairs"]))
+    group = Group(answers, tuple(fields["scores"]), tuple((a, b) for a, b in fields["pairs"]))
     before = [values for _, values in fields["answers"] if values is not None]
     return _remember(group, before) if before else group

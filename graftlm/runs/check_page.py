@@ -15,7 +15,7 @@ from graftlm.data.quality.survey import WHY, evenly
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.display import pages
 from graftlm.files import whole
-from graftlm.run import Prepared
+from graftlm.prepare import Prepared
 
 SAMPLED = 200
 """Rows at even distances that are shown whatever they hold."""

@@ -17,7 +17,7 @@ from typing import Any
 from graftlm.config.source import parse_yaml
 from graftlm.config.trees import flat
 from graftlm.display import pages
-from graftlm.errors import GraftError, nearest
+from graftlm.errors import GraftError, RecipeError, nearest
 
 SEED = "train.seed"
 
@@ -78,7 +78,7 @@ class RunTable:
     def rows(self, sort: str | None = None, *, reverse: bool = False) -> list[dict[str, Any]]:
         """A flat row for each run: run, status, what differs, FIGURES; sorted by a column, unknown values last.
 
-        Raises GraftError for a column that there is not.
+        Raises RecipeError for a column that there is not.
         """
         names = short_names(self.differ)
         labels = _labels([run.folder for run in self.runs])
@@ -92,7 +92,9 @@ class RunTable:
             return rows
         column = next((short for key, short in names.items() if sort in (key, short)), sort)
         if rows and column not in rows[0]:
-            raise GraftError(f"--sort {sort}: there is no such column. {nearest(sort, rows[0])}")
+            raise RecipeError(
+                f"--sort {sort}: there is no such column. {nearest(sort, rows[0])}", code="unknown-column"
+            )
         known = [row for row in rows if row[column] is not None]
         known.sort(key=lambda row: _sort_key(row[column]), reverse=reverse)
         return known + [row for row in rows if row[column] is None]
@@ -143,7 +145,7 @@ SPREAD: dict[str, Callable[[Run], Any]] = {
 def compare(folders: Iterable[str | Path]) -> RunTable:
     """The runs in and below some folders, in the order of their names; damaged ones are named, not fatal.
 
-    Raises GraftError for a folder that is not there.
+    Raises RecipeError for a folder that is not there.
     """
     runs: list[Run] = []
     damaged: dict[str, str] = {}
@@ -164,7 +166,7 @@ def compare(folders: Iterable[str | Path]) -> RunTable:
 
 def _run_folders(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
-        raise GraftError(f"{folder}: there is no such folder")
+        raise RecipeError(f"{folder}: there is no such folder", code="no-such-folder")
     for path, inside, files in os.walk(folder):
         if METRICS in files or os.path.isfile(os.path.join(path, UNFINISHED)):
             inside.clear()  # what is below belongs to this run

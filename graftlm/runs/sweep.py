@@ -68,10 +68,12 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
-            raise RecipeError(f"{setting!r}: write what to vary as key=value,value or key=first..last")
+            raise RecipeError(
+                f"{setting!r}: write what to vary as key=value,value or key=first..last", code="malformed-override"
+            )
         full = resolve(key, tree)
         if full in axes:
-            raise RecipeError(f"{setting!r}: {full} was already given")
+            raise RecipeError(f"{setting!r}: {full} was already given", code="repeated-key")
         axes[full] = values_of(setting, text)
     written, _ = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
     kinds = {kind: value for key in axes for kind, value in _config_tags(key, tree, written) if kind not in axes}
@@ -87,7 +89,7 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
         except RecipeError as error:
             problems.append(str(error))
     if problems:
-        raise RecipeError("\n".join(dict.fromkeys(problems)))
+        raise RecipeError("\n".join(dict.fromkeys(problems)), code="unusable-points")
     return points
 
 
@@ -119,14 +121,19 @@ def values_of(setting: str, text: str) -> list[str]:
         if (ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", part)) is not None:
             first, last = int(ends[1]), int(ends[2])
             if last < first:
-                raise RecipeError(f"{setting!r}: the range {part} is empty: write the smaller number first")
+                raise RecipeError(
+                    f"{setting!r}: the range {part} is empty: write the smaller number first", code="invalid-range"
+                )
             values += map(str, range(first, last + 1))
         elif ".." in part and re.fullmatch(r"[-+.\deE]+", part):
-            raise RecipeError(f"{setting!r}: {part} is no range: both ends must be whole numbers. Else list the values")
+            raise RecipeError(
+                f"{setting!r}: {part} is no range: both ends must be whole numbers. Else list the values",
+                code="invalid-range",
+            )
         else:
             values.append(part)
     if len(set(values)) < len(values):
-        raise RecipeError(f"{setting!r}: {max(values, key=values.count)} is listed twice")
+        raise RecipeError(f"{setting!r}: {max(values, key=values.count)} is listed twice", code="repeated-value")
     return values
 
 
@@ -154,13 +161,15 @@ def resolve(key: str, tree: Mapping[str, Any]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise RecipeError(f"{key}: this is ambiguous: {' or '.join(found)}. Write more of the key")
+        raise RecipeError(
+            f"{key}: this is ambiguous: {' or '.join(found)}. Write more of the key", code="ambiguous-key"
+        )
     if key.split(".")[0] in {each.name for each in fields(Recipe)}:
         return key  # the recipe has no such section yet; reading it finds mistakes
     if (other := OTHER_NAMES.get(key.rpartition(".")[2])) is not None:
-        raise RecipeError(f"{key}: no key of the recipe ends so. Here it is {other}")
+        raise RecipeError(f"{key}: no key of the recipe ends so. Here it is {other}", code="unknown-key")
     ends = {".".join(spelled.split(".")[n:]) for spelled, _ in known for n in range(spelled.count(".") + 1)}
-    raise RecipeError(f"{key}: no key of the recipe ends so. {nearest(key, ends)}")
+    raise RecipeError(f"{key}: no key of the recipe ends so. {nearest(key, ends)}", code="unknown-key")
 
 
 def _spellings(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str = "") -> Iterator[tuple[str, str]]:
@@ -193,7 +202,7 @@ def sweep(points: Sequence[Point], out: Path, *, on: str = "local", say: Callabl
     Raises OutputError where a folder holds a run of another recipe, and where another sweep writes to `out`.
     """
     if on not in RUNNERS:
-        raise RecipeError(f"--on {on}: unknown value. {nearest(on, RUNNERS)}")
+        raise RecipeError(f"--on {on}: unknown value. {nearest(on, RUNNERS)}", code="invalid-value")
     with only_writer(out, say=say):
         return _sweep(points, out, on, say)
 
@@ -236,7 +245,8 @@ def _is_finished(folder: Path, recipe: Recipe) -> bool:
         return False
     if changes := [change for change in differences(found[0].recipe, to_tree(recipe)) if matters(change)]:
         raise OutputError(
-            f"{folder} holds a run of another recipe:\n{numbered(changes)}\nChoose another --out, or remove it"
+            f"{folder} holds a run of another recipe:\n{numbered(changes)}\nChoose another --out, or remove it",
+            code="other-recipe",
         )
     return found[0].status == "finished"
 
@@ -253,7 +263,7 @@ def _error_in(file: Path) -> str:
     """The last line that names an error, or the last line."""
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    named = [line for line in lines if re.match(r"error\[|[\w.]+(Error|Exception|Interrupt)\b", line)]
     return (named or lines or [""])[-1]
 
 
@@ -279,11 +289,15 @@ def _run_on_ray(todo: Sequence[Point], out: Path, on_end: OnEnd, stop: Callable[
     try:
         import ray
     except ModuleNotFoundError:
-        raise TrainingError("--on ray: not installed here: pip install 'graftlm[ray]'") from None
+        raise TrainingError(
+            "--on ray: not installed here: pip install 'graftlm[ray]'", code="missing-package"
+        ) from None
     try:
         ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
     except ConnectionError:
-        raise TrainingError("--on ray: no cluster is running: `ray start --head`, or leave out --on") from None
+        raise TrainingError(
+            "--on ray: no cluster is running: `ray start --head`, or leave out --on", code="no-ray-cluster"
+        ) from None
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     running = {}
     for point in todo:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -23,19 +23,18 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.token_cache import key as tokens_key
 from graftlm.data.quality.report import Report
 from graftlm.data.sources.convert import to_fields, write_lines
-from graftlm.data.sources.source import SELECTED, Row
+from graftlm.data.sources.source import SELECTED, DataConfig, Row
 from graftlm.display import terminal
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
-from graftlm.model.hub.load import base_config, load_base, locate
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.hub.config import BaseConfig, base_config
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.locate import locate
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import Pool, Scores, SelectorConfig, examples_of
 from graftlm.system import preserve_global_state, return_freed_memory
 from graftlm.training.positions import check_positions
-
-if TYPE_CHECKING:
-    from graftlm.recipe import Recipe
 
 SCORES_VERSION = 2
 """Raised when a method's scores come to mean something else, so that old ones are not taken for new ones."""
@@ -67,24 +66,29 @@ class Choice:
 
 @preserve_global_state()
 def choose(
-    recipe: "Recipe",
+    selectors: Sequence[SelectorConfig],
     rows: Sequence[Row],
     tokenizer: Any,
     console: Console,
+    *,
+    base: str | BaseConfig,
+    data: DataConfig,
+    pack_tokens: int,
+    network: bool = False,
     today: datetime.date | None = None,
 ) -> tuple[list[Row], list[Choice]]:
-    """The rows that the recipe's selectors keep, each asked about what those before it left; in the order given.
+    """The rows that the selectors keep, each asked about what those before it left; in the order given.
 
     Raises DataError where nothing is left, and RecipeError for a selector that ranks and is not told how many to keep.
     """
     if distributed.count() > 1:
         raise RecipeError("select: rows are chosen by one process. Choose them first, with graft data select")
-    for config in recipe.select:
+    for config in selectors:
         if config.keep is None and not SELECTORS[config.by].filters:
             raise RecipeError(
                 f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
             )
-    renderer, choices = Renderer(tokenizer, turn_order=recipe.data.turn_order, today=today), list[Choice]()
+    renderer, choices = Renderer(tokenizer, turn_order=data.turn_order, today=today), list[Choice]()
     with terminal.progress(console) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
@@ -93,31 +97,31 @@ def choose(
             bars.update(tasks[-1], completed=done, total=total)
 
         def fit(examples: Sequence[Example], what: str) -> None:
-            check_positions(recipe, examples, Report(), what=what)
+            check_positions(base, examples, Report(), network=network, what=what)
 
         tasks: list[Any] = []
-        load = cache(lambda: _proved(recipe, pool))
+        load = cache(lambda: _proved(base, pool))
         pool = Pool(
             rows,
-            examples_of(rows, renderer, recipe.data),
+            examples_of(rows, renderer, data),
             renderer,
-            recipe.data,
+            data,
             load,
-            pack_tokens=recipe.train.pack_tokens,
-            network=recipe.network,
+            pack_tokens=pack_tokens,
+            network=network,
             check_positions=fit,
             progress=progress,
         )
         place = np.arange(len(pool))
-        for config in recipe.select:
+        for config in selectors:
             pool.notes.clear()
-            kept, scores, choice = _choose_by(config, pool, _base_stamp(recipe))
+            kept, scores, choice = _choose_by(config, pool, _base_stamp(base, network=network))
             choices.append(choice)
             place, pool = place[kept], pool.part(kept)
     load.cache_clear()
     return_freed_memory()
     chosen = [rows[i] for i in place.tolist()]
-    if recipe.data.order is not None and recipe.data.order.by == SELECTED:
+    if data.order is not None and data.order.by == SELECTED:
         chosen = [replace(row, score=score) for row, score in zip(chosen, scores.tolist(), strict=True)]
     return chosen, choices
 
@@ -158,13 +162,13 @@ def best(scores: Scores, keep: float | None) -> list[int]:
     return sorted(order[: count_of(keep, len(scores))].tolist())
 
 
-def _proved(recipe: "Recipe", pool: Pool) -> Any:
+def _proved(base: str | BaseConfig, pool: Pool) -> Any:
     """The base, proved on the shortest and the longest of the rows as a run proves it; DataError for rows that are
     longer than its positions."""
     examples = [example for row in pool.examples for example in row]
     pool.check_positions(examples, "rows")
-    model: Any = load_base(recipe.base, network=recipe.network).model
-    prove(model, examples, packed=recipe.data.pack, sharing=False)
+    model: Any = load_base(base, network=pool.network).model
+    check_packing(model, examples, packed=pool.data.pack, sharing=False)
     return model
 
 
@@ -190,10 +194,10 @@ def _of_rows(pool: Pool) -> list[Any]:
     return [tokens, pool.data.max_tokens, pool.data.over_length, [row.group for row in pool.rows]]
 
 
-def _base_stamp(recipe: "Recipe") -> str:
+def _base_stamp(base: str | BaseConfig, *, network: bool) -> str:
     """Which base: its config, and the names, sizes and times of its files, so that no weight needs to be read."""
-    base = base_config(recipe.base)
-    folder = Path(locate(base, network=recipe.network))
+    base = base_config(base)
+    folder = Path(locate(base, network=network))
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return _hash(to_tree(base), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 

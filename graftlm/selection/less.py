@@ -28,12 +28,14 @@ from graftlm.data.batches.pack import Example, batches
 from graftlm.data.sources.source import SourceConfig
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.kernels.backend import TORCH
-from graftlm.model.layers.attach import attach, detach, parameters_of
+from graftlm.model.layers.attach import attach, detach
+from graftlm.model.layers.registry import parameters_of
 from graftlm.model.passes.autotune import fastest_backend
 from graftlm.model.passes.forward import log_probs
+from graftlm.optim.adamw import adamw
 from graftlm.selection.base import LEFT_OUT, Pool, PositiveShare, Scores, SelectorConfig
-from graftlm.training.adamw import adamw, warmup_cosine
 from graftlm.training.loop import steps
+from graftlm.training.schedule import warmup_cosine
 
 NAME = "select-less"
 
@@ -68,11 +70,11 @@ def score(config: LessConfig, pool: Pool) -> Scores:
         found, weight = torch.zeros(len(usable), len(wanted)), 0.0
         parameters = parameters_of(model, NAME)
         project = Projection([p.numel() for p in parameters], config.dimensions, config.seed)
-        for epoch, (optimiser, rate) in enumerate(_warmup(config, pool, parameters, usable), start=1):
+        for epoch, (optimizer, rate) in enumerate(_warmup(config, pool, parameters, usable), start=1):
             plain = [project(gradient(pool, parameters, examples)) for examples in wanted]
             aims = nn.functional.normalize(torch.stack(plain))
             for place, number in enumerate(usable.tolist()):
-                step = adam_step(optimiser, parameters, gradient(pool, parameters, pool.examples[number]))
+                step = adam_step(optimizer, parameters, gradient(pool, parameters, pool.examples[number]))
                 found[place] += rate * (aims @ nn.functional.normalize(project(step), dim=0)).cpu()
                 pool.progress(f"epoch {epoch}/{config.epochs}", place + 1, len(usable))
             weight += rate
@@ -95,7 +97,7 @@ def _warmup(
     examples = [example for number in chosen for example in pool.examples[number]]
     per_epoch = max(1, round(len(examples) / config.batch_rows))
     plan = batches(len(examples), config.batch_rows, config.epochs * per_epoch, config.seed)
-    optimiser = adamw([(parameters, config.learning_rate or Lora.learning_rate)], weight_decay=0.0)
+    optimizer = adamw([(parameters, config.learning_rate or Lora.learning_rate)], weight_decay=0.0)
     rates = []
     backend = TORCH
     if pool.data.pack:
@@ -104,7 +106,7 @@ def _warmup(
         pool.model,
         (list(pool.packs([examples[i] for i in rows])) for rows in plan),
         loss="supervised",
-        optimiser=optimiser,
+        optimizer=optimizer,
         schedule=warmup_cosine(steps=len(plan), warmup_steps=round(0.03 * len(plan))),
         clip=1.0,
         packed=pool.data.pack,
@@ -112,7 +114,7 @@ def _warmup(
     ):
         rates.append(step.learning_rate)
         if step.number % per_epoch == 0:
-            yield optimiser, float(np.mean(rates))
+            yield optimizer, float(np.mean(rates))
             rates.clear()
 
 
@@ -128,12 +130,12 @@ def gradient(pool: Pool, parameters: Sequence[Tensor], examples: Sequence[Exampl
     return total
 
 
-def adam_step(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
+def adam_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
     """Gamma: AdamW's next step for these gradients, over its learning rate and without weight decay."""
-    (beta1, beta2), eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
+    (beta1, beta2), eps = optimizer.defaults["betas"], optimizer.defaults["eps"]
     made = []
     for parameter, g in zip(parameters, found, strict=True):
-        state = optimiser.state[parameter]
+        state = optimizer.state[parameter]
         t = float(state["step"]) + 1
         m = (beta1 * state["exp_avg"] + (1 - beta1) * g) / (1 - beta1**t)
         v = (beta2 * state["exp_avg_sq"] + (1 - beta2) * g.square()) / (1 - beta2**t)

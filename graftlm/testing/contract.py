@@ -18,25 +18,21 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, Site, WeightDelta
-from graftlm.model.layers.attach import (
-    activate,
-    attach,
-    by_row,
-    deltas_off,
-    detach,
-    hosts,
-    merged_state,
-    shared_of,
-    trainable,
-)
+from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
+from graftlm.model.layers.modes import activate, by_row, deltas_off
+from graftlm.model.layers.registry import hosts, shared_of, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
+from graftlm.plugins import load_plugins
 from graftlm.testing.deltas import (
     attach_tiny,
     close,
@@ -406,6 +402,7 @@ CONTRACT: dict[str, Callable[[str], None]] = {
 
 def check_method(name: str) -> None:
     """Run every clause of the contract on one method of METHODS; raises AssertionError with the clause's name."""
+    load_plugins("graftlm.methods")
     for title, clause in CONTRACT.items():
         try:
             clause(name)

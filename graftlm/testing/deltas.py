@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
-from graftlm.model.layers.attach import attach, needed_statistics, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.statistics import collect
+from graftlm.plugins import load_plugins
 from graftlm.testing.tiny import tiny_model
 
 SMALL: dict[str, Any] = {
@@ -38,6 +41,7 @@ SMALL: dict[str, Any] = {
 
 def tiny_config(name: str, **changes: Any) -> DeltaConfig:
     """The config of a method with sizes that fit the tiny model."""
+    load_plugins("graftlm.methods")
     config: Any = METHODS[name].config
     known = {f.name for f in fields(config)}
     made: DeltaConfig = config(**{key: value for key, value in SMALL.items() if key in known} | changes)

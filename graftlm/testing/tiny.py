@@ -29,7 +29,11 @@ TINY = {
 
 
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of two layers, float32, in evaluation mode; any architecture by its model type."""
+    """A random causal language model of two layers, float32, in evaluation mode; any architecture by its model type.
+
+    `changes` are fields of its config. Returns the model of transformers. Raises ValueError for a model type that
+    transformers does not know.
+    """
     return tiny_of(AutoConfig.for_model(model_type, **(TINY | changes)), seed=seed)
 
 
@@ -48,7 +52,10 @@ def tiny_of(config: Any, *, seed: int = 0) -> Any:
 
 
 def tiny_tokenizer(template: str | None = CHATML) -> Any:
-    """A byte-level BPE tokenizer of at most 300 tokens, trained here and now on a few sentences."""
+    """A byte-level BPE tokenizer of at most 300 tokens, trained here and now on a few sentences.
+
+    Returns a fast tokenizer of transformers with this chat template. Raises nothing.
+    """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,7 +77,10 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
 
 
 def save_tiny_base(folder: Path, *, seed: int = 0, template: str | None = CHATML, **changes: Any) -> Path:
-    """A folder that `load_base` loads: the tiny model and the tiny tokenizer."""
+    """Write a folder that `load_base` loads: the tiny model and the tiny tokenizer.
+
+    Returns the folder. Raises OSError where it cannot be written.
+    """
     tiny_model(seed=seed, **changes).save_pretrained(folder)
     tiny_tokenizer(template).save_pretrained(folder)
     return folder

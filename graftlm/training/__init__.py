@@ -1,1 +1,1 @@
-"""From a recipe to an adapter: the loop, its optimiser, the run around it and its report."""
+"""From a recipe to an adapter: the loop, its optimizer, the run around it and its report."""

@@ -4,14 +4,14 @@
       unfinished.json        the recipe of a run that is not done; gone when it is
       metrics.jsonl          what every step did, a line each, as it happens
       step-00000050/
-        state.safetensors    deltas, optimiser and policies, by name
+        state.safetensors    deltas, optimizer and callbacks, by name
         state.json           what of them is no tensor, and where the run and metrics.jsonl stood
         manifest.json        size and SHA-256 of the two
 
 A checkpoint is made in a folder of another name, every file and the folder are forced to the disk, and then it gets its
 name: under `step-` there is a whole one or none. Reading checks the sums; one that is damaged is named and the one
 before it is taken. Randomness needs no place here: it depends on the seed, the step and the rank alone (`loop.steps`).
-Rank 0 writes all, for deltas and optimiser are whole on every rank, so any number of ranks can go on.
+Rank 0 writes all, for deltas and optimizer are whole on every rank, so any number of ranks can go on.
 """
 
 import hashlib
@@ -29,11 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftlm.adapters.store import fill_delta, sha256_of, tensors_of_delta
+from graftlm.adapters.folder import sha256_of
+from graftlm.adapters.tensors import fill_delta, tensors_of_delta
 from graftlm.errors import TrainingError, numbered
 from graftlm.files import sync, writing
-from graftlm.training.callback import Policy, Training
-from graftlm.training.objective import beside
+from graftlm.training.callback import Callback
+from graftlm.training.objective import extra_parameters
+from graftlm.training.state import TrainingState
 
 FOLDER, UNFINISHED, METRICS = "checkpoints", "unfinished.json", "metrics.jsonl"
 STATE, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -42,7 +44,7 @@ BEST = "best"
 """The checkpoint with the lowest held-out loss, under early stopping; not one of the last that are kept."""
 
 FROM_RECIPE = {"lr", "largest_lr", "weight_decay"}
-"""What of an optimiser's groups follows from the recipe, so that a recipe that was changed on purpose counts."""
+"""What of an optimizer's groups follows from the recipe, so that a recipe that was changed on purpose counts."""
 
 
 @dataclass(frozen=True)
@@ -60,63 +62,63 @@ class Snapshot:
 # State <-> snapshot ----------------------------------------------------------------------------------------------
 
 
-def take(training: Training, policies: Sequence[Policy], every: Sequence[str], **facts: Any) -> Snapshot:
-    """Copy all that a step changes: `every` delta of the model, and the optimiser and policies of those that learn."""
+def take(training: TrainingState, callbacks: Sequence[Callback], every: Sequence[str], **facts: Any) -> Snapshot:
+    """Copy all that a step changes: `every` delta of the model, and the optimizer and callbacks of those that learn."""
     tensors: dict[str, Tensor] = {}
     for name in every:
         tensors |= {f"delta/{name}/{key}": t for key, t in tensors_of_delta(training.model, name).items()}
-    learns_too = beside(training.model)
+    learns_too = extra_parameters(training.model)
     tensors |= {f"beside/{name}": parameter for name, parameter in learns_too.items()}
     kept: dict[str, dict[str, Any]] = {}
     for name, parameter in (training.parameters() | learns_too).items():
-        for key, value in training.optimiser.state.get(parameter, {}).items():
+        for key, value in training.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimiser/{name}/{key}"] = value
+                tensors[f"optimizer/{name}/{key}"] = value
             else:
                 kept.setdefault(name, {})[key] = value
-    for policy in policies:
-        tensors |= {f"policy/{policy.config.name}/{key}": tensor for key, tensor in policy.tensors.items()}
+    for callback in callbacks:
+        tensors |= {f"callback/{callback.config.name}/{key}": tensor for key, tensor in callback.tensors.items()}
     groups = [
         {k: v for k, v in group.items() if isinstance(v, int | float) and k not in FROM_RECIPE}
-        for group in training.optimiser.param_groups
+        for group in training.optimizer.param_groups
     ]
     known = {
         "done": training.done,
-        "optimiser": {"class": type(training.optimiser).__name__, "groups": groups, "kept": kept},
-        "policies": {policy.config.name: json.loads(json.dumps(policy.facts)) for policy in policies},
+        "optimizer": {"class": type(training.optimizer).__name__, "groups": groups, "kept": kept},
+        "callbacks": {callback.config.name: json.loads(json.dumps(callback.facts)) for callback in callbacks},
     }
     copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     return Snapshot(copies, known | facts)
 
 
-def put_back(snapshot: Snapshot, training: Training, policies: Sequence[Policy]) -> None:
-    """What `take` copied, into an optimiser and policies that are made for the same parameters."""
-    kept = snapshot.facts["optimiser"]
-    if kept["class"] != type(training.optimiser).__name__:
+def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Callback]) -> None:
+    """What `take` copied, into an optimizer and callbacks that are made for the same parameters."""
+    kept = snapshot.facts["optimizer"]
+    if kept["class"] != type(training.optimizer).__name__:
         raise TrainingError(
-            f"the checkpoint is of optimiser {kept['class']}, the recipe makes {type(training.optimiser).__name__}"
+            f"the checkpoint is of optimizer {kept['class']}, the recipe makes {type(training.optimizer).__name__}"
         )
     training.done = snapshot.facts["done"]
-    learns_too = beside(training.model)
+    learns_too = extra_parameters(training.model)
     for name, tensor in _under("beside", snapshot).items():
         learns_too[name].data.copy_(tensor)
     parameters = training.parameters() | learns_too
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in kept["kept"].items()}
-    for name, tensor in _under("optimiser", snapshot).items():
+    for name, tensor in _under("optimizer", snapshot).items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = tensor
     if strange := sorted(state.keys() - parameters.keys()):
-        raise TrainingError(f"the checkpoint's optimiser knows tensors that are not here:\n{numbered(strange)}")
-    tree = training.optimiser.state_dict()
-    number = {id(p): i for i, p in enumerate(p for group in training.optimiser.param_groups for p in group["params"])}
+        raise TrainingError(f"the checkpoint's optimizer knows tensors that are not here:\n{numbered(strange)}")
+    tree = training.optimizer.state_dict()
+    number = {id(p): i for i, p in enumerate(p for group in training.optimizer.param_groups for p in group["params"])}
     tree["state"] = {number[id(parameters[name])]: values for name, values in state.items()}
     for group, saved in zip(tree["param_groups"], kept["groups"], strict=True):
         group |= saved
-    training.optimiser.load_state_dict(tree)  # it knows which of these belong on which device
-    for policy in policies:
-        name = policy.config.name
-        policy.facts = dict(snapshot.facts["policies"].get(name, {}))
-        policy.tensors = {key: t.to(training.model.device) for key, t in _under(f"policy/{name}", snapshot).items()}  # type: ignore[arg-type]
+    training.optimizer.load_state_dict(tree)  # it knows which of these belong on which device
+    for callback in callbacks:
+        name = callback.config.name
+        callback.facts = dict(snapshot.facts["callbacks"].get(name, {}))
+        callback.tensors = {key: t.to(training.model.device) for key, t in _under(f"callback/{name}", snapshot).items()}  # type: ignore[arg-type]
 
 
 def put_deltas_back(snapshot: Snapshot, model: Any, every: Sequence[str], source: Path) -> None:
@@ -193,8 +195,8 @@ class Checkpoints:
                 return facts
         return {}
 
-    def newest(self, told: Callable[[str], None]) -> tuple[Snapshot, Path] | None:
-        """The newest that is as it was written; `told` hears which file of a newer one is not. None if there is none.
+    def newest(self, report: Callable[[str], None]) -> tuple[Snapshot, Path] | None:
+        """The newest that is as it was written, or None; `report` is called with what is wrong with a newer one.
 
         Raises TrainingError where there are checkpoints and not one of them can be used.
         """
@@ -204,7 +206,7 @@ class Checkpoints:
                 return read(path), path
             except DamagedError as error:
                 problems.append(str(error))
-                told(f"{error}: trying the checkpoint before it")
+                report(f"{error}: trying the checkpoint before it")
         if problems:
             raise TrainingError(
                 f"{self.folder}: no checkpoint can be used:\n{numbered(problems)}\n--overwrite starts the run anew"

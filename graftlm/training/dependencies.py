@@ -12,42 +12,45 @@ from typing import Any
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import Prompt
 from graftlm.data.sources.parts import content_hash
-from graftlm.model.hub.load import Fingerprint, difference, fingerprint
-from graftlm.recipe import Recipe
+from graftlm.data.sources.source import DataConfig
+from graftlm.losses import LossConfig
+from graftlm.model.hub.fingerprint import Fingerprint, difference, fingerprint
 from graftlm.training.teacher import TEACHER, adapters_compared_with
 
 Record = dict[str, Any]
 
 
-def record(recipe: Recipe, model: Any, tokenizer: Any, items: Sequence[Example | Group], *, began: str) -> Record:
+def record(
+    data: DataConfig, loss: LossConfig, model: Any, tokenizer: Any, items: Sequence[Example | Group], *, began: str
+) -> Record:
     """The record of a run that began then (local time, ISO 8601), as JSON can say it."""
     template = tokenizer.chat_template
     teacher = model.__dict__.get(TEACHER)
     return {
         "rows": digest(items),
-        "sources": [content_hash(path) for path in paths(recipe)],
+        "sources": [content_hash(path) for path in paths(data)],
         "template": hashlib.sha256(str(template).encode()).hexdigest(),
         "began": began,
         "base": fingerprint(model).to_json(),
         "teacher": None if teacher is None else fingerprint(teacher).to_json(),
-        "adapters": adapters_compared_with(recipe.loss),
+        "adapters": adapters_compared_with(loss),
     }
 
 
-def paths(recipe: Recipe) -> list[str]:
+def paths(data: DataConfig) -> list[str]:
     """The sources of a run, in the order of the recipe: those of training rows, then those of held-out rows."""
-    held_out = recipe.data.held_out
+    held_out = data.held_out
     others = [] if isinstance(held_out, int | float) else [held_out if isinstance(held_out, str) else held_out.path]
-    return [*(source.path for source in recipe.data.sources()), *others]
+    return [*(source.path for source in data.sources()), *others]
 
 
-def changes(saved: Mapping[str, Any], here: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def changes(saved: Mapping[str, Any], here: Mapping[str, Any], data: DataConfig) -> list[str]:
     """What is no longer what it was, a line each, with old and new digest and the likely causes."""
     found = []
     if saved["rows"] != here["rows"]:
         causes = [
             f"{path} was edited: {_short(old)} -> {_short(new)}"
-            for path, old, new in zip(paths(recipe), saved["sources"], here["sources"], strict=False)
+            for path, old, new in zip(paths(data), saved["sources"], here["sources"], strict=False)
             if old != new
         ]
         if saved["template"] != here["template"]:
@@ -71,15 +74,17 @@ def changes(saved: Mapping[str, Any], here: Mapping[str, Any], recipe: Recipe) -
     return found
 
 
-def where_it_is_now(began: Mapping[str, Any], tree: Mapping[str, Any], saved: Mapping[str, Any], recipe: Recipe) -> Any:
+def with_moved_paths(
+    began: Mapping[str, Any], tree: Mapping[str, Any], saved: Mapping[str, Any], data: DataConfig
+) -> Any:
     """The recipe that a run began with, with the paths of `tree` for sources whose contents are those of the record,
     and for a base in a folder: what it holds is compared when it is loaded."""
     began = {**began, "data": dict(began["data"])}
-    same = saved.get("sources") == (now := [content_hash(path) for path in paths(recipe)]) and None not in now
-    data = tree["data"]
+    same = saved.get("sources") == (now := [content_hash(path) for path in paths(data)]) and None not in now
+    here = tree["data"]
     for key in ("train", "held_out"):
-        if same and _without_paths(began["data"].get(key)) == _without_paths(data.get(key)):
-            began["data"][key] = data.get(key)
+        if same and _without_paths(began["data"].get(key)) == _without_paths(here.get(key)):
+            began["data"][key] = here.get(key)
     if Path(_name(tree["base"])).is_dir() and _options(began["base"]) == _options(tree["base"]):
         began["base"] = tree["base"]
     return began
@@ -110,7 +115,7 @@ def digest(items: Sequence[Example | Group]) -> str:
     summed = hashlib.sha256()
     for item in items:
         if isinstance(item, Group):
-            summed.update(repr((item.marks, item.pairs, *((item.numbers,) if item.numbers else ()))).encode())
+            summed.update(repr((item.scores, item.pairs, *((item.numbers,) if item.numbers else ()))).encode())
         for example in item.answers:
             summed.update(len(example).to_bytes(8, "little"))
             summed.update(example.ids.tobytes())

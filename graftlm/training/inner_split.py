@@ -1,4 +1,5 @@
-"""Rows that are kept out of training for policies that learn from them (`Policy.wants_aside`)."""
+"""The inner validation split: training rows that no step trains on, for callbacks that learn from them
+(`Callback.inner_share`)."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -6,52 +7,53 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from graftlm.callbacks import POLICIES
-from graftlm.data.batches.pack import Example, Group, Pack
+from graftlm.data.batches.pack import Example, Group
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.recipe import Recipe
-from graftlm.training.callback import Training
+from graftlm.losses import LOSSES, LossConfig
 from graftlm.training.loop import training_pass
-from graftlm.training.objective import Objective
+from graftlm.training.setup import Setup
+from graftlm.training.state import TrainingState
 
-Rows = Sequence[Example | Group]
 R = TypeVar("R", Example, Group, Example | Group)
 
 
-def put_aside(recipe: Recipe, examples: Sequence[R]) -> tuple[list[R], list[R]]:
-    """(what is trained on, what is put aside): as large a share as a policy of the recipe wants, drawn by the seed."""
-    share = max((POLICIES[policy.name].policy.wants_aside for policy in recipe.policies), default=0.0)
+def inner_split(examples: Sequence[R], share: float, *, loss: LossConfig, seed: int) -> tuple[list[R], list[R]]:
+    """(the rows to train on, the inner validation split): a share of the rows, drawn by the seed."""
     if not share:
         return list(examples), []
     count = max(1, round(share * len(examples)))
     if count >= len(examples):
-        raise TrainingError(f"policies: rows are to be put aside, and there are only {len(examples)} in all")
-    objective = Objective(recipe.loss)
-    if objective.loss.statistic is not None:
-        raise TrainingError(f"policies: {objective.config.name} looks at whole steps, which rows put aside are not")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.train.seed)).tolist()
+        raise TrainingError(
+            f"callbacks: one of them needs an inner validation split, and there are only {len(examples)} rows in all"
+        )
+    if LOSSES[loss.name].statistic is not None:
+        raise TrainingError(
+            f"callbacks: loss {loss.name} needs a statistic of whole steps, which an inner validation split has not"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = set(order[:count])
     learnt = [example for number, example in enumerate(examples) if number not in chosen]
     return learnt, [examples[number] for number in sorted(chosen)]
 
 
-def loss_aside(
-    recipe: Recipe, training: Training, rows: Rows, make: Callable[[Rows], list[Pack]], backend: Backend = TORCH
+def make_inner_loss(
+    setup: Setup, training: TrainingState, rows: Sequence[Example | Group], backend: Backend = TORCH
 ) -> Callable[[bool], Tensor]:
-    """What `Training.aside` is: the mean loss over as many rows as a step has, others after each step, in turn.
+    """What `TrainingState.inner_loss` is: the mean loss over as many rows as a step has, others after each step.
 
     Every rank computes all of it: the rows are few, and all ranks must come to the same numbers.
     """
-    model, config, objective = training.model, recipe.train, Objective(recipe.loss)
+    model, config, objective = training.model, setup.train, setup.objective()
 
     def loss(gradient: bool) -> Tensor:
         first, count = training.done * config.batch_rows, min(config.batch_rows, len(rows))
-        packs = [p.to(model.device) for p in make([rows[(first + i) % len(rows)] for i in range(count)])]  # type: ignore[arg-type]
+        some = [rows[(first + i) % len(rows)] for i in range(count)]
+        packs = [pack.to(model.device) for pack in setup.make_packs(some)]  # type: ignore[arg-type]
         weight, total = sum(map(objective.count, packs)), 0.0
         torch.manual_seed(training.seed_for("aside"))  # for dropout, as in a step
         with (
-            training_pass(model, **recipe.passes(), backend=backend),
+            training_pass(model, **setup.passes(), backend=backend),
             torch.set_grad_enabled(gradient),
         ):
             for pack in packs:

@@ -11,31 +11,31 @@ from graftlm.data.batches.pack import Example, Group, Pack, lay_out
 from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.layers.attach import deltas_off
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.passes.autotune import Choice, choose
-from graftlm.model.passes.packing_check import prove
-from graftlm.recipe import Recipe
+from graftlm.model.passes.packing_check import check_packing
+from graftlm.training.setup import Answers, Setup
 
 STEPS_SEEN = 16
 """The packs of so many steps, the largest among them, stand for those of the run."""
 
 
 def choose_kernels(
-    recipe: Recipe,
+    setup: Setup,
     model: Any,
     examples: Sequence[Example | Group],
-    plan: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int]],
     saved: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> tuple[Choice, Backend]:
-    """The choice for a run of `plan`, on a model that has its deltas and is not sharded yet, and its backend.
+    """The choice for a run of `batches`, on a model that has its deltas and is not sharded yet, and its backend.
 
     `saved` is the choice of a checkpoint: it is used again where this machine can. The backend is proved on the model,
-    as `prove` proves torch's operations.
+    as `check_packing` proves torch's operations.
     """
     console = console or Console(quiet=True)
-    wanted = recipe.train.kernels
-    if not recipe.data.pack:
+    wanted = setup.train.kernels
+    if not setup.packed:
         return Choice(wanted, "the model's own code computes rows that are not packed"), TORCH
     if saved is not None and saved["kernels"] == wanted:
         choice = Choice.from_json(saved)
@@ -50,32 +50,32 @@ def choose_kernels(
             )
     found = []
     if distributed.first():  # the others wait: timing wants a machine for itself
-        packs = packs_like(recipe, examples, plan)
-        each = len(packs) / min(len(plan), STEPS_SEEN)
+        packs = packs_like(setup, examples, batches)
+        each = len(packs) / min(len(batches), STEPS_SEEN)
         with console.status("timing kernels"):
-            chosen = choose(model, [p.to(model.device) for p in packs], wanted, passes=round(each * len(plan)))
+            chosen = choose(model, [p.to(model.device) for p in packs], wanted, passes=round(each * len(batches)))
         found = [chosen.to_json()]
     (tree,) = distributed.gathered(found)
     choice = Choice.from_json(tree)
     backend = choice.backend(model.device, model.dtype)
     if backend is not TORCH:
         with deltas_off(model):
-            prove(model, examples, packed=True, sharing=recipe.train.prefix_sharing, backend=backend)
+            check_packing(model, examples, packed=True, sharing=setup.train.prefix_sharing, backend=backend)
     return choice, backend
 
 
-def packs_like(recipe: Recipe, examples: Sequence[Example | Group], plan: Sequence[Sequence[int]]) -> list[Pack]:
+def packs_like(setup: Setup, examples: Sequence[Example | Group], batches: Sequence[Sequence[int]]) -> list[Pack]:
     """The packs of the first steps, as one rank has them. Of prompts: with answers of the length that is allowed."""
     found = []
-    for step in plan[:STEPS_SEEN]:
+    for step in batches[:STEPS_SEEN]:
         rows = [examples[i] for i in step[:: distributed.count()]]
-        if recipe.online:
-            rows = [_answered(row, recipe.online.max_new_tokens) for row in rows for _ in range(recipe.online.samples)]
-        found += lay_out(rows, recipe.train.pack_tokens, packed=True, share=recipe.train.prefix_sharing)
+        if setup.answers is not None:
+            rows = [_answered(row, setup.answers) for row in rows for _ in range(setup.answers.samples)]
+        found += lay_out(rows, setup.train.pack_tokens, packed=True, share=setup.train.prefix_sharing)
     return found
 
 
-def _answered(prompt: Example | Group, tokens: int) -> Example:
+def _answered(prompt: Example | Group, answers: Answers) -> Example:
     assert isinstance(prompt, Prompt)
-    ids = np.resize(prompt.ids, len(prompt) + tokens)
+    ids = np.resize(prompt.ids, len(prompt) + answers.max_tokens)
     return Example(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.float32), prompt.where)

@@ -1,6 +1,6 @@
 """The training loop: a generator of steps that reads top to bottom.
 
-    for step in steps(model, batches, loss, optimiser, schedule):
+    for step in steps(model, batches, loss, optimizer, schedule):
         ...                              # logging, evaluating, saving are ordinary statements of the caller
 
 The loss of a step is the sum over the supervised tokens (or pairs, or answers: `losses`) of all its packs, divided by
@@ -19,31 +19,33 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import distributed
-from graftlm.callbacks import check_policies
 from graftlm.config.schema import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.backend import TORCH, Backend, Kernels
 from graftlm.losses import LossConfig
-from graftlm.model.layers.attach import penalty, trainable
+from graftlm.model.layers.registry import penalty, trainable
 from graftlm.model.layers.sites import transformer_layers
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import offloaded, recomputed_layers
-from graftlm.training.adamw import Schedule, learning_rate_factor
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback, check_callbacks, fused_optimizer
 from graftlm.training.guards import EarlyStopping
 from graftlm.training.objective import Objective, Sums
-from graftlm.training.regularizers import RegulariserConfig, check_regularisers, terms, tie, weighted
+from graftlm.training.regularizers import RegularizerConfig, check_regularizers, kl_to_base, terms, weighted
+from graftlm.training.schedule import Schedule, learning_rate_factor
+from graftlm.training.state import TrainingState
 
 
 @config
 class TrainConfig:
+    """The steps of a run: how many, how large, at which rate, on which machine. A wrong value raises a ValueError."""
+
     steps: PositiveCount | None = None
-    """Optimiser steps; give these or `epochs`."""
+    """Optimizer steps; give these or `epochs`."""
     epochs: PositiveRate | None = None
     """Passes over the training rows, 1 if neither is given."""
     batch_rows: PositiveCount = 8
-    """Rows of one optimiser step."""
+    """Rows of one optimizer step."""
     learning_rate: PositiveRate | None = None
     """The largest learning rate; by default that of each delta's method (`graft methods` lists them): the smallest that
     gained 95 % of what the best one did on the job of benchmarks/methods. `graft lr-range` tests rates on your rows."""
@@ -81,6 +83,20 @@ class TrainConfig:
             raise ValueError(f"decay is for schedule: warmup-stable-decay; schedule: {self.schedule} does not read it")
         if self.schedule == "warmup-stable-decay" and self.warmup + self.decay_share > 1:
             raise ValueError(f"warmup {self.warmup:g} and decay {self.decay_share:g} are more than the whole run")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.early_stopping and self.in_turn:
+            raise ValueError("early_stopping knows one end, and in_turn has several: leave one out")
+
+    def conflict_in(self, recipe: Any) -> str:
+        """Why these keys do not fit other parts of a recipe, or an empty text."""
+        if self.early_stopping and not recipe.data.held_out:
+            return "train.early_stopping looks at held-out rows: set data.held_out"
+        if self.kernels in ("ours", "compiled") and not recipe.data.pack:
+            return (
+                f"train.kernels: {self.kernels} computes packs only: set `data: {{pack: true}}` or train.kernels: auto"
+            )
+        return ""
 
     @property
     def decay_share(self) -> float:
@@ -115,13 +131,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did. `loss` is what the objective says, before the step and without penalties: of
+    """What one optimizer step did. `loss` is what the objective says, before the step and without penalties: of
     supervised training nats per supervised token, of others what its file says, a pair or an answer."""
 
     number: int
     """Of the batch, from 1."""
     done: int
-    """Optimiser steps so far: `number` less what was skipped."""
+    """Optimizer steps so far: `number` less what was skipped."""
     loss: float
     tokens: int
     """Of the rows."""
@@ -139,7 +155,7 @@ class Step:
     rows: tuple[str, ...] = ()
     """The rows that it comes from."""
     events: tuple[dict[str, Any], ...] = ()
-    """What policies did at this step."""
+    """What callbacks did at this step."""
 
 
 def steps(
@@ -147,12 +163,12 @@ def steps(
     batches: Iterable[Sequence[Pack]],
     *,
     loss: LossConfig | str,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     schedule: Callable[[int], float],
     clip: float,
-    policies: Sequence[Policy] = (),
-    regularisers: Sequence[RegulariserConfig] = (),
-    training: Training | None = None,
+    callbacks: Sequence[Callback] = (),
+    regularizers: Sequence[RegularizerConfig] = (),
+    training: TrainingState | None = None,
     seen: int = 0,
     on_nonfinite: Literal["stop", "skip"] = "stop",
     packed: bool = True,
@@ -160,9 +176,9 @@ def steps(
     offload: bool = False,
     backend: Backend = TORCH,
 ) -> Iterator[Step]:
-    """Train the model's deltas, one optimiser step for each batch of packs: this rank's, where there are several.
+    """Train the model's deltas, one optimizer step for each batch of packs: this rank's, where there are several.
 
-    `regularisers` are added to what is minimised, and to a step's metrics. `training` is what policies see; `seen`
+    `regularizers` are added to what is minimized, and to a step's metrics. `training` is what callbacks see; `seen`
     batches came before these, of which `training.done` were steps.
 
     Raises TrainingError, before anything is changed by that step, for a loss or gradient that is not finite (naming
@@ -170,32 +186,33 @@ def steps(
     `on_nonfinite="skip"` a step that is not finite changes nothing and the next batch follows; after three in a row it
     is an error again.
     """
-    objective = Objective(loss, tie(regularisers))
-    check_regularisers(regularisers, model)
-    run = training or Training(model=model, deltas={}, optimiser=optimiser, total=0, seed=0)
-    check_policies(policies, run)
-    for policy in policies:
-        policy.on_start(run)
-    fused = any(policy.fused for policy in policies)
-    if fused and terms(regularisers, model):
+    objective = Objective(loss, kl_to_base(regularizers))
+    check_regularizers(regularizers, model)
+    run = training or TrainingState(model=model, deltas={}, optimizer=optimizer, total=0, seed=0)
+    check_callbacks(callbacks, run)
+    for callback in callbacks:
+        callback.on_start(run)
+    fused = fused_optimizer(callbacks)
+    if fused and terms(regularizers, model):
         raise TrainingError(
-            "regularisers: those of the delta's tensors are added after the backward pass, in which a policy of this "
-            "recipe already acts (lomo, adalomo): of all, only kl can go with it"
+            "regularisers: those of the delta's tensors are added after the backward pass, in which optimizer "
+            f"{fused.config.name} already acts: only kl can go with it"
         )
-    rehearsed = any(policy.rehearses for policy in policies)
+    rehearsed = fused is not None and fused.rehearses
     still: set[str] | None = None if run.done == 0 else set()
     in_a_row = 0
     for number, packs in enumerate(batches, start=seen):
         started = time.perf_counter()
         parameters = trainable(model)
-        probes, packs = [pack for pack in packs if pack.probe], [pack for pack in packs if not pack.probe]
+        mismatched = [pack for pack in packs if pack.mismatched]
+        packs = [pack for pack in packs if not pack.mismatched]
         count, supervised, tokens, computed = distributed.totals(
             sum(map(objective.count, packs)),
             sum(float(pack.weights.sum()) for pack in packs),
             sum(pack.row_tokens for pack in packs),
-            sum(pack.ids.numel() for pack in (*packs, *probes)),
+            sum(pack.ids.numel() for pack in (*packs, *mismatched)),
         )
-        told, run.metrics = run.metrics, {}
+        extra_metrics, run.metrics = run.metrics, {}
         if not count:  # answers that the model gave itself may all be as good as each other
             in_a_row, events, run.events = 0, tuple(run.events), []
             yield Step(
@@ -206,15 +223,15 @@ def steps(
                 computed_tokens=0,
                 supervised_tokens=0.0,
                 grad_norm=math.nan,
-                learning_rate=optimiser.param_groups[0]["lr"],
+                learning_rate=optimizer.param_groups[0]["lr"],
                 wall_s=time.perf_counter() - started,
-                metrics=told,
+                metrics=extra_metrics,
                 skipped=f"step {number + 1} has nothing to learn from",
                 events=events,
             )
             continue
         rate = schedule(run.done)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = group.setdefault("largest_lr", group["lr"]) * rate
         explained = partial(_memory_explained, model, packs, number + 1, checkpointing)
         run.clip, run.norm = clip, math.nan
@@ -222,7 +239,7 @@ def steps(
         with explained():
             for run.rehearsal in (True, False) if rehearsed else (False,):
                 sums, bad = _passes(
-                    run, objective, policies, packs, probes, (count, supervised), partial(passes, backend=backend)
+                    run, objective, callbacks, packs, mismatched, (count, supervised), partial(passes, backend=backend)
                 )
                 if bad or (run.rehearsal and not math.isfinite(run.norm)):
                     break
@@ -231,7 +248,7 @@ def steps(
         wrong, rows = "loss" if failed else "", distributed.gathered(bad) if failed else []
         norm = torch.tensor(math.nan)
         if not failed:
-            added = terms(regularisers, model)
+            added = terms(regularizers, model)
             metrics |= {name: float(value.detach()) for name, (_, value) in added.items()}
             extras = [*weighted(added), *([] if (own := penalty(model)) is None else [own])]
             if distributed.first() and extras:  # once, not once a rank
@@ -240,9 +257,9 @@ def steps(
             if not fused:
                 still = _check_gradients(parameters, still, run.done)
             norm = torch.tensor(run.norm) if fused else _norm(parameters)
-            if policies and not fused and torch.isfinite(norm):  # policies remember what they see
-                for policy in policies:
-                    policy.on_grads(run)
+            if callbacks and not fused and torch.isfinite(norm):  # callbacks remember what they see
+                for callback in callbacks:
+                    callback.on_grads(run)
                 norm = _norm(parameters)
             if not fused:
                 nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
@@ -258,11 +275,11 @@ def steps(
         else:
             in_a_row = 0
             with explained():
-                optimiser.step()
+                optimizer.step()
             run.done += 1
-            for policy in policies:
-                policy.on_step(run)
-        optimiser.zero_grad(set_to_none=True)
+            for callback in callbacks:
+                callback.on_step(run)
+        optimizer.zero_grad(set_to_none=True)
         events, run.events = tuple(run.events), []
         yield Step(
             number=number + 1,
@@ -271,9 +288,9 @@ def steps(
             tokens=int(tokens),
             computed_tokens=int(computed),
             supervised_tokens=supervised,
-            metrics=told if wrong else {**told, **metrics},
+            metrics=extra_metrics if wrong else {**extra_metrics, **metrics},
             grad_norm=float(norm),
-            learning_rate=optimiser.param_groups[0]["lr"],
+            learning_rate=optimizer.param_groups[0]["lr"],
             wall_s=time.perf_counter() - started,
             skipped=f"{what} is not finite" if wrong else "",
             rows=tuple(rows),
@@ -290,11 +307,11 @@ class NotFiniteError(TrainingError):
 
 
 def _passes(
-    run: Training,
+    run: TrainingState,
     objective: Objective,
-    policies: Sequence[Policy],
+    callbacks: Sequence[Callback],
     packs: Sequence[Pack],
-    probes: Sequence[Pack],
+    mismatched: Sequence[Pack],
     counts: tuple[float, float],
     held: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Sums, list[str]]:
@@ -304,10 +321,10 @@ def _passes(
     sums, bad = Sums(objective), list[str]()
     run.last_pack = False
     with ExitStack() as during:
-        for policy in policies:
-            during.enter_context(policy.during(run))
+        for callback in callbacks:
+            during.enter_context(callback.during(run))
         during.enter_context(held())
-        statistic = objective.statistic(run.model, probes)
+        statistic = objective.statistic(run.model, mismatched)
         for pack in packs:
             run.pack = pack
             part, log_probs = objective.part(run.model, pack, statistic)
@@ -354,7 +371,7 @@ def _memory_explained(model: nn.Module, packs: Sequence[Pack], step: int, checkp
         kept = "its input" if checkpointing else "what it computed"
         knobs = [] if checkpointing else ["set train.checkpointing: true"]
         knobs += ["lower train.pack_tokens" if rows > 1 else "lower data.max_tokens (the pack is a single row)"]
-        knobs += ["keep the base in bf16 (base.store)"] if next(model.parameters()).dtype == torch.float32 else []
+        knobs += ["load the base in bfloat16 (base.dtype)"] if next(model.parameters()).dtype == torch.float32 else []
         raise TrainingError(
             f"step {step} needs more memory than there is: {str(error).strip().splitlines()[0] if str(error) else ''}\n"
             f"Its largest pack has {largest.ids.numel():,} tokens in {rows} rows, {len(largest.targets):,} of them "

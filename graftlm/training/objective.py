@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import distributed
-from graftlm.data.batches.groups import mismatched
+from graftlm.data.batches.groups import mismatched_groups
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.kernels.head import Comparison, Readings
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
 from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
-from graftlm.model.layers.attach import SHARED, share, shared_of
+from graftlm.model.layers.registry import SHARED, share, shared_of
 from graftlm.model.passes.forward import head, head_read, hidden_states, log_probs
-from graftlm.training.callback import ParameterGroup
 from graftlm.training.regularizers import KlConfig
+from graftlm.training.state import ParameterGroup
 from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
 
-TIE = "kl_to_base"
+KL_TO_BASE = "kl_to_base"
 """What the divergence that a tie adds is called among metrics."""
 
 VALUES = "value-head"
@@ -31,11 +31,11 @@ VALUES = "value-head"
 class Objective:
     """What a step minimises: the loss of a config as a function of model and pack."""
 
-    def __init__(self, config: LossConfig | str, tie: KlConfig | None = None) -> None:
-        """A name is that loss with its defaults; `tie` adds a divergence from the base to it."""
+    def __init__(self, config: LossConfig | str, kl_to_base: KlConfig | None = None) -> None:
+        """A name is that loss with its defaults; `kl_to_base` adds a divergence from the base to it."""
         self.config = LOSSES[config].config() if isinstance(config, str) else config  # type: ignore[call-arg]
         self.loss = LOSSES[self.config.name]
-        self.tie = tie
+        self.kl_to_base = kl_to_base
 
     def add_reference(self, model: nn.Module) -> None:
         """Put the adapter that is the reference on the bare base, if there is one: before any delta.
@@ -58,8 +58,12 @@ class Objective:
             share(model, VALUES, head)
 
     def groups(self, model: nn.Module) -> list[ParameterGroup]:
-        """What the optimiser trains beside the deltas."""
-        return [ParameterGroup(beside(model), self.config.value_rate)] if isinstance(self.config, DroConfig) else []
+        """What the optimizer trains beside the deltas."""
+        return (
+            [ParameterGroup(extra_parameters(model), self.config.value_rate)]
+            if isinstance(self.config, DroConfig)
+            else []
+        )
 
     def count(self, pack: Pack) -> float:
         """What this pack adds to the number that the step's sum is divided by; nothing has to be computed for it."""
@@ -86,10 +90,10 @@ class Objective:
         else:
             policy = log_probs(model, pack)
         made = self.loss.value(self.config, policy, reference, batch)
-        if self.tie is not None:
+        if self.kl_to_base is not None:
             apart = (batch.weights * read.distances[-1]).sum()
-            metrics = {**made.metrics, TIE: (apart.detach(), batch.weights.sum())}
-            made = replace(made, metrics=metrics, penalty=self.tie.weight * apart)
+            metrics = {**made.metrics, KL_TO_BASE: (apart.detach(), batch.weights.sum())}
+            made = replace(made, metrics=metrics, penalty=self.kl_to_base.weight * apart)
         return made, policy.detach()
 
     def comparisons(self, model: nn.Module, pack: Pack) -> list[Comparison]:
@@ -97,21 +101,21 @@ class Objective:
         found = []
         if isinstance(self.config, DistillationConfig):
             found.append(comparison(model, pack, self.config.teacher, partial(distance, self.config)))
-        if self.tie is not None:
-            found.append(comparison(model, pack, None, self.tie.distance()))
+        if self.kl_to_base is not None:
+            found.append(comparison(model, pack, None, self.kl_to_base.distance()))
         return found
 
-    def probes(self, step: Sequence[Example | Group]) -> list[Group]:
-        """What is looked at before a step of these, for its statistic; nothing where the loss has none."""
-        return mismatched([item for item in step if isinstance(item, Group)]) if self.loss.statistic else []
+    def mismatched(self, step: Sequence[Example | Group]) -> list[Group]:
+        """The groups that the statistic of a step of these rows needs; none where the loss has no statistic."""
+        return mismatched_groups([item for item in step if isinstance(item, Group)]) if self.loss.statistic else []
 
     @torch.no_grad()
-    def statistic(self, model: nn.Module, probes: Iterable[Pack]) -> float:
-        """The number that the whole step has in common, from the probes of all ranks; 0 where nothing was probed."""
+    def statistic(self, model: nn.Module, mismatched: Iterable[Pack]) -> float:
+        """The number that the whole step has in common, from mismatched answers on all ranks; 0 without any."""
         if self.loss.statistic is None:
             return 0.0
         total = count = 0.0
-        for pack in probes:
+        for pack in mismatched:
             found = self.loss.statistic(
                 self.config, log_probs(model, pack), self.reference(model, pack), batch_of(pack)
             )
@@ -128,8 +132,8 @@ class Objective:
             return log_probs(model, pack)
 
 
-def beside(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What an objective trains beside the deltas, by its name in the model."""
+def extra_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an objective trains in addition to the deltas, by its name in the model."""
     head = shared_of(model, VALUES)
     return {} if head is None else {f"{SHARED}.{VALUES}.{name}": p for name, p in head.named_parameters()}
 
@@ -138,7 +142,7 @@ def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
     """V(x) [N] from the hidden states [T, d], where prompts end."""
     head = shared_of(model, VALUES)
     if head is None:  # before there are deltas: it will start at 0
-        return hidden.new_zeros(len(pack.marks), dtype=torch.float32)
+        return hidden.new_zeros(len(pack.scores), dtype=torch.float32)
     values: Tensor = head(hidden.index_select(0, pack.prompt_ends).float())
     return values[:, 0]
 
@@ -153,7 +157,7 @@ def _with_readings(batch: Batch, read: Readings) -> Batch:
 
 
 def batch_of(pack: Pack) -> Batch:
-    return Batch(pack.weights, pack.answers, pack.pairs, pack.marks, pack.before)
+    return Batch(pack.weights, pack.answers, pack.pairs, pack.scores, pack.old_log_probs)
 
 
 def start_of(config: LossConfig, metrics: Mapping[str, float]) -> str:
@@ -163,10 +167,10 @@ def start_of(config: LossConfig, metrics: Mapping[str, float]) -> str:
         return ""
     if not any(rewards):
         return "margin before the first step: 0, so the policy starts as its reference"
-    told = ", ".join(
+    rewards_text = ", ".join(
         f"{name} {metrics[name]:.3g}" for name in ("margin", "chosen_reward", "rejected_reward") if name in metrics
     )
-    return f"before the first step the policy is not its reference: {told}"
+    return f"before the first step the policy is not its reference: {rewards_text}"
 
 
 class Sums:
@@ -176,7 +180,7 @@ class Sums:
         nothing = torch.empty(0)  # every rank must know what there is, one without packs too
         readings: Any = {"divergences": nothing, "normalisers": nothing, "mean_log_probs": nothing}
         made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing, **readings))
-        self.parts = {name: [0.0, 0.0] for name in (*made.metrics, *([TIE] if objective.tie else []))}
+        self.parts = {name: [0.0, 0.0] for name in (*made.metrics, *([KL_TO_BASE] if objective.kl_to_base else []))}
         self.loss = 0.0
 
     def add(self, made: LossSum) -> None:

@@ -1,7 +1,7 @@
-"""From a recipe and its rows to steps: the plan of batches, the deltas on the model, and who of them learns when.
+"""From rows to steps: the batches, the deltas on the model, and which of them learns when.
 
-A turn is a part of the plan with deltas that learn together and an optimiser and policies of their own. Most runs have
-one; `train.in_turn` makes one for each delta.
+A phase is a part of the batches with deltas that learn together and an optimizer and callbacks of their own. Most runs
+have one; `train.in_turn` makes one for each delta.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,173 +14,155 @@ from typing import Any
 import torch
 
 from graftlm import distributed
-from graftlm.callbacks import default_rate, make_optimiser, make_policies
 from graftlm.data.batches.order import Curriculum
-from graftlm.data.batches.pack import Example, Group, Pack, batches, lay_out
-from graftlm.data.chat.render import Renderer
+from graftlm.data.batches.pack import Example, Group, Pack, batches
 from graftlm.data.sources.template_draws import Draws
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.layers.attach import attach, hosts, needed_statistics, parameters_of, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.layers.registry import hosts, parameters_of, trainable
 from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import prove
+from graftlm.model.passes.packing_check import check_packing
 from graftlm.model.passes.statistics import collect
-from graftlm.recipe import Recipe
-from graftlm.rl.rewards import Scorer
-from graftlm.rl.rollouts import Sampler
-from graftlm.training.callback import ParameterGroup, Policy, Training
-from graftlm.training.inner_split import loss_aside
+from graftlm.training.callback import Callback, default_rate, make_optimizer
+from graftlm.training.inner_split import make_inner_loss
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.loop import Step, TrainConfig, steps
-from graftlm.training.objective import Objective
+from graftlm.training.setup import Setup
+from graftlm.training.state import ParameterGroup, TrainingState
 from graftlm.training.teacher import add_teacher
+
+Rows = Sequence[Example | Group]
 
 STATISTICS_PACKS = 8
 """What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
 
 
 def attach_deltas(
-    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]], *, start: bool = True
+    setup: Setup, model: Any, examples: Rows, batches: Sequence[Sequence[int]], *, start: bool = True
 ) -> None:
-    """Put the deltas of the recipe on the model; those that start from the data see the first packs of training.
+    """Put the deltas on the model; those that start from the data see the first packs of training.
 
     Every rank looks at the same packs, so that all start from the same numbers. Without `start` they are there to be
     filled with what a checkpoint holds.
     """
-    deltas, objective = recipe.all_deltas(), Objective(recipe.loss)
+    objective = setup.objective()
     objective.add_reference(model)
-    load_teacher(recipe, model, examples)
+    load_teacher(setup, model, examples)
     gathered = {
-        name: collect(model, config, needs, _losses(recipe, model, examples, plan))
-        for name, config in deltas.items()
+        name: collect(model, config, needs, _losses(setup, model, examples, batches))
+        for name, config in setup.deltas.items()
         if start and (needs := needed_statistics(config))
     }
-    for name, config in deltas.items():
-        attach(model, config, name=name, seed=recipe.train.seed, statistics=gathered.get(name), start=start)
+    for name, config in setup.deltas.items():
+        attach(model, config, name=name, seed=setup.train.seed, statistics=gathered.get(name), start=start)
     objective.add_head(model)
 
 
-def load_teacher(recipe: Recipe, model: Any, examples: Sequence[Example | Group]) -> None:
+def load_teacher(setup: Setup, model: Any, examples: Rows) -> None:
     """Put another base beside the model where the loss has one as its teacher, proved on the rows."""
-    proved = partial(prove, items=examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
-    add_teacher(model, recipe.loss, base=recipe.base, network=recipe.network, proved=proved)
+    proved = partial(check_packing, items=examples, packed=setup.packed, sharing=setup.train.prefix_sharing)
+    add_teacher(model, setup.loss, base=setup.base, network=setup.network, proved=proved)
 
 
 def _losses(
-    recipe: Recipe, model: Any, examples: Sequence[Example | Group], plan: list[list[int]]
+    setup: Setup, model: Any, examples: Rows, batches: Sequence[Sequence[int]]
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """The mean loss of each of the first packs, as functions to be called while the bare base is watched."""
-    packs = (p.to(model.device) for step in plan for p in packs_of(recipe, [examples[i] for i in step], share=False))
+    steps = (setup.make_packs([examples[i] for i in batch], share=False) for batch in batches)
+    packs = (pack.to(model.device) for step in steps for pack in step)
+    objective = setup.objective()
 
-    objective = Objective(recipe.loss)
+    def loss(pack: Pack) -> torch.Tensor:
+        made, _ = objective.part(model, pack)
+        return made.sum / objective.count(pack)
 
-    def loss(p: Pack) -> torch.Tensor:
-        made, _ = objective.part(model, p)
-        return made.sum / objective.count(p)
-
-    with packed_attention(model) if recipe.data.pack else nullcontext():
+    with packed_attention(model) if setup.packed else nullcontext():
         for each in islice(packs, STATISTICS_PACKS):
             yield partial(loss, each)
 
 
-def packs_of(recipe: Recipe, rows: Sequence[Example | Group], *, share: bool) -> list[Pack]:
-    """The passes over some rows as the recipe has them, beginnings shared or not."""
-    return lay_out(rows, recipe.train.pack_tokens, packed=recipe.data.pack, share=share)
-
-
-def steps_of(config: TrainConfig, rows: int) -> int:
+def count_steps(config: TrainConfig, rows: int) -> int:
     """The steps of a run with epochs of so many rows."""
     return config.steps or max(1, round((config.epochs or 1) * rows / config.batch_rows))
 
 
-def plan_batches(
-    config: TrainConfig,
-    examples: Sequence[Example | Group],
-    order: Curriculum | None = None,
-    draws: Draws | None = None,
+def make_batches(
+    config: TrainConfig, examples: Rows, order: Curriculum | None = None, draws: Draws | None = None
 ) -> list[list[int]]:
-    """The examples of each step; the batch with the most tokens comes first, so that memory trouble shows at once. In a
-    curriculum no step is moved. `draws` say which of the examples a row is in each epoch."""
+    """The examples of each step, by number. The batch with the most tokens comes first, so that memory trouble shows at
+    once; in a curriculum no step is moved. `draws` say which of the examples a row is in each epoch."""
     count = len(examples) if draws is None else draws.count
-    total = steps_of(config, count)
+    total = count_steps(config, count)
     if order is not None:
-        plan = order.batches(config.batch_rows, total, config.seed)
-        return plan if draws is None else draws.of(plan)
-    plan = batches(count, config.batch_rows, total, config.seed)
-    plan = plan if draws is None else draws.of(plan)
-    largest = max(range(total), key=lambda i: sum(len(examples[j]) for j in plan[i]))
-    plan[0], plan[largest] = plan[largest], plan[0]
-    return plan
+        found = order.batches(config.batch_rows, total, config.seed)
+        return found if draws is None else draws.of(found)
+    found = batches(count, config.batch_rows, total, config.seed)
+    found = found if draws is None else draws.of(found)
+    largest = max(range(total), key=lambda i: sum(len(examples[j]) for j in found[i]))
+    found[0], found[largest] = found[largest], found[0]
+    return found
 
 
 @dataclass
-class Turn:
-    """Deltas that learn together over the batches `first` to `last` of the plan, from 0, `last` not included."""
+class Phase:
+    """Deltas that learn together over the batches `first` to `last`, from 0, `last` not included."""
 
+    setup: Setup
     first: int
     last: int
-    training: Training
-    policies: list[Policy]
+    training: TrainingState
+    callbacks: list[Callback]
     schedule: Callable[[int], float]
     backend: Backend = TORCH
 
-    def steps(
-        self, recipe: Recipe, examples: Sequence[Example | Group], plan: list[list[int]], seen: int
-    ) -> Iterator[Step]:
-        """The steps from batch `seen` of the plan on. Afterwards, if that was the end of the turn: `end`."""
-        config, model = recipe.train, self.training.model
-        objective = Objective(recipe.loss)
-        make = partial(packs_of, recipe, share=config.prefix_sharing)
+    def steps(self, examples: Rows, batches: Sequence[Sequence[int]], seen: int) -> Iterator[Step]:
+        """The steps from batch `seen` on. Afterwards, if that was the end of the phase: `end`."""
+        setup, model = self.setup, self.training.model
+        objective = setup.objective()
 
-        sampler = next((policy for policy in self.policies if isinstance(policy, Sampler)), None)
+        def rows_of(number: int) -> Rows:
+            return [examples[i] for i in batches[number]]
 
         def packs(number: int) -> Iterator[Pack]:
-            items = [examples[i] for i in plan[number]]
-            if sampler is not None:
-                items = sampler.rows(self.training, number, lambda n: [examples[i] for i in plan[n]], self.last)
-            for some in (items, objective.probes(items)):
-                for pack in distributed.packs_of(some, make, sharded=distributed.is_sharded(model)):
+            made = (callback.rows(self.training, number, rows_of, self.last) for callback in self.callbacks)
+            rows = next((rows for rows in made if rows is not None), None)
+            rows = rows_of(number) if rows is None else rows
+            for some in (rows, objective.mismatched(rows)):
+                for pack in distributed.packs_of(some, setup.make_packs, sharded=distributed.is_sharded(model)):
                     yield pack.to(model.device)  # type: ignore[arg-type]
 
         return steps(
             model,
             (list(packs(number)) for number in range(seen, self.last)),
-            loss=recipe.loss,
-            optimiser=self.training.optimiser,
+            loss=setup.loss,
+            optimizer=self.training.optimizer,
             schedule=self.schedule,
-            clip=config.clip,
-            policies=self.policies,
-            regularisers=recipe.regularisers,
+            clip=setup.train.clip,
+            callbacks=self.callbacks,
+            regularizers=setup.regularizers,
             training=self.training,
             seen=seen,
-            on_nonfinite=config.on_nonfinite,
+            on_nonfinite=setup.train.on_nonfinite,
             backend=self.backend,
-            **recipe.passes(),
+            **setup.passes(),
         )
 
     def end(self) -> None:
-        for policy in self.policies:
-            policy.on_end(self.training)
+        for callback in self.callbacks:
+            callback.on_end(self.training)
 
 
-def turns(
-    recipe: Recipe,
-    model: Any,
-    total: int,
-    aside: Sequence[Example | Group] = (),
-    scorer: Scorer | None = None,
-    backend: Backend = TORCH,
-    renderer: Renderer | None = None,
-) -> Iterator[Turn]:
-    """All deltas together over `total` steps, or each in its turn and the others as they are.
+def phases(setup: Setup, model: Any, total: int, inner_rows: Rows = (), backend: Backend = TORCH) -> Iterator[Phase]:
+    """All deltas together over `total` steps, or one after another while the others stay as they are.
 
-    `aside` are rows for policies which learn from them. `scorer` judges the answers of `online` and `renderer` reads
-    them; both are made of the recipe where they are not given.
+    `inner_rows` are those of the inner validation split, for callbacks that learn from them.
     """
     for host in hosts(model).values():
         host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
-    config, deltas = recipe.train, recipe.all_deltas()
+    config, deltas = setup.train, setup.deltas
     by_tensor = {id(p): name for name, p in trainable(model).items()}
     learning = {name: {by_tensor[id(p)]: p for p in parameters_of(model, name)} for name in deltas}
     embeddings = _at_embeddings(model, by_tensor)
@@ -191,29 +173,32 @@ def turns(
         for name, parameters in learning.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(name in names)
-        policies = make_policies(recipe.policies)
+        callbacks = setup.make_callbacks()
         rates = {name: METHODS[deltas[name].method].delta.learning_rate for name in names}
         groups = [
             ParameterGroup(
                 learning[name],
-                config.learning_rate or default_rate(policies, rates[name]),
+                config.learning_rate or default_rate(callbacks, rates[name]),
                 at_embeddings=embeddings.intersection(learning[name]),
             )
             for name in names
         ]
-        groups += Objective(recipe.loss).groups(model)
-        policies += [Sampler(recipe, first, scorer, renderer)] if recipe.online else []
-        optimiser = make_optimiser(policies, groups, weight_decay=config.weight_decay)
+        groups += setup.objective().groups(model)
+        optimizer = make_optimizer(callbacks, groups, weight_decay=config.weight_decay)
         schedule = config.factor(last - first)
-        for policy in policies:
-            schedule = policy.schedule(schedule)
-        training = Training(
-            model, {name: deltas[name] for name in names}, optimiser, total=last - first, seed=config.seed
+        for callback in callbacks:
+            schedule = callback.schedule(schedule)
+        training = TrainingState(
+            model,
+            {name: deltas[name] for name in names},
+            optimizer,
+            total=last - first,
+            seed=config.seed,
+            first=first,
         )
-        if aside:
-            make = partial(packs_of, recipe, share=config.prefix_sharing)
-            training.aside = loss_aside(recipe, training, aside, make, backend)
-        yield Turn(first, last, training, policies, schedule, backend)
+        if inner_rows:
+            training.inner_loss = make_inner_loss(setup, training, inner_rows, backend)
+        yield Phase(setup, first, last, training, callbacks, schedule, backend)
         first = last
     for parameters in learning.values():
         for parameter in parameters.values():
@@ -221,21 +206,17 @@ def turns(
 
 
 def _at_embeddings(model: Any, by_tensor: Mapping[int, str]) -> frozenset[str]:
-    """The names of the trained parameters that lie at an embedding."""
+    """The names of the trained parameters that belong to an embedding."""
     deltas = [delta for host in hosts(model).values() for delta in host.deltas.values()]
     at = [delta for delta in deltas if isinstance(delta, Delta) and delta.site.kind == "embedding"]
     return frozenset(by_tensor[id(p)] for delta in at for p in delta.parameters() if id(p) in by_tensor)
 
 
 def training_steps(
-    recipe: Recipe,
-    model: Any,
-    examples: Sequence[Example | Group],
-    plan: list[list[int]],
-    aside: Sequence[Example | Group] = (),
+    setup: Setup, model: Any, examples: Rows, batches: Sequence[Sequence[int]], inner_rows: Rows = ()
 ) -> Iterator[Step]:
-    """Every step of a run, for who wants nothing but the steps."""
-    _, backend = choose_kernels(recipe, model, examples, plan)
-    for turn in turns(recipe, model, len(plan), aside, backend=backend):
-        yield from turn.steps(recipe, examples, plan, turn.first)
-        turn.end()
+    """Every step of a run, for callers that want nothing but the steps."""
+    _, backend = choose_kernels(setup, model, examples, batches)
+    for phase in phases(setup, model, len(batches), inner_rows, backend):
+        yield from phase.steps(examples, batches, phase.first)
+        phase.end()

@@ -2,25 +2,28 @@
 positions (RoPE, ALiBi) was not trained beyond those that its config names."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.quality.report import Report
 from graftlm.errors import DataError, numbered
+from graftlm.model.hub.config import BaseConfig
 from graftlm.model.hub.sketch import Positions, positions
-
-if TYPE_CHECKING:
-    from graftlm.recipe import Recipe
 
 
 def check_positions(
-    recipe: "Recipe", items: Sequence[Example | Group], report: Report, *, what: str = "rows", room: int = 0
+    base: str | BaseConfig,
+    items: Sequence[Example | Group],
+    report: Report,
+    *,
+    network: bool = False,
+    what: str = "rows",
+    room: int = 0,
 ) -> Positions:
     """The positions of the base. Rows that are longer with `room` more tokens each are a note in the report.
 
     Raises DataError for such rows where the base has a table of positions.
     """
-    found = positions(recipe.base, network=recipe.network)
+    found = positions(base, network=network)
     if found.count is None:
         return found
     longer = [answer for item in items for answer in item.answers if len(answer) + room > found.count]

@@ -23,22 +23,27 @@ from torch import Tensor, nn
 from graftlm.config.schema import Pattern, PositiveRate, config
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import divergence
-from graftlm.model.layers.attach import deltas_by_site, shared_of
+from graftlm.model.layers.registry import deltas_by_site, shared_of
 from graftlm.model.layers.sites import pattern_matches
 from graftlm.training.teacher import REFERENCE, Distance
 
 
 @config
-class RegulariserConfig:
+class RegularizerConfig:
     """The base of all configs of regularisers; each adds `name`, its key in REGULARISERS, and its options."""
 
     name: str
     weight: PositiveRate
     """What it is multiplied with in the loss; `metrics.jsonl` has it without."""
 
+    @property
+    def makes_passes(self) -> bool:
+        """Whether the model goes through the packs of a step once more without its deltas."""
+        return False
+
 
 @config
-class OfTensorsConfig(RegulariserConfig):
+class OfTensorsConfig(RegularizerConfig):
     """Of those that are functions of the delta's tensors."""
 
     tensors: Pattern = ".*"
@@ -68,10 +73,14 @@ class GroupLassoConfig(OfTensorsConfig):
 
 
 @config
-class KlConfig(RegulariserConfig):
+class KlConfig(RegularizerConfig):
     name: Literal["kl"] = "kl"
     divergence: Literal["forward", "reverse"] = "reverse"
     """reverse weighs log-ratios by the policy's probabilities, forward by those of the base."""
+
+    @property
+    def makes_passes(self) -> bool:
+        return True
 
     def distance(self) -> Distance:
         return partial(divergence, self.divergence, 0.5)
@@ -127,7 +136,7 @@ def _is_matrix(t: Tensor) -> bool:
     return t.dim() == 2 and min(t.shape) > 1
 
 
-REGULARISERS: dict[str, tuple[type[RegulariserConfig], Callable[[Any, Sequence[DeltaTensor]], Tensor] | None]] = {
+REGULARIZERS: dict[str, tuple[type[RegularizerConfig], Callable[[Any, Sequence[DeltaTensor]], Tensor] | None]] = {
     "group-lasso": (GroupLassoConfig, group_lasso),
     "kl": (KlConfig, None),  # a function of distributions: `Objective`
     "l1": (L1Config, l1),
@@ -153,7 +162,7 @@ def tensors_of(model: nn.Module) -> list[DeltaTensor]:
     return [t for t in found if t.delta != REFERENCE]
 
 
-def check_regularisers(configs: Sequence[RegulariserConfig], model: nn.Module) -> None:
+def check_regularizers(configs: Sequence[RegularizerConfig], model: nn.Module) -> None:
     """Raise TrainingError for a regulariser that has nothing to act on, or that its tensors give no meaning."""
     tensors = tensors_of(model)
     for each in configs:
@@ -187,12 +196,12 @@ def _meant(config: OfTensorsConfig, tensors: Sequence[DeltaTensor]) -> list[Delt
     return [t for t in tensors if pattern_matches(config.tensors, str(t))]
 
 
-def terms(configs: Sequence[RegulariserConfig], model: nn.Module) -> dict[str, tuple[float, Tensor]]:
+def terms(configs: Sequence[RegularizerConfig], model: nn.Module) -> dict[str, tuple[float, Tensor]]:
     """What is a function of the delta's tensors, of those that learn now: name -> (weight, value with a gradient)."""
     found: dict[str, tuple[float, Tensor]] = {}
     tensors = [t for t in tensors_of(model) if t.value.requires_grad] if configs else []
     for each in configs:
-        _, function = REGULARISERS[each.name]
+        _, function = REGULARIZERS[each.name]
         if function is not None and isinstance(each, OfTensorsConfig) and (meant := _meant(each, tensors)):
             found[each.name.replace("-", "_")] = each.weight, function(each, meant)
     return found
@@ -202,6 +211,6 @@ def weighted(found: Mapping[str, tuple[float, Tensor]]) -> list[Tensor]:
     return [weight * value for weight, value in found.values()]
 
 
-def tie(configs: Sequence[RegulariserConfig]) -> KlConfig | None:
+def kl_to_base(configs: Sequence[RegularizerConfig]) -> KlConfig | None:
     """The one that is a function of distributions, if it is there."""
     return next((each for each in configs if isinstance(each, KlConfig)), None)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm import distributed
-from graftlm.adapters.store import check_new_folder, mend_folder
-from graftlm.config.schema import to_tree
-from graftlm.config.trees import differences
+from graftlm.adapters.folder import check_new_folder, mend_folder
+from graftlm.config.trees import Tree, differences
+from graftlm.data.sources.source import DataConfig
 from graftlm.errors import OutputError, TrainingError, numbered
 from graftlm.files import sync, whole, writing
 from graftlm.lock import only_writer
-from graftlm.recipe import Recipe, read_recipe
 from graftlm.training import dependencies, trackers
 from graftlm.training.checkpoints import (
     BEST,
@@ -46,18 +45,18 @@ of `train.kernels`.)"""
 
 
 @dataclass
-class Running:
+class RunHandle:
     """A run that is on its way: where its steps are noted and its checkpoints go."""
 
     metrics: Metrics
     checkpoints: Checkpoints | None
-    tell: Callable[[Mapping[str, Any]], Sequence[dict[str, Any]]] = lambda line: ()
-    """Hears of every line, and returns lines of its own."""
+    track: Callable[[Mapping[str, Any]], Sequence[dict[str, Any]]] = lambda line: ()
+    """Called with every line; returns lines of its own."""
 
-    def note(self, line: dict[str, Any]) -> None:
-        """A line for metrics.jsonl, and for whoever watches."""
+    def log(self, line: dict[str, Any]) -> None:
+        """A line for metrics.jsonl and for the trackers."""
         self.metrics.write(line)
-        for more in self.tell(line):
+        for more in self.track(line):
             self.metrics.write(more)
 
     def save(self, name: str, snapshot: Callable[..., Snapshot]) -> None:
@@ -66,19 +65,21 @@ class Running:
             self.checkpoints.save(snapshot(metrics=self.metrics.where()), name)
 
 
-class Place:
-    """The folder OUT of a run of this recipe."""
+class RunFolder:
+    """The folder OUT of a run."""
 
-    def __init__(self, out: Path, recipe: Recipe) -> None:
-        self.out, self.recipe, self.tree = out, recipe, to_tree(recipe)
+    def __init__(self, out: Path, recipe: Tree, data: DataConfig, read: Callable[[Path], Tree], *, keep: int) -> None:
+        """`recipe` is the tree of the run's recipe, `data` its section data, and `read` reads such a tree from a file.
+        The last `keep` checkpoints are kept."""
+        self.out, self.tree, self.data, self.read = out, recipe, data, read
         self.folder = out / FOLDER
-        self.checkpoints = Checkpoints(self.folder, keep=recipe.train.keep)
+        self.checkpoints = Checkpoints(self.folder, keep=keep)
         self.resumes = self.changed = False
         self.began = datetime.datetime.now().isoformat(timespec="seconds")
         """When the run began, by the local clock: of one that goes on, when its first process started."""
 
     def open(
-        self, *, overwrite: bool, resume: bool, accept_changes: bool, told: Callable[[str], None]
+        self, *, overwrite: bool, resume: bool, accept_changes: bool, report: Callable[[str], None]
     ) -> Literal["new", "finished", "unfinished"]:
         """Look at what is there. Raises OutputError where something would be lost, or is of another recipe."""
         if distributed.first():
@@ -92,17 +93,18 @@ class Place:
         if unfinished:
             began = json.loads((self.folder / UNFINISHED).read_text(encoding="utf-8"))
         elif (self.out / SUMMARY).is_file():
-            began = to_tree(read_recipe(self.out / RECIPE))
+            began = self.read(self.out / RECIPE)
         else:
             check_new_folder(self.out, overwrite=overwrite or not self._holds_an_adapter(), keep=KEPT)
             return "new"
+        self._check_version(began)
         if saved := self.checkpoints.last_facts():
             self.began = saved.get("began", self.began)
-            moved = dependencies.where_it_is_now(began, self.tree, saved, self.recipe)
+            moved = dependencies.with_moved_paths(began, self.tree, saved, self.data)
             began = moved if unfinished else {**moved, "base": began["base"]}  # nobody will look at that base
         changes = differences(began, self.tree)
         if changes:
-            told(f"{self.out} was begun with another recipe:\n{numbered(changes)}")
+            report(f"{self.out} was begun with another recipe:\n{numbered(changes)}")
         matter = any(map(matters, changes))
         if matter and not accept_changes:
             raise OutputError(
@@ -112,6 +114,19 @@ class Place:
         self.resumes, self.changed = unfinished or matter, matter
         return "unfinished" if self.resumes else "finished"
 
+    def _check_version(self, began: Tree) -> None:
+        """Raise OutputError where a run has recipe keys that there are no more: a version that knows them began it."""
+        sections = [("", began, self.tree)] + [
+            (f"{key}.", began[key], self.tree[key])
+            for key in ("base", "data", "train", "report")
+            if isinstance(began.get(key), Mapping) and isinstance(self.tree[key], Mapping)
+        ]
+        if unknown := [f"{at}{key}" for at, old, new in sections for key in old if key not in new]:
+            raise OutputError(
+                f"{self.out} was begun by an earlier version of graftlm, whose recipes had {', '.join(unknown)}: "
+                "finish it with that version, or say --overwrite without --resume to start anew"
+            )
+
     def lock(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
         """Inside, no other process writes to OUT; OutputError where one does. The first rank has it for all."""
         return only_writer(self.out, say=say) if distributed.first() else nullcontext()
@@ -119,17 +134,17 @@ class Place:
     def _holds_an_adapter(self) -> bool:
         return self.out.is_dir() and any(path.name not in KEPT for path in self.out.iterdir())
 
-    def last(self, told: Callable[[str], None]) -> Snapshot | None:
+    def last(self, report: Callable[[str], None]) -> Snapshot | None:
         """The last checkpoint, on every rank the same; None if there is none."""
         if distributed.first():
             self.checkpoints.wait()
-        found = self.checkpoints.newest(told) if distributed.first() else None
+        found = self.checkpoints.newest(report) if distributed.first() else None
         (name, *_) = distributed.gathered([found[1].name if found else ""])
         return (found[0] if found else read(self.folder / name)) if name else None
 
-    def newest(self, facts: Mapping[str, Any], *, told: Callable[[str], None]) -> Snapshot | None:
+    def newest(self, facts: Mapping[str, Any], *, report: Callable[[str], None]) -> Snapshot | None:
         """The checkpoint to go on from; None to start. TrainingError if it is of other `facts`."""
-        snapshot = self.last(told) if self.resumes else None
+        snapshot = self.last(report) if self.resumes else None
         if snapshot is None:
             return None
         if not self.changed and "sources" not in snapshot.facts:
@@ -137,7 +152,7 @@ class Place:
                 f"{self.folder}: the checkpoints are of an earlier version of graftlm. Finish the run with it, "
                 "or say --overwrite without --resume to start anew"
             )
-        if not self.changed and (found := dependencies.changes(snapshot.facts, facts, self.recipe)):
+        if not self.changed and (found := dependencies.changes(snapshot.facts, facts, self.data)):
             raise TrainingError(
                 f"{self.folder}, step {snapshot.facts['seen']}: what the run depends on is not what it was, though the "
                 f"recipe is the same:\n{numbered(found)}\n"
@@ -146,11 +161,11 @@ class Place:
         return snapshot
 
     @contextmanager
-    def begin(self, found: Snapshot | None) -> Iterator[Running]:
+    def begin(self, found: Snapshot | None) -> Iterator[RunHandle]:
         """Inside, the run goes on; of one that fails before its first checkpoint nothing is left."""
         if not distributed.first():
             with Metrics(self.folder / METRICS, _metrics_at(found), writes=False) as metrics:
-                yield Running(metrics, None)
+                yield RunHandle(metrics, None)
             return
         with writing(self.out):
             if found is None:
@@ -164,7 +179,7 @@ class Place:
             metrics = Metrics(self.folder / METRICS, _metrics_at(found))
         try:
             with metrics, writing(self.out):
-                yield Running(metrics, self.checkpoints)
+                yield RunHandle(metrics, self.checkpoints)
                 self.checkpoints.wait()
         finally:
             self.checkpoints.settle()

@@ -1,6 +1,6 @@
-"""The course of a run: its steps, what is noted and said of them, when its state is saved, and what ends it."""
+"""A session: the steps of a run, what is logged of them, when its state is saved, and what ends it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,18 +11,16 @@ from rich.progress import Progress
 
 from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group
-from graftlm.data.chat.render import Renderer
-from graftlm.evaluation.held_out import held_out_metrics
 from graftlm.kernels.backend import Backend
-from graftlm.model.layers.attach import deltas_still, trainable
-from graftlm.recipe import Recipe
-from graftlm.rl.rewards import Scorer
+from graftlm.model.layers.modes import deltas_still
+from graftlm.model.layers.registry import trainable
 from graftlm.training.checkpoints import BEST, Snapshot, put_back, put_deltas_back, step_name, take
 from graftlm.training.guards import EVERY, Guards
 from graftlm.training.loop import NotFiniteError, Step
-from graftlm.training.objective import Objective, start_of
-from graftlm.training.phases import turns
-from graftlm.training.run_folder import Place, Running
+from graftlm.training.objective import start_of
+from graftlm.training.phases import phases
+from graftlm.training.run_folder import RunFolder, RunHandle
+from graftlm.training.setup import Setup
 
 
 class Stopping:
@@ -32,86 +30,80 @@ class Stopping:
 
 
 @dataclass(frozen=True)
-class Watched:
-    """Where a run leaves what it does, and who may stop it."""
+class RunContext:
+    """Where a run is saved and shown, and what may stop it."""
 
-    place: Place
-    run: Running
+    folder: RunFolder
+    run: RunHandle
     stopping: Stopping
     console: Console
     bars: Progress
 
 
-class Course:
-    """Steps through `plan`, the rows of each step, on a model that has its deltas; `facts` are kept in checkpoints.
+class Session:
+    """Steps over `batches`, the rows of each step, on a model that has its deltas; checkpoints hold `facts`.
 
-    `seen` batches of the plan are done. `stopped` says that the run was left before its end.
+    `seen` batches are done. `stopped` says that the run was left before its end. `held_out_loss` computes the loss of
+    the held-out rows, for early stopping.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        setup: Setup,
         model: Any,
         examples: Sequence[Example | Group],
-        held_out: Sequence[Example | Group],
-        plan: list[list[int]],
+        batches: Sequence[Sequence[int]],
         facts: Mapping[str, Any],
-        watched: Watched,
+        context: RunContext,
         backend: Backend,
+        held_out_loss: Callable[[], float],
     ) -> None:
-        self.recipe, self.model, self.examples, self.held_out, self.plan = recipe, model, examples, held_out, plan
-        self.backend = backend
-        self.facts, self.place, self.run, self.stopping = facts, watched.place, watched.run, watched.stopping
-        self.console, self.bars = watched.console, watched.bars
-        self.guards = Guards(recipe.train.early_stopping, self.run.metrics.lines)
+        self.setup, self.model, self.examples, self.batches = setup, model, examples, batches
+        self.backend, self.held_out_loss = backend, held_out_loss
+        self.facts, self.folder, self.run, self.stopping = facts, context.folder, context.run, context.stopping
+        self.console, self.bars = context.console, context.bars
+        self.guards = Guards(setup.train.early_stopping, self.run.metrics.lines)
         self.seen, self.asked_to_stop = 0, False
         self.tokens, self.seconds = 0, 0.0  # of the steps of this process
 
     @property
     def stopped(self) -> bool:
-        return self.asked_to_stop and self.seen < len(self.plan)
+        return self.asked_to_stop and self.seen < len(self.batches)
 
     @property
     def ends(self) -> bool:
         return self.asked_to_stop or self.guards.ended
 
-    def go(
-        self,
-        found: Snapshot | None,
-        aside: Sequence[Example | Group] = (),
-        scorer: Scorer | None = None,
-        renderer: Renderer | None = None,
-    ) -> None:
+    def train(self, found: Snapshot | None, inner_rows: Sequence[Example | Group] = ()) -> None:
         """All steps from where the checkpoint `found` stood, or from the first; until they are done or something ends
-        them. `aside` are rows for policies which learn from them; `scorer` judges the model's answers where it gives
-        them itself, and `renderer`, that of the run, reads them."""
+        them. `inner_rows` are those of the inner validation split."""
         self.seen = found.facts["seen"] if found else 0
-        self.bar = self.bars.add_task("training", total=len(self.plan), completed=self.seen, now="")
-        for turn in turns(self.recipe, self.model, len(self.plan), aside, scorer, self.backend, renderer):
-            if found is not None and turn.first < found.facts["turn"]:
+        self.bar = self.bars.add_task("training", total=len(self.batches), completed=self.seen, now="")
+        for phase in phases(self.setup, self.model, len(self.batches), inner_rows, self.backend):
+            if found is not None and phase.first < found.facts["phase"]:
                 continue
-            if found is not None and turn.first == found.facts["turn"]:
-                put_back(found, turn.training, turn.policies)
-            self.turn, self.seen = turn, max(self.seen, turn.first)
-            while self.seen < turn.last and not self.ends:
-                if back := self._until_a_return():
-                    self._put_back(back)
-            turn.end()
+            if found is not None and phase.first == found.facts["phase"]:
+                put_back(found, phase.training, phase.callbacks)
+            self.phase, self.seen = phase, max(self.seen, phase.first)
+            while self.seen < phase.last and not self.ends:
+                if snapshot := self._until_a_return():
+                    self._return_to(snapshot)
+            phase.end()
             if self.stopped:
                 break
 
     def _until_a_return(self) -> Snapshot | None:
-        """Steps to the end of the turn or of the run; or to a spike, and then the checkpoint to go back to."""
-        every = self.recipe.train.save_every
+        """Steps to the end of the phase or of the run; or to a spike, and then the checkpoint to go back to."""
+        every = self.setup.train.save_every
         try:
-            for step in self.turn.steps(self.recipe, self.examples, self.plan, self.seen):
+            for step in self.phase.steps(self.examples, self.batches, self.seen):
                 self.seen = step.number
-                self._note(step)
-                if back := self._spike(step):
-                    return back
+                self._log(step)
+                if snapshot := self._spike(step):
+                    return snapshot
                 self._look_at_held_out()
                 self.asked_to_stop = bool(distributed.totals(self.stopping.requested)[0])  # on any rank
-                if self.ends or self.seen % every == 0 or self.seen == len(self.plan):
+                if self.ends or self.seen % every == 0 or self.seen == len(self.batches):
                     self._save(step_name(self.seen))
                 if self.ends:
                     return None
@@ -120,12 +112,12 @@ class Course:
             raise
         return None
 
-    def _note(self, step: Step) -> None:
-        """Into metrics.jsonl, on the screen, and to the guards."""
+    def _log(self, step: Step) -> None:
+        """Write the step into metrics.jsonl, show it, and give it to the guards."""
         for line in _lines(step):
-            self.run.note(line)
-        if self.seen == 1 and (told := start_of(self.recipe.loss, step.metrics)):
-            self.console.print(told, highlight=False)
+            self.run.log(line)
+        if self.seen == 1 and (text := start_of(self.setup.loss, step.metrics)):
+            self.console.print(text, highlight=False)
         if not step.skipped:
             self.tokens, self.seconds = self.tokens + step.tokens, self.seconds + step.wall_s
         now = step.skipped or f"loss {step.loss:.3f}  {self.tokens / self.seconds:,.0f} tokens/s"
@@ -133,50 +125,45 @@ class Course:
         self.bars.update(self.bar, completed=self.seen, now=now)
         if self.seen % EVERY == 0:
             for event in self.guards.look(trainable(self.model)):
-                self.run.note({"step": self.seen, **event})
+                self.run.log({"step": self.seen, **event})
 
     def _spike(self, step: Step) -> Snapshot | None:
-        """Note it if this loss is one; the checkpoint to go back to, if that is wanted and there is one."""
-        comparable = not (step.skipped or self.recipe.online)  # answers of its own change with the model
+        """Log it if this loss is one; the checkpoint to return to, if that is wanted and there is one."""
+        comparable = not step.skipped and self.setup.answers is None  # answers of the model change with it
         spike = self.guards.spike(step.loss) if comparable else None
         if spike is None:
             return None
-        back = self.place.last(self.console.print) if self.recipe.train.on_spike == "return" else None
-        if back is not None and back.facts["turn"] != self.turn.first:
-            back = None  # of an optimiser that is gone
-        self.run.note({"step": self.seen, **spike, **({"returns_to": back.facts["seen"]} if back else {})})
-        return back
+        snapshot = self.folder.last(self.console.print) if self.setup.train.on_spike == "return" else None
+        if snapshot is not None and snapshot.facts["phase"] != self.phase.first:
+            snapshot = None  # of an optimizer that is gone
+        self.run.log({"step": self.seen, **spike, **({"returns_to": snapshot.facts["seen"]} if snapshot else {})})
+        return snapshot
 
-    def _put_back(self, back: Snapshot) -> None:
-        """The state of a checkpoint, while the batches since then stay left out."""
-        put_deltas_back(back, self.model, list(self.recipe.all_deltas()), self.place.out)
-        put_back(back, self.turn.training, self.turn.policies)
+    def _return_to(self, snapshot: Snapshot) -> None:
+        """Restore the state of a checkpoint; the batches since then stay left out."""
+        put_deltas_back(snapshot, self.model, list(self.setup.deltas), self.folder.out)
+        put_back(snapshot, self.phase.training, self.phase.callbacks)
         self._save(step_name(self.seen))
 
     def _look_at_held_out(self) -> None:
         """When early stopping wants it: measure the held-out loss as an event, and save the state with the lowest."""
-        stopping, train = self.recipe.train.early_stopping, self.recipe.train
+        stopping = self.setup.train.early_stopping
         if stopping is None or self.seen % stopping.every:
             return
         with ExitStack() as held:
-            for policy in self.turn.policies:
-                held.enter_context(policy.evaluating(self.turn.training))
+            for callback in self.phase.callbacks:
+                held.enter_context(callback.evaluating(self.phase.training))
             held.enter_context(deltas_still(self.model))
-            found = held_out_metrics(
-                self.model,
-                self.held_out,
-                Objective(self.recipe.loss),
-                pack_tokens=train.pack_tokens,
-                packed=self.recipe.data.pack,
-                share=train.prefix_sharing,
-            )
-            self.run.note({"step": self.seen, "event": "held out", "held_out_loss": found["loss"]})
-            if self.guards.better(found["loss"]):
+            loss = self.held_out_loss()
+            self.run.log({"step": self.seen, "event": "held out", "held_out_loss": loss})
+            if self.guards.better(loss):
                 self._save(BEST)
 
     def _save(self, name: str) -> None:
-        turn, every = self.turn, list(self.recipe.all_deltas())
-        snapshot = partial(take, turn.training, turn.policies, every, turn=turn.first, seen=self.seen, **self.facts)
+        phase, deltas = self.phase, list(self.setup.deltas)
+        snapshot = partial(
+            take, phase.training, phase.callbacks, deltas, phase=phase.first, seen=self.seen, **self.facts
+        )
         self.run.save(name, snapshot)
 
 

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, sha256_of
+from graftlm.adapters.folder import CONFIG, WEIGHTS, sha256_of
+from graftlm.adapters.load import load_adapter
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.kernels.head import Comparison
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.hub.load import BaseConfig, load_base, load_tokenizer
-from graftlm.model.layers.attach import activate, deltas_only, hosts, parameters_of
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.model.layers.modes import activate, deltas_only
+from graftlm.model.layers.registry import hosts, parameters_of
 from graftlm.model.passes.forward import hidden_states, logits
 from graftlm.model.passes.packed_attention import is_packed, packed_attention
 
@@ -45,7 +49,7 @@ def teacher_base(config: Any) -> BaseConfig | None:
     """The other base that a loss has as its teacher; None where it is an adapter, or there is none."""
     if not isinstance(config, DistillationConfig) or config.teacher is None or is_adapter(config.teacher):
         return None
-    return BaseConfig(name=config.teacher, store=config.teacher_store)
+    return BaseConfig(name=config.teacher, dtype=config.teacher_dtype, quantization=config.teacher_quantization)
 
 
 def add_teacher(

@@ -1,22 +1,22 @@
-"""The tokenizer of a recipe: that of its base, with the chat template and the variables that the recipe sets."""
+"""The tokenizer of a run: that of its base, with the chat template variables that the recipe sets."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from graftlm.config.template_variables import checked_with_variables
 from graftlm.errors import RecipeError
-from graftlm.model.hub.load import load_tokenizer, plain_template
-
-if TYPE_CHECKING:
-    from graftlm.recipe import Recipe
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.tokenizer import load_tokenizer, plain_template
 
 
-def recipe_tokenizer(recipe: "Recipe") -> Any:
-    """The tokenizer, whose chat template begins with `data.template_variables`, so that the adapter keeps them.
+def run_tokenizer(base: str | BaseConfig, variables: Mapping[str, Any], *, network: bool = False) -> Any:
+    """The tokenizer, whose chat template begins with `variables` (`data.template_variables`), so that the adapter has
+    them.
 
     Raises RecipeError for a variable that the template does not read, and BaseModelError.
     """
-    tokenizer = load_tokenizer(recipe.base, network=recipe.network)
-    if variables := recipe.data.template_variables:
+    tokenizer = load_tokenizer(base, network=network)
+    if variables:
         try:
             tokenizer.chat_template = checked_with_variables(plain_template(tokenizer), variables)
         except ValueError as error:

@@ -24,11 +24,12 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import yaml
+
 from graftlm import distributed
-from graftlm.config.schema import to_tree, to_yaml
+from graftlm.config.trees import Tree
 from graftlm.errors import TrainingError
 from graftlm.files import writing
-from graftlm.recipe import Recipe
 
 PROJECT = "graftlm"
 FOLDER, RECORD = "trackers", "told.json"
@@ -40,7 +41,7 @@ class Tracker:
     module: ClassVar[str]
     install: ClassVar[str]
 
-    def start(self, recipe: Recipe, folder: Path, run: str | None) -> str:
+    def start(self, recipe: Tree, folder: Path, run: str | None) -> str:
         """Begin a run, or go on with the one that was called `run` here; returns what it is called.
 
         Its files may lie in `folder`, which is OUT/trackers.
@@ -61,13 +62,13 @@ class TensorBoard(Tracker):
 
     module, install = "tensorboard", "pip install tensorboard"
 
-    def start(self, recipe: Recipe, folder: Path, run: str | None) -> str:
+    def start(self, recipe: Tree, folder: Path, run: str | None) -> str:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer: Any = SummaryWriter(log_dir=str(folder / "tensorboard"))
         self.last = 0
         if run is None:
-            self.writer.add_text("recipe", f"```yaml\n{to_yaml(recipe)}```")
+            self.writer.add_text("recipe", f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```")
         return "tensorboard"
 
     def log(self, step: int, numbers: Mapping[str, float], said: str) -> None:
@@ -89,8 +90,8 @@ class Wandb(Tracker):
 
     module, install = "wandb", "pip install wandb"
 
-    def start(self, recipe: Recipe, folder: Path, run: str | None) -> str:
-        if not recipe.network:
+    def start(self, recipe: Tree, folder: Path, run: str | None) -> str:
+        if not recipe["network"]:
             os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
@@ -101,8 +102,8 @@ class Wandb(Tracker):
             id=run,
             resume="allow",
             dir=str(folder),
-            config=to_tree(recipe),
-            mode=None if recipe.network else "offline",
+            config=recipe,
+            mode=None if recipe["network"] else "offline",
         )
         return run
 
@@ -119,9 +120,9 @@ class MLflow(Tracker):
 
     module, install = "mlflow", "pip install mlflow"
 
-    def start(self, recipe: Recipe, folder: Path, run: str | None) -> str:
+    def start(self, recipe: Tree, folder: Path, run: str | None) -> str:
         _only_local(recipe, "MLFLOW_TRACKING_URI")
-        if not recipe.network:
+        if not recipe["network"]:
             os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         # Of its own accord MLflow tries for many minutes, in which training would stand still.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -136,7 +137,7 @@ class MLflow(Tracker):
             known = self.client.get_experiment_by_name(name)
             experiment = known.experiment_id if known else self.client.create_experiment(name)
             run = str(self.client.create_run(experiment, run_name=folder.parent.name).info.run_id)
-            params = [Param(key, str(value)) for key, value in _leaves(to_tree(recipe), ".")]
+            params = [Param(key, str(value)) for key, value in _leaves(recipe, ".")]
             for first in range(0, len(params), 100):  # as many as it takes at once
                 self.client.log_batch(run, params=params[first : first + 100])
         else:
@@ -164,7 +165,7 @@ class Trackio(Tracker):
 
     module, install = "trackio", "pip install trackio"
 
-    def start(self, recipe: Recipe, folder: Path, run: str | None) -> str:
+    def start(self, recipe: Tree, folder: Path, run: str | None) -> str:
         _only_local(recipe, "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_WEBHOOK_URL")
         import trackio
 
@@ -173,7 +174,7 @@ class Trackio(Tracker):
             project=PROJECT,
             name=name,
             resume="allow",  # not "must": it writes runs late, and one that was killed early may not be there
-            config=to_tree(recipe),
+            config=recipe,
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
@@ -212,8 +213,10 @@ class Trackers:
     was not, and takes away what is left in OUT of a run that failed and left nothing else.
     """
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        check_installed(recipe.report.trackers)
+    def __init__(self, recipe: Tree, out: Path) -> None:
+        """`recipe` is the tree that the trackers show; it names them in `report.trackers`."""
+        self.names: Sequence[str] = recipe["report"]["trackers"]
+        check_installed(self.names)
         self.recipe, self.folder = recipe, out / FOLDER
         self._told: dict[str, dict[str, Any]] = {}
         self._before: dict[str, int] = {}
@@ -225,12 +228,11 @@ class Trackers:
 
         Raises TrainingError where a tracker cannot begin.
         """
-        names: Sequence[str] = self.recipe.report.trackers
         if not distributed.first():
             return
         if not resumes:
             shutil.rmtree(self.folder, ignore_errors=True)
-        if not names:
+        if not self.names:
             return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +243,7 @@ class Trackers:
                 raise TrainingError(
                     f"{record} is damaged, so what trackers were told is not known: delete {self.folder} to begin anew"
                 ) from None
-        for name in names:
+        for name in self.names:
             tracker, told = TRACKERS[name](), self._told.setdefault(name, {"run": None, "step": 0})
             try:
                 told["run"] = tracker.start(self.recipe, self.folder, told["run"])
@@ -328,11 +330,11 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
-def _only_local(recipe: Recipe, *variables: str) -> None:
+def _only_local(recipe: Tree, *variables: str) -> None:
     """Raise TrainingError where the environment sends a tracker over the network and the recipe does not allow it."""
     for variable in variables:
         value = os.environ.get(variable, "")
-        if value and not recipe.network and not (variable.endswith("_URI") and urlsplit(value).scheme in LOCAL):
+        if value and not recipe["network"] and not (variable.endswith("_URI") and urlsplit(value).scheme in LOCAL):
             raise TrainingError(f"{variable} is {value}: set `network: true` in the recipe to allow it, or unset it")
 
 

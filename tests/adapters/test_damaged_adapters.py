@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftlm.adapters.foreign import CONFIG
-from graftlm.adapters.store import TEMPLATE, WEIGHTS, load_adapter
+from graftlm.adapters.folder import CONFIG, TEMPLATE, WEIGHTS
+from graftlm.adapters.load import load_adapter
 from graftlm.errors import GraftError
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attachment, detach
+from graftlm.model.layers.attach import detach
+from graftlm.model.layers.registry import attachment
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits
 from tests.peers import peft_adapter
@@ -69,8 +70,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>", "<|tool|>"]})
     made = {}
     for name, settings in SOURCES.items():
-        model, _ = load_base(root / "base", store="fp32")
-        theirs = peft_adapter(settings, load_base(root / "base", store="fp32").model, root / name)
+        model, _ = load_base(root / "base", dtype="float32")
+        theirs = peft_adapter(settings, load_base(root / "base", dtype="float32").model, root / name)
         tokenizer.save_pretrained(root / name)
         bare = logits(model)
         load_adapter(model, root / name)

@@ -16,8 +16,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from graftlm.adapters.export.export import export
 from graftlm.adapters.export.lint import lint
+from graftlm.adapters.load import load_adapter
 from graftlm.adapters.peft import EXPERT_NAMES, MOE_AS_QWEN2, ROUTER_NAME, target_modules
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError

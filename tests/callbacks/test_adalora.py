@@ -1,4 +1,4 @@
-"""AdaLoRA's policy against Algorithm 1 in plain code, and its scores and choice against PEFT's RankAllocator."""
+"""AdaLoRA's callback against Algorithm 1 in plain code, and its scores and choice against PEFT's RankAllocator."""
 
 from typing import Any
 
@@ -8,8 +8,7 @@ from peft import AdaLoraConfig as PeftConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
-from graftlm.callbacks import POLICIES
-from graftlm.callbacks.adalora import AdaLoraPolicy, AdaLoraPolicyConfig
+from graftlm.callbacks.adalora import AdaLoraCallback, AdaLoraCallbackConfig
 from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
@@ -17,7 +16,9 @@ from graftlm.deltas.base import Site
 from graftlm.errors import TrainingError
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
+from tests.callbacks.tables import TABLE
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
@@ -25,29 +26,29 @@ TOTAL = 20
 SETTINGS: dict[str, Any] = {"target_r": 2, "every": 3, "warmup": 0.1, "final": 0.2, "beta1": 0.7, "beta2": 0.8}
 
 
-class Spy(Policy):
-    """Keeps every tensor with its gradient before a step, and E after it, before any other policy has changed it."""
+class Spy(Callback):
+    """Keeps every tensor with its gradient before a step, and E after it, before any other callback has changed it."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.steps: list[dict[str, Any]] = []
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         named = training.parameters()
         self.steps.append({n: (p.detach().clone(), p.grad.clone()) for n, p in named.items() if p.grad is not None})
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         self.steps[-1]["E"] = [delta.E.detach().clone()[:, 0] for _, _, delta in training.sites()]
 
 
-def ran() -> tuple[Training, Spy, AdaLoraPolicy, list[Any], list[Any]]:
-    model, spy, policy = perturbed("adalora", tiny_model()), Spy(), AdaLoraPolicy(AdaLoraPolicyConfig(**SETTINGS))
+def ran() -> tuple[TrainingState, Spy, AdaLoraCallback, list[Any], list[Any]]:
+    model, spy, callback = perturbed("adalora", tiny_model()), Spy(), AdaLoraCallback(AdaLoraCallbackConfig(**SETTINGS))
     state, after, said = training(model, [], total=TOTAL), [], []
     for number in range(TOTAL):
-        (step,) = run(state, [spy, policy], [[collate(examples(seed=number))]])
+        (step,) = run(state, [spy, callback], [[collate(examples(seed=number))]])
         after.append([delta.E.detach().clone()[:, 0] for _, _, delta in state.sites()])
         said.append(step.events)
-    return state, spy, policy, after, said
+    return state, spy, callback, after, said
 
 
 def test_every_step_is_that_of_the_algorithm() -> None:
@@ -82,17 +83,17 @@ def test_every_step_is_that_of_the_algorithm() -> None:
     assert len({int((E != 0).sum()) for E in after[-1]}) > 1, "sites have ranks of their own"
 
 
-def test_beside_an_optimiser_that_leaves_no_gradient_it_is_refused() -> None:
-    lomo = POLICIES["lomo"].policy(POLICIES["lomo"].config())
+def test_beside_an_optimizer_that_leaves_no_gradient_it_is_refused() -> None:
+    lomo = TABLE["lomo"].callback(TABLE["lomo"].config())
     state = training(perturbed("adalora", tiny_model()), [lomo], total=TOTAL)
-    chosen: list[Policy] = [AdaLoraPolicy(AdaLoraPolicyConfig(**SETTINGS)), lomo]
-    with pytest.raises(TrainingError, match="of which lomo leaves nothing"):
+    chosen: list[Callback] = [AdaLoraCallback(AdaLoraCallbackConfig(**SETTINGS)), lomo]
+    with pytest.raises(TrainingError, match="optimizer lomo leaves none"):
         run(state, chosen, [[collate(examples())]])
 
 
 def test_scores_and_choice_are_those_of_peft() -> None:
     """What PEFT's allocator makes of the same weights and gradients."""
-    state, spy, policy, _, _ = ran()
+    state, spy, callback, _, _ = ran()
     theirs: Any = nn.Module()
     names = {"P": "lora_B", "E": "lora_E", "Q": "lora_A"}
     here = state.parameters()
@@ -109,9 +110,9 @@ def test_scores_and_choice_are_those_of_peft() -> None:
     pattern = peft.mask_to_budget(theirs, 2 * len(list(state.sites())))
     for name, site, _ in state.sites():
         key = f"{site}.deltas.{name}.E"
-        assert pattern[f"{renamed[key]}.default"] == policy.tensors[f"lives/{name}/{site}"].bool().tolist()
+        assert pattern[f"{renamed[key]}.default"] == callback.tensors[f"lives/{name}/{site}"].bool().tolist()
         for what, wanted in (("smooth", peft.exp_avg_ipt), ("unsure", peft.exp_avg_unc)):
-            ours = policy.tensors[f"{what}/{name}/{site}.Q"]
+            ours = callback.tensors[f"{what}/{name}/{site}.Q"]
             torch.testing.assert_close(ours, wanted[f"{renamed[f'{site}.deltas.{name}.Q']}.default"])
 
 
@@ -123,7 +124,7 @@ def test_scores_and_choice_are_those_of_peft() -> None:
 def test_what_has_no_meaning_is_refused(method: str, changes: dict[str, Any], says: str) -> None:
     state = training(perturbed(method, tiny_model()), [])
     with pytest.raises(TrainingError, match=says):
-        run(state, [AdaLoraPolicy(AdaLoraPolicyConfig(**changes))], [[collate(examples())]])
+        run(state, [AdaLoraCallback(AdaLoraCallbackConfig(**changes))], [[collate(examples())]])
 
 
 @pytest.mark.parametrize(("rate", "holds"), [(METHODS["adalora"].delta.learning_rate, True), (0.128, False)])
@@ -131,7 +132,7 @@ def test_at_the_default_rate_p_and_q_stay_nearly_orthogonal(rate: float, holds: 
     """A layer of 576 x 576 that learns a random change for 8 steps: what the penalty says before and after."""
     W = torch.randn(576, 576, generator=torch.Generator().manual_seed(1)) / 24
     delta = AdaLora(Site("a.b", 576, 576, lambda: W, 0), AdaLoraConfig())
-    optimiser = torch.optim.AdamW(delta.parameters(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=rate, weight_decay=0.0)
     draw, found = torch.Generator().manual_seed(2), []
     wanted = torch.randn(576, 576, generator=draw) / 24
     for step in range(8):
@@ -140,9 +141,9 @@ def test_at_the_default_rate_p_and_q_stay_nearly_orthogonal(rate: float, holds: 
         found.append(float(penalty.detach()))
         x = torch.randn(64, 576, generator=draw)
         loss = (x @ (delta.matrix() - wanted).T).square().mean() + penalty
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.param_groups[0]["lr"] = rate * (1 - step / 8)
-        optimiser.step()
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / 8)
+        optimizer.step()
     found.append(float(delta.penalty().detach()))  # type: ignore[union-attr]
     assert (found[-1] < 3 * found[0]) == holds, found

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from graftlm import distributed
-from graftlm.callbacks import POLICIES
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Pack, pack
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
+from tests.callbacks.tables import TABLE
 from tests.callbacks.test_callbacks import run, training
-from tests.callbacks.test_inner_split import with_aside
+from tests.callbacks.test_inner_split import with_inner_loss
 from tests.callbacks.test_resume import CASES
 from tests.training.test_loop import examples
 from tests.training.together import together
@@ -31,19 +31,19 @@ def make(rows: Sequence[Any]) -> list[Pack]:
 
 def whole_run(name: str) -> dict[str, Any]:
     method, options = CASES[name]
-    policy = POLICIES[name].policy(build(POLICIES[name].config, {"name": name, **options}, source="test"))
+    callback = TABLE[name].callback(build(TABLE[name].config, {"name": name, **options}, source="test"))
     # In float64 the order of a sum, which the number of ranks changes, is far below the tolerance. What is left is the
     # head's log-softmax in float32.
-    state = with_aside(training(perturbed(method, tiny_model()).double(), [], total=STEPS))
+    state = with_inner_loss(training(perturbed(method, tiny_model()).double(), [], total=STEPS))
     # Adam would divide by the size of each gradient, and so make steps of rounding noise where there is no more.
-    state.optimiser = torch.optim.SGD(trainable(state.model).values(), lr=0.1)
+    state.optimizer = torch.optim.SGD(trainable(state.model).values(), lr=0.1)
     batches = [distributed.packs_of(examples(seed=number), make) for number in range(STEPS)]
-    done = run(state, [policy], batches)
-    policy.on_end(state)
+    done = run(state, [callback], batches)
+    callback.on_end(state)
     return {
         "events": [event for step in done for event in step.events],
-        "facts": policy.facts,
-        "tensors": {key: t.detach().clone() for key, t in {**trainable(state.model), **policy.tensors}.items()},
+        "facts": callback.facts,
+        "tensors": {key: t.detach().clone() for key, t in {**trainable(state.model), **callback.tensors}.items()},
         "losses": [step.loss for step in done],
     }
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from graftlm.adapters.export.export import plain_lora
-from graftlm.adapters.store import load_adapter, save_adapter
-from graftlm.callbacks.dylora import DyLoraPolicy, DyLoraPolicyConfig, use_rank
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
+from graftlm.callbacks.dylora import DyLoraCallback, DyLoraCallbackConfig, use_rank
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TargetError, TrainingError
-from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, logits, perturbed
-from graftlm.training.callback import Policy
+from graftlm.training.callback import Callback
 from tests.callbacks.test_callbacks import run, training
 from tests.golden.check import against_reference
 from tests.training.test_loop import examples
@@ -32,7 +33,7 @@ def test_a_slice_is_lora_of_that_rank_with_its_scale() -> None:
     against_reference("dylora", slices, rank=3)
 
 
-class Drawn(Policy):
+class Drawn(Callback):
     """Notes which part of every A and B had a gradient."""
 
     def __init__(self) -> None:
@@ -49,12 +50,12 @@ class Drawn(Policy):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_only_what_was_drawn_learns(frozen: bool) -> None:
-    policy, seen = DyLoraPolicy(DyLoraPolicyConfig(least=2, frozen=frozen)), Drawn()
+    callback, seen = DyLoraCallback(DyLoraCallbackConfig(least=2, frozen=frozen)), Drawn()
     state = training(perturbed("dylora", tiny_model()), [])
     drawn = []
     for number in range(12):
-        drawn.append(policy.drawn(state))
-        run(state, [policy, seen], [[collate(examples(seed=number))]])
+        drawn.append(callback.drawn(state))
+        run(state, [callback, seen], [[collate(examples(seed=number))]])
     assert set(drawn) == {2, 3, 4}
     for number, (b, (rows, columns)) in enumerate(zip(drawn, seen.found, strict=True)):
         assert rows == columns == ({b - 1} if frozen and number >= 2 else set(range(b)))
@@ -63,16 +64,16 @@ def test_only_what_was_drawn_learns(frozen: bool) -> None:
 
 def test_a_step_is_adamw_on_lora_of_the_rank_drawn() -> None:
     """The same batch through a LoRA of rank b with the scale alpha / b, by torch's own AdamW."""
-    policy = DyLoraPolicy(DyLoraPolicyConfig())
+    callback = DyLoraCallback(DyLoraCallbackConfig())
     state = training(perturbed("dylora", tiny_model()), [])
-    b = policy.drawn(state)
+    b = callback.drawn(state)
     assert b < 4
     lora = perturbed("lora", tiny_model(), r=b, alpha=6.0)
     for ours, theirs in zip(state.sites(), hosts(lora).values(), strict=True):
         theirs.deltas["default"].A.data = ours[2].A.data[:b].clone()
         theirs.deltas["default"].B.data = ours[2].B.data[:, :b].clone()
     run(training(lora, []), [], [[collate(examples())]])
-    run(state, [policy], [[collate(examples())]])
+    run(state, [callback], [[collate(examples())]])
     for ours, theirs in zip(state.sites(), hosts(lora).values(), strict=True):
         torch.testing.assert_close(ours[2].A.data[:b], theirs.deltas["default"].A.data)
         torch.testing.assert_close(ours[2].B.data[:, :b], theirs.deltas["default"].B.data)
@@ -107,4 +108,4 @@ def test_ranks_that_are_not_there_are_refused() -> None:
     for method, least, says in (("dylora", 5, "more than r 4"), ("lora", 1, "method: dylora")):
         state = training(perturbed(method, tiny_model()), [])
         with pytest.raises(TrainingError, match=says):
-            run(state, [DyLoraPolicy(DyLoraPolicyConfig(least=least))], [[collate(examples())]])
+            run(state, [DyLoraCallback(DyLoraCallbackConfig(least=least))], [[collate(examples())]])

@@ -3,30 +3,31 @@
 import pytest
 import torch
 
-from graftlm.callbacks import POLICIES, check_policies, make_policies
 from graftlm.callbacks.ema import Ema, EmaConfig
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback, check_callbacks
+from graftlm.training.state import TrainingState
+from tests.callbacks.tables import TABLE, make
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
 BATCHES = [pack(examples(seed=n), 60) for n in range(5)]
 
 
-class Following(Policy):
+class Following(Callback):
     def __init__(self) -> None:
         super().__init__(None)
         self.seen: list[dict[str, torch.Tensor]] = []
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.on_step(training)
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         self.seen.append({name: p.detach().clone() for name, p in training.parameters().items()})
 
 
@@ -58,22 +59,22 @@ def test_what_is_kept_is_the_mean_and_the_run_goes_on_as_it_would() -> None:
 )  # fmt: skip
 def test_a_mean_of_what_is_not_the_same_is_refused(mean: str, other: str, says: str) -> None:
     state = training(perturbed("spiel" if other == "spiel" else "lora", tiny_model()), [], total=200)
-    state.aside = lambda gradient: torch.tensor(0.0)
+    state.inner_loss = lambda gradient: torch.tensor(0.0)
     options = {"every": 2} if other != "schedule-free" else {}
-    chosen = make_policies(
+    chosen = make(
         [
-            build(POLICIES[name].config, {"name": name} | more, source="test")
+            build(TABLE[name].config, {"name": name} | more, source="test")
             for name, more in ((mean, {}), (other, options))
         ]
     )
     for both in (chosen, chosen[::-1]):
         with pytest.raises(TrainingError, match=f"{mean} beside {other}: .*{says}"):
-            check_policies(both, state)
-    check_policies(chosen[:1], state)
+            check_callbacks(both, state)
+    check_callbacks(chosen[:1], state)
 
 
 def test_two_means_are_refused() -> None:
     state = training(perturbed("lora", tiny_model()), [])
-    state.aside = lambda gradient: torch.tensor(0.0)
+    state.inner_loss = lambda gradient: torch.tensor(0.0)
     with pytest.raises(TrainingError, match="beside"):
-        check_policies(make_policies([POLICIES[name].config() for name in ("ema", "i-lora")]), state)
+        check_callbacks(make([TABLE[name].config() for name in ("ema", "i-lora")]), state)

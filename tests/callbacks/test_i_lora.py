@@ -8,14 +8,15 @@ import torch
 from graftlm.callbacks.i_lora import ILora, ILoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
-from tests.callbacks.test_inner_split import with_aside
+from tests.callbacks.test_inner_split import with_inner_loss
 from tests.training.test_loop import examples
 
 NOW, BEFORE = collate(examples(seed=1)), collate(examples(seed=50))
@@ -32,26 +33,26 @@ def passed(model: Any, pack: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return loss, torch.cat([y if isinstance(y, torch.Tensor) else y[0] for y in out])
 
 
-class Gradients(Policy):
-    """What the optimiser is about to see, step by step."""
+class Gradients(Callback):
+    """What the optimizer is about to see, step by step."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.seen: list[dict[str, torch.Tensor]] = []
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         self.seen.append({name: p.grad.clone() for name, p in training.parameters().items() if p.grad is not None})
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_that_of_the_loss_of_the_paper(checkpointing: bool) -> None:
     model, gamma = perturbed("lora", tiny_model()), 7.0
-    policy, watching = ILora(ILoraConfig(decay=0.6, tie=gamma)), Gradients()
-    state = with_aside(training(model, [], rate=0.05))
+    callback, watching = ILora(ILoraConfig(decay=0.6, tie=gamma)), Gradients()
+    state = with_inner_loss(training(model, [], rate=0.05))
     slow = perturbed("lora", tiny_model())
     starts = [{name: p.detach().clone() for name, p in trainable(model).items()}]
     for number in range(2):
-        run(state, [policy, watching], [[NOW]], checkpointing=checkpointing)
+        run(state, [callback, watching], [[NOW]], checkpointing=checkpointing)
         starts.append({name: p.detach().clone() for name, p in trainable(model).items()})
         t = number + 1
         a = min(0.6, t / (t + 9))
@@ -67,11 +68,11 @@ def test_the_gradient_is_that_of_the_loss_of_the_paper(checkpointing: bool) -> N
             for name, p in trainable(slow).items():
                 p.copy_(a * p + (1 - a) * starts[-1][name])
     assert not torch.allclose(h_fast, h_slow), "the second step has something to tie"
-    with policy.evaluating(state):
+    with callback.evaluating(state):
         for name, p in trainable(slow).items():
             torch.testing.assert_close(trainable(model)[name].detach(), p.detach())
 
 
-def test_without_rows_aside_it_is_refused() -> None:
-    with pytest.raises(TrainingError, match="put aside"):
+def test_without_an_inner_split_it_is_refused() -> None:
+    with pytest.raises(TrainingError, match="inner validation split"):
         run(training(perturbed("lora", tiny_model()), []), [ILora(ILoraConfig())], [[NOW]])

@@ -9,7 +9,7 @@ import torch
 from graftlm.callbacks.increlora import IncreLora, IncreLoraConfig
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import merged_state
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
@@ -41,27 +41,30 @@ def dense_score(model: Any, site: str, pack: Any, change: torch.Tensor) -> float
 @pytest.mark.parametrize("tokens", [1000, 60])
 def test_scores_are_those_of_dense_gradients(tokens: int) -> None:
     """However many packs a step is."""
-    state, policy = training(perturbed("adalora", tiny_model()), [], total=10), IncreLora(IncreLoraConfig(**SETTINGS))
-    policy.on_start(state)
+    state, callback = training(perturbed("adalora", tiny_model()), [], total=10), IncreLora(IncreLoraConfig(**SETTINGS))
+    callback.on_start(state)
     smooth, unsure = 0.0, 0.0
     for number in range(2):
         batch = collate(examples(seed=number))
         here = [dense_score(state.model, site, batch, delta.matrix().detach()) for _, site, delta in state.sites()]
-        run(state, [policy], [pack(examples(seed=number), tokens)])
+        run(state, [callback], [pack(examples(seed=number), tokens)])
         smooth = 0.6 * smooth + 0.4 * torch.tensor(here)
         unsure = 0.7 * unsure + 0.3 * (torch.tensor(here) - smooth).abs()
-    torch.testing.assert_close(policy.tensors["smooth"], smooth, rtol=1e-4, atol=0)
-    torch.testing.assert_close(policy.tensors["unsure"], unsure, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(callback.tensors["smooth"], smooth, rtol=1e-4, atol=0)
+    torch.testing.assert_close(callback.tensors["unsure"], unsure, rtol=1e-3, atol=1e-9)
 
 
 def test_ranks_come_to_the_best_sites_until_the_target() -> None:
-    state, policy = training(attach_tiny("adalora", tiny_model()), [], total=10), IncreLora(IncreLoraConfig(**SETTINGS))
+    state, callback = (
+        training(attach_tiny("adalora", tiny_model()), [], total=10),
+        IncreLora(IncreLoraConfig(**SETTINGS)),
+    )
     sites = [f"{name}/{site}" for name, site, _ in state.sites()]
     count, said, before = len(sites), [], {}
     for number in range(10):
-        (step,) = run(state, [policy], [[collate(examples(seed=number))]])
+        (step,) = run(state, [callback], [[collate(examples(seed=number))]])
         said.append(step.events)
-        have = policy.facts["ranks"]
+        have = callback.facts["ranks"]
         for name, site, delta in state.sites():
             E, r = delta.E.detach()[:, 0], have[f"{name}/{site}"]
             assert E[:r].all()
@@ -69,7 +72,7 @@ def test_ranks_come_to_the_best_sites_until_the_target() -> None:
         if step.events:
             moment = [2, 4, 6, 8].index(number + 1) + 1
             assert sum(have.values()) == step.events[0]["total"] == count + 2 * count * moment // 4
-            scores = dict(zip(sites, (policy.tensors["smooth"] * policy.tensors["unsure"]).tolist(), strict=True))
+            scores = dict(zip(sites, (callback.tensors["smooth"] * callback.tensors["unsure"]).tolist(), strict=True))
             gained = {s for s in sites if have[s] > before.get(s, 1)}
             open_ = [s for s in sites if before.get(s, 1) < 4]
             assert gained == set(sorted(open_, key=lambda s: -scores[s])[: len(gained)])

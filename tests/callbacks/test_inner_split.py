@@ -11,46 +11,47 @@ from graftlm.callbacks.bilora import BiLora, BiLoraConfig
 from graftlm.callbacks.diffora import DiffoRA, DiffoRAConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import hosts, trainable
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
 ASIDE = collate(examples(seed=50))
 
 
-def loss_aside(model: Any) -> torch.Tensor:
+def make_inner_loss(model: Any) -> torch.Tensor:
     with packed_attention(model):
         return -(log_probs(model, ASIDE) * ASIDE.weights).sum() / ASIDE.weights.sum()
 
 
-def with_aside(state: Training) -> Training:
-    def aside(gradient: bool) -> torch.Tensor:
+def with_inner_loss(state: TrainingState) -> TrainingState:
+    def inner_loss(gradient: bool) -> torch.Tensor:
         with torch.set_grad_enabled(gradient):
-            loss = loss_aside(state.model)
+            loss = make_inner_loss(state.model)
         if gradient:
             loss.backward()
         return loss.detach()
 
-    state.aside = aside
+    state.inner_loss = inner_loss
     return state
 
 
-def step(state: Training, chosen: list[Policy], number: int = 0) -> Any:
+def step(state: TrainingState, chosen: list[Callback], number: int = 0) -> Any:
     return run(state, chosen, [[collate(examples(seed=number))]])[0]
 
 
-def moved(method: str, chosen: list[Policy], batch: Any) -> dict[str, torch.Tensor]:
-    state = with_aside(training(perturbed(method, tiny_model()), []))
+def moved(method: str, chosen: list[Callback], batch: Any) -> dict[str, torch.Tensor]:
+    state = with_inner_loss(training(perturbed(method, tiny_model()), []))
     run(state, chosen, [[batch]])
     return {name: p.detach() for name, p in trainable(state.model).items()}
 
 
-def test_values_learn_from_the_rows_aside_and_vectors_from_the_others() -> None:
+def test_values_learn_from_the_inner_rows_and_vectors_from_the_others() -> None:
     batch = collate(examples())
     here, there = moved("adalora", [], batch), moved("adalora", [], ASIDE)
     for name, p in moved("adalora", [BiLora(BiLoraConfig())], batch).items():
@@ -59,9 +60,9 @@ def test_values_learn_from_the_rows_aside_and_vectors_from_the_others() -> None:
 
 
 def gradients_of_gates(model: Any) -> list[torch.Tensor]:
-    """dL/dg [r] of the rows aside at every site, by autograd over the gates alone."""
+    """dL/dg [r] of the inner validation split at every site, by autograd over the gates alone."""
     gates = [host.on()[0].g for host in hosts(model).values()]
-    return list(torch.autograd.grad(loss_aside(model), gates))
+    return list(torch.autograd.grad(make_inner_loss(model), gates))
 
 
 def test_ranks_are_searched_by_softmax_variables() -> None:
@@ -75,29 +76,29 @@ def test_ranks_are_searched_by_softmax_variables() -> None:
         dl = 4 * 0.25 * (dg - 0.25 * dg.sum())  # r p_i (dg_i - sum_j p_j dg_j), p = 1 / r
         variables = -0.3 * dl / (dl.abs() + 1e-8)
         wanted.append(4 * variables.exp() / variables.exp().sum())
-    state, policy = with_aside(training(model, [], total=10)), AutoLora(AutoLoraConfig(rate=0.3, search=0.5))
-    run(state, [policy], [[batch]])
+    state, callback = with_inner_loss(training(model, [], total=10)), AutoLora(AutoLoraConfig(rate=0.3, search=0.5))
+    run(state, [callback], [[batch]])
     for (_, _, delta), g in zip(state.sites(), wanted, strict=True):
         torch.testing.assert_close(delta.g.detach(), g)
-    assert state.optimiser.state[next(state.sites())[2].A]
-    assert next(state.sites())[2].g not in state.optimiser.state, "gates are no matter of the optimiser"
+    assert state.optimizer.state[next(state.sites())[2].A]
+    assert next(state.sites())[2].g not in state.optimizer.state, "gates are no matter of the optimizer"
 
 
 @pytest.mark.parametrize(
-    "policy",
+    "callback",
     [AutoLora(AutoLoraConfig(rate=0.3, search=0.5)), DiffoRA(DiffoRAConfig(rate=0.3, search=0.5, keep=0.4))],
     ids=["autolora", "diffora"],
 )
-def test_a_search_ends_with_yes_or_no_and_a_fresh_start(policy: Any) -> None:
-    state = with_aside(training(attach_tiny("gated-lora", tiny_model()), [], total=6))
+def test_a_search_ends_with_yes_or_no_and_a_fresh_start(callback: Any) -> None:
+    state = with_inner_loss(training(attach_tiny("gated-lora", tiny_model()), [], total=6))
     for number in range(2):
-        assert not step(state, [policy], number).events
+        assert not step(state, [callback], number).events
     before = [delta.g.detach().clone() for _, _, delta in state.sites()]
-    (said,) = step(state, [policy], 2).events
+    (said,) = step(state, [callback], 2).events
     found = {site: delta.g.detach().clone() for _, site, delta in state.sites()}
     assert said["ranks"] == {site: int(g.sum()) for site, g in found.items()}
     assert {float(v) for g in found.values() for v in g} == {0.0, 1.0}
-    if policy.config.name == "diffora":
+    if callback.config.name == "diffora":
         best = sorted(range(len(before)), key=lambda k: -float(before[k][0]))
         chosen = [k for k, g in enumerate(found.values()) if g.all()]
         assert len(chosen) == round(0.4 * len(before)) == sum(bool(g.any()) for g in found.values())
@@ -105,12 +106,12 @@ def test_a_search_ends_with_yes_or_no_and_a_fresh_start(policy: Any) -> None:
     else:
         assert all(g.any() for g in found.values())
     assert not any(delta.B.any() for _, _, delta in state.sites())
-    assert not state.optimiser.state
+    assert not state.optimizer.state
     asked: list[bool] = []
-    state.aside = lambda gradient: asked.append(gradient)  # type: ignore[assignment, func-returns-value]
+    state.inner_loss = lambda gradient: asked.append(gradient)  # type: ignore[assignment, func-returns-value]
     for number in (3, 4, 5):
-        step(state, [policy], number)
-    assert not asked, "after the search the rows aside are not asked any more"
+        step(state, [callback], number)
+    assert not asked, "after the search the inner validation split are not asked any more"
     for (_, site, delta), g in zip(state.sites(), found.values(), strict=True):
         assert torch.equal(delta.g.detach(), g)
         assert bool(delta.B.any()) == bool(g.any()), site
@@ -118,9 +119,12 @@ def test_a_search_ends_with_yes_or_no_and_a_fresh_start(policy: Any) -> None:
 
 
 def test_what_leaving_a_rank_out_does_is_its_importance() -> None:
-    state, policy = with_aside(training(perturbed("lora", tiny_model()), [], total=20)), Alora(AloraConfig(first=3))
-    policy.on_start(state)
-    scores = policy.importance(state)
+    state, callback = (
+        with_inner_loss(training(perturbed("lora", tiny_model()), [], total=20)),
+        Alora(AloraConfig(first=3)),
+    )
+    callback.on_start(state)
+    scores = callback.importance(state)
     matrices = [(site, delta.A.detach(), delta.B.detach(), delta.scale) for _, site, delta in state.sites()]
 
     def loss(kept: Any) -> float:
@@ -131,7 +135,7 @@ def test_what_leaving_a_rank_out_does_is_its_importance() -> None:
                 for i in range(3):
                     if kept(site, i):
                         model.get_submodule(site).weight.add_(s * torch.outer(B[:, i], A[i]))
-            return float(loss_aside(model))
+            return float(make_inner_loss(model))
 
     whole = loss(lambda site, i: True)
     for number, i in ((0, 0), (0, 2), (5, 1), (13, 0)):
@@ -142,14 +146,14 @@ def test_what_leaving_a_rank_out_does_is_its_importance() -> None:
 
 
 def test_ranks_move_and_their_number_stays() -> None:
-    state = with_aside(training(attach_tiny("lora", tiny_model()), [], total=8))
-    policy = Alora(AloraConfig(first=2, moves=3, every=4, until=0.6))
+    state = with_inner_loss(training(attach_tiny("lora", tiny_model()), [], total=8))
+    callback = Alora(AloraConfig(first=2, moves=3, every=4, until=0.6))
     for number in range(3):
-        assert not step(state, [policy], number).events
+        assert not step(state, [callback], number).events
     scores: list[Any] = []
-    original = policy.importance
-    policy.importance = lambda training: scores.append(original(training)) or scores[-1]  # type: ignore[method-assign]
-    (said,) = step(state, [policy], 3).events
+    original = callback.importance
+    callback.importance = lambda training: scores.append(original(training)) or scores[-1]  # type: ignore[method-assign]
+    (said,) = step(state, [callback], 3).events
     sites = [site for _, site, _ in state.sites()]
     worst = sorted((float(s[i]), k, i) for k, s in enumerate(scores[0]) for i in range(2))[:3]
     lost = {k for _, k, _ in worst}
@@ -158,23 +162,23 @@ def test_ranks_move_and_their_number_stays() -> None:
     assert said["ranks"] == wanted
     assert said["total"] == 2 * len(sites)
     for number in range(4, 8):
-        assert not step(state, [policy], number).events
+        assert not step(state, [callback], number).events
     for _, site, delta in state.sites():
         assert int(delta.B.detach().any(0).sum()) == wanted[site]
 
 
 @pytest.mark.parametrize(
-    ("method", "policy", "says"),
+    ("method", "callback", "says"),
     [("lora", BiLora(BiLoraConfig()), "method: adalora"), ("lora", AutoLora(AutoLoraConfig()), "method: gated-lora"),
      ("dora", Alora(AloraConfig()), "method: lora"), ("lora", Alora(AloraConfig(first=4)), "could gain a rank"),
      ("gated-lora", DiffoRA(DiffoRAConfig(search=0.1)), "no two steps"),
      ("lora", Alora(AloraConfig(first=2, every=90)), "no 90 steps")],
 )  # fmt: skip
-def test_what_has_no_meaning_is_refused(method: str, policy: Policy, says: str) -> None:
+def test_what_has_no_meaning_is_refused(method: str, callback: Callback, says: str) -> None:
     with pytest.raises(TrainingError, match=says):
-        step(with_aside(training(perturbed(method, tiny_model()), [])), [policy])
+        step(with_inner_loss(training(perturbed(method, tiny_model()), [])), [callback])
 
 
-def test_without_rows_aside_it_is_refused() -> None:
-    with pytest.raises(TrainingError, match="put aside"):
+def test_without_an_inner_split_it_is_refused() -> None:
+    with pytest.raises(TrainingError, match="inner validation split"):
         step(training(perturbed("adalora", tiny_model()), []), [BiLora(BiLoraConfig())])

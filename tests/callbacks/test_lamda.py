@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from graftlm.callbacks.lamda import LamdaPolicy, LamdaPolicyConfig
+from graftlm.callbacks.lamda import LamdaCallback, LamdaCallbackConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed
 from tests.callbacks.test_callbacks import run, training
@@ -14,13 +14,13 @@ from tests.training.test_loop import examples
 
 
 def test_columns_freeze_from_the_last_and_S_goes_on() -> None:
-    state, policy = (
+    state, callback = (
         training(attach_tiny("lamda", tiny_model()), [], total=12),
-        LamdaPolicy(LamdaPolicyConfig(until=0.5)),
+        LamdaCallback(LamdaCallbackConfig(until=0.5)),
     )
     for t in range(12):
         before = [(delta.PMB.detach().clone(), delta.S.detach().clone()) for _, _, delta in state.sites()]
-        run(state, [policy], [[collate(examples(seed=t))]])
+        run(state, [callback], [[collate(examples(seed=t))]])
         learns = round(4 * (1 - t / 6)) if t < 6 else 0  # r = 4; Python rounds halves to even: 4 3 3 2 1 1 0
         for (B, S), (_, _, delta) in zip(before, state.sites(), strict=True):
             moved = (delta.PMB.detach() != B).any(0).tolist()
@@ -32,11 +32,11 @@ def test_columns_freeze_from_the_last_and_S_goes_on() -> None:
 def test_what_a_new_process_finds_frozen_stays_frozen() -> None:
     state = training(attach_tiny("lamda", tiny_model()), [], total=4)
     state.done = 3
-    LamdaPolicy(LamdaPolicyConfig()).on_start(state)
+    LamdaCallback(LamdaCallbackConfig()).on_start(state)
     assert all(name.endswith(".S") for name in trainable(state.model))
 
 
 def test_another_method_is_refused() -> None:
     state = training(perturbed("lora", tiny_model()), [])
     with pytest.raises(TrainingError, match="method: lamda"):
-        run(state, [LamdaPolicy(LamdaPolicyConfig())], [[collate(examples())]])
+        run(state, [LamdaCallback(LamdaCallbackConfig())], [[collate(examples())]])

@@ -4,17 +4,18 @@ import torch
 
 from graftlm.callbacks.lisa import Lisa, LisaConfig
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
 BATCHES = [pack(examples(seed=n), 60) for n in range(6)]
 
 
-class Following(Policy):
+class Following(Callback):
     """After each step: the layers that learn, the tensors that moved, and those with moments."""
 
     def __init__(self) -> None:
@@ -22,13 +23,13 @@ class Following(Policy):
         self.before: dict[str, torch.Tensor] = {}
         self.seen: list[tuple[set[str], set[str]]] = []
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         self.before = {name: p.detach().clone() for name, p in training.parameters().items()}
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         now = training.parameters()
         moved = {name for name, p in now.items() if not torch.equal(p, self.before[name])}
-        self.seen.append((moved, {name for name, p in now.items() if p in training.optimiser.state}))
+        self.seen.append((moved, {name for name, p in now.items() if p in training.optimizer.state}))
 
 
 def layer(name: str) -> int | None:

@@ -11,17 +11,19 @@ from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import ParameterGroup, Policy
-from graftlm.training.phases import turns
+from graftlm.training.callback import Callback
+from graftlm.training.phases import phases
+from graftlm.training.state import ParameterGroup
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
 
-def after_a_step(chosen: list[Policy], rate: float) -> dict[str, torch.Tensor]:
+def after_a_step(chosen: list[Callback], rate: float) -> dict[str, torch.Tensor]:
     model = perturbed("lora", tiny_model())
     run(training(model, chosen, rate=rate), chosen, [[collate(examples())]])
     return {name: p.detach() for name, p in trainable(model).items()}
@@ -34,7 +36,7 @@ def test_B_has_a_rate_of_its_own() -> None:
 
 
 def test_the_groups_are_those_of_peft() -> None:
-    """A, B and what lies at an embedding: every tensor's rate against that of PEFT's optimiser."""
+    """A, B and what lies at an embedding: every tensor's rate against that of PEFT's optimizer."""
     targets = ["q_proj", "down_proj", "embed_tokens"]
     theirs = peft.get_peft_model(
         tiny_model(tie_word_embeddings=False), peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
@@ -62,15 +64,15 @@ def test_the_default_rate_leaves_B_that_of_the_method_and_a_given_rate_is_As(giv
         {
             "data": {"train": "rows.jsonl"},
             "delta": {"method": "lora", "targets": ["q_proj", "embed_tokens"]},
-            "policies": ["lora-plus"],
+            "callbacks": ["lora-plus"],
             "train": {"steps": 4} | ({"learning_rate": given} if given else {}),
         },
         source="test",
     )
     model = attach(tiny_model(tie_word_embeddings=False), recipe.all_deltas()["default"])
-    (turn,) = turns(recipe, model, 4)
+    (turn,) = phases(recipe.setup(), model, 4)
     names = {id(p): name for name, p in trainable(model).items()}
-    rates = {names[id(p)]: group["lr"] for group in turn.training.optimiser.param_groups for p in group["params"]}
+    rates = {names[id(p)]: group["lr"] for group in turn.training.optimizer.param_groups for p in group["params"]}
     rate_of_A = given or METHODS["lora"].delta.learning_rate / 16
     for name, rate in rates.items():
         wanted = 1e-6 if "embed_tokens" in name else 16 * rate_of_A if name.endswith(".B") else rate_of_A
@@ -79,6 +81,6 @@ def test_the_default_rate_leaves_B_that_of_the_method_and_a_given_rate_is_As(giv
 
 def test_without_a_B_it_is_refused() -> None:
     model = perturbed("ia3", tiny_model())
-    chosen: list[Policy] = [LoraPlus(LoraPlusConfig())]
+    chosen: list[Callback] = [LoraPlus(LoraPlusConfig())]
     with pytest.raises(TrainingError, match="lora-plus with ia3"):
         run(training(model, chosen), chosen, [[collate(examples())]])

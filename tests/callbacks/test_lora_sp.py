@@ -3,21 +3,22 @@
 import pytest
 import torch
 
-from graftlm import callbacks
 from graftlm.callbacks.lora_sp import LoraSp, LoraSpConfig
 from graftlm.data.batches.pack import pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import ParameterGroup, Policy, Training
+from graftlm.training.callback import Callback, check_callbacks, make_optimizer
+from graftlm.training.state import ParameterGroup, TrainingState
+from tests.callbacks.tables import with_optimizer
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
 BATCHES = [pack(examples(seed=n), 60) for n in range(3)]
 
 
-def moves(chosen: list[Policy], batches: list[list[object]]) -> dict[str, torch.Tensor]:
+def moves(chosen: list[Callback], batches: list[list[object]]) -> dict[str, torch.Tensor]:
     model = perturbed("lora", tiny_model())
     start = {name: p.detach().clone() for name, p in trainable(model).items()}
     run(training(model, chosen), chosen, batches)
@@ -46,7 +47,7 @@ def test_whole_tensors() -> None:
 
 def test_weight_decay_is_refused() -> None:
     model, chosen = perturbed("lora", tiny_model()), [LoraSp(LoraSpConfig())]
-    optimiser = callbacks.make_optimiser(chosen, [ParameterGroup(trainable(model), 0.1)], weight_decay=0.1)
-    state = Training(model, training(model, []).deltas, optimiser, total=1, seed=0)
+    optimizer = make_optimizer(with_optimizer(chosen), [ParameterGroup(trainable(model), 0.1)], weight_decay=0.1)
+    state = TrainingState(model, training(model, []).deltas, optimizer, total=1, seed=0)
     with pytest.raises(TrainingError, match="weight_decay: 0"):
-        callbacks.check_policies(chosen, state)
+        check_callbacks(chosen, state)

@@ -10,31 +10,32 @@ from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
 from graftlm.callbacks.riemannian import Riemannian, RiemannianConfig
 from graftlm.data.batches.pack import collate
 from graftlm.deltas.lora import Lora
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
 
-class Reading(Policy):
-    """What the gradients are where it stands in the list of policies."""
+class Reading(Callback):
+    """What the gradients are where it stands in the list of callbacks."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.found: dict[str, torch.Tensor] = {}
 
-    def on_grads(self, training: Training) -> None:
+    def on_grads(self, training: TrainingState) -> None:
         self.found = {n: p.grad.clone() for n, p in training.parameters().items() if p.grad is not None}
 
 
-def around(policy: Policy, method: str = "lora") -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A model whose tensors have not moved, and its gradients before and after the policy."""
+def around(callback: Callback, method: str = "lora") -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model whose tensors have not moved, and its gradients before and after the callback."""
     model = perturbed(method, tiny_model())
     before, after = Reading(), Reading()
     state = training(model, [], rate=0.0)
-    run(state, [before, policy, after], [[collate(examples())]])
+    run(state, [before, callback, after], [[collate(examples())]])
     return model, before.found, after.found
 
 
@@ -64,7 +65,7 @@ def test_lora_fa_leaves_A_alone() -> None:
     for name, p in state.parameters().items():
         assert torch.equal(p, before[name]) == name.endswith(".A")
         assert p.requires_grad != name.endswith(".A")
-        assert (p in state.optimiser.state) != name.endswith(".A")
+        assert (p in state.optimizer.state) != name.endswith(".A")
     chosen[0].on_end(state)
     assert set(trainable(model)) == set(before)
 

@@ -10,7 +10,7 @@ from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.errors import TrainingError
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy
+from graftlm.training.callback import Callback
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
@@ -21,7 +21,7 @@ def seen(batch: list[Pack], alpha: float, method: str = "lora", steps: int = 1) 
     """The noise on each row, by its place, at each step: what the first layer sees, less the embeddings."""
     model = perturbed(method, tiny_model())
     table, found = model.get_input_embeddings(), []
-    chosen: list[Policy] = [Neftune(NeftuneConfig(alpha=alpha))]
+    chosen: list[Callback] = [Neftune(NeftuneConfig(alpha=alpha))]
     state = training(model, chosen, rate=0.0)
     noises: dict[str, torch.Tensor] = {}
 
@@ -78,7 +78,7 @@ def test_a_delta_on_the_embeddings_gets_it_too() -> None:
 
 def test_outside_of_training_there_is_none() -> None:
     model = perturbed("lora", tiny_model())
-    chosen: list[Policy] = [Neftune(NeftuneConfig())]
+    chosen: list[Callback] = [Neftune(NeftuneConfig())]
     ids = torch.arange(3, 9)[None]
     before = model(ids).logits
     run(training(model, chosen, rate=0.0), chosen, [[collate(ROWS)]])
@@ -88,11 +88,11 @@ def test_outside_of_training_there_is_none() -> None:
 def test_the_reference_sees_none() -> None:
     """A pass without gradients inside of a step, as a preference's reference is one."""
     model = perturbed("lora", tiny_model())
-    policy = Neftune(NeftuneConfig())
-    state = training(model, [policy])
+    callback = Neftune(NeftuneConfig())
+    state = training(model, [callback])
     state.pack = collate(ROWS[:1])
     plain = model(state.pack.ids).logits
-    with policy.during(state):
+    with callback.during(state):
         assert not torch.equal(model(state.pack.ids).logits, plain)
         with torch.no_grad():
             assert torch.equal(model(state.pack.ids).logits, plain)
@@ -101,6 +101,6 @@ def test_the_reference_sees_none() -> None:
 def test_shared_beginnings_are_refused() -> None:
     twice = [ROWS[0], type(ROWS[0])(ROWS[0].ids, ROWS[0].weights, "other.jsonl:1")]
     model = perturbed("lora", tiny_model())
-    chosen: list[Policy] = [Neftune(NeftuneConfig())]
+    chosen: list[Callback] = [Neftune(NeftuneConfig())]
     with pytest.raises(TrainingError, match=r"share their beginning.*prefix_sharing: false"):
         run(training(model, chosen), chosen, [[collate(twice, share=True)]])

@@ -7,33 +7,38 @@ import pytest
 import torch
 
 from graftlm.adapters.export.export import plain_lora
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.callbacks.cola import Cola, ColaConfig
 from graftlm.callbacks.lte import Lte, LteConfig
 from graftlm.callbacks.periodic_lora import PeriodicLora, PeriodicLoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attach, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.layers.attach import attach, detach
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.registry import hosts, trainable
+from graftlm.model.layers.state_dict import merged_state
+from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, logits, perturbed, plain_with, tiny_config
-from graftlm.training.adamw import adamw
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
 
-class Before(Policy):
-    """The model's answers between the optimiser's step and the policy that comes after."""
+class Before(Callback):
+    """The model's answers between the optimizer's step and the callback that comes after."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.seen: list[torch.Tensor] = []
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         self.seen.append(logits(training.model))
 
 
-def step(state: Training, chosen: list[Policy], number: int) -> Any:
+def step(state: TrainingState, chosen: list[Callback], number: int) -> Any:
     return run(state, chosen, [[collate(examples(seed=number))]])[0]
 
 
@@ -49,7 +54,7 @@ def test_a_restart_leaves_the_function_as_it_is(method: str, tmp_path: Path) -> 
         assert bool(said.events) is (number % 2 == 1)
         for _, _, delta in state.sites():
             if number % 2:
-                assert not any(p in state.optimiser.state for p in delta.parameters()), "the optimiser forgets"
+                assert not any(p in state.optimizer.state for p in delta.parameters()), "the optimizer forgets"
     assert not torch.allclose(logits(model), bare)
     with deltas_off(model):
         assert torch.equal(logits(model), bare), "the base is never changed"
@@ -79,13 +84,13 @@ def test_a_chain_is_merging_into_W_and_training_a_new_lora() -> None:
     assert torch.allclose(logits(state.model), logits(state2.model), atol=1e-5)
 
 
-def _merged(state: Training) -> Any:
+def _merged(state: TrainingState) -> Any:
     return attach(plain_with(merged_state(state.model)), tiny_config("lora"))
 
 
 def test_momentum_brings_a_stage_in_by_degrees() -> None:
     """W after three stages against the recursion in whole matrices; with m = 0 it is a chain."""
-    m, policy = 0.3, PeriodicLora(PeriodicLoraConfig(every=2, momentum=0.3))
+    m, callback = 0.3, PeriodicLora(PeriodicLoraConfig(every=2, momentum=0.3))
     state, chain = (training(perturbed("lora", tiny_model()), [], total=8) for _ in range(2))
     zero, cola = PeriodicLora(PeriodicLoraConfig(every=2, momentum=0.0)), Cola(ColaConfig(every=2))
     other = training(perturbed("lora", tiny_model()), [], total=8)
@@ -93,7 +98,7 @@ def test_momentum_brings_a_stage_in_by_degrees() -> None:
     W: dict[str, Any] = {}
     for number in range(6):
         keeper = Keep()
-        step(state, [keeper, policy], number)
+        step(state, [keeper, callback], number)
         step(chain, [cola], number)
         step(other, [zero], number)
         if number % 2:
@@ -105,30 +110,30 @@ def test_momentum_brings_a_stage_in_by_degrees() -> None:
     assert torch.allclose(logits(chain.model), logits(other.model), atol=1e-6)
 
 
-class Keep(Policy):
+class Keep(Callback):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         self.products = {site: delta.matrix().detach() for _, site, delta in training.sites()}
 
 
 def test_heads_are_models_of_their_own_that_are_averaged() -> None:
     """N models with whole weights, an AdamW each, trained apart on their own batches and averaged by hand."""
     N, T, rounds = 2, 3, 2
-    policy = Lte(LteConfig(heads=N, every=T))
+    callback = Lte(LteConfig(heads=N, every=T))
     state = training(attach_tiny("lora", tiny_model()), [], total=N * T * rounds)
     starts: list[dict[str, torch.Tensor]] = [_copy(state.model)]
     for number in range(N * T * rounds):
-        step(state, [policy], number)
+        step(state, [callback], number)
         if number == T - 1:
             starts.append(_copy(state.model))
-    policy.on_end(state)
+    callback.on_end(state)
 
     bases = {name: host.view.weight.clone() for name, host in hosts(tiny_like()).items()}
     W = {name: w.clone() for name, w in bases.items()}
     loras = [tiny_like() for _ in range(N)]
-    optimisers = [adamw([(trainable(lora).values(), 0.01)], weight_decay=0.0) for lora in loras]
+    optimizers = [adamw([(trainable(lora).values(), 0.01)], weight_decay=0.0) for lora in loras]
     for lora, start in zip(loras, starts, strict=True):
         for name, p in trainable(lora).items():
             p.data.copy_(start[name])
@@ -137,7 +142,7 @@ def test_heads_are_models_of_their_own_that_are_averaged() -> None:
         for n in range(N):
             for name, host in hosts(loras[n]).items():
                 host.base.weight.data = W[name] - last[n][name]
-            own = Training(loras[n], state.deltas, optimisers[n], total=99, seed=3)
+            own = TrainingState(loras[n], state.deltas, optimizers[n], total=99, seed=3)
             own.done = number * N * T + n * T
             for t in range(T):
                 step(own, [], own.done if t else number * N * T + n * T)
@@ -154,16 +159,16 @@ def test_heads_are_models_of_their_own_that_are_averaged() -> None:
 def test_looking_at_the_mean_in_the_middle_changes_nothing() -> None:
     ends = []
     for looks in (False, True):
-        state, policy = training(attach_tiny("lora", tiny_model()), [], total=12), Lte(LteConfig(heads=3, every=2))
+        state, callback = training(attach_tiny("lora", tiny_model()), [], total=12), Lte(LteConfig(heads=3, every=2))
         for number in range(12):
-            step(state, [policy], number)
+            step(state, [callback], number)
             if looks:
                 own = logits(state.model)
-                with policy.evaluating(state):
+                with callback.evaluating(state):
                     seen = logits(state.model)
                 assert torch.equal(logits(state.model), own)
                 assert torch.equal(seen, own) is ((number + 1) % 6 == 0), "after a round all go on from the mean"
-        policy.on_end(state)
+        callback.on_end(state)
         ends.append(logits(state.model))
     assert torch.equal(*ends)
     assert torch.allclose(seen, ends[1], atol=1e-6)
@@ -179,12 +184,12 @@ def _copy(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["dora", "mora", "ia3"])
 @pytest.mark.parametrize(
-    "policy", [Cola(ColaConfig(every=2)), PeriodicLora(PeriodicLoraConfig(every=2)), Lte(LteConfig())]
+    "callback", [Cola(ColaConfig(every=2)), PeriodicLora(PeriodicLoraConfig(every=2)), Lte(LteConfig())]
 )
-def test_a_delta_without_factors_is_refused(policy: Policy, method: str) -> None:
+def test_a_delta_without_factors_is_refused(callback: Callback, method: str) -> None:
     state = training(perturbed(method, tiny_model()), [])
     with pytest.raises(TrainingError, match="no product B A"):
-        step(state, [policy], 0)
+        step(state, [callback], 0)
 
 
 def test_other_refusals() -> None:
@@ -194,6 +199,6 @@ def test_other_refusals() -> None:
     with pytest.raises(TrainingError, match="init: zero"):
         step(training(attach_tiny("lora", tiny_model(), init="pissa"), []), [Lte(LteConfig(every=2))], 0)
     state = training(perturbed("lora", tiny_model()), [])
-    state.optimiser = torch.optim.SGD(trainable(state.model).values(), lr=0.1)
-    with pytest.raises(TrainingError, match="another optimiser"):
+    state.optimizer = torch.optim.SGD(trainable(state.model).values(), lr=0.1)
+    with pytest.raises(TrainingError, match="another optimizer"):
         step(state, [Lte(LteConfig(every=2))], 0)

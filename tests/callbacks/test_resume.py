@@ -1,4 +1,4 @@
-"""A run that goes on in another process is the unbroken one, bit for bit: tensors, facts and optimiser suffice."""
+"""A run that goes on in another process is the unbroken one, bit for bit: tensors, facts and optimizer suffice."""
 
 import json
 from copy import deepcopy
@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.callbacks import POLICIES
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
+from tests.callbacks.tables import TABLE
 from tests.callbacks.test_callbacks import run, training
-from tests.callbacks.test_inner_split import with_aside
+from tests.callbacks.test_inner_split import with_inner_loss
 from tests.training.test_loop import examples
 
 TOTAL = 10
@@ -39,29 +40,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def begun(name: str) -> tuple[Training, Policy]:
+def begun(name: str) -> tuple[TrainingState, Callback]:
     method, options = CASES[name]
-    state = with_aside(training(attach_tiny(method, tiny_model()), [], total=TOTAL))
-    config = build(POLICIES[name].config, {"name": name, **options}, source="test")
-    return state, POLICIES[name].policy(config)
+    state = with_inner_loss(training(attach_tiny(method, tiny_model()), [], total=TOTAL))
+    config = build(TABLE[name].config, {"name": name, **options}, source="test")
+    return state, TABLE[name].callback(config)
 
 
 def end(name: str, stop: int | None) -> tuple[list[float], dict[str, torch.Tensor]]:
-    state, policy = begun(name)
+    state, callback = begun(name)
     batches = [[collate(examples(seed=number))] for number in range(TOTAL)]
-    losses = [step.loss for step in run(state, [policy], batches[:stop])]
+    losses = [step.loss for step in run(state, [callback], batches[:stop])]
     if stop is not None:
-        old, kept = state, (state.optimiser.state_dict(), policy.tensors, json.dumps(policy.facts))
-        state, policy = begun(name)
+        old, kept = state, (state.optimizer.state_dict(), callback.tensors, json.dumps(callback.facts))
+        state, callback = begun(name)
         for (_, _, here), (_, _, there) in zip(state.sites(), old.sites(), strict=True):
             for key, buffer in there.named_buffers():
                 setattr(here, key, buffer.clone())
             here.load_state_dict(there.state_dict())
-        state.optimiser.load_state_dict(deepcopy(kept[0]))
-        policy.tensors, policy.facts = {key: t.clone() for key, t in kept[1].items()}, json.loads(kept[2])
+        state.optimizer.load_state_dict(deepcopy(kept[0]))
+        callback.tensors, callback.facts = {key: t.clone() for key, t in kept[1].items()}, json.loads(kept[2])
         state.done = stop
-        losses += [step.loss for step in run(state, [policy], batches[stop:])]
-    policy.on_end(state)
+        losses += [step.loss for step in run(state, [callback], batches[stop:])]
+    callback.on_end(state)
     found = {f"{site}.{key}": t for _, site, delta in state.sites() for key, t in delta.state_dict().items()}
     return losses, found | {f"learns {name}": p for name, p in trainable(state.model).items()}
 

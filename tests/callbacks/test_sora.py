@@ -1,4 +1,4 @@
-"""SoRA: the gates after a step are the optimiser's, pulled towards zero by the rate times lambda, and no further."""
+"""SoRA: the gates after a step are the optimizer's, pulled towards zero by the rate times lambda, and no further."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ import torch
 from graftlm.callbacks.sora import Sora, SoraConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attach, hosts
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits, perturbed, tiny_config
-from graftlm.training.callback import Policy
+from graftlm.training.callback import Callback
 from tests.callbacks.test_callbacks import run, training
 from tests.golden.check import against_reference
 from tests.training.test_loop import examples
@@ -26,13 +27,13 @@ def test_the_method_is_a_sum_over_gated_ranks() -> None:
     against_reference("gated-lora", by_ranks)
 
 
-def gates(chosen: list[Policy], steps: int = 1, total: int = 4) -> torch.Tensor:
+def gates(chosen: list[Callback], steps: int = 1, total: int = 4) -> torch.Tensor:
     state = training(perturbed("gated-lora", tiny_model()), [], rate=0.02, total=total)
     run(state, chosen, [[collate(examples(seed=number))] for number in range(steps)])
     return torch.cat([delta.g.detach() for _, _, delta in state.sites()])
 
 
-def test_a_step_is_the_optimisers_and_then_the_proximal_map() -> None:
+def test_a_step_is_the_optimizers_and_then_the_proximal_map() -> None:
     plain = gates([])
     wanted = torch.tensor([max(abs(g) - 0.02 * 30.0, 0.0) * (1 if g > 0 else -1) for g in plain.tolist()])
     torch.testing.assert_close(gates([Sora(SoraConfig(sparsity=30.0))]), wanted)
@@ -40,12 +41,12 @@ def test_a_step_is_the_optimisers_and_then_the_proximal_map() -> None:
 
 
 def test_lambda_rises_evenly_and_gates_shut_for_good() -> None:
-    policy = Sora(SoraConfig(sparsity=5.0, sparsity_last=20.0))
+    callback = Sora(SoraConfig(sparsity=5.0, sparsity_last=20.0))
     state = training(perturbed("gated-lora", tiny_model()), [], rate=0.02, total=4)
     found, said = [], []
     for number in range(4):
-        said += [step.events for step in run(state, [policy], [[collate(examples(seed=number))]])]
-        found.append(policy.sparsity(state))
+        said += [step.events for step in run(state, [callback], [[collate(examples(seed=number))]])]
+        found.append(callback.sparsity(state))
     assert found == pytest.approx([5, 10, 15, 20])
     assert said[:3] == [()] * 3
     ranks = {site: int((delta.g != 0).sum()) for _, site, delta in state.sites()}

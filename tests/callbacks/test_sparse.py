@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.callbacks.diff_pruning import DiffPruningPolicy, DiffPruningPolicyConfig
-from graftlm.callbacks.spiel import SpielPolicy, SpielPolicyConfig
+from graftlm.callbacks.diff_pruning import DiffPruningCallback, DiffPruningCallbackConfig
+from graftlm.callbacks.spiel import SpielCallback, SpielCallbackConfig
 from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import merged_state
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
@@ -33,19 +34,19 @@ def dense_gradients(model: Any, packs: list[Any], sites: list[str]) -> dict[str,
 
 
 def test_indices_move_from_small_changes_to_great_gradients() -> None:
-    state, policy = (
+    state, callback = (
         training(attach_tiny("spiel", tiny_model()), [], total=8),
-        SpielPolicy(SpielPolicyConfig(every=3, share=0.4, until=0.8)),
+        SpielCallback(SpielCallbackConfig(every=3, share=0.4, until=0.8)),
     )
     sites = [site for _, site, _ in state.sites()]
     start = {site: delta.eta.clone() for _, site, delta in state.sites()}
     for number in range(2):
-        run(state, [policy], [[collate(examples(seed=number))]])
+        run(state, [callback], [[collate(examples(seed=number))]])
     assert all(torch.equal(delta.eta, start[site]) for _, site, delta in state.sites())
     packs = [collate(examples(4, seed=5)), collate(examples(4, seed=6))]
     G = dense_gradients(state.model, packs, sites)
     seen = Seen()
-    (step,) = run(state, [seen, policy], [packs])
+    (step,) = run(state, [seen, callback], [packs])
     total = 0
     for _, site, delta in state.sites():
         phi = seen.phi[site]  # the last time was the start, where all were zero
@@ -55,7 +56,7 @@ def test_indices_move_from_small_changes_to_great_gradients() -> None:
         wanted = [i for i in G[site].abs().flatten().argsort(descending=True).tolist() if i not in there][:n]
         assert {int(delta.eta[i]) for i in dropped} == set(wanted)
         assert len(delta.eta.unique()) == len(phi)
-        moments = state.optimiser.state[delta.phi]
+        moments = state.optimizer.state[delta.phi]
         for i in range(len(phi)):
             if i in dropped:
                 assert delta.phi[i] == moments["exp_avg"][i] == moments["exp_avg_sq"][i] == 0
@@ -63,30 +64,30 @@ def test_indices_move_from_small_changes_to_great_gradients() -> None:
                 assert delta.phi[i] == phi[i]
                 assert delta.eta[i] == start[site][i]
         total += n
-    assert step.events == ({"event": "moved", "policy": "spiel", "indices": total},)
+    assert step.events == ({"event": "moved", "callback": "spiel", "indices": total},)
     moved = {site: delta.eta.clone() for _, site, delta in state.sites()}
     for number in range(3, 8):
-        run(state, [policy], [[collate(examples(seed=number))]])
+        run(state, [callback], [[collate(examples(seed=number))]])
     assert not all(torch.equal(delta.eta, moved[site]) for _, site, delta in state.sites()), "the second time"
 
 
-class Seen(Policy):
+class Seen(Callback):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         self.phi = {site: delta.phi.detach().clone() for _, site, delta in training.sites()}
 
 
 def test_what_is_left_of_a_diff_are_its_greatest_entries() -> None:
     state = training(attach_tiny("diff-pruning", tiny_model()), [], total=6)
-    policy = DiffPruningPolicy(DiffPruningPolicyConfig(density=0.05, after=0.5))
+    callback = DiffPruningCallback(DiffPruningCallbackConfig(density=0.05, after=0.5))
     for module in state.model.modules():
         if hasattr(module, "deltas"):
             module.deltas.train()  # noise on the gates
     before, said = Kept(), []
     for number in range(6):
-        said.append(run(state, [before, policy], [[collate(examples(seed=number))]])[0].events)
+        said.append(run(state, [before, callback], [[collate(examples(seed=number))]])[0].events)
         if number == 2:
             whole = torch.cat([m.flatten() for m in before.matrices])
             now = torch.cat([delta.matrix().detach().flatten() for _, _, delta in state.sites()])
@@ -100,22 +101,22 @@ def test_what_is_left_of_a_diff_are_its_greatest_entries() -> None:
     assert not torch.equal(after, now), "they learn on"
 
 
-class Kept(Policy):
+class Kept(Callback):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         with torch.no_grad():
             self.matrices = [delta.matrix().clone() for _, _, delta in training.sites()]
 
 
 @pytest.mark.parametrize(
-    ("method", "policy", "says"),
-    [("lora", SpielPolicy(SpielPolicyConfig()), "method: spiel"),
-     ("spiel", SpielPolicy(SpielPolicyConfig()), "nothing"),
-     ("lora", DiffPruningPolicy(DiffPruningPolicyConfig()), "method: diff-pruning"),
-     ("diff-pruning", DiffPruningPolicy(DiffPruningPolicyConfig(after=0.1)), "no step before")],
+    ("method", "callback", "says"),
+    [("lora", SpielCallback(SpielCallbackConfig()), "method: spiel"),
+     ("spiel", SpielCallback(SpielCallbackConfig()), "nothing"),
+     ("lora", DiffPruningCallback(DiffPruningCallbackConfig()), "method: diff-pruning"),
+     ("diff-pruning", DiffPruningCallback(DiffPruningCallbackConfig(after=0.1)), "no step before")],
 )  # fmt: skip
-def test_what_has_no_meaning_is_refused(method: str, policy: Policy, says: str) -> None:
+def test_what_has_no_meaning_is_refused(method: str, callback: Callback, says: str) -> None:
     with pytest.raises(TrainingError, match=says):
-        run(training(perturbed(method, tiny_model()), []), [policy], [[collate(examples())]])
+        run(training(perturbed(method, tiny_model()), []), [callback], [[collate(examples())]])

@@ -9,13 +9,14 @@ from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
 from graftlm.callbacks.velora import Velora, VeloraConfig
 from graftlm.data.batches.pack import collate, pack
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.planning.memory import LiveBytes
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
@@ -23,8 +24,8 @@ PACK = collate(examples())
 SITES = 14
 
 
-def held(model: Any) -> Training:
-    return Training(model, attachment(model).configs, torch.optim.SGD(trainable(model).values(), lr=0.1), 4, 3)
+def held(model: Any) -> TrainingState:
+    return TrainingState(model, attachment(model).configs, torch.optim.SGD(trainable(model).values(), lr=0.1), 4, 3)
 
 
 def forward(model: Any) -> torch.Tensor:
@@ -32,11 +33,11 @@ def forward(model: Any) -> torch.Tensor:
         return -(log_probs(model, PACK) * PACK.weights).sum() / PACK.weights.sum()
 
 
-def gradients(model: Any, policy: Policy | None) -> dict[str, torch.Tensor]:
-    if policy is None:
+def gradients(model: Any, callback: Callback | None) -> dict[str, torch.Tensor]:
+    if callback is None:
         forward(model).backward()
     else:
-        with policy.during(held(model)):
+        with callback.during(held(model)):
             forward(model).backward()
     return {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
 
@@ -100,13 +101,13 @@ def _of(found: dict[str, torch.Tensor], site: str) -> torch.Tensor:
 def test_what_is_kept_of_inputs_is_a_number_a_group() -> None:
     """q, k and v share an input, gate and up too: four inputs a layer for its seven sites."""
     T, d, f = PACK.ids.numel(), 32, 48
-    without, within = (_waiting(policy) for policy in (None, Velora(VeloraConfig(groups=8))))
+    without, within = (_waiting(callback) for callback in (None, Velora(VeloraConfig(groups=8))))
     assert without - within == 4 * T * (2 * (d + d + d + f) - SITES * 8)
 
 
-def _waiting(policy: Policy | None) -> int:
+def _waiting(callback: Callback | None) -> int:
     model, live = perturbed("lora", tiny_model()), LiveBytes()
-    acting = policy or Policy(None)
+    acting = callback or Callback(None)
     with acting.during(held(model)):
         forward(model).backward()  # v is there from now on
         with live:
@@ -117,21 +118,21 @@ def _waiting(policy: Policy | None) -> int:
 
 
 def test_v_stays_that_of_the_first_pack() -> None:
-    model, policy = perturbed("lora", tiny_model()), Velora(VeloraConfig(groups=8))
-    state = training(model, [policy])
-    run(state, [policy], [pack(examples(seed=0), 60)])
-    first = {site: v.clone() for site, v in policy.tensors.items()}
-    run(state, [policy], [pack(examples(seed=1), 60)])
+    model, callback = perturbed("lora", tiny_model()), Velora(VeloraConfig(groups=8))
+    state = training(model, [callback])
+    run(state, [callback], [pack(examples(seed=0), 60)])
+    first = {site: v.clone() for site, v in callback.tensors.items()}
+    run(state, [callback], [pack(examples(seed=1), 60)])
     assert len(first) == SITES
-    assert all(torch.equal(policy.tensors[site], v) for site, v in first.items())
+    assert all(torch.equal(callback.tensors[site], v) for site, v in first.items())
     assert all(float(v.norm()) == pytest.approx(1) for v in first.values())
 
 
 def test_with_a_frozen_nothing_is_left_to_save() -> None:
-    model, policy = perturbed("lora", tiny_model()), Velora(VeloraConfig(groups=8))
-    both: list[Policy] = [LoraFa(LoraFaConfig()), policy]
+    model, callback = perturbed("lora", tiny_model()), Velora(VeloraConfig(groups=8))
+    both: list[Callback] = [LoraFa(LoraFaConfig()), callback]
     run(training(model, both), both, [[PACK]])
-    assert not policy.tensors
+    assert not callback.tensors
 
 
 def test_what_has_no_meaning_is_refused() -> None:
@@ -140,9 +141,9 @@ def test_what_has_no_meaning_is_refused() -> None:
         (perturbed("lora", tiny_model(), dropout=0.1), VeloraConfig(groups=8), "dropout"),
         (perturbed("mora", tiny_model()), VeloraConfig(groups=8), "of mora not"),
     ):
-        policy = Velora(config)
+        callback = Velora(config)
         with pytest.raises(TrainingError, match=says):
-            run(training(model, [policy]), [policy], [[PACK]])
-    policy = Velora(VeloraConfig(groups=8))
+            run(training(model, [callback]), [callback], [[PACK]])
+    callback = Velora(VeloraConfig(groups=8))
     with pytest.raises(TrainingError, match="checkpointing"):
-        run(training(perturbed("lora", tiny_model()), [policy]), [policy], [[PACK]], checkpointing=True)
+        run(training(perturbed("lora", tiny_model()), [callback]), [callback], [[PACK]], checkpointing=True)

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 import graftlm
 from graftlm import cli
-from graftlm.adapters.store import CONFIG, WEIGHTS, load_adapter, template_of, tokenizer_of
+from graftlm.adapters.chat import template_of, tokenizer_of
+from graftlm.adapters.folder import CONFIG, WEIGHTS
+from graftlm.adapters.load import load_adapter
 from graftlm.errors import AdapterError
 from graftlm.model.hub.load import load_base
 from graftlm.testing import tiny_model, tiny_tokenizer
@@ -85,7 +87,7 @@ def graft(*arguments: Any, text: str | None = None) -> str:
 def test_generate_and_chat_ask_with_the_tokenizer_of_the_adapter(
     base: Path, adapter: Path, prompts: list[list[int]]
 ) -> None:
-    options = ("--base", base, "--adapter", adapter, "--store", "fp32")
+    options = ("--base", base, "--adapter", adapter, "--dtype", "float32")
     graft("generate", "parcel", *options)
     graft("chat", *options, text="parcel\n/quit\n")
     assert prompts == [expected("parcel")] * 2
@@ -94,7 +96,7 @@ def test_generate_and_chat_ask_with_the_tokenizer_of_the_adapter(
 def test_answer_in_python_asks_with_the_tokenizer_of_the_adapter(
     base: Path, adapter: Path, prompts: list[list[int]]
 ) -> None:
-    model, tokenizer = load_base(base, store="fp32")
+    model, tokenizer = load_base(base, dtype="float32")
     load_adapter(model, adapter)
     graftlm.answer(model, tokenizer, "parcel")
     graftlm.answer(tiny_model_with(adapter), tokenizer, "parcel")  # of a base that came from no folder
@@ -108,7 +110,7 @@ def tiny_model_with(adapter: Path) -> Any:
 
 
 def test_a_merged_model_has_the_tokenizer_of_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
-    graft("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "merged", "--store", "fp32")
+    graft("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "merged", "--base-dtype", "float32")
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.apply_chat_template([{"role": "user", "content": "parcel"}], return_dict=False) == expected("parcel")
     assert merged.convert_tokens_to_ids("<|end|>") == 301
@@ -123,7 +125,7 @@ def test_a_template_in_the_tokenizers_config_is_the_adapters_too(base: Path, ada
     named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "{{ messages }}"}]
     for form in (TEMPLATE, named):
         (adapter / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": form}))
-        model, _ = load_base(base, store="fp32")
+        model, _ = load_base(base, dtype="float32")
         assert load_adapter(model, adapter).endswith("answers use its chat template")
         assert template_of(model) == TEMPLATE
 
@@ -133,7 +135,7 @@ def test_a_tokenizer_with_other_ids_is_refused_by_name(base: Path, adapter: Path
     vocabulary = tokens["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (adapter / "tokenizer.json").write_text(json.dumps(tokens))
-    model, tokenizer = load_base(base, store="fp32")
+    model, tokenizer = load_base(base, dtype="float32")
     with pytest.raises(AdapterError, match=r"2 of \d+ tokens have another id") as raised:
         load_adapter(model, adapter)
     assert f"'a': {vocabulary['b']} here, {vocabulary['a']} in the adapter's" in str(raised.value)
@@ -147,7 +149,7 @@ def test_a_tokenizer_with_other_ids_is_refused_by_name(base: Path, adapter: Path
 def test_a_tokenizer_that_lacks_tokens_of_the_base_is_refused(base: Path, adapter: Path) -> None:
     tokenizer_with("<|user|>", "<|end|>", "<|call|>").save_pretrained(base)
     with pytest.raises(AdapterError, match=r"'<\|call\|>': 302 here, none in the adapter's"):
-        load_adapter(load_base(base, store="fp32").model, adapter)
+        load_adapter(load_base(base, dtype="float32").model, adapter)
 
 
 @pytest.mark.parametrize("from_folder", [True, False])
@@ -157,7 +159,7 @@ def test_tokens_without_embeddings_are_refused_and_taken_once_the_base_is_resize
     small = tiny_model(vocab_size=301)
     if from_folder:
         small.save_pretrained(base)
-        small = load_base(base, store="fp32").model
+        small = load_base(base, dtype="float32").model
     with pytest.raises(AdapterError, match=r"1 tokens for which the base has no embeddings") as raised:
         load_adapter(small, adapter)
     assert "'<|end|>': 301" in str(raised.value)
@@ -187,7 +189,7 @@ def test_two_adapters_may_add_the_same_tokens_and_not_different_ones_under_one_i
 def test_a_damaged_tokenizer_is_refused_and_none_is_the_bases(base: Path, adapter: Path) -> None:
     file = adapter / "tokenizer.json"
     file.write_bytes(file.read_bytes()[:1000])
-    model, tokenizer = load_base(base, store="fp32")
+    model, tokenizer = load_base(base, dtype="float32")
     with pytest.raises(AdapterError, match="tokenizer cannot be loaded") as raised:
         load_adapter(model, adapter)
     assert str(file) in str(raised.value)

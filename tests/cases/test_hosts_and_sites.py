@@ -26,11 +26,15 @@ from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import BaseModelError, TargetError
 from graftlm.kernels import cpu, linear
-from graftlm.model.hub.load import load_base, quantise
-from graftlm.model.layers.attach import activate, attach, by_row, deltas_off, detach, hosts, merged_state, trainable
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.quantize_base import quantize
+from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.coverage import coverage
-from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.modes import activate, by_row, deltas_off
+from graftlm.model.layers.quantize import QuantizedLinear
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.sites import find_sites, towers
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config
 
@@ -105,20 +109,22 @@ def test_save_pretrained_of_a_model_with_deltas_is_refused_and_the_base_is_saved
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), base)
 
 
-# Codes -----------------------------------------------------------------------------------------------------------
+# Quantization --------------------------------------------------------------------------------------------------------
 
 
-def test_codes_on_a_model_with_fused_experts_say_what_share_of_it_they_are(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantizing_a_model_with_fused_experts_says_what_share_is_quantized(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = made("mixtral")
     with caplog.at_level(logging.WARNING):
-        quantise(model, "nf4")
-    coded = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantisedLinear))
+        quantize(model, "nf4")
+    linear = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     left = {n: p.numel() for n, p in model.named_parameters() if "experts" in n or n.endswith("gate.weight")}
     (said,) = caplog.messages
-    assert f"nf4: {coded / (coded + sum(left.values())):.0%} of the decoder's weights are in codes" in said
+    assert f"nf4: {linear / (linear + sum(left.values())):.0%} of the decoder's weights are quantized" in said
     assert "model.layers.*.mlp.experts.gate_up_proj" in said
     caplog.clear()
-    quantise(tiny_model(), "nf4")
+    quantize(tiny_model(), "nf4")
     assert not caplog.messages
 
 
@@ -231,8 +237,8 @@ def test_what_reads_a_dtype_or_scales_in_place_is_no_use_of_a_weight() -> None:
     assert any(name.endswith("attention.output") for name in hosts(attach(made("rwkv", rescale_every=1), SMALL)))
 
 
-def test_codes_answer_weight_too() -> None:
-    model = quantise(made("mamba"), "nf4")
+def test_quantized_layers_answer_weight_too() -> None:
+    model = quantize(made("mamba"), "nf4")
     base = logits(model)
     attach(model, SMALL)
     with deltas_off(model):
@@ -268,12 +274,12 @@ def gradients_of_peft(model: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> 
     return {name: (A, B) for name, (A, B) in pairs.items() if A is not None and B is not None}
 
 
-@pytest.mark.parametrize("codes", [None, "nf4"])
+@pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("kind", ["olmo", "olmoe", "llama4_text"])
-def test_outputs_that_a_model_edits_in_place_have_the_gradients_of_peft(kind: str, codes: str | None) -> None:
+def test_outputs_that_a_model_edits_in_place_have_the_gradients_of_peft(kind: str, quantization: str | None) -> None:
     model, plain = made(kind), made(kind)
-    if codes:
-        plain.load_state_dict(merged_state(quantise(model, codes)))
+    if quantization:
+        plain.load_state_dict(merged_state(quantize(model, quantization)))
     move(attach(model, SMALL))
     model(input_ids=ids(), labels=ids()).loss.backward()
     deltas: dict[str, Any] = {name: host.deltas["default"] for name, host in hosts(model).items()}
@@ -330,7 +336,7 @@ def test_subclasses_that_compute_a_linear_layer_are_sites_as_in_peft() -> None:
     plain.load_state_dict(merged_state(model))
     close(logits(plain), logits(model), "merged")
     assert not torch.equal(logits(model), base)
-    assert any(isinstance(m, QuantisedLinear) for m in quantise(falcon(), "int8").modules())
+    assert any(isinstance(m, QuantizedLinear) for m in quantize(falcon(), "int8").modules())
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -612,7 +618,7 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
         attach(model, SMALL)
     assert torch.equal(logits(model), before)
     with pytest.raises(BaseModelError, match="not in memory"):
-        quantise(model, "nf4")
+        quantize(model, "nf4")
     with pytest.raises(TargetError, match="not in memory"):
         attach(tiny_model().to("meta"), SMALL)
 
@@ -639,7 +645,7 @@ def test_a_model_with_adapters_of_peft_is_refused_with_the_remedy() -> None:
         ({"quant_method": "hqq", "quant_config": {}}, ["(hqq)", "pip install hqq"]),
     ],
 )
-def test_a_folder_that_another_library_quantised_names_the_package(
+def test_a_folder_that_another_library_quantized_names_the_package(
     settings: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     base = save_tiny_base(tmp_path / "base")
@@ -647,11 +653,11 @@ def test_a_folder_that_another_library_quantised_names_the_package(
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(BaseModelError) as raised:
         load_base(base)
-    for word in (*words, "store nf4"):
+    for word in (*words, "quantization nf4"):
         assert word in str(raised.value)
 
 
-def test_layers_in_codes_of_another_library_are_no_sites_and_the_error_says_why() -> None:
+def test_layers_quantized_by_another_library_are_no_sites_and_the_error_says_why() -> None:
     class Linear4bit(nn.Linear):
         def __init__(self) -> None:
             super().__init__(32, 32)
@@ -663,5 +669,5 @@ def test_layers_in_codes_of_another_library_are_no_sites_and_the_error_says_why(
             for name in [n for n, _ in part.named_children() if n.endswith("_proj")]:
                 setattr(part, name, Linear4bit())
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(TargetError, match=r"quantised by another library, in layers such as Linear4bit.*store nf4"):
+    with pytest.raises(TargetError, match=r"quantized by another library, in layers such as Linear4bit.*tion nf4"):
         attach(model, SMALL)

@@ -27,10 +27,11 @@ from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import BaseModelError, DataError, RecipeError
-from graftlm.model.hub.load import BaseConfig, load_tokenizer
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_tokenizer
-from graftlm.training.tokenizer import recipe_tokenizer
+from tests.errors import raises
 
 
 def shipped(name: str) -> str:
@@ -169,7 +170,7 @@ def test_a_call_that_is_not_written_whole_is_refused(kind: str) -> None:
     thoughts = "I call find with parcel A 7 and parcel B 8, deep False and True."
     renderer = Renderer(tiny_tokenizer(template(KNOWS_CALLS[kind])))
     row = row_of(user("Where?"), assistant(text, tool_calls=calls, reasoning_content=thoughts), tools=[tool("find")])
-    with pytest.raises(DataError, match=r"the chat template drops the .*find.* in message 2"):
+    with raises("data/template-drops-calls", match="find.* in message 2"):
         renderer.rows(row.messages, row.tools)
 
 
@@ -209,7 +210,7 @@ def test_calls_that_are_written_are_trained_in_whatever_form(written: str) -> No
 def test_calls_that_shipped_templates_drop_are_refused(name: str, content: str, calls: list[dict[str, Any]]) -> None:
     renderer = Renderer(tiny_tokenizer(shipped(name)))
     row = row_of(user("Weather?"), assistant(content, tool_calls=calls), tools=[tool("get_weather")])
-    with pytest.raises(DataError, match="the chat template drops the call of 'get_weather' in message 2"):
+    with raises("data/template-drops-calls", match="'get_weather' in message 2"):
         renderer.rows(row.messages, row.tools)
 
 
@@ -361,19 +362,25 @@ def test_calls_are_handed_over_as_the_template_takes_them(takes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "code"),
     [
-        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name ~ ' ' }}"
-        "{% if c.function.arguments is mapping %}{{ raise_exception('no') }}{% endif %}"
-        "{{ c.function.arguments | tojson }}{% endfor %}",
-        "{{ m.content }}{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
-        "{% endif %}",
+        (
+            "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name ~ ' ' }}"
+            "{% if c.function.arguments is mapping %}{{ raise_exception('no') }}{% endif %}"
+            "{{ c.function.arguments | tojson }}{% endfor %}",
+            "data/template-refuses-conversation",
+        ),
+        (
+            "{{ m.content }}{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+            "{% endif %}",
+            "data/template-drops-calls",
+        ),
     ],
     ids=["JSON in JSON", "the word None"],
 )
-def test_a_form_that_writes_what_nobody_said_is_no_form(answer: str) -> None:
+def test_a_form_that_writes_what_nobody_said_is_no_form(answer: str, code: str) -> None:
     row = calling()
-    with pytest.raises(DataError, match="refuses a conversation|drops the call"):
+    with raises(code):
         Renderer(tiny_tokenizer(template(answer))).rows(row.messages, row.tools)
 
 
@@ -391,7 +398,7 @@ def test_a_prompt_that_the_template_does_not_write_whole_is_refused() -> None:
     takes_parts = template(CONTENT).replace(
         "{{ m['content'] }}", "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"drops message 3 \(tool\)"):
+    with raises("data/template-drops-message", match=r"message 3 \(tool\)"):
         Renderer(tiny_tokenizer(no_tools)).prompt(asked.messages)
     renderer = Renderer(tiny_tokenizer(takes_parts))
     assert "user\nWeather?<|im_end|>" in renderer.tokenizer.decode(renderer.prompt(asked.messages[:1]))
@@ -456,7 +463,7 @@ def test_a_block_that_the_prompt_closes_is_not_trained_and_takes_no_thoughts() -
     closed = template(CONTENT).replace("assistant\\n' }}{% endif %}", "assistant\\n<|x|>none<|x|>' }}{% endif %}")
     renderer = Renderer(tiny_tokenizer(closed))
     assert follows_its_prompt(renderer, row_of(*NO_THOUGHTS)) == ["uno<|im_end|>", "dos<|im_end|>"]
-    with pytest.raises(DataError, match=r"begins the answer of message 2 with .*template_variables"):
+    with raises("data/prompt-mismatch", match="message 2 with .*template_variables"):
         renderer.rows(row_of(*THINKS).messages)
 
 
@@ -524,7 +531,7 @@ def test_variables_stand_in_a_row_and_unread_ones_are_counted(name: str, tmp_pat
 def test_variables_that_cannot_be_are_refused(variables: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "one", "completion": "uno", "template_variables": variables}) + "\n")
-    with pytest.raises(DataError, match="field 'template_variables'"):
+    with raises("data/unusable-rows", match="field 'template_variables'"):
         load_rows(str(file))
 
 
@@ -535,18 +542,18 @@ def test_a_recipe_refuses_variables_that_the_template_does_not_read(tmp_path: Pa
     def recipe(**variables: Any) -> Recipe:
         return Recipe(base=str(base), data={"train": str(tmp_path / "rows.jsonl"), "template_variables": variables})
 
-    told = recipe_tokenizer(recipe(reasoning_effort="low")).chat_template
+    told = recipe(reasoning_effort="low").tokenizer().chat_template
     assert (
         Renderer(tiny_tokenizer(told))
         .rows(row_of(user("a"), assistant("b")).messages)[0]
         .text.startswith("Effort: low")
     )
     with pytest.raises(RecipeError, match=r"data.template_variables: .*'reasoning_efort'.*reasoning_effort"):
-        recipe_tokenizer(recipe(reasoning_efort="low"))
+        recipe(reasoning_efort="low").tokenizer()
     of_base = BaseConfig(name=str(base), template_variables={"reasoning_effort": "low"})
     assert load_tokenizer(of_base).chat_template == told
     both = recipe(reasoning_effort="high")
-    text = tiny_tokenizer(recipe_tokenizer(replace(both, base=of_base)).chat_template)
+    text = tiny_tokenizer(replace(both, base=of_base).tokenizer().chat_template)
     assert Renderer(text).rows(row_of(user("a"), assistant("b")).messages)[0].text.startswith("Effort: high")
     with pytest.raises(BaseModelError, match=r"base.template_variables: .*'reasoning_efort'.*reasoning_effort"):
         load_tokenizer(BaseConfig(name=str(base), template_variables={"reasoning_efort": "low"}))
@@ -555,7 +562,7 @@ def test_a_recipe_refuses_variables_that_the_template_does_not_read(tmp_path: Pa
         ({"tools": []}, "set by rendering itself"),
         ({"a b": 1}, "no name of a variable"),
     ):
-        with pytest.raises(RecipeError, match=why):
+        with raises("recipe/invalid-value", match=why):
             build(DataConfig, {"train": "x", "template_variables": variables}, source="recipe.yaml")
 
 
@@ -584,12 +591,16 @@ NO_SYSTEM = template(CONTENT, "{% if messages[0].role == 'system' %}{{ raise_exc
 DROPS_SYSTEM = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + template(CONTENT)
 
 
-@pytest.mark.parametrize("source", [NO_SYSTEM, DROPS_SYSTEM], ids=["refuses", "drops"])
-def test_a_system_message_without_a_place_goes_where_the_recipe_says(source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [(NO_SYSTEM, "data/template-refuses-conversation"), (DROPS_SYSTEM, "data/answer-tokens-unknown")],
+    ids=["refuses", "drops"],
+)
+def test_a_system_message_without_a_place_goes_where_the_recipe_says(source: str, code: str) -> None:
     system = {"role": "system", "content": "Be brief."}
     row = row_of(system, *NO_THOUGHTS)
     tokenizer = tiny_tokenizer(source)
-    with pytest.raises(DataError, match=r"turn_order: merge"):
+    with raises(code, match=r"turn_order: merge"):
         Renderer(tokenizer).rows(row.messages)
     for how, first in (("merge", "user\nBe brief.\n\none<|im_end|>"), ("drop", "user\none<|im_end|>")):
         renderer = Renderer(tokenizer, turn_order=how)
@@ -623,7 +634,7 @@ def test_turns_out_of_order_are_refused_merged_or_dropped_and_told(name: str, tm
     for how, wanted in (("refuse", None), ("merge", merged), ("drop", dropped)):
         in_order_already = merged == [f"{role}{i}" for i, role in enumerate(turns)]
         if wanted is None and not in_order_already:
-            with pytest.raises(DataError, match="turn_order: (merge|drop)"):
+            with raises("data/unusable-rows", match="turn_order: (merge|drop)"):
                 load_rows(str(file), turn_order=how)
             continue
         told: list[Problem] = []

@@ -8,7 +8,7 @@ import torch
 from graftlm.errors import TrainingError
 from graftlm.model.layers.sites import decoder_of, transformer_layers
 from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import check_forward, check_packing
+from graftlm.model.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing import tiny_model
 from tests.architectures import build
 from tests.model.passes.test_packing_check import DTYPES, ids, made, rows
@@ -25,27 +25,27 @@ def test_rotary_factors_of_the_longest_row_of_a_pack_are_found(kind: str, dtype:
     limits = {"original_max_position_embeddings": 16} if kind == "phi3" else {}
     model = made(kind, dtype, max_position_embeddings=64, rope_parameters=rope, **limits)
     short, long = ids(9, 1), ids(30, 2)
-    check_packing(model, short, ids(12, 3), longest=16)
+    check_packed_rows(model, short, ids(12, 3), longest=16)
     for first, second in ((short, long), (long, short)):
         with pytest.raises(TrainingError, match="longrope, dynamic"):
-            check_packing(model, first, second, longest=30)
+            check_packed_rows(model, first, second, longest=30)
     with pytest.raises(TrainingError, match="where a row of 64 tokens lies in the pack"):
-        check_packing(model, short, ids(12, 3))
+        check_packed_rows(model, short, ids(12, 3))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_dynamic_scaling_is_right_up_to_the_models_own_length_and_refused_beyond(kind: str) -> None:
     model = made(kind, max_position_embeddings=24, rope_parameters=DYNAMIC)
-    check_packing(model, *rows())
+    check_packed_rows(model, *rows())
     with pytest.raises(TrainingError, match="longrope, dynamic"):
-        check_packing(model, *rows(), longest=40)
+        check_packed_rows(model, *rows(), longest=40)
 
 
 def test_attention_in_chunks_is_refused_for_rows_that_are_longer() -> None:
     model = tiny_model("llama4_text", num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=16)
-    check_packing(model, *rows(), longest=16)
+    check_packed_rows(model, *rows(), longest=16)
     with pytest.raises(TrainingError, match=r"chunks of 16 tokens, and rows may have 40\. .*pack: false"):
-        check_packing(model, ids(9, 0), ids(40, 1), longest=40)
+        check_packed_rows(model, ids(9, 0), ids(40, 1), longest=40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,14 +54,14 @@ def test_numbers_of_tokens_of_an_expert_are_no_leak(kind: str, dtype: torch.dtyp
     experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     model = made(kind, dtype, **experts)
     for seed in range(6):
-        check_packing(model, *rows(seed, 9 + seed, 14 + 5 * seed), sharing=True)
+        check_packed_rows(model, *rows(seed, 9 + seed, 14 + 5 * seed), sharing=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_mask_of_the_models_own_that_packing_leaves_out_is_found(dtype: torch.dtype) -> None:
     model = tiny_model("doge", keep_window_size=4).to(dtype)
     with pytest.raises(TrainingError, match="differs from the same row alone"):
-        check_packing(model, ids(30, 1), ids(40, 2))
+        check_packed_rows(model, ids(30, 1), ids(40, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +98,7 @@ def test_code_that_fails_in_a_pack_is_refused_with_its_own_words(kind: str, chan
     model = tiny_model(kind, **changes)
     check_forward(model, rows()[1])
     with pytest.raises(TrainingError, match=r"cannot be packed.*pack: false"):
-        check_packing(model, *rows())
+        check_packed_rows(model, *rows())
 
 
 def test_a_norm_that_takes_a_gate_keeps_its_own_code() -> None:
@@ -108,16 +108,16 @@ def test_a_norm_that_takes_a_gate_keeps_its_own_code() -> None:
     with packed_attention(model):
         assert not any("forward" in vars(module) for module in gated)
         assert any("forward" in vars(module) for module in model.modules()), "plain norms are replaced"
-    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbour"):
-        check_packing(model, *rows())
+    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbor"):
+        check_packed_rows(model, *rows())
 
 
 def test_a_norm_whose_gain_is_no_parameter_keeps_its_own_code() -> None:
     """Falcon-Mamba's has ones of another width than its rows."""
     model = tiny_model("falcon_mamba", state_size=8)
     check_forward(model, rows()[1])
-    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbour"):
-        check_packing(model, *rows())
+    with pytest.raises(TrainingError, match="a row changes by .* nats with its neighbor"):
+        check_packed_rows(model, *rows())
 
 
 def test_a_head_of_another_width_than_the_hidden_states_is_refused() -> None:
@@ -130,7 +130,7 @@ def test_layers_are_the_outermost_list_of_blocks() -> None:
     sizes = {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
     model = tiny_model("gemma3n_text", **sizes)
     assert list(transformer_layers(model)) == ["model.layers.0", "model.layers.1"]
-    check_packing(model, *rows())
+    check_packed_rows(model, *rows())
     model = tiny_model()
     model.model.layers[0].mlp.experts = torch.nn.ModuleList(
         torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(8)
@@ -140,4 +140,4 @@ def test_layers_are_the_outermost_list_of_blocks() -> None:
 
 def test_a_table_of_fewer_positions_than_the_config_says_is_no_reason_to_refuse() -> None:
     """Whisper's decoder has `max_target_positions`."""
-    check_packing(build("whisper"), *rows(), sharing=True)
+    check_packed_rows(build("whisper"), *rows(), sharing=True)

@@ -13,7 +13,7 @@ import torch
 
 import graftlm
 from graftlm.config.schema import build
-from graftlm.data.batches.groups import mismatched, prepare_groups
+from graftlm.data.batches.groups import mismatched_groups, prepare_groups
 from graftlm.data.batches.pack import Group, collate
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
@@ -68,7 +68,7 @@ def test_an_answer_with_calls_is_compared_turn_by_turn_as_generation_has_it(name
     (row,) = rows_of(tmp_path, PAIR)
     (group,), report = grouped(renderer, [row])
     assert report.problems == []
-    assert (group.pairs, group.marks) == (((0, 1),), (1.0, 0.0))
+    assert (group.pairs, group.scores) == (((0, 1),), (1.0, 0.0))
     for rows, said in zip(group.parts(), (row.messages, *row.rejected), strict=True):
         wanted = turns_of(renderer, row, said, asked=1)
         assert len(wanted) == (2 if said is row.messages else 1)
@@ -146,22 +146,22 @@ def test_feedback_on_an_answer_with_calls_and_its_mismatched_probes(tmp_path: Pa
     (tmp_path / "pairs").mkdir()
     pairs = rows_of(tmp_path / "pairs", PAIR)
     found, _ = grouped(renderer, [*judged, *pairs], needs="feedback")
-    assert [group.marks for group in found] == [(1.0,), (0.0,), (1.0, 0.0)]
+    assert [group.scores for group in found] == [(1.0,), (0.0,), (1.0, 0.0)]
     assert [len(group.answers) for group in found] == [1, 1, 3], "of a row with a label the last answer is judged"
-    probes = mismatched(found)
-    assert [len(probe.marks) for probe in probes] == [1, 1, 2]
-    text = [[renderer.tokenizer.decode(example.ids) for example in probe.answers] for probe in probes]
+    probes = mismatched_groups(found)
+    assert [len(mismatched.scores) for mismatched in probes] == [1, 1, 2]
+    text = [[renderer.tokenizer.decode(example.ids) for example in mismatched.answers] for mismatched in probes]
     assert len(text[1]) == 2, "the answer to Hello? is that of the pair, in its two turns"
     assert all("Hello?" in each and "Weather?" not in each for each in text[1])
     assert "Cold." in text[1][1]
-    for probe, (asked, answered) in zip(probes, pairwise([*found, found[0]]), strict=True):
-        for example in probe.answers:
+    for mismatched, (asked, answered) in zip(probes, pairwise([*found, found[0]]), strict=True):
+        for example in mismatched.answers:
             begins = int(np.flatnonzero(example.weights)[0])
             prompt = asked.answers[0].ids[: int(np.flatnonzero(asked.answers[0].weights)[0])]
             assert begins >= len(prompt)
             assert example.ids[: len(prompt)].tolist() == prompt.tolist()
         wanted = [e.ids[e.weights > 0].tolist() for e in answered.parts()[0]]
-        assert [e.ids[e.weights > 0].tolist() for e in probe.parts()[0]] == wanted
+        assert [e.ids[e.weights > 0].tolist() for e in mismatched.parts()[0]] == wanted
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo"])
@@ -169,7 +169,7 @@ def test_pairs_with_calls_are_trained_on_a_template_that_rewrites(loss: str, tmp
     base = save_tiny_base(tmp_path / "base", template=shipped("qwen3"), max_position_embeddings=4096)
     rows_of(tmp_path, *(PAIR | {"prompt": [user(f"Weather {n}?")]} for n in range(6)))
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_tokens": 2048},
         "loss": loss,
         "train": {"steps": 2, "batch_rows": 3, "pack_tokens": 4096},

@@ -7,7 +7,10 @@ from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import attach, attachment, deltas_off, hosts, merged_state
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.registry import attachment, hosts
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed, plain_with
 

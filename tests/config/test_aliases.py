@@ -8,7 +8,7 @@ import pytest
 from graftlm import Recipe
 from graftlm.config.aliases import OTHER_NAMES
 from graftlm.config.schema import build
-from graftlm.errors import RecipeError
+from tests.errors import raises
 
 PEERS = [
     ("transformers.training_args", "TrainingArguments"),
@@ -32,7 +32,7 @@ def test_every_setting_of_other_trainers_has_an_answer(module: str, name: str) -
     assert settings - OTHER_NAMES.keys() - OURS - SECTIONS == set()
     misplaced = sorted(settings & (OTHER_NAMES.keys() | OURS))
     tree = {"data": {"train": "a.jsonl"}, "report": dict.fromkeys(misplaced)}
-    with pytest.raises(RecipeError) as raised:
+    with raises("recipe/unknown-key") as raised:
         build(Recipe, tree, source="recipe")
     said = str(raised.value).splitlines()
     assert len(said) == len(misplaced)

@@ -13,19 +13,20 @@ from graftlm.config.aliases import OTHER_NAMES
 from graftlm.config.schema import build, config, json_schema, to_tree, to_yaml
 from graftlm.config.source import parse_yaml, read
 from graftlm.data.sources.source import DataConfig
-from graftlm.errors import RecipeError
-from graftlm.model.hub.load import BaseConfig
-from graftlm.rl.config import OnlineConfig
+from graftlm.model.hub.config import BaseConfig
+from graftlm.rl.config import RLConfig
+from tests.errors import raises
 
 pytestmark = pytest.mark.versions
 
+UNKNOWN, INVALID = "recipe/unknown-key", "recipe/invalid-value"
 QUICKSTART = Path(__file__).parents[2] / "graftlm" / "recipes" / "quickstart.yaml"
 
 
-def error(text: str, tmp_path: Path, *overrides: str) -> str:
+def error(code: str, text: str, tmp_path: Path, *overrides: str) -> str:
     file = tmp_path / "r.yaml"
     file.write_text(text)
-    with pytest.raises(RecipeError) as raised:
+    with raises(code) as raised:
         read(Recipe, file, overrides)
     return str(raised.value)
 
@@ -49,9 +50,9 @@ def test_a_number_without_a_dot_is_a_number(tmp_path: Path) -> None:
 def test_compiling_what_is_not_packed_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(GOOD)
-    with pytest.raises(RecipeError, match="train.kernels: ours computes packs only"):
+    with raises("recipe/invalid-value", match="train.kernels: ours computes packs only"):
         read(Recipe, file, ["train.kernels=ours", "data.pack=false"])
-    with pytest.raises(RecipeError, match=r"train.compile: this key was replaced by kernels \(auto, ours, torch or"):
+    with raises("recipe/unknown-key", match=r"train.compile: .* replaced by kernels \(auto, ours, torch or"):
         read(Recipe, file, ["train.compile=true"])
 
 
@@ -64,75 +65,87 @@ def test_overrides_are_laid_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "code", "said"),
     [
-        (GOOD + "train:\n  learnig_rate: 1\n", ["r.yaml:5: train.learnig_rate: unknown key", "'learning_rate'"]),
-        (GOOD + "  zzz: 4\n", ["r.yaml:4: delta.zzz: unknown key", "There is:", "alpha"]),
-        (GOOD + "trian: {}\n", ["r.yaml:4: trian: unknown key", "'train'"]),
-        (GOOD + "base: {nme: x}\n", ["r.yaml:4: base.nme", "'name'"]),
-        (GOOD + "  r: many\n", ["r.yaml:4: delta.r:", "integer", "'many'"]),
-        (GOOD + "  r: true\n", ["r.yaml:4: delta.r:", "integer"]),
-        (GOOD + "  r: 0\n", ["r.yaml:4: delta.r:", "greater than 0"]),
-        (GOOD + "  dropout: 1.5\n", ["r.yaml:4: delta.dropout:", "less than 1"]),
-        (GOOD + "train: {learning_rate: .nan}\n", ["r.yaml:4: train.learning_rate:", "finite"]),
-        (GOOD + "loss: dop\n", ["r.yaml:4: loss:", "'dpo'"]),
-        (GOOD + "policies: [galor]\n", ["r.yaml:4: policies:", "no policy", "'galore'"]),
-        (GOOD + "train: {steps: 3, epochs: 1}\n", ["steps or epochs, not both"]),
-        (GOOD + "data: {train: b}\n", ["r.yaml:4: data was already given in line 1"]),
-        ("delta: {method: lora}\n", ["r.yaml: data: this key has no default"]),
-        ("- a\n", ["a recipe is a mapping", "list"]),
-        ("a: [1\n", ["r.yaml:2: not valid YAML"]),
+        (GOOD + "train:\n  learnig_rate: 1\n", UNKNOWN, ["r.yaml:5: train.learnig_rate: ", "'learning_rate'"]),
+        (GOOD + "  zzz: 4\n", UNKNOWN, ["r.yaml:4: delta.zzz: unknown key", "There is:", "alpha"]),
+        (GOOD + "trian: {}\n", UNKNOWN, ["r.yaml:4: trian: unknown key", "'train'"]),
+        (GOOD + "base: {nme: x}\n", UNKNOWN, ["r.yaml:4: base.nme", "'name'"]),
+        (GOOD + "  r: many\n", INVALID, ["r.yaml:4: delta.r:", "integer", "'many'"]),
+        (GOOD + "  r: true\n", INVALID, ["r.yaml:4: delta.r:", "integer"]),
+        (GOOD + "  r: 0\n", INVALID, ["r.yaml:4: delta.r:", "greater than 0"]),
+        (GOOD + "  dropout: 1.5\n", INVALID, ["r.yaml:4: delta.dropout:", "less than 1"]),
+        (GOOD + "train: {learning_rate: .nan}\n", INVALID, ["r.yaml:4: train.learning_rate:", "finite"]),
+        (GOOD + "loss: dop\n", INVALID, ["r.yaml:4: loss:", "'dpo'"]),
+        (GOOD + "callbacks: [galor]\n", INVALID, ["r.yaml:4: callbacks:", "unknown callback", "There is"]),
+        (GOOD + "train: {steps: 3, epochs: 1}\n", INVALID, ["steps or epochs, not both"]),
+        (GOOD + "data: {train: b}\n", "recipe/repeated-key", ["r.yaml:4: data ", "line 1"]),
+        ("delta: {method: lora}\n", INVALID, ["r.yaml: data: this key has no default"]),
+        ("- a\n", "recipe/not-a-mapping", ["list"]),
+        ("a: [1\n", "recipe/invalid-yaml", ["r.yaml:2: "]),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_with_its_line_and_what_is_near(text: str, said: list[str], tmp_path: Path) -> None:
-    message = error(text, tmp_path)
+def test_a_mistake_is_named_with_its_line_and_what_is_near(
+    text: str, code: str, said: list[str], tmp_path: Path
+) -> None:
+    message = error(code, text, tmp_path)
     for part in said:
         assert part in message
 
 
 @pytest.mark.parametrize(
-    ("train", "said"),
+    ("train", "code", "said"),
     [
-        ("{path: a, weight: 0}", ["data.train.weight: Input should be greater than 0 (given: 0)"]),
-        ("[a, {path: b, weight: 0}]", ["data.train.1.weight: Input should be greater than 0 (given: 0)"]),
-        ("{pth: a}", ["data.train.path: this key has no", "data.train.pth: unknown key. Did you mean 'path'?"]),
-        ("a, held_out: 1.5", ["data.held_out: Input should be less than 1 (given: 1.5)"]),
+        ("{path: a, weight: 0}", INVALID, ["data.train.weight: Input should be greater than 0 (given: 0)"]),
+        ("[a, {path: b, weight: 0}]", INVALID, ["data.train.1.weight: Input should be greater than 0 (given: 0)"]),
+        (
+            "{pth: a}",
+            UNKNOWN,
+            ["data.train.path: this key has no", "data.train.pth: unknown key. Did you mean 'path'?"],
+        ),
+        ("a, held_out: 1.5", INVALID, ["data.held_out: Input should be less than 1 (given: 1.5)"]),
     ],
 )
-def test_of_what_may_be_several_kinds_only_the_nearest_is_told(train: str, said: list[str], tmp_path: Path) -> None:
-    lines = error(f"data: {{train: {train}}}\ndelta: {{method: lora}}\n", tmp_path).splitlines()
+def test_of_what_may_be_several_kinds_only_the_nearest_is_told(
+    train: str, code: str, said: list[str], tmp_path: Path
+) -> None:
+    lines = error(code, f"data: {{train: {train}}}\ndelta: {{method: lora}}\n", tmp_path).splitlines()
     assert len(lines) == len(said)
     assert all(f"r.yaml:1: {wanted}" in line for wanted, line in zip(said, lines, strict=True))
 
 
 def test_a_mistake_on_the_command_line_says_so(tmp_path: Path) -> None:
-    assert "command line: train.stps: unknown key. Did you mean 'steps'?" in error(GOOD, tmp_path, "train.stps=3")
-    assert "write an override as key=value" in error(GOOD, tmp_path, "train.steps")
-    assert "train.steps is 3, so it has no keys inside" in error(
-        GOOD + "train: {steps: 3}\n", tmp_path, "train.steps.x=1"
-    )
-    assert "command line: loss:" in error(GOOD, tmp_path, "loss.name=x")
+    said, steps = error(UNKNOWN, GOOD, tmp_path, "train.stps=3"), "train: {steps: 3}\n"
+    assert "command line: train.stps: unknown key. Did you mean 'steps'?" in said
+    assert "'train.steps'" in error("recipe/malformed-override", GOOD, tmp_path, "train.steps")
+    assert "train.steps is 3" in error("recipe/no-nested-keys", GOOD + steps, tmp_path, "train.steps.x=1")
+    assert "command line: loss:" in error(INVALID, GOOD, tmp_path, "loss.name=x")
 
 
 def test_overrides_reach_into_lists_and_behind_names(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(
-        "data: {train: [a.jsonl, {path: b.jsonl, weight: 3}]}\nloss: dpo\nbase: smollm2\npolicies: [ema, lora-plus]\n"
+        "data: {train: [a.jsonl, {path: b.jsonl, weight: 3}]}\nloss: dpo\nbase: smollm2\ncallbacks: [ema, lora-plus]\n"
     )
     recipe: Any = read(
         Recipe,
         file,
-        ["data.train.0.weight=2", "data.train.1.cap=7", "policies.1.ratio=4", "loss.beta=0.3", "base.store=fp32"],
+        ["data.train.0.weight=2", "data.train.1.cap=7", "callbacks.1.ratio=4", "loss.beta=0.3", "base.dtype=float32"],
     )
     assert [(source.path, source.weight, source.cap) for source in recipe.data.sources()] == [
         ("a.jsonl", 2, None),
         ("b.jsonl", 3, 7),
     ]
-    assert (recipe.policies[0].name, recipe.policies[1].name, recipe.policies[1].ratio) == ("ema", "lora-plus", 4)
-    assert (recipe.loss.name, recipe.loss.beta, recipe.base.name, recipe.base.store) == ("dpo", 0.3, "smollm2", "fp32")
-    file.write_text("data: {train: a.jsonl}\npolicies: lora-plus\ndelta:\n")
-    one: Any = read(Recipe, file, ["policies.0.ratio=4", "data.train.0.cap=5", "delta.method=lora", "delta.r=2"])
-    assert (one.policies[0].ratio, one.data.sources()[0].cap, one.delta.r) == (4, 5, 2)
+    assert (recipe.callbacks[0].name, recipe.callbacks[1].name, recipe.callbacks[1].ratio) == ("ema", "lora-plus", 4)
+    assert (recipe.loss.name, recipe.loss.beta, recipe.base.name, recipe.base.dtype) == (
+        "dpo",
+        0.3,
+        "smollm2",
+        "float32",
+    )
+    file.write_text("data: {train: a.jsonl}\ncallbacks: lora-plus\ndelta:\n")
+    one: Any = read(Recipe, file, ["callbacks.0.ratio=4", "data.train.0.cap=5", "delta.method=lora", "delta.r=2"])
+    assert (one.callbacks[0].ratio, one.data.sources()[0].cap, one.delta.r) == (4, 5, 2)
 
 
 def test_a_part_of_an_override_that_holds_dots_is_quoted(tmp_path: Path) -> None:
@@ -145,56 +158,107 @@ def test_a_part_of_an_override_that_holds_dots_is_quoted(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "code", "said"),
     [
-        ("policies.2.decay=1", "policies has 2 entries, which are counted from 0"),
-        ("policies.ema.decay=1", "policies is a list: write which entry, as in policies.0.ema"),
-        ("policies.1.ratoi=1", "command line: policies.1.ratoi: unknown key. Did you mean 'ratio'?"),
-        ("data..train=1", "write an override as key=value"),
-        (".train=1", "write an override as key=value"),
-        ("=1", "write an override as key=value"),
+        ("callbacks.2.decay=1", "recipe/index-out-of-range", "callbacks has 2 entries"),
+        ("callbacks.ema.decay=1", "recipe/list-without-index", "callbacks.0.ema"),
+        ("callbacks.1.ratoi=1", UNKNOWN, "command line: callbacks.1.ratoi: unknown key. Did you mean 'ratio'?"),
+        ("data..train=1", "recipe/malformed-override", "'data..train=1'"),
+        (".train=1", "recipe/malformed-override", "'.train=1'"),
+        ("=1", "recipe/malformed-override", "'=1'"),
     ],
 )
-def test_an_override_that_reaches_nothing_says_what_is_there(override: str, said: str, tmp_path: Path) -> None:
-    assert said in error(GOOD + "policies: [ema, lora-plus]\n", tmp_path, override)
+def test_an_override_that_reaches_nothing_says_what_is_there(
+    override: str, code: str, said: str, tmp_path: Path
+) -> None:
+    assert said in error(code, GOOD + "callbacks: [ema, lora-plus]\n", tmp_path, override)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "code", "said"),
     [
-        ("delta: {r: 4}", ["r.yaml:2: delta.method: say which", "`method: NAME` beside r", "There is: ", "adalora"]),
-        ("delta: {method: lorra}", ["r.yaml:2: delta.method: 'lorra' is unknown. Did you mean 'lora'"]),
-        ("deltas: {a: {r: 4}}", ["deltas.a.method: say which"]),
-        ("select: {keep: 3}", ["select.by: say which", "There is: "]),
-        ("train: {lr: 1}", ["train.lr: unknown key. Here it is train.learning_rate"]),
-        ("train: {num_train_epochs: 3}", ["Here it is train.epochs"]),
-        ("train: {gradient_accumulation_steps: 4}", ["Here it is train.batch_rows, the rows of a whole step"]),
-        ("train: {per-device-train-batch-size: 4}", ["Here it is train.batch_rows"]),
-        ("lr: 1", ["r.yaml:2: lr: unknown key. Here it is train.learning_rate"]),
-        ("delta: {method: lora, lora_alpha: 16}", ["delta.lora_alpha: unknown key. Here it is delta.alpha"]),
-        ("base: {name: x, torch_dtype: bf16}", ["base.torch_dtype: unknown key. Here it is base.store"]),
-        ("output_dir: x", ["Here it is no key: graft train --out DIR"]),
-        ("train: {lr_scheduler_type: cosine}", ["Here it is train.schedule"]),
-        ("base: {name: x, chat_template_kwargs: {a: 1}}", ["Here it is data.template_variables"]),
+        (
+            "delta: {r: 4}",
+            INVALID,
+            ["r.yaml:2: delta.method: say which", "`method: NAME` beside r", "There is: ", "adalora"],
+        ),
+        ("delta: {method: lorra}", INVALID, ["r.yaml:2: delta.method: 'lorra' is unknown. Did you mean 'lora'"]),
+        ("deltas: {a: {r: 4}}", INVALID, ["deltas.a.method: say which"]),
+        ("select: {keep: 3}", INVALID, ["select.by: say which", "There is: "]),
+        ("train: {lr: 1}", UNKNOWN, ["train.lr: unknown key. Here it is train.learning_rate"]),
+        ("train: {num_train_epochs: 3}", UNKNOWN, ["Here it is train.epochs"]),
+        ("train: {gradient_accumulation_steps: 4}", UNKNOWN, ["Here it is train.batch_rows, the rows of a whole step"]),
+        ("train: {per-device-train-batch-size: 4}", UNKNOWN, ["Here it is train.batch_rows"]),
+        ("lr: 1", UNKNOWN, ["r.yaml:2: lr: unknown key. Here it is train.learning_rate"]),
+        ("delta: {method: lora, lora_alpha: 16}", UNKNOWN, ["delta.lora_alpha: unknown key. Here it is delta.alpha"]),
+        ("base: {name: x, torch_dtype: bf16}", UNKNOWN, ["base.torch_dtype: unknown key. Here it is base.dtype"]),
+        ("output_dir: x", UNKNOWN, ["Here it is no key: graft train --out DIR"]),
+        ("train: {lr_scheduler_type: cosine}", UNKNOWN, ["Here it is train.schedule"]),
+        ("base: {name: x, chat_template_kwargs: {a: 1}}", UNKNOWN, ["Here it is data.template_variables"]),
         (
             "data: {train: a.jsonl, keep: 3}",
-            ["data.keep: unknown key. Here it is select.keep or policies.keep or train.keep"],
+            UNKNOWN,
+            ["data.keep: unknown key. Here it is select.keep or callbacks.keep or train.keep"],
         ),
-        ("max_tokens: 7", ["max_tokens: unknown key. Here it is data.max_tokens"]),
+        ("max_tokens: 7", UNKNOWN, ["max_tokens: unknown key. Here it is data.max_tokens"]),
     ],
 )
-def test_what_other_trainers_call_a_key_gets_the_key_here(text: str, said: list[str], tmp_path: Path) -> None:
+def test_what_other_trainers_call_a_key_gets_the_key_here(
+    text: str, code: str, said: list[str], tmp_path: Path
+) -> None:
     rows = "" if text.startswith("data:") else "data: {train: a.jsonl}"
-    message = error(f"{rows}\n{text}\n", tmp_path)
+    message = error(code, f"{rows}\n{text}\n", tmp_path)
     for part in said:
         assert part in message
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: {name: x, store: nf4}", "r.yaml:2: base.store: {}: write `base: {quantization: nf4}`"),
+        ("base: {name: x, store: bf16}", "r.yaml:2: base.store: {}: write `base: {dtype: bfloat16}`"),
+        ("base: {name: x, store: auto}", "r.yaml:2: base.store: {}: write `base: {dtype: auto}`"),
+        (
+            "base: {name: x, store: [4]}",
+            "base.store: {} (auto, float32, bfloat16, float16; none, int8, int4, nf4)",
+        ),
+        (
+            "loss: {name: distillation, teacher: x, teacher_store: int8}",
+            "loss.teacher_store: this key was replaced by teacher_dtype and teacher_quantization: write "
+            "`loss: {teacher_quantization: int8}`",
+        ),
+        (
+            "rl: {scorer: {by: reward-model, model: x, store: fp32}}",
+            "rl.scorer.store: this key was replaced by dtype (auto, float32, bfloat16, float16)",
+        ),
+    ],
+)
+def test_a_store_of_before_is_answered_with_what_to_write_now(text: str, said: str, tmp_path: Path) -> None:
+    message = error(f"data: {{train: a.jsonl}}\n{text}\n", tmp_path)
+    assert said.replace("{}", "this key was replaced by dtype and quantization", 1) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_store_of_before_on_the_command_line_is_answered_too(tmp_path: Path) -> None:
+    assert "command line: base.store: this key was replaced by" in error(GOOD, tmp_path, "base.store=nf4")
+
+
+def test_both_spellings_of_a_dtype_are_one_recipe(tmp_path: Path) -> None:
+    trees = []
+    for dtype in ("bf16", "bfloat16"):
+        file = tmp_path / f"{dtype}.yaml"
+        file.write_text(f"base: {{name: x, dtype: {dtype}}}\ndata: {{train: a.jsonl}}\n")
+        trees.append(to_tree(read(Recipe, file)))
+    assert trees[0] == trees[1]
+    assert trees[0]["base"]["dtype"] == "bfloat16"
+    assert "base.dtype: Input should be 'auto', 'float32'" in error("base: {name: x, dtype: fp8}\n", tmp_path)
+
+
 def test_every_other_name_leads_to_a_key_that_exists_and_is_no_key_itself() -> None:
     tree = to_tree(Recipe(data=DataConfig(train="a")))
     tree |= {"base": to_tree(BaseConfig(name="a")), "deltas": None}
-    tree["online"] = dict.fromkeys(field.name for field in fields(OnlineConfig))
+    tree["rl"] = dict.fromkeys(field.name for field in fields(RLConfig))
     known = {".".join(key) for key in inside(tree)}
     for name, ours in OTHER_NAMES.items():
         key = ours.partition(" ")[0].rstrip(",;")
@@ -212,19 +276,18 @@ def inside(tree: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 @pytest.mark.parametrize("text", ["base: &a [*a]\n", "base: &a {name: *a}\n", "a: &a {b: {c: [1, *a]}}\n"])
 def test_an_alias_of_what_it_is_in_is_refused(text: str, tmp_path: Path) -> None:
-    assert "r.yaml:2: " in (said := error(GOOD.splitlines()[0] + "\n" + text, tmp_path))
-    assert "alias of what it is in" in said
+    assert "r.yaml:2: " in error("recipe/endless-alias", GOOD.splitlines()[0] + "\n" + text, tmp_path)
 
 
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
-    message = error(GOOD + "  r: 0\n  alpha: -1\n", tmp_path)
+    message = error(INVALID, GOOD + "  r: 0\n  alpha: -1\n", tmp_path)
     assert "delta.r" in message
     assert "delta.alpha" in message
 
 
 def test_a_missing_recipe_names_the_ones_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(GOOD)
-    with pytest.raises(RecipeError, match=r"nime\.yaml: no such recipe. Did you mean .*mine\.yaml"):
+    with raises("recipe/no-such-recipe", match=r"Did you mean .*mine\.yaml"):
         read(Recipe, tmp_path / "nime.yaml")
 
 

@@ -23,7 +23,8 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, Site
 from graftlm.deltas.inits import INITS
@@ -31,9 +32,14 @@ from graftlm.deltas.inits.lora_sb import ETA
 from graftlm.deltas.inits.pissa_fast import pissa_fast
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.hub.load import load_base, quantise
-from graftlm.model.layers.attach import _part_with, attach, deltas_off, detach, hosts, merged_state, trainable
-from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.quantize_base import quantize
+from graftlm.model.layers.attach import attach, detach
+from graftlm.model.layers.initialize import part_with
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.quantize import QuantizedLinear
+from graftlm.model.layers.registry import hosts, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, plain_with, tiny_config
 from graftlm.testing.tiny import save_tiny_base, tiny_gpt2, tiny_model
@@ -42,8 +48,8 @@ TARGETS = ("k_proj", "up_proj")
 """Layers of [16, 32] and [48, 32]: one wide, one tall."""
 PAIR = sorted(name for name, init in INITS.items() if init.tensors == ("A", "B"))
 """The inits of a product B A, which LoRA admits."""
-CODED = ["loftq", "lq-lora", "quailora"]
-"""The inits that start from what quantising lost: they want a base that holds codes, and its files."""
+QUANTIZED = ["loftq", "lq-lora", "quailora"]
+"""The inits that start from what quantizing lost: they want a quantized base, and its files."""
 SPLIT = ["corda", "lora-ga", "milora", "olora", "pissa", "pissa-fast"]
 """Those of them whose B A is not zero."""
 
@@ -64,7 +70,7 @@ def deltas_of_all_methods() -> Mapping[str, Delta]:
 
 def admits(method: str, init: str) -> bool:
     try:
-        _part_with(deltas_of_all_methods()[method], INITS[init].tensors, init)
+        part_with(deltas_of_all_methods()[method], INITS[init].tensors, init)
     except TargetError:
         return False
     return True
@@ -78,9 +84,9 @@ def _folder(base_folder: Path) -> None:
 FILES: dict[str, Path] = {}
 
 
-def base_for(init: str, store: str = "nf4") -> Any:
-    """A tiny model, float32; with its linear layers in codes for the inits that want that."""
-    return load_base(str(FILES["tiny"]), store=store).model.float() if init in CODED else tiny_model()
+def base_for(init: str, quantization: str = "nf4") -> Any:
+    """A tiny model, float32; with its linear layers quantized for the inits that want that."""
+    return load_base(str(FILES["tiny"]), quantization=quantization).model.float() if init in QUANTIZED else tiny_model()
 
 
 PAIRS = [
@@ -204,7 +210,7 @@ def _bytes(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("init", [init for init in PAIR if init not in CODED])
+@pytest.mark.parametrize("init", [init for init in PAIR if init not in QUANTIZED])
 def test_on_layers_that_store_w_transposed_and_on_a_bf16_base(init: str) -> None:
     model = tiny_gpt2()
     before = logits(model)
@@ -591,30 +597,30 @@ def test_an_unknown_init_is_refused_with_the_nearest() -> None:
         attach(tiny_model(), LoraConfig(init="pisa"))
 
 
-# From what quantising lost -------------------------------------------------------------------------------------------
+# From what quantizing lost -------------------------------------------------------------------------------------------
 
 
 def lost(site: str, delta: Delta) -> np.ndarray:
-    """W as it was before quantising, in bf16 as it was read, less what the codes stand for."""
+    """W as it was before quantizing, in bf16 as it was read, less what the quantized weights stand for."""
     return double(tiny_model().get_submodule(site).weight) - double(delta.site.W())
 
 
-@pytest.mark.parametrize("store", ["int4", "int8", "nf4"])
-def test_loftq_is_the_best_approximation_of_what_quantising_lost(store: str) -> None:
-    model = base_for("loftq", store)
+@pytest.mark.parametrize("quantization", ["int4", "int8", "nf4"])
+def test_loftq_is_the_best_approximation_of_what_quantizing_lost(quantization: str) -> None:
+    model = base_for("loftq", quantization)
     for site, delta in on(attach_tiny("lora", model, init="loftq")).items():
         D = lost(site, delta)  # noise: its singular values lie close together, so the error is compared, not the matrix
         least = np.linalg.norm(D - best(D, 4))
         assert np.linalg.norm(D - double(delta.matrix())) == pytest.approx(least, rel=1e-5)
         same(delta.A @ delta.A.T, double(delta.B.T @ delta.B), f"balance at {site}")
-        assert delta.offset_A is None, "the model begins nearer to the float base than its codes"
+        assert delta.offset_A is None, "the model begins nearer to the float base than its quantized weights"
 
 
 def test_loftq_brings_the_output_back_towards_the_float_base() -> None:
     model = base_for("loftq")
-    wanted, coded = logits(tiny_model()), logits(model)
+    wanted, quantized = logits(tiny_model()), logits(model)
     attach_tiny("lora", model, init="loftq", r=16)
-    assert float((logits(model) - wanted).norm()) < 0.5 * float((coded - wanted).norm())
+    assert float((logits(model) - wanted).norm()) < 0.5 * float((quantized - wanted).norm())
 
 
 def test_lq_lora_weighs_rows_and_columns_by_the_gradient() -> None:
@@ -633,7 +639,7 @@ def test_lq_lora_weighs_rows_and_columns_by_the_gradient() -> None:
 
 
 def plain_gradients(model: Any) -> dict[str, np.ndarray]:
-    """dL/dW of the dequantised weights, from a float model that has them."""
+    """dL/dW of the dequantized weights, from a float model that has them."""
     twin = plain_with(merged_state(model)).requires_grad_(True)
     loss(twin).backward()
     return {name.removesuffix(".weight"): double(p.grad) for name, p in twin.named_parameters() if p.grad is not None}
@@ -656,18 +662,18 @@ def test_quailora_reaches_the_least_error_of_the_outputs() -> None:
         same(delta.A @ delta.A.T, double(delta.B.T @ delta.B), f"balance at {site}", 1e-4)
 
 
-@pytest.mark.parametrize("init", CODED)
+@pytest.mark.parametrize("init", QUANTIZED)
 def test_what_was_not_lost_cannot_be_started_from(init: str, tmp_path: Path) -> None:
     cases = {
-        "not quantised": tiny_model(),
-        "not loaded from a folder": quantise(tiny_model(), "nf4"),
+        "not quantized": tiny_model(),
+        "not loaded from a folder": quantize(tiny_model(), "nf4"),
         "not in the files": base_for(init),
     }
     for key in list(cases):
         model = cases[key]
         if key == "not in the files":
             for module in model.modules():
-                if isinstance(module, QuantisedLinear):
+                if isinstance(module, QuantizedLinear):
                     module.original = partial(module.original.func, str(tmp_path), *module.original.args[1:])
         modules = dict(model.named_modules())
         with pytest.raises(TargetError, match=f"init: '{init}' at .*{key}"):
@@ -677,7 +683,7 @@ def test_what_was_not_lost_cannot_be_started_from(init: str, tmp_path: Path) -> 
 
 def test_an_original_of_another_base_is_not_taken(tmp_path: Path) -> None:
     save_tiny_base(tmp_path / "b")
-    model = load_base(str(tmp_path / "b"), store="nf4").model
+    model = load_base(str(tmp_path / "b"), quantization="nf4").model
     tiny_model(seed=4).save_pretrained(tmp_path / "b")
     with pytest.raises(TargetError, match="moved or changed"):
         attach_tiny("lora", model, init="loftq", targets=TARGETS)

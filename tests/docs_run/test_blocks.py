@@ -21,10 +21,12 @@ from graftlm.cli import app
 from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.load import load_rows
 from graftlm.deltas import METHODS
-from graftlm.errors import RecipeError
-from graftlm.model.hub import load
+from graftlm.model.hub import load, tokenizer
+from graftlm.model.hub.config import BaseConfig
 from graftlm.recipe import read_recipe
 from tests.docs_run.names import PAGES, ROOT, blocks, title
+from tests.errors import raises
+from tests.errors.messages import sites
 
 TEXTS = {title(page): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = [name for name, text in TEXTS.items() if blocks(text, "python")]
@@ -37,6 +39,8 @@ LINES = [
     if command.strip() and not command.startswith("#")
 ]
 QUICK_START = "docs/index.md"
+COLLECTING = ("data/unusable-rows", "recipe/unknown-key", "recipe/invalid-value")
+"""Codes of errors that list problems of rows or keys, whose texts have no code of their own."""
 AFTER_QUICK_START = "Rows and adapter: those of the [quick start](../index.md)."
 
 
@@ -45,10 +49,11 @@ def smollm2_is_tiny(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name `smollm2` means the tiny base."""
     locate = load.locate
 
-    def found(base: load.BaseConfig, *, network: bool = False) -> str:
+    def found(base: BaseConfig, *, network: bool = False) -> str:
         return str(base_folder) if base.name == "smollm2" else locate(base, network=network)
 
     monkeypatch.setattr(load, "locate", found)
+    monkeypatch.setattr(tokenizer, "locate", found)
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(block)
     recipe = read_recipe(tmp_path / "recipe.yaml")
     base = yaml.safe_load(block)["base"]
-    assert recipe.base == (base if isinstance(base, str) else load.BaseConfig(**base))
+    assert recipe.base == (base if isinstance(base, str) else BaseConfig(**base))
 
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line}" for page, line in LINES])
@@ -121,7 +126,7 @@ def test_a_command_that_does_not_exist_would_be_found_out(line: str) -> None:
 
 def test_a_misspelt_override_would_be_found_out(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("data: {train: rows.jsonl}\ndelta: {method: lora}\n")
-    with pytest.raises(RecipeError, match="learning_rate"):
+    with raises("recipe/unknown-key", match="learning_rate"):
         read_recipe(tmp_path / "recipe.yaml", ["train.learning_rat=1"])
 
 
@@ -147,8 +152,31 @@ def test_the_pages_name_every_mask_and_every_error() -> None:
     assert len(kinds) > 5
 
 
+def rows_of_errors() -> list[list[str]]:
+    """The rows of docs/errors.md: code, class, messages, fix."""
+    lines = [line for line in TEXTS["docs/errors.md"].splitlines() if re.match(r"\|.*\| \w+Error \|", line)]
+    return [[cell.strip().strip("`") if n < 2 else cell for n, cell in enumerate(cells(line))] for line in lines]
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r" \| ", line.removeprefix("|").removesuffix("|"))
+
+
+def test_the_page_of_errors_has_every_code_of_the_source_under_its_class_and_no_other() -> None:
+    from graftlm import errors
+
+    found = {site.code for site in sites()}
+    shown = {code: kind for code, kind, _, _ in rows_of_errors() if code}
+    assert shown.keys() == found
+    for code, kind in shown.items():
+        assert getattr(errors, kind).family == code.partition("/")[0]
+
+
 def test_the_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
-    """Between the dots each message is a part of some text in graftlm/."""
+    """Between the dots each message is a part of some text in graftlm/, and of one that has its code."""
+    of_code: dict[str, str] = {}
+    for site in sites():
+        of_code[site.code] = f"{of_code.get(site.code, '')}\n{site.message}"
     texts = []
     for file in (ROOT / "graftlm").rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -156,9 +184,10 @@ def test_the_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
     code = "\n".join(texts)
-    rows = [line.split(" | ") for line in TEXTS["docs/errors.md"].splitlines() if re.match(r"\| \w+Error \|", line)]
-    assert len(rows) > 60
-    for _, messages, _ in rows:
+    rows = rows_of_errors()
+    assert len(rows) > 120
+    for own, _, messages, _ in rows:
         for message in re.findall(r"`([^`]+)`", messages):
             for part in message.split("..."):
-                assert part.strip(" :") in code, f"{message}: no message has {part!r}"
+                text = code if own in COLLECTING or not own else of_code[own]
+                assert part.strip(" :") in text, f"{message}: no message of {own} has {part!r}"

@@ -10,7 +10,7 @@ TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 STAGES = [
     "data/sources/formats", "data/sources/load", "data/chat/render", "data/chat/masks", "data/quality/preflight",
     "data/batches/pack", "model/hub/load", "model/layers/attach", "model/passes/forward", "kernels/linear",
-    "losses/__init__", "training/loop", "run", "adapters/store", "generation/generate",
+    "losses/__init__", "training/loop", "run", "adapters/save", "generation/generate",
 ]  # fmt: skip
 NAMES = sorted({(title(page), *named) for page in PAGES for named in NAMED.findall(page.read_text(encoding="utf-8"))})
 
@@ -31,7 +31,7 @@ def test_the_tour_goes_in_the_direction_of_the_data() -> None:
     first = {path.removeprefix("graftlm/"): n for n, (path, _) in reversed(list(enumerate(NAMED.findall(TOUR))))}
     way = ["data/sources/load", "data/sources/formats", "data/chat/render", "data/chat/masks",
            "data/quality/preflight", "data/batches/pack", "model/layers/attach", "training/loop", "kernels/linear",
-           "losses/__init__", "adapters/store", "generation/generate"]  # fmt: skip
+           "losses/__init__", "adapters/save", "generation/generate"]  # fmt: skip
     assert [first[stage] for stage in way] == sorted(first[stage] for stage in way)
 
 
@@ -47,7 +47,7 @@ def test_the_tokens_on_the_tour_are_those_of_smollm2(smollm2: str) -> None:
     from graftlm.data.chat.render import Renderer
     from graftlm.data.chat.roles import Role
     from graftlm.data.sources.formats import Message
-    from graftlm.model.hub.load import load_tokenizer
+    from graftlm.model.hub.tokenizer import load_tokenizer
 
     renderer = Renderer(load_tokenizer(smollm2))
     row = renderer.conversation([Message("user", "Where is my parcel?"), Message("assistant", "On its way.")])

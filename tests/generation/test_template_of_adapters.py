@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 import graftlm
 import graftlm.generation.answer as answer_module
-from graftlm.adapters.load import load_with_adapters
-from graftlm.adapters.store import TEMPLATE, load_adapter, save_adapter, template_of
+from graftlm.adapters.chat import template_of
+from graftlm.adapters.folder import TEMPLATE
+from graftlm.adapters.load import load_adapter, load_with_adapters
+from graftlm.adapters.save import save_adapter
 from graftlm.cli import app
 from graftlm.cli.chat import CHAT_HELP
 from graftlm.config.schema import build
@@ -23,12 +25,15 @@ from graftlm.data.sources.formats import Message
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, DataError
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, attachment, detach
+from graftlm.model.layers.attach import attach, detach
+from graftlm.model.layers.registry import attachment
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import Result, prepare_data
+from graftlm.run import Result
 from graftlm.runs import check_page
 from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_tokenizer
 from graftlm.training import run_folder
+from tests.errors import raises
 
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
 
@@ -144,7 +149,7 @@ def trained(base: Path, folder: Path, template: str, **data: Any) -> Result:
     rows = [{"messages": [*before, *turns("a", "b")]} for _ in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
-        "base": {"name": str(base), "store": "fp32", "template": str(folder / "chat.jinja")},
+        "base": {"name": str(base), "dtype": "float32", "template": str(folder / "chat.jinja")},
         "data": {"train": str(folder / "rows.jsonl"), **data},
         "train": {"steps": 1, "batch_rows": 4},
     }
@@ -218,7 +223,10 @@ def test_a_chat_keeps_the_turn_order_of_training(
     dropped = asked(model, tokenizer, monkeypatch, said, turn_order="drop")
     assert "Be brief." not in dropped
     assert "<|im_start|>user\nhello<|im_end|>" in dropped
-    with pytest.raises(DataError, match=r"turn_order: merge \(under `data` in a recipe, --turn-order of graft chat"):
+    with raises(
+        "data/template-refuses-conversation",
+        match="turn_order: merge .*, --turn-order of graft chat",
+    ):
         asked(model, tokenizer, monkeypatch, said, turn_order="refuse")
 
 
@@ -245,7 +253,7 @@ def test_chat_says_at_once_that_there_is_no_place_for_a_system_message(source: s
 
 RUNS: dict[str, dict[str, Any]] = {
     "supervised": {"data": {"held_out": 2}, "select": {"by": "perplexity", "keep": 4}},
-    "online": {"data": {"held_out": 2}, "loss": "dpo", "online": {"scorer": {"by": "exact"}, "max_new_tokens": 4}},
+    "rl": {"data": {"held_out": 2}, "loss": "dpo", "rl": {"scorer": {"by": "exact"}, "max_new_tokens": 4}},
 }
 
 
@@ -267,7 +275,7 @@ def test_every_renderer_of_a_run_has_the_day_on_which_it_began(
     rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = RUNS[name] | {
-        "base": {"name": str(base_folder), "store": "fp32", "template": str(tmp_path / "chat.jinja")},
+        "base": {"name": str(base_folder), "dtype": "float32", "template": str(tmp_path / "chat.jinja")},
         "data": RUNS[name]["data"] | {"train": str(tmp_path / "rows.jsonl")},
         "train": {"steps": 1, "batch_rows": 2},
         "report": {"answers": 1, "max_new_tokens": 2},

@@ -12,10 +12,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from graftlm.adapters import store
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
+from graftlm.adapters.tensors import stored_tensors
 from graftlm.deltas import METHODS
-from graftlm.model.layers.attach import attachment, hosts, trainable
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close, ids, logits, perturbed
 
@@ -33,14 +35,14 @@ def against_peft(
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     theirs.save_pretrained(folder / "theirs")
     ours = base()
-    store.load_adapter(ours, folder / "theirs")
+    load_adapter(ours, folder / "theirs")
     assert attachment(ours).configs["default"].method == name
     close(logits(ours), _rows(theirs), f"{name}: PEFT's adapter here against PEFT")
     for model in (ours, theirs):
         out = model(ids()).logits[:, -ids().shape[1] :]  # PEFT also returns the positions of a prompt
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     layout = METHODS[name].delta.peft
-    mine = {k: t for k, t in store._stored_tensors(ours, "default", layout).items() if isinstance(t, nn.Parameter)}
+    mine = {k: t for k, t in stored_tensors(ours, "default", layout).items() if isinstance(t, nn.Parameter)}
     wanted = {key.replace(".default", ""): p for key, p in trainable(theirs).items()}
     wanted = {("prompt_embeddings" if "prompt_encoder" in key else key): p for key, p in wanted.items()}
     wanted = {key.replace("magnitude_vector.weight", "magnitude_vector"): p for key, p in wanted.items()}  # as on disk
@@ -49,7 +51,7 @@ def against_peft(
         assert parameter.grad is not None
         assert wanted[key].grad is not None
         close(parameter.grad, wanted[key].grad, f"{name}: gradient of {key}")
-    store.save_adapter(ours, folder / "ours")
+    save_adapter(ours, folder / "ours")
     again = PeftModel.from_pretrained(base(), folder / "ours")
     close(_rows(again), _rows(theirs), f"{name}: our adapter in PEFT")
     return ours

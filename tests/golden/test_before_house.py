@@ -1,14 +1,16 @@
 """Adapters and an unfinished run that commit cce2208 wrote, before modules moved into packages: they are still read."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from graftlm import load_adapter, load_base, train
+from graftlm import Recipe, load_adapter, load_base, train
+from graftlm.config.schema import build
+from graftlm.errors import OutputError
 
 BEFORE = Path(__file__).parent / "before_house"
 
@@ -16,16 +18,18 @@ BEFORE = Path(__file__).parent / "before_house"
 @pytest.mark.parametrize("method", ["lora", "mora", "adalora"])
 def test_an_adapter_of_before_has_the_logits_of_before(method: str) -> None:
     written = load_file(BEFORE / "logits.safetensors")
-    model, _ = load_base(str(BEFORE / "base"), store="fp32")
+    model, _ = load_base(str(BEFORE / "base"), dtype="float32")
     load_adapter(model, BEFORE / method)
     with torch.no_grad():
         torch.testing.assert_close(model(written["ids"]).logits, written[method], rtol=0, atol=1e-5)
 
 
-def test_an_unfinished_run_of_before_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_of_before_is_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its recipe has keys that are others now; nothing of it is lost."""
     shutil.copytree(BEFORE, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    done = train("unfinished.yaml", "unfinished", resume=True)
-    steps = [json.loads(line)["step"] for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == list(range(1, 301))
-    assert done.summary["train"]["steps"] == 300
+    recipe = yaml.safe_load(Path("unfinished.yaml").read_text())
+    files = {path: path.read_bytes() for path in Path("unfinished").rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match="earlier version of graftlm, whose recipes had online, policies"):
+        train(build(Recipe, recipe, source="test"), "unfinished", resume=True)
+    assert {path: path.read_bytes() for path in Path("unfinished").rglob("*") if path.is_file()} == files

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.base import Site
 from graftlm.deltas.bone import Bone, BoneConfig
 from graftlm.deltas.flora import Flora, FloraConfig
@@ -20,8 +22,10 @@ from graftlm.deltas.kasa import Kasa, KasaConfig
 from graftlm.deltas.mora import Mora, MoraConfig
 from graftlm.deltas.vb_lora import VbLoraConfig
 from graftlm.errors import AdapterError, TargetError
-from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.bases import LinearBase
+from graftlm.model.layers.registry import hosts, penalty, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden import check

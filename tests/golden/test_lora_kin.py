@@ -10,8 +10,10 @@ from torch import Tensor
 from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.errors import RecipeError
-from graftlm.model.layers.attach import activate, attach, hosts, shared_of
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.modes import activate
+from graftlm.model.layers.registry import hosts, shared_of
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import against_reference

@@ -14,7 +14,7 @@ from graftlm.deltas.eigenlorax import principal_directions
 from graftlm.deltas.intrinsic import Intrinsic
 from graftlm.deltas.linalg import orthonormal, pivots, top_singular, top_singular_fast
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import hosts, shared_of
+from graftlm.model.layers.registry import hosts, shared_of
 from graftlm.testing.deltas import attach_tiny, close
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import Reference, against_reference

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from graftlm.adapters.store import load_adapter
-from graftlm.model.layers.attach import attachment, merged_state
+from graftlm.adapters.load import load_adapter
+from graftlm.model.layers.registry import attachment
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import close
 from tests.golden.make_peft import CASES, IDS, base
 

@@ -15,11 +15,14 @@ from peft.tuners.boft import layer as peft_boft
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
-from graftlm.adapters import store
-from graftlm.adapters.store import load_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lokr import _left
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import attach, hosts, merged_state, penalty
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, penalty
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, logits, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference
@@ -240,15 +243,15 @@ def test_a_whole_lokr_is_one_in_peft_too(tmp_path: Path) -> None:
     model = perturbed("lokr", tiny_model(), r=0)
     delta = hosts(model)["model.layers.0.mlp.up_proj"].on()[0]
     close(delta.matrix(), torch.kron(delta.C, delta.W2), "lokr: dW")
-    store.save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a")
     close(logits(peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "a")), logits(model), "a whole lokr in PEFT")
     (tmp_path / "a" / "graftlm.json").unlink()
     again = tiny_model()
-    store.load_adapter(again, tmp_path / "a")
+    load_adapter(again, tmp_path / "a")
     close(logits(again), logits(model), "a whole lokr from PEFT")
     at = {"patterns": {"q_proj": {"r": 1}}}
-    assert "no rank 0" in store.why_not_peft(attach_tiny("lokr", tiny_model(), r=0, **at))
-    assert not store.why_not_peft(attach_tiny("lokr", tiny_model(), r=2, **at))
+    assert "no rank 0" in why_not_peft(attach_tiny("lokr", tiny_model(), r=0, **at))
+    assert not why_not_peft(attach_tiny("lokr", tiny_model(), r=2, **at))
 
 
 # SHiRA and AdaLoRA ---------------------------------------------------------------------------------------------------

@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.config.schema import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
 from graftlm.errors import RecipeError, TargetError
-from graftlm.model.layers.attach import attach, hosts, merged_state, penalty, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, penalty, trainable
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model

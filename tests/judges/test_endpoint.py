@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from graftlm.errors import DataError
 from graftlm.judges.endpoint import ask, check, grade, is_local
 from graftlm.rl.rewards.judge import JudgeScorerConfig
+from tests.errors import raises
 from tests.judges.endpoint_server import Endpoint, running_endpoint
 
 
@@ -66,7 +66,7 @@ def test_a_proxy_is_used_for_other_machines(other: Endpoint, monkeypatch: pytest
 def test_a_redirect_is_not_followed(status: int, endpoint: Endpoint, other: Endpoint) -> None:
     endpoint.reply, endpoint.location = (lambda prompt: status), f"{other.url}/chat/completions"
     config = JudgeScorerConfig(url=endpoint.url)
-    with pytest.raises(DataError, match="redirects to") as raised:
+    with raises("data/endpoint-redirects") as raised:
         list(ask(config, None, ["good?"]))
     assert other.url in str(raised.value)
     assert other.asked == []
@@ -75,7 +75,7 @@ def test_a_redirect_is_not_followed(status: int, endpoint: Endpoint, other: Endp
 
 def test_a_key_that_is_asked_for_must_be_there(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MY_KEY", raising=False)
-    with pytest.raises(DataError, match="MY_KEY"):
+    with raises("data/missing-api-key", match="MY_KEY"):
         check(JudgeScorerConfig(url=endpoint.url, key_from="MY_KEY"), network=False)
 
 
@@ -92,13 +92,13 @@ def test_what_this_machine_is_called(url: str) -> None:
 )
 def test_what_is_another_machine(url: str) -> None:
     assert not is_local(url)
-    with pytest.raises(DataError, match="network"):
+    with raises("data/network-not-allowed"):
         check(JudgeScorerConfig(url=url), network=False)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000/v1", "", "ftp://localhost/v1"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(DataError, match="no http address"):
+    with raises("data/invalid-url"):
         check(JudgeScorerConfig(url=url), network=True)
 
 

@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 
-from graftlm.errors import TrainingError
 from graftlm.kernels import cpu, linear
 from graftlm.kernels.backend import OURS, TORCH, check_compiler, pinned, rotates_halves
+from tests.errors import raises
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_rotary_embeddings_rotate_halves_where_the_model_does_that(name: str, wa
 
 def test_compiling_without_a_compiler_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(TrainingError, match=r"no compiler here.*apt-get install g\+\+\) or set train.kernels: auto"):
+    with raises("training/no-compiler"):
         check_compiler(torch.device("cpu"))
     check_compiler(torch.device("cuda"))  # Triton brings its own
 
@@ -48,11 +48,11 @@ def test_a_name_is_its_backend() -> None:
     [("cpu", torch.float32, "float32 on cpu"), ("cuda", torch.bfloat16, "bfloat16 on cuda")],
 )
 def test_our_kernels_are_refused_where_they_do_not_compute(device: str, dtype: torch.dtype, reason: str) -> None:
-    with pytest.raises(TrainingError, match=f"train.kernels: ours: .*{reason}.*train.kernels: auto"):
+    with raises("training/kernels-unavailable", match=f"ours: .*{reason}"):
         pinned("ours", torch.device(device), dtype)
 
 
 def test_our_kernels_are_refused_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    with pytest.raises(TrainingError, match="built on Linux, and this is darwin"):
+    with raises("training/kernels-unavailable", match="darwin"):
         pinned("ours", CPU, torch.bfloat16)

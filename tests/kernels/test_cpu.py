@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TrainingError
 from graftlm.kernels import cpu, linear
 from graftlm.kernels.attention import AttentionRule, SegmentLayout, tiled_attention
 from graftlm.kernels.backend import OURS, TORCH
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention, segment_attention
-from graftlm.model.passes.packing_check import check_packing
+from graftlm.model.passes.packing_check import check_packed_rows
 from graftlm.testing import tiny_model
+from tests.errors import raises
 from tests.kernels.equations import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
 from tests.peers import relative_error
 
@@ -313,7 +314,7 @@ def test_a_model_in_bf16_is_as_near_to_float32_with_kernels_as_without(kind: str
             made.mean().backward()
         gradient = torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
         found.append((made.detach(), gradient))
-        check_packing(model, rows[1], rows[0], sharing=True, backend=backend)
+        check_packed_rows(model, rows[1], rows[0], sharing=True, backend=backend)
     truth, plain, fast = found
     for right, without, with_kernels in zip(truth, plain, fast, strict=True):
         assert relative_error(with_kernels, right) <= 1.3 * relative_error(without, right)
@@ -434,7 +435,7 @@ def test_a_build_that_fails_is_a_reason_and_leaves_nothing(
     text, reason = BROKEN[name]
     monkeypatch.setenv("CXX", script(tmp_path / "compiler", text) if text else "no-such-compiler")
     assert reason in cpu.unavailable(torch.device("cpu"), torch.bfloat16)
-    with pytest.raises(TrainingError, match=re.escape(reason)):
+    with raises("training/kernels-unavailable", match=re.escape(reason)):
         cpu.library()
     assert not cache.is_dir() or not list(cache.iterdir())
 

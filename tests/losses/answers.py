@@ -34,7 +34,7 @@ def answers(seed: int = 0, pairs: int = 5, longest: int = 7) -> Answers:
         weights=torch.ones(int(lengths.sum())),
         answers=numbers.repeat_interleave(lengths),
         pairs=torch.stack([numbers[:pairs], numbers[pairs:]], dim=1),
-        marks=(numbers < pairs).float(),
+        scores=(numbers < pairs).float(),
         values=torch.linspace(-0.3, 0.4, 2 * pairs, dtype=torch.float64),
         normalisers=torch.rand(int(lengths.sum()), generator=draw, dtype=torch.float64),
         mean_log_probs=-6 * torch.rand(int(lengths.sum()), generator=draw, dtype=torch.float64),

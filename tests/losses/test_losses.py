@@ -15,10 +15,10 @@ from torch import Tensor
 
 import graftlm.losses
 from graftlm.config.schema import build
-from graftlm.errors import RecipeError
 from graftlm.losses import LOSSES, Batch, LossSum
 from graftlm.losses.orpo import log_odds
 from graftlm.losses.policy_gradient import advantages
+from tests.errors import raises
 from tests.losses.answers import Answers, answers
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -54,7 +54,7 @@ def part(given: Answers, numbers: list[int]) -> Answers:
         weights=torch.ones(int(mask.sum())),
         answers=own.repeat_interleave(mask.sum(1)),
         pairs=torch.stack([own[: len(numbers)], own[len(numbers) :]], dim=1),
-        marks=given.batch.marks[rows],
+        scores=given.batch.scores[rows],
         values=None if given.batch.values is None else given.batch.values[rows],
         divergences=spread(given, given.batch.divergences)[rows][mask],
         normalisers=spread(given, given.batch.normalisers)[rows][mask],
@@ -128,8 +128,8 @@ def test_the_count_is_known_before_any_pass_and_nothing_at_all_is_no_error(name:
 def test_a_step_along_the_gradient_prefers_the_chosen_answers(name: str, options: dict[str, Any]) -> None:
     """Those with the larger marks, for losses without pairs; of supervised training, only what it trains."""
     given = answers(9)
-    marks = given.batch.marks - (0.5 if name == "policy-gradient" else 0.0)
-    given = replace(given, batch=replace(given.batch, marks=marks))
+    scores = given.batch.scores - (0.5 if name == "policy-gradient" else 0.0)
+    given = replace(given, batch=replace(given.batch, scores=scores))
     (gradient,) = torch.autograd.grad(made(name, options, given).sum, given.policy)
     towards = -(gradient * given.mask).sum(1)
     pairs = len(given.batch.pairs)
@@ -210,7 +210,7 @@ def test_cpo_over_several_pairs() -> None:
 def test_sppo_with_shares_of_wins() -> None:
     given = answers(15)
     shares = torch.linspace(0, 1, 10)
-    given = replace(given, batch=replace(given.batch, marks=shares))
+    given = replace(given, batch=replace(given.batch, scores=shares))
     losses = [
         (sums(given, given.policy, n) - sums(given, given.reference, n) - 4 * (shares[n].double() - 0.5)) ** 2
         for n in range(10)
@@ -222,7 +222,7 @@ def test_dro() -> None:
     """The gradient of the values too, with rewards of any size."""
     given = answers(16)
     values, rewards = given.batch.values.clone().requires_grad_(), torch.linspace(-2, 3, 10)  # type: ignore[union-attr]
-    given = replace(given, batch=replace(given.batch, marks=rewards, values=values))
+    given = replace(given, batch=replace(given.batch, scores=rewards, values=values))
     losses = []
     for n in range(10):
         ratio = sums(given, given.policy, n) - sums(given, given.reference, n)
@@ -258,22 +258,27 @@ def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "code", "said"),
     [
-        ("dpo", {"noise": 0.1}, "noise is for the links robust and exo"),
-        ("dpo", {"link": "robust", "noise": 0.5}, "less than 0.5"),
-        ("dpo", {"beta": 0}, "greater than 0"),
-        ("dpo", {"gamma": 1}, "unknown key"),
-        ("supervised", {"label_smoothing": 1.0}, "less than 1"),
-        ("distillation", {"beta": 0.3}, "beta is for the divergence jsd"),
-        ("distillation", {"divergence": "jsd", "beta": 1.0}, "less than 1"),
-        ("distillation", {"teacher_adapter": "x"}, "name that base in teacher"),
-        ("simpo", {"reference": "x"}, "unknown key"),
-        ("policy-gradient", {"ratio": "answer", "divide": "tokens"}, "divide: tokens is for ratio: token"),
+        ("dpo", {"noise": 0.1}, "recipe/invalid-value", "noise is for the links robust and exo"),
+        ("dpo", {"link": "robust", "noise": 0.5}, "recipe/invalid-value", "less than 0.5"),
+        ("dpo", {"beta": 0}, "recipe/invalid-value", "greater than 0"),
+        ("dpo", {"gamma": 1}, "recipe/unknown-key", "gamma"),
+        ("supervised", {"label_smoothing": 1.0}, "recipe/invalid-value", "less than 1"),
+        ("distillation", {"beta": 0.3}, "recipe/invalid-value", "beta is for the divergence jsd"),
+        ("distillation", {"divergence": "jsd", "beta": 1.0}, "recipe/invalid-value", "less than 1"),
+        ("distillation", {"teacher_adapter": "x"}, "recipe/invalid-value", "name that base in teacher"),
+        ("simpo", {"reference": "x"}, "recipe/unknown-key", "reference"),
+        (
+            "policy-gradient",
+            {"ratio": "answer", "divide": "tokens"},
+            "recipe/invalid-value",
+            "divide: tokens is for ratio: token",
+        ),
     ],
 )
-def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], code: str, said: str) -> None:
+    with raises(code, match=said):
         build(LOSSES[name].config, options, source="recipe.yaml")
 
 
@@ -285,12 +290,12 @@ def test_dr_grpo_is_the_equation_of_its_paper() -> None:
     before = policy.detach() + 0.3 * torch.randn(sum(sizes), generator=draw, dtype=torch.float64)
     loss = LOSSES["policy-gradient"]
     config = loss.config(baseline="mean", divide="constant", length=C)
-    marks = advantages(torch.tensor(rewards), torch.zeros(4, dtype=torch.int64), config.baseline)
+    scores = advantages(torch.tensor(rewards), torch.zeros(4, dtype=torch.int64), config.baseline)
     batch = Batch(
         torch.ones(sum(sizes), dtype=torch.float64),
         answers=torch.repeat_interleave(torch.arange(4), torch.tensor(sizes)),
-        marks=marks,
-        before=before,
+        scores=scores,
+        old_log_probs=before,
     )
     found = loss.value(config, policy, None, batch)
     wanted, at = torch.zeros((), dtype=torch.float64), 0

@@ -196,7 +196,7 @@ def test_kto(trl: Any, shift: float) -> None:
         "input_ids": torch.zeros_like(completion, dtype=torch.int64),
         "attention_mask": torch.ones_like(completion),
         "completion_mask": completion,
-        "label": given.batch.marks.bool(),
+        "label": given.batch.scores.bool(),
         "ref_logps": (given.reference * given.mask).sum(1),
         "ref_KL_logps": torch.zeros_like(z0),
     }
@@ -213,8 +213,8 @@ def rewarded(seed: int, drift: float) -> tuple[Answers, Tensor, Tensor]:
     given = answers(seed)
     draw = torch.Generator().manual_seed(seed)
     before = given.policy.detach() + drift * torch.randn(given.policy.shape, generator=draw, dtype=torch.float64)
-    marks = torch.randn(len(given.mask), generator=draw)
-    return replace(given, batch=replace(given.batch, marks=marks, before=given.rows(before))), before, marks
+    scores = torch.randn(len(given.mask), generator=draw)
+    return replace(given, batch=replace(given.batch, scores=scores, old_log_probs=given.rows(before))), before, scores
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.2])
@@ -228,7 +228,7 @@ def rewarded(seed: int, drift: float) -> tuple[Answers, Tensor, Tensor]:
     ],
 )
 def test_grpo_and_gspo(trl: Any, kind: str, level: str, options: dict[str, Any], kl: float) -> None:
-    given, before, marks = rewarded(5, drift=0.3)
+    given, before, scores = rewarded(5, drift=0.3)
     zeros = torch.zeros_like(before)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=PLACE, aux_loss_enabled=False, top_entropy_quantile=1.0,
@@ -239,11 +239,11 @@ def test_grpo_and_gspo(trl: Any, kind: str, level: str, options: dict[str, Any],
         _get_per_token_logps_and_entropies=lambda *_, **__: (given.policy, zeros, None),
     )  # fmt: skip
     inputs = {
-        "prompt_ids": torch.zeros(len(marks), 1, dtype=torch.int64),
-        "prompt_mask": torch.ones(len(marks), 1),
+        "prompt_ids": torch.zeros(len(scores), 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(len(scores), 1),
         "completion_ids": torch.zeros_like(before, dtype=torch.int64),
         "completion_mask": given.mask.double(),
-        "advantages": marks.double(),
+        "advantages": scores.double(),
         "old_per_token_logps": before,
         "ref_per_token_logps": given.reference,
     }
@@ -252,7 +252,7 @@ def test_grpo_and_gspo(trl: Any, kind: str, level: str, options: dict[str, Any],
 
 
 def test_rloo(trl: Any) -> None:
-    given, before, marks = rewarded(6, drift=0.05)
+    given, before, scores = rewarded(6, drift=0.05)
     zeros = torch.zeros_like(before)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=PLACE, aux_loss_enabled=False, epsilon_low=0.2,
@@ -261,11 +261,11 @@ def test_rloo(trl: Any) -> None:
         _get_per_token_logps_and_entropies=lambda *_, **__: (given.policy, zeros, None),
     )  # fmt: skip
     inputs = {
-        "prompt_ids": torch.zeros(len(marks), 1, dtype=torch.int64),
-        "prompt_mask": torch.ones(len(marks), 1),
+        "prompt_ids": torch.zeros(len(scores), 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(len(scores), 1),
         "completion_ids": torch.zeros_like(before, dtype=torch.int64),
         "completion_mask": given.mask.double(),
-        "advantages": marks.double(),
+        "advantages": scores.double(),
         "old_logps": (before * given.mask).sum(1),
     }
     wanted = with_gradient(trl.rloo._compute_loss(trainer, None, inputs), given.policy)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.attach import attachment, hosts, trainable
+from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.optim.adalomo import AdaLomo, AdaLomoConfig
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.callback import Policy, Training
+from graftlm.training.callback import Callback
+from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
@@ -18,7 +19,7 @@ BATCHES = [pack(examples(seed=n), 60) for n in range(3)]
 RATE = 0.01
 
 
-class ByTheEquations(Policy):
+class ByTheEquations(Callback):
     """The same on gradients that wait for the end of the backward pass."""
 
     def __init__(self, sizes: dict[str, float]) -> None:
@@ -26,7 +27,7 @@ class ByTheEquations(Policy):
         self.sizes, self.kept = sizes, dict[str, Any]()
 
     @torch.no_grad()
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: TrainingState) -> None:
         t = training.done
         beta = 1 - t**-0.8
         for name, p in trainable(training.model).items():
@@ -59,7 +60,7 @@ def test_its_steps_are_those_of_the_paper(method: str) -> None:
             weight = host.get_submodule("base").weight
             sizes[f"{site}.deltas.default.D"] = float((weight.detach() ** 2).mean()) ** 0.5
     nothing = torch.optim.SGD(trainable(other).values(), lr=0.0)
-    state = Training(other, attachment(other).configs, nothing, total=4, seed=3)
+    state = TrainingState(other, attachment(other).configs, nothing, total=4, seed=3)
     run(state, [ByTheEquations(sizes)], BATCHES)
     for (name, p), q in zip(trainable(model).items(), trainable(other).values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)

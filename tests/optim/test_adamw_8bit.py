@@ -6,7 +6,7 @@ from torch import nn
 
 from graftlm.errors import TrainingError
 from graftlm.optim.adamw_8bit import AdamW8bit, AdamW8bitConfig
-from graftlm.training.callback import ParameterGroup
+from graftlm.training.state import ParameterGroup
 
 pytest.importorskip("bitsandbytes")
 
@@ -15,7 +15,7 @@ def test_it_stays_near_adamw() -> None:
     torch.manual_seed(0)
     start = torch.randn(64, 128)
     p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    ours = AdamW8bit(AdamW8bitConfig()).optimiser([ParameterGroup({"p": p}, 0.01)], weight_decay=0.1)
+    ours = AdamW8bit(AdamW8bitConfig()).make([ParameterGroup({"p": p}, 0.01)], weight_decay=0.1)
     adamw = torch.optim.AdamW([q], lr=0.01, weight_decay=0.1)
     slope = torch.randn(64, 128)
     for _ in range(10):
@@ -31,6 +31,6 @@ def test_it_stays_near_adamw() -> None:
 
 def test_paged_moments_want_a_gpu() -> None:
     with pytest.raises(TrainingError, match="paged is for GPUs"):
-        AdamW8bit(AdamW8bitConfig(paged=True)).optimiser(
+        AdamW8bit(AdamW8bitConfig(paged=True)).make(
             [ParameterGroup({"p": nn.Parameter(torch.ones(2))}, 0.1)], weight_decay=0
         )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graftlm.optim.coap import Coap, CoapConfig, corrected
-from graftlm.training.callback import ParameterGroup
+from graftlm.training.state import ParameterGroup
 
 
 def objective(P: torch.Tensor, M: torch.Tensor, G: torch.Tensor) -> float:
@@ -36,15 +36,15 @@ def test_a_correction_goes_down_the_objective(size: float) -> None:
 def test_when_directions_change_and_how(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(shape))
-    optimiser = Coap(CoapConfig(rank=3, every=2, factor=2)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
-    state, before = optimiser.state[p], None
+    optimizer = Coap(CoapConfig(rank=3, every=2, factor=2)).make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+    state, before = optimizer.state[p], None
     for step in range(9):
         G = torch.randn(shape)
         G = G if shape[0] < shape[1] else G.T
         if step:
             before, M = state["P"].clone(), state["M"].clone()
         p.grad = G.clone() if shape[0] < shape[1] else G.T.clone()
-        optimiser.step()
+        optimizer.step()
         P = state["P"]
         if before is None:
             U = torch.linalg.svd(G)[0][:, :3]

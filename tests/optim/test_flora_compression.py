@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.optim.flora_compression import FloraCompression, FloraCompressionConfig, FloraOptimiser
-from graftlm.training.callback import ParameterGroup
+from graftlm.optim.flora_compression import FloraCompression, FloraCompressionConfig, FloraOptimizer
+from graftlm.training.state import ParameterGroup
 
 
-def optimiser_of(p: nn.Parameter, **options: object) -> FloraOptimiser:
-    policy = FloraCompression(FloraCompressionConfig(**options))  # type: ignore[arg-type]
-    made = policy.optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
-    assert isinstance(made, FloraOptimiser)
+def optimizer_of(p: nn.Parameter, **options: object) -> FloraOptimizer:
+    callback = FloraCompression(FloraCompressionConfig(**options))  # type: ignore[arg-type]
+    made = callback.make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+    assert isinstance(made, FloraOptimizer)
     return made
 
 
@@ -35,8 +35,8 @@ def test_its_steps_are_those_of_the_paper(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(7)]
     p = nn.Parameter(start.clone())
-    optimiser = optimiser_of(p, rank=4, every=3)
-    A = [optimiser.directions("p", period, 10) for period in range(3)]
+    optimizer = optimizer_of(p, rank=4, every=3)
+    A = [optimizer.directions("p", period, 10) for period in range(3)]
     assert all(tuple(a.shape) == (4, 10) for a in A)
     assert not torch.equal(A[0], A[1])
 
@@ -53,7 +53,7 @@ def test_its_steps_are_those_of_the_paper(shape: tuple[int, int]) -> None:
         W -= 0.1 * cut(U if wide else U.T)
     for G in gradients:
         p.grad = G.clone()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(p.detach(), W, rtol=1e-4, atol=1e-5)
 
 
@@ -65,9 +65,9 @@ def test_in_the_mean_it_is_a_momentum_of_full_size() -> None:
     total, count = torch.zeros(10, 24), 3000
     p = nn.Parameter(torch.zeros(10, 24))
     for seed in range(count):
-        optimiser = optimiser_of(p, rank=4, every=1000)
-        optimiser.seed = seed
-        A = optimiser.directions("p", 0, 10)
+        optimizer = optimizer_of(p, rank=4, every=1000)
+        optimizer.seed = seed
+        A = optimizer.directions("p", 0, 10)
         total += 0.1 * two + 0.9 * A.T @ (0.1 * A @ one)
     error = (total / count - wanted).norm() / (0.09 * one).norm()
     assert float(error) < 5 * ((10 + 1) / 4 / count) ** 0.5
@@ -75,12 +75,12 @@ def test_in_the_mean_it_is_a_momentum_of_full_size() -> None:
 
 def test_what_is_small_has_a_momentum_of_full_size() -> None:
     p = nn.Parameter(torch.zeros(3, 20))
-    optimiser = optimiser_of(p, rank=3)
+    optimizer = optimizer_of(p, rank=3)
     gradients = [torch.randn(3, 20) for _ in range(3)]
     M, W = torch.zeros(3, 20), torch.zeros(3, 20)
     for G, N in zip(gradients, scaled(gradients), strict=True):
         M = 0.9 * M + 0.1 * N
         W -= 0.1 * cut(M)
         p.grad = G.clone()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(p.detach(), W, rtol=1e-4, atol=1e-6)

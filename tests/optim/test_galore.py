@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.callbacks import POLICIES
 from graftlm.optim.coap import Coap, CoapConfig
 from graftlm.optim.galore import Galore, GaloreConfig
-from graftlm.training.callback import ParameterGroup
+from graftlm.training.state import ParameterGroup
+from tests.callbacks.tables import TABLE
 
 
 def by_svd(W: torch.Tensor, gradients: list[torch.Tensor], r: int, every: int, scale: float, rate: float) -> None:
@@ -34,12 +34,12 @@ def test_its_steps_are_those_of_the_paper(shape: tuple[int, int]) -> None:
     W = start.clone()
     by_svd(W, gradients, 4, 6, 0.25, 0.1)
     p = nn.Parameter(start.clone())
-    optimiser = Galore(GaloreConfig(rank=4, every=6)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+    optimizer = Galore(GaloreConfig(rank=4, every=6)).make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     for G in gradients:
         p.grad = G.clone()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(p.detach(), W, rtol=1e-4, atol=1e-5)
-    assert {tuple(t.shape) for t in optimiser.state[p].values() if torch.is_tensor(t)} == {
+    assert {tuple(t.shape) for t in optimizer.state[p].values() if torch.is_tensor(t)} == {
         (min(shape), 4),
         (4, max(shape)),
     }
@@ -51,27 +51,25 @@ def test_the_projection_is_taken_anew() -> None:
     torch.manual_seed(0)
     gradients = [torch.rand(6, 9) + 0.1 for _ in range(3)]
     p = nn.Parameter(torch.zeros(6, 9))
-    optimiser = Galore(GaloreConfig(rank=1, every=1, scale=1.0)).optimiser(
-        [ParameterGroup({"p": p}, 0.1)], weight_decay=0.0
-    )
+    optimizer = Galore(GaloreConfig(rank=1, every=1, scale=1.0)).make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     for G in gradients:
         p.grad = G.clone()
-        optimiser.step()
+        optimizer.step()
         u = torch.linalg.svd(G)[0][:, 0]
-        torch.testing.assert_close(optimiser.state[p]["P"][:, 0].abs(), u.abs(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(optimizer.state[p]["P"][:, 0].abs(), u.abs(), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_small_keeps_adam() -> None:
     torch.manual_seed(0)
     p, q = nn.Parameter(torch.randn(3, 20)), nn.Parameter(torch.randn(7))
     same = [nn.Parameter(t.detach().clone()) for t in (p, q)]
-    optimiser = Galore(GaloreConfig(rank=3)).optimiser([ParameterGroup({"p": p, "q": q}, 0.1)], weight_decay=0.1)
+    optimizer = Galore(GaloreConfig(rank=3)).make([ParameterGroup({"p": p, "q": q}, 0.1)], weight_decay=0.1)
     adam = torch.optim.AdamW(same, lr=0.1, weight_decay=0.1)
     for _ in range(3):
         for ours, theirs in zip((p, q), same, strict=True):
             ours.grad = torch.randn(ours.shape)
             theirs.grad = ours.grad.clone()
-        optimiser.step()
+        optimizer.step()
         adam.step()
     torch.testing.assert_close(p, same[0])
     torch.testing.assert_close(q, same[1])
@@ -79,17 +77,17 @@ def test_what_is_small_keeps_adam() -> None:
 
 def test_a_gradient_of_zero_gives_no_projection() -> None:
     p = nn.Parameter(torch.ones(5, 8))
-    optimiser = Galore(GaloreConfig(rank=2)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+    optimizer = Galore(GaloreConfig(rank=2)).make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     p.grad = torch.zeros(5, 8)
-    optimiser.step()
-    assert not optimiser.state[p]
+    optimizer.step()
+    assert not optimizer.state[p]
     assert torch.equal(p.detach(), torch.ones(5, 8))
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-@pytest.mark.parametrize("policy", [GaloreConfig(rank=4, every=2), CoapConfig(rank=4, every=2, factor=2)])
+@pytest.mark.parametrize("callback", [GaloreConfig(rank=4, every=2), CoapConfig(rank=4, every=2, factor=2)])
 def test_the_signs_of_singular_vectors_do_not_matter(
-    policy: Any, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    callback: Any, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another library of linear algebra gives other signs: here at random, over several new P."""
     found = []
@@ -100,7 +98,7 @@ def test_the_signs_of_singular_vectors_do_not_matter(
             random = torch.randint(2, (P.shape[1],), generator=signs) * 2.0 - 1
             return P if seed is None else P * random.to(P)
 
-        made = POLICIES[policy.name].policy(policy)
+        made = TABLE[callback.name].callback(callback)
         renew = made.renew
 
         def renewed(state: dict[str, Any], G: torch.Tensor, renew: Any = renew, flipped: Any = flipped) -> None:
@@ -112,17 +110,17 @@ def test_the_signs_of_singular_vectors_do_not_matter(
         monkeypatch.setattr(made, "renew", renewed)
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
-        optimiser = made.optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+        optimizer = made.make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
         common = torch.randn(shape, dtype=torch.float64)  # gradients that have something to do with each other
         for _ in range(7):
             p.grad = common + 0.3 * torch.randn(shape, dtype=torch.float64)
-            optimiser.step()
+            optimizer.step()
         found.append(p.detach().clone())
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
 
 
 def test_by_default_projected_matrices_have_the_rate_of_the_method() -> None:
-    policy = Galore(GaloreConfig(scale=0.25))
-    assert policy.default_rate(1e-3) * 0.25 == pytest.approx(1e-3)
+    callback = Galore(GaloreConfig(scale=0.25))
+    assert callback.default_rate(1e-3) * 0.25 == pytest.approx(1e-3)
     assert Coap(CoapConfig()).default_rate(1e-3) == pytest.approx(1e-3)

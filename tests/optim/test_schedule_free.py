@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.optim.schedule_free import ScheduleFree, ScheduleFreeConfig
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.adamw import warmup_cosine
-from graftlm.training.callback import ParameterGroup
+from graftlm.training.schedule import warmup_cosine
+from graftlm.training.state import ParameterGroup
 from tests.callbacks.test_callbacks import run, training
 from tests.training.test_loop import examples
 
@@ -34,15 +34,15 @@ def test_its_steps_are_those_of_the_paper() -> None:
         c = max(rates[:t]) ** 2 / total
         x = (1 - c) * x + c * z
     p = nn.Parameter(start.clone())
-    policy = ScheduleFree(ScheduleFreeConfig())
-    optimiser = policy.optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
-    optimiser.train()  # type: ignore[attr-defined]
+    callback = ScheduleFree(ScheduleFreeConfig())
+    optimizer = callback.make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+    optimizer.train()  # type: ignore[attr-defined]
     for rate in rates:
-        optimiser.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         p.grad = 2 * (p.detach() - target)
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(p.detach(), 0.1 * z + 0.9 * x)
-    optimiser.eval()  # type: ignore[attr-defined]
+    optimizer.eval()  # type: ignore[attr-defined]
     torch.testing.assert_close(p.detach(), x)
 
 
@@ -55,16 +55,16 @@ def test_rates_rise_and_stay() -> None:
 def test_looking_at_the_mean_changes_no_bit_of_the_run() -> None:
     found = []
     for looks in (False, True):
-        model, policy = perturbed("lora", tiny_model()), ScheduleFree(ScheduleFreeConfig())
-        state = training(model, [policy])
+        model, callback = perturbed("lora", tiny_model()), ScheduleFree(ScheduleFreeConfig())
+        state = training(model, [callback])
         for n in range(3):
-            run(state, [policy], [pack(examples(seed=n), 60)])
+            run(state, [callback], [pack(examples(seed=n), 60)])
             if looks:
                 training_at = [p.detach().clone() for p in trainable(model).values()]
-                with policy.evaluating(state):
+                with callback.evaluating(state):
                     means = [p.detach().clone() for p in trainable(model).values()]
                 assert n == 0 or not all(map(torch.equal, training_at, means))
         found.append([p.detach().clone() for p in trainable(model).values()])
     assert all(map(torch.equal, *found))
-    policy.on_end(state)
+    callback.on_end(state)
     assert all(map(torch.equal, means, [p.detach() for p in trainable(model).values()]))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graftlm.optim.sm3 import Sm3, Sm3Config
-from graftlm.training.callback import ParameterGroup
+from graftlm.training.state import ParameterGroup
 
 
 def element_by_element(W: list[list[float]], gradients: list[list[list[float]]], rate: float, b: float) -> None:
@@ -33,12 +33,12 @@ def test_its_steps_are_those_of_the_paper(momentum: float) -> None:
     W = start.tolist()
     element_by_element(W, [G.tolist() for G in gradients], 0.1, momentum)
     p = nn.Parameter(start.clone())
-    optimiser = Sm3(Sm3Config(momentum=momentum)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+    optimizer = Sm3(Sm3Config(momentum=momentum)).make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     for G in gradients:
         p.grad = G.clone()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor(W), rtol=1e-5, atol=1e-6)
-    assert sum(t.numel() for t in optimiser.state[p].values()) == 3 + 5 + (15 if momentum else 0)
+    assert sum(t.numel() for t in optimizer.state[p].values()) == 3 + 5 + (15 if momentum else 0)
 
 
 @pytest.mark.parametrize("shape", [(6,), ()])
@@ -46,11 +46,11 @@ def test_a_vector_has_the_sum_of_its_squares(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(shape))
     q = nn.Parameter(torch.zeros(shape))
-    optimiser = Sm3(Sm3Config(momentum=0.0)).optimiser([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
+    optimizer = Sm3(Sm3Config(momentum=0.0)).make([ParameterGroup({"p": p}, 0.1)], weight_decay=0.0)
     adagrad = torch.optim.Adagrad([q], lr=0.1, eps=0.0)
     for _ in range(3):
         p.grad = torch.randn(shape)
         q.grad = p.grad.clone()
-        optimiser.step()
+        optimizer.step()
         adagrad.step()
     torch.testing.assert_close(p, q)

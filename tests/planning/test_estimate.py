@@ -18,16 +18,18 @@ from graftlm.deltas import METHODS
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.kernels.cpu import unavailable
-from graftlm.model.hub.load import load_base, load_tokenizer
+from graftlm.model.hub.load import load_base
 from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
-from graftlm.model.layers.attach import attach, hosts, parameters_of, trainable
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.model.layers.attach import attach
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.registry import hosts, parameters_of, trainable
 from graftlm.planning import layers, memory, step_time
 from graftlm.planning.estimate import estimate
 from graftlm.planning.memory import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernel_count, live_bytes
 from graftlm.planning.packs import shape_of
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
 from graftlm.system import kernel_cache_capacity
 from graftlm.testing import save_tiny_base
 from graftlm.testing.deltas import tiny_config
@@ -59,7 +61,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(base_: Path, rows: Path, /, **sections: Any) -> Recipe:
-    tree: dict[str, Any] = {"base": {"name": str(base_), "store": "fp32"}, "data": {"train": str(rows)}}
+    tree: dict[str, Any] = {"base": {"name": str(base_), "dtype": "float32"}, "data": {"train": str(rows)}}
     tree |= {"delta": {"method": "lora", "r": 4}, "train": {"steps": 3, "batch_rows": 6, "pack_tokens": 200}}
     for key, value in sections.items():
         tree[key] = tree.get(key, {}) | value if isinstance(value, dict) and key != "delta" else value
@@ -120,12 +122,12 @@ def exact_activations(made: Recipe) -> float:
 
 def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_path: Path) -> None:
     larger = save_tiny_base(tmp_path / "larger", seed=5, hidden_size=64, num_hidden_layers=LAYERS + 2)
-    loss = {"name": "distillation", "teacher": str(larger), "teacher_store": "fp32"}
+    loss = {"name": "distillation", "teacher": str(larger), "teacher_dtype": "float32"}
     made = recipe(base, rows, loss=loss)
     model, largest = loaded(made)
     assert exact_activations(made) == pytest.approx(live_bytes(made, model, largest), rel=0.02)
     teacher = layers.with_teacher(made, layers.with_deltas(made)[0])
-    real = load_base(str(larger), store="fp32").model
+    real = load_base(str(larger), dtype="float32").model
     assert teacher is not None
     assert teacher.sketch.base_bytes == sum(4 * t.numel() for t in (*real.parameters(), *real.buffers()))
     found = estimate(made)
@@ -137,7 +139,7 @@ def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_p
 
 
 def test_kernels_are_counted_for_every_length_of_a_pack_and_of_a_segment(base: Path, rows: Path) -> None:
-    made = recipe(base, rows, base={"store": "bf16"})
+    made = recipe(base, rows, base={"dtype": "bfloat16"})
     products: set[Any] = set()
     model, largest = loaded(made)
     live_bytes(made, model, largest, products)
@@ -176,7 +178,7 @@ def test_trainable_parameters_are_those_of_a_run_whatever_the_method(name: str, 
     made = sketch(str(base), [0])
     attach(made.model, config, start=False)
     sketched = [(key, p.shape) for key, p in trainable(made.model).items()]
-    model = load_base(str(base), store="fp32").model
+    model = load_base(str(base), dtype="float32").model
     attach(model, config, start=False)
     assert sketched == [(key, p.shape) for key, p in trainable(model).items()]
     assert sum(shape.numel() for _, shape in sketched) == sum(p.numel() for p in parameters_of(model, "default"))
@@ -216,7 +218,7 @@ def test_passes_are_computed_by_the_backend_of_a_run(
         seen.append(settings["backend"])
         return loop.training_pass(model, **settings)
 
-    made = recipe(base, rows, base={"store": "bf16"})
+    made = recipe(base, rows, base={"dtype": "bfloat16"})
     for module in (memory, step_time):
         monkeypatch.setattr(module, "training_pass", spied)
     estimate(replace(made, train=replace(made.train, kernels=kernels)))
@@ -233,9 +235,9 @@ def test_a_backend_that_cannot_compute_is_refused(base: Path, rows: Path) -> Non
 
 
 def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
-    for store in ("fp32", "bf16"):
-        model = load_base(str(base), store=store).model
-        made = sketch(recipe(base, rows, base={"store": store}).base, [0])
+    for dtype in ("float32", "bfloat16"):
+        model = load_base(str(base), dtype=dtype).model
+        made = sketch(recipe(base, rows, base={"dtype": dtype}).base, [0])
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         buffers = sum(b.numel() * b.element_size() for b in model.buffers())
         assert made.base_bytes == weights + buffers
@@ -249,6 +251,19 @@ def test_base_and_deltas_are_counted_by_shape(base: Path, rows: Path) -> None:
         d_in + d_out for d_in, d_out in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     )
     assert sites == 49
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_quantized_is_counted_in_its_dtype(base: Path, rows: Path, dtype: str) -> None:
+    made = recipe(base, rows, base={"dtype": dtype, "quantization": "nf4"}).base
+    model = load_base(made).model
+    tensors = (*model.parameters(), *model.buffers())
+    assert sketch(made, [0]).base_bytes == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=1e-3)
+
+
+def test_a_quantized_base_in_float32_is_not_told_to_take_half(base: Path, rows: Path) -> None:
+    found = estimate(recipe(base, rows, base={"dtype": "float32", "quantization": "nf4"}))
+    assert not [text for text in found["advice"] if "base.dtype" in text]
 
 
 def test_layers_are_of_one_kind_where_they_need_the_same(base: Path, rows: Path) -> None:
@@ -275,7 +290,7 @@ def test_where_memory_is_short_the_knobs_are_named(base: Path, rows: Path, monke
     monkeypatch.setattr(estimate_module, "free_gib", lambda device: 0.0)
     monkeypatch.setattr(estimate_module, "LIBRARIES_GIB", 5.0)
     text = " ".join(estimate(recipe(base, rows))["advice"])
-    for knob in ("train.pack_tokens=100", "train.checkpointing=true", "base.store=bf16"):
+    for knob in ("train.pack_tokens=100", "train.checkpointing=true", "base.dtype=bfloat16"):
         assert knob in text
 
 
@@ -289,14 +304,14 @@ def test_where_memory_is_ample_waste_is_named(base: Path, rows: Path, monkeypatc
 @pytest.mark.parametrize(
     "kind", ["phi3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt2", "mixtral"))]
 )
-def test_a_plan_says_what_the_deltas_and_the_codes_of_the_whole_base_reach(
+def test_a_plan_says_what_the_deltas_and_the_quantization_of_the_whole_base_reach(
     kind: str, rows: Path, tmp_path: Path
 ) -> None:
     targets = {"gpt2": ["c_attn.q"], "phi3": ["qkv_proj.q", "gate_up_proj.up"], "mixtral": "all-linear"}
     more: dict[str, Any] = {"num_local_experts": 4} if kind == "mixtral" else {}
     folder = save_tiny_base(tmp_path / "base", model_type=kind, num_hidden_layers=LAYERS, **more)
     delta = {"method": "lora", "r": 2, "targets": targets[kind]}
-    made = recipe(folder, rows, base={"name": str(folder), "store": "nf4"}, delta=delta)
+    made = recipe(folder, rows, base={"name": str(folder), "quantization": "nf4"}, delta=delta)
     found = estimate(made)
     model = load_base(made.base).model
     attach(model, made.all_deltas()["default"])

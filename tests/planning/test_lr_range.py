@@ -15,21 +15,21 @@ from graftlm.config.schema import build
 from graftlm.data.batches.pack import lay_out
 from graftlm.errors import TrainingError
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.planning import lr_range
 from graftlm.planning.lr_range import STEPS, Trial, lr_range_test, suggestion
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
-from graftlm.training.phases import attach_deltas, plan_batches
+from graftlm.training.phases import attach_deltas, make_batches
 
 RATES = [10 ** (-6 + 6 * i / (STEPS - 1)) for i in range(STEPS)]
 
 
 def recipe(base: Path, rows: Path, **train: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "train": {"steps": 4, "batch_rows": 4, "seed": 3, **train},
@@ -108,7 +108,7 @@ def test_its_noise_is_that_of_the_gradients_of_the_steps(
     tree = replace(tree, train=replace(tree.train, steps=12))
     model, tokenizer = load_base(tree.base)
     examples = prepare_data(tree, tokenizer).examples
-    plan = plan_batches(tree.train, examples)
+    plan = make_batches(tree.train, examples)
     attach_deltas(tree, model, examples, plan)
     gradients = []
     for batch in plan:
@@ -128,7 +128,7 @@ def test_an_objective_that_compares_answers_is_tested_by_its_own_loss(base_folde
     pairs = [{"prompt": f"question {n}", "chosen": "yes it is", "rejected": f"no {n}"} for n in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tree = {
-        "base": {"name": str(base_folder), "store": "fp32"},
+        "base": {"name": str(base_folder), "dtype": "float32"},
         "data": {"train": str(tmp_path / "pairs.jsonl")},
         "loss": "dpo",
         "train": {"batch_rows": 4},
@@ -140,11 +140,11 @@ def test_an_objective_that_compares_answers_is_tested_by_its_own_loss(base_folde
 
 def test_several_deltas_are_tested_together_and_keep_their_ratio(base_folder: Path, rows: Path) -> None:
     tree = {
-        "base": {"name": str(base_folder), "store": "fp32"},
+        "base": {"name": str(base_folder), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "deltas": {"low": {"method": "lora", "r": 4}, "biases": {"method": "bitfit"}},
         "train": {"batch_rows": 4, "in_turn": True},
-        "policies": ["lora-plus"],
+        "callbacks": ["lora-plus"],
     }
     assert len(lr_range_test(build(Recipe, tree, source="test"), count=20)["steps"]) == 20
 
@@ -160,7 +160,7 @@ def test_the_command_prints_and_draws(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(
-        f"base: {{name: {base_folder}, store: fp32}}\ndata: {{train: {rows}}}\ntrain: {{batch_rows: 4}}\n"
+        f"base: {{name: {base_folder}, dtype: float32}}\ndata: {{train: {rows}}}\ntrain: {{batch_rows: 4}}\n"
     )
     text = CliRunner().invoke(cli.app, ["lr-range", "recipe.yaml"])
     assert text.exit_code == 0, text.output

@@ -20,17 +20,17 @@ from graftlm.data.batches.prompts import Prompt
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.rl.config import FEEDBACK, material, score
-from graftlm.rl.rewards import Said
+from graftlm.rl.config import FEEDBACK, score, training_group
+from graftlm.rl.rewards import Completion
 from graftlm.rl.rollouts import Sampler
-from graftlm.run import prepare_data
 from graftlm.testing import save_tiny_base
 from graftlm.training import loop
-from graftlm.training.phases import attach_deltas, packs_of, turns
-from tests.training.test_preferences import steps_of, written
+from graftlm.training.phases import attach_deltas, phases
+from tests.training.test_preferences import count_steps, written
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
 
@@ -57,11 +57,11 @@ def scorer(file: Path, source: str = LETTERS) -> dict[str, str]:
 
 def recipe(base: Path, rows: Path, loss: Any = "policy-gradient", **sections: dict[str, Any]) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 3},
         "delta": {"method": "lora", "r": 4},
         "loss": loss,
-        "online": {"scorer": scorer(rows.parent / "letters.py"), "samples": 4, "max_new_tokens": 6, "at_once": 6},
+        "rl": {"scorer": scorer(rows.parent / "letters.py"), "samples": 4, "max_new_tokens": 6, "at_once": 6},
         "train": {"steps": 6, "batch_rows": 3, "seed": 3, "learning_rate": 0.01, "save_every": 2},
         "report": {"samples": 1, "answers": 2, "max_new_tokens": 4},
     }
@@ -71,23 +71,23 @@ def recipe(base: Path, rows: Path, loss: Any = "policy-gradient", **sections: di
 
 
 def prepared(made: Recipe) -> tuple[Any, Any, Any, list[list[int]]]:
-    """(model with its deltas, the one turn, the prompts, the plan), the deltas moved from where they start."""
+    """(model with its deltas, the one phase, the prompts, the plan), the deltas moved from where they start."""
     model, tokenizer = load_base(made.base)
     examples = prepare_data(made, tokenizer).examples
     plan = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    attach_deltas(made, model, examples, plan)
+    attach_deltas(made.setup(), model, examples, plan)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model, next(turns(made, model, len(plan))), examples, plan
+    return model, next(phases(made.setup(), model, len(plan))), examples, plan
 
 
 def sampled(made: Recipe) -> tuple[Any, Any, list[Example | Group]]:
-    """(model, turn, the rows of the first step)"""
-    model, turn, examples, plan = prepared(made)
-    (policy,) = (p for p in turn.policies if isinstance(p, Sampler))
-    return model, turn, policy.rows(turn.training, 0, lambda n: [examples[i] for i in plan[n]], len(plan))
+    """(model, phase, the rows of the first step)"""
+    model, phase, examples, plan = prepared(made)
+    (sampler,) = (p for p in phase.callbacks if isinstance(p, Sampler))
+    return model, phase, sampler.rows(phase.training, 0, lambda n: [examples[i] for i in plan[n]], len(plan))
 
 
 # What is trained -------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_the_very_ids_that_were_generated_are_trained_and_nothing_else(
     base_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, loss: Any
 ) -> None:
     """Ids that no tokenizer would make of their text; one answer ends, and one is cut."""
-    made = recipe(base_folder, prompts, loss, online={"samples": 2})
+    made = recipe(base_folder, prompts, loss, rl={"samples": 2})
     tokenizer = load_base(made.base).tokenizer
     letters = [tokenizer.convert_tokens_to_ids(c) for c in "the"]
     assert tokenizer("the")["input_ids"] != letters, "the tokenizer would write it otherwise"
@@ -114,7 +114,7 @@ def test_the_very_ids_that_were_generated_are_trained_and_nothing_else(
             yield i, answers[len(seen) % 2]
 
     monkeypatch.setattr(sampler_module, "generate", fake)
-    _, turn, rows = sampled(made)
+    _, phase, rows = sampled(made)
     found = [answer for row in rows for answer in row.answers]
     assert found
     for example in found:
@@ -124,8 +124,8 @@ def test_the_very_ids_that_were_generated_are_trained_and_nothing_else(
         assert trained.tolist() == list(range(begin, len(example.ids))), "every token of the answer, and no other"
         assert example.ids[begin:].tolist() in answers
         assert set(example.weights[begin:].tolist()) == {1.0}
-    assert turn.training.metrics["cut"] == 0.5
-    assert turn.training.metrics["answer_tokens"] == 5.0
+    assert phase.training.metrics["cut"] == 0.5
+    assert phase.training.metrics["answer_tokens"] == 5.0
     text = tokenizer.decode(seen[0])
     assert text.endswith("<|im_start|>assistant\n")
     assert text.count("<|im_start|>user") == 1
@@ -134,7 +134,7 @@ def test_the_very_ids_that_were_generated_are_trained_and_nothing_else(
 def test_what_scorers_see(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = written(tmp_path / "rows.jsonl", [{"prompt": f"ask {n}", "completion": f"b{n}"} for n in range(9)])
     made = recipe(base_folder, rows, data={"held_out": 0})
-    heard: list[Said] = []
+    heard: list[Completion] = []
     monkeypatch.setattr(
         sampler_module,
         "make_scorer",
@@ -151,8 +151,8 @@ def test_what_scorers_see(base_folder: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_the_answers_know_how_likely_they_were(base_folder: Path, prompts: Path) -> None:
     """Against plain logits; and the ratio at the first step of a round is 1."""
-    made = recipe(base_folder, prompts, online={"steps_per_round": 2})
-    model, turn, rows = sampled(made)
+    made = recipe(base_folder, prompts, rl={"steps_per_round": 2})
+    model, phase, rows = sampled(made)
     for host in model.modules():
         host.eval()
     for group in rows:
@@ -163,18 +163,18 @@ def test_the_answers_know_how_likely_they_were(base_folder: Path, prompts: Path)
                 plain = model(ids[None]).logits[0].log_softmax(-1)
             trained = torch.from_numpy(np.flatnonzero(answer.weights))
             wanted = plain[trained - 1, ids[trained]]
-            assert answer.before is not None
-            assert (torch.from_numpy(answer.before)[trained] - wanted).abs().max() < 1e-5
+            assert answer.old_log_probs is not None
+            assert (torch.from_numpy(answer.old_log_probs)[trained] - wanted).abs().max() < 1e-5
         pack = collate([group], share=True)
         with loop.training_pass(model, packed=True), torch.no_grad():
-            assert ((log_probs(model, pack) - pack.before).exp() - 1).abs().max() < 1e-5
+            assert ((log_probs(model, pack) - pack.old_log_probs).exp() - 1).abs().max() < 1e-5
 
 
 def test_generation_draws_from_the_distribution_that_is_trained(
     base_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What generate() itself computed for each token that it drew is what the training pass computes."""
-    made = recipe(base_folder, prompts, online={"steps_per_round": 2})
+    made = recipe(base_folder, prompts, rl={"steps_per_round": 2})
     drawn: list[Tensor] = []
     multinomial = torch.multinomial
 
@@ -189,25 +189,25 @@ def test_generation_draws_from_the_distribution_that_is_trained(
     by_generation = torch.cat(drawn)
     for group in rows:
         for answer in group.answers:
-            for value in answer.before[answer.weights > 0]:  # type: ignore[index]
+            for value in answer.old_log_probs[answer.weights > 0]:  # type: ignore[index]
                 assert (by_generation - value).abs().min() < 1e-5
 
 
 def test_the_gradient_of_a_step_is_that_of_a_plain_loss(base_folder: Path, prompts: Path) -> None:
     made = recipe(base_folder, prompts, train={"clip": 1e9})
-    model, turn, examples, plan = prepared(made)
+    model, phase, examples, plan = prepared(made)
     kept: dict[str, Tensor] = {}
     answered: list[Any] = []
-    (policy,) = (p for p in turn.policies if isinstance(p, Sampler))
-    rows_of = policy.rows
-    policy.rows = lambda *a: answered.append(rows_of(*a)) or answered[-1]  # type: ignore[method-assign]
+    (sampler,) = (p for p in phase.callbacks if isinstance(p, Sampler))
+    rows_of = sampler.rows
+    sampler.rows = lambda *a: answered.append(rows_of(*a)) or answered[-1]  # type: ignore[method-assign]
 
     def keep(*_: Any, **__: Any) -> None:
         kept.update({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
 
-    turn.training.optimiser.step = keep  # type: ignore[method-assign]
-    next(iter(turn.steps(made, examples, plan, 0)))
-    renderer, wanted = policy.renderer, torch.tensor(0.0)
+    phase.training.optimizer.step = keep  # type: ignore[method-assign]
+    next(iter(phase.steps(examples, plan, 0)))
+    renderer, wanted = sampler.renderer, torch.tensor(0.0)
     count = sum(len(group.answers) for group in answered[0])
     assert count > 4
     for group in answered[0]:
@@ -240,26 +240,26 @@ FOUR = [example(5, n) for n in (10, 11, 12, 13)]
 
 
 def of(name: str, rewards: Sequence[float | None], **options: Any) -> Any:
-    return material(LOSSES[name].config(**options), FOUR, rewards)
+    return training_group(LOSSES[name].config(**options), FOUR, rewards)
 
 
 def test_what_becomes_of_rewards() -> None:
     assert of("supervised", [1.0, 3.0, 3.0, 2.0]) is FOUR[1]
     pair = of("dpo", [1.0, 3.0, 0.5, 2.0])
     assert (pair.answers, pair.pairs) == ((FOUR[1], FOUR[2]), ((0, 1),))
-    assert of("kto", [1.0, 3.0, 2.0, 2.0]).marks == (0.0, 1.0)
+    assert of("kto", [1.0, 3.0, 2.0, 2.0]).scores == (0.0, 1.0)
     assert of("kto", [1.0, 3.0, 2.0, 2.0]).answers == (FOUR[0], FOUR[1])
-    assert of("sppo", [1.0, 3.0, 3.0, 0.0]).marks == pytest.approx((1 / 3, 2.5 / 3, 2.5 / 3, 0.0))
-    assert of("dro", [1.0, 1.0, 1.0, 1.0]).marks == (1.0, 1.0, 1.0, 1.0)
-    found = of("policy-gradient", [1.0, 3.0, 2.0, 6.0], baseline="leave-one-out").marks
+    assert of("sppo", [1.0, 3.0, 3.0, 0.0]).scores == pytest.approx((1 / 3, 2.5 / 3, 2.5 / 3, 0.0))
+    assert of("dro", [1.0, 1.0, 1.0, 1.0]).scores == (1.0, 1.0, 1.0, 1.0)
+    found = of("policy-gradient", [1.0, 3.0, 2.0, 6.0], baseline="leave-one-out").scores
     assert found == pytest.approx((1 - 11 / 3, 3 - 3, 2 - 10 / 3, 6 - 2))
-    assert of("policy-gradient", [1.0, 3.0, 2.0, 6.0], baseline="mean").marks == pytest.approx((-2, 0, -1, 3))
-    large = of("policy-gradient", [1e6 + 1, 1e6 + 3, 1e6 + 2, 1e6 + 6], baseline="mean").marks
+    assert of("policy-gradient", [1.0, 3.0, 2.0, 6.0], baseline="mean").scores == pytest.approx((-2, 0, -1, 3))
+    large = of("policy-gradient", [1e6 + 1, 1e6 + 3, 1e6 + 2, 1e6 + 6], baseline="mean").scores
     assert large == pytest.approx((-2, 0, -1, 3))
 
 
 def test_answers_that_nobody_can_judge_are_left_out() -> None:
-    assert of("policy-gradient", [None, 3.0, 1.0, None], baseline="mean").marks == (1.0, -1.0)
+    assert of("policy-gradient", [None, 3.0, 1.0, None], baseline="mean").scores == (1.0, -1.0)
     assert of("policy-gradient", [None, 3.0, 1.0, None]).answers == (FOUR[1], FOUR[2])
     assert of("supervised", [None, None, 1.0, None]) is None
     assert of("dpo", [None] * 4) is None
@@ -276,7 +276,7 @@ def test_every_loss_that_needs_feedback_says_what_it_makes_of_rewards() -> None:
 
 
 def test_a_reward_that_is_not_finite_is_an_error_that_names_the_row() -> None:
-    said = [Said([], "a", None, False, "f:1"), Said([], "b", None, False, "f:2")]
+    said = [Completion([], "a", None, False, "f:1"), Completion([], "b", None, False, "f:2")]
     with pytest.raises(TrainingError, match=r"not finite:\n  f:2: nan for 'b'"):
         score(lambda some: [1.0, float("nan")], said)
     with pytest.raises(TrainingError, match="1 rewards for 2 answers"):
@@ -298,10 +298,10 @@ def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_tiny_model_learns_what_is_rewarded(lively: Path, prompts: Path, tmp_path: Path, loss: Any) -> None:
     made = recipe(
         lively, prompts, loss,
-        online={"samples": 8, "at_once": 48}, train={"steps": 25, "batch_rows": 6, "learning_rate": 0.01},
+        rl={"samples": 8, "at_once": 48}, train={"steps": 25, "batch_rows": 6, "learning_rate": 0.01},
     )  # fmt: skip
     result = graftlm.train(made, tmp_path / "out")
-    rewards = [step["reward"] for step in steps_of(tmp_path / "out") if "reward" in step]
+    rewards = [step["reward"] for step in count_steps(tmp_path / "out") if "reward" in step]
     assert len(rewards) == 25
     assert sum(rewards[-5:]) > 1.5 * sum(rewards[:5])
     found = result.summary["held_out"]["objective"]
@@ -324,7 +324,7 @@ def test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bytes(
         prompts,
         loss,
         delta={"dropout": 0.2},
-        online={"steps_per_round": length},
+        rl={"steps_per_round": length},
         data={"held_out": 0},
         train={"steps": 4},
     )
@@ -337,7 +337,7 @@ def test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bytes(
     graftlm.train(made, tmp_path / "out", resume=True)
     same(tmp_path / "out", tmp_path / "whole")
     first, second = (
-        [{k: v for k, v in line.items() if k not in ("wall_s", "generate_s")} for line in steps_of(tmp_path / name)]
+        [{k: v for k, v in line.items() if k not in ("wall_s", "generate_s")} for line in count_steps(tmp_path / name)]
         for name in ("out", "whole")
     )
     assert first == second
@@ -347,7 +347,7 @@ def test_a_killed_run_goes_back_to_its_checkpoint_and_to_the_same_bytes(
     base_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After step 3 of a round of 3 + 3, with checkpoints at 2 and 4: nothing is saved at the end."""
-    made = recipe(base_folder, prompts, online={"steps_per_round": 3}, data={"held_out": 0})
+    made = recipe(base_folder, prompts, rl={"steps_per_round": 3}, data={"held_out": 0})
     graftlm.train(made, tmp_path / "whole")
     for dies_at in (2, 4):
         out, count, rows_of = tmp_path / f"out-{dies_at}", [0], Sampler.rows
@@ -379,7 +379,7 @@ def test_answers_differ_from_step_to_step_though_the_prompts_come_again(
 ) -> None:
     rows = written(tmp_path / "rows.jsonl", [{"prompt": "say a word"}, {"prompt": "say two"}])
     made = recipe(
-        base_folder, rows, online={"steps_per_round": 2}, data={"held_out": 0},
+        base_folder, rows, rl={"steps_per_round": 2}, data={"held_out": 0},
         train={"batch_rows": 2, "steps": 4, "learning_rate": 1e-9},
     )  # fmt: skip
     found: list[list[list[int]]] = []
@@ -404,7 +404,7 @@ def test_how_a_step_is_packed_changes_nothing(base_folder: Path, prompts: Path, 
         )
         graftlm.train(made, tmp_path / str(number))
         results.append(
-            (load_file(tmp_path / str(number) / "adapter_model.safetensors"), steps_of(tmp_path / str(number)))
+            (load_file(tmp_path / str(number) / "adapter_model.safetensors"), count_steps(tmp_path / str(number)))
         )
     for adapter, steps in results[1:]:
         for key, tensor in results[0][0].items():
@@ -420,12 +420,12 @@ def test_steps_without_a_signal_change_nothing_and_are_told(base_folder: Path, p
     made = recipe(
         base_folder,
         prompts,
-        online={"scorer": scorer(tmp_path / "late.py", source)},
+        rl={"scorer": scorer(tmp_path / "late.py", source)},
         data={"held_out": 0},
         train={"steps": 5},
     )
     graftlm.train(made, tmp_path / "out")
-    lines = steps_of(tmp_path / "out")
+    lines = count_steps(tmp_path / "out")
     skipped = [line for line in lines if line.get("event") == "skipped"]
     assert [line["step"] for line in skipped] == [1, 2]
     assert all(line["why"] == f"step {line['step']} has nothing to learn from" for line in skipped)
@@ -440,7 +440,7 @@ def test_a_run_in_which_nothing_is_ever_better_ends_as_it_began(
     base_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
     pattern = {"by": "pattern", "pattern": "this will never be said"}
-    made = recipe(base_folder, prompts, train={"steps": 4}, online={"scorer": pattern})
+    made = recipe(base_folder, prompts, train={"steps": 4}, rl={"scorer": pattern})
     result = graftlm.train(made, tmp_path / "out")
     assert result.summary["train"]["steps"] == 0
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -475,7 +475,7 @@ def test_rows_with_answers_are_held_out_as_ever(base_folder: Path, tmp_path: Pat
 def a_run(base: Path, rows: Path, loss: Any, length: int, out: Path, shard: str) -> float:
     made = recipe(
         base, rows, loss,
-        online={"steps_per_round": length}, train={"shard": shard, "steps": 4, "learning_rate": 1e-3},
+        rl={"steps_per_round": length}, train={"shard": shard, "steps": 4, "learning_rate": 1e-3},
     )  # fmt: skip
     reward: float = graftlm.train(made, out).summary["held_out"]["objective"]["tuned"]["reward"]
     return reward
@@ -491,7 +491,7 @@ def test_two_ranks_are_one(
     one = a_run(base_folder, prompts, loss, length, tmp_path / "one", "none")
     two = together(2, a_run, base_folder, prompts, loss, length, tmp_path / "two", shard)
     assert two == [one, one]
-    for mine, wanted in zip(steps_of(tmp_path / "two"), steps_of(tmp_path / "one"), strict=True):
+    for mine, wanted in zip(count_steps(tmp_path / "two"), count_steps(tmp_path / "one"), strict=True):
         for key in ("reward", "reward_spread", "cut", "no_signal", "answer_tokens", "tokens", "prompts"):
             assert mine.get(key) == wanted.get(key), "the same answers were drawn"
         if "loss" in mine:
@@ -507,21 +507,21 @@ def test_two_ranks_are_one(
 @pytest.mark.parametrize(
     ("loss", "sections", "said"),
     [
-        ("pretraining", {}, "trains raw text, and online gives answers"),
-        (GRPO, {"online": {"temperature": 0.7}}, "needs online.temperature and top_p at 1"),
-        (GRPO, {"online": {"top_p": 0.9}}, "needs online.temperature and top_p at 1"),
+        ("pretraining", {}, "trains raw text, and rl gives answers"),
+        (GRPO, {"rl": {"temperature": 0.7}}, "needs rl.temperature and top_p at 1"),
+        (GRPO, {"rl": {"top_p": 0.9}}, "needs rl.temperature and top_p at 1"),
         (GRPO, {"data": {"pack": False}}, "sees several answers in one pass"),
         ("supervised", {"data": {"mask": "everything"}}, "use data.mask response"),
         (GRPO, {"data": {"over_length": "truncate"}}, "a question that was cut"),
-        (GRPO, {"data": {"max_tokens": 6}}, "must hold a prompt and online.max_new_tokens 6"),
+        (GRPO, {"data": {"max_tokens": 6}}, "must hold a prompt and rl.max_new_tokens 6"),
         ("supervised", {"select": [{"by": "length", "keep": 5}]}, "select chooses rows by their answers"),
         (GRPO, {"data": {"desirable_share": 0.5}}, "desirable_share chooses rows by their answers"),
         (GRPO, {"train": {"early_stopping": {"every": 2}}}, "early_stopping looks at the loss"),
         (GRPO, {"train": {"on_spike": "return"}}, "on_spike: return looks at the loss"),
         (GRPO, {"delta": {"init": "lora-ga"}}, "starts from what it sees of training rows"),
-        (GRPO, {"policies": ["autolora"]}, "policy autolora learns from rows that are put aside"),
-        (GRPO, {"online": {"samples": 1}}, "online.samples"),
-        (GRPO, {"online": {"scorer": {"by": "exat"}}}, "'exact'"),
+        (GRPO, {"callbacks": ["autolora"]}, "callback autolora: it learns from an inner validation split"),
+        (GRPO, {"rl": {"samples": 1}}, "rl.samples"),
+        (GRPO, {"rl": {"scorer": {"by": "exat"}}}, "'exact'"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(
@@ -548,6 +548,6 @@ def test_a_prompt_is_an_example_of_which_nothing_is_trained(base_folder: Path, p
     assert all(isinstance(one, Prompt) and not one.weights.any() for one in data.examples)
     assert data.report.rows == 10
     assert "supervised" not in dict(data.report.lines())
-    packs = packs_of(made, data.examples, share=True)
+    packs = made.setup().make_packs(data.examples, share=True)
     assert sum(len(pack.targets) for pack in packs) == 0
     assert json.dumps(data.report.to_json())

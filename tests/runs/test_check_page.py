@@ -12,10 +12,10 @@ import pytest
 
 import graftlm
 from graftlm.data.chat.render import Renderer
-from graftlm.errors import OutputError
+from graftlm.prepare import Prepared, prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import Prepared, prepare_data
 from graftlm.runs import check_page
+from tests.errors import raises
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -143,7 +143,7 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, base_folder:
     data, config = prepared(tmp_path, base_folder, loaded, [("a", "b")]), graftlm.DataConfig(train="rows")
     check_page.write(tmp_path / "page.html", data, config, title="t")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with raises("output/not-writable"):
         check_page.write(tmp_path / "page.html" / "no", data, config, title="t")
 
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import graftlm.runs.compare as comparing
 from graftlm import cli
 from graftlm.config.schema import build, to_tree, to_yaml
-from graftlm.errors import GraftError
 from graftlm.recipe import Recipe
 from graftlm.runs.compare import compare, short_names
+from tests.errors import raises
 
 
 def make(
@@ -70,7 +70,7 @@ def test_runs_are_found_below_folders_and_only_what_differs_is_a_column(tmp_path
     assert (second["base_loss"], second["tuned_loss"], second["tokens_per_s"]) == (3.0, 2.25, 100.0)
     assert (second["steps"], second["peak_rss_gib"], second["train_loss"]) == (5, 1.5, (4 / 4 + 4 / 5) / 2)
     assert [run.folder for run in compare([tmp_path / "a", tmp_path / "a"]).runs] == [tmp_path / "a"]
-    with pytest.raises(GraftError, match="no such folder"):
+    with raises("recipe/no-such-folder"):
         compare([tmp_path / "nowhere"])
 
 
@@ -154,7 +154,7 @@ def test_rows_are_sorted_by_any_column_and_what_is_unknown_comes_last(tmp_path: 
     ):
         rows = found.rows(sort, reverse=reverse)
         assert [row["run" if sort is None else "r"] for row in rows] == order
-    with pytest.raises(GraftError, match="Did you mean 'tuned_loss'"):
+    with raises("recipe/unknown-column", match="Did you mean 'tuned_loss'"):
         found.rows("tuned_los")
 
 

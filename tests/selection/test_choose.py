@@ -16,9 +16,9 @@ from graftlm.config.schema import build
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.load import load_rows
 from graftlm.errors import GraftError, OutputError, RecipeError
-from graftlm.model.hub.load import load_tokenizer
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
 from graftlm.selection import SELECTORS, choose
 from graftlm.selection.base import Pool
 from graftlm.selection.ifd import IfdConfig
@@ -198,7 +198,7 @@ def test_answers_that_were_not_liked_are_chosen_among_too(base_folder: Path, tmp
 
 
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
-    tree = {"base": {"name": str(base), "store": "fp32"}, "data": {"train": str(rows), "held_out": 4}} | changes
+    tree = {"base": {"name": str(base), "dtype": "float32"}, "data": {"train": str(rows), "held_out": 4}} | changes
     return build(Recipe, tree, source="test")
 
 

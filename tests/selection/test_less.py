@@ -11,12 +11,13 @@ import torch
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError
-from graftlm.model.layers.attach import attach, hosts, parameters_of
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, parameters_of
+from graftlm.optim.adamw import adamw
 from graftlm.selection import less
 from graftlm.selection.base import Pool
 from graftlm.selection.less import LessConfig, Projection, adam_step, gradient
 from graftlm.testing import tiny_model
-from graftlm.training.adamw import adamw
 from tests.selection.conftest import some_rows
 
 
@@ -69,17 +70,17 @@ def test_the_preconditioned_gradient_is_the_step_that_torch_s_adamw_takes(pool_o
     pool = pool_of(some_rows(6), tiny_model())
     parameters = _with_lora(pool)
     rate = 1e-3
-    optimiser = adamw([(parameters, rate)], weight_decay=0.0)
+    optimizer = adamw([(parameters, rate)], weight_decay=0.0)
     for examples in pool.examples[:4]:  # so that both moments hold something
         for parameter, g in zip(parameters, gradient(pool, parameters, examples), strict=True):
             parameter.grad = g.contiguous()  # as backward() leaves it
-        optimiser.step()
+        optimizer.step()
     wanted_by = gradient(pool, parameters, pool.examples[5])
-    found = adam_step(optimiser, parameters, wanted_by)
+    found = adam_step(optimizer, parameters, wanted_by)
     before = [p.detach().clone() for p in parameters]
     for parameter, g in zip(parameters, wanted_by, strict=True):
         parameter.grad = g.contiguous()
-    optimiser.step()
+    optimizer.step()
     for old, new, step in zip(before, parameters, found, strict=True):
         torch.testing.assert_close((old - new.detach()) / rate, step, atol=2e-3, rtol=2e-3)
 

@@ -1,4 +1,4 @@
-"""A method that is nothing without its policy brings it."""
+"""A method that is nothing without its callback brings it."""
 
 from pathlib import Path
 
@@ -6,38 +6,41 @@ import pytest
 from safetensors.torch import load_file
 
 import graftlm
-from graftlm.callbacks import COMPLETES, POLICIES
+from graftlm.callbacks import CALLBACKS
 from graftlm.config.schema import build, to_tree
+from graftlm.deltas import METHODS
 from graftlm.recipe import Recipe
+
+NEEDS = {name: row.delta.callbacks for name, row in METHODS.items() if row.delta.callbacks}
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
-def recipe(method: str, *policies: str) -> Recipe:
-    tree = {"data": {"train": "a.jsonl"}, "delta": {"method": method}, "policies": list(policies)}
+def recipe(method: str, *callbacks: str) -> Recipe:
+    tree = {"data": {"train": "a.jsonl"}, "delta": {"method": method}, "callbacks": list(callbacks)}
     return build(Recipe, tree, source="test")
 
 
-@pytest.mark.parametrize("method", COMPLETES)
-def test_the_first_policy_of_a_method_is_added_where_it_has_none(method: str) -> None:
-    own, *others = COMPLETES[method]
+@pytest.mark.parametrize("method", NEEDS)
+def test_the_first_callback_of_a_method_is_added_where_it_has_none(method: str) -> None:
+    own, *others = NEEDS[method]
     made = recipe(method)
-    assert [policy.name for policy in made.policies] == [own]
+    assert [callback.name for callback in made.callbacks] == [own]
     assert build(Recipe, to_tree(made), source="again") == made, "the written recipe says it"
-    assert [policy.name for policy in recipe(method, "ema").policies] == ["ema", own]
-    for policy in (own, *others):
-        assert [each.name for each in recipe(method, policy).policies] == [policy]
+    assert [callback.name for callback in recipe(method, "ema").callbacks] == ["ema", own]
+    for callback in (own, *others):
+        assert [each.name for each in recipe(method, callback).callbacks] == [callback]
 
 
 def test_other_methods_get_none() -> None:
-    assert recipe("lora").policies == ()
-    assert COMPLETES.keys().isdisjoint({"lora", "gated-lora"})
-    assert {name for names in COMPLETES.values() for name in names} <= POLICIES.keys()
+    assert recipe("lora").callbacks == ()
+    assert NEEDS.keys() == {"adalora", "diff-pruning", "dylora", "lamda", "spiel"}
+    assert {name for names in NEEDS.values() for name in names} <= CALLBACKS.keys()
 
 
 def test_adalora_by_its_name_alone_prunes_to_two_thirds(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     tree = {
-        "base": {"name": str(base_folder), "store": "fp32"},
+        "base": {"name": str(base_folder), "dtype": "float32"},
         "data": {"train": str(rows)},
         "delta": {"method": "adalora", "r": 6},
         "train": {"steps": 10, "batch_rows": 2},

@@ -106,7 +106,7 @@ def test_the_command_line_refuses_a_second_start_in_one_line(base_folder: Path, 
         assert lock_file(out).is_file()
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"OutputError: {out}: process {os.getpid()} on {os.uname().nodename} writes here: "
+        f"error[output/folder-in-use]: {out}: process {os.getpid()} on {os.uname().nodename} writes here: "
         "wait until it ends, or choose another folder"
     ]
     assert not out.exists()

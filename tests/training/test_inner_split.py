@@ -1,4 +1,4 @@
-"""Rows put aside: never trained on, the same in every run, and what policies are told of them is their mean loss."""
+"""Rows put inner: never trained on, the same in every run, and what policies are told of them is their mean loss."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,11 @@ from graftlm.data.batches.pack import collate
 from graftlm.errors import TrainingError
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.inner_split import loss_aside, put_aside
+from graftlm.training.inner_split import inner_split, make_inner_loss
+from graftlm.training.setup import Setup
 from tests.callbacks.test_callbacks import training
 from tests.training.test_loop import examples
 from tests.training.test_resume import STEPS, recipe, rows, same, stopping_after
@@ -24,46 +26,53 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 __all__ = ["rows"]
 
 CASES: dict[str, Any] = {
-    "bilora": {"delta": {"method": "adalora", "r": 4}, "policies": ["bilora"]},
-    "autolora": {"delta": {"method": "gated-lora", "r": 4}, "policies": [{"name": "autolora", "search": 0.5}]},
+    "bilora": {"delta": {"method": "adalora", "r": 4}, "callbacks": ["bilora"]},
+    "autolora": {"delta": {"method": "gated-lora", "r": 4}, "callbacks": [{"name": "autolora", "search": 0.5}]},
     "alora": {
         "delta": {"method": "lora", "r": 3, "targets": ["q_proj"], "dropout": 0.1},
-        "policies": [{"name": "alora", "first": 2, "moves": 1, "every": 2}],
+        "callbacks": [{"name": "alora", "first": 2, "moves": 1, "every": 2}],
     },
 }
 
 
+def split(made: Recipe, given: list[Any]) -> tuple[list[Any], list[Any]]:
+    return inner_split(given, made.inner_share(), loss=made.loss, seed=made.train.seed)
+
+
 def test_they_are_never_trained_on_and_follow_from_the_seed(base_folder: Path, rows: Path) -> None:
     given = examples(40)
-    learnt, aside = put_aside(recipe(base_folder, rows, **CASES["bilora"]), given)
-    assert len(aside) == 8
-    assert sorted([id(e) for e in learnt] + [id(e) for e in aside]) == sorted(map(id, given))
-    again = put_aside(recipe(base_folder, rows, **CASES["bilora"]), given)
-    assert [e.where for e in again[1]] == [e.where for e in aside]
-    other = put_aside(recipe(base_folder, rows, train__seed=4, **CASES["bilora"]), given)
-    assert [e.where for e in other[1]] != [e.where for e in aside]
-    assert put_aside(recipe(base_folder, rows), given) == (given, [])
-    with pytest.raises(TrainingError, match="only 1 in all"):
-        put_aside(recipe(base_folder, rows, **CASES["bilora"]), given[:1])
+    learnt, inner = split(recipe(base_folder, rows, **CASES["bilora"]), given)
+    assert len(inner) == 8
+    assert sorted([id(e) for e in learnt] + [id(e) for e in inner]) == sorted(map(id, given))
+    again = split(recipe(base_folder, rows, **CASES["bilora"]), given)
+    assert [e.where for e in again[1]] == [e.where for e in inner]
+    other = split(recipe(base_folder, rows, train__seed=4, **CASES["bilora"]), given)
+    assert [e.where for e in other[1]] != [e.where for e in inner]
+    assert split(recipe(base_folder, rows), given) == (given, [])
+    with pytest.raises(TrainingError, match="only 1 rows in all"):
+        split(recipe(base_folder, rows, **CASES["bilora"]), given[:1])
 
 
-def test_what_is_told_is_the_mean_loss_of_the_next_rows(base_folder: Path, rows: Path) -> None:
-    wanted, aside = recipe(base_folder, rows, **CASES["bilora"]), examples(6, seed=7)
+def test_the_inner_loss_is_the_mean_loss_of_the_next_rows(
+    base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, inner = recipe(base_folder, rows, **CASES["bilora"]), examples(6, seed=7)
     state = training(perturbed("adalora", tiny_model()), [])
     asked: list[list[str]] = []
 
-    def packs(chosen: Any) -> Any:
+    def packs(self: Setup, chosen: Any) -> Any:
         asked.append([e.where for e in chosen])
         return [collate(chosen[:2]), collate(chosen[2:])]
 
-    loss = loss_aside(wanted, state, aside, packs)
+    monkeypatch.setattr(Setup, "make_packs", packs)
+    loss = make_inner_loss(wanted.setup(), state, inner)
     state.done = 1  # rows 4 and 5, and the first two again
     value = loss(False)
     assert all(p.grad is None for p in state.parameters().values())
     assert torch.equal(loss(True), value)
-    assert asked == [[aside[i].where for i in (4, 5, 0, 1)]] * 2
+    assert asked == [[inner[i].where for i in (4, 5, 0, 1)]] * 2
     found = {name: p.grad for name, p in state.parameters().items()}
-    pack = collate([aside[i] for i in (4, 5, 0, 1)])
+    pack = collate([inner[i] for i in (4, 5, 0, 1)])
     with packed_attention(state.model):
         mean = -(log_probs(state.model, pack) * pack.weights).sum() / pack.weights.sum()
     torch.testing.assert_close(value, mean.detach())
@@ -72,7 +81,7 @@ def test_what_is_told_is_the_mean_loss_of_the_next_rows(base_folder: Path, rows:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_with_rows_aside_goes_on_to_the_same_bytes(
+def test_a_run_with_inner_rows_goes_on_to_the_same_bytes(
     case: str, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = recipe(base_folder, rows, **CASES[case])
@@ -88,11 +97,11 @@ def test_a_run_with_rows_aside_goes_on_to_the_same_bytes(
 
 
 CHAINS: dict[str, Any] = {
-    "cola": {"delta": {"method": "lora", "r": 2}, "policies": [{"name": "cola", "every": 2}]},
-    "lte": {"delta": {"method": "lora", "r": 2}, "policies": [{"name": "lte", "every": 2, "heads": 2}]},
+    "cola": {"delta": {"method": "lora", "r": 2}, "callbacks": [{"name": "cola", "every": 2}]},
+    "lte": {"delta": {"method": "lora", "r": 2}, "callbacks": [{"name": "lte", "every": 2, "heads": 2}]},
     "adalora": {
         "delta": {"method": "adalora", "r": 4},
-        "policies": [{"name": "adalora", "target_r": 2, "every": 1}],
+        "callbacks": [{"name": "adalora", "target_r": 2, "every": 1}],
     },
 }
 

@@ -17,11 +17,13 @@ from graftlm.data.batches.pack import Example, collate, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.losses import LOSSES, Batch, LossSum
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
+from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.adamw import adamw, learning_rate_factor, warmup_cosine
 from graftlm.training.loop import TrainConfig
+from graftlm.training.schedule import learning_rate_factor, warmup_cosine
 
 
 def examples(count: int = 8, seed: int = 0) -> list[Example]:
@@ -38,14 +40,14 @@ def examples(count: int = 8, seed: int = 0) -> list[Example]:
 def run(
     model: Any, batches: Sequence[Any], *, lr: float = 0.01, packed: bool = True, checkpointing: bool = False
 ) -> list[loop.Step]:
-    optimiser = adamw([(trainable(model).values(), lr)], weight_decay=0.0)
+    optimizer = adamw([(trainable(model).values(), lr)], weight_decay=0.0)
     schedule = warmup_cosine(steps=len(batches), warmup_steps=0)
     return list(
         loop.steps(
             model,
             batches,
             loss="supervised",
-            optimiser=optimiser,
+            optimizer=optimizer,
             schedule=schedule,
             clip=1e9,
             packed=packed,
@@ -208,9 +210,9 @@ def test_the_gradient_is_clipped_over_all_tensors_together() -> None:
                 float(torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None]).norm())
             )
 
-    optimiser = Recorder(trainable(model).values(), lr=1.0)
+    optimizer = Recorder(trainable(model).values(), lr=1.0)
     batch = [pack(examples(4), 64)]
-    (step,) = loop.steps(model, batch, loss="supervised", optimiser=optimiser, schedule=lambda n: 1.0, clip=1e-3)
+    (step,) = loop.steps(model, batch, loss="supervised", optimizer=optimizer, schedule=lambda n: 1.0, clip=1e-3)
     assert step.grad_norm > 1e-3
     assert math.isclose(norms[0], 1e-3, rel_tol=1e-3)
 
@@ -229,13 +231,13 @@ def test_the_schedule_rises_then_falls_to_zero() -> None:
 @pytest.mark.parametrize("warmup_steps", [0, 7])
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "warmup-stable-decay"])
 def test_schedules_are_those_of_transformers_after_the_warm_up(name: Any, warmup_steps: int) -> None:
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     made = {
-        "cosine": lambda: transformers.get_cosine_schedule_with_warmup(optimiser, warmup_steps, 60),
-        "linear": lambda: transformers.get_linear_schedule_with_warmup(optimiser, warmup_steps, 60),
-        "constant": lambda: transformers.get_constant_schedule_with_warmup(optimiser, warmup_steps),
+        "cosine": lambda: transformers.get_cosine_schedule_with_warmup(optimizer, warmup_steps, 60),
+        "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, 60),
+        "constant": lambda: transformers.get_constant_schedule_with_warmup(optimizer, warmup_steps),
         "warmup-stable-decay": lambda: transformers.get_wsd_schedule(
-            optimiser, warmup_steps, 12, num_stable_steps=48 - warmup_steps, decay_type="linear"
+            optimizer, warmup_steps, 12, num_stable_steps=48 - warmup_steps, decay_type="linear"
         ),
     }
     (wanted,) = made[name]().lr_lambdas
@@ -277,12 +279,12 @@ def test_memory_that_runs_out_is_explained(error: Exception, monkeypatch: pytest
     message = str(raised.value)
     assert f"largest pack has {packs[0].ids.numel()} tokens in 3 rows, {len(packs[0].targets)} of them" in message
     assert "every one of 2 layers keeps what it computed" in message
-    for knob in ("train.checkpointing", "train.pack_tokens", "base.store", "graft estimate"):
+    for knob in ("train.checkpointing", "train.pack_tokens", "base.dtype", "graft estimate"):
         assert knob in message
     with pytest.raises(TrainingError, match=r"keeps its input until[\s\S]*lower data.max_tokens") as raised:
         run(model.bfloat16(), [[collate(examples(1))]], checkpointing=True)
     assert "train.checkpointing" not in str(raised.value)
-    assert "base.store" not in str(raised.value)
+    assert "base.dtype" not in str(raised.value)
 
 
 def test_another_error_of_the_runtime_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftlm.data.batches.groups import mismatched
+from graftlm.data.batches.groups import mismatched_groups
 from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
-from graftlm.model.layers.attach import activate, attach, deltas_off, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import activate, deltas_off
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import hidden_states, log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import move, perturbed
-from graftlm.training.objective import Objective, Sums, beside
+from graftlm.training.objective import Objective, Sums, extra_parameters
 from graftlm.training.teacher import TEACHER
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -95,7 +97,7 @@ def moved() -> Any:
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_how_a_step_is_split_into_packs_and_what_they_share_changes_nothing(name: str, options: dict[str, Any]) -> None:
     model, found = moved(), answered()
-    rows, others = items(name, found), mismatched(found)
+    rows, others = items(name, found), mismatched_groups(found)
     whole = step(model, name, options, pack(rows, 10_000), pack(others, 10_000))
     packs = pack(rows, 60, share=True)
     assert len(packs) > 2
@@ -109,8 +111,8 @@ def test_how_a_step_is_split_into_packs_and_what_they_share_changes_nothing(name
 @pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
 def test_in_double_precision_it_is_the_same_to_twelve_digits(name: str) -> None:
     model, found = moved().double(), answered(4)
-    wanted = step(model, name, {}, pack(found, 10_000), pack(mismatched(found), 10_000))
-    same(step(model, name, {}, pack(found, 60, share=True), pack(mismatched(found), 60)), wanted, 1e-6)
+    wanted = step(model, name, {}, pack(found, 10_000), pack(mismatched_groups(found), 10_000))
+    same(step(model, name, {}, pack(found, 60, share=True), pack(mismatched_groups(found), 60)), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])
@@ -146,7 +148,7 @@ def test_a_pack_tells_the_answers_apart_where_they_agree() -> None:
         mine = part.answers == number
         assert part.targets[mine].tolist() == answer.ids[answer.weights > 0].tolist()
     assert part.pairs.tolist() == [[0, 1]]
-    assert part.marks.tolist() == [1.0, 0.0]
+    assert part.scores.tolist() == [1.0, 0.0]
 
 
 def test_what_was_sampled_stays_beside_its_token_however_answers_are_packed() -> None:
@@ -154,22 +156,24 @@ def test_what_was_sampled_stays_beside_its_token_however_answers_are_packed() ->
     model, found = moved(), answered(4)
     draw, sampled = np.random.default_rng(3), []
     for group in found:
-        rows = [replace(a, before=draw.uniform(-6, -5, len(a)).astype(np.float32)) for a in group.answers]
+        rows = [replace(a, old_log_probs=draw.uniform(-6, -5, len(a)).astype(np.float32)) for a in group.answers]
         sampled.append(Group(tuple(rows), (1.0, -1.0)))
     by_place = {row.where: row for group in sampled for row in group.answers}
     for part in pack(sampled, 70, share=True):
-        assert part.before is not None
+        assert part.old_log_probs is not None
         order = list(dict.fromkeys(row for rows in part.where for row in rows))
-        for number in range(len(part.marks)):
+        for number in range(len(part.scores)):
             mine = part.answers == number
             match = [
                 by_place[w]
                 for w in order
                 if by_place[w].ids[by_place[w].weights > 0].tolist() == part.targets[mine].tolist()
             ]
-            assert any(np.array_equal(row.before[row.weights > 0], part.before[mine].numpy()) for row in match)  # type: ignore[index]
-        assert part.idle().before is not None
-        assert len(part.idle().before) == 0  # type: ignore[arg-type]
+            assert any(
+                np.array_equal(row.old_log_probs[row.weights > 0], part.old_log_probs[mine].numpy()) for row in match
+            )  # type: ignore[index]
+        assert part.idle().old_log_probs is not None
+        assert len(part.idle().old_log_probs) == 0  # type: ignore[arg-type]
     whole = step(model, "policy-gradient", {}, pack(sampled, 10_000))
     same(step(model, "policy-gradient", {}, pack(sampled, 70, share=True)), whole, 1e-5)
     fresh = step(model, "policy-gradient", {}, pack([Group(g.answers, (1.0, -1.0)) for g in found], 10_000))
@@ -185,7 +189,7 @@ def test_groups_stay_whole_and_a_long_one_has_a_pack_of_its_own() -> None:
             seen = sorted(row for part in parts for row in part.rows)
             assert seen == sorted(answer.where for group in found for answer in group.answers)
             for part in parts:
-                assert len(part.pairs) == len(part.marks) // 2
+                assert len(part.pairs) == len(part.scores) // 2
                 assert len(part.pairs) == 1 or share or part.ids.numel() <= tokens
                 together = {row.split(",")[0] for row in part.rows}
                 assert len(part.rows) == 2 * len(together)
@@ -253,14 +257,14 @@ def test_the_value_of_a_prompt_is_read_where_it_ends_and_is_learnt_beside_the_de
     model, found = moved(), [Group(g.answers, (0.8, 0.2)) for g in answered(4)]
     objective = Objective(LOSSES["dro"].config(tau=1e-6))  # type: ignore[call-arg]  # so the values alone matter
     objective.add_head(model)
-    head = beside(model)
+    head = extra_parameters(model)
     assert sorted(head) == ["graft_shared.value-head.bias", "graft_shared.value-head.weight"]
     assert head.items() < trainable(model).items()
     packs = pack(found, 70, share=True)
     for part in packs:
         with packed_attention(model), torch.no_grad():
             hidden = hidden_states(model, part)
-        for number in range(len(part.marks)):
+        for number in range(len(part.scores)):
             group = next(g for g in found if g.where == part.rows[2 * (number // 2)])
             prompt = int(group.answers[0].weights.nonzero()[0][0])
             (alone,) = pack(
@@ -270,13 +274,13 @@ def test_the_value_of_a_prompt_is_read_where_it_ends_and_is_learnt_beside_the_de
                 wanted = hidden_states(model, alone)[-1]
             at = part.hidden_rows[part.answers == number].min()
             assert torch.allclose(hidden[at], wanted, atol=1e-5)
-    optimiser = torch.optim.Adam(head.values(), 0.05)
+    optimizer = torch.optim.Adam(head.values(), 0.05)
     for _ in range(200):
         _, gradients, metrics = step(model, "dro", {"tau": 1e-6}, packs)
         for name, p in trainable(model).items():
             p.grad = gradients[name]
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert metrics["value"] == pytest.approx(0.5, abs=0.02), "each prompt has one answer of 0.8 and one of 0.2"
 
 
@@ -306,8 +310,8 @@ def test_every_objective_teaches_a_tiny_model_to_prefer_the_chosen_answers(name:
     if name == "policy-gradient":
         found = [Group(g.answers, (1.0, -1.0)) for g in found]
     before = margin(model, found)
-    optimiser = torch.optim.Adam(trainable(model).values(), 0.02)
-    packs, probes = pack(found, 90, share=True), pack(mismatched(found), 90, share=True)
+    optimizer = torch.optim.Adam(trainable(model).values(), 0.02)
+    packs, probes = pack(found, 90, share=True), pack(mismatched_groups(found), 90, share=True)
     losses = []
     for _ in range(15):
         loss, gradients, metrics = step(model, name, options, packs, probes)
@@ -315,8 +319,8 @@ def test_every_objective_teaches_a_tiny_model_to_prefer_the_chosen_answers(name:
         assert math.isfinite(loss)
         for key, p in trainable(model).items():
             p.grad = gradients[key]
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     rise = margin(model, found) - before
     assert rise.mean() > 1, rise
     assert (rise > 0).all(), rise

@@ -11,8 +11,9 @@ import graftlm.training.loop as loop
 from graftlm import distributed
 from graftlm.data.batches.pack import pack
 from graftlm.losses import LOSSES
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.training.objective import Objective
+from graftlm.training.sharding import shard
 from tests.training.test_objective import OPTIONS, answered, items, moved
 from tests.training.together import together
 
@@ -26,12 +27,12 @@ def one(name: str, options: dict[str, Any], sharded: bool) -> dict[str, Any]:
     objective = Objective(LOSSES[name].config(**options))
     objective.add_head(model)
     if sharded:
-        distributed.shard(model)
+        shard(model)
     rows = items(name, answered(ROWS))
     make = partial(pack, tokens=40, share=True)
     packs = [
         part
-        for some in (rows, objective.probes(rows))
+        for some in (rows, objective.mismatched(rows))
         for part in distributed.packs_of(some, make, sharded=distributed.is_sharded(model))
     ]
     kept: dict[str, Tensor] = {}
@@ -40,8 +41,8 @@ def one(name: str, options: dict[str, Any], sharded: bool) -> dict[str, Any]:
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             kept.update({key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None})
 
-    optimiser = Recorder(trainable(model).values(), lr=0.0)
-    (step,) = loop.steps(model, [packs], loss=objective.config, optimiser=optimiser, schedule=lambda n: 1.0, clip=1e9)
+    optimizer = Recorder(trainable(model).values(), lr=0.0)
+    (step,) = loop.steps(model, [packs], loss=objective.config, optimizer=optimizer, schedule=lambda n: 1.0, clip=1e9)
     return {"loss": step.loss, "metrics": dict(step.metrics), "tokens": step.tokens, "gradients": kept}
 
 

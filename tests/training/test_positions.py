@@ -9,10 +9,10 @@ import pytest
 import graftlm
 from graftlm.config.schema import build, to_tree
 from graftlm.errors import DataError
-from graftlm.model.hub.load import load_tokenizer
 from graftlm.model.hub.sketch import positions
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import prepare_data
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -30,7 +30,7 @@ def recipe(base: Path, folder: Path, **data: Any) -> Recipe:
     rows = [{"prompt": f"q {n}", "completion": "yes " * (4 + 30 * (n in (3, 8)))} for n in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(folder / "rows.jsonl"), "held_out": 2} | data,
         "train": {"steps": 2, "batch_rows": 2},
         "report": {"answers": 2, "max_new_tokens": 8},

@@ -50,7 +50,7 @@ def feedback(tmp_path: Path) -> Path:
 
 def recipe(base: Path, rows: Path, loss: Any, **sections: dict[str, Any]) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "loss": loss,
@@ -62,14 +62,14 @@ def recipe(base: Path, rows: Path, loss: Any, **sections: dict[str, Any]) -> Rec
     return build(Recipe, tree, source="test")
 
 
-def steps_of(folder: Path) -> list[dict[str, Any]]:
+def count_steps(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "dpop", "simpo", "orpo", "cpo", {"name": "dpo", "link": "ipo"}])
 def test_pairs(base_folder: Path, pairs: Path, tmp_path: Path, loss: Any) -> None:
     result = graftlm.train(recipe(base_folder, pairs, loss), tmp_path / "out")
-    steps = steps_of(tmp_path / "out")
+    steps = count_steps(tmp_path / "out")
     assert all(step.keys() >= PAIRS for step in steps)
     found = result.summary["held_out"]["objective"]
     assert found["base"].keys() == found["tuned"].keys() == {"loss", *PAIRS}
@@ -91,7 +91,7 @@ def test_feedback_and_pairs_as_feedback(
 ) -> None:
     for name, rows in (("pairs", pairs), ("feedback", feedback)):
         result = graftlm.train(recipe(base_folder, rows, loss), tmp_path / name)
-        steps = steps_of(tmp_path / name)
+        steps = count_steps(tmp_path / name)
         assert all(step.keys() & FEEDBACK for step in steps)
         assert steps[0].get("chosen_reward", 0.0) == steps[0].get("rejected_reward", 0.0) == 0.0
         found = result.summary["held_out"]["objective"]["tuned"]
@@ -110,7 +110,7 @@ def test_how_a_run_is_packed_changes_nothing(base_folder: Path, pairs: Path, fee
             sections = {"train": {"learning_rate": 1e-3, **changes.get("train", {})}, "data": changes.get("data", {})}
             out = tmp_path / f"{loss}-{number}"
             graftlm.train(recipe(base_folder, rows, loss, **sections), out)
-            adapters.append((load_file(out / "adapter_model.safetensors"), steps_of(out)))
+            adapters.append((load_file(out / "adapter_model.safetensors"), count_steps(out)))
         for adapter, steps in adapters[1:]:
             for key, tensor in adapters[0][0].items():
                 assert torch.allclose(adapter[key], tensor, rtol=1e-3, atol=5e-5), (loss, key)
@@ -144,7 +144,7 @@ def test_the_reference_may_be_an_adapter(base_folder: Path, pairs: Path, tmp_pat
     graftlm.train(recipe(base_folder, pairs, "dpo"), tmp_path / "first")
     loss = {"name": "dpo", "reference": str(tmp_path / "first")}
     result = graftlm.train(recipe(base_folder, pairs, loss), tmp_path / "second")
-    steps, found = steps_of(tmp_path / "second"), result.summary["held_out"]["objective"]
+    steps, found = count_steps(tmp_path / "second"), result.summary["held_out"]["objective"]
     assert steps[0]["margin"] < -0.01
     first = json.loads((tmp_path / "first" / "summary.json").read_text())["held_out"]["objective"]["tuned"]
     assert found["base"]["margin"] == pytest.approx(-first["margin"], rel=1e-4)
@@ -231,7 +231,7 @@ def test_what_a_comparison_cannot_do_is_refused(data: dict[str, Any], said: str,
 )
 def test_what_a_reference_does_not_go_with(policy: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"base: smollm2\ndata: {{train: rows.jsonl}}\nloss: dpo\npolicies: [{policy}]\n")
+    file.write_text(f"base: smollm2\ndata: {{train: rows.jsonl}}\nloss: dpo\ncallbacks: [{policy}]\n")
     with pytest.raises(RecipeError, match=says):
         read_recipe(file)
 
@@ -261,7 +261,7 @@ def test_a_run_on_two_ranks_is_that_of_one(
     two, _ = together(2, summary_of, base_folder, pairs, loss, tmp_path / "two", shard)
     for side, wanted in one["held_out"]["objective"].items():
         assert two["held_out"]["objective"][side] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-    for mine, wanted in zip(steps_of(tmp_path / "two"), steps_of(tmp_path / "one"), strict=True):
+    for mine, wanted in zip(count_steps(tmp_path / "two"), count_steps(tmp_path / "one"), strict=True):
         assert {k: mine[k] for k in ("loss", "chosen_log_prob")} == pytest.approx(
             {k: wanted[k] for k in ("loss", "chosen_log_prob")}, rel=1e-4
         )

@@ -17,13 +17,15 @@ from graftlm.data.batches.pack import pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
-from graftlm.model.layers.attach import attach, deltas_off, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.objective import Objective
-from graftlm.training.regularizers import REGULARISERS, check_regularisers, terms
+from graftlm.training.regularizers import REGULARIZERS, check_regularizers, terms
 from tests.training.test_objective import answered, items, moved
 from tests.training.together import together
 
@@ -59,14 +61,14 @@ PLAIN: list[tuple[dict[str, Any], Any]] = [
 
 
 def made(options: dict[str, Any], weight: float = 0.5) -> Any:
-    return REGULARISERS[options["name"]][0](weight=weight, **{k: v for k, v in options.items() if k != "name"})
+    return REGULARIZERS[options["name"]][0](weight=weight, **{k: v for k, v in options.items() if k != "name"})
 
 
 @pytest.mark.parametrize(("options", "plain"), PLAIN, ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_each_is_its_equation(options: dict[str, Any], plain: Any) -> None:
     model = perturbed("lora", tiny_model()).double()
     config = made(options)
-    check_regularisers([config], model)
+    check_regularizers([config], model)
     ((weight, value),) = terms([config], model).values()
     wanted = plain(model)
     assert weight == 0.5
@@ -97,7 +99,7 @@ def one(name: str, options: dict[str, Any], added: list[dict[str, Any]], tokens:
     objective = Objective(LOSSES[name].config(**options))
     rows = items(name, answered(3))
     make = partial(pack, tokens=tokens, share=True)
-    packs = [p for some in (rows, objective.probes(rows)) for p in distributed.packs_of(some, make)]
+    packs = [p for some in (rows, objective.mismatched(rows)) for p in distributed.packs_of(some, make)]
     kept: dict[str, Tensor] = {}
 
     class Recorder(torch.optim.SGD):
@@ -108,7 +110,7 @@ def one(name: str, options: dict[str, Any], added: list[dict[str, Any]], tokens:
         model,
         [packs],
         loss=objective.config,
-        optimiser=Recorder(trainable(model).values(), lr=0.0),
+        optimizer=Recorder(trainable(model).values(), lr=0.0),
         schedule=lambda n: 1.0,
         clip=1e9,
         regularisers=[made(each, 0.5) for each in added],
@@ -186,12 +188,12 @@ def test_packs_and_ranks_change_nothing(count: int) -> None:
 def test_what_has_no_meaning_is_refused(method: str, options: dict[str, Any], said: str) -> None:
     model = perturbed(method, tiny_model())
     with pytest.raises(TrainingError, match=said):
-        check_regularisers([made(options)], model)
+        check_regularizers([made(options)], model)
 
 
 def recipe(base: Path, rows: Path, **sections: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 2},
         "delta": {"method": "lora", "r": 4},
         "train": {"steps": 3, "batch_rows": 4, "learning_rate": 0.01},
@@ -208,7 +210,7 @@ def test_a_recipe_has_a_list_of_them(base_folder: Path, rows: Path, tmp_path: Pa
     assert lines[0]["l2"] == 0
     assert lines[-1]["kl_to_base"] > 0
     assert lines[-1]["l2"] > 0
-    fused = recipe(base_folder, rows, regularisers={"name": "l1", "weight": 1}, policies=["lomo"])
+    fused = recipe(base_folder, rows, regularisers={"name": "l1", "weight": 1}, optimizer="lomo")
     with pytest.raises(TrainingError, match="only kl can go with it"):
         graftlm.train(fused, tmp_path / "lomo")
     for wrong, said in (
@@ -221,4 +223,4 @@ def test_a_recipe_has_a_list_of_them(base_folder: Path, rows: Path, tmp_path: Pa
         with pytest.raises(RecipeError, match=said):
             recipe(base_folder, rows, regularisers=wrong)
     with pytest.raises(RecipeError, match="neftune would disturb"):
-        recipe(base_folder, rows, regularisers=added, policies=["neftune"])
+        recipe(base_folder, rows, regularisers=added, callbacks=["neftune"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
@@ -50,7 +51,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 3},
         "delta": {"method": "lora", "r": 4, "dropout": 0.2},
         "train": {"steps": STEPS, "batch_rows": 4, "pack_tokens": 64, "seed": 3, "save_every": 2}
@@ -126,11 +127,30 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     same(out, unbroken)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_was_begun_with_the_key_store_is_refused(
+    finished: bool, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, made = tmp_path / "out", recipe(base_folder, rows)
+    with monkeypatch.context() as patch:
+        stopping_after(1, patch)
+        graftlm.train(made, out)
+    if finished:
+        graftlm.train(made, out, resume=True)
+    file = out / "recipe.yaml" if finished else out / "checkpoints" / "unfinished.json"
+    tree = yaml.safe_load(file.read_text())
+    del tree["base"]["dtype"], tree["base"]["quantization"]
+    tree["base"]["store"] = "fp32"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(GraftError, match="replaced by dtype" if finished else 'base.store: "fp32" ->'):
+        graftlm.train(made, out, resume=True)
+
+
 def test_a_stopped_run_leaves_what_its_policies_would_leave_and_goes_on_from_where_it_was(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     three, whole, out = (tmp_path / name for name in ("three", "whole", "out"))
-    ema = recipe(base_folder, rows, policies=[{"name": "ema", "decay": 0.5}], train__save_every=1)
+    ema = recipe(base_folder, rows, callbacks=[{"name": "ema", "decay": 0.5}], train__save_every=1)
     graftlm.train(ema, whole)
     for made, folder in ((ema, out), (recipe(base_folder, rows), three)):
         with monkeypatch.context() as patch:
@@ -139,7 +159,7 @@ def test_a_stopped_run_leaves_what_its_policies_would_leave_and_goes_on_from_whe
     plain, kept = (load_file(folder / "adapter_model.safetensors") for folder in (three, out))
     assert any(not torch.equal(plain[name], kept[name]) for name in plain), "the mean of three steps is not the third"
     state = load_file(out / "checkpoints" / "step-00000003" / "state.safetensors")
-    means = sorted(float(t.double().sum()) for name, t in state.items() if name.startswith("policy/ema/"))
+    means = sorted(float(t.double().sum()) for name, t in state.items() if name.startswith("callback/ema/"))
     assert sorted(float(tensor.double().sum()) for tensor in kept.values()) == pytest.approx(means)
     graftlm.train(ema, out, resume=True)
     same(out, whole)
@@ -171,7 +191,7 @@ SEVERAL = {"a": {"method": "lora", "r": 2, "init": "pissa"}, "b": {"method": "do
         {"delta": None, "deltas": SEVERAL},
         {"delta": None, "deltas": SEVERAL, "train__in_turn": True},
         {"delta": {"method": "prefix"}},
-        {"policies": ["lora-plus"]},
+        {"callbacks": ["lora-plus"]},
         {"data__pack": False, "train__checkpointing": True},
     ],
     ids=str,
@@ -343,8 +363,8 @@ def test_of_a_damaged_checkpoint_the_file_is_named_and_the_one_before_is_taken(
     stopped(base_folder, rows, out, monkeypatch)
     damage(out / "checkpoints" / "step-00000005" / name)
     told: list[str] = []
-    real: Any = run_module.Place.newest
-    monkeypatch.setattr(run_module.Place, "newest", lambda self, facts, **_: real(self, facts, told=told.append))
+    real: Any = run_module.RunFolder.newest
+    monkeypatch.setattr(run_module.RunFolder, "newest", lambda self, facts, **_: real(self, facts, report=told.append))
     graftlm.train(recipe(base_folder, rows), out, resume=True)
     assert len(told) == 1
     assert f"step-00000005/{name} is damaged" in told[0]

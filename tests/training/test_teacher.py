@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 import graftlm
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError, RecipeError, TrainingError
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, base_parameters, hosts, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, trainable
+from graftlm.model.layers.state_dict import base_parameters
 from graftlm.model.passes.forward import hidden_states
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import recomputed_layers
@@ -141,7 +143,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_teacher_is_no_part_of_the_model(base_folder: Path, larger: Path) -> None:
     model = load_base(str(base_folder)).model
     before, names = [*model.named_parameters()], {*base_parameters(model)}
-    config = DistillationConfig(teacher=str(larger), teacher_store="fp32")
+    config = DistillationConfig(teacher=str(larger), teacher_dtype="float32")
     add_teacher(model, config, base=str(base_folder), network=False)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in before]
     assert {*base_parameters(model)} == names
@@ -178,7 +180,7 @@ def test_a_teacher_that_cannot_be_compared_with_is_refused(base_folder: Path, la
 
 def recipe(base: Path, rows: Path, loss: dict[str, Any], **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 4},
         "loss": {"name": "distillation", **loss},
@@ -195,7 +197,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 def test_a_run_with_a_larger_teacher_resumes_and_notices_another(
     base_folder: Path, larger: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = {"teacher": str(larger), "teacher_store": "fp32", "supervised_weight": 0.5, "temperature": 2.0}
+    loss = {"teacher": str(larger), "teacher_dtype": "float32", "supervised_weight": 0.5, "temperature": 2.0}
     wanted = recipe(base_folder, rows, loss)
     graftlm.train(wanted, tmp_path / "whole")
     seen = lines(tmp_path / "whole")
@@ -219,12 +221,12 @@ def test_a_run_with_a_larger_teacher_resumes_and_notices_another(
 def test_an_adapter_on_the_teacher_makes_another_teacher(
     base_folder: Path, larger: Path, rows: Path, tmp_path: Path
 ) -> None:
-    tuned = load_base(str(larger), store="fp32").model
+    tuned = load_base(str(larger), dtype="float32").model
     move(attach(tuned, LoraConfig(r=2)), scale=0.3)
     save_adapter(tuned, tmp_path / "adapter")
     first = []
     for number, more in enumerate(({}, {"teacher_adapter": str(tmp_path / "adapter")})):
-        loss = {"teacher": str(larger), "teacher_store": "fp32", **more}
+        loss = {"teacher": str(larger), "teacher_dtype": "float32", **more}
         graftlm.train(recipe(base_folder, rows, loss), tmp_path / f"out-{number}")
         first.append(lines(tmp_path / f"out-{number}")[0]["loss"])
     assert first[0] != pytest.approx(first[1], rel=1e-3)
@@ -235,7 +237,7 @@ def test_recipes_that_mean_nothing_are_refused(base_folder: Path, rows: Path) ->
         recipe(base_folder, rows, {})
     recipe(base_folder, rows, {"supervised_weight": 0.9})
     with pytest.raises(RecipeError, match="neftune would disturb"):
-        recipe(base_folder, rows, {"teacher": "x"}, policies=["neftune"])
+        recipe(base_folder, rows, {"teacher": "x"}, callbacks=["neftune"])
 
 
 def test_a_pack_without_rows_has_the_passes_of_one_with_them() -> None:

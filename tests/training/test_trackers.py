@@ -308,7 +308,7 @@ def test_tensorboard_can_read_what_it_was_told(tmp_path: Path) -> None:
 
 def whole(base: Path, rows: Path, *trackers: str, **train: Any) -> Recipe:
     tree = {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": str(rows), "held_out": 4},
         "delta": {"method": "lora", "r": 2},
         "train": {"steps": 6, "batch_rows": 2, "save_every": 2, **train},
@@ -325,17 +325,17 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
     name: str, told: Told, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graftlm.training.run_folder import Running
+    from graftlm.training.run_folder import RunHandle
 
-    tree, real = whole(base_folder, rows, name), Running.note
+    tree, real = whole(base_folder, rows, name), RunHandle.note
 
-    def note(run: Running, line: dict[str, Any]) -> None:
+    def note(run: RunHandle, line: dict[str, Any]) -> None:
         real(run, line)
         if line["step"] == 5:
             raise KeyboardInterrupt  # at once: its last checkpoint is of step 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(Running, "note", note)
+        patch.setattr(RunHandle, "note", note)
         with pytest.raises(KeyboardInterrupt):
             graftlm.train(tree, tmp_path / "out")
     summary = graftlm.train(tree, tmp_path / "out", resume=True).summary

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graftlm.adapters.export.llama_cpp import Architecture, architecture, gguf_factors, why_not_gguf
-from graftlm.adapters.peft import model_type, target_modules, task, why_not_read
-from graftlm.adapters.store import PREFIX, new_folder, transposed, why_not_peft, write_adapter, write_files
+from graftlm.adapters.folder import new_folder
+from graftlm.adapters.peft import model_type, target_modules, task, transposed, why_not_peft, why_not_read
+from graftlm.adapters.save import write_adapter, write_files
+from graftlm.adapters.tensors import PREFIX
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError, numbered
-from graftlm.model.hub.load import fingerprint, public_name, store_of
+from graftlm.model.hub.fingerprint import fingerprint, public_name
+from graftlm.model.hub.quantize_base import quantization_of
 from graftlm.model.hub.stopping import generation_settings, missing_end, tokenizer_that_ends
-from graftlm.model.layers.attach import attachment, base_state, hosts, merged_state
 from graftlm.model.layers.hosts import Host, LayerHost, all_factors
-from graftlm.model.layers.quantize import CODECS, GROUP, QuantisedLinear
+from graftlm.model.layers.quantize import GROUP, QuantizedLinear
+from graftlm.model.layers.registry import attachment, hosts
+from graftlm.model.layers.state_dict import base_state, merged_state
 
 # Merged models ---------------------------------------------------------------------------------------------------
 
@@ -51,14 +55,14 @@ def lost_by_rounding(model: nn.Module, dtype: torch.dtype) -> list[Lost]:
     return sorted(found, key=lambda lost: -lost.share)
 
 
-def lost_by_quantising(model: nn.Module) -> list[Lost]:
-    """For each layer in codes with active deltas, how far W' is from what the deltas make of W as it was before
-    quantising, as a share of the change that they make; worst first. TargetError where W cannot be read again.
+def lost_by_quantizing(model: nn.Module) -> list[Lost]:
+    """For each quantized layer with active deltas, how far W' is from what the deltas make of W as it was before
+    quantizing, as a share of the change that they make; worst first. TargetError where W cannot be read again.
     """
     found = []
     with torch.no_grad():
         for name, host in hosts(model).items():
-            if host.active and isinstance(host, LayerHost) and isinstance(host.base, QuantisedLinear):
+            if host.active and isinstance(host, LayerHost) and isinstance(host.base, QuantizedLinear):
                 W, (changed, _) = host.view.weight, host.effective()
                 wanted, _ = host.effective(host.view.original())
                 if bool((size := (changed - W).norm()) > 0):
@@ -79,22 +83,22 @@ def merged_int4(model: nn.Module) -> dict[str, Tensor]:
             continue
         if (
             not isinstance(host, LayerHost)
-            or not isinstance(host.base, QuantisedLinear)
+            or not isinstance(host.base, QuantizedLinear)
             or host.base.codec.name != "int4"
         ):
-            raise TargetError(f"{name}: no int4 layer, so it has no zero points: load the base with store int4")
+            raise TargetError(f"{name}: no int4 layer, so it has no zero points: load the base with quantization int4")
         others = [delta.config.method for delta in host.on() if not isinstance(delta, AdditiveDelta)]
         if others:
             raise TargetError(f"{name}: {others[0]} changes W by more than an addition: {_INT4_ONLY}")
-        stored = host.base.stored()
+        tensors = host.base.tensors()
         with torch.no_grad():
-            change, _ = host.effective(torch.zeros(host.base.shape, device=stored["zero"].device))
+            change, _ = host.effective(torch.zeros(host.base.shape, device=tensors["zero"].device))
         groups = change.split(GROUP, dim=1)
         spread = max(float((part.amax(1) - part.amin(1)).max()) for part in groups)
         if spread > CONSTANT * float(change.abs().max()):
             raise TargetError(f"{name}: dW differs by up to {spread:.3g} inside groups of {GROUP} inputs: {_INT4_ONLY}")
         shift = torch.stack([part[:, 0] for part in groups], dim=1)
-        state[f"{name}.zero"] = stored["zero"] - shift / stored["scale"].float()
+        state[f"{name}.zero"] = tensors["zero"] - shift / tensors["scale"].float()
     return state
 
 
@@ -357,7 +361,8 @@ def export(
     """Write the active deltas as `to`, one of EXPORTS; returns facts about what was written (`exact`, `errors` ...).
 
     `stop_ids`: as in `merge_into`. Other forms than a merged model leave the generation settings to the base: where it
-    lacks the first of `stop_ids`, that is the fact `missing_end`.
+    lacks the first of `stop_ids`, that is the fact `missing_end`. Raises TargetError with the reason where the deltas
+    cannot be written so, and OutputError where the folder exists.
     """
     made = _exported(model, folder, to=to, rank=rank, dtype=dtype, tokenizer=tokenizer, stop_ids=stop_ids)
     if to != "merged" and tokenizer is not None and (end := missing_end(model, tokenizer, stop_ids)):
@@ -381,8 +386,8 @@ def _exported(
         untied = bool(model.config.tie_word_embeddings and not written["tie_word_embeddings"])
         lost = [[item.layer, item.share] for item in lost_by_rounding(model, dtype)]
         made = {"kind": to, "exact": dtype == torch.float32, "untied": untied, "lost": lost}
-        if (store := store_of(model)) in CODECS:
-            made |= {"base_store": store, "lost_by_quantising": _quantising(model)}
+        if (quantization := quantization_of(model)) != "none":
+            made |= {"base_quantization": quantization, "lost_by_quantizing": _quantizing(model)}
         return made
     names = _active(model)
     if to == "peft" and len(names) == 1 and not why_not_peft(model, names[0]):
@@ -405,10 +410,10 @@ def _exported(
     return {"kind": to, "as": "plain LoRA", "exact": worst == 0.0, "rank": plain.rank, "errors": plain.errors}
 
 
-def _quantising(model: nn.Module) -> list[list[Any]] | str:
-    """What the base's codes lost before the deltas were trained, or why that cannot be said."""
+def _quantizing(model: nn.Module) -> list[list[Any]] | str:
+    """What quantizing the base lost before the deltas were trained, or why that cannot be said."""
     try:
-        return [[item.layer, item.share] for item in lost_by_quantising(model)]
+        return [[item.layer, item.share] for item in lost_by_quantizing(model)]
     except TargetError as error:
         return str(error)
 

@@ -14,8 +14,10 @@ from typing import Any
 from safetensors import safe_open
 
 from graftlm.adapters.export.llama_cpp import why_not_gguf
-from graftlm.adapters.peft import why_not_read
-from graftlm.adapters.store import CONFIG, OWN_TYPE, PREFIX, RECORD, WEIGHTS
+from graftlm.adapters.folder import CONFIG, RECORD, WEIGHTS
+from graftlm.adapters.peft import OWN_TYPE, why_not_read
+from graftlm.adapters.tensors import PREFIX
+from graftlm.errors import AdapterError
 
 PROGRAMS = ("transformers", "PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "Ollama", "OpenVINO", "MLX")
 """In the order of the verdicts. OpenVINO is OpenVINO GenAI, MLX is mlx-lm."""
@@ -263,8 +265,14 @@ RULES = (
 
 
 def lint(folder: str | Path) -> list[Verdict]:
-    """A verdict of each of PROGRAMS on a folder that `export` or `save_adapter` wrote."""
+    """Check which programs read a folder that `export` or `save_adapter` wrote.
+
+    Returns a Verdict of each of PROGRAMS: whether it accepts the folder, and why not or what to do first. Raises
+    AdapterError for a folder that holds neither an adapter nor a model.
+    """
     folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("adapter.gguf", "delta.safetensors", CONFIG, "config.json")):
+        raise AdapterError(f"{folder}: holds neither an adapter ({CONFIG}) nor a merged model (config.json)")
     if (folder / "adapter.gguf").is_file():
         return _verdicts(_only_gguf)
     if (folder / "delta.safetensors").is_file():

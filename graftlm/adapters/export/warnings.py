@@ -16,20 +16,20 @@ def export_warnings(made: Mapping[str, Any], dtype: str) -> list[str]:
             f"{end['why']}: a server needs it as a stop token of each request (stop_token_ids in vLLM), or use "
             "`graft merge`, which writes it into the model"
         )
-    if (lost := made.get("lost_by_quantising")) is not None:
-        texts.append(_quantization(made["base_store"], lost))
-    if dtype != "fp32" and (layers := made.get("lost")):
+    if (lost := made.get("lost_by_quantizing")) is not None:
+        texts.append(_quantization(made["base_quantization"], lost))
+    if dtype != "float32" and (layers := made.get("lost")):
         (worst, share), (_, middle) = layers[0], layers[len(layers) // 2]
         texts.append(
             f"{dtype} loses {middle:.0%} of the change of the middle layer and {share:.0%} of {worst}, the worst; "
-            "--dtype fp32 keeps it whole"
+            "--dtype float32 keeps it whole"
         )
     return texts
 
 
-def _quantization(store: str, lost: list[list[Any]] | str) -> str:
+def _quantization(quantization: str, lost: list[list[Any]] | str) -> str:
     """`lost`: [layer, distance over the size of the change] from the worst layer on, or why that is not known."""
-    weights = f"the merged weights are those of the base in {store}, plus the change, in float. "
+    weights = f"the merged weights are those of the base in {quantization}, plus the change, in float. "
     if isinstance(lost, str):
         return f"{weights}How far they are from the float base plus the change is not known: {lost}"
     if not lost:

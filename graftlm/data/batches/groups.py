@@ -46,7 +46,8 @@ def usable_by(loss: str, needs: str, data: DataConfig) -> Usable:
         if lacking:
             raise DataError(
                 f"{len(lacking)} of {len(rows)} rows lack what loss {loss!r} needs:\n"
-                f"{numbered(lacking)}\n{REMEDIES[needs]}"
+                f"{numbered(lacking)}\n{REMEDIES[needs]}",
+                code="rows-unfit-for-loss",
             )
         return list(rows), []
 
@@ -59,8 +60,8 @@ REMEDIES = {
     "feedback": "Give rows with a `label` (true or false), or pairs with `chosen` and `rejected`; loss `supervised` "
     "takes answers that nobody has judged",
     "text": "Give rows with a `text`, or set `data: {mask: everything}` to train every token of conversations",
-    "rewards": "Rewards come from a loop that generates answers and judges them, not from files: say how in `online`",
-    "prompts": "With `online` the model answers questions by itself: give rows that ask something",
+    "rewards": "Rewards come from a loop that generates answers and judges them, not from files: say how in `rl`",
+    "prompts": "With `rl` the model answers questions by itself: give rows that ask something",
 }
 
 
@@ -129,14 +130,17 @@ def prepare_groups(
     report.problems += problems
     report.rows, report.compared = len(made), True
     if needs == "feedback":
-        marks = [mark for group in made for mark in group.marks]
-        report.notes.append(f"{sum(marks):,.0f} answers were liked, {len(marks) - sum(marks):,.0f} were not")
+        scores = [score for group in made for score in group.scores]
+        report.notes.append(f"{sum(scores):,.0f} answers were liked, {len(scores) - sum(scores):,.0f} were not")
     if problems and (data.strict or not made):
-        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems))
+        raise DataError(
+            f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems), code="unusable-rows"
+        )
     if not made:
         raise DataError(
             f"no row is left to train on: each of {len(rows)} has an answer longer than max_tokens={data.max_tokens}. "
-            "Raise data.max_tokens, or set data.over_length: truncate"
+            "Raise data.max_tokens, or set data.over_length: truncate",
+            code="no-rows-left",
         )
     return made, kept, report
 
@@ -195,7 +199,7 @@ def _same(a: Sequence[Example], b: Sequence[Example]) -> bool:
 # Answers to other prompts ------------------------------------------------------------------------------------------
 
 
-def mismatched(step: Sequence[Group]) -> list[Group]:
+def mismatched_groups(step: Sequence[Group]) -> list[Group]:
     """The prompts of a step with the answers of the next group that was asked something else, to be looked at only.
 
     From these KTO estimates how far the policy is from its reference. Groups without such a neighbour have none.
@@ -208,7 +212,7 @@ def mismatched(step: Sequence[Group]) -> list[Group]:
             pairs = zip(group.parts(), cycle(other.parts()), strict=False)
             answers = [_exchanged(asked[0], answered) for asked, answered in pairs]
             examples, numbers = _in_order(answers)
-            found.append(Group(examples, (0.0,) * len(answers), probe=True, numbers=numbers))
+            found.append(Group(examples, (0.0,) * len(answers), mismatched=True, numbers=numbers))
     return found
 
 

@@ -51,5 +51,5 @@ def curriculum(
     without = [where for where, score in scores.items() if score is None]
     if without:
         why = "no selector has scored the rows: name one in `select`" if order.by == SELECTED else "it has no score"
-        raise DataError(f"data.order: by {order.by}: {without[0]}: {why}")
+        raise DataError(f"data.order: by {order.by}: {without[0]}: {why}", code="missing-score")
     return Curriculum(order, np.array([scores[example.where] for example in examples], np.float64))

@@ -33,7 +33,7 @@ class Example:
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     where: str
-    before: NDArray[np.float32] | None = None
+    old_log_probs: NDArray[np.float32] | None = None
     """float32 [n]: of answers that a policy sampled, its log-probability of each token then; only in groups."""
 
     def __len__(self) -> int:
@@ -61,13 +61,13 @@ class Group:
 
     answers: tuple[Example, ...]
     """Rows: one for each answer, or several where `numbers` says so."""
-    marks: tuple[float, ...]
+    scores: tuple[float, ...]
     """What is known of each answer: liked 1 or not 0, a share of wins, a reward."""
     pairs: tuple[tuple[int, int], ...] = ()
     """Which of them are compared: (chosen, rejected)."""
     numbers: tuple[int, ...] = ()
     """The number, from 0, of the answer that each row is a part of, in order; empty where each row is an answer."""
-    probe: bool = False
+    mismatched: bool = False
     """Whether it is only looked at, for a number that the whole step needs, and teaches nothing."""
 
     def __len__(self) -> int:
@@ -81,12 +81,12 @@ class Group:
         """The rows of each answer."""
         numbers = self.numbers or range(len(self.answers))
         rows = list(zip(numbers, self.answers, strict=True))
-        return [tuple(row for own, row in rows if own == number) for number in range(len(self.marks))]
+        return [tuple(row for own, row in rows if own == number) for number in range(len(self.scores))]
 
     @property
     def liked(self) -> list[Example]:
         """Rows of answers that one would imitate."""
-        return [row for rows, mark in zip(self.parts(), self.marks, strict=True) for row in rows if mark > 0.5]
+        return [row for rows, score in zip(self.parts(), self.scores, strict=True) for row in rows if score > 0.5]
 
     def cost(self, *, share: bool = True) -> int:
         """Tokens that are computed for it alone; with `share`, its prompt once."""
@@ -114,13 +114,13 @@ class Pack:
     """[S]: the answer that each triple is a token of; empty where there are no groups."""
     pairs: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
     """[P, 2]: answers that are compared, (chosen, rejected)."""
-    marks: Tensor = field(default_factory=lambda: torch.empty(0))
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
     """[N]: what is known of each answer."""
     prompt_ends: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """[N]: the hidden row where the prompt of each answer ends, which predicts the answer's first trained token."""
-    before: Tensor | None = None
+    old_log_probs: Tensor | None = None
     """float32 [S]: log-probabilities from when the answers were sampled."""
-    probe: bool = False
+    mismatched: bool = False
 
     @property
     def rows(self) -> list[str]:
@@ -144,10 +144,10 @@ class Pack:
 
     def idle(self) -> "Pack":
         """The same forward pass, from which nothing is learnt."""
-        learnt = ("hidden_rows", "targets", "weights", "answers", "pairs", "marks", "prompt_ends")
+        learnt = ("hidden_rows", "targets", "weights", "answers", "pairs", "scores", "prompt_ends")
         nothing: dict[str, Any] = {name: getattr(self, name)[:0] for name in learnt}
-        before = None if self.before is None else self.before[:0]
-        return replace(self, **nothing, before=before, row_tokens=0)
+        old_log_probs = None if self.old_log_probs is None else self.old_log_probs[:0]
+        return replace(self, **nothing, old_log_probs=old_log_probs, row_tokens=0)
 
 
 # The tree of beginnings ------------------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ class _Tree:
         self.examples: list[Example] = []
         self.numbers: list[int] = []
         """Of rows in groups: the answer of the pack that each is a part of."""
-        self.marks: list[float] = []
+        self.scores: list[float] = []
         self.pairs: list[tuple[int, int]] = []
-        self.probe = False
+        self.mismatched = False
         self.tokens = self.longest = 0
 
     def common(self, ids: NDArray[np.int32]) -> tuple[_Segment, _Segment | None, int]:
@@ -201,15 +201,15 @@ class _Tree:
     def add(self, item: Example | Group, *, share: bool) -> None:
         if isinstance(item, Group):
             assert len(self.numbers) == len(self.examples), "rows and groups of answers do not mix"
-            assert self.probe == item.probe or not self.examples, "probes and what is learnt do not mix"
-            self.pairs += [(len(self.marks) + a, len(self.marks) + b) for a, b in item.pairs]
-            self.numbers += [len(self.marks) + n for n in item.numbers or range(len(item.answers))]
-            self.marks += item.marks
-            self.probe = item.probe
+            assert self.mismatched == item.mismatched or not self.examples, "mismatched groups have their own packs"
+            self.pairs += [(len(self.scores) + a, len(self.scores) + b) for a, b in item.pairs]
+            self.numbers += [len(self.scores) + n for n in item.numbers or range(len(item.answers))]
+            self.scores += item.scores
+            self.mismatched = item.mismatched
         for example in item.answers:
             self._add(example, share)
         assert len(self.numbers) in (0, len(self.examples)), "rows and groups of answers do not mix"
-        assert sorted({*self.numbers}) == [*range(len(self.marks))], "one mark for each answer"
+        assert sorted({*self.numbers}) == [*range(len(self.scores))], "one score for each answer"
 
     def _add(self, example: Example, share: bool) -> None:
         ids = example.needed
@@ -254,25 +254,25 @@ class _Tree:
                 hidden.append(places[trained - 1])
                 targets.append(example.ids[trained])
                 weights.append(example.weights[trained])
-                if self.marks:
+                if self.scores:
                     number = self.numbers[row]
                     answers.append(np.full(len(trained), number))
                     end = (row, int(places[trained[0] - 1])) if len(trained) else (row, 0)
                     prompt_ends[number] = min(end, prompt_ends.get(number, end))
-                if example.before is not None:
-                    sampled.append(example.before[trained])
+                if example.old_log_probs is not None:
+                    sampled.append(example.old_log_probs[trained])
                 for segment in path:
                     where[place_of[id(segment)]].append(example.where)
         triples = np.stack([np.concatenate(hidden), np.concatenate(targets).astype(np.int64)])
-        if self.marks:  # the same token of two answers stays two triples
+        if self.scores:  # the same token of two answers stays two triples
             triples = np.concatenate([triples, np.concatenate(answers)[None]])
         triples, place = np.unique(triples, axis=1, return_inverse=True)
-        before = None
+        old_log_probs = None
         if sampled:
-            assert self.marks, "only answers in groups are told apart"
+            assert self.scores, "only answers in groups are told apart"
             assert len(sampled) == len(self.examples), "all answers of a pack were sampled, or none"
-            before = torch.empty(triples.shape[1])
-            before[torch.from_numpy(place.reshape(-1))] = torch.from_numpy(np.concatenate(sampled))
+            old_log_probs = torch.empty(triples.shape[1])
+            old_log_probs[torch.from_numpy(place.reshape(-1))] = torch.from_numpy(np.concatenate(sampled))
         summed = np.bincount(place.reshape(-1), np.concatenate(weights), triples.shape[1])
         return Pack(
             ids=torch.from_numpy(np.concatenate([s.ids for s in segments]).astype(np.int64))[None],
@@ -284,12 +284,12 @@ class _Tree:
             weights=torch.from_numpy(summed.astype(np.float32)),
             where=[tuple(names) for names in where],
             row_tokens=sum(map(len, self.examples)),
-            answers=torch.from_numpy(triples[2].copy() if self.marks else np.empty(0, np.int64)),
+            answers=torch.from_numpy(triples[2].copy() if self.scores else np.empty(0, np.int64)),
             pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
-            marks=torch.tensor(self.marks, dtype=torch.float32),
-            prompt_ends=torch.tensor([prompt_ends[n][1] for n in range(len(self.marks))], dtype=torch.int64),
-            before=before,
-            probe=self.probe,
+            scores=torch.tensor(self.scores, dtype=torch.float32),
+            prompt_ends=torch.tensor([prompt_ends[n][1] for n in range(len(self.scores))], dtype=torch.int64),
+            old_log_probs=old_log_probs,
+            mismatched=self.mismatched,
         )
 
 

@@ -1,4 +1,4 @@
-"""Rows that only ask: what a model is to answer by itself, while it is trained (`online`).
+"""Rows that only ask: what a model is to answer by itself, while it is trained (`rl`).
 
 A prompt is what generation sees, token for token. An answer that a row has all the same is never trained: it is the
 reference that scorers compare with.
@@ -70,11 +70,14 @@ def prepare_prompts(
                 made.append(Prompt(ids, np.zeros(len(ids), np.float32), row.where, None, tuple(messages), reference))
                 kept.append(row)
     if problems and (data.strict or data.over_length == "error" or not made):
-        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be asked:\n" + numbered(problems))
+        raise DataError(
+            f"{len(problems)} of {len(rows)} rows cannot be asked:\n" + numbered(problems), code="unusable-rows"
+        )
     if not made:
         raise DataError(
             f"no prompt is left: all {len(rows)} are longer than the {most} tokens that data.max_tokens="
-            f"{data.max_tokens} leaves beside online.max_new_tokens={room}"
+            f"{data.max_tokens} leaves beside rl.max_new_tokens={room}",
+            code="no-rows-left",
         )
     lengths = np.array([len(prompt) for prompt in made], np.int64)
     longest = int(lengths.argmax())

@@ -59,9 +59,12 @@ class Form:
         """Raise DataError where what the template wrote of a message with calls shows that it takes another form."""
         functions = [call["function"] for call in message.tool_calls]
         if self.text_arguments and not all(_json(function) in written for function in functions):
-            raise DataError("the chat template does not write the JSON text of arguments as it is")
+            raise DataError(
+                "the chat template does not write the JSON text of arguments as it is",
+                code="template-changes-arguments",
+            )
         if self.null_content and "None" in written and "None" not in f"{functions}{message.all_text}":
-            raise DataError("the chat template writes None for a message without content")
+            raise DataError("the chat template writes None for a message without content", code="template-writes-none")
 
 
 def _json(function: Fields) -> str:

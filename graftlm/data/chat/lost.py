@@ -63,7 +63,8 @@ def check_prompt(
     for index, *_, before, after in around:
         if not all_in((before, after), text):
             raise DataError(
-                f"the chat template drops message {index + 1} ({messages[index].role}): it has no place for it"
+                f"the chat template drops message {index + 1} ({messages[index].role}): it has no place for it",
+                code="template-drops-message",
             )
 
 
@@ -73,5 +74,6 @@ def check_calls(index: int, lost: Lost) -> None:
         raise DataError(
             f"the chat template drops {lost.calls[index]} in message {index + 1}: it has no place for it, and nobody "
             "would learn to make such a call. Give a template that has with `base: {template: FILE.jinja}`, or leave "
-            "such conversations out"
+            "such conversations out",
+            code="template-drops-calls",
         )

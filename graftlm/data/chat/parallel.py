@@ -166,7 +166,8 @@ class _Child:
         if said is None:
             raise DataError(
                 f"a process that renders rows ended (exit code {self._process.wait()}), perhaps for want of memory: "
-                "`train: {threads: 1}` renders in one process"
+                "`train: {threads: 1}` renders in one process",
+                code="rendering-process-ended",
             )
         columns: Columns = said
         return columns

@@ -167,7 +167,8 @@ class Renderer:
             if self.turn_order == "refuse":
                 raise type(error)(
                     f"{error}. If it has no place for the system message: turn_order: merge (under `data` in a recipe, "
-                    "--turn-order of graft chat) puts it before the first question, drop leaves it out"
+                    "--turn-order of graft chat) puts it before the first question, drop leaves it out",
+                    code=error.slug,
                 ) from None
             moved = without_system(messages, self.turn_order)
             if moved is None:
@@ -203,7 +204,10 @@ class Renderer:
     ) -> Work[Rendered]:
         """ids and roles, those of the answers at these indices exact: what other answers hold is only text here."""
         if 0 in answers:
-            raise DataError("the conversation begins with an answer, and to what? Begin the row with a user message")
+            raise DataError(
+                "the conversation begins with an answer, and to what? Begin the row with a user message",
+                code="answer-without-question",
+            )
 
         def rendered(form: Form) -> Work[tuple[Rendered, bool]]:
             return self._rendered_as(form, messages, tools, answers)
@@ -258,7 +262,7 @@ class Renderer:
             text, spans, inserted = after_prompt(messages, spans, begins[count - 1], text)
             turns = {count - 1: len(text)}
         elif other:
-            raise UnstableTemplateError(prompt_mismatch(other[0], begins[other[0]]))
+            raise UnstableTemplateError(prompt_mismatch(other[0], begins[other[0]]), code="prompt-mismatch")
         lost = yield from find_lost(messages, tools, form=form)
         for i, until in turns.items():
             check_calls(i, lost)

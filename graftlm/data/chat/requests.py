@@ -32,7 +32,9 @@ def run_all(works: Sequence[Work[T]], template: Template | None) -> list[T | Dat
             asks = others
     except TemplateError as error:  # of the template, and of no row
         raise BaseModelError(
-            f"the chat template cannot be used: {error}. Mend it, or name another with `base: {{template: FILE.jinja}}`"
+            f"the chat template cannot be used: {error}. Mend it, or name another with "
+            "`base: {template: FILE.jinja}`",
+            code="unusable-chat-template",
         ) from None
     return [found[number] for number in range(len(works))]
 
@@ -53,7 +55,8 @@ def _advance(
     if asks and template is None:
         raise BaseModelError(
             "the tokenizer has no chat template: put a chat_template.jinja beside its tokenizer.json, or name one "
-            "with `base: {template: FILE.jinja}`"
+            "with `base: {template: FILE.jinja}`",
+            code="no-chat-template",
         )
     return asks
 
@@ -72,5 +75,7 @@ def texts_of(
         texts = yield Ask([chat], different, tools, form.variables, marks)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in chat)
-        raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from None
+        raise DataError(
+            f"the chat template refuses a conversation of {roles}: {error}", code="template-refuses-conversation"
+        ) from None
     return [texts[different.index(ask)] for ask in wanted]

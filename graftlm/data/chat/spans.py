@@ -75,7 +75,8 @@ def find_spans(
         f"the chat template {wrong}, so it cannot be said which tokens are the answer. If it treats earlier turns "
         "otherwise than the last, split the conversation so that every answer is the last message of its row; "
         "if it has no place for a message of this role, leave such messages out, or give another template with "
-        "`base: {template: FILE.jinja}`"
+        "`base: {template: FILE.jinja}`",
+        code="answer-tokens-unknown",
     )
 
 
@@ -94,7 +95,8 @@ def turn_end(text: str, index: int, until: str) -> int:
         raise UnstableTemplateError(
             f"the chat template changes what it wrote before when message {index + 2} follows, so "
             "generation would never see what training does. Split the conversation so that every answer is the "
-            "last message of its row"
+            "last message of its row",
+            code="template-rewrites-turns",
         )
     return len(until)
 
@@ -134,10 +136,10 @@ def after_prompt(
     elif span is not None and not message.thinking and not message.tool_calls:
         common = min(_alike(begin, text), span.start)
         if text[common : span.start].strip():
-            raise DataError(prompt_mismatch(index, begin))
+            raise DataError(prompt_mismatch(index, begin), code="prompt-mismatch")
         rest = text[span.start :]
     else:
-        raise DataError(prompt_mismatch(index, begin))
+        raise DataError(prompt_mismatch(index, begin), code="prompt-mismatch")
     shift = len(begin) + len(rest) - len(text)
     moved = dict(spans)
     if span is not None:

@@ -43,7 +43,8 @@ class Tokenization:
         if backend is None:
             raise BaseModelError(
                 f"{type(tokenizer).__name__} has no character offsets, and masks need them: the base must come with a "
-                "tokenizer.json (convert it once with transformers' convert_slow_tokenizer)"
+                "tokenizer.json (convert it once with transformers' convert_slow_tokenizer)",
+                code="no-character-offsets",
             )
         self.tokenizer = tokenizer
         self.end_ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
@@ -138,7 +139,10 @@ class Tokenization:
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)
         starts, ends = offsets[::2], offsets[1::2]
         if (starts[1:] < starts[:-1]).any() or (ends[1:] < ends[:-1]).any():
-            raise DataError("the tokenizer gives places of tokens that go back, so it cannot be said what they are of")
+            raise DataError(
+                "the tokenizer gives places of tokens that go back, so it cannot be said what they are of",
+                code="token-offsets-decrease",
+            )
         return np.array(encoding.ids, np.int32), starts, ends
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from graftlm.data.batches.pack import Example
 from graftlm.data.chat import token_cache
-from graftlm.data.chat.masks import weights
 from graftlm.data.chat.parallel import lasting, many, rendered
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.roles import Role
 from graftlm.data.chat.token_columns import LOST_THOUGHTS, LOST_TOOLS, MOVED_SYSTEM, UNREAD_VARIABLES, Columns, join
 from graftlm.data.quality.piece_counts import PieceCounts, count_pieces
+from graftlm.data.quality.rendered_row import rendered_rows
 from graftlm.data.quality.report import Report, unwritten_notes
 from graftlm.data.sources.formats import TEXT
 from graftlm.data.sources.row_cache import KeptRows, places, unread_keys
@@ -57,7 +57,9 @@ def prepare(
         done += len(some)
     wrong = [*problems, *parts]
     if wrong and (data.strict or data.over_length == "error" or not examples):
-        raise DataError(f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong))
+        raise DataError(
+            f"{len(wrong)} of {len(rows)} rows cannot be trained on:\n" + numbered(wrong), code="unusable-rows"
+        )
     report.problems += problems
     report.notes[:0] = unread_keys(rows)
     report.notes += parts + unwritten_notes(len(report.rows_without_thoughts), len(report.rows_without_tools))
@@ -72,7 +74,8 @@ def prepare(
     if not examples:
         raise DataError(
             f"no row is left to train on: all {len(rows)} are longer than max_tokens={data.max_tokens}. "
-            "Raise data.max_tokens, or set data.over_length: truncate"
+            "Raise data.max_tokens, or set data.over_length: truncate",
+            code="no-rows-left",
         )
     return examples, report
 
@@ -96,7 +99,7 @@ def stream(
         problems: list[str] = []
         yield from _examples(some, columns, renderer, data, report, problems, problems)
         if problems:
-            raise DataError("rows cannot be trained on:\n" + numbered(problems))
+            raise DataError("rows cannot be trained on:\n" + numbered(problems), code="unusable-rows")
         count += len(some)
         done(count)
 
@@ -248,14 +251,8 @@ def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count:
     """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}, one for each piece of a row."""
     shown = []
     for row in rows[:count]:
-        for piece in renderer.rows(row.messages, row.tools, row.variables):
-            parts = zip(
-                piece.ids,
-                renderer.token_texts(piece.ids.tolist()),
-                piece.roles,
-                weights(piece, data.mask, data.prompt_weight),
-                strict=True,
-            )
-            tokens = [{"id": int(i), "text": t, "role": Role(r).label, "weight": float(w)} for i, t, r, w in parts]
+        for piece in rendered_rows(row, renderer, mask=data.mask, prompt_weight=data.prompt_weight):
+            parts = zip(piece.ids, piece.tokens, piece.roles, piece.weights, strict=True)
+            tokens = [{"id": int(i), "text": t, "role": r, "weight": float(w)} for i, t, r, w in parts]
             shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
     return shown

@@ -89,13 +89,16 @@ def parts(file: Path) -> list[Part]:
     try:
         tree, _ = parse_yaml(file.read_text(encoding="utf-8-sig"), str(file))
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{file}: cannot be read: {error.strerror}", code="unreadable-file") from None
     entries = tree.get("datasets")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         near = nearest("datasets", map(str, tree))
-        raise DataError(f"{file}: a .yaml file of data has Axolotl's list `datasets:`. {near}")
+        raise DataError(f"{file}: a .yaml file of data has Axolotl's list `datasets:`. {near}", code="no-datasets-list")
     if tree.get("train_on_inputs"):
-        raise DataError(f"{file}: train_on_inputs: true cannot be honoured: set `data.mask: everything`, and remove it")
+        raise DataError(
+            f"{file}: train_on_inputs: true cannot be honoured: set `data.mask: everything`, and remove it",
+            code="unsupported-setting",
+        )
     notes = []
     for key in ("chat_template", "chat_template_jinja", "default_system_message"):
         if tree.get(key) and not str(tree[key]).startswith(_DEFAULT_TEMPLATE):
@@ -117,15 +120,19 @@ def _entry(entry: Mapping[str, Any], where: str) -> tuple[str, Callable[[Fields]
         only(entry, _DATASET, _DATASET_CANNOT, where)  # it may be there, misspelt
     kind = "alpaca" if str(kind).startswith("alpaca:") else kind  # after the colon comes what stands around the rows
     if kind not in _TYPES:
-        raise DataError(f"{where}: type: {kind!r:.60} is not read. Known: {', '.join(_TYPES)}")
+        raise DataError(f"{where}: type: {kind!r:.60} is not read. Known: {', '.join(_TYPES)}", code="unknown-format")
     only(entry, _DATASET, _DATASET_CANNOT, where)
     template = entry.get("chat_template") or _DEFAULT_TEMPLATE
     if not str(template).startswith(_DEFAULT_TEMPLATE):
-        raise DataError(f"{where}: chat_template: {template!r:.60} cannot be honoured: {_OWN_TEMPLATE}")
+        raise DataError(
+            f"{where}: chat_template: {template!r:.60} cannot be honoured: {_OWN_TEMPLATE}", code="unsupported-setting"
+        )
     for key in ("train_on_eos", "train_on_eot"):
         if entry.get(key, "turn") not in ("turn", None):
             said = f"{key}: {entry[key]!r} cannot be honoured"
-            raise DataError(f"{where}: {said}: what ends an answer is trained with the answer")
+            raise DataError(
+                f"{where}: {said}: what ends an answer is trained with the answer", code="unsupported-setting"
+            )
     if kind in ("alpaca", "completion"):
         only(entry, ("path", "type", "name", "split", "ds_type", "data_files", "field", *_DATASET_CANNOT), {}, where)
         if kind == "alpaca":
@@ -142,12 +149,17 @@ def _turns(entry: Mapping[str, Any], kind: str, where: str) -> _Turns:
     names |= {"reasoning_content": entry.get("field_thinking") or "reasoning_content"}
     names |= entry.get("message_property_mappings") or {}
     for name in names.keys() - {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "tool", "name"}:
-        raise DataError(f"{where}: message_property_mappings: {name}: a message has no such property here")
+        raise DataError(
+            f"{where}: message_property_mappings: {name}: a message has no such property here",
+            code="unknown-message-property",
+        )
     roles = dict(_USUAL_ROLES)
     if entry.get("roles"):
         roles = {source: target for target, sources in entry["roles"].items() for source in sources}
         for target in set(roles.values()) - set(ROLES):
-            raise DataError(f"{where}: roles: {target}: there is no such role. {nearest(target, ROLES)}")
+            raise DataError(
+                f"{where}: roles: {target}: there is no such role. {nearest(target, ROLES)}", code="unknown-role"
+            )
     training, detail = entry.get("message_field_training"), entry.get("message_field_training_detail")
     trained = None
     if "roles_to_train" in entry:
@@ -155,11 +167,14 @@ def _turns(entry: Mapping[str, Any], kind: str, where: str) -> _Turns:
         if not asked and not training and not detail:
             raise DataError(
                 f"{where}: roles_to_train is empty, and no message_field_training says what is trained. For the last "
-                "answer alone remove it, and set `data.mask: last-turn`"
+                "answer alone remove it, and set `data.mask: last-turn`",
+                code="no-trained-roles",
             )
         trained = frozenset(roles.get(role, role) for role in asked)
         for role in trained - set(ROLES):
-            raise DataError(f"{where}: roles_to_train: {role}: there is no such role. {nearest(role, roles)}")
+            raise DataError(
+                f"{where}: roles_to_train: {role}: there is no such role. {nearest(role, roles)}", code="unknown-role"
+            )
     messages = entry.get("field_messages") or ("conversations" if kind == "sharegpt" else "messages")
     system, tools = entry.get("field_system") or "system", entry.get("field_tools") or "tools"
     drop = bool(entry.get("drop_system_message"))
@@ -235,7 +250,7 @@ def _files(entry: Mapping[str, Any], folder: Path, where: str) -> list[str]:
     """The files of an entry: as they are named, or beside the description; else it is a data set of the hub."""
     path, named = entry.get("path"), entry.get("data_files")
     if not isinstance(path, str):
-        raise DataError(f"{where}: path is needed")
+        raise DataError(f"{where}: path is needed", code="missing-key")
     names = [named] if isinstance(named, str) else list(named or ())
     split = entry.get("split") or "train"
     if names and not Path(path).suffix and not (Path(path).is_dir() or (folder / path).is_dir()):
@@ -247,5 +262,5 @@ def _files(entry: Mapping[str, Any], folder: Path, where: str) -> list[str]:
     else:
         return [on_hub(path, entry.get("name"), split)]
     if split != "train" or entry.get("name"):
-        raise DataError(f"{where}: split and name cannot be honoured: a file has none")
+        raise DataError(f"{where}: split and name cannot be honoured: a file has none", code="unsupported-setting")
     return [name if Path(name).exists() or not (folder / name).exists() else str(folder / name) for name in names]

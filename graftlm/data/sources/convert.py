@@ -55,8 +55,8 @@ def convert(
         count = write_lines(draft, lines())
         left_out = [str(problem) for problem in problems if problem.left_out]
         if not count or (strict and left_out):
-            said = f"{path}: {count} rows can be used, {len(left_out)} cannot:\n{numbered(left_out)}"
-            raise DataError(said.rstrip(":\n"))
+            listed = f":\n{numbered(left_out)}" if left_out else ""
+            raise DataError(f"{path}: {count} rows can be used, {len(left_out)} cannot{listed}", code="unusable-rows")
     return count, [
         *(Problem(path, line, left_out=False) for line in unread_notes(unread.items(), MESSAGE_KEYS)),
         *problems,

@@ -123,7 +123,7 @@ def _with_full_stop(text: str) -> str:
 
 
 def prompt(row: Fields) -> Conversation:
-    """{prompt}, or a conversation in any of the formats above that ends with a question, for `online`, where the model
+    """{prompt}, or a conversation in any of the formats above that ends with a question, for `rl`, where the model
     answers by itself. Scorers compare with the row's own answer, where it has one."""
     conversation = _question(row)
     answered = conversation[-1].role == "assistant"
@@ -413,7 +413,7 @@ def check(conversation: list[Message], *, asks: bool = False) -> list[str]:
     if not answers:
         raise RowError(
             f"no assistant message among {[m.role for m in conversation]}: there is nothing to learn from. (Where the "
-            "model is to answer by itself, with `online` in the recipe: format prompt)"
+            "model is to answer by itself, with `rl` in the recipe: format prompt)"
         )
     weights = [*(m.weight for m in answers), *(m.weight or 0 for m in conversation)]
     if not any(weight is None or weight > 0 for weight in [*weights, *(w for m in conversation for *_, w in m.spans)]):

@@ -60,18 +60,20 @@ def part(file: Path, name: str) -> Part:
     try:
         tree = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{file}: cannot be read: {error.strerror}", code="unreadable-file") from None
     except ValueError as error:
-        raise DataError(f"{file}: not valid JSON: {error}") from None
+        raise DataError(f"{file}: not valid JSON: {error}", code="invalid-json") from None
     if not isinstance(tree, dict) or not isinstance(tree.get(name), dict):
         known = tree if isinstance(tree, dict) else ()
-        raise DataError(f"{file}: describes no data set {name!r}. {nearest(name, known)}")
+        raise DataError(f"{file}: describes no data set {name!r}. {nearest(name, known)}", code="no-such-data-set")
     entry, where = tree[name], f"{file}: {name}"
     here = (*_ENTRY, *_ELSEWHERE) if entry.get("hf_hub_url") else _ENTRY
     only(entry, here, _ENTRY_CANNOT | _ELSEWHERE if here is _ENTRY else _ENTRY_CANNOT, where)
     form = entry.get("formatting", "alpaca")
     if form not in _COLUMNS:
-        raise DataError(f"{where}: formatting: {form!r} is not known. {nearest(str(form), _COLUMNS)}")
+        raise DataError(
+            f"{where}: formatting: {form!r} is not known. {nearest(str(form), _COLUMNS)}", code="unknown-format"
+        )
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     only(columns, _COLUMNS[form], _MEDIA, f"{where}: columns")
     columns = {key: column for key, column in columns.items() if column}
@@ -88,14 +90,14 @@ def part(file: Path, name: str) -> Part:
     if entry.get("hf_hub_url"):
         path = on_hub(entry["hf_hub_url"], entry.get("subset"), split)
     elif not entry.get("file_name"):
-        raise DataError(f"{where}: file_name or hf_hub_url is needed")
+        raise DataError(f"{where}: file_name or hf_hub_url is needed", code="missing-key")
     elif split != "train" or entry.get("subset"):
-        raise DataError(f"{where}: split and subset cannot be honoured: a file has none")
+        raise DataError(f"{where}: split and subset cannot be honoured: a file has none", code="unsupported-setting")
     else:
         path = str(file.parent / entry["file_name"])
     if entry.get("ranking"):
         if lacking := {"chosen", "rejected"} - columns.keys():
-            raise DataError(f"{where}: ranking needs the column {sorted(lacking)[0]!r}")
+            raise DataError(f"{where}: ranking needs the column {sorted(lacking)[0]!r}", code="missing-key")
         return Part(path, "preference", reshape)
     if "kto_tag" in columns:
         return Part(path, "feedback", reshape)

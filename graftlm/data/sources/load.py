@@ -37,11 +37,12 @@ def load_rows(
     turn_order: TurnOrder = "refuse",
     seed: int = 0,
 ) -> tuple[list[Row], str]:
-    """All rows of a source that can be used, and the name of their format.
+    """Read all rows of a source that can be used.
 
-    `problems` receives what is wrong with rows, those that are left out and those that stay. Raises DataError, which
-    lists rows by file and line, where no row can be used, and for any row that cannot be used where there is no such
-    list or under `strict`. `score` names a field that must hold a number. `seed` draws among `templates`.
+    Returns (rows, the name of their format). `problems` receives what is wrong with rows, those that are left out and
+    those that stay. Raises DataError, which lists rows by file and line, where no row can be used, and for any row that
+    cannot be used where there is no such list or under `strict`. `score` names a field that must hold a number. `seed`
+    draws among `templates`.
     """
     path = source if isinstance(source, str) else source.path
     rows: list[Row] = []
@@ -62,10 +63,13 @@ def load_rows(
     if out and (problems is None or strict or not rows):
         raise DataError(
             f"{len(out)} rows of {path} cannot be used ({len(rows)} can; the format is {name or 'not known'}):\n"
-            + numbered(out)
+            + numbered(out),
+            code="unusable-rows",
         )
     if not rows:
-        raise DataError(f"{path}: holds no rows: in .jsonl a line is a row, in .csv a line below the header")
+        raise DataError(
+            f"{path}: holds no rows: in .jsonl a line is a row, in .csv a line below the header", code="no-rows"
+        )
     if problems is not None:
         problems += all_problems
     return rows, name

@@ -109,7 +109,8 @@ def balance(rows: Sequence[Row], share: float, *, seed: int) -> tuple[list[Row],
     if not kinds[True] or not kinds[False]:
         raise DataError(
             f"data.desirable_share: of the rows {len(kinds[True]):,} are marked as liked and {len(kinds[False]):,} as "
-            "not liked: both kinds are needed, and a loss that learns from both"
+            "not liked: both kinds are needed, and a loss that learns from both",
+            code="single-label",
         )
     owed = apportion(len(kinds[True]) + len(kinds[False]), [share, 1 - share])
     liked, times = _times(kinds[True], owed[0], seed, "liked")

@@ -32,9 +32,11 @@ def only(entry: Mapping[str, Any], known: Sequence[str], cannot: Mapping[str, st
     """Raise DataError for a key that is not known, or that is and says more than we can do."""
     for key, value in entry.items():
         if key in cannot and value not in (None, False, "", []):
-            raise DataError(f"{where}: {key}: {value!r:.60} cannot be honoured: {cannot[key]}")
+            raise DataError(
+                f"{where}: {key}: {value!r:.60} cannot be honoured: {cannot[key]}", code="unsupported-setting"
+            )
         if key not in known and key not in cannot:
-            raise DataError(f"{where}: {key}: unknown key. {nearest(key, [*known, *cannot])}")
+            raise DataError(f"{where}: {key}: unknown key. {nearest(key, [*known, *cannot])}", code="unknown-key")
 
 
 def column(row: Fields, name: str) -> Any:

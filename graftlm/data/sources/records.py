@@ -44,6 +44,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 GZ = ".gz"
 GZIP = b"\x1f\x8b"
 """What a file begins with that gzip has packed."""
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 JSONL = ".jsonl"
 TABLES = (".parquet", ".arrow")
 """Files of columns, which have their own way to pack them."""
@@ -59,34 +60,41 @@ def records(path: str, *, network: bool = False) -> Iterator[Record | Problem]:
     kind, colon, name = path.partition(":")
     if colon and kind == "builtin":
         if name not in BUILTIN:
-            raise DataError(f"{path}: no such built-in data set. {nearest(name, BUILTIN)}")
+            raise DataError(f"{path}: no such built-in data set. {nearest(name, BUILTIN)}", code="no-such-data-set")
         return ((f"{path}:{i}", row) for i, row in enumerate(BUILTIN[name].rows(), start=1))
     if colon and kind == "hub":
         return _hub(name, network)
     file = Path(path).expanduser()
     if not file.is_file():
         siblings = [str(p) for p in file.parent.iterdir() if _ending(p) in READERS] if file.parent.is_dir() else []
-        raise DataError(f"{path}: no such file. {nearest(path, siblings)}")
+        raise DataError(f"{path}: no such file. {nearest(path, siblings)}", code="no-such-file")
     ending = _ending(file)
     if ending not in READERS or (ending in TABLES and file.suffix.lower() == GZ):
         what = "is packed: unpack it first" if file.suffix.lower() in PACKED else ""
         what = what or f"cannot read {file.suffix or 'files without an ending'}"
-        raise DataError(f"{path}: {what}. Known: {', '.join(READERS)}, also packed as {JSONL}{GZ}")
+        raise DataError(
+            f"{path}: {what}. Known: {', '.join(READERS)}, also packed as {JSONL}{GZ}", code="unsupported-file-type"
+        )
     try:
         with _open(file) as stream:
             head = stream.read(4096)
-    except (OSError, EOFError, zlib.error) as error:  # of the disk, or of gzip
-        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except GZIP_ERRORS as error:
+        raise _damaged(file, error) from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}", code="unreadable-file") from None
     if not head:
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: the file is empty", code="empty-file")
     if head.startswith(GZIP):
-        raise DataError(f"{path}: is packed by gzip, whatever its name says: unpack it first (gunzip)")
+        raise DataError(
+            f"{path}: is packed by gzip, whatever its name says: unpack it first (gunzip)", code="hidden-gzip"
+        )
     if ending not in TABLES and (
         head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * head.count(0) > len(head) > 8
     ):
         raise DataError(
             f"{file}:1: the file contains NUL bytes, as UTF-16 does, and is not UTF-8. Convert it, for example with "
-            "iconv -f utf-16 -t utf-8"
+            "iconv -f utf-16 -t utf-8",
+            code="not-utf-8",
         )
     found = READERS[ending](file)
     return _unpacked(file, found) if file.suffix.lower() == GZ else found
@@ -107,7 +115,7 @@ def expanded(path: str) -> list[str]:
     else:
         return [path]
     if not found:
-        raise DataError(f"{path}: {what}")
+        raise DataError(f"{path}: {what}", code="no-such-file")
     return [str(p) for p in sorted(found)]
 
 
@@ -125,8 +133,12 @@ def _open(file: Path) -> IO[bytes]:
 def _unpacked(file: Path, found: Iterator[Record | Problem]) -> Iterator[Record | Problem]:
     try:
         yield from found
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{file}: damaged: what gzip has packed cannot be unpacked whole: {error}") from None
+    except GZIP_ERRORS as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: damaged: what gzip has packed cannot be unpacked whole: {error}", code="damaged-file")
 
 
 def files(path: str) -> list[Path]:
@@ -192,7 +204,8 @@ def _jsonl(file: Path) -> Iterator[Record | Problem]:
                 if number == 1 and (text.strip() == "[" or text.lstrip().startswith("[{")):
                     raise DataError(
                         f"{where}: the file is one JSON list, and a .jsonl file holds a row a line: rename it to "
-                        f"{file.stem}.json"
+                        f"{file.stem}.json",
+                        code="json-list-in-jsonl",
                     ) from None
                 yield Problem(where, _json_reason(error, text))
                 continue
@@ -255,9 +268,9 @@ def _json_object(file: Path, text: str) -> Iterator[Record]:
     try:
         tree = _STRICT.decode(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}", code="invalid-json") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON: {error}") from None
+        raise DataError(f"{file}: not valid JSON: {error}", code="invalid-json") from None
     if isinstance(tree, dict) and "Instances" in tree:
         yield str(file), tree
         return
@@ -265,7 +278,9 @@ def _json_object(file: Path, text: str) -> Iterator[Record]:
     near = f". If it describes data sets, write {file}:NAME. {nearest('', described)}" if described else ""
     listed = [name for name, entry in tree.items() if isinstance(entry, list)] if isinstance(tree, dict) else []
     near = near or (f". If its rows are {listed[0]!r}, write that list alone into a file" if listed else "")
-    raise DataError(f"{file}: a .json file of rows holds a list, this holds a {type(tree).__name__}{near}")
+    raise DataError(
+        f"{file}: a .json file of rows holds a list, this holds a {type(tree).__name__}{near}", code="not-a-list"
+    )
 
 
 # Tables ------------------------------------------------------------------------------------------------------------
@@ -279,10 +294,13 @@ def _csv(file: Path, delimiter: str = ",") -> Iterator[Record | Problem]:
             reader = csv.reader((line.replace("\0", NUL) for line in stream), strict=True, delimiter=delimiter)
             header = next(reader, [])
             if len(set(header)) < len(header):
-                raise DataError(f"{file}:1: two columns have the same name: {header}")
+                raise DataError(f"{file}:1: two columns have the same name: {header}", code="duplicate-columns")
             if len(header) == 1 and any(separator in header[0] for separator in ";,\t|" if separator != delimiter):
                 other = "tabs" if delimiter == "\t" else "commas (in .tsv files by tabs)"
-                raise DataError(f"{file}:1: the header is one column, {header[0]!r}: columns are separated by {other}")
+                raise DataError(
+                    f"{file}:1: the header is one column, {header[0]!r}: columns are separated by {other}",
+                    code="wrong-delimiter",
+                )
             while True:
                 where = f"{file}:{reader.line_num + 1}"
                 try:
@@ -316,7 +334,9 @@ def _table(file: Path, batches_of: Callable[[Path], Iterator[Any]]) -> Iterator[
                 yield f"{file}: row {number}", _of_a_table(row)
     except Exception as error:
         after = f" (after row {number})" if number else ""
-        raise DataError(f"{file}: not a readable {_ending(file)[1:]} file: {error}{after}") from None
+        raise DataError(
+            f"{file}: not a readable {_ending(file)[1:]} file: {error}{after}", code="damaged-file"
+        ) from None
 
 
 def _parquet_batches(file: Path) -> Iterator[Any]:
@@ -356,7 +376,7 @@ def _hub(name: str, network: bool) -> Iterator[Record | Problem]:
             table = datasets.load_dataset(at, subset or None, split=part)
     except Exception as error:
         off = "" if network else " It is not in the local cache, and the network is off: `network: true` fetches it."
-        raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}") from None
+        raise DataError(f"hub:{name}: cannot be loaded: {error}.{off}", code="hub-data-unavailable") from None
     return ((f"hub:{name}:{part}: row {index}", _of_a_table(row)) for index, row in enumerate(table, start=1))
 
 

@@ -16,6 +16,8 @@ from graftlm.data.sources.prompt_templates import Template
 
 @config
 class SourceConfig:
+    """Rows: where they are, and how to read them. A wrong value raises a ValueError."""
+
     path: str
     """A .jsonl, .json, .csv, .tsv, .parquet or .arrow file, .jsonl.gz and so on; a pattern (`data/*.jsonl`) or a folder
     of such files; `hub:org/name[@subset][:split]`; `builtin:docstrings`; or what another trainer describes:
@@ -65,6 +67,8 @@ class OrderConfig:
 
 @config
 class DataConfig:
+    """What is trained on, how it is split and rendered, and which tokens count. A wrong value raises a ValueError."""
+
     train: str | SourceConfig | tuple[str | SourceConfig, ...]
     """A source, or a list: each has a share of an epoch in proportion to weight * rows^(1/mix_temperature)."""
     mix_temperature: Annotated[float, Strict(), Field(ge=1)] = 1.0

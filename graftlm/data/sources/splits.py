@@ -14,11 +14,15 @@ def for_supervised(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     if rows and not any(message.role in ("assistant", TEXT) for row in rows for message in row.messages):
         raise DataError(
             "the rows only ask, and loss `supervised` needs answers to imitate: give rows with answers, or let the "
-            "model answer by itself with `online` in a recipe"
+            "model answer by itself with `rl` in a recipe",
+            code="rows-without-answers",
         )
     liked = [row for row in rows if row.desirable is not False]
     if not liked:
-        raise DataError("every answer is marked as not liked: loss `supervised` would train the model to give them")
+        raise DataError(
+            "every answer is marked as not liked: loss `supervised` would train the model to give them",
+            code="no-desirable-answers",
+        )
     notes = []
     if len(liked) < len(rows):
         notes.append(f"{len(rows) - len(liked)} rows whose answer was not liked are left out by loss `supervised`")
@@ -56,6 +60,7 @@ def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[R
     if count < wanted or not train:
         raise DataError(
             f"held_out: {wanted} of {len(rows)} rows in {len(sizes)} groups leave nothing to train on: hold out fewer, "
-            "or make smaller groups (a row's `group`, or else its first question, is never on both sides)"
+            "or make smaller groups (a row's `group`, or else its first question, is never on both sides)",
+            code="held-out-too-large",
         )
     return train, [row for row in rows if row.group in chosen][:wanted]

@@ -94,7 +94,10 @@ class Stream:
         """Rows of an epoch."""
         self.owed = apportion(self.epoch, masses(sizes, self.sources, temperature))
         if cursor is not None and cursor["owed"] != self.owed:
-            raise DataError(f"the cursor is of other weights: an epoch had {cursor['owed']} rows, not {self.owed}")
+            raise DataError(
+                f"the cursor is of other weights: an epoch had {cursor['owed']} rows, not {self.owed}",
+                code="cursor-mismatch",
+            )
 
     def cursor(self, rows: int) -> dict[str, Any]:
         """Where a stream stands that has given so many rows since it began: plain numbers and strings."""
@@ -136,7 +139,10 @@ class Stream:
                 yield from (block[i] for i in order[place:].tolist())
                 place = 0
             if seen != size:
-                raise DataError(f"{self.sources[number].path}: had {size:,} rows and now has {seen:,}: it was changed")
+                raise DataError(
+                    f"{self.sources[number].path}: had {size:,} rows and now has {seen:,}: it was changed",
+                    code="file-changed",
+                )
             passes += 1
 
     def _usable(
@@ -173,7 +179,7 @@ class Stream:
             lowest = heapq.nsmallest(source.cap, map(partial(self._drawn, number), found))
             rows, last = len(lowest), max(lowest, default=None)
         if not rows:
-            raise DataError(f"{source.path}: no row can be used\n{numbered(self.problems)}")
+            raise DataError(f"{source.path}: no row can be used\n{numbered(self.problems)}", code="unusable-rows")
         return Counted(source.path, content_hash(source.path) or "", rows, last)
 
     def _seen(self, row: Row) -> Row:
@@ -189,14 +195,22 @@ class Stream:
 
     def _check(self, cursor: Cursor) -> None:
         if cursor["seed"] != self.seed:
-            raise DataError(f"the cursor is of a stream with seed {cursor['seed']}, this one has {self.seed}")
+            raise DataError(
+                f"the cursor is of a stream with seed {cursor['seed']}, this one has {self.seed}",
+                code="cursor-mismatch",
+            )
         paths, known = [source.path for source in self.sources], [each.path for each in self.counted]
         if paths != known:
             other = next(iter({*paths} ^ {*known}), "")
-            raise DataError(f"the cursor is of other sources: {known}, not {paths}. {nearest(other, known)}")
+            raise DataError(
+                f"the cursor is of other sources: {known}, not {paths}. {nearest(other, known)}", code="cursor-mismatch"
+            )
         for each in self.counted:
             if (content_hash(each.path) or "") != each.content:
-                raise DataError(f"{each.path}: was changed since the cursor was taken, so it leads to other rows")
+                raise DataError(
+                    f"{each.path}: was changed since the cursor was taken, so it leads to other rows",
+                    code="file-changed",
+                )
 
 
 class Examples:

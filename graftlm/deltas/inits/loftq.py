@@ -2,9 +2,9 @@
 
     min over A, B of || W - Q - s B A ||_F        W - Q = U S V^T    B = U_r (S_r / s)^1/2    A = (S_r / s)^1/2 V_r^T
 
-    A [r, d_in]  B [d_out, r]  W the weight before quantising  Q the quantised one  s: the method's own factor
+    A [r, d_in]  B [d_out, r]  W the weight before quantizing  Q the quantized one  s: the method's own factor
 
-The fresh delta is not zero: it takes the base back towards W. The paper then quantises W - s B A in the place of W, and
+The fresh delta is not zero: it takes the base back towards W. The paper then quantizes W - s B A in the place of W, and
 repeats. Here Q is everybody's and stays (docs/decisions/026), which is the paper's algorithm at its first step (T = 1)
 and PEFT's replace_lora_weights_loftq.
 """

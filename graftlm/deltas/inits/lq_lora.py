@@ -4,10 +4,10 @@
     R (W - Q) C = U S V^T    B = R^-1 U_r (S_r / s)^1/2    A = (S_r / s)^1/2 V_r^T C^-1
     R = diag(mean over columns of F)^1/2    C = diag(mean over rows of F)^1/2
 
-    A [r, d_in]  B [d_out, r]  F [d_out, d_in]  W the weight before quantising  Q the quantised one
+    A [r, d_in]  B [d_out, r]  F [d_out, d_in]  W the weight before quantizing  Q the quantized one
 
 The paper takes means of the roots of F, the authors' code roots of the means ("better empirically"): so here. Q is not
-quantised again in turn (docs/decisions/026). One part in a thousand of the mean of F is added to it: a row or column
+quantized again in turn (docs/decisions/026). One part in a thousand of the mean of F is added to it: a row or column
 without a gradient weighs little, and must not weigh nothing.
 """
 

@@ -3,7 +3,7 @@
     min over A, B of E || (W - Q - s B A) x ||^2        D = W - Q    M = E[x x^T]
     B = D M A^T (A M A^T)^-1 / s    A = (B^T B)^-1 B^T D / s    in turn, from the singular vectors of D (LoftQ)
 
-    A [r, d_in]  B [d_out, r]  M [d_in, d_in] over calibration tokens  W as it was before quantising  Q as it is
+    A [r, d_in]  B [d_out, r]  M [d_in, d_in] over calibration tokens  W as it was before quantizing  Q as it is
 
 Each update is the exact minimum over one factor. 1 % of the mean of M's diagonal is added to it, as for CorDA: weights
 that no token reads are then not free. At last the factors are balanced, |A| = |B|, which changes no product: one of

@@ -16,9 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftlm.errors import BaseModelError
-from graftlm.model.hub.load import BaseConfig, base_config, locate, put_into_codes, stored_dtype
+from graftlm.model.hub.config import BaseConfig, base_config
+from graftlm.model.hub.dtypes import resolve_dtype
+from graftlm.model.hub.locate import locate
+from graftlm.model.hub.quantize_base import quantize_layers
 from graftlm.model.layers.attach import SKETCH
-from graftlm.model.layers.quantize import CODECS, QuantisedLinear
+from graftlm.model.layers.quantize import QuantizedLinear
 from graftlm.model.layers.sites import transformer_layers
 
 
@@ -94,7 +97,7 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
     """The sketch of a base with the layers of these numbers real; no weight is read, only config.json."""
     base = base_config(base)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if base.store in CODECS else stored_dtype(base.store, device)
+    dtype = resolve_dtype(base.dtype, device)
     config = read_config(base, network=network)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -110,8 +113,8 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
     model: Any = AutoModelForCausalLM.from_config(shortened, dtype=dtype).to(device)
     model.eval().requires_grad_(False)
     size = sum(sizes.values())
-    if base.store in CODECS:
-        size -= _saved_by_codes(whole, put_into_codes(model, base.store))
+    if base.quantization != "none":
+        size -= _saved_by_quantization(whole, quantize_layers(model, base.quantization))
     filled = list(whole.get_submodule(_list_name(layers)))
     for number, layer in zip(real, transformer_layers(model).values(), strict=True):
         filled[number] = layer
@@ -124,10 +127,10 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
     return Sketch(model, filled, list(layers), dtype, size, sum(f.stat().st_size for f in files))
 
 
-def _saved_by_codes(whole: nn.Module, coded: nn.Module) -> int:
-    """Bytes less than `whole` takes with its layers in codes, as `coded` has a few of them."""
-    found = [m for m in coded.modules() if isinstance(m, QuantisedLinear)]
-    bytes_now = sum(t.numel() * t.element_size() for layer in found for t in layer.stored().values())
+def _saved_by_quantization(whole: nn.Module, quantized: nn.Module) -> int:
+    """Bytes less than `whole` takes with its layers quantized, as `quantized` has a few of them."""
+    found = [m for m in quantized.modules() if isinstance(m, QuantizedLinear)]
+    bytes_now = sum(t.numel() * t.element_size() for layer in found for t in layer.tensors().values())
     each = bytes_now / sum(layer.in_features * layer.out_features for layer in found)
     weights = [p for layer in transformer_layers(whole).values() for p in layer.parameters() if p.dim() == 2]
     return int(sum(p.numel() * (p.element_size() - each) for p in weights))

@@ -1,119 +1,34 @@
-"""Surgery: put deltas on their sites, switch them on and off, take them away again, fold them into weights.
+"""Surgery: put deltas on their sites, and take them away again.
 
 Attaching changes the model in place and no weight of it; with no delta on, the model is its base bit for bit.
 """
 
-import datetime
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, InputDelta, Rows, Site, Targets, WeightDelta
-from graftlm.deltas.inits import INITS
-from graftlm.errors import TargetError, nearest
+from graftlm.deltas.base import Delta, DeltaConfig, Site, Targets
+from graftlm.errors import TargetError
 from graftlm.model.layers import prefix
-from graftlm.model.layers.bases import view
-from graftlm.model.layers.hosts import Host, LayerHost, ModelHost, Row, SubLayerHost, Switch
-from graftlm.model.layers.parts import expanded, indices, together
-from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.hosts import Host, LayerHost, ModelHost, SubLayerHost
+from graftlm.model.layers.initialize import initialize, needed_statistics
+from graftlm.model.layers.parts import together
+from graftlm.model.layers.registry import SHARED, Attachment, attachment, delta_names, hosts, share, shared_of
 from graftlm.model.layers.sites import (
     CHILD,
-    KEYWORDS,
-    check_patterns,
+    Statistics,
     config_at,
-    decoder_of,
-    find_parts,
-    find_sites,
-    layer_number,
-    not_called,
-    output_head,
-    part_of,
-    site_seed,
+    site_at,
+    sites_of,
 )
 
-SHARED = "graft_shared"
-ROUNDING = 1e-6
-"""Share of the sum of absolute products up to which B A counts as zero: what float32 leaves of one that cancels."""
-Statistics = Mapping[str, Mapping[str, Tensor]]
-"""Site -> what was gathered there: see graftlm/model/passes/statistics.py."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """How the conversations of an adapter were rendered when it was trained."""
-
-    template: str
-    """The source of the chat template."""
-    today: datetime.date | None = None
-    """The day of the run, where the template writes the date."""
-    turn_order: Literal["refuse", "merge", "drop"] = "refuse"
-    """`data.turn_order` of the run: what becomes of a system message that the template has no place for."""
-
-
-@dataclass
-class Attachment:
-    """What a model with deltas remembers: the config of each, and which parameters were trainable before the first."""
-
-    configs: dict[str, DeltaConfig] = field(default_factory=dict)
-    sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    seeds: dict[str, int] = field(default_factory=dict)
-    chats: dict[str, Chat] = field(default_factory=dict)
-    """Of each that was trained, or loaded, with a chat template."""
-    tokenizers: dict[str, Any] = field(default_factory=dict)
-    """The tokenizer of each that was loaded with one."""
-    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name of an adapter that is several deltas -> their names, in the order in which they act: what is done to the
-    adapter is done to all of them."""
-    trainable_before: set[str] = field(default_factory=set)
-    kernel_before: str | None = None
-    switch: Switch = field(default_factory=Switch)
-
-
-def attachment(model: nn.Module) -> Attachment:
-    """The model's record of its deltas; an empty one where it has none."""
-    kept = getattr(model, "graft_attachment", None)
-    return kept if isinstance(kept, Attachment) else Attachment()
-
-
-def hosts(model: nn.Module) -> dict[str, Host]:
-    """Every host by the name of its site, which is the name that the layer or sub-layer has in the base."""
-    return {_site_name(name): module for name, module in model.named_modules() if isinstance(module, Host)}
-
-
-def deltas_by_site(model: nn.Module) -> Iterator[tuple[str, str, Delta]]:
-    """(name of the delta, name of the site, the delta there) in the model's order, each part of a layer by itself."""
-    for site, host in hosts(model).items():
-        for name, delta in host.deltas.items():
-            for where, part in expanded(site, delta):
-                yield name, where, part
-
-
-def _site_name(name: str) -> str:
-    return name.removesuffix(f".{CHILD}")
-
-
-def shared_of(model: nn.Module, name: str) -> nn.Module | None:
-    """What the sites of a delta hold in common, or None."""
-    everything = getattr(model, SHARED, None)
-    return everything[name] if everything is not None and name in everything else None
-
-
-def share(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Keep a module at the model's root, among what sites have in common: none of it belongs to the base."""
-    if not hasattr(model, SHARED):
-        model.add_module(SHARED, nn.ModuleDict())
-    module = module.to(next(model.parameters()).device).train(model.training)
-    model.get_submodule(SHARED).add_module(name, module)
-
-
-# Attaching and detaching -----------------------------------------------------------------------------------------
+SKETCH = "graft_sketch"
+"""The attribute of a model that is there to be planned with: most of its weights are meant to be absent."""
 
 
 def attach(
@@ -182,7 +97,7 @@ def _by_layer(model: nn.Module, config: DeltaConfig, deltas: dict[str, Delta], s
         of_parts.setdefault(layer, {})[part] = delta
         made[layer] = delta  # to be replaced: the order is the model's
     for layer, parts in of_parts.items():
-        site = replace(_site(model, layer, seed, {}), shared=next(iter(parts.values())).site.shared)
+        site = replace(site_at(model, layer, seed, {}), shared=next(iter(parts.values())).site.shared)
         made[layer] = together(site, config, parts).to(next(model.parameters()).device)
     return made
 
@@ -208,12 +123,8 @@ def absent_weights(model: nn.Module) -> str:
     return (
         f"{len(absent)} weights are not in memory, the first is {absent[0]}: accelerate keeps them on disk or on the "
         "CPU and brings them when a layer runs, and a delta needs them where it computes. Load the model whole "
-        "(without device_map), in fewer bits if it does not fit (load_base(..., store='nf4'))"
+        "(without device_map), in fewer bits if it does not fit (load_base(..., quantization='nf4'))"
     )
-
-
-SKETCH = "graft_sketch"
-"""The attribute of a model that is there to be planned with: most of its weights are meant to be absent."""
 
 
 def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
@@ -223,117 +134,6 @@ def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
         "what it wrote could not be loaded. Write the deltas with graftlm.save_adapter(model, folder), the base with "
         "the deltas folded in with adapters.export.export.merge_into(model, folder), or take them off (graftlm.detach)"
     )
-
-
-def sites_of(
-    model: nn.Module, config: DeltaConfig, *, seed: int = 0, statistics: Statistics | None = None
-) -> list[Site]:
-    """The sites that a config means on this model, in the model's order; TargetError where there is none."""
-    if config.init not in INITS:
-        raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
-    names = find_sites(model, config.targets, METHODS[config.method].delta.kinds)
-    if unused := not_called(model, names):
-        if config.targets not in KEYWORDS:
-            raise TargetError(
-                f"targets: {len(unused)} layers, such as {unused[0]}, are never called: {type(model).__name__}'s code "
-                "multiplies with their weight by itself, so a delta there would act in part or not at all. Leave "
-                f"{', '.join(dict.fromkeys(repr(n.rpartition('.')[2]) for n in unused))} out"
-            )
-        names = [name for name in names if name not in unused]
-    chosen = config.select([_site(model, name, seed, statistics or {}) for name in names])
-    if not chosen:
-        kinds = " or ".join(METHODS[config.method].delta.kinds)
-        raise TargetError(
-            f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}"
-            f"{_codes_of_others(model)}"
-        )
-    check_patterns(config, [site.name for site in chosen])
-    if config.dropout and all(site.kind in ("embedding", "model") for site in chosen):
-        raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
-    _check_init(chosen[0], config)
-    return list(chosen)
-
-
-def _codes_of_others(model: nn.Module) -> str:
-    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
-        return ""
-    odd = next((m for m in model.modules() if isinstance(m, nn.Linear) and view(m) is None), None)
-    layers = "" if odd is None else f", in layers such as {type(odd).__name__}"
-    return (
-        f": its weights were quantised by another library{layers}. Load the model that it was made of, with store nf4, "
-        "int4 or int8"
-    )
-
-
-def _check_init(site: Site, config: DeltaConfig) -> None:
-    """Refuse an init that the method does not admit, before anything is gathered or computed for it."""
-    if INITS[config.init].tensors:
-        there = replace(site, shared=config.share([site]))
-        _part_with(
-            METHODS[config.method].delta(there, config_at(config, site.name)), INITS[config.init].tensors, config.init
-        )
-
-
-def _site(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Site:
-    if (at := part_of(model, name)) is not None:
-        return _part(_site(model, at[0], seed, {}), name, find_parts(model, {name: at})[name], seed, statistics)
-    module = model.get_submodule(name)
-    layer = module.base if isinstance(module, LayerHost) else module
-    seen: dict[str, Any] = {
-        "seed": site_seed(seed, name),
-        "layer": layer_number(name),
-        "statistics": statistics.get(name, {}),
-    }
-    if (base := view(layer)) is not None:
-        head = output_head(model)
-        seen |= {
-            "bias": lambda: base.bias,
-            "original": base.original,
-            "has_bias": base.stored_bias is not None,
-            "kind": base.kind,
-            "tied": base.kind == "embedding" and head is not None and head.weight is layer.weight,
-        }
-        return Site(name, base.d_in, base.d_out, lambda: base.weight, **seen)
-    settings: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    d = settings.hidden_size
-    if module is not decoder_of(model):
-        return Site(name, d, d, lambda: None, kind="sublayer", **seen)
-    embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
-    table = view(embeddings.base if isinstance(embeddings, LayerHost) else embeddings)
-    groups = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-    size = getattr(settings, "head_dim", None) or d // settings.num_attention_heads
-    return Site(
-        name,
-        table.d_in if table else settings.vocab_size,
-        d,
-        lambda: table.weight if table else None,
-        kind="model",
-        heads=(settings.num_hidden_layers, groups, size),
-        **seen,
-    )
-
-
-def _part(layer: Site, name: str, rows: Rows, seed: int, statistics: Statistics) -> Site:
-    """The site of some rows of a layer: a layer of its own, as far as a method sees."""
-
-    def those(t: Tensor) -> Tensor:
-        return t[indices(site, t)]
-
-    def bias() -> Tensor | None:
-        return None if (b := layer.bias()) is None else those(b)
-
-    site = replace(
-        layer,
-        name=name,
-        d_out=sum(stop - start for start, stop in rows),
-        weight=lambda: those(layer.W()),
-        bias=bias,
-        original=lambda: those(layer.original()),
-        seed=site_seed(seed, name),
-        rows=rows,
-        statistics=statistics.get(name, {}),
-    )
-    return site
 
 
 def _check_statistics(config: DeltaConfig, sites: Sequence[Site], start: bool) -> None:
@@ -348,89 +148,13 @@ def _check_statistics(config: DeltaConfig, sites: Sequence[Site], start: bool) -
             )
 
 
-def needed_statistics(config: DeltaConfig) -> tuple[str, ...]:
-    """What a delta with this config wants to know of the data before it starts: gradient, fisher, second_moment."""
-    return tuple(dict.fromkeys((*METHODS[config.method].delta.needs, *INITS[config.init].needs)))
-
-
 @torch.no_grad()
 def _new_delta(model: nn.Module, site: Site, config: DeltaConfig, start: bool) -> Delta:
     delta = METHODS[config.method].delta(site, config_at(config, site.name))
     if start:
         delta.start()
-        _initialise(site, delta, config.init)
+        initialize(site, delta, config.init)
     return delta.to(next(model.parameters()).device)
-
-
-def _initialise(site: Site, delta: Delta, name: str) -> None:
-    """Lay the init's tensors over the delta's own; where dW is then not zero, record an offset that makes it so."""
-    init = INITS[name]
-    if init.tensors:
-        part = _part_with(delta, init.tensors, name)
-        try:
-            values = init.make(site, part)
-        except TargetError as error:
-            raise TargetError(f"init: {name!r} at {site.name}: {error}") from None
-        for key, value in values.items():
-            own = part.get_parameter(key) if key in dict(part.named_parameters(recurse=False)) else part.get_buffer(key)
-            if own.shape != value.shape:
-                raise TargetError(
-                    f"init {name!r} does not fit {delta.config.method!r} at {site.name}: {key} is {list(own.shape)}, "
-                    f"the init makes {list(value.shape)}"
-                )
-            own.copy_(value)
-        factors = part.factors() if isinstance(part, AdditiveDelta) else None
-        splits = init.tensors == ("A", "B") and "B" in values
-        if factors is not None and splits and not _is_product(part, *factors):
-            raise TargetError(
-                f"init: {name!r} starts from a B A of its own; {delta.config.method!r} has another product, so it "
-                "would start from something else. `init: zero` is the method's own start"
-            )
-        if init.starts_at_base:
-            _keep_the_base(site, delta, factors, name)
-
-
-def _keep_the_base(site: Site, delta: Delta, factors: tuple[Tensor, Tensor] | None, name: str) -> None:
-    """Record the offset with which the fresh delta is the base again; refuse an init for which there is none."""
-    if factors is not None:
-        A, B = (factor.detach().clone() for factor in factors)
-        if float((B @ A).abs().max()) <= ROUNDING * float((B.abs() @ A.abs()).max()):
-            return
-        if isinstance(delta, WeightDelta):
-            delta.offset_A, delta.offset_B = A, B
-            return
-    elif isinstance(delta, WeightDelta):
-        W, b = site.W().cpu(), torch.zeros(site.d_out) if site.has_bias else None
-        changed, shift = delta.effective(W, b)
-        if torch.allclose(changed, W, atol=ROUNDING * float(W.abs().max())) and (shift is None or not shift.any()):
-            return
-    raise TargetError(
-        f"init: {name!r} would move the model: what {delta.config.method!r} adds to W is no fixed B A, "
-        "so it cannot be taken out of W beforehand. `init: zero` is the method's own start"
-    )
-
-
-def _is_product(part: Delta, A: Tensor, B: Tensor) -> bool:
-    """Whether the factors of a delta are its own tensors A and s B."""
-    own = {**dict(part.named_parameters()), **dict(part.named_buffers())}
-    pairs = ((A, own["A"]), (B, part.scale * own["B"]))
-    return all(made.shape == tensor.shape and torch.allclose(made, tensor) for made, tensor in pairs)
-
-
-def _part_with(delta: Delta, tensors: Sequence[str], name: str) -> Delta:
-    """The delta itself or the one inside of it that has all these tensors: what an init starts."""
-    having = [
-        part
-        for part in delta.modules()
-        if isinstance(part, Delta) and all(isinstance(getattr(part, key, None), Tensor) for key in tensors)
-    ]
-    if len(having) == 1:
-        return having[0]
-    own = ", ".join(sorted(key for key, _ in delta.named_parameters())) or "nothing"
-    raise TargetError(
-        f"init: {name!r} sets {' and '.join(tensors)} of one low-rank product; {delta.config.method!r} has "
-        f"{'several' if having else own}, so the pair has no meaning. `init: zero` is the method's own start"
-    )
 
 
 def _host_at(model: nn.Module, name: str, site: Site, record: Attachment) -> Host:
@@ -471,24 +195,13 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def _remove_host(model: Any, name: str, host: Host, record: Attachment) -> None:
-    if isinstance(host, LayerHost):
-        _replace(model, name, host.base)
-        return
-    module = model.get_submodule(name)
-    assert isinstance(host, SubLayerHost | ModelHost)
-    host.hook.remove()
-    delattr(module, CHILD)
-    if isinstance(host, ModelHost):
-        model.config._attn_implementation = record.kernel_before
-        for layer in prefix.attention_layers(module):
-            del layer.__dict__["graft_before"]
-
-
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take a delta (default: all) off again; where a host is left empty, the very module that it held comes back."""
+    """Take a delta (default: all) off again; where a host is left empty, the very module that it held comes back.
+
+    Returns the model. Raises TargetError for a name that no delta has.
+    """
     record = attachment(model)
-    for gone in _named(model, [name]) if name is not None else list(record.configs):
+    for gone in delta_names(model, [name]) if name is not None else list(record.configs):
         for site_name, host in hosts(model).items():
             if gone in host.deltas:
                 del host.deltas[gone]
@@ -512,195 +225,15 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
-def _named(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The deltas that are meant, all of an adapter that is several; TargetError for a name that is none."""
-    record = attachment(model)
-    for name in names:
-        if name not in record.configs:
-            raise TargetError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
-    return tuple(dict.fromkeys(each for name in names for each in record.members.get(name, (name,))))
-
-
-def activate(model: nn.Module, *names: str) -> None:
-    """Switch on exactly these deltas, in this order; none for the bare base."""
-    names = _named(model, names)
-    for host in hosts(model).values():
-        host.active = tuple(n for n in names if n in host.deltas)
-
-
-def deltas_off(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """Inside, the model is its base, bit for bit; afterwards the same deltas are active as before."""
-    return deltas_only(model)
-
-
-@contextmanager
-def deltas_only(model: nn.Module, *names: str) -> Iterator[nn.Module]:
-    """Inside, exactly these deltas are active, in this order; afterwards the same ones as before."""
-    names = _named(model, names)
-    found = list(hosts(model).values())
-    before = [host.active for host in found]
-    for host in found:
-        host.active = tuple(n for n in names if n in host.deltas)
-    try:
-        yield model
-    finally:
-        for host, active in zip(found, before, strict=True):
-            host.active = active
-
-
-@contextmanager
-def deltas_still(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the deltas are as they are used, without dropout; afterwards each is in the mode that it was in."""
-    before = [(delta, delta.training) for host in hosts(model).values() for delta in host.deltas.values()]
-    for delta, _ in before:
-        delta.eval()
-    try:
-        yield model
-    finally:
-        for delta, training in before:
-            delta.train(training)
-
-
-@contextmanager
-def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn.Module]:
-    """Inside, each row of a batch has the deltas that `rows` names for it, in that order; () is the bare base.
-
-    A row may be a mapping from deltas to weights: {"a": 0.3} makes three tenths of the change that `a` makes, as
-    `combine.merge` would. Generation repeats a row for its beams and for several answers, which have the row's deltas.
-    Raises TargetError for a delta that is not on the model, a weight on a prefix or prompt, which are there or not, and
-    a batch that is no multiple of the rows.
-    """
-    wanted = [_weighted(model, row) for row in rows]
-    _check_rows(model, wanted)
-    switch = attachment(model).switch
-    before, switch.rows = switch.rows, wanted
-    passes, switch.passes = switch.passes, []
-    decoder = decoder_of(model)
-    with ExitStack() as stack:
-        for module in [model] if decoder is None else [model, decoder]:
-            hook = module.register_forward_pre_hook(partial(_begin, switch), with_kwargs=True)
-            stack.callback(hook.remove)
-            stack.callback(module.register_forward_hook(lambda *_: switch.end(), always_call=True).remove)
-        try:
-            yield model
-        finally:
-            switch.rows, switch.passes = before, passes
-
-
-def _weighted(model: nn.Module, row: Sequence[str] | Row) -> Row:
-    """Delta -> its weight in a row, in order; all parts of an adapter have the weight that its name has."""
-    weights = row if isinstance(row, Mapping) else dict.fromkeys(row, 1.0)
-    return {part: weight for name, weight in weights.items() for part in _named(model, [name])}
-
-
-def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
-    differ = {name for row in rows for name, weight in row.items() if any(other.get(name) != weight for other in rows)}
-    for name, site, delta in deltas_by_site(model):
-        if isinstance(delta, InputDelta) and any(row.get(name, 1) not in (0, 1) for row in rows):
-            raise TargetError(f"{name!r} is a {delta.config.method}: it is there or not, so its weight is 0 or 1")
-        if name in differ and "experts" in site.split("."):
-            raise TargetError(
-                f"{site}: which tokens reach an expert is its router's choice, so it cannot be told which belong to "
-                f"which row. Run the rows one by one, or give all of them {name!r}"
-            )
-
-
-def _begin(switch: Switch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))]
-    switch.begin(next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None))
-
-
-# Reading weights out ---------------------------------------------------------------------------------------------
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that training changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters that one delta trains, or an adapter that is several; what their sites share included."""
-    modules: list[nn.Module] = []
-    for each in attachment(model).members.get(name, (name,)):
-        modules += [host.deltas[each] for host in hosts(model).values() if each in host.deltas]
-        shared = shared_of(model, each)
-        modules += [] if shared is None else [shared]
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-
-def penalty(model: nn.Module) -> Tensor | None:
-    """What the active deltas add to the loss (`Delta.penalty`), summed over their sites; None where none does."""
-    parts = [p for host in hosts(model).values() for delta in host.on() if (p := delta.penalty()) is not None]
-    return torch.stack(parts).sum() if parts else None
-
-
-def _ours(model: nn.Module) -> set[str]:
-    """The beginnings of the names of all tensors in the model that do not belong to the base."""
-    names = {f"{name}.deltas." for name, module in model.named_modules() if isinstance(module, Host)}
-    return names | {f"{SHARED}."}
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The frozen base's own parameters by the names that they have without any host; tied ones once."""
-    found, ours = hosts(model), tuple(_ours(model))
-    return {_without_host(name, found): p for name, p in model.named_parameters() if not name.startswith(ours)}
-
-
-def merged_state(model: nn.Module, *, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
-    """The state dict of the base with the active deltas folded in: new tensors under the base's own names.
-
-    `dtype=None` keeps the base's own. Nothing in the model is changed. Tensors that share memory in the model (a tied
-    head) share it here too, unless a delta sits on one of them. Raises TargetError where an active delta is no change
-    of weights, or would need a bias where the layer can have none.
-    """
-    found, ours = hosts(model), tuple(_ours(model))
-    changed: dict[str, Tensor | None] = {}
-    with torch.no_grad():
-        for name, host in found.items():
-            if host.active and isinstance(host, LayerHost):
-                W, b = host.effective()
-                to = dtype or host.view.dtype
-                # A delta may return the base's own W or b: a copy, so that whoever edits the state edits no model.
-                kept = host.view.store(W)
-                changed[f"{name}.weight"] = kept.to(to, copy=True, memory_format=torch.contiguous_format)
-                changed[f"{name}.bias"] = None if b is None else b.to(to, copy=True)
-            elif host.active:
-                delta = host.on()[0]
-                raise TargetError(
-                    f"delta {host.active[0]!r} ({type(delta).__name__}) cannot be merged: {delta.not_mergeable}"
-                )
-        state: dict[str, Tensor] = {}
-        converted: dict[tuple[int, torch.Size], Tensor] = {}
-        coded = {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
-        codes = {f"{name}.{key}" for name, layer in coded.items() for key in layer.stored()}
-        for key, tensor in model.state_dict().items():
-            if key.startswith(ours) or key in codes:
-                continue
-            name = _without_host(key, found)
-            if (new := changed.pop(name, None)) is not None:
-                state[name] = new
-                continue
-            identity = (tensor.data_ptr(), tensor.shape)
-            if identity not in converted:
-                to = dtype or tensor.dtype
-                converted[identity] = tensor.to(to, copy=True) if tensor.is_floating_point() else tensor.clone()
-            state[name] = converted[identity]
-        for key, layer in coded.items():
-            name = _without_host(f"{key}.weight", found)
-            if name not in changed:
-                W = layer.dequantised(dtype or layer.dtype)
-                state[name] = W.T.contiguous() if layer.transposed else W
-        # What has no tensor of its name in the base: a bias that is new, and the weight of a layer that holds codes.
-        state.update({name: tensor for name, tensor in changed.items() if tensor is not None})
-    return state
-
-
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the frozen base as it is kept, codes included, under its own names; no copies."""
-    found, ours = hosts(model), tuple(_ours(model))
-    return {_without_host(key, found): t for key, t in model.state_dict().items() if not key.startswith(ours)}
-
-
-def _without_host(key: str, found: Mapping[str, Host]) -> str:
-    site, dot, rest = key.rpartition(".base.")
-    return f"{site}.{rest}" if dot and site in found else key
+def _remove_host(model: Any, name: str, host: Host, record: Attachment) -> None:
+    if isinstance(host, LayerHost):
+        _replace(model, name, host.base)
+        return
+    module = model.get_submodule(name)
+    assert isinstance(host, SubLayerHost | ModelHost)
+    host.hook.remove()
+    delattr(module, CHILD)
+    if isinstance(host, ModelHost):
+        model.config._attn_implementation = record.kernel_before
+        for layer in prefix.attention_layers(module):
+            del layer.__dict__["graft_before"]

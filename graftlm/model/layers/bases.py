@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftlm.errors import TargetError
 from graftlm.kernels.linear import Frozen, low_rank_linear
-from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.quantize import QuantizedLinear
 
 
 class LinearBase:
@@ -64,9 +64,9 @@ class LinearBase:
         return None if self.stored_bias is None else self.stored_bias.detach().float()
 
     def original(self) -> Tensor:
-        """W before it was quantised, float32 [d_out, d_in]; TargetError where it was not, or cannot be read again."""
+        """W before it was quantized, float32 [d_out, d_in]; TargetError where it was not, or cannot be read again."""
         raise TargetError(
-            "this layer is not quantised, so nothing was lost: load the base with store nf4, int4 or int8"
+            "this layer is not quantized, so nothing was lost: load the base with quantization nf4, int4 or int8"
         )
 
     def store(self, W: Tensor) -> Tensor:
@@ -121,11 +121,11 @@ class Conv1DBase(LinearBase):
         return super().stored_weight.T
 
 
-class QuantisedBase(LinearBase):
-    """A view of codes: W is made of them wherever it is asked for, and never kept."""
+class QuantizedBase(LinearBase):
+    """A view of quantized weights: W is made of them wherever it is asked for, and never kept."""
 
-    def __init__(self, layer: QuantisedLinear) -> None:
-        self.layer: QuantisedLinear = layer
+    def __init__(self, layer: QuantizedLinear) -> None:
+        self.layer: QuantizedLinear = layer
         self.d_out, self.d_in = layer.shape
         self.transposed = layer.transposed
         self._row_squares = None
@@ -136,19 +136,19 @@ class QuantisedBase(LinearBase):
 
     @property
     def stored_weight(self) -> Tensor:
-        return self.layer.dequantised(self.layer.dtype)
+        return self.layer.dequantized(self.layer.dtype)
 
     @property
     def frozen(self) -> Frozen:
-        return self.layer.dequantised
+        return self.layer.dequantized
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.dequantised()
+        return self.layer.dequantized()
 
     def original(self) -> Tensor:
         if self.layer.original is None:
-            raise TargetError("the base was not loaded from a folder, so its weights before quantising cannot be read")
+            raise TargetError("the base was not loaded from a folder, so its weights before quantizing cannot be read")
         return self.layer.original().float()
 
     def _numbers(self) -> Tensor:
@@ -209,7 +209,7 @@ class NormBase(LinearBase):
 KINDS: dict[type[nn.Module], Callable[[Any], LinearBase]] = {
     nn.Linear: LinearBase,
     Conv1D: Conv1DBase,
-    QuantisedLinear: QuantisedBase,
+    QuantizedLinear: QuantizedBase,
     nn.Embedding: EmbeddingBase,
     nn.LayerNorm: NormBase,
 }

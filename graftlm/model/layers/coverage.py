@@ -1,7 +1,7 @@
-"""How much of a base its deltas and its codes reach: shares of the weights of the decoder's matrices.
+"""How much of a base its deltas and its quantization reach: shares of the weights of the decoder's matrices.
 
 Embeddings and output head are left aside. Experts that a model keeps as one tensor [experts, ..] are no linear layers:
-no delta sits on them and no codec takes them, and they may be most of the model.
+no delta sits on them and no quantization takes them, and they may be most of the model.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from graftlm.model.layers.attach import attachment, base_parameters, deltas_by_site
-from graftlm.model.layers.bases import QuantisedBase, view
+from graftlm.model.layers.bases import QuantizedBase, view
 from graftlm.model.layers.probing import of_any_layer
+from graftlm.model.layers.registry import attachment, deltas_by_site
 from graftlm.model.layers.sites import (
     KEYWORDS,
     decoder_of,
@@ -23,6 +23,7 @@ from graftlm.model.layers.sites import (
     places,
     towers,
 )
+from graftlm.model.layers.state_dict import base_parameters
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Coverage:
     """Of all matrices of the decoder."""
     under_deltas: int
     """Of those that a change of weights sits on."""
-    in_codes: int
-    codec: str | None
+    quantized: int
+    quantization: str | None
     experts: dict[str, int]
     """Parameters of fused experts, by name with a star for the layer's number."""
     towers: tuple[str, ...]
@@ -47,7 +48,7 @@ class Coverage:
         """Shares of the decoder's weights, from 0 to 1."""
         return {
             "under_deltas": round(self.share(self.under_deltas), 4),
-            "in_codes": round(self.share(self.in_codes), 4),
+            "quantized": round(self.share(self.quantized), 4),
             "fused_experts": {name: round(self.share(count), 4) for name, count in self.experts.items()},
             "left_out": [*self.towers, *self.not_called],
         }
@@ -60,16 +61,16 @@ class Coverage:
             said.append(f"deltas sit on {self.share(self.under_deltas):.0%} of the decoder's weights")
             if experts:
                 said.append(f"no delta reaches the experts, which are fused and no linear layers: {experts}")
-        if self.codec:
-            said.append(self.about_codes())
+        if self.quantization:
+            said.append(self.about_quantization())
         if self.towers:
             said.append(f"left out, because text does not reach it: {', '.join(self.towers)}")
         if self.not_called:
             said.append(f"left out, because the model's code does not call them: {', '.join(self.not_called)}")
         return said
 
-    def about_codes(self) -> str:
-        line = f"{self.codec}: {self.share(self.in_codes):.0%} of the decoder's weights are in codes"
+    def about_quantization(self) -> str:
+        line = f"{self.quantization}: {self.share(self.quantized):.0%} of the decoder's weights are quantized"
         if self.experts:
             share = self.share(sum(self.experts.values()))
             line += f"; the fused experts, {share:.0%} of them, are not: {', '.join(self.experts)}"
@@ -77,7 +78,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """What the deltas and the codes of a model reach, be it a whole one or one to plan with (`sketch.py`)."""
+    """What the deltas and the quantization of a model reach, be it a whole one or one to plan with (`sketch.py`)."""
     decoder, head = decoder_of(model) or model, output_head(model)
     start = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
     layers = {
@@ -106,14 +107,14 @@ def coverage(model: nn.Module) -> Coverage:
         layer = at[0] if at else site
         if layer in linear:
             reached[layer] = min(linear[layer], reached.get(layer, 0) + delta.site.d_in * delta.site.d_out)
-    codecs = {of_any_layer(n): m.layer.codec.name for n, m in layers.items() if isinstance(m, QuantisedBase)}
+    codecs = {of_any_layer(n): m.layer.codec.name for n, m in layers.items() if isinstance(m, QuantizedBase)}
     keywords = {c.targets for c in attachment(model).configs.values() if c.targets in KEYWORDS}
     unused = [name for targets in keywords for name in not_called(model, find_sites(model, targets, ("linear",)))]
     return Coverage(
         weights=sum(linear.values()) + sum(experts.values()) + other,
         under_deltas=sum(reached.values()),
-        in_codes=sum(count for name, count in linear.items() if of_any_layer(name) in codecs),
-        codec=next(iter(codecs.values()), None),
+        quantized=sum(count for name, count in linear.items() if of_any_layer(name) in codecs),
+        quantization=next(iter(codecs.values()), None),
         experts=experts,
         towers=tuple(towers(model) if keywords else ()),
         not_called=tuple(dict.fromkeys(of_any_layer(name) for name in unused)),

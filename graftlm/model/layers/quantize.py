@@ -1,8 +1,8 @@
-"""Frozen weights in 8 and 4 bits: codecs in plain torch, and the linear layer that keeps nothing but codes.
+"""Frozen weights in 8 and 4 bits: codecs in plain torch, and a linear layer that has only quantized weights.
 
     int8    per row: round(127 W / max|W|)                                                              8 + 32 / d_in
     nf4     16 quantiles of a normal distribution, blocks of 64, block constants in 8 bits again        4.127
-            Dettmers et al. 2023, arXiv:2305.14314, section 3; the very codes of bitsandbytes
+            Dettmers et al. 2023, arXiv:2305.14314, section 3; the very integers of bitsandbytes
     int4    per group of 32 inputs of a row: W = scale (code - zero), zero a float                      5.5
 
 The last column is bits a weight. A codec turns W [d_out, d_in] into a few tensors and these into W again; every product
@@ -19,25 +19,25 @@ from torch import Tensor, nn
 
 from graftlm.kernels.linear import frozen_linear
 
-Stored = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 class Codec(ABC):
-    """One way to store W. Stateless: what it makes of W is in the tensors that `quantise` returns."""
+    """One quantization of W. Stateless: what it makes of W is in the tensors that `quantize` returns."""
 
     name: str
 
     @abstractmethod
-    def quantise(self, W: Tensor) -> dict[str, Tensor]:
+    def quantize(self, W: Tensor) -> dict[str, Tensor]:
         """W [d_out, d_in] -> the tensors that stand for it."""
 
     @abstractmethod
-    def dequantise(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The tensors -> W [d_out, d_in], computed in float32 and rounded once to `dtype`."""
 
     def bits(self, W: Tensor) -> float:
         """Bits a weight, all constants and padding counted."""
-        return sum(8 * t.numel() * t.element_size() for t in self.quantise(W).values()) / W.numel()
+        return sum(8 * t.numel() * t.element_size() for t in self.quantize(W).values()) / W.numel()
 
 
 # int8 -------------------------------------------------------------------------------------------------------------
@@ -46,13 +46,13 @@ class Codec(ABC):
 class Int8(Codec):
     name = "int8"
 
-    def quantise(self, W: Tensor) -> dict[str, Tensor]:
+    def quantize(self, W: Tensor) -> dict[str, Tensor]:
         scale = W.float().abs().amax(1).div_(127)
         codes = (W.float() / _not_zero(scale)[:, None]).round_().clamp_(-127, 127)
         return {"codes": codes.to(torch.int8), "scale": scale}
 
-    def dequantise(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        return _scaled(stored["codes"].float(), stored["scale"], dtype)
+    def dequantize(self, tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return _scaled(tensors["codes"].float(), tensors["scale"], dtype)
 
 
 # nf4 --------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def dynamic_levels() -> Tensor:
 class Nf4(Codec):
     name = "nf4"
 
-    def quantise(self, W: Tensor) -> dict[str, Tensor]:
+    def quantize(self, W: Tensor) -> dict[str, Tensor]:
         blocks = _in_blocks(W.reshape(-1).float(), BLOCK)
         constants = blocks.abs().amax(1)
         mean = constants.mean()
@@ -109,11 +109,11 @@ class Nf4(Codec):
             "mean": mean,
         }
 
-    def dequantise(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        where = stored["codes"].device
-        constants = _in_blocks(dynamic_levels().to(where)[stored["constants"].int()], CONSTANTS)
-        constants = (constants * stored["scale"][:, None] + stored["mean"]).view(-1)[: len(stored["constants"])]
-        values = _unpacked(stored["codes"], _pairs("nf4", where)).view(-1, BLOCK)
+    def dequantize(self, tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        where = tensors["codes"].device
+        constants = _in_blocks(dynamic_levels().to(where)[tensors["constants"].int()], CONSTANTS)
+        constants = (constants * tensors["scale"][:, None] + tensors["mean"]).view(-1)[: len(tensors["constants"])]
+        values = _unpacked(tensors["codes"], _pairs("nf4", where)).view(-1, BLOCK)
         return _scaled(values, constants, dtype).view(-1)[: shape[0] * shape[1]].view(shape)
 
 
@@ -128,7 +128,7 @@ class Int4(Codec):
 
     name = "int4"
 
-    def quantise(self, W: Tensor) -> dict[str, Tensor]:
+    def quantize(self, W: Tensor) -> dict[str, Tensor]:
         d_out, d_in = W.shape
         missing = -d_in % GROUP
         groups = torch.cat([W, W[:, -1:].expand(-1, missing)], dim=1).float().view(d_out, -1, GROUP)
@@ -140,10 +140,10 @@ class Int4(Codec):
         codes = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
         return {"codes": _packed(codes.to(torch.uint8)).view(d_out, -1), "scale": scale, "zero": zero}
 
-    def dequantise(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        values = _unpacked(stored["codes"].view(-1), _pairs("int4", stored["codes"].device)).view(-1, GROUP)
-        values = values.sub_(stored["zero"].view(-1, 1))
-        return _scaled(values, stored["scale"].float().view(-1), dtype).view(shape[0], -1)[:, : shape[1]].contiguous()
+    def dequantize(self, tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        values = _unpacked(tensors["codes"].view(-1), _pairs("int4", tensors["codes"].device)).view(-1, GROUP)
+        values = values.sub_(tensors["zero"].view(-1, 1))
+        return _scaled(values, tensors["scale"].float().view(-1), dtype).view(shape[0], -1)[:, : shape[1]].contiguous()
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Int8(), Nf4(), Int4())}
@@ -197,8 +197,8 @@ def _scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 # The layer --------------------------------------------------------------------------------------------------------
 
 
-class QuantisedLinear(nn.Module):
-    """A frozen linear layer that stores codes; it has buffers only, no parameter.
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer with quantized weights; it has buffers only, no parameter.
 
     `transposed`: it was a Conv1D, whose weight is [d_in, d_out] in a state dict. `original` reads W as it was, [d_out,
     d_in], from the base's files.
@@ -219,7 +219,7 @@ class QuantisedLinear(nn.Module):
         self.original = original
         self.out_features, self.in_features = W.shape
         self.codec, self.dtype, self.transposed = codec, W.dtype, transposed
-        for name, tensor in codec.quantise(W.detach()).items():
+        for name, tensor in codec.quantize(W.detach()).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -227,28 +227,28 @@ class QuantisedLinear(nn.Module):
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def stored(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The codec's tensors, by name."""
         return {name: tensor for name, tensor in self.named_buffers() if name != "bias"}
 
     @torch.no_grad()
-    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [d_out, d_in], made anew."""
-        return self.codec.dequantise(self.stored(), self.shape, dtype)
+        return self.codec.dequantize(self.tensors(), self.shape, dtype)
 
     @property
     def weight(self) -> Tensor:
         """W as the layer had it (a Conv1D's is transposed), in the dtype of its products, made anew: for model code
         that reads it."""
-        W = self.dequantised(self.dtype)
+        W = self.dequantized(self.dtype)
         return W.T if self.transposed else W
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.dequantised, self.bias)
+        return frozen_linear(x, self.dequantized, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Constants keep their dtype, whatever the model is cast to; what products run in follows the cast."""
-        before = self.stored()
+        before = self.tensors()
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             setattr(self, name, tensor.to(getattr(self, name).device))

@@ -3,18 +3,23 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftlm.config.schema import build, expression, to_tree
-from graftlm.deltas.base import DeltaConfig, Rows, Targets, matches
+from graftlm.deltas import METHODS
+from graftlm.deltas.base import DeltaConfig, Rows, Site, Targets, matches
+from graftlm.deltas.inits import INITS
 from graftlm.errors import TargetError, nearest
 from graftlm.model.layers import parts
 from graftlm.model.layers.bases import KINDS, view
 from graftlm.model.layers.hosts import Host, LayerHost
+from graftlm.model.layers.initialize import part_with
+from graftlm.model.layers.parts import indices
 from graftlm.model.layers.probing import bypassed
+from graftlm.plugins import load_plugins
 
 CHILD = "graft"
 """The name under which a host that works by hooks is a child of the module that it serves."""
@@ -285,3 +290,119 @@ def layer_number(name: str) -> int | None:
     """The transformer layer that a name lies in: the first number in it."""
     number = re.search(r"\.(\d+)(\.|$)", name)
     return int(number[1]) if number else None
+
+
+Statistics = Mapping[str, Mapping[str, Tensor]]
+"""Site -> what was gathered there: see graftlm/model/passes/statistics.py."""
+
+
+def sites_of(
+    model: nn.Module, config: DeltaConfig, *, seed: int = 0, statistics: Statistics | None = None
+) -> list[Site]:
+    """The sites that a config means on this model, in the model's order; TargetError where there is none."""
+    load_plugins("graftlm.methods")
+    if config.init not in INITS:
+        raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
+    names = find_sites(model, config.targets, METHODS[config.method].delta.kinds)
+    if unused := not_called(model, names):
+        if config.targets not in KEYWORDS:
+            raise TargetError(
+                f"targets: {len(unused)} layers, such as {unused[0]}, are never called: {type(model).__name__}'s code "
+                "multiplies with their weight by itself, so a delta there would act in part or not at all. Leave "
+                f"{', '.join(dict.fromkeys(repr(n.rpartition('.')[2]) for n in unused))} out"
+            )
+        names = [name for name in names if name not in unused]
+    chosen = config.select([site_at(model, name, seed, statistics or {}) for name in names])
+    if not chosen:
+        kinds = " or ".join(METHODS[config.method].delta.kinds)
+        raise TargetError(
+            f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}"
+            f"{_quantized_by_others(model)}"
+        )
+    check_patterns(config, [site.name for site in chosen])
+    if config.dropout and all(site.kind in ("embedding", "model") for site in chosen):
+        raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
+    _check_init(chosen[0], config)
+    return list(chosen)
+
+
+def _quantized_by_others(model: nn.Module) -> str:
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return ""
+    odd = next((m for m in model.modules() if isinstance(m, nn.Linear) and view(m) is None), None)
+    layers = "" if odd is None else f", in layers such as {type(odd).__name__}"
+    return (
+        f": its weights were quantized by another library{layers}. Load the model that it was made of, with "
+        "quantization nf4, int4 or int8"
+    )
+
+
+def _check_init(site: Site, config: DeltaConfig) -> None:
+    """Refuse an init that the method does not admit, before anything is gathered or computed for it."""
+    if INITS[config.init].tensors:
+        there = replace(site, shared=config.share([site]))
+        part_with(
+            METHODS[config.method].delta(there, config_at(config, site.name)), INITS[config.init].tensors, config.init
+        )
+
+
+def site_at(model: nn.Module, name: str, seed: int, statistics: Statistics) -> Site:
+    if (at := part_of(model, name)) is not None:
+        return _part(site_at(model, at[0], seed, {}), name, find_parts(model, {name: at})[name], seed, statistics)
+    module = model.get_submodule(name)
+    layer = module.base if isinstance(module, LayerHost) else module
+    seen: dict[str, Any] = {
+        "seed": site_seed(seed, name),
+        "layer": layer_number(name),
+        "statistics": statistics.get(name, {}),
+    }
+    if (base := view(layer)) is not None:
+        head = output_head(model)
+        seen |= {
+            "bias": lambda: base.bias,
+            "original": base.original,
+            "has_bias": base.stored_bias is not None,
+            "kind": base.kind,
+            "tied": base.kind == "embedding" and head is not None and head.weight is layer.weight,
+        }
+        return Site(name, base.d_in, base.d_out, lambda: base.weight, **seen)
+    settings: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    d = settings.hidden_size
+    if module is not decoder_of(model):
+        return Site(name, d, d, lambda: None, kind="sublayer", **seen)
+    embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
+    table = view(embeddings.base if isinstance(embeddings, LayerHost) else embeddings)
+    groups = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    size = getattr(settings, "head_dim", None) or d // settings.num_attention_heads
+    return Site(
+        name,
+        table.d_in if table else settings.vocab_size,
+        d,
+        lambda: table.weight if table else None,
+        kind="model",
+        heads=(settings.num_hidden_layers, groups, size),
+        **seen,
+    )
+
+
+def _part(layer: Site, name: str, rows: Rows, seed: int, statistics: Statistics) -> Site:
+    """The site of some rows of a layer: a layer of its own, as far as a method sees."""
+
+    def those(t: Tensor) -> Tensor:
+        return t[indices(site, t)]
+
+    def bias() -> Tensor | None:
+        return None if (b := layer.bias()) is None else those(b)
+
+    site = replace(
+        layer,
+        name=name,
+        d_out=sum(stop - start for start, stop in rows),
+        weight=lambda: those(layer.W()),
+        bias=bias,
+        original=lambda: those(layer.original()),
+        seed=site_seed(seed, name),
+        rows=rows,
+        statistics=statistics.get(name, {}),
+    )
+    return site

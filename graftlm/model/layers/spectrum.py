@@ -5,7 +5,7 @@
 A layer of which few singular values hold most of the energy needs few ranks. All sites begin with one rank; each
 further one goes to the site with the least E_l at its rank of then, until they have `mean` on average. So every site
 ends with as nearly the same share of its energy as whole ranks and the budget allow. The paper scores candidate ranks
-by the same normalised energy and picks one for each layer; its rule for ties and its list are not followed. (Its text
+by the same normalized energy and picks one for each layer; its rule for ties and its list are not followed. (Its text
 beyond the abstract was not at hand, and its authors' repository, ArminAzizi98/LaMDA, has LaMDA without the "++".)
 
 A fact of the base and of no step of training, so this is no policy: it makes the `patterns` of a config.
@@ -21,7 +21,7 @@ from torch import nn
 
 from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import sites_of
+from graftlm.model.layers.sites import sites_of
 
 C = TypeVar("C", bound=DeltaConfig)
 

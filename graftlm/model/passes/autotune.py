@@ -25,7 +25,7 @@ from graftlm.errors import OutputError
 from graftlm.files import cache_folder, whole
 from graftlm.kernels import cpu
 from graftlm.kernels.backend import OURS, TORCH, Backend, Kernels, compiled, pinned, rotates_halves
-from graftlm.model.layers.attach import trainable
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import Packed, hidden_states
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.system import processor

@@ -16,8 +16,8 @@ from graftlm.errors import TrainingError
 from graftlm.kernels.attention import SegmentLayout, use_layout
 from graftlm.kernels.backend import probe
 from graftlm.kernels.head import Comparison, Readings, head_log_probs, head_readings, linear_readings
-from graftlm.model.layers.attach import deltas_off
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.layers.sites import decoder_of
 from graftlm.model.passes.packed_attention import backend_of, is_packed
 from graftlm.model.passes.recompute import computing_by

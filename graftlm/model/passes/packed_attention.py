@@ -16,9 +16,9 @@ from graftlm.errors import TrainingError
 from graftlm.kernels.attention import LAYOUT, AttentionRule, SegmentLayout, tiled_attention
 from graftlm.kernels.backend import TORCH, Backend, probe
 from graftlm.model.layers import prefix
-from graftlm.model.layers.attach import deltas_off
 from graftlm.model.layers.attention import attending_by
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.passes.recompute import computing_by
 
 
@@ -121,7 +121,7 @@ def backend_of(model: Any) -> Backend:
 
 
 def _rotary_files(model: Any) -> list[Any]:
-    """The modelling files with a function for rotary embeddings of their own, under the name that all of them use."""
+    """The modeling files with a function for rotary embeddings of their own, under the name that all of them use."""
     files = {type(module).__module__: sys.modules[type(module).__module__] for module in model.modules()}
     return [file for file in files.values() if hasattr(file, "apply_rotary_pos_emb")]
 

@@ -41,22 +41,22 @@ class _PackedRow:
     hidden_rows: Tensor
     targets: Tensor
     beside: Tensor
-    """[T]: whether a token is one of the row's neighbours."""
+    """[T]: whether a token is one of the row's neighbors."""
     last: Tensor
     """[T]: whether it is the last one of the row, of which no other token of it knows."""
 
     @classmethod
-    def of(cls, row: Tensor, neighbour: Tensor | None = None, shared: int = 0, *, start: int = 0) -> "_PackedRow":
-        """A row, between a neighbour and the same once more, if there is one; with `shared`, the row a second time, now
-        with its first `shared` tokens in common with a neighbour. The first segment begins at position `start`."""
+    def of(cls, row: Tensor, neighbor: Tensor | None = None, shared: int = 0, *, start: int = 0) -> "_PackedRow":
+        """A row, between a neighbor and the same once more, if there is one; with `shared`, the row a second time, now
+        with its first `shared` tokens in common with a neighbor. The first segment begins at position `start`."""
         segments, of_the_row = [(row, start, -1)], [[0]]
-        if neighbour is not None:
-            segments, of_the_row = [(neighbour, start, -1), (row, 0, -1)], [[1]]
+        if neighbor is not None:
+            segments, of_the_row = [(neighbor, start, -1), (row, 0, -1)], [[1]]
             if shared:
                 root = len(segments)
-                segments += [(row[:shared], 0, -1), (neighbour, shared, root), (row[shared:], shared, root)]
+                segments += [(row[:shared], 0, -1), (neighbor, shared, root), (row[shared:], shared, root)]
                 of_the_row.append([root, root + 2])
-            segments.append((neighbour, 0, -1))
+            segments.append((neighbor, 0, -1))
         lengths = [len(ids) for ids, _, _ in segments]
         places = torch.arange(sum(lengths), device=row.device).split(lengths)
         own = [torch.cat([places[n] for n in parts]) for parts in of_the_row]
@@ -95,14 +95,19 @@ def _not_a_number(model: Any, tokens: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def prove(
-    model: Any, items: Sequence[Example | Group], *, packed: bool, sharing: bool, backend: Backend = TORCH
+def check_packing(
+    model: Any, items: Sequence[Example | Group], *, packed: bool = True, sharing: bool = True, backend: Backend = TORCH
 ) -> None:
-    """TrainingError where the head, packed attention or shared beginnings give other numbers than the model's own.
+    """Prove on the rows of a run that the head, packed attention and shared beginnings give the model's own numbers.
 
-    The rows are the shortest and the longest of the run: what changes with a row's length shows between these. Another
-    backend is proved after TORCH was: by the whole model in packs, as the rest does not go through it.
+    `items` are rows of two tokens at least (`graftlm.render` makes some); the shortest and the longest of them are
+    used: what changes with a row's length shows between these. `packed=False` checks the head alone (`data.pack`),
+    `sharing` checks shared beginnings too (`train.prefix_sharing`). Another backend is proved after TORCH was: by the
+    whole model in packs, as the rest does not go through it. Returns nothing. Raises TrainingError with the remedy
+    where the numbers differ by more than rounding, and ValueError without rows.
     """
+    if not items:
+        raise ValueError("items: there is no row to check")
     examples = [answer for item in items for answer in item.answers]
     short, long = (
         torch.from_numpy(example.ids.astype("int64")).to(model.device)
@@ -111,7 +116,7 @@ def prove(
     if backend is TORCH:
         check_forward(model, long[-PROBE_TOKENS:])
     if packed:
-        check_packing(model, short, long, sharing=sharing, longest=len(long), backend=backend)
+        check_packed_rows(model, short, long, sharing=sharing, longest=len(long), backend=backend)
 
 
 @torch.no_grad()
@@ -171,7 +176,7 @@ def check_forward(model: Any, row: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_packing(
+def check_packed_rows(
     model: Any,
     first: Tensor,
     second: Tensor,
@@ -209,7 +214,7 @@ def check_packing(
         tolerance=PACKING_TOLERANCE.get(_dtype(model), 1e-3),
         unit="nats",
     )
-    _prove(model, in_nats, short, row, longest - len(short), sharing, backend, spoiled=True)
+    _compare(model, in_nats, short, row, longest - len(short), sharing, backend, spoiled=True)
     if backend is not TORCH:
         return
     with first_layers_in_float32(model) as decoder:
@@ -225,7 +230,7 @@ def check_packing(
             unit="of its hidden states",
         )
         short, row = first[-LONG_TOKENS:], second[-LONG_TOKENS:]
-        _prove(model, in_float32, short, row, longest - len(short), sharing, TORCH, spoiled=False)
+        _compare(model, in_float32, short, row, longest - len(short), sharing, TORCH, spoiled=False)
 
 
 def _positions(model: Any, row: Tensor) -> int:
@@ -256,7 +261,7 @@ class _Criterion:
     unit: str
 
 
-def _prove(
+def _compare(
     model: Any,
     by: _Criterion,
     first: Tensor,
@@ -267,7 +272,7 @@ def _prove(
     *,
     spoiled: bool,
 ) -> None:
-    """The second row in a pack against the row alone; then, `spoiled`, against the row beside NaN, or its neighbours
+    """The second row in a pack against the row alone; then, `spoiled`, against the row beside NaN, or its neighbors
     against the same alone."""
     ways = {"packed": "data: {pack: false}` to run one row at a time"}
     if sharing:
@@ -327,12 +332,12 @@ def _leak(model: Any, by: _Criterion, clean: _PackedRow, found: Tensor, backend:
     if of_the_end > of_neighbor:
         return f"a token changes by {of_the_end:.3g} {by.unit} with one that comes after it in its row"
     if of_neighbor > 0:
-        return f"a row changes by {of_neighbor:.3g} {by.unit} with its neighbour"
-    return "a row takes in numbers of its neighbour (NaN in one row became NaN in the other)"
+        return f"a row changes by {of_neighbor:.3g} {by.unit} with its neighbor"
+    return "a row takes in numbers of its neighbor (NaN in one row became NaN in the other)"
 
 
 def _why(model: Any, by: _Criterion, first: Tensor, second: Tensor, start: int, wanted: Tensor) -> str:
-    """The reason of a difference, where one can be named: beside a neighbour of the same length, at the usual
+    """The reason of a difference, where one can be named: beside a neighbor of the same length, at the usual
     positions, the row is right."""
     usual = _PackedRow.of(second, (second + 1) % _vocabulary(model))
     with packed_attention(model):

@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import deltas_off, sites_of
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.modes import deltas_off
 from graftlm.model.layers.parts import indices
-from graftlm.model.layers.sites import part_of
+from graftlm.model.layers.sites import part_of, sites_of
 
 
 def collect(
     model: Any, config: DeltaConfig, needs: Iterable[str], losses: Iterable[Callable[[], Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
-    """{site: {name: tensor}} for the sites that `config` means, float32, from passes over the bare base.
+    """Gather statistics of the sites that `config` means, from passes over the bare base.
 
+    Returns {site: {name: tensor}}, float32; `needs` are names among gradient, fisher and second_moment.
     Each entry of `losses` runs the model once and returns its loss. No weight gradient is kept but the running mean,
-    and that layer by layer: memory is one matrix a site.
+    and that layer by layer: memory is one matrix a site. Raises TargetError where `config` matches no layer.
     """
     needs = tuple(needs)
     backwards = bool({"gradient", "fisher"} & set(needs))
@@ -61,15 +62,7 @@ def collect(
                 stack.callback(parameter.requires_grad_(False).requires_grad_, True)
         stack.enter_context(deltas_off(model))
         for name in sites:
-            at = part_of(model, name)
-            module = model.get_submodule(at[0] if at else name)
-            layer = module.base if isinstance(module, LayerHost) else module
-            base = view(layer)
-            assert base is not None
-            if base.kind != "linear":
-                raise TargetError(
-                    f"{name}: {' and '.join(needs)} are gathered at linear layers, this is of kind {base.kind}"
-                )
+            layer = _linear_layer(model, name, needs)
             stack.callback(layer.register_forward_hook(watch(name)).remove)
         embeddings = model.get_input_embeddings()
         stack.callback(embeddings.register_forward_hook(lambda _, __, y: y.requires_grad_()).remove)
@@ -83,6 +76,18 @@ def collect(
         for key, tensor in found.items():
             tensor.div_(tokens[name] if key == "second_moment" else passes)
     return sums
+
+
+def _linear_layer(model: nn.Module, site: str, needs: Iterable[str]) -> nn.Module:
+    """The linear layer of a site, or that the site is a part of; TargetError for a layer of another kind."""
+    at = part_of(model, site)
+    module = model.get_submodule(at[0] if at else site)
+    layer = module.base if isinstance(module, LayerHost) else module
+    base = view(layer)
+    assert base is not None
+    if base.kind != "linear":
+        raise TargetError(f"{site}: {' and '.join(needs)} are gathered at linear layers, this is of kind {base.kind}")
+    return layer
 
 
 def _add(where: dict[str, Tensor], key: str, value: Tensor) -> None:

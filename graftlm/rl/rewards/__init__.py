@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftlm.rl.rewards import exact, judge, pattern, python, reward_model, rouge
-from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
-__all__ = ["SCORERS", "Reward", "Said", "Scorer", "ScorerConfig", "make_scorer"]
+__all__ = ["SCORERS", "Completion", "Reward", "Scorer", "ScorerConfig", "make_scorer"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from graftlm.errors import DataError
 
 
 @dataclass(frozen=True)
-class Said:
+class Completion:
     """An answer that the model gave, and all that one may want to know to judge it."""
 
     messages: Sequence[Message]
@@ -44,7 +44,7 @@ class Said:
 
 
 Reward = float | None
-Scorer = Callable[[Sequence[Said]], Sequence[Reward]]
+Scorer = Callable[[Sequence[Completion]], Sequence[Reward]]
 
 
 @config

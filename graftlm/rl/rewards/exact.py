@@ -11,7 +11,7 @@ from unicodedata import normalize
 
 from graftlm.config.schema import Flag, Pattern, config
 from graftlm.errors import DataError
-from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
 @config
@@ -25,7 +25,7 @@ class ExactConfig(ScorerConfig):
 
 
 def make(config: ExactConfig, network: bool, today: datetime.date) -> Scorer:
-    def score(answers: Sequence[Said]) -> list[Reward]:
+    def score(answers: Sequence[Completion]) -> list[Reward]:
         found: list[Reward] = []
         for said in answers:
             wanted = taken(config, said.wanted("exact"))

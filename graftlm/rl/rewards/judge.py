@@ -10,7 +10,7 @@ from typing import Literal
 
 from graftlm.config.schema import config
 from graftlm.judges.endpoint import GRADE, EndpointConfig, ask, check, filled, grades
-from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
 @config
@@ -25,14 +25,14 @@ class JudgeScorerConfig(EndpointConfig, ScorerConfig):
 def make(config: JudgeScorerConfig, network: bool, today: datetime.date) -> Scorer:
     key = check(config, network=network)
 
-    def score(answers: Sequence[Said]) -> list[Reward]:
+    def score(answers: Sequence[Completion]) -> list[Reward]:
         replies = list(ask(config, key, [_question(config, said) for said in answers]))
         return grades(replies)
 
     return score
 
 
-def _question(config: JudgeScorerConfig, said: Said) -> str:
+def _question(config: JudgeScorerConfig, said: Completion) -> str:
     texts = {"question": "\n\n".join(message.content for message in said.messages), "answer": said.answer}
     if "{reference}" in config.prompt:
         texts["reference"] = said.wanted("judge")

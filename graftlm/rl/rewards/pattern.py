@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from graftlm.config.schema import Pattern, config
-from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
 @config
@@ -19,7 +19,7 @@ class PatternConfig(ScorerConfig):
 def make(config: PatternConfig, network: bool, today: datetime.date) -> Scorer:
     found = re.compile(config.pattern)
 
-    def score(answers: Sequence[Said]) -> list[Reward]:
+    def score(answers: Sequence[Completion]) -> list[Reward]:
         return [float(found.search(said.answer) is not None) for said in answers]
 
     return score

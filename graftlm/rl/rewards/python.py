@@ -3,7 +3,7 @@
     def score(said) -> float | None:            # rewards.py
         return -abs(len(said.answer.split()) - 10)
 
-`said` is a `graftlm.rl.rewards.base.Said`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
+`said` is a `graftlm.rl.rewards.base.Completion`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
 file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as all
 paths in a recipe are.
 """
@@ -19,7 +19,7 @@ from pydantic import field_validator
 
 from graftlm.config.schema import config
 from graftlm.errors import RecipeError, TrainingError, nearest
-from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
 @config
@@ -57,10 +57,10 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise RecipeError(f"online.scorer.function: {file} has no function {name!r}. {nearest(name, known)}")
 
-    def score(answers: Sequence[Said]) -> list[Reward]:
+    def score(answers: Sequence[Completion]) -> list[Reward]:
         return [_one(said) for said in answers]
 
-    def _one(said: Said) -> Reward:
+    def _one(said: Completion) -> Reward:
         try:
             found = function(said)
             return None if found is None else float(found)

@@ -6,18 +6,22 @@ The whole conversation, answer included, is rendered by the reward model's own c
 """
 
 import datetime
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from graftlm.config.dtypes import DTYPES, Dtype
 from graftlm.config.schema import PositiveCount, config
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError
-from graftlm.model.hub.load import BaseConfig, load_tokenizer, locate, stored_dtype
-from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.dtypes import resolve_dtype
+from graftlm.model.hub.locate import locate
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
 @config
@@ -25,8 +29,10 @@ class RewardModelConfig(ScorerConfig):
     by: Literal["reward-model"] = "reward-model"
     model: str
     """A folder, or a hub id (which needs `network: true` unless it is in the local cache)."""
-    store: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """How its weights are kept; auto is what it is for a base."""
+    dtype: Dtype = "auto"
+    """Dtype of its weights, as `base.dtype`."""
+    REPLACED: ClassVar[Mapping[str, str]] = {"store": f"dtype ({', '.join(DTYPES)})"}
+    """Keys of earlier versions, and what took their place."""
     at_once: PositiveCount = 8
     """Answers of one forward pass."""
 
@@ -39,7 +45,7 @@ def make(config: RewardModelConfig, network: bool, today: datetime.date) -> Scor
     try:
         model, about = AutoModelForSequenceClassification.from_pretrained(
             locate(base, network=network),
-            dtype=stored_dtype(config.store, device),
+            dtype=resolve_dtype(config.dtype, device),
             use_safetensors=True,
             local_files_only=not network,
             trust_remote_code=False,
@@ -56,7 +62,7 @@ def make(config: RewardModelConfig, network: bool, today: datetime.date) -> Scor
     model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
-    def score(answers: Sequence[Said]) -> list[Reward]:
+    def score(answers: Sequence[Completion]) -> list[Reward]:
         rows = [_ids(renderer, said) for said in answers]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Reward] = [None] * len(rows)
@@ -69,7 +75,7 @@ def make(config: RewardModelConfig, network: bool, today: datetime.date) -> Scor
     return score
 
 
-def _ids(renderer: Renderer, said: Said) -> list[int]:
+def _ids(renderer: Renderer, said: Completion) -> list[int]:
     if not said.answer:  # templates may refuse an answer that says nothing
         return [int(i) for i in renderer.prompt(said.messages)]
     return [int(i) for i in renderer.conversation([*said.messages, Message("assistant", said.answer)]).ids]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from graftlm.config.schema import config
 from graftlm.evaluation.held_out import rouge_l
-from graftlm.rl.rewards.base import Reward, Said, Scorer, ScorerConfig
+from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
 @config
@@ -15,7 +15,7 @@ class RougeConfig(ScorerConfig):
 
 
 def make(config: RougeConfig, network: bool, today: datetime.date) -> Scorer:
-    def score(answers: Sequence[Said]) -> list[Reward]:
+    def score(answers: Sequence[Completion]) -> list[Reward]:
         return [rouge_l(said.wanted("rouge-l"), said.answer) for said in answers]
 
     return score

@@ -15,11 +15,13 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from graftlm.adapters.export.export import export, lost_by_rounding, merge_into, plain_lora
 from graftlm.adapters.export.lint import lint
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import OutputError, TargetError
-from graftlm.model.layers.attach import activate, attach, deltas_off
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.modes import activate, deltas_off
 from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 

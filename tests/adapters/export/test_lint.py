@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from graftlm.adapters.export.export import export
 from graftlm.adapters.export.lint import PROGRAMS, RULES, lint, to_json
-from graftlm.adapters.store import save_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
+from graftlm.errors import AdapterError
 from graftlm.model.layers.attach import attach
 from graftlm.testing.deltas import perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
@@ -150,3 +151,8 @@ def test_verdicts_as_json(tmp_path: Path) -> None:
     first = to_json(lint(tmp_path / "a"))[0]
     assert first["server"] == "transformers"
     assert not first["accepts"]
+
+
+def test_a_folder_without_an_adapter_or_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"absent: holds neither an adapter"):
+        lint(tmp_path / "absent")

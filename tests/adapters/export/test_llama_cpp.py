@@ -18,7 +18,9 @@ from graftlm.adapters.export.lint import lint
 from graftlm.adapters.export.llama_cpp import ARCHITECTURES
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import attach, hosts, merged_state
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import move
 from graftlm.testing.tiny import TINY, tiny_gpt2, tiny_model
 from tests.architectures import build

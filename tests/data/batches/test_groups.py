@@ -12,9 +12,9 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import DataConfig, Row
-from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
 from tests.data.shapes import SHAPES, chat, tokenizer_for
+from tests.errors import raises
 
 # One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.
 LETTERS = (
@@ -57,7 +57,7 @@ def test_of_a_pair_only_what_follows_the_common_messages_is_compared(renderer: R
     (group,), problems = made([row], renderer, "pairs")
     assert problems == []
     assert compared(group, renderer) == ["GOOD<|im_end|>", "BAD<|im_end|>"]
-    assert (group.pairs, group.marks) == (((0, 1),), (1.0, 0.0))
+    assert (group.pairs, group.scores) == (((0, 1),), (1.0, 0.0))
     assert [answer.where for answer in group.answers] == ["f:1", "f:1: rejected answer 1"]
     prompt = renderer.prompt(row.messages[:-1], ())
     for answer in group.answers:
@@ -73,7 +73,7 @@ def test_conversations_that_part_earlier_are_compared_from_there(renderer: Rende
 
 def test_the_best_of_a_ranking_is_compared_with_each_of_the_others(renderer: Renderer) -> None:
     (group,), _ = made([pair(["X"], ["BEST"], ["SECOND"], ["THIRD"])], renderer, "pairs")
-    assert (group.pairs, group.marks) == (((0, 1), (0, 2)), (1.0, 0.0, 0.0))
+    assert (group.pairs, group.scores) == (((0, 1), (0, 2)), (1.0, 0.0, 0.0))
 
 
 def test_feedback_is_a_mark_and_a_pair_may_be_two_of_them(renderer: Renderer) -> None:
@@ -84,7 +84,7 @@ def test_feedback_is_a_mark_and_a_pair_may_be_two_of_them(renderer: Renderer) ->
     ]
     found, problems = made(rows, renderer, "feedback")
     assert problems == []
-    assert [group.marks for group in found] == [(1.0,), (0.0,), (1.0, 0.0)]
+    assert [group.scores for group in found] == [(1.0,), (0.0,), (1.0, 0.0)]
     assert [group.pairs for group in found] == [(), (), ()]
     assert compared(found[0], renderer) == ["GOOD<|im_end|>"]
 
@@ -119,12 +119,12 @@ def test_the_report_counts_pairs_and_advises_no_mask_that_would_be_refused(rende
     *_, report = prepare_groups(rows, renderer, data(), "feedback")
     assert report.notes == ["2 answers were liked, 2 were not"]
     same = [pair(["X"], ["SAMEGOOD"], ["SAMEBAD"])]
-    with pytest.raises(DataError, match="f:1: rejected answer 1 is rendered to the same tokens"):
+    with raises("data/unusable-rows", match="f:1: rejected answer 1"):
         prepare_groups(same, renderer, data(max_tokens=8, over_length="truncate"), "pairs")
-    with pytest.raises(DataError, match=r"each of 1 has an answer longer than max_tokens=8\. Raise"):
+    with raises("data/no-rows-left", match="each of 1 .* max_tokens=8"):
         prepare_groups([pair(["X"], ["P"], ["Q" * 9])], renderer, data(max_tokens=8), "pairs")
     strict = data(max_tokens=8, over_length="truncate", strict=True)
-    with pytest.raises(DataError, match="f:1: rejected answer 1"):
+    with raises("data/unusable-rows", match="f:1: rejected answer 1"):
         prepare_groups([*same, pair(["Y"], ["P"], ["Q"], where="f:2")], renderer, strict, "pairs")
 
 
@@ -161,7 +161,7 @@ RAW = Row([Message(TEXT, "some text")], "f:8", "")
     ],
 )
 def test_rows_that_lack_what_a_loss_needs_are_refused_by_their_place(needs: str, row: Row, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+    with raises("data/rows-unfit-for-loss", match=said):
         usable_by("somebody", needs, data())([row])
 
 

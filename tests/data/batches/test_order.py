@@ -11,7 +11,7 @@ from graftlm.data.batches.pack import Example
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.source import OrderConfig, Row
-from graftlm.errors import DataError
+from tests.errors import raises
 
 COUNT = 60
 KEYS = np.random.default_rng(7).integers(0, 12, COUNT).astype(np.float64)  # many are alike
@@ -79,9 +79,9 @@ def test_all_that_a_row_is_rendered_to_has_its_score() -> None:
 
 
 def test_a_row_without_a_score_is_named() -> None:
-    with pytest.raises(DataError, match="f:1"):
+    with raises("data/missing-score", match="f:1"):
         curriculum(OrderConfig(by="x"), rows([3.0, None]), [example("f:0")])
-    with pytest.raises(DataError, match="name one in `select`"):
+    with raises("data/missing-score", match="f:0"):
         curriculum(OrderConfig(by="selected"), rows([None]), [example("f:0")])
 
 

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import pytest
-
 from graftlm.data.batches.prompts import asked_in, prepare_prompts, shown_prompts
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import DataConfig, Row
-from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
+from tests.errors import raises
 
 ASK, ANSWER = Message("user", "where is it?"), Message("assistant", "on its way")
 
@@ -53,9 +51,9 @@ def test_a_prompt_that_leaves_no_room_is_dropped_or_refused_and_told() -> None:
     data = DataConfig(train="f", max_tokens=size + 8)
     made, kept, report = prepare_prompts(rows, renderer, data, room=8)
     assert (len(made), kept, report.dropped_over_length) == (1, rows[:1], ["f:2"])
-    with pytest.raises(DataError, match="no prompt is left: all 2 are longer"):
+    with raises("data/no-rows-left", match="all 2"):
         prepare_prompts(rows, renderer, data, room=9)
-    with pytest.raises(DataError, match="f:2: .* tokens leave no room for an answer"):
+    with raises("data/unusable-rows", match="f:2: "):
         prepare_prompts(rows, renderer, DataConfig(train="f", max_tokens=size + 8, over_length="error"), room=8)
 
 
@@ -67,5 +65,5 @@ def test_what_the_template_refuses_is_a_problem_of_its_row() -> None:
     made, _, report = prepare_prompts(rows, renderer, DataConfig(train="f"), room=8)
     assert len(made) == 1
     assert "f:2: " in report.problems[0]
-    with pytest.raises(DataError, match="1 of 2 rows cannot be asked"):
+    with raises("data/unusable-rows", match="1 of 2 rows"):
         prepare_prompts(rows, renderer, DataConfig(train="f", strict=True), room=8)

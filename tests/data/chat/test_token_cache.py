@@ -15,9 +15,9 @@ from graftlm.data.chat.token_columns import render
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import DataConfig, Row
-from graftlm.errors import DataError
 from graftlm.testing.tiny import CHATML, tiny_tokenizer
 from tests.data.shapes import chat, tokenizer_for
+from tests.errors import raises
 
 DATA = DataConfig(train="rows.jsonl")
 ROWS = [Row(chat(f"question {i}", f"answer {i}"), f"f:{i}", f"question {i}") for i in range(8)]
@@ -176,7 +176,7 @@ def test_rows_that_cannot_be_rendered_are_the_same_problems_from_the_cache(tmp_p
     rows = [*ROWS, Row(chat("a", "b", system="s"), "f:9", "a")]
     said = []
     for _ in range(2):
-        with pytest.raises(DataError) as caught:
+        with raises("data/unusable-rows") as caught:
             prepare(rows, renderer, replace(DATA, strict=True), cache=tmp_path)
         said.append(str(caught.value))
     assert said[0] == said[1]

@@ -14,9 +14,9 @@ from graftlm.data.quality.preflight import prepare, shown_rows, stream
 from graftlm.data.quality.report import FEW_ROWS, LEAST_ROWS, Lengths
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import DataConfig, Row
-from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
 from tests.data.shapes import SHAPES, THINKING, chat, tokenizer_for, tokenizer_of
+from tests.errors import raises
 
 # One token a character: the tiny tokenizer has merged no capitals. A turn is its letter, its text and its end.
 LETTERS = (
@@ -95,7 +95,7 @@ def test_a_row_that_is_truncated_after_its_last_answer_has_lost_no_end(renderer:
 
 
 def test_under_error_every_row_longer_than_the_limit_is_listed(renderer: Renderer) -> None:
-    with pytest.raises(DataError) as caught:
+    with raises("data/unusable-rows") as caught:
         prepare(ROWS, renderer, data(max_tokens=8, over_length="error"))
     first, *said = str(caught.value).split("\n")
     assert first == "2 of 3 rows cannot be trained on:"
@@ -104,14 +104,14 @@ def test_under_error_every_row_longer_than_the_limit_is_listed(renderer: Rendere
 
 
 def test_where_every_row_is_too_long_it_is_said_what_to_raise(renderer: Renderer) -> None:
-    with pytest.raises(DataError, match=r"all 3 are longer than max_tokens=2\. Raise data\.max_tokens"):
+    with raises("data/no-rows-left", match=r"all 3 .* max_tokens=2\."):
         prepare(ROWS, renderer, data(max_tokens=2))
 
 
 def test_rows_with_nothing_to_supervise_are_listed_by_line(renderer: Renderer) -> None:
     long_question = row("X" * 20, "P", where="f:8")
     no_answer = row("X", where="f:9")
-    with pytest.raises(DataError) as caught:
+    with raises("data/unusable-rows") as caught:
         prepare([*ROWS, long_question, no_answer], renderer, data(max_tokens=10, over_length="truncate", strict=True))
     assert str(caught.value).split("\n") == [
         "2 of 5 rows cannot be trained on:",
@@ -132,9 +132,9 @@ def test_a_row_of_which_one_answer_cannot_be_trained_on_is_not_called_left_out()
     assert report.notes == [
         f"f:7: some of its answers, each of which is a row of its own, are left out: {why}",
     ]
-    with pytest.raises(DataError, match="some of its answers"):
+    with raises("data/unusable-rows", match="some of its answers"):
         prepare([several], renderer, data(strict=True, **limit))
-    with pytest.raises(DataError, match="some of its answers"):
+    with raises("data/unusable-rows", match="some of its answers"):
         list(stream([several], renderer, data(**limit)))
 
 
@@ -159,7 +159,7 @@ def test_however_many_tokens_are_counted_at_a_time_the_report_is_the_same(
 def test_a_row_that_the_template_refuses_is_named_and_the_others_are_still_looked_at() -> None:
     renderer = Renderer(tokenizer_for("gemma"))
     told = [Row(chat("a", "b", system="s"), f"f:{i}", "a") for i in (4, 6)]
-    with pytest.raises(DataError) as caught:
+    with raises("data/unusable-rows") as caught:
         prepare([told[0], row("a", "b"), told[1]], renderer, data(strict=True))
     first, *said = str(caught.value).split("\n")
     assert first == "2 of 3 rows cannot be trained on:"
@@ -173,12 +173,12 @@ def test_unless_it_is_strict_such_rows_are_left_out_and_told() -> None:
     assert [e.where for e in examples] == ["f:1"]
     assert report.rows == 1
     assert [text.split(": the chat template refuses")[0] for text in report.problems] == ["f:4"]
-    with pytest.raises(DataError, match="1 of 1 rows cannot be trained on"):
+    with raises("data/unusable-rows", match="1 of 1 rows"):
         prepare([told], renderer, data())
 
 
 def test_a_base_without_a_template_is_said_once_and_not_for_every_row() -> None:
-    with pytest.raises(BaseModelError, match="no chat template"):
+    with raises("base/no-chat-template"):
         prepare(ROWS, Renderer(tiny_tokenizer(template=None)), data())
 
 
@@ -204,7 +204,7 @@ def test_one_begin_of_text_token_is_counted_and_two_are_refused() -> None:
     assert prepare([row("a", "b"), row("c", "d")], renderer, data())[1].most_bos == 1
     assert prepare([row("a", "b")], Renderer(tokenizer_for("zephyr"), LETTERS), data())[1].most_bos == 0
     doubled = Renderer(tokenizer_for("llama-3"), "{{ bos_token }}" + renderer.template)
-    with pytest.raises(DataError, match="f:1: the row begins with two begin-of-text tokens"):
+    with raises("data/unusable-rows", match="f:1: the row begins with two begin-of-text tokens"):
         prepare([row("a", "b")], doubled, data())
 
 
@@ -361,5 +361,5 @@ def test_streamed_rows_give_the_same_examples(renderer: Renderer, changes: dict[
 
 def test_a_streamed_row_that_cannot_be_trained_on_is_named(renderer: Renderer) -> None:
     examples = stream(iter([*ROWS, row("X", where="f:9")]), renderer, data())
-    with pytest.raises(DataError, match="f:9: no token of this row is supervised"):
+    with raises("data/unusable-rows", match="f:9: no token of this row is supervised"):
         list(examples)

@@ -11,9 +11,9 @@ from graftlm.data.sources.convert import convert
 from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.source import Row
-from graftlm.errors import DataError, OutputError
 from tests.data.sources.test_damage import CLEAN
 from tests.data.sources.test_formats import ROWS
+from tests.errors import raises
 
 
 def written(file: Path, *rows: dict[str, Any]) -> str:
@@ -71,17 +71,17 @@ def test_what_cannot_be_used_is_told_and_the_rest_is_written(tmp_path: Path) -> 
     out = tmp_path / "out.jsonl"
     count, problems = convert(source, out)
     assert (count, [str(p).split(" ")[0] for p in problems]) == (1, [f"{source}:2:"])
-    with pytest.raises(OutputError, match="exists and would be lost"):
+    with raises("output/already-exists"):
         convert(source, out)
     convert(source, out, overwrite=True)
     out.unlink()
-    with pytest.raises(DataError, match="1 rows can be used, 1 cannot"):
+    with raises("data/unusable-rows", match="1 rows can be used, 1 cannot"):
         convert(source, out, strict=True)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"], "nothing is left of a conversion that failed"
 
 
 def test_a_file_without_a_usable_row_is_an_error(tmp_path: Path) -> None:
     source = written(tmp_path / "in.jsonl", {"prompt": "q", "completion": ""})
-    with pytest.raises(DataError, match="0 rows can be used, 1 cannot"):
+    with raises("data/unusable-rows", match="0 rows can be used, 1 cannot"):
         convert(source, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()

@@ -14,6 +14,7 @@ from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import SourceConfig
 from graftlm.errors import DataError
 from tests.data.damage import KINDS, NOTED, damaged_file, good
+from tests.errors import raises
 
 ROWS, DAMAGED = 20_000, 1_000
 
@@ -48,7 +49,7 @@ def test_under_strict_the_same_file_is_refused_with_every_line(tmp_path: Path) -
     file = tmp_path / "rows.jsonl"
     planted = damaged_file(file, 300, 100)
     for options in ({"strict": True, "problems": []}, {}):
-        with pytest.raises(DataError) as caught:
+        with raises("data/unusable-rows") as caught:
             load_rows(str(file), **options)  # type: ignore[arg-type]
         bad = sorted(n for n, kind in planted.items() if kind in KINDS)
         first, *said = str(caught.value).split("\n")

@@ -11,7 +11,7 @@ from graftlm.data.sources.formats import Message
 from graftlm.data.sources.mixing import apportion, balance, mix, read_data
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.splits import every_row
-from graftlm.errors import DataError
+from tests.errors import raises
 
 
 def rows(name: str, count: int) -> list[Row]:
@@ -125,7 +125,7 @@ def test_which_rows_come_once_more_follows_from_the_seed() -> None:
 
 
 def test_a_ratio_needs_both_kinds(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="0 as not liked"):
+    with raises("data/single-label", match="0 as not liked"):
         balance(feedback(3, 0), 0.5, seed=0)
     file = tmp_path / "feedback.jsonl"
     lines = [{"prompt": f"{i}", "completion": "a", "label": i % 4 == 0} for i in range(40)]
@@ -133,5 +133,5 @@ def test_a_ratio_needs_both_kinds(tmp_path: Path) -> None:
     data = DataConfig(train=str(file), desirable_share=0.5)
     found = read_data(data, seed=0, usable=lambda rows: (list(rows), []))
     assert Counter(row.desirable for row in found.train) == {True: 20, False: 20}
-    with pytest.raises(DataError, match="both kinds are needed"):
+    with raises("data/single-label"):
         read_data(data, seed=0)

@@ -15,8 +15,8 @@ from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import Row
-from graftlm.errors import DataError
 from tests.data.sources.test_damage import changed
+from tests.errors import raises
 
 ASKED = [Message("user", "q"), Message("assistant", "a")]
 SYSTEM = Message("system", "s")
@@ -80,7 +80,7 @@ def test_sharegpt_with_tags_of_its_own(tmp_path: Path) -> None:
     wanted = [SYSTEM, ASKED[0], Message("assistant", "", (call,)), Message("tool", "1"), ASKED[1]]
     assert row.messages == wanted
     turns[0]["who"] = "gpt"
-    with pytest.raises(DataError, match=r"talk\[0\]: who is 'gpt', which is none of the tags"):
+    with raises("data/unusable-rows", match=r"talk\[0\]: who is 'gpt', which is none of the tags"):
         factory(tmp_path, entry, {"talk": turns, "sys": "s"})
 
 
@@ -112,20 +112,22 @@ def test_openai_has_openai_s_tags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "code", "said"),
     [
-        ({"colums": {}}, "mine: colums: unknown key. Did you mean 'columns'"),
-        ({"num_samples": 5}, "mine: num_samples: 5 cannot be honoured: list the source"),
-        ({"columns": {"prompt": "q", "images": "i"}}, "columns: images: 'i' cannot be honoured: only text"),
-        ({"formatting": "sharegt"}, "formatting: 'sharegt' is not known. Did you mean 'sharegpt'"),
-        ({"script_url": "x"}, "script_url: 'x' cannot be honoured: no code"),
-        ({"ranking": True, "columns": {"prompt": "q", "chosen": "c"}}, "ranking needs the column 'rejected'"),
-        ({"split": "test"}, "split and subset cannot be honoured: a file has none"),
-        ({"subset": "en"}, "split and subset cannot be honoured: a file has none"),
+        ({"colums": {}}, "data/unknown-key", "mine: colums: unknown key. Did you mean 'columns'"),
+        ({"num_samples": 5}, "data/unsupported-setting", "mine: num_samples: 5"),
+        ({"columns": {"prompt": "q", "images": "i"}}, "data/unsupported-setting", "columns: images: 'i'"),
+        ({"formatting": "sharegt"}, "data/unknown-format", "'sharegt' is not known. Did you mean 'sharegpt'"),
+        ({"script_url": "x"}, "data/unsupported-setting", "script_url: 'x'"),
+        ({"ranking": True, "columns": {"prompt": "q", "chosen": "c"}}, "data/missing-key", "'rejected'"),
+        ({"split": "test"}, "data/unsupported-setting", "split"),
+        ({"subset": "en"}, "data/unsupported-setting", "subset"),
     ],
 )
-def test_what_an_entry_says_and_we_cannot_do_is_named(entry: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
+def test_what_an_entry_says_and_we_cannot_do_is_named(
+    entry: dict[str, Any], code: str, said: str, tmp_path: Path
+) -> None:
+    with raises(code) as caught:
         factory(tmp_path, entry, {"q": "q", "c": "a"})
     assert said in str(caught.value)
 
@@ -141,9 +143,9 @@ def test_a_data_set_of_the_hub_goes_before_other_places_and_keeps_its_subset(tmp
 
 def test_a_name_that_is_not_described_is_refused_with_those_that_are(tmp_path: Path) -> None:
     factory(tmp_path, {}, {"instruction": "q", "output": "a"})
-    with pytest.raises(DataError, match=r"describes no data set 'mne'. Did you mean 'mine'\?"):
+    with raises("data/no-such-data-set", match="'mne'. Did you mean 'mine'"):
         load_rows(f"{tmp_path}/dataset_info.json:mne")
-    with pytest.raises(DataError, match=r"write .*dataset_info.json:NAME. There is: mine, other"):
+    with raises("data/not-a-list", match="dataset_info.json:NAME. There is: mine, other"):
         load_rows(f"{tmp_path}/dataset_info.json")
 
 
@@ -197,7 +199,7 @@ def test_properties_and_roles_are_mapped(tmp_path: Path) -> None:
     record = {"talk": [{"from": "me", "value": "q"}, {"from": "it", "value": "a"}], "sys": "s"}
     assert axolotl(tmp_path, entry, record)[0].messages == [SYSTEM, *ASKED]
     assert axolotl(tmp_path, entry | {"drop_system_message": True}, record)[0].messages == ASKED
-    with pytest.raises(DataError, match=r"talk\[0\]: from is 'gpt', which is no role"):
+    with raises("data/unusable-rows", match=r"talk\[0\]: from is 'gpt', which is no role"):
         axolotl(tmp_path, entry, {"talk": [{"from": "gpt", "value": "q"}]})
 
 
@@ -241,7 +243,7 @@ def test_turns_and_characters_have_weights_of_their_own(tmp_path: Path) -> None:
         ("!", 0.0),
     ]
     detail[0]["end_offset"] = 9
-    with pytest.raises(DataError, match=r"conversations\[3\]: train_detail: 9 to 18 is out of range or twice"):
+    with raises("data/unusable-rows", match=r"conversations\[3\]: train_detail: 9 to 18 is out of range or twice"):
         axolotl(tmp_path, entry, {"conversations": talk})
 
 
@@ -273,27 +275,23 @@ def test_a_template_of_the_whole_file_is_told_and_not_used(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("entry", "top", "said"),
+    ("entry", "top", "code", "said"),
     [
-        ({"field_mesages": "x"}, {}, "field_mesages: unknown key. Did you mean 'field_messages'"),
-        ({"type": "input_output"}, {}, "type: 'input_output' is not read. Known: chat_template"),
-        ({"type": None, "typ": "alpaca"}, {}, "typ: unknown key. Did you mean 'type'"),
-        ({"train_on_eos": "last"}, {}, "train_on_eos: 'last' cannot be honoured"),
-        (
-            {"chat_template": "chatml"},
-            {},
-            "chat_template: 'chatml' cannot be honoured: rows are rendered by the base's",
-        ),
-        ({"shards": 4}, {}, "shards: 4 cannot be honoured"),
-        ({"roles_to_train": []}, {}, "roles_to_train is empty"),
-        ({"roles": {"wizard": ["w"]}}, {}, "roles: wizard: there is no such role"),
-        ({"message_property_mappings": {"age": "x"}}, {}, "message_property_mappings: age"),
-        ({}, {"train_on_inputs": True}, "train_on_inputs: true cannot be honoured"),
+        ({"field_mesages": "x"}, {}, "data/unknown-key", "field_mesages: unknown key. Did you mean 'field_messages'"),
+        ({"type": "input_output"}, {}, "data/unknown-format", "'input_output' is not read. Known: chat_template"),
+        ({"type": None, "typ": "alpaca"}, {}, "data/unknown-key", "typ: unknown key. Did you mean 'type'"),
+        ({"train_on_eos": "last"}, {}, "data/unsupported-setting", "train_on_eos: 'last'"),
+        ({"chat_template": "chatml"}, {}, "data/unsupported-setting", "chat_template: 'chatml'"),
+        ({"shards": 4}, {}, "data/unsupported-setting", "shards: 4"),
+        ({"roles_to_train": []}, {}, "data/no-trained-roles", "roles_to_train"),
+        ({"roles": {"wizard": ["w"]}}, {}, "data/unknown-role", "roles: wizard"),
+        ({"message_property_mappings": {"age": "x"}}, {}, "data/unknown-message-property", "age"),
+        ({}, {"train_on_inputs": True}, "data/unsupported-setting", "train_on_inputs: true"),
     ],
 )
 def test_what_axolotl_says_and_we_cannot_do_is_named(
-    entry: dict[str, Any], top: dict[str, Any], said: str, tmp_path: Path
+    entry: dict[str, Any], top: dict[str, Any], code: str, said: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError) as caught:
+    with raises(code) as caught:
         axolotl(tmp_path, entry, TURNS, **top)
     assert said in str(caught.value)

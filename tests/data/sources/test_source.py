@@ -12,7 +12,7 @@ from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import Row, SourceConfig
 from graftlm.data.sources.splits import for_supervised, split
-from graftlm.errors import DataError
+from tests.errors import raises
 
 pytestmark = pytest.mark.versions
 
@@ -29,8 +29,8 @@ def written(folder: Path, content: str | bytes, name: str = "rows.jsonl") -> str
     return str(file)
 
 
-def refused(source: str | SourceConfig) -> str:
-    with pytest.raises(DataError) as caught:
+def refused(source: str | SourceConfig, code: str = "data/unusable-rows") -> str:
+    with raises(code) as caught:
         load_rows(source)
     return str(caught.value)
 
@@ -142,7 +142,7 @@ def test_what_a_table_fills_in_is_no_argument_of_a_call(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, b"PAR1 and then nothing", "rows.parquet")
-    assert refused(path).startswith(f"{path}: not a readable parquet file: ")
+    assert refused(path, "data/damaged-file").startswith(f"{path}: not a readable parquet file: ")
 
 
 def test_the_format_can_be_said_and_then_nothing_is_guessed(tmp_path: Path) -> None:
@@ -169,29 +169,29 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None
     near = written(tmp_path, line(), "train.jsonl")
     written(tmp_path, "x", "train.txt")
     path = str(tmp_path / "trian.jsonl")
-    assert refused(path) == f"{path}: no such file. Did you mean {near!r}?"
+    assert refused(path, "data/no-such-file").endswith(f" Did you mean {near!r}?")
 
 
 def test_a_missing_folder_is_refused_too(tmp_path: Path) -> None:
-    assert "no such file" in refused(str(tmp_path / "none" / "rows.jsonl"))
+    path = str(tmp_path / "none" / "rows.jsonl")
+    assert refused(path, "data/no-such-file").startswith(f"{path}: ")
 
 
 def test_an_unknown_built_in_set_is_refused_with_the_nearest_name() -> None:
-    assert refused("builtin:docstring") == ("builtin:docstring: no such built-in data set. Did you mean 'docstrings'?")
+    assert refused("builtin:docstring", "data/no-such-data-set").endswith("Did you mean 'docstrings'?")
 
 
 def test_an_ending_that_cannot_be_read_is_refused_with_those_that_can(tmp_path: Path) -> None:
     path = written(tmp_path, "q a", "rows.txt")
-    assert (
-        refused(path)
-        == f"{path}: cannot read .txt. Known: .jsonl, .json, .csv, .tsv, .parquet, .arrow, also packed as .jsonl.gz"
-    )
+    said = refused(path, "data/unsupported-file-type")
+    assert "cannot read .txt" in said
+    assert "Known: .jsonl, .json, .csv, .tsv, .parquet, .arrow" in said
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
 def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, b"", name)
-    assert refused(path) == f"{path}: the file is empty"
+    assert path in refused(path, "data/empty-file")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
 )
 def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
     path = written(tmp_path, content, name)
-    assert refused(path).startswith(f"{path}: holds no rows")
+    assert path in refused(path, "data/no-rows")
 
 
 def test_all_bad_lines_are_reported_in_one_go(tmp_path: Path) -> None:
@@ -260,29 +260,30 @@ def test_a_row_of_another_format_than_its_file_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "code", "said"),
     [
-        ("a.jsonl", b'[\n {"prompt": "q"}\n]', r"a\.jsonl:1: the file is one JSON list.*rename it to a\.json$"),
-        ("a.jsonl", b'[{"prompt": "q",\n"completion": "a"}]', "the file is one JSON list"),
+        ("a.jsonl", b'[\n {"prompt": "q"}\n]', "data/json-list-in-jsonl", r"a\.jsonl:1: .*rename it to a\.json$"),
+        ("a.jsonl", b'[{"prompt": "q",\n"completion": "a"}]', "data/json-list-in-jsonl", ""),
         (
             "a.jsonl",
             b'[{"prompt": "q", "completion": "a"}]',
+            "data/unusable-rows",
             r"this is a list \(a file that is one list of rows ends in",
         ),
-        ("a.jsonl", b"\x1f\x8b\x08\x00abc", r"packed by gzip.*unpack"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", r"cannot be read: Compressed file ended"),
-        ("a.txt.gz", b"\x1f\x8b\x08\x00abc", r"unpack it first\. Known: \.jsonl"),
-        ("a.jsonl.zst", b"abc", r"unpack it first\. Known: \.jsonl"),
-        ("a.csv", b"prompt;completion\nq;a\n", r"a\.csv:1: the header is one column, 'prompt;completion'.*commas"),
-        ("a.json", b'{"version": 1, "data": [{"prompt": "q"}]}', "If its rows are 'data', write that list alone"),
-        ("a.jsonl", b'{"prompt": "q', "Unterminated string starting at column 12"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00abc", "data/hidden-gzip", ""),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00abc", "data/damaged-file", "Compressed file ended"),
+        ("a.txt.gz", b"\x1f\x8b\x08\x00abc", "data/unsupported-file-type", r"unpack it first\. Known: \.jsonl"),
+        ("a.jsonl.zst", b"abc", "data/unsupported-file-type", r"unpack it first\. Known: \.jsonl"),
+        ("a.csv", b"prompt;completion\nq;a\n", "data/wrong-delimiter", r"a\.csv:1: .*'prompt;completion'.*commas"),
+        ("a.json", b'{"version": 1, "data": [{"prompt": "q"}]}', "data/not-a-list", "'data'"),
+        ("a.jsonl", b'{"prompt": "q', "data/unusable-rows", "Unterminated string starting at column 12"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused_with_what_it_is(
-    name: str, content: bytes, said: str, tmp_path: Path
+    name: str, content: bytes, code: str, said: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with raises(code, said):
         load_rows(str(tmp_path / name))
 
 
@@ -323,7 +324,7 @@ def test_bytes_that_are_no_utf8_cost_their_own_row(
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
 def test_a_utf16_file_is_refused_and_utf16_is_named(tmp_path: Path, encoding: str) -> None:
     path = written(tmp_path, f"{line()}\n".encode(encoding))
-    said = refused(path)
+    said = refused(path, "data/not-utf-8")
     assert said.startswith(f"{path}:1: ")
     assert "utf-16" in said.lower()
 
@@ -419,18 +420,18 @@ def test_supervised_training_leaves_out_what_was_not_liked_and_says_so() -> None
     assert for_supervised([plain]) == ([plain], [])
     asks = Row([Message("user", "q")], "f:9", "q")
     assert for_supervised([asks, plain])[0] == [asks, plain]
-    with pytest.raises(DataError, match="only ask.*`online`"):
+    with raises("data/rows-without-answers"):
         for_supervised([asks, asks])
-    with pytest.raises(DataError, match="every answer is marked as not liked"):
+    with raises("data/no-desirable-answers"):
         for_supervised([disliked])
 
 
 def test_bad_json_is_refused_with_its_line_and_what_it_should_hold(tmp_path: Path) -> None:
     path = written(tmp_path, '{"data":\n [}', "rows.json")
-    assert refused(path) == f"{path}:2: not valid JSON: Expecting value"
+    assert refused(path, "data/invalid-json").startswith(f"{path}:2: ")
     path = written(tmp_path, json.dumps({"data": [GOOD]}), "rows.json")
-    said = refused(path)
-    assert said.startswith(f"{path}: a .json file of rows holds a list, this holds a dict")
+    said = refused(path, "data/not-a-list")
+    assert "this holds a dict" in said
     assert "'data'" in said
 
 
@@ -456,7 +457,9 @@ def test_csv_with_an_open_quote_or_two_columns_of_one_name_is_refused(tmp_path: 
     path = written(tmp_path, 'prompt,completion\nq,a\nq,"open\n', "rows.csv")
     assert "not valid CSV: unexpected end of data" in refused(path)
     path = written(tmp_path, "prompt,completion,prompt\nq,a,r\n", "rows.csv")
-    assert refused(path) == f"{path}:1: two columns have the same name: ['prompt', 'completion', 'prompt']"
+    said = refused(path, "data/duplicate-columns")
+    assert said.startswith(f"{path}:1: ")
+    assert said.endswith("['prompt', 'completion', 'prompt']")
 
 
 # Groups and the split ------------------------------------------------------------------------------------------------
@@ -528,6 +531,5 @@ def test_large_groups_are_held_out_last() -> None:
 
 @pytest.mark.parametrize(("sizes", "wanted"), [([1] * 5, 5), ([1] * 5, 6), ([10], 2), ([5, 5], 6)])
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(sizes: list[int], wanted: int) -> None:
-    said = rf"held_out: {wanted} of {sum(sizes)} rows in {len(sizes)} groups leave nothing to train on: hold out fewer"
-    with pytest.raises(DataError, match=said):
+    with raises("data/held-out-too-large", f"{wanted} of {sum(sizes)} rows in {len(sizes)} groups"):
         split(made(sizes), wanted, 0)

@@ -16,8 +16,8 @@ from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.mixing import read_data
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.streaming import Examples, Stream
-from graftlm.errors import DataError
 from graftlm.testing import tiny_tokenizer
+from tests.errors import raises
 
 SIZES = {"a": 7, "b": 30, "c": 12}
 
@@ -98,15 +98,15 @@ def test_a_cursor_goes_on_exactly_from_any_row(files: dict[str, str]) -> None:
 def test_a_cursor_that_does_not_fit_is_refused(files: dict[str, str]) -> None:
     given = sources(files)
     cursor = Stream(given, seed=0).cursor(4)
-    with pytest.raises(DataError, match="seed 0, this one has 1"):
+    with raises("data/cursor-mismatch", match="seed 0, this one has 1"):
         Stream(given, seed=1, cursor=cursor)
-    with pytest.raises(DataError, match="other sources"):
+    with raises("data/cursor-mismatch", match="sources"):
         Stream(given[:2], seed=0, cursor=cursor)
-    with pytest.raises(DataError, match="other weights"):
+    with raises("data/cursor-mismatch", match="weights"):
         Stream(given, seed=0, temperature=4.0, cursor=cursor)
     with open(files["b"], "a") as file:
         file.write('{"prompt": "new", "completion": "row"}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl: was changed"):
+    with raises("data/file-changed", match=r"b\.jsonl"):
         Stream(given, seed=0, cursor=cursor)
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_changes_on_the_way_is_said(files: dict[str, str]) -> None:
     stream = iter(Stream([SourceConfig(path=files["b"])], seed=0))
     next(stream)
     Path(files["b"]).write_text("".join(Path(files["b"]).read_text().splitlines(keepends=True)[:20]))
-    with pytest.raises(DataError, match="was changed"):
+    with raises("data/file-changed"):
         list(islice(stream, 100))
 
 
@@ -140,7 +140,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
     assert stream.left_out == 2
     assert [said.split(": ")[0] for said in stream.problems] == [f"{file}:2", f"{file}:3"]
     file.write_text("nonsense\n")
-    with pytest.raises(DataError, match="no row can be used"):
+    with raises("data/unusable-rows"):
         Stream([SourceConfig(path=str(file))])
 
 

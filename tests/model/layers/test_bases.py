@@ -1,4 +1,4 @@
-"""A kind of layer is one view, and every method works on it untouched: here on every store of quantised weights."""
+"""A kind of layer is one view, and every method works on it untouched: here on every quantization."""
 
 from pathlib import Path
 from typing import Any
@@ -7,28 +7,31 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.adapters.store import load_adapter, save_adapter
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
-from graftlm.model.hub.load import quantise
-from graftlm.model.layers.attach import deltas_off, detach, hosts, trainable
+from graftlm.model.hub.quantize_base import quantize
+from graftlm.model.layers.attach import detach
 from graftlm.model.layers.bases import Residual, view
 from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.quantize import CODECS, QuantisedLinear
+from graftlm.model.layers.modes import deltas_off
+from graftlm.model.layers.quantize import CODECS, QuantizedLinear
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move
 
-STORES = sorted(CODECS)
+QUANTIZATIONS = sorted(CODECS)
 
 
-def quantised_model(store: str, **changes: Any) -> Any:
-    return quantise(tiny_model(**{"tie_word_embeddings": False} | changes), store)
+def quantized_model(quantization: str, **changes: Any) -> Any:
+    return quantize(tiny_model(**{"tie_word_embeddings": False} | changes), quantization)
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_works_on_quantised_layers(name: str, store: str, tmp_path: Path) -> None:
-    model = quantised_model(store)
+def test_every_method_works_on_quantized_layers(name: str, quantization: str, tmp_path: Path) -> None:
+    model = quantized_model(quantization)
     modules, base = dict(model.named_modules()), logits(model)
     attach_tiny(name, model)
     if not METHODS[name].delta.starts_away:
@@ -38,7 +41,7 @@ def test_every_method_works_on_quantised_layers(name: str, store: str, tmp_path:
     with deltas_off(model):
         assert torch.equal(logits(model), base)
     save_adapter(model, tmp_path / "a")
-    again = quantised_model(store)
+    again = quantized_model(quantization)
     load_adapter(again, tmp_path / "a")
     assert torch.equal(logits(again), on)
     model(ids()).logits.square().sum().backward()
@@ -52,10 +55,10 @@ def test_every_method_works_on_quantised_layers(name: str, store: str, tmp_path:
                 layer.weight.copy_(host.view.store(W))
                 if b is not None and host.view.kind == "linear":
                     layer.bias = nn.Parameter(b)
-            for site, module in modules.items():  # layers without a delta hold what was dequantised
-                if isinstance(module, QuantisedLinear) and site not in hosts(model):
-                    plain.get_submodule(site).weight.copy_(module.dequantised())
-        close(logits(plain), on, "float weights against the delta on quantised ones")
+            for site, module in modules.items():  # layers without a delta hold what was dequantized
+                if isinstance(module, QuantizedLinear) and site not in hosts(model):
+                    plain.get_submodule(site).weight.copy_(module.dequantized())
+        close(logits(plain), on, "float weights against the delta on quantized ones")
     detach(model)
     assert dict(model.named_modules()) == modules
     assert torch.equal(logits(model), base)

@@ -11,27 +11,21 @@ from torch import Tensor
 
 from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
 from graftlm.adapters.export.export import export
-from graftlm.adapters.store import load_adapter, save_adapter, why_not_peft
+from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import save_adapter
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.errors import TargetError
-from graftlm.model.hub.load import load_base, quantise
-from graftlm.model.layers.attach import (
-    activate,
-    attach,
-    attachment,
-    by_row,
-    deltas_by_site,
-    deltas_off,
-    detach,
-    hosts,
-    merged_state,
-    needed_statistics,
-    penalty,
-    trainable,
-)
+from graftlm.model.hub.load import load_base
+from graftlm.model.hub.quantize_base import quantize
+from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.coverage import coverage
+from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.layers.modes import activate, by_row, deltas_off
+from graftlm.model.layers.registry import attachment, deltas_by_site, hosts, penalty, trainable
 from graftlm.model.layers.sites import find_sites
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config
@@ -242,13 +236,13 @@ def test_peft_has_no_name_for_a_part_and_gets_an_exact_lora_with_zero_rows(tmp_p
         assert not B[32:64].any()
 
 
-def test_parts_of_a_base_in_codes() -> None:
-    model = quantise(tiny_model("phi3"), "nf4")
+def test_parts_of_a_quantized_base() -> None:
+    model = quantize(tiny_model("phi3"), "nf4")
     plain = tiny_model("phi3", seed=9)
     plain.load_state_dict(merged_state(model))
     for each in (model, plain):
         move(attach(each, SMALL, targets=("qkv_proj.q", "gate_up_proj.gate")))
-    close(logits(model), logits(plain), "codes against the numbers that they stand for")
+    close(logits(model), logits(plain), "quantized weights against the numbers that they stand for")
 
 
 def test_policies_and_penalties_see_each_part() -> None:

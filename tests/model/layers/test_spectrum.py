@@ -5,7 +5,8 @@ import torch
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import attach, hosts
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts
 from graftlm.model.layers.spectrum import ranks_by_spectrum
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits, tiny_config

@@ -15,7 +15,8 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.kernels import cpu
 from graftlm.kernels.attention import AttentionRule, SegmentLayout
 from graftlm.kernels.backend import OURS, TORCH, Backend
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes import autotune
 from graftlm.model.passes.autotune import Choice, ShapeClass, Timing, choose, class_of
 from graftlm.model.passes.forward import log_probs

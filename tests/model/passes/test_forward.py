@@ -22,10 +22,11 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.kernels import head
 from graftlm.kernels.backend import TORCH, Backend, compiled
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import SEGMENTS, packed_attention
-from graftlm.model.passes.packing_check import check_forward, check_packing
+from graftlm.model.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing import tiny_model
 
 pytestmark = pytest.mark.versions
@@ -172,7 +173,7 @@ def test_shared_beginnings_give_the_loss_and_every_gradient_of_the_rows_alone(na
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_check_packing_lets_every_family_pass(name: str) -> None:
-    check_packing(family(name), *rows()[2:4], sharing=True)
+    check_packed_rows(family(name), *rows()[2:4], sharing=True)
 
 
 def test_one_row_without_packed_attention_is_the_models_own_forward_pass() -> None:
@@ -249,7 +250,7 @@ def test_attention_and_norms_are_restored(name: str) -> None:
         with packed_attention(model):
             assert model.config._attn_implementation == SEGMENTS
             log_probs(model, pack(rows()))
-        check_packing(model, *rows()[2:4])
+        check_packed_rows(model, *rows()[2:4])
 
 
 def test_attention_and_norms_are_restored_after_an_exception() -> None:
@@ -278,7 +279,7 @@ def test_packing_one_model_leaves_another_of_the_same_kind_alone() -> None:
 
 def assert_packing_is_refused_with_the_remedy(model: Any) -> None:
     with pytest.raises(TrainingError, match=r"cannot be packed.*\n?.*pack: false") as raised:
-        check_packing(model, *rows()[2:4])
+        check_packed_rows(model, *rows()[2:4])
     assert type(model).__name__ in str(raised.value)
 
 
@@ -327,7 +328,7 @@ def test_a_family_is_packed_from_the_version_of_transformers_on_that_gives_it_th
 def test_a_head_that_scales_its_logits_is_followed(kind: str, changes: dict[str, Any]) -> None:
     model = tiny_model(kind, initializer_range=0.5, **changes)
     check_forward(model, rows()[2])
-    check_packing(model, *rows()[2:4], sharing=True)
+    check_packed_rows(model, *rows()[2:4], sharing=True)
 
 
 def test_a_head_that_does_something_else_to_its_logits_is_found_out() -> None:
@@ -347,5 +348,5 @@ def test_a_layer_that_carries_a_state_from_row_to_row_is_found_out() -> None:
         return out + x.cumsum(1)
 
     layer.forward = leaking
-    with pytest.raises(TrainingError, match=r"changes by .* nats with its neighbour"):
-        check_packing(model, *rows()[2:4])
+    with pytest.raises(TrainingError, match=r"changes by .* nats with its neighbor"):
+        check_packed_rows(model, *rows()[2:4])

@@ -15,13 +15,13 @@ from graftlm.kernels import cpu
 from graftlm.kernels.attention import SegmentLayout
 from graftlm.kernels.backend import TORCH, Backend, compiled, pinned
 from graftlm.model.layers.attach import attach
-from graftlm.model.layers.quantize import QuantisedLinear
+from graftlm.model.layers.quantize import QuantizedLinear
 from graftlm.model.layers.sites import decoder_of, transformer_layers
 from graftlm.model.passes import first_layers, forward
 from graftlm.model.passes.first_layers import first_layers_in_float32
 from graftlm.model.passes.forward import head
 from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import check_forward, check_packing
+from graftlm.model.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ LEAKS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_layer_that_mixes_rows_is_refused(kind: str, leak: str, dtype: torch.dtype) -> None:
     model = planted(made(kind, dtype), LEAKS[leak])
     with pytest.raises(TrainingError, match=r"cannot be packed: .*pack: false"):
-        check_packing(model, *rows())
+        check_packed_rows(model, *rows())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,8 +86,8 @@ def test_a_layer_that_mixes_rows_is_refused(kind: str, leak: str, dtype: torch.d
 def test_a_small_leak_in_the_last_layer_is_found_in_half_precision_too(kind: str, dtype: torch.dtype) -> None:
     """The layer is none of those that are compared in float32, and what it leaks is less than a rounding."""
     model = planted(made(kind, dtype, num_hidden_layers=5), LEAKS["a millionth of the mean"], layer=4)
-    with pytest.raises(TrainingError, match="takes in numbers of its neighbour|changes by .* with its neighbour"):
-        check_packing(model, *rows())
+    with pytest.raises(TrainingError, match="takes in numbers of its neighbor|changes by .* with its neighbor"):
+        check_packed_rows(model, *rows())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,8 +98,8 @@ def test_a_model_that_sees_what_comes_after_a_token_is_refused_with_and_without_
     model = planted(made(kind, dtype), lambda x: x + 0.02 * torch.cat([x[:, 1:], x[:, -1:]], 1))
     with pytest.raises(TrainingError, match="comes after"):
         check_forward(model, rows()[1])
-    with pytest.raises(TrainingError, match="comes after it in its row|with its neighbour"):
-        check_packing(model, *rows())
+    with pytest.raises(TrainingError, match="comes after it in its row|with its neighbor"):
+        check_packed_rows(model, *rows())
 
 
 def test_two_way_attention_of_a_models_own_is_refused() -> None:
@@ -114,10 +114,10 @@ def test_a_wrong_parent_of_a_shared_beginning_is_found(kind: str, wrong: int, mo
         return SegmentLayout(lengths, [wrong if n == 4 else parent for n, parent in enumerate(parents)], **more)
 
     model = made(kind)
-    check_packing(model, *rows(), sharing=True)
+    check_packed_rows(model, *rows(), sharing=True)
     monkeypatch.setattr(forward, "SegmentLayout", layout)
     with pytest.raises(TrainingError, match="cannot be packed with shared beginnings: .*prefix_sharing: false"):
-        check_packing(model, *rows(), sharing=True)
+        check_packed_rows(model, *rows(), sharing=True)
 
 
 # No false alarm ----------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_wrong_parent_of_a_shared_beginning_is_found(kind: str, wrong: int, mo
 
 @pytest.mark.parametrize("lengths", [(1, 2), (2, 2), (1, 40), (40, 2)])
 def test_rows_of_a_token_or_two_are_enough(lengths: tuple[int, int]) -> None:
-    check_packing(made("llama"), *rows(0, *lengths), sharing=True)
+    check_packed_rows(made("llama"), *rows(0, *lengths), sharing=True)
 
 
 @pytest.mark.skipif(cpu.compiler() is None, reason="kernels and torch.compile need a C++ compiler")
@@ -138,9 +138,9 @@ def test_every_backend_computes_beside_numbers_that_are_none(backend: str) -> No
     model = made("llama", dtype, hidden_size=64, head_dim=16, intermediate_size=96)
     attach(model, LoraConfig(r=4))
     for lengths in ((9, 14), (33, 2)) if backend == "compiled" else ((9, 14), (3, 50), (33, 2)):
-        check_packing(model, *rows(1, *lengths), sharing=True, backend=by)
-    with pytest.raises(TrainingError, match="its neighbour"):
-        check_packing(planted(model, LEAKS["a millionth of the mean"]), *rows(), backend=by)
+        check_packed_rows(model, *rows(1, *lengths), sharing=True, backend=by)
+    with pytest.raises(TrainingError, match="its neighbor"):
+        check_packed_rows(planted(model, LEAKS["a millionth of the mean"]), *rows(), backend=by)
 
 
 # The first layers in float32 ---------------------------------------------------------------------------------------
@@ -185,15 +185,15 @@ def test_every_kind_of_layer_is_among_them_and_embeddings_are_not_copied() -> No
     assert wide() == 0
 
 
-def test_codes_of_a_quantised_base_are_computed_in_float32_too() -> None:
-    from graftlm.model.hub.load import quantise
+def test_a_quantized_base_is_computed_in_float32_too() -> None:
+    from graftlm.model.hub.quantize_base import quantize
 
     model = made("llama", torch.bfloat16)
-    quantise(model, "int8")
-    assert any(isinstance(module, QuantisedLinear) for module in model.modules())
-    check_packing(model, *rows(), sharing=True)
-    with pytest.raises(TrainingError, match="its neighbour"):
-        check_packing(planted(model, LEAKS["a millionth of the mean"]), *rows())
+    quantize(model, "int8")
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    check_packed_rows(model, *rows(), sharing=True)
+    with pytest.raises(TrainingError, match="its neighbor"):
+        check_packed_rows(planted(model, LEAKS["a millionth of the mean"]), *rows())
 
 
 def test_kinds_of_layers_are_told_apart_by_their_settings() -> None:
@@ -265,7 +265,7 @@ def test_a_forward_that_was_set_on_a_module_stays_and_is_called(kind: str) -> No
     with packed_attention(model):
         assert all(module.forward is before[name] for name, module in patched.items())
         assert "forward" in vars(model.model.layers[1].input_layernorm), "the others are replaced"
-    check_packing(model, *rows())
+    check_packed_rows(model, *rows())
     assert set(calls) == set(patched)
     assert all(module.forward is before[name] for name, module in patched.items())
     assert "forward" not in vars(model.model.layers[1].input_layernorm)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example, Pack, collate
 from graftlm.errors import TrainingError
-from graftlm.model.layers.attach import attach, hosts, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.recompute import is_recomputed, offloaded, recomputed_layers

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import attach, trainable
+from graftlm.model.layers.attach import attach
+from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import close, ids, logits, move
 from graftlm.testing.tiny import tiny_gpt2, tiny_model

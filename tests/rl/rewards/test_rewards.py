@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError, DataError, RecipeError, TrainingError
-from graftlm.rl.rewards import SCORERS, Said, make_scorer
+from graftlm.rl.rewards import SCORERS, Completion, make_scorer
 from graftlm.rl.rewards.exact import ExactConfig
 from graftlm.rl.rewards.judge import JudgeScorerConfig
 from graftlm.rl.rewards.pattern import PatternConfig
@@ -21,11 +21,11 @@ from graftlm.testing.tiny import TINY, tiny_tokenizer
 from tests.judges.endpoint_server import Endpoint
 
 
-def said(answer: str, reference: str | None = None, question: str = "what?", where: str = "f:1") -> Said:
-    return Said([Message("user", question)], answer, reference, cut=False, where=where)
+def said(answer: str, reference: str | None = None, question: str = "what?", where: str = "f:1") -> Completion:
+    return Completion([Message("user", question)], answer, reference, cut=False, where=where)
 
 
-def rewards(config: Any, *answers: Said, network: bool = False) -> list[float | None]:
+def rewards(config: Any, *answers: Completion, network: bool = False) -> list[float | None]:
     return list(make_scorer(config, network=network)(answers))
 
 
@@ -138,8 +138,8 @@ def saved(folder: Path, labels: int = 1, **changes: Any) -> Path:
 def test_a_reward_model_says_of_many_what_it_says_of_one(tmp_path: Path, padding: int | None) -> None:
     folder = saved(tmp_path / "reward", pad_token_id=padding)
     answers = [said("ab"), said("a longer answer of more tokens"), said(""), said("the user asks", question="why so?")]
-    alone = [rewards(RewardModelConfig(model=str(folder), store="fp32"), one)[0] for one in answers]
-    together = rewards(RewardModelConfig(model=str(folder), store="fp32", at_once=3), *answers)
+    alone = [rewards(RewardModelConfig(model=str(folder), dtype="float32"), one)[0] for one in answers]
+    together = rewards(RewardModelConfig(model=str(folder), dtype="float32", at_once=3), *answers)
     assert together == pytest.approx(alone, rel=1e-5, abs=1e-7)
     assert len({round(float(reward or 0), 7) for reward in alone}) == 4
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()

@@ -11,87 +11,32 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from graftlm.adapters.foreign import CONFIG, copied_rows
-from graftlm.adapters.store import WEIGHTS, load_adapter, save_adapter
+from graftlm.adapters.folder import CONFIG
+from graftlm.adapters.load import load_adapter
 from graftlm.deltas import METHODS
-from graftlm.errors import AdapterError, GraftError, TargetError
-from graftlm.model.hub.load import quantise
-from graftlm.model.layers.attach import (
-    activate,
-    attachment,
-    by_row,
-    deltas_off,
-    detach,
-    hosts,
-    merged_state,
-    parameters_of,
-)
+from graftlm.model.layers.registry import attachment, hosts
+from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import tiny_model
-from graftlm.testing.deltas import close, ids, logits
+from graftlm.testing.deltas import close, logits
+from tests.adapters.foreign.folders import (
+    LM,
+    QV,
+    edit_config,
+    edit_tensors,
+    lora,
+    refused,
+    resized,
+    tied,
+    untied,
+    with_biases,
+)
 from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LM: Any = {"task_type": "CAUSAL_LM"}
-QV = ["q_proj", "v_proj"]
+
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": QV, **LM, **settings})
-
-
-def tied() -> Any:
-    return tiny_model()
-
-
-def untied() -> Any:
-    return tiny_model(tie_word_embeddings=False)
-
-
-def with_biases() -> Any:
-    return tiny_model("qwen2")
-
-
-def resized(base: Callable[[], Any], seed: int) -> Any:
-    """A base with four more tokens, whose embeddings are random: others with another seed."""
-    model = base()
-    torch.manual_seed(seed)
-    model.resize_token_embeddings(304, mean_resizing=False)
-    return model
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """LoRA on two kinds of layer of the tied tiny model."""
-    peft_adapter(lora(), tied(), tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    tree = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({k: v for k, v in (tree | changes).items() if v is not MISSING}))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    tensors = change(tensors) or tensors
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
-
-
-def refused(folder: Path, *words: str, model: Any = None) -> str:
-    """Loading must raise with all of these words, and leave the model as it was; the message."""
-    model = tied() if model is None else model
-    before = dict(model.named_modules())
-    with pytest.raises(GraftError) as raised:
-        load_adapter(model, folder)
-    assert [word for word in words if word not in str(raised.value)] == [], str(raised.value)
-    assert dict(model.named_modules()) == before
-    assert attachment(model).configs == {}
-    return str(raised.value)
 
 
 # Against PEFT ----------------------------------------------------------------------------------------------------
@@ -263,153 +208,7 @@ def test_a_config_by_hand_has_pefts_rank_and_scale(tmp_path: Path) -> None:
     close(logits(ours), logits(theirs), "defaults")
 
 
-# Names -----------------------------------------------------------------------------------------------------------
-
-
-def text_inside(key: str) -> str:
-    return key.replace("base_model.model.model.", "base_model.model.model.language_model.")
-
-
-def text_inside_before(key: str) -> str:
-    return key.replace("base_model.model.", "base_model.model.language_model.")
-
-
-NAMES: dict[str, tuple[Callable[[str], str], str]] = {
-    "torch.compile": (lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."), "_orig_mod"),
-    "torch.compile, outside": (lambda key: f"_orig_mod.{key}", "_orig_mod"),
-    "compiled layers": (lambda key: key.replace("layers.0.", "layers.0._orig_mod."), "_orig_mod"),
-    "fsdp": (lambda key: key.replace("layers.1.", "layers.1._fsdp_wrapped_module."), "_fsdp_wrapped_module"),
-    "the adapter's name": (lambda key: key.replace(".weight", ".default.weight"), "'default'"),
-    "another adapter's name": (lambda key: key.replace(".weight", ".sql.weight"), "'sql'"),
-    "no prefix": (lambda key: key.removeprefix("base_model.model."), "base_model.model."),
-    "inside a vision-language model": (text_inside, "model. for model.language_model."),
-    "inside one of before 4.52": (text_inside_before, "language_model."),
-    "without the head": (
-        lambda key: key.replace("base_model.model.model.", "base_model.model."),
-        "model. for (nothing)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", NAMES)
-def test_names_of_wrapped_models_are_mapped_and_it_is_said_once(case: str, folder: Path) -> None:
-    rename, word = NAMES[case]
-    wanted = tied()
-    load_adapter(wanted, folder)
-    edit_tensors(folder, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
-    ours = tied()
-    said = load_adapter(ours, folder)
-    assert torch.equal(logits(ours), logits(wanted))
-    assert said.count("mapped") == 1
-    assert word in said
-
-
-def test_names_of_a_language_model_are_mapped_into_a_vision_language_model() -> None:
-    from graftlm.adapters.foreign import renamed, renamings
-
-    modules = {"model.language_model.layers.0.mlp.up_proj", "lm_head"}
-    for name in ("model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"):
-        assert modules & {renamed(name, by) for by in renamings(tied())}
-    modules = {"language_model.model.layers.0.mlp.up_proj", "language_model.lm_head"}
-    for name in ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj", "lm_head"):
-        assert modules & {renamed(name, by) for by in renamings(tied())}
-
-
-def test_patterns_are_about_the_names_of_training(tmp_path: Path) -> None:
-    patterns = {"alpha_pattern": {r"model.layers.0.self_attn.q_proj": 9}, "rank_pattern": {r"layers\.1.*v_proj": 2}}
-    theirs = peft_adapter(lora(**patterns), tied(), tmp_path / "a")
-    edit_tensors(tmp_path / "a", lambda tensors: {text_inside(key): tensor for key, tensor in tensors.items()})
-    edit_config(tmp_path / "a", alpha_pattern={r"model.language_model.layers.0.self_attn.q_proj": 9})
-    ours = tied()
-    load_adapter(ours, tmp_path / "a")
-    close(logits(ours), logits(theirs), "patterns")
-
-
-def test_a_magnitude_as_the_modules_name_it_is_read(tmp_path: Path) -> None:
-    theirs = peft_adapter(lora(use_dora=True), tied(), tmp_path / "a")
-    edit_tensors(tmp_path / "a", lambda t: {k.replace("vector", "vector.default.weight"): v for k, v in t.items()})
-    ours = tied()
-    load_adapter(ours, tmp_path / "a")
-    close(logits(ours), logits(theirs), "dora")
-
-
-def test_modules_in_their_place_as_a_state_dict_names_them_are_read(tmp_path: Path) -> None:
-    theirs = peft_adapter(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
-    head = "base_model.model.lm_head"
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[f"{head}.modules_to_save.default.weight"] = tensors.pop(f"{head}.weight")
-        tensors[f"{head}.original_module.weight"] = untied().lm_head.weight
-
-    edit_tensors(tmp_path / "a", change)
-    ours = untied()
-    load_adapter(ours, tmp_path / "a")
-    close(logits(ours), logits(theirs), "a head in its place")
-
-
-def test_two_adapters_in_one_file_and_a_tensor_with_two_values_are_refused(folder: Path) -> None:
-    whole = load_file(folder / WEIGHTS)
-    edit_tensors(folder, lambda t: {k.replace("_A.weight", "_A.a.weight"): v for k, v in t.items()})
-    edit_tensors(folder, lambda t: {k.replace("_B.weight", "_B.b.weight"): v for k, v in t.items()})
-    refused(folder, WEIGHTS, "2 adapters (a, b)")
-    edit_tensors(folder, lambda _: whole | {f"{Q0}.lora_A.default.weight": whole[f"{Q0}.lora_A.weight"] + 1})
-    refused(folder, f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight", "two values")
-
-
-def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_other_way(tmp_path: Path) -> None:
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    text = tied()
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    whole: Any = LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text.config, vision_config=vision, image_token_id=299)
-    ).eval()
-    whole.model.language_model.load_state_dict(text.model.state_dict())
-    whole.lm_head.load_state_dict(text.lm_head.state_dict())
-    tokens = torch.tensor([[5, 3, 7, 290]])
-    theirs = peft_adapter(lora(), text, tmp_path / "of text")
-    said = load_adapter(whole, tmp_path / "of text")
-    with torch.no_grad():
-        close(whole(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the vision-language model")
-    assert "model.language_model. for model." in said
-    detach(whole)
-    language = r".*language_model.*\.(q_proj|v_proj)"
-    theirs = peft_adapter(lora(target_modules=language, modules_to_save=["lm_head"]), whole, tmp_path / "of both")
-    alone = tied()
-    said = load_adapter(alone, tmp_path / "of both")
-    with torch.no_grad():
-        close(alone(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the language model alone")
-    assert "model. for model.language_model." in said
-
-
-def test_adapters_of_several_deltas_lie_on_one_model_beside_each_other(tmp_path: Path) -> None:
-    settings: Any = {"a": {"modules_to_save": ["lm_head"]}, "b": {"modules_to_save": ["lm_head", "norm"], "r": 2}}
-    theirs = {name: peft_adapter(lora(**each), untied(), tmp_path / name) for name, each in settings.items()}
-    ours, base = untied(), untied()
-    for name in settings:
-        load_adapter(ours, tmp_path / name, name=name)
-    for name, model in theirs.items():
-        activate(ours, name)
-        close(logits(ours), logits(model), name)
-    activate(ours)
-    assert torch.equal(logits(ours), logits(base))
-
-
-def test_weights_stand_in_place_of_codes(tmp_path: Path) -> None:
-    """On a base in codes they are what the adapter says, whatever quantising lost."""
-    peft_adapter(lora(modules_to_save=["mlp", "lm_head"]), untied(), tmp_path / "a")
-    ours = quantise(untied(), "int4")
-    load_adapter(ours, tmp_path / "a")
-    stored, merged = load_file(tmp_path / "a" / WEIGHTS), merged_state(ours)
-    for key in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
-        close(merged[key], stored[f"base_model.model.{key}"], key)
-
-
 # What the tensors decide -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -543,125 +342,3 @@ def test_tensors_of_any_float_are_read(folder: Path, dtype: torch.dtype) -> None
     edit_tensors(folder, lambda tensors: {key: t.float() for key, t in tensors.items()})
     load_adapter(wide, folder)
     assert torch.equal(logits(ours), logits(wide))
-
-
-# Copies of what is frozen ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_a_copy_of_the_embeddings_is_the_bases_up_to_rounding(
-    base: torch.dtype, copy: torch.dtype, tmp_path: Path
-) -> None:
-    """With numbers that float16 has no place for at either end."""
-
-    def table() -> Any:
-        model = tied()
-        model.model.embed_tokens.weight.data[7, :4] = torch.tensor([1e-9, -3e-7, 7e4, -1e5])
-        return model
-
-    peft_adapter(lora(target_modules=["embed_tokens", "q_proj"]), table(), tmp_path / "a")
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    edit_tensors(tmp_path / "a", lambda tensors: tensors.update({key: tensors[key].to(copy)}))
-    load_adapter(table().to(base), tmp_path / "a")
-    edit_tensors(tmp_path / "a", lambda tensors: tensors.update({key: tensors[key].float()}))  # once rounded, then wide
-    load_adapter(table().to(base), tmp_path / "a")
-    refused(tmp_path / "a", f"{key}: is another base's", model=tied().to(base))
-
-
-@pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("factor", [1 + 2**-6, 0.0, -1.0, torch.nan, torch.inf])
-def test_a_copy_with_one_other_number_is_another_bases(copy: torch.dtype, factor: float) -> None:
-    own = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    rounded = own.to(copy)
-    assert copied_rows(own, rounded).all()
-    assert copied_rows(own.to(torch.bfloat16), rounded).all()
-    rounded[4, 3] *= factor
-    assert copied_rows(own, rounded).tolist() == [True, True, True, True, False, True]
-
-
-def test_an_embedding_of_another_base_is_no_resized_one(tmp_path: Path) -> None:
-    peft_adapter(lora(target_modules=["embed_tokens"]), tiny_model(seed=1), tmp_path / "a")
-    refused(tmp_path / "a", "embed_tokens.base_layer.weight: is another base's")
-    peft_adapter(lora(), tiny_model(seed=1), tmp_path / "b", save_embedding_layers=True)
-    refused(tmp_path / "b", "embed_tokens.weight: is another base's")
-
-
-# Several deltas that are one adapter -----------------------------------------------------------------------------
-
-
-def test_the_deltas_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
-    config = lora(trainable_token_indices=[5, 6], modules_to_save=["lm_head"], bias="lora_only")
-    theirs = peft_adapter(config, with_biases_untied(), tmp_path / "a")
-    ours, base = with_biases_untied(), with_biases_untied()
-    said = load_adapter(ours, tmp_path / "a", name="sql")
-    assert "4 deltas here, switched together: sql-modules, sql-tokens, sql, sql-biases" in said
-    tuned = logits(ours)
-    close(tuned, logits(theirs), "all of it")
-    activate(ours)
-    assert torch.equal(logits(ours), logits(base))
-    activate(ours, "sql")
-    assert torch.equal(logits(ours), tuned)
-    with by_row(ours, [("sql",), ()]):
-        close(logits(ours)[0], tuned[0], "its row")
-        close(logits(ours)[1], logits(base)[1], "a row of the base")
-    with deltas_off(ours):
-        assert torch.equal(logits(ours), logits(base))
-    names = ("sql", "sql-modules", "sql-tokens", "sql-biases")
-    assert len(parameters_of(ours, "sql")) == sum(len(parameters_of(ours, name)) for name in names[1:]) + 8
-    with pytest.raises(AdapterError, match="'sql' is 4 deltas"):
-        save_adapter(ours, tmp_path / "b", name="sql")
-    detach(ours, "sql-tokens")
-    assert attachment(ours).members["sql"] == ("sql-modules", "sql", "sql-biases")
-    detach(ours, "sql")
-    assert (hosts(ours), attachment(ours).members) == ({}, {})
-    assert torch.equal(logits(ours), logits(base))
-
-
-def with_biases_untied() -> Any:
-    return tiny_model("qwen2", tie_word_embeddings=False)
-
-
-def test_each_delta_of_it_is_saved_by_its_name_and_loads_again(tmp_path: Path) -> None:
-    peft_adapter(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
-    ours, again = untied(), untied()
-    load_adapter(ours, tmp_path / "a")
-    assert attachment(ours).members == {"default": ("default-modules", "default")}
-    save_adapter(ours, tmp_path / "modules", name="default-modules")
-    load_adapter(again, tmp_path / "modules", name="head")
-    activate(ours, "default-modules")
-    assert torch.equal(logits(again), logits(ours))
-
-
-def test_a_second_adapter_under_a_name_that_is_taken_is_refused_whole(tmp_path: Path) -> None:
-    peft_adapter(lora(modules_to_save=["lm_head"]), untied(), tmp_path / "a")
-    ours = untied()
-    load_adapter(ours, tmp_path / "a")
-    before = logits(ours)
-    with pytest.raises(AdapterError, match="there is a delta 'default-modules'"):
-        load_adapter(ours, tmp_path / "a")
-    assert torch.equal(logits(ours), before)
-    load_adapter(ours, tmp_path / "a", name="other")
-    activate(ours, "other")
-    close(logits(ours), before, "the same under another name")
-    with pytest.raises(TargetError, match="no delta 'othr'"):
-        activate(ours, "othr")
-
-
-def test_rows_of_a_batch_with_and_without_an_adapter_of_several_deltas(tmp_path: Path) -> None:
-    peft_adapter(lora(modules_to_save=["embed_tokens"]), tied(), tmp_path / "a")
-    ours = tied()
-    load_adapter(ours, tmp_path / "a")
-    tuned, rows = logits(ours), ids()
-    with by_row(ours, [(), ("default",)]), torch.no_grad():
-        mixed = ours(input_ids=rows).logits
-    close(mixed[1], tuned[1], "the row with it")
-    with deltas_off(ours):
-        close(mixed[0], logits(ours)[0], "the row without it")
-
-
-def test_a_name_that_torch_has_a_method_of_is_refused_in_words(folder: Path) -> None:
-    model = tied()
-    with pytest.raises(AdapterError, match="'half' cannot name a delta"):
-        load_adapter(model, folder, name="half")
-    assert hosts(model) == {}

@@ -1,21 +1,8 @@
-"""Parameter groups, optimiser and schedule."""
+"""The learning rate over the steps of a run."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
-
-import torch
-from torch import nn
-
-
-def adamw(groups: Iterable[tuple[Iterable[nn.Parameter], float]], *, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with betas 0.9 and 0.999; state in float32.
-
-    `groups` are (parameters, learning rate).
-    """
-    made = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
-    return torch.optim.AdamW(made, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
 
 Schedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
 

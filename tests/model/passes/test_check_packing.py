@@ -1,4 +1,4 @@
-"""prove (packing_check.py): the proof is short, and still finds what packing or sharing would spoil."""
+"""check_packing (packing_check.py): the check is short, and still finds what packing or sharing would spoil."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example
 from graftlm.errors import TrainingError
-from graftlm.model.passes.packing_check import PROBE_TOKENS, prove
+from graftlm.model.passes.packing_check import PROBE_TOKENS, check_packing
 from graftlm.testing import tiny_model
 
 
@@ -27,7 +27,7 @@ def test_a_model_that_computes_as_it_should_passes_on_a_few_tokens(kind: str, dt
     model, first, last = tiny_model(kind, num_hidden_layers=8).to(dtype), list[int](), list[int]()
     for layer, seen in ((model.model.layers[1], first), (model.model.layers[7], last)):
         layer.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out.shape[1]))
-    prove(model, examples(300, 60, 100), packed=True, sharing=True)
+    check_packing(model, examples(300, 60, 100), packed=True, sharing=True)
     assert max(first) >= 300 + 60
     assert max(last) <= 5 * PROBE_TOKENS
     assert len(last) <= 5
@@ -62,9 +62,9 @@ def test_what_packing_would_spoil_is_refused(wrong: Any) -> None:
     model = tiny_model(initializer_range=0.5)
     wrong(model)
     with pytest.raises(TrainingError, match="pack: false"):
-        prove(model, examples(300, 60), packed=True, sharing=False)
+        check_packing(model, examples(300, 60), packed=True, sharing=False)
     if wrong is leaking:
-        prove(model, examples(300, 60), packed=False, sharing=False)
+        check_packing(model, examples(300, 60), packed=False, sharing=False)
 
 
 def test_what_sharing_alone_would_spoil_says_how_to_do_without() -> None:
@@ -79,6 +79,11 @@ def test_what_sharing_alone_would_spoil_says_how_to_do_without() -> None:
         return inputs, {**said, "position_ids": said["position_ids"] + 7 * back.cumsum(0)}
 
     model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
-    prove(model, examples(300, 60), packed=True, sharing=False)
+    check_packing(model, examples(300, 60), packed=True, sharing=False)
     with pytest.raises(TrainingError, match="prefix_sharing: false"):
-        prove(model, examples(300, 60), packed=True, sharing=True)
+        check_packing(model, examples(300, 60), packed=True, sharing=True)
+
+
+def test_rows_are_needed() -> None:
+    with pytest.raises(ValueError, match="no row"):
+        check_packing(tiny_model(), [])

@@ -1,0 +1,181 @@
+"""The folder of an adapter: its files, their checksums, and how a new one takes its place whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graftlm.errors import AdapterError, OutputError, nearest
+from graftlm.files import sync, writing
+
+CONFIG = "adapter_config.json"
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+RECORD = "graftlm.json"
+
+TEMPLATE = "chat_template.jinja"
+
+
+@contextmanager
+def new_folder(out: str | Path, *, overwrite: bool = False, keep: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not.
+
+    Raises OutputError if `out` exists (with `overwrite`: if it is anything but an adapter or an empty folder), cannot
+    be written, or the disk is full. What was there before stays until the new folder is complete; what lies there
+    under the names in `keep` moves into the new one.
+    """
+    out = Path(out)
+    check_new_folder(out, overwrite=overwrite, keep=keep)
+    partial = _beside(out, "partial")
+    try:
+        with writing(out):
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same number
+            partial.mkdir(parents=True)
+            yield partial
+            _swap(partial, out, keep)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(out: Path, *, overwrite: bool = False, keep: Sequence[str] = ()) -> None:
+    """Raise OutputError where `new_folder` would, before there is anything to write."""
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
+    ours = any((path / CONFIG).is_file() for path in (out, *adapters_in(out).values()))
+    if out.exists() and not ours and not (out.is_dir() and all(path.name in keep for path in out.iterdir())):
+        raise OutputError(f"{out} is no adapter folder, so even --overwrite does not replace it: choose another folder")
+
+
+def mend_folder(out: Path, *, keep: Sequence[str] = ()) -> None:
+    """Put right what a process left that was killed while it exchanged `out` for a new folder, and clear its drafts.
+
+    The caller has the lock of `out` (`graftlm.lock`): on a shared file system nobody can tell from a process id in a
+    name whether that process lives.
+    """
+    for other in sorted(out.absolute().parent.glob(f".{out.name}.*-*")):
+        kind, _, process = other.name.removeprefix(f".{out.name}.").rpartition("-")
+        if kind not in ("partial", "old") or not process.isdecimal():
+            continue
+        if kind == "old" and not out.exists():
+            other.rename(out)
+            continue
+        if kind == "old":
+            _carry_over(other, out, keep)
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+
+def _beside(out: Path, kind: str) -> Path:
+    return Path(os.path.abspath(out)).with_name(f".{out.name}.{kind}-{os.getpid()}")
+
+
+def _swap(partial: Path, out: Path, keep: Sequence[str]) -> None:
+    for file in partial.rglob("*"):
+        if file.is_file():
+            sync(file)
+    if out.exists():
+        old = _beside(out, "old")
+        out.rename(old)
+        try:
+            partial.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+        _carry_over(old, out, keep)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    else:
+        partial.rename(out)
+
+
+def _carry_over(old: Path, out: Path, keep: Sequence[str]) -> None:
+    for name in keep:
+        if (old / name).exists() and not (out / name).exists():
+            (old / name).rename(out / name)
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """The adapter that a folder is, as `default`; or those that lie in it, as a run with several deltas leaves them."""
+    if (folder / CONFIG).is_file():
+        return {"default": folder}
+    found = [file.parent for file in sorted(folder.glob(f"*/{CONFIG}"))]
+    order = {path: (read_record(path) or {}).get("position", 0) for path in found}  # in which they act
+    inside = {path.name: path for path in sorted(found, key=lambda path: order[path])}
+    return inside or {"default": folder}
+
+
+def check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        near = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise AdapterError(f"{folder}: no such adapter folder. {nearest(str(folder), near)}")
+    if not (folder / CONFIG).is_file():
+        inside = [p.parent.name for p in folder.glob(f"*/{CONFIG}")]
+        hint = f" There are adapters in its folders {inside}" if inside else ""
+        raise AdapterError(f"{folder}: no {CONFIG}, so this is no adapter.{hint}")
+    if not (folder / WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = "its weights are pickled (adapter_model.bin), which may run code: save them as safetensors with PEFT"
+        raise AdapterError(f"{folder}: {why if pickled else f'no {WEIGHTS}'}")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    if not (folder / RECORD).is_file():
+        return None
+    ours = read_json(folder / RECORD)
+    ours = {"layout": "LORA", "seed": 0, "rebuilt": {}, **ours}  # what version 0.1.0 did not write
+    whole = {"base": ("name", "digest", "config", "tensors"), "config": (), "sha256": (CONFIG, WEIGHTS)}
+    for part, keys in whole.items():
+        if not isinstance(ours.get(part), dict) or not ours[part].keys() >= set(keys):
+            raise AdapterError(
+                f"{folder / RECORD}: {part!r} is incomplete, so nothing can be checked by it. Restore the file, or "
+                "delete it to load the folder as an adapter of another tool"
+            )
+    for file, expected in ours["sha256"].items():
+        if file not in (CONFIG, WEIGHTS) or sha256_of(folder / file) != expected:
+            raise AdapterError(
+                f"{folder / file}: its checksum is not the one that was written. The file is damaged or was edited; "
+                f"restore it, or delete {RECORD} to load it as an adapter of another tool"
+            )
+    return ours
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise AdapterError(f"{file}: must hold a mapping, this holds a {type(tree).__name__}")
+    return tree
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file}: not a complete safetensors file: {error}") from None
+    return tensors
+
+
+def sha256_of(file: Path, length: int | None = None) -> str:
+    """The SHA-256 of a file, or of its first bytes, in hexadecimal digits; empty if it is shorter than that."""
+    digest = hashlib.sha256()
+    left = file.stat().st_size if length is None else length
+    with open(file, "rb") as handle:
+        while left and (block := handle.read(min(left, 2**20))):
+            digest.update(block)
+            left -= len(block)
+    return "" if left else digest.hexdigest()
+
+
+def sha256_of_text(text: Any) -> str | None:
+    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()

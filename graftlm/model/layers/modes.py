@@ -1,0 +1,109 @@
+"""Which deltas of a model are on: all of them, some, none, in training or not, each row of a batch with its own."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from graftlm.deltas.base import InputDelta
+from graftlm.errors import TargetError
+from graftlm.model.layers.hosts import Row, Switch
+from graftlm.model.layers.registry import attachment, delta_names, deltas_by_site, hosts
+from graftlm.model.layers.sites import decoder_of
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Switch on exactly these deltas, in this order; none for the bare base.
+
+    Returns nothing. Raises TargetError for a name that no delta has; the model is then as it was.
+    """
+    names = delta_names(model, names)
+    for host in hosts(model).values():
+        host.active = tuple(n for n in names if n in host.deltas)
+
+
+def deltas_off(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Inside, the model is its base, bit for bit; afterwards the same deltas are active as before.
+
+    Returns a context that yields the model. Raises nothing.
+    """
+    return deltas_only(model)
+
+
+@contextmanager
+def deltas_only(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Inside, exactly these deltas are active, in this order; afterwards the same ones as before."""
+    names = delta_names(model, names)
+    found = list(hosts(model).values())
+    before = [host.active for host in found]
+    for host in found:
+        host.active = tuple(n for n in names if n in host.deltas)
+    try:
+        yield model
+    finally:
+        for host, active in zip(found, before, strict=True):
+            host.active = active
+
+
+@contextmanager
+def deltas_still(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the deltas are as they are used, without dropout; afterwards each is in the mode that it was in."""
+    before = [(delta, delta.training) for host in hosts(model).values() for delta in host.deltas.values()]
+    for delta, _ in before:
+        delta.eval()
+    try:
+        yield model
+    finally:
+        for delta, training in before:
+            delta.train(training)
+
+
+@contextmanager
+def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn.Module]:
+    """Inside, each row of a batch has the deltas that `rows` names for it, in that order; () is the bare base.
+
+    A row may be a mapping from deltas to weights: {"a": 0.3} makes three tenths of the change that `a` makes, as
+    `combine.merge` would. Generation repeats a row for its beams and for several answers, which have the row's deltas.
+    Yields the model. Raises TargetError for a delta that is not on the model, a weight on a prefix or prompt, which are
+    there or not, and a batch that is no multiple of the rows.
+    """
+    wanted = [_weighted(model, row) for row in rows]
+    _check_rows(model, wanted)
+    switch = attachment(model).switch
+    before, switch.rows = switch.rows, wanted
+    passes, switch.passes = switch.passes, []
+    decoder = decoder_of(model)
+    with ExitStack() as stack:
+        for module in [model] if decoder is None else [model, decoder]:
+            hook = module.register_forward_pre_hook(partial(_begin, switch), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(lambda *_: switch.end(), always_call=True).remove)
+        try:
+            yield model
+        finally:
+            switch.rows, switch.passes = before, passes
+
+
+def _weighted(model: nn.Module, row: Sequence[str] | Row) -> Row:
+    """Delta -> its weight in a row, in order; all parts of an adapter have the weight that its name has."""
+    weights = row if isinstance(row, Mapping) else dict.fromkeys(row, 1.0)
+    return {part: weight for name, weight in weights.items() for part in delta_names(model, [name])}
+
+
+def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
+    differ = {name for row in rows for name, weight in row.items() if any(other.get(name) != weight for other in rows)}
+    for name, site, delta in deltas_by_site(model):
+        if isinstance(delta, InputDelta) and any(row.get(name, 1) not in (0, 1) for row in rows):
+            raise TargetError(f"{name!r} is a {delta.config.method}: it is there or not, so its weight is 0 or 1")
+        if name in differ and "experts" in site.split("."):
+            raise TargetError(
+                f"{site}: which tokens reach an expert is its router's choice, so it cannot be told which belong to "
+                f"which row. Run the rows one by one, or give all of them {name!r}"
+            )
+
+
+def _begin(switch: Switch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))]
+    switch.begin(next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None))

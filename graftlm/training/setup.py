@@ -1,0 +1,52 @@
+"""What training takes of a recipe: what is trained and how, apart from the rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from graftlm.data.batches.pack import Example, Group, Pack, lay_out
+from graftlm.deltas.base import DeltaConfig
+from graftlm.losses import LossConfig
+from graftlm.model.hub.config import BaseConfig
+from graftlm.training.callback import Callback
+from graftlm.training.loop import TrainConfig
+from graftlm.training.objective import Objective
+from graftlm.training.regularizers import RegularizerConfig
+
+
+class Answers(NamedTuple):
+    """Of online RL: how many answers the model gives to a prompt, and the tokens of the longest."""
+
+    samples: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    base: str | BaseConfig
+    deltas: Mapping[str, DeltaConfig]
+    """By name, in the order in which they act."""
+    loss: LossConfig
+    regularizers: Sequence[RegularizerConfig]
+    train: TrainConfig
+    make_callbacks: Callable[[], list[Callback]]
+    """Makes the optimizer and the callbacks of one phase, in this order."""
+    packed: bool
+    """Whether several rows go through the model in one pass (`data.pack`)."""
+    network: bool
+    answers: Answers | None = None
+    """None where the rows come from files."""
+
+    def passes(self) -> dict[str, Any]:
+        """How packs go through the model, as `loop.training_pass` takes it."""
+        train = self.train
+        return {"packed": self.packed, "checkpointing": train.checkpointing, "offload": train.offload}
+
+    def objective(self) -> Objective:
+        """The loss alone: what has to be added for regularizers is in `loop.steps`."""
+        return Objective(self.loss)
+
+    def make_packs(self, rows: Sequence[Example | Group], *, share: bool | None = None) -> list[Pack]:
+        """The passes over some rows; `share` overrides `train.prefix_sharing`."""
+        share = self.train.prefix_sharing if share is None else share
+        return lay_out(rows, self.train.pack_tokens, packed=self.packed, share=share)
