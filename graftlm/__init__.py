@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from graftlm.recipe import read_recipe as read_recipe
     from graftlm.rows import rows_report as rows_report
     from graftlm.run import train as train
-    from graftlm.training.loop import TrainConfig as TrainConfig
+    from graftlm.training.config import TrainConfig as TrainConfig
 
 _HOME = {
     "BaseConfig": "graftlm.model.hub.config",
@@ -51,7 +51,7 @@ _HOME = {
     "Recipe": "graftlm.recipe",
     "ReportConfig": "graftlm.recipe",
     "SourceConfig": "graftlm.data.sources.source",
-    "TrainConfig": "graftlm.training.loop",
+    "TrainConfig": "graftlm.training.config",
     "activate": "graftlm.model.layers.modes",
     "answer": "graftlm.generation.answer",
     "attach": "graftlm.model.layers.attach",

@@ -79,26 +79,21 @@ def prepare_data(
 ) -> Prepared:
     """Read, split, choose, render and check the rows of a recipe.
 
-    Raises DataError where none can be used, and under `strict` where one cannot.
-
     With `look` the rows themselves are looked at too (`report.survey`), which takes longer than rendering them. `today`
-    is the day for chat templates that write the date.
+    is the day for chat templates that write the date. Raises DataError where no row can be used, and under `strict`
+    where one cannot.
     """
     data, loss, train = recipe.data, recipe.loss, recipe.train
     needs = "prompts" if recipe.rl else LOSSES[loss.name].rows
     cached, usable = cache_folder() / "rows", usable_by(loss.name, needs, data)
     read = read_kept(data, seed=train.seed, network=recipe.network, folder=cached, needs=needs, usable=usable)
     rows, held_out_rows = read.train, read.held_out
-    chosen: list[str] = []
-    if recipe.select:
-        rows, choices = select_rows(recipe, rows, tokenizer, console, today)
-        chosen = [choice.line() for choice in choices]
+    rows, choices = select_rows(recipe, rows, tokenizer, console, today) if recipe.select else (rows, [])
     renderer = Renderer(tokenizer, turn_order=data.turn_order, today=today)
     ready: Ready = partial(_ready, needs, renderer, workers=train.threads, cache=cached)
-    learnable: Ready = partial(_prompts, renderer, recipe.rl.max_new_tokens) if recipe.rl else ready
-    check = partial(
-        check_positions, recipe.base, network=recipe.network, room=recipe.rl.max_new_tokens if recipe.rl else 0
-    )
+    room = recipe.rl.max_new_tokens if recipe.rl else 0
+    learnable: Ready = partial(_prompts, renderer, room) if recipe.rl else ready
+    check = partial(check_positions, recipe.base, network=recipe.network, room=room)
     examples, rows, report = learnable(rows, data, format=read.format)
     report.problems[:0] = read.problems
     report.notes += read.notes  # often one for each row: after what concerns all
@@ -106,9 +101,8 @@ def prepare_data(
     examples, inner_rows = inner_split(examples, recipe.inner_share(), loss=loss, seed=train.seed)
     order = curriculum(data.order, rows, examples) if data.order else None
     epochs = math.ceil(count_steps(train, len(examples)) * train.batch_rows / len(examples))
-    more, draws, notes = draw_again(
-        data, rows, examples, learnable, epochs=epochs, seed=train.seed, network=recipe.network
-    )
+    drawing: dict[str, Any] = {"epochs": epochs, "seed": train.seed, "network": recipe.network}
+    more, draws, notes = draw_again(data, rows, examples, learnable, **drawing)
     report.notes += notes
     check(more, report, what="rows of later epochs")
     examples = [*examples, *more]
@@ -128,7 +122,7 @@ def prepare_data(
         held_out,
         first_rows,
         renderer,
-        chosen=chosen,
+        chosen=[choice.line() for choice in choices],
         inner_rows=inner_rows,
         curriculum=order,
         draws=draws,

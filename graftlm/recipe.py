@@ -32,7 +32,7 @@ from graftlm.rl.rollouts import Sampler
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import SelectorConfig
 from graftlm.training.callback import Callback, CallbackConfig, OptimizerConfig
-from graftlm.training.loop import TrainConfig
+from graftlm.training.config import TrainConfig
 from graftlm.training.regularizers import REGULARIZERS, RegularizerConfig
 from graftlm.training.setup import Answers, Setup
 from graftlm.training.tokenizer import run_tokenizer

@@ -70,7 +70,7 @@ def gradients(method: str, count: int, packed: bool, sharded: bool) -> dict[str,
     before = held_out_loss(model, rows, pack_tokens=40, packed=packed)
     (step,) = loop.steps(
         model, [distributed.packs_of(rows, make, sharded=distributed.is_sharded(model))], loss="supervised",
-        optimiser=Recorder(trainable(model).values(), lr=0.0), schedule=lambda n: 1.0, clip=1e9, packed=packed,
+        optimizer=Recorder(trainable(model).values(), lr=0.0), schedule=lambda n: 1.0, clip=1e9, packed=packed,
     )  # fmt: skip
     numbers = {"held_out": before, "loss": step.loss, "norm": step.grad_norm}
     return {"numbers": numbers, "tokens": (step.tokens, step.supervised_tokens), "gradients": kept}
@@ -162,7 +162,7 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
 
     with patch.object(objective, "log_probs", poisoned), pytest.raises(TrainingError) as raised:
         list(loop.steps(
-            model, [packs], loss="supervised", optimiser=adamw([(trainable(model).values(), 0.1)], weight_decay=0.0),
+            model, [packs], loss="supervised", optimizer=adamw([(trainable(model).values(), 0.1)], weight_decay=0.0),
             schedule=lambda n: 1.0, clip=1.0,
         ))  # fmt: skip
     return str(raised.value), all(torch.equal(p, before[name]) for name, p in trainable(model).items())
@@ -201,7 +201,7 @@ def own_randomness() -> float:
     batch = [collate(rows)]
     torch.rand(7 + distributed.rank())
     seeds = []
-    for _ in loop.steps(model, [batch], loss="supervised", optimiser=_still(model), schedule=lambda n: 1.0, clip=1.0):
+    for _ in loop.steps(model, [batch], loss="supervised", optimizer=_still(model), schedule=lambda n: 1.0, clip=1.0):
         seeds.append(torch.initial_seed())
     return float(seeds[0])
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import graftlm
-from graftlm.callbacks import POLICIES, make_optimiser, make_policies
+from graftlm.callbacks import POLICIES, make_optimizer, make_policies
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.registry import attachment, trainable
@@ -86,7 +86,7 @@ def watched(wanted: Recipe, spikes: set[int], times: float) -> dict[str, Any]:
 
 
 def trained(batches: list[Any], total: int, seed: int) -> tuple[list[torch.Tensor], list[bool]]:
-    """Everything that a run leaves: parameters, optimiser state, what policies know; and which steps were skipped."""
+    """Everything that a run leaves: parameters, optimizer state, what policies know; and which steps were skipped."""
     torch.manual_seed(seed)
     model = attach_tiny("adalora", tiny_model(), seed=seed, dropout=0.1)
     for module in model.modules():
@@ -94,7 +94,7 @@ def trained(batches: list[Any], total: int, seed: int) -> tuple[list[torch.Tenso
             module.deltas.train()
     options = {"adalora": {"target_r": 2, "every": 5}, "ema": {}}
     policies = make_policies([build(POLICIES[n].config, {"name": n, **o}, source="") for n, o in options.items()])
-    optimizer = make_optimiser(policies, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
+    optimizer = make_optimizer(policies, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
     state = TrainingState(model, attachment(model).configs, optimizer, total=total, seed=seed)
     done = steps(
         model, batches, loss="supervised", optimizer=optimizer, schedule=lambda step: 1.0, clip=1.0, policies=policies,

@@ -31,7 +31,7 @@ def main() -> None:
     import torch
 
     import graftlm
-    from graftlm.callbacks import POLICIES, make_optimiser, make_policies
+    from graftlm.callbacks import POLICIES, make_optimizer, make_policies
     from graftlm.config.schema import build
     from graftlm.data.batches.pack import Example, pack
     from graftlm.deltas.full import FullConfig
@@ -55,7 +55,7 @@ def main() -> None:
     attach(model, FullConfig(), seed=settings["seed"])
     learning = trainable(model)
     policies = make_policies([build(POLICIES[p["name"]].config, p, source="config.yaml") for p in args.policies])
-    optimizer = make_optimiser(policies, [ParameterGroup(learning, settings["learning_rate"])], weight_decay=0.0)
+    optimizer = make_optimizer(policies, [ParameterGroup(learning, settings["learning_rate"])], weight_decay=0.0)
     state = TrainingState(model, attachment(model).configs, optimizer, total=count, seed=settings["seed"])
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     held = resident_gib() - before

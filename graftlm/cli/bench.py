@@ -24,7 +24,7 @@ def bench(
     It trains LoRA on built-in rows for about half a minute.
     """
     from graftlm.planning.bench import bench
-    from graftlm.training.loop import TrainConfig
+    from graftlm.training.config import TrainConfig
 
     prepare_libraries()
     config = TrainConfig(kernels=kernels)  # type: ignore[arg-type]  # it checks the name

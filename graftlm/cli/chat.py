@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,14 +68,12 @@ def chat(
     """
     from graftlm.data.sources.formats import Message
     from graftlm.generation.answer import answer, chat_renderer
-    from graftlm.model.layers.modes import activate
-    from graftlm.model.layers.registry import attachment
 
     options = sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     rendering: dict[str, Any] = {"today": parse_day(today), "turn_order": _turn_order(turn_order)}
     model, tokenizer = load_model(base, adapter or [], network, dtype, quantization)
     start = [Message("system", system)] if system else []
-    history, mode = list(start), "tuned" if adapter else "base"
+    history = list(start)
 
     def ask(messages: list[Message]) -> str:
         say = partial(answer, model, tokenizer, messages, on_text=_write, **rendering)
@@ -89,15 +88,22 @@ def chat(
         if line == "/new":
             history = list(start)
         elif line in ("/base", "/tuned"):
-            if not adapter:
-                warn("there is no adapter: start with --adapter FOLDER")
-                continue
-            mode = line[1:]
-            activate(model, *(attachment(model).configs if mode == "tuned" else ()))
+            _switch(model, line, adapter)
         elif line.startswith("/"):
             warn(f"{line}: no such command. {nearest(line, ['/base', '/tuned', '/new', '/quit'])}")
         elif line:
             history = _turn(history, line, ask)
+
+
+def _switch(model: Any, command: str, adapter: list[Path] | None) -> None:
+    """Turn the adapters on (/tuned) or off (/base)."""
+    from graftlm.model.layers.modes import activate
+    from graftlm.model.layers.registry import attachment
+
+    if not adapter:
+        warn("there is no adapter: start with --adapter FOLDER")
+        return
+    activate(model, *(attachment(model).configs if command == "/tuned" else ()))
 
 
 def _turn_order(how: str | None) -> str | None:

@@ -105,8 +105,6 @@ def select(
 
     The scores are cached: another --keep computes nothing.
     """
-    from dataclasses import asdict
-
     from rich.console import Console
 
     from graftlm.data.sources.mixing import read_data
@@ -129,13 +127,20 @@ def select(
     rows = read.train
     kept, choices = select_rows(recipe, rows, tokenizer, Console(stderr=True))
     scores = write_rows(out, kept, choices)
+    counts = {"rows": len(rows), "kept": len(kept)}
+    _print_choices(out, counts, scores, choices, as_json=as_json)
+
+
+def _print_choices(out: Path, counts: dict[str, int], scores: list[Path], choices: list[Any], *, as_json: bool) -> None:
+    from dataclasses import asdict
+
     if as_json:
-        found = {"rows": len(rows), "kept": len(kept), "out": str(out), "scores": [str(file) for file in scores]}
+        found = counts | {"out": str(out), "scores": [str(file) for file in scores]}
         print(json.dumps(found | {"by": [asdict(choice) for choice in choices]}, default=str))
         return
     for choice in choices:
         print(choice.line())
-    print(f"wrote {out}: {len(kept)} of {len(rows)} rows")
+    print(f"wrote {out}: {counts['kept']} of {counts['rows']} rows")
 
 
 def _by_owner(settings: list[str]) -> tuple[list[str], list[str]]:

@@ -59,23 +59,7 @@ def answer(
         raise ValueError("stop: an empty text is in every answer, before its first character")
     renderer = chat_renderer(model, tokenizer, today=today, turn_order=turn_order)
     stop_ids = all_stop_ids(model, renderer.stop_ids)
-    new: list[int] = []
-    shown = ""
-
-    def show(text: str) -> None:
-        nonlocal shown
-        if on_text is not None and len(text) > len(shown):
-            on_text(text[len(shown) :])
-            shown = text
-
-    def on_token(token: int) -> None:
-        if token in stop_ids:
-            return
-        new.append(token)
-        text = _before(renderer.decode(new), stop)
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            show(text[: len(text) - _may_become(text, stop)])
-
+    stream = _Stream(renderer, stop_ids, stop, on_text)
     results = generate(
         model,
         [renderer.prompt(messages)],
@@ -88,11 +72,39 @@ def answer(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop_when=(lambda ids: any(text in renderer.decode(ids) for text in stop)) if stop else None,
-        on_token=on_token if on_text is not None else None,
+        on_token=stream.add if on_text is not None else None,
     )
-    said = _before(renderer.decode(next(iter(results))[1]), stop)
-    show(said)
-    return said
+    text = _before(renderer.decode(next(iter(results))[1]), stop)
+    stream.show(text)
+    return text
+
+
+class _Stream:
+    """The text of an answer while its tokens come: calls `on_text` with each new piece that is sure to stay."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        stop_ids: Sequence[int],
+        stop: Sequence[str],
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        self.renderer, self.stop_ids, self.stop, self.on_text = renderer, stop_ids, stop, on_text
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def add(self, token: int) -> None:
+        if token in self.stop_ids:
+            return
+        self.ids.append(token)
+        text = _before(self.renderer.decode(self.ids), self.stop)
+        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            self.show(text[: len(text) - _may_become(text, self.stop)])
+
+    def show(self, text: str) -> None:
+        if self.on_text is not None and len(text) > len(self.shown):
+            self.on_text(text[len(self.shown) :])
+            self.shown = text
 
 
 def _before(text: str, stop: Sequence[str]) -> str:

@@ -108,36 +108,14 @@ def generate(
     """
     assert on_token is None or len(prompts) == 1, "only a single answer can be streamed"
     check_sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        eos_token_id=list(stop_ids),
-        pad_token_id=stop_ids[0] if stop_ids else 0,
-        repetition_penalty=None if repetition_penalty == 1.0 else repetition_penalty,
-        **(
-            {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p or None}
-            if temperature > 0
-            else {}
-        ),
-    )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    number = -1
-    while order:
-        number, size = number + 1, 1
-        while size < len(order) and (size + 1) * len(prompts[order[size]]) <= batch_tokens:
-            size += 1
-        chosen, order = order[:size], order[size:]
+    settings = _settings(stop_ids, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty)
+    for number, (chosen, waiting) in enumerate(_batches(prompts, batch_tokens)):
         if number % part[1] != part[0]:
             continue
-        width = len(prompts[chosen[-1]])
-        # What pads a row is not attended to, but it counts as repeated: so it is an id that the row has anyway.
-        ids = torch.tensor([[int(prompts[i][0]) if len(prompts[i]) else 0] * width for i in chosen])
-        mask = torch.zeros(len(chosen), width, dtype=torch.long)
-        for row, i in enumerate(chosen):  # on the left, so that every answer begins in the same column
-            ids[row, width - len(prompts[i]) :] = torch.as_tensor(np.asarray(prompts[i], np.int64))
-            mask[row, width - len(prompts[i]) :] = 1
+        ids, mask = _padded([prompts[i] for i in chosen])
+        width = ids.shape[1]
         with preserve_global_state(), _nothing_shipped(model), _whole_rows(model):
-            torch.manual_seed(seed + len(order))
+            torch.manual_seed(seed + waiting)
             answered = model.generate(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -153,3 +131,47 @@ def generate(
                 complete = next((n for n in range(1, len(new) + 1) if stop_when(new[:n])), len(new))
                 new = new[:complete]
             yield i, new
+
+
+def _settings(
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+) -> GenerationConfig:
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p or None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0] if stop_ids else 0,
+        repetition_penalty=None if repetition_penalty == 1.0 else repetition_penalty,
+        **(sampling if temperature > 0 else {}),
+    )
+
+
+def _batches(prompts: Sequence[Ids], tokens: int) -> Iterator[tuple[list[int], int]]:
+    """(indices of prompts of similar length, how many prompts come after them), each batch of so many tokens at most,
+    padding included; the shortest prompts first."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    while order:
+        size = 1
+        while size < len(order) and (size + 1) * len(prompts[order[size]]) <= tokens:
+            size += 1
+        chosen, order = order[:size], order[size:]
+        yield chosen, len(order)
+
+
+def _padded(prompts: Sequence[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), int64 [prompts, longest], padded on the left: every answer begins in the same column."""
+    width = max(map(len, prompts))
+    # What pads a row is not attended to, but it counts as repeated: so it is an id that the row has anyway.
+    ids = torch.tensor([[int(prompt[0]) if len(prompt) else 0] * width for prompt in prompts])
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(np.asarray(prompt, np.int64))
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

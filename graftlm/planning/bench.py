@@ -29,7 +29,8 @@ from graftlm.optim.adamw import adamw
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.system import preserve_global_state
-from graftlm.training.loop import Step, TrainConfig, steps, training_pass
+from graftlm.training.config import TrainConfig
+from graftlm.training.loop import Step, steps, training_pass
 from graftlm.training.objective import Objective
 from graftlm.training.phases import make_batches
 from graftlm.training.schedule import warmup_cosine

@@ -3,7 +3,7 @@
     score(z) = max_j mean_{z' in D_j} sum_i eta_i cos( P grad l(z'; theta_i), P Gamma(z; theta_i) )
     Gamma(z; theta) = m / (sqrt(v) + eps)                       Adam's next step on row z alone
     m = (beta1 m_i + (1 - beta1) g) / (1 - beta1^(t+1))         g = grad l(z; theta_i) [p]: of LoRA's tensors
-    v = (beta2 v_i + (1 - beta2) g^2) / (1 - beta2^(t+1))       m_i, v_i, t: the optimiser's state at theta_i
+    v = (beta2 v_i + (1 - beta2) g^2) / (1 - beta2^(t+1))       m_i, v_i, t: the optimizer's state at theta_i
 
 l is the mean loss over a row's supervised tokens. LoRA is trained on a share of the rows (`warmup_share`); theta_i is
 its state after epoch i, eta_i that epoch's mean learning rate, D_j a group of the target's rows. Gradients of the
@@ -91,7 +91,7 @@ def score(config: LessConfig, pool: Pool) -> Scores:
 def _warmup(
     config: LessConfig, pool: Pool, parameters: Sequence[nn.Parameter], usable: NDArray[np.int64]
 ) -> Iterator[tuple[torch.optim.Optimizer, float]]:
-    """Train LoRA on some of the rows; after each epoch yield the optimiser and the epoch's mean learning rate."""
+    """Train LoRA on some of the rows; after each epoch yield the optimizer and the epoch's mean learning rate."""
     count = min(len(usable), max(10 * config.batch_rows, round(config.warmup_share * len(usable))))
     chosen = np.random.default_rng(config.seed).choice(usable, count, replace=False)
     examples = [example for number in chosen for example in pool.examples[number]]

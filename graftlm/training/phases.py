@@ -27,9 +27,10 @@ from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.packing_check import check_packing
 from graftlm.model.passes.statistics import collect
 from graftlm.training.callback import Callback, default_rate, make_optimizer
+from graftlm.training.config import TrainConfig
 from graftlm.training.inner_split import make_inner_loss
 from graftlm.training.kernel_choice import choose_kernels
-from graftlm.training.loop import Step, TrainConfig, steps
+from graftlm.training.loop import Step, steps
 from graftlm.training.setup import Setup
 from graftlm.training.state import ParameterGroup, TrainingState
 from graftlm.training.teacher import add_teacher

@@ -9,7 +9,7 @@ from graftlm.deltas.base import DeltaConfig
 from graftlm.losses import LossConfig
 from graftlm.model.hub.config import BaseConfig
 from graftlm.training.callback import Callback
-from graftlm.training.loop import TrainConfig
+from graftlm.training.config import TrainConfig
 from graftlm.training.objective import Objective
 from graftlm.training.regularizers import RegularizerConfig
 

@@ -157,5 +157,5 @@ def test_three_in_a_row_that_are_not_finite_stop() -> None:
     bad = collate(examples())
     bad.weights[0] = math.nan
     state = training(perturbed("lora", tiny_model()), [])
-    with pytest.raises(TrainingError, match="3. step in a row"):
+    with pytest.raises(TrainingError, match="3 such steps in a row"):
         run(state, [], [[bad]] * 5, on_nonfinite="skip")

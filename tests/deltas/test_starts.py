@@ -77,11 +77,11 @@ def test_a_few_steps_on_embeddings_move_the_model_as_peft_does(name: str) -> Non
     def moved(model: Any) -> float:
         before = logits(model)
         learning = [p for p in model.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(learning, lr=0.01, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(learning, lr=0.01, weight_decay=0.0)
         for _ in range(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (-model(ids()).logits.log_softmax(-1)[..., 7]).mean().backward()
-            optimiser.step()
+            optimizer.step()
         return float((logits(model) - before).norm())
 
     base = tiny_model(vocab_size=VOCABULARY, tie_word_embeddings=False)

@@ -98,7 +98,7 @@ def test_after_a_spike_a_run_may_return_to_its_last_checkpoint(
     assert "<td>spike</td>" in page
     assert "returns to: 10" in page
     assert (spike["step"], spike["returns_to"]) == (12, 10)
-    # batches 11 and 12 are as if they had not been: the optimiser has done 12 steps
+    # batches 11 and 12 are as if they had not been: the optimizer has done 12 steps
     facts = json.loads((tmp_path / "out" / "checkpoints" / "step-00000014" / "state.json").read_text())
     assert (facts["seen"], facts["done"]) == (14, 12)
     rates = [line["learning_rate"] for line in lines(tmp_path / "out") if "loss" in line]

@@ -22,7 +22,7 @@ from graftlm.model.layers.registry import trainable
 from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.loop import TrainConfig
+from graftlm.training.config import TrainConfig
 from graftlm.training.schedule import learning_rate_factor, warmup_cosine
 
 
@@ -59,7 +59,7 @@ def run(
 def gradients(
     batch: Any, monkeypatch: pytest.MonkeyPatch, *, packed: bool = True
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss and every gradient of one step, caught before the optimiser forgets them."""
+    """The loss and every gradient of one step, caught before the optimizer forgets them."""
     model = perturbed("lora", tiny_model())
     kept: dict[str, torch.Tensor] = {}
     with monkeypatch.context() as patch:

@@ -129,7 +129,7 @@ def test_two_runs_are_the_same_bytes(base_folder: Path, pairs: Path, tmp_path: P
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     base_folder: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    """The value head and its optimiser too: else the losses would part."""
+    """The value head and its optimizer too: else the losses would part."""
     made = recipe(base_folder, feedback, loss, train={"save_every": 2}, delta={"dropout": 0.2})
     graftlm.train(made, tmp_path / "whole")
     with monkeypatch.context() as patch:
