@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 logger = logging.getLogger(__name__)
 
 
-class Group(NamedTuple):
+class PluginGroup(NamedTuple):
     """A table that plugins add rows to."""
 
     module: str
@@ -29,12 +29,12 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "graftlm.methods": Group("graftlm.deltas", "METHODS", "method", ("delta", "deltas")),
-    "graftlm.losses": Group("graftlm.losses", "LOSSES", "name", ("loss",)),
-    "graftlm.optimizers": Group("graftlm.optim", "OPTIMIZERS", "name", ("optimizer",)),
-    "graftlm.callbacks": Group("graftlm.callbacks", "CALLBACKS", "name", ("callbacks",)),
-    "graftlm.rewards": Group("graftlm.rl.rewards", "SCORERS", "by", ("rl",)),
-    "graftlm.selectors": Group("graftlm.selection", "SELECTORS", "by", ("select",)),
+    "graftlm.methods": PluginGroup("graftlm.deltas", "METHODS", "method", ("delta", "deltas")),
+    "graftlm.losses": PluginGroup("graftlm.losses", "LOSSES", "name", ("loss",)),
+    "graftlm.optimizers": PluginGroup("graftlm.optim", "OPTIMIZERS", "name", ("optimizer",)),
+    "graftlm.callbacks": PluginGroup("graftlm.callbacks", "CALLBACKS", "name", ("callbacks",)),
+    "graftlm.rewards": PluginGroup("graftlm.rl.rewards", "SCORERS", "by", ("rl",)),
+    "graftlm.selectors": PluginGroup("graftlm.selection", "SELECTORS", "by", ("select",)),
 }
 """Group of entry points -> its table. Tables are imported when there is a plugin for them."""
 

@@ -24,7 +24,7 @@ from graftlm.files import cache_folder
 from graftlm.losses import LOSSES
 from graftlm.model.hub.sketch import Positions
 from graftlm.recipe import Recipe
-from graftlm.selection.choose import Choice, choose
+from graftlm.selection.choose import SelectorResult, choose
 from graftlm.training.inner_split import inner_split
 from graftlm.training.phases import count_steps, make_batches
 from graftlm.training.positions import check_positions
@@ -136,7 +136,7 @@ def select_rows(
     tokenizer: Any,
     console: Console | None = None,
     today: datetime.date | None = None,
-) -> tuple[list[Row], list[Choice]]:
+) -> tuple[list[Row], list[SelectorResult]]:
     """The rows that the recipe's selectors keep, and what each selector did. Raises as `choose` does."""
     return choose(
         recipe.select,

@@ -21,7 +21,7 @@ from graftlm.model.hub.config import base_config
 from graftlm.model.hub.fingerprint import fingerprint
 from graftlm.model.hub.stopping import missing_end
 from graftlm.model.layers.modes import deltas_off
-from graftlm.model.passes.autotune import Choice
+from graftlm.model.passes.autotune import KernelChoice
 from graftlm.prepare import Prepared
 from graftlm.recipe import Recipe
 from graftlm.rl.config import mean_reward
@@ -108,7 +108,13 @@ def path_name(source: str) -> str:
 
 
 def summarize(
-    recipe: Recipe, model: Any, log: Sequence[dict[str, float]], measured: Measured, choice: Choice, *, stopped: bool
+    recipe: Recipe,
+    model: Any,
+    log: Sequence[dict[str, float]],
+    measured: Measured,
+    choice: KernelChoice,
+    *,
+    stopped: bool,
 ) -> dict[str, Any]:
     """The tree of summary.json. `log` are the lines of the steps in metrics.jsonl."""
     before, after, _ = measured
@@ -143,7 +149,7 @@ def write_report(
     summary: dict[str, Any],
     lines: Sequence[dict[str, Any]],
     samples: Sequence[dict[str, str]],
-    choice: Choice,
+    choice: KernelChoice,
 ) -> None:
     """held_out.jsonl, model cards and report.html, into the adapter folder. `lines` are those of metrics.jsonl."""
     source = ", ".join(source.path for source in recipe.data.sources())
@@ -169,7 +175,7 @@ def write_report(
 
 
 def _facts(
-    recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, summary: dict[str, Any], choice: Choice
+    recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, summary: dict[str, Any], choice: KernelChoice
 ) -> dict[str, str]:
     """What the report and the model card tell of a run: label -> text."""
     done = summary["train"]

@@ -30,7 +30,7 @@ from graftlm.kernels.backend import pinned
 from graftlm.model.hub.load import Loaded, load_base
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.registry import Chat, attachment, hosts, parameters_of, trainable
-from graftlm.model.passes.autotune import Choice
+from graftlm.model.passes.autotune import KernelChoice
 from graftlm.model.passes.packing_check import check_packing
 from graftlm.prepare import Prepared, prepare_data
 from graftlm.recipe import Recipe, read_recipe
@@ -164,7 +164,7 @@ class Trained(NamedTuple):
     """Those of metrics.jsonl."""
     stopped: bool
     """Whether the run was left before its end."""
-    kernels: Choice
+    kernels: KernelChoice
 
 
 def _train(

@@ -22,7 +22,7 @@ from graftlm.errors import PlatformError
 # Platforms -----------------------------------------------------------------------------------------------------------
 
 
-class Support(NamedTuple):
+class PlatformSupport(NamedTuple):
     """What graftlm promises on a platform."""
 
     level: Literal["supported", "untested", "refused"]
@@ -30,25 +30,27 @@ class Support(NamedTuple):
     """What does not work there, a sentence each."""
 
 
-def platform_support() -> Support:
+def platform_support() -> PlatformSupport:
     """What graftlm promises on this platform. README and docs/how-to/platforms.md state the same."""
     system, machine = platform.system(), platform.machine()
     if system == "Windows":
         why = "graftlm needs signals, resource limits and fsync of folders as POSIX has them. Use WSL 2, which is Linux"
-        return Support("refused", (why,))
+        return PlatformSupport("refused", (why,))
     if system == "Linux" and machine in ("x86_64", "AMD64"):
-        return Support("supported")
+        return PlatformSupport("supported")
     if system == "Linux":
-        return Support("untested", ("bases are loaded in float32 by default, and the C++ kernels are for bfloat16",))
+        return PlatformSupport(
+            "untested", ("bases are loaded in float32 by default, and the C++ kernels are for bfloat16",)
+        )
     if system == "Darwin":
-        return Support(
+        return PlatformSupport(
             "untested",
             (
                 "chat templates run without a memory limit; their time limit holds",
                 "the C++ kernels are not built, and the GPU (MPS) is not used",
             ),
         )
-    return Support("untested", ("nothing is known about graftlm on this system",))
+    return PlatformSupport("untested", ("nothing is known about graftlm on this system",))
 
 
 def require_supported_platform() -> None:

@@ -31,10 +31,10 @@ class NolaConfig(DeltaConfig):
     """How many matrices each factor is a combination of."""
 
     def share(self, sites: Sequence[Site]) -> Shared:
-        return Bases(self, max(s.d_in for s in sites), max(s.d_out for s in sites), sites[0].generator())
+        return NolaBases(self, max(s.d_in for s in sites), max(s.d_out for s in sites), sites[0].generator())
 
 
-class Bases(Shared):
+class NolaBases(Shared):
     """A [bases, D_in, r], transposed so that each site's corner is read in one stride, and B [bases, D_out, r]."""
 
     A: Tensor
@@ -62,7 +62,7 @@ class Nola(AdditiveDelta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         shared = self.site.shared
-        assert isinstance(shared, Bases)
+        assert isinstance(shared, NolaBases)
         A = combined(self.a, shared.A, self.site.d_in)
         return A.T, self.scale * combined(self.b, shared.B, self.site.d_out)
 

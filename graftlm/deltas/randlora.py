@@ -32,10 +32,10 @@ class RandLoraConfig(DeltaConfig):
 
     def share(self, sites: Sequence[Site]) -> Shared:
         d_in, d_out = max(s.d_in for s in sites), max(s.d_out for s in sites)
-        return Bases(self.r, min(d_in, d_out), max(d_in, d_out), sites[0].generator())
+        return RandomBases(self.r, min(d_in, d_out), max(d_in, d_out), sites[0].generator())
 
 
-class Bases(Shared):
+class RandomBases(Shared):
     """A [r, 1, min] and B [max, n, r] for the largest sizes."""
 
     A: Tensor
@@ -80,7 +80,7 @@ class RandLora(AdditiveDelta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         shared, site = self.site.shared, self.site
-        assert isinstance(shared, Bases)
+        assert isinstance(shared, RandomBases)
         small, large = sorted((site.d_in, site.d_out))
         A = (self.l[:, :, None] * shared.A[:, :, :small] * self.g).flatten(0, 1)
         B = self.scale * shared.B[:large, : self.n].flatten(1)

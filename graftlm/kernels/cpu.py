@@ -47,7 +47,7 @@ class _Shape(ctypes.Structure):
     ]
 
 
-class _Segment(ctypes.Structure):
+class _CSegment(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("start", "length", "keys", "ranges")),
         ("range", ctypes.POINTER(ctypes.c_int)),
@@ -224,9 +224,9 @@ class _Segments:
         tiles = layout.tiles(always, None)
         ends = [[end for keys in tile.keys for end in (keys.start, keys.stop)] for tile in tiles]
         self.ranges = [(ctypes.c_int * len(each))(*each) for each in ends]
-        self.array = (_Segment * len(tiles))(
+        self.array = (_CSegment * len(tiles))(
             *(
-                _Segment(tile.queries.start, *tile.shape, len(tile.keys), range_)
+                _CSegment(tile.queries.start, *tile.shape, len(tile.keys), range_)
                 for tile, range_ in zip(tiles, self.ranges, strict=True)
             )
         )

@@ -24,7 +24,7 @@ from graftlm.model.layers.attach import attach
 from graftlm.model.layers.bases import view
 from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.sites import output_head, transformer_layers
-from graftlm.model.passes.autotune import Choice, choose
+from graftlm.model.passes.autotune import KernelChoice, choose
 from graftlm.optim.adamw import adamw
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
@@ -91,7 +91,7 @@ def bench(
 
 def _train_lora(
     model: Any, examples: Sequence[Example | Group], kernels: Kernels
-) -> tuple[Choice, list[Step], dict[str, float]]:
+) -> tuple[KernelChoice, list[Step], dict[str, float]]:
     """STEPS steps of LoRA: the kernels that computed them, the steps, and the shares of a pass (`parts_of_time`)."""
     dtype, device = next(model.parameters()).dtype, model.device
     attach(model, LoraConfig(r=16, alpha=32))

@@ -17,7 +17,7 @@ from graftlm.model.hub.dtypes import multiplies_bf16_fast
 from graftlm.model.hub.sketch import Sketch
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.registry import hosts, parameters_of
-from graftlm.model.passes.autotune import Choice
+from graftlm.model.passes.autotune import KernelChoice
 from graftlm.planning.layers import kernels_of, over_layers, with_deltas, with_teacher
 from graftlm.planning.memory import (
     GIB,
@@ -95,7 +95,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
 
 
 def _memory_gib(
-    recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape, choice: Choice, backend: Backend
+    recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape, choice: KernelChoice, backend: Backend
 ) -> dict[str, float]:
     """GiB of the base, of what is trained, and of a step over the largest pack."""
     device = made.model.device

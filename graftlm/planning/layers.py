@@ -10,7 +10,7 @@ from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.sketch import Sketch, kinds_of_layer, only, shorten, sketch
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts
-from graftlm.model.passes.autotune import Choice, choose
+from graftlm.model.passes.autotune import KernelChoice, choose
 from graftlm.planning.packs import Shape
 from graftlm.recipe import Recipe
 from graftlm.training.objective import Objective
@@ -62,13 +62,13 @@ def _attach_all(recipe: Recipe, made: Sketch) -> Sketch:
     return made
 
 
-def kernels_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape) -> Choice:
+def kernels_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape) -> KernelChoice:
     """What would compute a run, measured on one layer of each kind."""
     device, wanted = made.model.device, recipe.train.kernels
     if wanted != "auto":
         pinned(wanted, device, made.dtype)
     if not recipe.data.pack:
-        return Choice(wanted)
+        return KernelChoice(wanted)
     packs = [pack.to(device) for pack in (*shape.step, shape.largest)]
     with only(made, sorted(numbers[0] for numbers in groups)) as model:
         return choose(model, packs, wanted)

@@ -21,7 +21,7 @@ import torch
 
 from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group, collate
-from graftlm.data.batches.prompts import Prompt
+from graftlm.data.batches.prompts import PromptExample
 from graftlm.data.chat.render import Renderer
 from graftlm.display.pages import NO_SIGNAL
 from graftlm.generation.generate import generate
@@ -133,7 +133,7 @@ class Sampler(Callback):
         return [[every[i * rl.samples + n] for n in range(rl.samples)] for i in range(len(prompts))]
 
     def _said(self, prompt: Example | Group, ids: Sequence[int], ends: Sequence[int]) -> Completion:
-        assert isinstance(prompt, Prompt)
+        assert isinstance(prompt, PromptExample)
         cut = ids[-1] not in ends
         answer = self.renderer.decode(ids if cut else ids[:-1]).strip()
         return Completion(prompt.messages, answer, prompt.reference, cut, prompt.where)

@@ -41,7 +41,7 @@ SCORES_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectorResult:
     """What one selector did."""
 
     by: str
@@ -76,7 +76,7 @@ def choose(
     pack_tokens: int,
     network: bool = False,
     today: datetime.date | None = None,
-) -> tuple[list[Row], list[Choice]]:
+) -> tuple[list[Row], list[SelectorResult]]:
     """The rows that the selectors keep, each asked about what those before it left; in the order given.
 
     Raises DataError where nothing is left, and RecipeError for a selector that ranks and is not told how many to keep.
@@ -88,7 +88,7 @@ def choose(
             raise RecipeError(
                 f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
             )
-    renderer, choices = Renderer(tokenizer, turn_order=data.turn_order, today=today), list[Choice]()
+    renderer, choices = Renderer(tokenizer, turn_order=data.turn_order, today=today), list[SelectorResult]()
     with terminal.progress(console) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
@@ -126,7 +126,7 @@ def choose(
     return chosen, choices
 
 
-def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Scores, Choice]:
+def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Scores, SelectorResult]:
     """The numbers of the rows that one selector keeps, in order, and their scores."""
     file = _scores_folder() / f"{_key(config, pool, base)}.jsonl"
     scores = read_scores(file, len(pool))
@@ -145,7 +145,11 @@ def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int]
         notes.append(f"{wanted} were wanted, and no more than {len(kept)} are not left out")
     left_out = int(np.isneginf(scores).sum())
     lowest = float(scores[kept].min())
-    return kept, scores[kept], Choice(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes))
+    return (
+        kept,
+        scores[kept],
+        SelectorResult(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes)),
+    )
 
 
 def count_of(keep: float | None, rows: int) -> int:
@@ -233,7 +237,7 @@ def read_scores(file: Path, count: int) -> Scores | None:
         return None
 
 
-def write_rows(out: Path, rows: Sequence[Row], choices: Sequence[Choice]) -> list[Path]:
+def write_rows(out: Path, rows: Sequence[Row], choices: Sequence[SelectorResult]) -> list[Path]:
     """Rows in the messages format, and beside them the scores that chose them; returns the files of scores."""
     with whole(out) as draft:
         write_lines(draft, map(to_fields, rows))

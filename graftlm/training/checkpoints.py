@@ -204,7 +204,7 @@ class Checkpoints:
         for path in reversed(self.steps()):
             try:
                 return read(path), path
-            except DamagedError as error:
+            except DamagedCheckpointError as error:
                 problems.append(str(error))
                 report(f"{error}: trying the checkpoint before it")
         if problems:
@@ -218,7 +218,7 @@ def step_name(step: int) -> str:
     return f"step-{step:08}"
 
 
-class DamagedError(Exception):
+class DamagedCheckpointError(Exception):
     """A checkpoint that is not what was written: names the file."""
 
 
@@ -227,19 +227,21 @@ def read(path: Path) -> Snapshot:
     try:
         sums, _, own = (path / MANIFEST).read_text(encoding="utf-8").partition("\n")
         if own != _sum(sums):
-            raise DamagedError(f"{path / MANIFEST} is damaged: its last line is not its checksum")
+            raise DamagedCheckpointError(f"{path / MANIFEST} is damaged: its last line is not its checksum")
         wanted = json.loads(sums)
         for name in (STATE, FACTS):
             if _about(path / name) != wanted[name]:
-                raise DamagedError(f"{path / name} is damaged: its size or checksum is not that of the manifest")
+                raise DamagedCheckpointError(
+                    f"{path / name} is damaged: its size or checksum is not that of the manifest"
+                )
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         tensors = load_file(path / STATE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         where = error.filename if isinstance(error, OSError) and error.filename else path / MANIFEST
-        raise DamagedError(f"{where} is damaged: {error}") from None
+        raise DamagedCheckpointError(f"{where} is damaged: {error}") from None
     log, where = path.parent / METRICS, facts["metrics"]
     if not log.is_file() or sha256_of(log, where["bytes"]) != where["sha256"]:
-        raise DamagedError(f"{log} is damaged: it is not what it was when {path.name} was saved")
+        raise DamagedCheckpointError(f"{log} is damaged: it is not what it was when {path.name} was saved")
     return Snapshot(tensors, facts)
 
 

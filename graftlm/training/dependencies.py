@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.data.batches.pack import Example, Group
-from graftlm.data.batches.prompts import Prompt
+from graftlm.data.batches.prompts import PromptExample
 from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.source import DataConfig
 from graftlm.losses import LossConfig
@@ -120,6 +120,6 @@ def digest(items: Sequence[Example | Group]) -> str:
             summed.update(len(example).to_bytes(8, "little"))
             summed.update(example.ids.tobytes())
             summed.update(example.weights.tobytes())
-            if isinstance(example, Prompt):
+            if isinstance(example, PromptExample):
                 summed.update(repr(example.reference).encode("utf-8", "surrogatepass"))
     return summed.hexdigest()

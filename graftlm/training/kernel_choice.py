@@ -8,11 +8,11 @@ from rich.console import Console
 
 from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group, Pack, lay_out
-from graftlm.data.batches.prompts import Prompt
+from graftlm.data.batches.prompts import PromptExample
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.modes import deltas_off
-from graftlm.model.passes.autotune import Choice, choose
+from graftlm.model.passes.autotune import KernelChoice, choose
 from graftlm.model.passes.packing_check import check_packing
 from graftlm.training.setup import Answers, Setup
 
@@ -27,7 +27,7 @@ def choose_kernels(
     batches: Sequence[Sequence[int]],
     saved: Mapping[str, Any] | None = None,
     console: Console | None = None,
-) -> tuple[Choice, Backend]:
+) -> tuple[KernelChoice, Backend]:
     """The choice for a run of `batches`, on a model that has its deltas and is not sharded yet, and its backend.
 
     `saved` is the choice of a checkpoint: it is used again where this machine can. The backend is proved on the model,
@@ -36,9 +36,9 @@ def choose_kernels(
     console = console or Console(quiet=True)
     wanted = setup.train.kernels
     if not setup.packed:
-        return Choice(wanted, "the model's own code computes rows that are not packed"), TORCH
+        return KernelChoice(wanted, "the model's own code computes rows that are not packed"), TORCH
     if saved is not None and saved["kernels"] == wanted:
-        choice = Choice.from_json(saved)
+        choice = KernelChoice.from_json(saved)
         try:
             return choice, choice.backend(model.device, model.dtype)
         except TrainingError as error:
@@ -56,7 +56,7 @@ def choose_kernels(
             chosen = choose(model, [p.to(model.device) for p in packs], wanted, passes=round(each * len(batches)))
         found = [chosen.to_json()]
     (tree,) = distributed.gathered(found)
-    choice = Choice.from_json(tree)
+    choice = KernelChoice.from_json(tree)
     backend = choice.backend(model.device, model.dtype)
     if backend is not TORCH:
         with deltas_off(model):
@@ -76,6 +76,6 @@ def packs_like(setup: Setup, examples: Sequence[Example | Group], batches: Seque
 
 
 def _answered(prompt: Example | Group, answers: Answers) -> Example:
-    assert isinstance(prompt, Prompt)
+    assert isinstance(prompt, PromptExample)
     ids = np.resize(prompt.ids, len(prompt) + answers.max_tokens)
     return Example(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.float32), prompt.where)

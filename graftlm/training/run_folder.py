@@ -24,7 +24,7 @@ from graftlm.training.checkpoints import (
     METRICS,
     UNFINISHED,
     Checkpoints,
-    DamagedError,
+    DamagedCheckpointError,
     Metrics,
     Snapshot,
     read,
@@ -192,7 +192,7 @@ class RunFolder:
         """The checkpoint with the lowest held-out loss, if there is one; TrainingError if it is damaged."""
         try:
             return read(self.folder / BEST) if (self.folder / BEST).is_dir() else None
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             raise TrainingError(f"{error}: the state with the lowest held-out loss is lost") from None
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from graftlm.data.sources.formats import FORMATS, RowError
 from graftlm.data.sources.load import load_rows, stream_rows
 from graftlm.data.sources.messages import Message
 from graftlm.data.sources.parts import content_hash
-from graftlm.data.sources.prompt_templates import Template, ask
+from graftlm.data.sources.prompt_templates import PromptTemplate, ask
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.row_cache import read_kept
 from graftlm.data.sources.source import Row, SourceConfig
@@ -571,12 +571,12 @@ def test_bytes_that_are_no_character_are_shown_one_by_one(renderer: Renderer) ->
 
 INTRO = "Below is an instruction that describes a task"
 ALPACA = (
-    Template(
+    PromptTemplate(
         prompt=f"{INTRO}, paired with an input that provides further context. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
         completion="{output}",
     ),
-    Template(
+    PromptTemplate(
         prompt=f"{INTRO}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
         "{instruction}\n\n### Response:",
         completion="{output}",
@@ -612,7 +612,7 @@ def test_the_two_prompts_of_alpaca_are_rendered_and_masked_as_published(tmp_path
 
 
 def test_the_fixed_words_of_a_template_are_boilerplate_and_the_fields_are_not(tmp_path: Path) -> None:
-    way = Template(prompt="{{Say}} where {who} is. Answer:", completion="It is {where}.")
+    way = PromptTemplate(prompt="{{Say}} where {who} is. Answer:", completion="It is {where}.")
     rows, _ = load_rows(SourceConfig(path=written(tmp_path, {"who": "Ann \u65e5", "where": "here"}), templates=(way,)))
     renderer = Renderer(tiny_tokenizer())
     rendered = renderer.conversation(rows[0].messages)
@@ -635,7 +635,7 @@ def test_the_fixed_words_of_a_template_are_boilerplate_and_the_fields_are_not(tm
 
 def test_the_template_of_a_row_stays_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftlm.data.chat.parallel.MANY", 0)
-    ways = tuple(Template(prompt=f"{word} {{n}}?", completion="{n}") for word in ("Who", "What", "Which"))
+    ways = tuple(PromptTemplate(prompt=f"{word} {{n}}?", completion="{n}") for word in ("Who", "What", "Which"))
     path = written(tmp_path, *({"n": n} for n in range(30)))
     data = DataConfig(train=SourceConfig(path=path, templates=ways))
     for _ in range(2):
@@ -652,7 +652,7 @@ def test_the_template_of_a_row_stays_known(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_stream_draws_templates_anew_in_every_epoch(tmp_path: Path) -> None:
-    ways = tuple(Template(prompt=f"{word} {{n}}?", completion="{n}") for word in ("Who", "What", "Which"))
+    ways = tuple(PromptTemplate(prompt=f"{word} {{n}}?", completion="{n}") for word in ("Who", "What", "Which"))
     path = written(tmp_path, *({"n": n} for n in range(30)))
     stream = Stream([SourceConfig(path=path, templates=ways)], seed=0)
     rows = list(islice(stream, 90))

@@ -16,7 +16,7 @@ import graftlm
 import graftlm.rl.rollouts as sampler_module
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Group, collate
-from graftlm.data.batches.prompts import Prompt
+from graftlm.data.batches.prompts import PromptExample
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.hub.load import load_base
@@ -545,7 +545,7 @@ def test_estimates_and_range_tests_say_that_they_cannot(base_folder: Path, promp
 def test_a_prompt_is_an_example_of_which_nothing_is_trained(base_folder: Path, prompts: Path) -> None:
     made = recipe(base_folder, prompts)
     data = prepare_data(made, load_base(made.base).tokenizer)
-    assert all(isinstance(one, Prompt) and not one.weights.any() for one in data.examples)
+    assert all(isinstance(one, PromptExample) and not one.weights.any() for one in data.examples)
     assert data.report.rows == 10
     assert "supervised" not in dict(data.report.lines())
     packs = made.setup().make_packs(data.examples, share=True)

@@ -16,7 +16,7 @@ import graftlm
 from graftlm.errors import TrainingError
 from graftlm.kernels import cpu
 from graftlm.model.passes import autotune
-from graftlm.model.passes.autotune import Choice
+from graftlm.model.passes.autotune import KernelChoice
 from graftlm.recipe import Recipe
 from tests.kernels.test_cpu import BROKEN, script
 from tests.training.test_resume import losses, recipe, stopping_after
@@ -153,7 +153,7 @@ def test_another_setting_may_be_resumed_with(
         stopping_after(3, patch)
         trained(in_bf16(base_folder, rows), tmp_path / "out")
     summary, printed = trained(in_bf16(base_folder, rows, train__kernels="torch"), tmp_path / "out", resume=True)
-    assert summary["kernels"] == Choice("torch").to_json()
+    assert summary["kernels"] == KernelChoice("torch").to_json()
     assert 'train.kernels: "auto" -> "torch"' in printed
 
 

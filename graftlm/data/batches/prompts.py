@@ -24,7 +24,7 @@ AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
-class Prompt(Example):
+class PromptExample(Example):
     """What is asked: ids int32 [n] are those of the prompt, and no token of them is trained."""
 
     messages: tuple[Message, ...] = ()
@@ -42,14 +42,14 @@ def asked_in(row: Row) -> tuple[list[Message], str | None]:
 
 def prepare_prompts(
     rows: Sequence[Row], renderer: Renderer, data: DataConfig, *, room: int, format: str = ""
-) -> tuple[list[Prompt], list[Row], Report]:
+) -> tuple[list[PromptExample], list[Row], Report]:
     """Prompts, the rows that they are of, and the report. `room` are the tokens of an answer: with them a prompt must
     be within max_tokens.
 
     Raises DataError where none is left, and where `data` asks for it: `strict`, or over_length `error`.
     """
     report = Report(format, data.mask, data.max_tokens, template_hash=renderer.template_hash, prompts=True)
-    made: list[Prompt] = []
+    made: list[PromptExample] = []
     kept: list[Row] = []
     problems: list[str] = []
     most = data.max_tokens - room
@@ -67,7 +67,9 @@ def prepare_prompts(
                 report.dropped_over_length.append(row.where)
             else:
                 messages, reference = asked_in(row)
-                made.append(Prompt(ids, np.zeros(len(ids), np.float32), row.where, None, tuple(messages), reference))
+                made.append(
+                    PromptExample(ids, np.zeros(len(ids), np.float32), row.where, None, tuple(messages), reference)
+                )
                 kept.append(row)
     if problems and (data.strict or data.over_length == "error" or not made):
         raise DataError(

@@ -34,7 +34,7 @@ MOST = 100_000
 one before is dropped, so that what is met again and again stays."""
 
 
-class Words:
+class BpeWords:
     """The ids and offsets of a text, for one tokenizer (`of` says whether it is one that can be done so)."""
 
     def __init__(self, encoder: Any, pattern: str) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 from graftlm.data.chat.forms import Form
 from graftlm.data.chat.requests import Work, texts_of
 from graftlm.data.chat.spans import core, free_characters
-from graftlm.data.chat.written import Lost, Probe, all_in, needs_probe, probe
+from graftlm.data.chat.written import LostPart, Probe, all_in, needs_probe, probe
 from graftlm.data.sources.formats import Fields, Message
 from graftlm.errors import DataError
 
@@ -19,11 +19,11 @@ def find_lost(
     tools: Sequence[Fields] = (),
     variables: Fields = NO_VARIABLES,
     form: Form | None = None,
-) -> Work[Lost]:
+) -> Work[LostPart]:
     """What the template does not write of these calls, thoughts and tools."""
     form = form or Form(variables)
     if not needs_probe(messages, tools):
-        return Lost()
+        return LostPart()
     first = yield from _lost_of(form, probe(messages, tools, free_characters(messages, tools), names=True))
     if first is not None and first.calls.keys() <= first.unnamed:
         return first
@@ -36,7 +36,7 @@ def find_lost(
     return replace(first, calls=left)
 
 
-def _lost_of(form: Form, marked: Probe) -> Work[Lost | None]:
+def _lost_of(form: Form, marked: Probe) -> Work[LostPart | None]:
     """None where the template refuses the conversation with these marks."""
     chat = form.fields(marked.messages)
     try:
@@ -68,7 +68,7 @@ def check_prompt(
             )
 
 
-def check_calls(index: int, lost: Lost) -> None:
+def check_calls(index: int, lost: LostPart) -> None:
     """Raise DataError where the template does not write what the answer calls."""
     if index in lost.calls:
         raise DataError(

@@ -102,8 +102,8 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _shared_out(chunks: Iterator[list[Row]], renderer: Renderer, data: DataConfig, workers: int) -> Iterator[Chunk]:
     start = pickle.dumps((renderer.for_rows(), data))
-    children = [_Child(start) for _ in range(workers - 1)]
-    free: SimpleQueue[_Child] = SimpleQueue()
+    children = [_RenderingProcess(start) for _ in range(workers - 1)]
+    free: SimpleQueue[_RenderingProcess] = SimpleQueue()
     for child in children:
         free.put(child)
     threads = ThreadPoolExecutor(len(children))  # a thread for each child waits for its answers
@@ -140,7 +140,7 @@ def _shared_out(chunks: Iterator[list[Row]], renderer: Renderer, data: DataConfi
         threads.shutdown()
 
 
-class _Child:
+class _RenderingProcess:
     """A process that renders chunks."""
 
     def __init__(self, start: bytes) -> None:

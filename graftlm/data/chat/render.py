@@ -36,11 +36,11 @@ from graftlm.data.chat.spans import (
     prompt_mismatch,
     turn_end,
 )
-from graftlm.data.chat.template import Template
+from graftlm.data.chat.template import ChatTemplate
 from graftlm.data.chat.token_roles import TokenRoles, row_weights, set_boilerplate
 from graftlm.data.chat.tokenization import Tokenization
 from graftlm.data.chat.turn_order import TurnOrder, without_system
-from graftlm.data.chat.written import Lost
+from graftlm.data.chat.written import LostPart
 from graftlm.data.sources.formats import TEXT, Fields, Message
 from graftlm.errors import DataError
 
@@ -78,7 +78,7 @@ class Renderer:
         variables = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         self.today = today or datetime.date.today()
         self.turn_order = turn_order
-        self._chat = None if self.template is None else Template(self.template, variables, self.today)
+        self._chat = None if self.template is None else ChatTemplate(self.template, variables, self.today)
         self._names = names_in(self.template or "")
         self._knows_thoughts = "reasoning_content" in (self.template or "")
 
@@ -129,7 +129,7 @@ class Renderer:
         """What `prompt` returns for each of many conversations, or the DataError that it raises."""
         return self._together([self._prompt(*conversation) for conversation in conversations])
 
-    def lost_of_all(self, conversations: Sequence[Asked]) -> list[Lost | DataError]:
+    def lost_of_all(self, conversations: Sequence[Asked]) -> list[LostPart | DataError]:
         """What the template does not write of each of many conversations, or the DataError that it raises."""
         return self._together([find_lost(*conversation) for conversation in conversations])
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from graftlm.data.chat.forms import Form
-from graftlm.data.chat.template import Ask, Template, TemplateError
+from graftlm.data.chat.template import Ask, ChatTemplate, TemplateError
 from graftlm.data.sources.formats import Fields
 from graftlm.errors import BaseModelError, DataError
 
@@ -17,7 +17,7 @@ Work = Generator[Ask, list[str], T]
 """A conversation on its way to a T: it yields what the template is asked for, and is sent the texts."""
 
 
-def run_all(works: Sequence[Work[T]], template: Template | None) -> list[T | DataError]:
+def run_all(works: Sequence[Work[T]], template: ChatTemplate | None) -> list[T | DataError]:
     """Carry all of them on together, so that the template's process is asked once for many. It renders for one half
     of them while this process is busy with the other."""
     found: dict[int, T | DataError] = {}
@@ -40,7 +40,7 @@ def run_all(works: Sequence[Work[T]], template: Template | None) -> list[T | Dat
 
 
 def _advance(
-    works: Sequence[Work[T]], answers: Mapping[int, Any], found: dict[int, T | DataError], template: Template | None
+    works: Sequence[Work[T]], answers: Mapping[int, Any], found: dict[int, T | DataError], template: ChatTemplate | None
 ) -> dict[int, Ask]:
     """What these ask next, once they have their answers; what has come to its end is found."""
     asks: dict[int, Ask] = {}

@@ -57,7 +57,7 @@ class Ask(NamedTuple):
     """Of each text: which of the chats, how many of its messages, whether an answer is to follow."""
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = {}
-    """Variables of the template that this row sets, beside those of `Template`."""
+    """Variables of the template that this row sets, beside those of `ChatTemplate`."""
     marks: Sequence[tuple[int, int, int, str, str]] = ()
     """Where there are any, one more chat is rendered with: the first one, and in the content of some messages a text
     before and a text after a part of it; (message, where the part begins, where it ends, before, after) of each. The
@@ -65,7 +65,7 @@ class Ask(NamedTuple):
 
 
 @dataclass
-class _Child:
+class _TemplateProcess:
     process: "subprocess.Popen[bytes]"
     owner: int
     deadline: float | None = None
@@ -83,7 +83,7 @@ class _Child:
             self.watched.set()
 
 
-class Template:
+class ChatTemplate:
     """A chat template with the variables that its tokenizer gives it (`bos_token` ...), and the day that it takes for
     today (None: the day on which this is made). Safe to fork and to copy."""
 
@@ -91,13 +91,13 @@ class Template:
         self.source = source
         self.variables = dict(variables)
         self.today = today or datetime.date.today()
-        self._child: _Child | None = None
+        self._child: _TemplateProcess | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_child": None}
 
-    def __deepcopy__(self, memo: Any) -> "Template":
-        return Template(self.source, self.variables, self.today)
+    def __deepcopy__(self, memo: Any) -> "ChatTemplate":
+        return ChatTemplate(self.source, self.variables, self.today)
 
     def render(
         self,
@@ -182,12 +182,12 @@ class Template:
                     self._child = None
                     _end(child)
 
-    def _running(self) -> _Child:
+    def _running(self) -> _TemplateProcess:
         """The child process, started where this process (after a fork: this one) has none yet."""
         if self._child is None or self._child.owner != os.getpid() or self._child.process.poll() is not None:
             command = [sys.executable, "-I", str(Path(__file__))]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 (ourselves)
-            self._child = child = _Child(process, os.getpid())
+            self._child = child = _TemplateProcess(process, os.getpid())
             weakref.finalize(self, _end, child)
             assert process.stdin is not None
             assert process.stdout is not None
@@ -213,7 +213,7 @@ def _read(answer: Mapping[str, Any]) -> list[str] | TemplateError:
     return [whole, *(whole[:other] if isinstance(other, int) else other for other in others)]
 
 
-def _end(child: _Child) -> None:
+def _end(child: _TemplateProcess) -> None:
     """Kill the process, unless it is that of another one that this was forked from."""
     if child.owner == os.getpid():
         child.process.kill()
@@ -225,7 +225,7 @@ def _end(child: _Child) -> None:
         child.watched.set()
 
 
-def _watch(child: _Child) -> None:
+def _watch(child: _TemplateProcess) -> None:
     """Kill a child whose answer is late: a single long operation cannot be interrupted from inside."""
     late_since, used_by_then, waited = 0.0, 0.0, 0.0
     while child.watched.wait() and child.process.poll() is None:

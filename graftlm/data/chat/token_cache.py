@@ -45,7 +45,7 @@ _PLAIN = tuple(f.default for f in _REST)
 _TYPES = {"I32": np.int32, "I64": np.int64, "U8": np.uint8, "F32": np.float32, "BOOL": np.bool_}
 
 
-class DamagedError(Exception):
+class DamagedCacheError(Exception):
     """A file of the cache that is not what was written."""
 
 
@@ -124,7 +124,7 @@ def load(file: Path) -> Columns | None:
         problems = {int(number): why for number, why in json.loads(facts["problems"]).items()}
         return Columns(**arrays, problems=problems)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise DamagedCacheError(f"{type(error).__name__}: {error}") from None
 
 
 def load_arrays(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]] | None:
@@ -137,7 +137,7 @@ def load_arrays(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]] | 
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise DamagedError(str(error)) from None
+        raise DamagedCacheError(str(error)) from None
     with suppress(OSError):
         os.utime(file)  # used now: the last to go
     try:
@@ -150,10 +150,10 @@ def load_arrays(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]] | 
             for name, entry in header.items()
         }
         if _checksum(arrays) != facts["crc"]:
-            raise DamagedError("its checksum is another")
+            raise DamagedCacheError("its checksum is another")
         return arrays, facts
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise DamagedCacheError(f"{type(error).__name__}: {error}") from None
 
 
 def _arrays(columns: Columns) -> dict[str, NDArray[Any]]:

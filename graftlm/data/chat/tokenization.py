@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.processors import ByteLevel
 
-from graftlm.data.chat.fast_bpe import Words
+from graftlm.data.chat.fast_bpe import BpeWords
 from graftlm.errors import BaseModelError, DataError
 
 ANCHORS = ("\n", "a", ".")
@@ -63,7 +63,7 @@ class Tokenization:
         self._encoder.no_padding()
         # Post-processors may trim spaces from offsets and add special tokens; the template alone says what is fed.
         self._encoder.post_processor = ByteLevel(trim_offsets=False)
-        self._words = Words.of(self._encoder)
+        self._words = BpeWords.of(self._encoder)
 
     def for_rows(self) -> "Tokenization":
         """A copy without the tokenizer itself, which is quick to send to another process."""

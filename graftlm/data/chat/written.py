@@ -21,7 +21,7 @@ BEYOND = 700_000_000_000
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostPart:
     """What the template did not write, of messages by their index."""
 
     calls: Mapping[int, str] = field(default_factory=dict)
@@ -45,10 +45,10 @@ class Probe:
     tool_marks: list[str]
     """A mark, or else the name, of each tool."""
 
-    def lost(self, text: str) -> Lost:
+    def lost(self, text: str) -> LostPart:
         """What is missing in the rendered text of this probe; of calls, what `_Call.missing` says."""
         calls = {i: next((m for c in some if (m := c.missing(text))), "") for i, some in self.calls.items()}
-        return Lost(
+        return LostPart(
             {index: missing for index, missing in calls.items() if missing},
             frozenset(i for i, some in self.calls.items() if not all(all_in(call.name, text) for call in some)),
             frozenset(i for i, marks in self.thoughts.items() if not all_in(marks, text)),

@@ -79,7 +79,7 @@ def words_of(text: str) -> list[str]:
     return _word().findall(normalize("NFKC", text).casefold())
 
 
-class Words:
+class WordHashes:
     """Texts as arrays of word numbers; the same word has the same number in all of them."""
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ def _candidates(signatures: NDArray[np.uint32], least: float) -> list[tuple[int,
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedPhrases:
     """A training text and a held-out text with phrases in common."""
 
     trained: int
@@ -187,7 +187,7 @@ class Shared:
     """Of the held-out text's phrases."""
 
 
-def shared_phrases(trained: Iterable[Grams], held_out: Sequence[Grams]) -> list[Shared]:
+def shared_phrases(trained: Iterable[Grams], held_out: Sequence[Grams]) -> list[SharedPhrases]:
     """Which training texts contain phrases of held-out texts, as n-grams; what more than COMMON of them contain is
     left out. A pair for each training text, with the held-out text that it shares most with."""
     owners = np.repeat(np.arange(len(held_out)), [len(text) for text in held_out])
@@ -209,5 +209,5 @@ def shared_phrases(trained: Iterable[Grams], held_out: Sequence[Grams]) -> list[
         if len(rare):
             most = np.bincount(owner[rare])
             held = int(np.argmax(most))
-            found.append(Shared(number, held, float(most[held] / len(held_out[held]))))
+            found.append(SharedPhrases(number, held, float(most[held] / len(held_out[held]))))
     return found

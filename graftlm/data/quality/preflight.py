@@ -123,7 +123,7 @@ def _chunks(
     file = cache / f"{token_cache.key(rows, renderer, data)}.safetensors"
     try:
         found = token_cache.load(file)
-    except token_cache.DamagedError as error:
+    except token_cache.DamagedCacheError as error:
         found = None
         report.notes.append(f"rendered anew: {file} was damaged ({error})")
     if found is not None:

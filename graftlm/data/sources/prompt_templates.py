@@ -17,7 +17,7 @@ FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 @config
-class Template:
+class PromptTemplate:
     prompt: str
     """What is asked, with {field} for each field of the row: "{premise} Does it follow that {hypothesis}?"."""
     completion: str
@@ -28,7 +28,7 @@ class Template:
     """Only for rows in which this field is missing or empty: Alpaca's prompt without an input has `unless: input`."""
 
     @model_validator(mode="after")
-    def _words_of_its_fields(self) -> "Template":
+    def _words_of_its_fields(self) -> "PromptTemplate":
         known = {match[1] for match in FIELD.finditer(self.prompt + self.completion) if match[1] is not None}
         for name in self.words:
             if name not in known:
@@ -36,7 +36,7 @@ class Template:
         return self
 
 
-def ask(templates: Sequence[Template], row: Fields, seed: int = 0, epoch: int = 0) -> tuple[Fields, int]:
+def ask(templates: Sequence[PromptTemplate], row: Fields, seed: int = 0, epoch: int = 0) -> tuple[Fields, int]:
     """(the row in one of the templates, the number of that template from 0). Of k templates that fit the row each is
     drawn once in k epochs; in which order, what the row holds and the seed decide."""
     fit = [number for number, template in enumerate(templates) if _fits(template, row)]
@@ -65,7 +65,7 @@ def _drawn(fit: Sequence[int], row: Fields, seed: int, epoch: int) -> int:
     return sorted(fit, key=key)[epoch % len(fit)]
 
 
-def _fits(template: Template, row: Fields) -> bool:
+def _fits(template: PromptTemplate, row: Fields) -> bool:
     """Whether the row has a value for every field of the template, and none for what it excludes."""
     # `in` first and no `get`: to look at a field is not to use it
     empty = {key for key, value in row.items() if value is None or value == ""}
@@ -75,7 +75,7 @@ def _fits(template: Template, row: Fields) -> bool:
     return all(name in row and name not in empty for name in names)
 
 
-def _filled(template: Template, text: str, row: Fields) -> tuple[str, list[list[int]]]:
+def _filled(template: PromptTemplate, text: str, row: Fields) -> tuple[str, list[list[int]]]:
     """The text with the row's values, and [start, end] of each piece of it that is the template's own."""
     filled, fixed, end = "", list[list[int]](), 0
     for match in (*FIELD.finditer(text), None):
@@ -90,7 +90,7 @@ def _filled(template: Template, text: str, row: Fields) -> tuple[str, list[list[
     return filled, fixed
 
 
-def _word(template: Template, name: str, row: Fields) -> str:
+def _word(template: PromptTemplate, name: str, row: Fields) -> str:
     value: Any = row.get(name)
     if value is None:
         written = "" if re.fullmatch(r"\w+", name) else " (A brace that stands for itself is written twice: {{)"

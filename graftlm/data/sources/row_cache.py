@@ -99,7 +99,7 @@ def read_kept(
         found = _load(file, key)
         if found is not None:
             return found
-    except token_cache.DamagedError as error:
+    except token_cache.DamagedCacheError as error:
         damaged = f"read anew: {file} was damaged ({error})"
     read = read_data(data, seed=seed, network=network, usable=usable)
     if many(read.train) and _save(file, read):
@@ -169,7 +169,7 @@ def _load(file: Path, key: str) -> Data | None:
             for side in ("train", "held_out")
         )
     except (ValueError, KeyError) as error:
-        raise token_cache.DamagedError(f"{type(error).__name__}: {error}") from None
+        raise token_cache.DamagedCacheError(f"{type(error).__name__}: {error}") from None
     return Data(train, held_out, name, problems, notes)
 
 

@@ -11,7 +11,7 @@ from graftlm.config.template_variables import check_variables
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.fields import Unread
 from graftlm.data.sources.formats import Message
-from graftlm.data.sources.prompt_templates import Template
+from graftlm.data.sources.prompt_templates import PromptTemplate
 
 
 @config
@@ -36,7 +36,7 @@ class SourceConfig:
         "natural-instructions",
         "inputs-targets",
     ] = "auto"
-    templates: tuple[Template, ...] = ()
+    templates: tuple[PromptTemplate, ...] = ()
     """Ways of asking, for rows of any fields; each row is put into one of those whose fields it has, drawn by what
     stands in the row and `train.seed`. Every epoch asks in another way, until each of them has come."""
     weight: PositiveRate = 1.0

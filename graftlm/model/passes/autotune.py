@@ -101,7 +101,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """What computes a run, and why."""
 
     kernels: Kernels
@@ -147,7 +147,7 @@ class Choice:
         return {"kernels": self.kernels, "reason": self.reason, "classes": classes}
 
     @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> "Choice":
+    def from_json(cls, tree: Mapping[str, Any]) -> "KernelChoice":
         classes = {ShapeClass(c["operation"], tuple(c["widths"]), c["size"]): c for c in tree["classes"]}
         fastest = {each: str(c["by"]) for each, c in classes.items()}
         return cls(
@@ -162,7 +162,7 @@ def _counted(name: str, counts: Counter[str]) -> str:
     return name if len(counts) == 1 else f"{name} ({counts[name]} of {counts.total()} shapes)"
 
 
-def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, passes: int = 1) -> Choice:
+def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, passes: int = 1) -> KernelChoice:
     """What computes a run over `passes` packs like these, on a model that has its deltas.
 
     Raises TrainingError where `wanted` names a backend that cannot compute here. Under auto the first run of a model
@@ -171,16 +171,16 @@ def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, pas
     device, dtype = model.device, model.dtype
     if wanted != "auto":
         pinned(wanted, device, dtype)
-        return Choice(wanted)
+        return KernelChoice(wanted)
     reason = cpu.unavailable(device, dtype)
     candidates = {"torch": TORCH} if reason else {"ours": OURS, "torch": TORCH}
     may_compile = passes >= 50 and (device.type != "cpu" or cpu.compiler() is not None)
     if not packs or (len(candidates) == 1 and not may_compile):
-        return Choice("auto", reason)
+        return KernelChoice("auto", reason)
     packs = representative(packs)
     stored = cache_folder() / "kernels" / f"timings-{_identity(model, packs)}.json"
     try:
-        timings = dict(Choice.from_json(json.loads(stored.read_text(encoding="utf-8"))).timings)
+        timings = dict(KernelChoice.from_json(json.loads(stored.read_text(encoding="utf-8"))).timings)
     except (OSError, ValueError, KeyError):
         timings = {}
     recorded: dict[ShapeClass, _Calls] = {}
@@ -201,7 +201,7 @@ def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, pas
         leave_out = "" if share * saved > COMPILING_S else "compiled"
     else:
         leave_out = "compiled"
-    found = Choice("auto", reason, {each: t.fastest(leave_out) for each, t in timings.items()}, timings)
+    found = KernelChoice("auto", reason, {each: t.fastest(leave_out) for each, t in timings.items()}, timings)
     if recorded:
         with suppress(OutputError), whole(stored) as draft:  # a cache that cannot be written costs time, nothing else
             tree = {"measured_on": _measured_on(model)} | found.to_json()
@@ -259,7 +259,7 @@ def stored_choices() -> list[dict[str, Any]]:
             tree = json.loads(path.read_text(encoding="utf-8"))
             about = tree["measured_on"]
             if (about["device"], about["torch"]) == (_device(torch.device(about["type"])), torch.__version__):
-                choice = Choice.from_json(tree)
+                choice = KernelChoice.from_json(tree)
                 found.append({"model": about["model"], "threads": about["threads"], "operations": choice.lines()})
     return found
 

@@ -12,7 +12,7 @@ __all__ = ["SCORERS", "Completion", "Reward", "Scorer", "ScorerConfig", "make_sc
 
 
 @dataclass(frozen=True)
-class Row:
+class RewardRow:
     """A row of the table: the config that names the scorer, and what makes it."""
 
     config: type[ScorerConfig]
@@ -21,13 +21,13 @@ class Row:
     where it could not work."""
 
 
-SCORERS: dict[str, Row] = {
-    "exact": Row(exact.ExactConfig, exact.make),
-    "judge": Row(judge.JudgeScorerConfig, judge.make),
-    "pattern": Row(pattern.PatternConfig, pattern.make),
-    "python": Row(python.PythonConfig, python.make),
-    "reward-model": Row(reward_model.RewardModelConfig, reward_model.make),
-    "rouge-l": Row(rouge.RougeConfig, rouge.make),
+SCORERS: dict[str, RewardRow] = {
+    "exact": RewardRow(exact.ExactConfig, exact.make),
+    "judge": RewardRow(judge.JudgeScorerConfig, judge.make),
+    "pattern": RewardRow(pattern.PatternConfig, pattern.make),
+    "python": RewardRow(python.PythonConfig, python.make),
+    "reward-model": RewardRow(reward_model.RewardModelConfig, reward_model.make),
+    "rouge-l": RewardRow(rouge.RougeConfig, rouge.make),
 }
 
 

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from graftlm.data.chat import fast_bpe
-from graftlm.data.chat.fast_bpe import GPT2, KNOWN, Words, ascii_only
+from graftlm.data.chat.fast_bpe import GPT2, KNOWN, BpeWords, ascii_only
 
 pytestmark = pytest.mark.versions
 
@@ -74,7 +74,7 @@ def test_words_end_where_the_tokenizer_ends_them(name: str) -> None:
 def test_ids_and_offsets_are_those_of_the_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = trained(PRE_TOKENIZERS[name], normaliser=normalizers.NFC() if name != "byte-level" else None)
     tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-    found = Words.of(tokenizer)
+    found = BpeWords.of(tokenizer)
     assert found is not None
     draw = random.Random(1)
     for text in [*TEXT, "", *CONTROL, *(random_text(draw) for _ in range(3_000))]:
@@ -88,7 +88,7 @@ def test_ids_and_offsets_are_those_of_the_tokenizer(name: str, monkeypatch: pyte
 
 
 def test_other_text_goes_to_the_tokenizer() -> None:
-    found = Words.of(trained(ByteLevel(add_prefix_space=False)))
+    found = BpeWords.of(trained(ByteLevel(add_prefix_space=False)))
     assert found is not None
     assert found.encode("caf\u00e9") is None
 
@@ -106,12 +106,12 @@ def test_other_text_goes_to_the_tokenizer() -> None:
     ids=["prefix space", "digits", "another expression", "lower case", "token that strips", "normalised token"],
 )
 def test_tokenizers_that_do_more_are_left_alone(tokenizer: Tokenizer) -> None:
-    assert Words.of(tokenizer) is None
+    assert BpeWords.of(tokenizer) is None
 
 
 def test_a_tokenizer_without_added_tokens_is_not_cut_everywhere() -> None:
     tokenizer = trained(ByteLevel(add_prefix_space=False), added=[])
-    found = Words.of(tokenizer)
+    found = BpeWords.of(tokenizer)
     assert found is not None
     encoded = found.encode("the answer")
     assert encoded is not None
@@ -121,7 +121,7 @@ def test_a_tokenizer_without_added_tokens_is_not_cut_everywhere() -> None:
 def test_a_difference_stops_everything() -> None:
     """A table that is wrong, as it would be for a tokenizer that changed under us."""
     tokenizer = trained(ByteLevel(add_prefix_space=False))
-    found = Words.of(tokenizer)
+    found = BpeWords.of(tokenizer)
     assert found is not None
     a, b = tokenizer.encode("a").ids, tokenizer.encode("b").ids
     found._known["a"] = np.array(b, np.int32).tobytes()
@@ -133,7 +133,7 @@ def test_a_difference_stops_everything() -> None:
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_bpe, "MOST", 50)
     tokenizer = trained(ByteLevel(add_prefix_space=False))
-    found = Words.of(tokenizer)
+    found = BpeWords.of(tokenizer)
     assert found is not None
     for number in range(500):
         encoded = found.encode(f"word{number} and{number}")

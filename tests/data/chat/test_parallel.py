@@ -153,7 +153,7 @@ def test_a_process_that_dies_is_said_and_not_waited_for(
     renderer: Renderer, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [])  # its imports fail
-    monkeypatch.setattr(parallel._Child, "__init__", _silent)
+    monkeypatch.setattr(parallel._RenderingProcess, "__init__", _silent)
     with raises("data/rendering-process-ended"):
         list(parallel.rendered([row(i) for i in range(100)], renderer, DATA, 2))
 

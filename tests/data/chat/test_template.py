@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.data.chat.template import Ask, Template, TemplateError
+from graftlm.data.chat.template import Ask, ChatTemplate, TemplateError
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def render(source: str, *, variables: dict[str, str] | None = None) -> str:
-    return Template(source, variables or {}).render([CHAT], [(0, 2, False)])[0]
+    return ChatTemplate(source, variables or {}).render([CHAT], [(0, 2, False)])[0]
 
 
 ESCAPES = {
@@ -74,7 +74,7 @@ BOMBS = {
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_does_not_end_or_needs_much_is_stopped_and_the_next_row_is_rendered(name: str) -> None:
-    template = Template("{% if messages[0].content == 'bomb' %}" + BOMBS[name] + "{% endif %}fine", {})
+    template = ChatTemplate("{% if messages[0].content == 'bomb' %}" + BOMBS[name] + "{% endif %}fine", {})
     assert template.render([CHAT], [(0, 2, False)]) == ["fine"]
     bomb = [{"role": "user", "content": "bomb"}]
     with pytest.raises(TemplateError, match=r"was stopped|calls itself|too (big|long|wide)|Range|sandbox|digits"):
@@ -104,7 +104,7 @@ def test_answers_may_stand_in_generation_tags_and_dates_may_be_asked_for() -> No
 
 @pytest.mark.versions
 def test_beginnings_of_several_chats_in_one_call() -> None:
-    template = Template("{{ messages|map(attribute='content')|join }}{{ '?' if add_generation_prompt }}", {})
+    template = ChatTemplate("{{ messages|map(attribute='content')|join }}{{ '?' if add_generation_prompt }}", {})
     other = [{"role": "user", "content": "\u00e9\U0001f600"}]
     assert template.render([CHAT, other], [(0, 2, False), (0, 1, True), (1, 1, False)]) == [
         "ab",
@@ -114,7 +114,7 @@ def test_beginnings_of_several_chats_in_one_call() -> None:
 
 
 def test_marks_stand_around_a_part_of_a_message_in_one_more_chat() -> None:
-    template = Template("{% for m in messages %}{{ m.role }}:{{ m['content'] }};{% endfor %}", {})
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m['content'] }};{% endfor %}", {})
     chat = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "bc"}]
     marks = [(0, 1, 2, "<", ">"), (1, 0, 2, "[", "]")]
     ask = Ask([chat], [(0, 2, False), (1, 2, False), (1, 1, False)], marks=marks)
@@ -135,7 +135,7 @@ def test_what_a_loop_knows_of_itself() -> None:
 def test_many_rows_at_once_are_the_same_and_one_that_is_stopped_costs_itself() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     large = "{{ ('a' * 99999999)[:1] }}"
-    template = Template(
+    template = ChatTemplate(
         f"{{% if messages[0].content == 'loop' %}}{loop}{{% elif messages[0].content == 'large' %}}{large}"
         "{% elif messages[0].content == 'no' %}{{ raise_exception('I do not') }}"
         "{% else %}{{ messages[0].content * 2 }}{% endif %}",
@@ -156,12 +156,12 @@ def test_many_rows_at_once_are_the_same_and_one_that_is_stopped_costs_itself() -
 
 def test_the_first_row_has_its_own_limit_not_that_of_the_template() -> None:
     long = [{"role": "user", "content": "a" * 24_000_000}]
-    (text,) = Template("{{ messages[0].content }}", {}).render([long], [(0, 1, False)])
+    (text,) = ChatTemplate("{{ messages[0].content }}", {}).render([long], [(0, 1, False)])
     assert len(text) == 24_000_000
 
 
 def test_copies_and_forks_have_processes_of_their_own() -> None:
-    template = Template("{{ messages[0].content }}", {})
+    template = ChatTemplate("{{ messages[0].content }}", {})
     asked = ([CHAT], [(0, 2, False)])
     assert template.render(*asked) == ["a"]
     assert pickle.loads(pickle.dumps(template)).render(*asked) == ["a"]
@@ -177,7 +177,7 @@ def test_copies_and_forks_have_processes_of_their_own() -> None:
 
 
 def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = Template("{{ messages[0].content }}", {})
+    template = ChatTemplate("{{ messages[0].content }}", {})
     template.render([CHAT], [(0, 1, False)])
     child = template._child
     assert child is not None
@@ -193,7 +193,7 @@ def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(monkeypatch
 
 
 def test_something_else_may_be_done_while_rows_are_rendered() -> None:
-    template = Template("{{ messages[0].content * 2 }}", {})
+    template = ChatTemplate("{{ messages[0].content * 2 }}", {})
     asks = [Ask([[{"role": "user", "content": f"{i} " * 1000}]], [(0, 1, False)]) for i in range(300)]
     with template.rendering(asks) as answers:
         time.sleep(0.2)  # by then the child waits in its turn, with more than a pipe holds
@@ -203,7 +203,7 @@ def test_something_else_may_be_done_while_rows_are_rendered() -> None:
 
 
 def test_rows_that_were_not_waited_for_are_not_taken_for_the_next() -> None:
-    template = Template("{{ messages[0].content }}", {})
+    template = ChatTemplate("{{ messages[0].content }}", {})
 
     def broken_off() -> None:
         with template.rendering([Ask([CHAT], [(0, 1, False)])]):
@@ -220,7 +220,7 @@ def test_a_program_that_is_stopped_for_a_while_goes_on_where_it_was() -> None:
 import os, signal, time
 from graftlm.data.chat import template
 template.CLOCK_SECONDS, template.MORE_SECONDS, template.PATIENCE_SECONDS = 0.05, 9.0, 1.0
-asked = template.Template("{{ messages[0].content * 9 }}", {})
+asked = template.ChatTemplate("{{ messages[0].content * 9 }}", {})
 with asked.rendering([template.Ask([[{"content": "a" * 100_000}]], [(0, 1, False)])]) as answers:
     print("begun", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -236,7 +236,7 @@ with asked.rendering([template.Ask([[{"content": "a" * 100_000}]], [(0, 1, False
 
 
 def test_the_process_ends_with_its_template() -> None:
-    template = Template("x", {})
+    template = ChatTemplate("x", {})
     before = set(threading.enumerate())
     template.render([CHAT], [(0, 1, False)])
     (watcher,) = set(threading.enumerate()) - before
@@ -250,7 +250,7 @@ def test_the_process_ends_with_its_template() -> None:
 
 
 def test_a_template_that_renders_nothing_wakes_nobody() -> None:
-    template, before = Template("x", {}), set(threading.enumerate())
+    template, before = ChatTemplate("x", {}), set(threading.enumerate())
     template.render([CHAT], [(0, 1, False)])
     (watcher,) = set(threading.enumerate()) - before
     time.sleep(0.1)  # it may be in its last turn

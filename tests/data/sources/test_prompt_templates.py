@@ -6,28 +6,28 @@ import pytest
 
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.messages import RowError
-from graftlm.data.sources.prompt_templates import Template, ask
+from graftlm.data.sources.prompt_templates import PromptTemplate, ask
 from graftlm.data.sources.source import SourceConfig
 
 
-def said(templates: list[Template], row: dict[str, object]) -> tuple[str, str]:
+def said(templates: list[PromptTemplate], row: dict[str, object]) -> tuple[str, str]:
     fields, _ = ask(templates, row)
     return fields["prompt"][0]["content"], fields["completion"]
 
 
 ROW = {"premise": "It rains.", "hypothesis": "it is wet", "label": 0}
-ONE = Template(prompt="{premise} So {hypothesis}?", completion="{label}", words={"label": ("yes", "maybe", "no")})
+ONE = PromptTemplate(prompt="{premise} So {hypothesis}?", completion="{label}", words={"label": ("yes", "maybe", "no")})
 
 
 def test_fields_are_filled_in_and_labels_get_their_words() -> None:
     assert said([ONE], ROW) == ("It rains. So it is wet?", "yes")
     assert said([ONE], ROW | {"label": "2"})[1] == "no"
-    named = Template(prompt="{{{premise}}}", completion="{label}", words={"label": {"0": "ja"}})
+    named = PromptTemplate(prompt="{{{premise}}}", completion="{label}", words={"label": {"0": "ja"}})
     assert said([named], ROW) == ("{It rains.}", "ja")
 
 
 def test_the_name_of_a_field_may_have_any_characters() -> None:
-    way = Template(prompt="{sentence 1} / {text-b} / {{label}}", completion="{Is it?}")
+    way = PromptTemplate(prompt="{sentence 1} / {text-b} / {{label}}", completion="{Is it?}")
     assert said([way], {"sentence 1": "a", "text-b": "b", "Is it?": "c"}) == ("a / b / {label}", "c")
 
 
@@ -35,7 +35,7 @@ def test_words_for_a_field_that_no_text_names_are_refused() -> None:
     with pytest.raises(
         ValueError, match="words: 'lable' stands in neither prompt nor completion. Did you mean 'label'"
     ):
-        Template(prompt="{premise}", completion="{label}", words={"lable": ("yes", "no")})
+        PromptTemplate(prompt="{premise}", completion="{label}", words={"lable": ("yes", "no")})
 
 
 def test_braces_in_a_field_are_not_filled_again() -> None:
@@ -43,7 +43,7 @@ def test_braces_in_a_field_are_not_filled_again() -> None:
 
 
 def test_every_template_is_used_and_the_same_row_is_always_asked_the_same_way() -> None:
-    ways = [Template(prompt=f"{n} {{label}}", completion="a") for n in range(3)]
+    ways = [PromptTemplate(prompt=f"{n} {{label}}", completion="a") for n in range(3)]
     asked = [said(ways, {"label": n})[0].split()[0] for n in range(60)]
     assert set(asked) == {"0", "1", "2"}
     assert asked == [said(ways, {"label": n})[0].split()[0] for n in range(60)]
@@ -64,7 +64,7 @@ def test_a_row_that_does_not_fit_is_refused(row: dict[str, object], reason: str)
 
 def test_a_brace_that_was_not_meant_is_not_passed_over() -> None:
     with pytest.raises(RowError, match=r"""field '"a": 1' is needed.*written twice: \{\{"""):
-        ask([Template(prompt='like {"a": 1}', completion="{label}")], ROW)
+        ask([PromptTemplate(prompt='like {"a": 1}', completion="{label}")], ROW)
 
 
 def test_a_source_with_templates_gives_rows(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import graftlm
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import batches
-from graftlm.data.sources.prompt_templates import Template, ask
+from graftlm.data.sources.prompt_templates import PromptTemplate, ask
 from graftlm.data.sources.source import SourceConfig
 from graftlm.data.sources.template_draws import Draws
 from graftlm.prepare import Prepared, prepare_data
@@ -23,7 +23,7 @@ from tests.errors import raises
 from tests.training.test_resume import losses, same, stopping_after
 
 WORDS = ("Who", "What", "Which")
-WAYS = tuple(Template(prompt=f"{word} {{n}}?", completion="{n}") for word in WORDS)
+WAYS = tuple(PromptTemplate(prompt=f"{word} {{n}}?", completion="{n}") for word in WORDS)
 ROWS = [{"n": f"n{n}"} for n in range(12)]
 
 
@@ -71,7 +71,7 @@ def test_a_row_is_asked_in_every_way_once_before_one_comes_again() -> None:
     for epoch in range(3):
         counts = Counter(ask(WAYS, {"n": n}, 0, epoch)[1] for n in range(3000))
         assert all(abs(count - 1000) < 130 for count in counts.values()), "five standard deviations of 1000 +- 26"
-    short = Template(prompt="{n} {m}", completion="{n}")
+    short = PromptTemplate(prompt="{n} {m}", completion="{n}")
     assert {ask((*WAYS[:2], short), {"n": 1}, 5, epoch)[1] for epoch in range(4)} == {0, 1}, "one of them does not fit"
 
 

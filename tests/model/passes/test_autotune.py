@@ -18,7 +18,7 @@ from graftlm.kernels.backend import OURS, TORCH, Backend
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import trainable
 from graftlm.model.passes import autotune
-from graftlm.model.passes.autotune import Choice, ShapeClass, Timing, choose, class_of
+from graftlm.model.passes.autotune import KernelChoice, ShapeClass, Timing, choose, class_of
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
@@ -160,7 +160,7 @@ def test_without_a_second_candidate_nothing_is_measured(cache: Path, monkeypatch
     assert found.backend(CPU, torch.float32) is TORCH
     assert "float32 on cpu" in found.reason
     assert found.lines() == [f"torch: {found.reason}"]
-    assert choose(model_with_lora(), [pack_of(20, 50)], "torch") == Choice("torch")
+    assert choose(model_with_lora(), [pack_of(20, 50)], "torch") == KernelChoice("torch")
 
 
 @pytest.mark.parametrize(("passes", "wanted"), [(60, {"torch"}), (6000, {"compiled", "torch"})])
@@ -212,7 +212,7 @@ def test_a_mixture_of_candidates_is_as_near_to_float32_as_one_of_them() -> None:
     backends = {
         "truth": (model_with_lora(torch.float32), TORCH),
         "torch": (model, TORCH),
-        "mixed": (model_with_lora(), Choice("auto", "", mixed).backend(CPU, torch.bfloat16)),
+        "mixed": (model_with_lora(), KernelChoice("auto", "", mixed).backend(CPU, torch.bfloat16)),
     }
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, (each, backend) in backends.items():
@@ -227,9 +227,9 @@ def test_a_mixture_of_candidates_is_as_near_to_float32_as_one_of_them() -> None:
 
 def test_a_choice_is_the_same_after_json() -> None:
     each = ShapeClass("low_rank_linear", (32, 48), 7)
-    choice = Choice("auto", "why", {each: "torch"}, {each: Timing(30, {"ours": 12.5, "torch": 8.0})})
-    assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
-    assert Choice.from_json(Choice("torch").to_json()) == Choice("torch")
+    choice = KernelChoice("auto", "why", {each: "torch"}, {each: Timing(30, {"ours": 12.5, "torch": 8.0})})
+    assert KernelChoice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
+    assert KernelChoice.from_json(KernelChoice("torch").to_json()) == KernelChoice("torch")
 
 
 def test_packs_of_every_size_are_represented_by_one_of_middling_length() -> None:
