@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, Strict
 
 from graftlm.config.schema import config
-from graftlm.data.quality.minhash import LEAST, NEAR_WORDS, WordHashes, grams, near_duplicates
+from graftlm.data.quality.minhash import LEAST, NEAR_WORDS, WordNumbers, grams, near_duplicates
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig, embeddings
 
 Likeness = Annotated[float, Strict(), Field(gt=0, le=1)]
@@ -55,7 +55,7 @@ def score(config: DedupConfig, pool: Pool) -> Scores:
 
 def later_ones(texts: Sequence[str], least: float) -> list[int]:
     """The texts that are nearly the same as an earlier one, directly or through others."""
-    words = WordHashes()
+    words = WordNumbers()
     pairs = near_duplicates([grams(words.of(text), NEAR_WORDS) for text in texts], least)
     earlier = list(range(len(texts)))  # of a group: an earlier text of it, itself for the first
 

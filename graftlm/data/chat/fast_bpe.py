@@ -53,7 +53,7 @@ class BpeWords:
         self._asked = 0
 
     @classmethod
-    def of(cls, encoder: Any) -> "Words | None":
+    def of(cls, encoder: Any) -> "BpeWords | None":
         """None where the tokenizer does anything but what is vouched for above."""
         model, pattern = encoder.model, _pattern(_state(encoder.pre_tokenizer))
         plain = (

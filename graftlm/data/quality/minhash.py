@@ -79,7 +79,7 @@ def words_of(text: str) -> list[str]:
     return _word().findall(normalize("NFKC", text).casefold())
 
 
-class WordHashes:
+class WordNumbers:
     """Texts as arrays of word numbers; the same word has the same number in all of them."""
 
     def __init__(self) -> None:

@@ -131,7 +131,7 @@ def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     guesses = Counter(language(_text(row)) for row in _some(rows, GUESSED_ROWS))
     same, firsts = _same(rows)
     some = _some(rows, NEAR_ROWS)
-    words = minhash.WordHashes()
+    words = minhash.WordNumbers()
     texts = [words.of(_text(row)) for row in some]
     different = [number for number, row in enumerate(some) if id(row) in firsts]
     found = {
@@ -202,7 +202,7 @@ def _leaks(
     held_out: Sequence[Row],
     some: Sequence[Row],
     texts: Sequence[minhash.Numbers],
-    words: minhash.WordHashes,
+    words: minhash.WordNumbers,
 ) -> list[Entry]:
     """Training rows that are held out too: wholly, by their question, or by long phrases; each with one such row."""
     whole = {_digest(row.messages): row for row in reversed(held_out)}

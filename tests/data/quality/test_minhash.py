@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from graftlm.data.quality import minhash
-from graftlm.data.quality.minhash import WordHashes, grams, near_duplicates, resemblance, shared_phrases
+from graftlm.data.quality.minhash import WordNumbers, grams, near_duplicates, resemblance, shared_phrases
 
 
 def text(draw: random.Random, count: int, vocabulary: int = 5_000) -> list[str]:
@@ -28,7 +28,7 @@ def jaccard(a: list[str], b: list[str], count: int = 5) -> float:
 
 
 def sets(texts: list[list[str]], count: int) -> list[minhash.Grams]:
-    words = WordHashes()
+    words = WordNumbers()
     return [grams(words.of(" ".join(words_)), count) for words_ in texts]
 
 
@@ -44,7 +44,7 @@ def test_resemblance_is_that_of_the_sets_of_five_words(seed: int) -> None:
 
 
 def test_words_are_of_any_script_and_case_and_punctuation_do_not_count() -> None:
-    words = WordHashes()
+    words = WordNumbers()
     assert words.of("Wo IST, mein Paket?!").tolist() == words.of("wo ist mein paket").tolist()
     assert len(words.of("\u6211\u7684\u5305\u88f9 is lost")) == 4 + 2
     assert len(words.of("na\u00efve caf\u00e9 x_y")) == 4
@@ -149,6 +149,6 @@ def test_a_phrase_that_many_rows_have_is_boilerplate() -> None:
 
 def test_a_long_text_is_looked_at_up_to_a_limit() -> None:
     draw = random.Random(6)
-    words = WordHashes().of(" ".join(text(draw, 3 * minhash.MOST_WORDS)))
+    words = WordNumbers().of(" ".join(text(draw, 3 * minhash.MOST_WORDS)))
     assert len(words) == minhash.MOST_WORDS
     assert words.dtype == np.uint64
