@@ -1,6 +1,6 @@
 """Our side of the preference benchmark: the library's own loop over the pairs, order and schedule of the peer.
 
-The clock runs over the optimiser steps alone, as on the peer's side; the reference is computed in them.
+The clock runs over the optimizer steps alone, as on the peer's side; the reference is computed in them.
 """
 
 import sys

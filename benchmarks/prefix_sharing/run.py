@@ -45,7 +45,7 @@ def cut_rows(text: np.ndarray, *, rows: int, alike: int, shared: int, own: int) 
 def one_step(model: Any, rows: list[Example], tokens: int, share: bool) -> Step:
     optimizer = adamw([(trainable(model).values(), 0.0)], weight_decay=0.0)  # a rate of 0: every round is the same
     batches = [pack(rows, tokens, share=share)]
-    how = {"optimiser": optimizer, "schedule": lambda step: 1.0, "clip": 1.0}
+    how = {"optimizer": optimizer, "schedule": lambda step: 1.0, "clip": 1.0}
     (step,) = steps(model, batches, loss="supervised", backend=fastest_backend(model, batches[0]), **how)
     return step
 

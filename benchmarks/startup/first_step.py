@@ -1,4 +1,4 @@
-"""From an empty process to the end of the first optimiser step, stage by stage, as JSON on the last line."""
+"""From an empty process to the end of the first optimizer step, stage by stage, as JSON on the last line."""
 
 import json
 import time
@@ -41,7 +41,7 @@ optimizer = adamw([(trainable(model).values(), 1e-3)], weight_decay=0.0)
 packs = [lay_out(rows[:8], 1024, packed=True, share=True)]
 backend = fastest_backend(model, packs[0])
 done("choosing kernels, as an earlier run measured them")
-how = {"optimiser": optimizer, "schedule": lambda step: 1.0, "clip": 1.0, "backend": backend}
+how = {"optimizer": optimizer, "schedule": lambda step: 1.0, "clip": 1.0, "backend": backend}
 next(iter(steps(model, packs, loss="supervised", **how)))
 done("the first step")
 print(json.dumps(stages))

@@ -1,6 +1,6 @@
 """Our side of the training-speed benchmark: the library's own loop over the rows, order and schedule of the peer.
 
-The clock runs over the optimiser steps alone, as on the peer's side.
+The clock runs over the optimizer steps alone, as on the peer's side.
 """
 
 import sys

@@ -13,7 +13,7 @@ speed, every step's loss and peak memory as JSON. One run is one shape, in a pro
   as it does on a GPU, and the process's allocator is tuned. Nobody runs it so; it shows how far it could go.
 
 Both sides hold the base in bf16 (but for float32) and the adapter in fp32, and share the adapter's start, rows, order,
-schedule, optimiser and clipping.
+schedule, optimizer and clipping.
 The clock runs from the start of the first step to the end of the last: loading and label building are out.
 """
 
