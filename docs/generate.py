@@ -1,5 +1,5 @@
 """Write what is a fact of the code or of a benchmark: cli.md, recipe.md, methods.md, equations.md,
-policies.md, architectures.md, recipe.schema.json, and the figures in benchmarks.md and README.md.
+optimizers.md, callbacks.md, architectures.md, recipe.schema.json, and the figures in benchmarks.md and README.md.
 
 `python docs/generate.py` writes them; with `--check` it fails where one is stale, and says which.
 """
@@ -14,15 +14,17 @@ from typing import Any
 
 import typer
 
-from graftlm.callbacks import POLICIES
+from graftlm.callbacks import CALLBACKS
 from graftlm.cli import app
 from graftlm.config.schema import json_schema
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES
+from graftlm.optim import OPTIMIZERS
 from graftlm.planning.advice import facts, measured
 from graftlm.recipe import Recipe
 from graftlm.selection import SELECTORS
+from graftlm.training.callback import CallbackRow
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -47,7 +49,7 @@ def _help(command: Any, name: str, parent: Any) -> Iterator[str]:
 
 
 COMMON = {
-    "the recipe": ("base", "data", "delta", "train", "loss", "report"),
+    "the recipe": ("base", "data", "delta", "train", "loss", "optimizer", "callbacks", "report"),
     "BaseConfig": ("name", "dtype", "quantization", "template"),
     "DataConfig": ("train", "held_out", "mask", "max_tokens", "over_length", "pack"),
     "SourceConfig": ("path", "format", "weight", "cap"),
@@ -85,9 +87,10 @@ def recipe() -> str:
         "train": ["TrainConfig"],
         "loss": [row.config.__name__ for row in LOSSES.values()],
         "regularisers": [],
-        "policies": [row.config.__name__ for row in POLICIES.values()],
+        "optimizer": [row.config.__name__ for row in OPTIMIZERS.values()],
+        "callbacks": [row.config.__name__ for row in CALLBACKS.values()],
         "select": [row.config.__name__ for row in SELECTORS.values()],
-        "online": [],
+        "rl": [],
         "report": ["ReportConfig"],
     }
     for key, names in groups.items():  # and what these refer to, unless another section has it
@@ -123,7 +126,7 @@ def _reached(field: Any, sections: dict[str, Any], found: dict[str, None] | None
 def _title(key: str, name: str, section: dict[str, Any]) -> str:
     """`delta: lora` for what is chosen by a name, else the name of the config."""
     names = [field["const"] for field in section["properties"].values() if "const" in field]
-    return f"{'scorer' if key == 'online' else key}: {names[0]}" if names else name
+    return f"{'scorer' if key == 'rl' else key}: {names[0]}" if names else name
 
 
 def _table(section: dict[str, Any], common: tuple[str, ...], titles: dict[str, str]) -> str:
@@ -261,29 +264,54 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def policies() -> str:
-    """The table of policies: what each does in a line, what it costs, and its options."""
-    intro = f"""{MADE}# Policies
+def optimizers() -> str:
+    """The table of optimizers."""
+    intro = f"""{MADE}# Optimizers
 
-{len(POLICIES)} policies: what acts between the steps of a run, or on the numbers of a step, whatever the method and the
-loss. A recipe names any number of them, with their options or without; of those that bring an optimiser, one:
+{len(OPTIMIZERS)} optimizers. A recipe names one, with its options or without; `adamw` is the default:
 
 ```yaml
 base: smollm2
 data: {{train: rows.jsonl}}
-policies: [ema, {{name: galore, rank: 8}}]
+optimizer: {{name: galore, rank: 8}}
 ```
 
-A policy that has no meaning for what is trained is refused with the reason, before the first step.
-The file of each opens with its equation and says where it departs from the paper: `graftlm/callbacks/`.
+An optimizer that has no meaning for what is trained is refused with the reason, before the first step.
+The file of each begins with its equation and says where it departs from the paper: `graftlm/optim/`.
+[Optimizers and callbacks](how-to/callbacks.md) says which one to choose.
 """
-    lines = [intro, "| name | what it does | paper | cost | options |", "|---|---|---|---|---|"]
-    for name, row in POLICIES.items():
-        described = (import_module(row.policy.__module__).__doc__ or "").splitlines()[0]
+    return intro + _callback_table(OPTIMIZERS)
+
+
+def callbacks() -> str:
+    """The table of callbacks."""
+    intro = f"""{MADE}# Callbacks
+
+{len(CALLBACKS)} callbacks. They act between the steps of a run, or on the numbers of a step, whatever the method and
+the loss. A recipe names any number of them, in the order in which they act, with their options or without:
+
+```yaml
+base: smollm2
+data: {{train: rows.jsonl}}
+callbacks: [ema, {{name: lora-plus, ratio: 8.0}}]
+```
+
+A callback that has no meaning for what is trained is refused with the reason, before the first step.
+The file of each begins with its equation and says where it departs from the paper: `graftlm/callbacks/`.
+[Optimizers and callbacks](how-to/callbacks.md) says which one to choose.
+"""
+    return intro + _callback_table(CALLBACKS)
+
+
+def _callback_table(rows: dict[str, CallbackRow]) -> str:
+    """What each does in a line, what it costs, and its options."""
+    lines = ["\n| name | what it does | paper | cost | options |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        described = (import_module(row.callback.__module__).__doc__ or "").splitlines()[0]
         what = described.partition(": ")[2].partition(" (")[0].partition(". ")[0].rstrip(".")
         section = json.loads(json_schema(row.config))["properties"]
         options = [f"`{key}: {json.dumps(f.get('default'))}`" for key, f in section.items() if key != "name"]
-        cells = (what, row.policy.paper, row.policy.cost, ", ".join(options) or "-")
+        cells = (what, row.callback.paper, row.callback.cost, ", ".join(options) or "-")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -294,7 +322,8 @@ def readme() -> str:
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in _figures()}
     counts = (
         f"{len(METHODS)} methods ([table](docs/methods.md)), {len(INITS)} inits, {len(LOSSES)} objectives, "
-        f"{len(POLICIES)} training policies ([table](docs/policies.md)) and {len(SELECTORS)} ways to choose rows."
+        f"{len(OPTIMIZERS)} optimizers ([table](docs/optimizers.md)), {len(CALLBACKS)} callbacks "
+        f"([table](docs/callbacks.md)) and {len(SELECTORS)} ways to choose rows."
     )
     note = (
         "Speed is that of SmolLM2-135M on this machine: [all figures, and how they were measured](docs/benchmarks.md)."
@@ -619,7 +648,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "recipe.md": recipe,
     "methods.md": methods,
     "equations.md": equations,
-    "policies.md": policies,
+    "optimizers.md": optimizers,
+    "callbacks.md": callbacks,
     "recipe.schema.json": lambda: json_schema(Recipe),
 }
 

@@ -44,7 +44,7 @@ RUNS = HERE / "runs.jsonl"
 def recipe(variant: str, rate: float, seed: int) -> Recipe:
     tree = {key: CONFIG[key] for key in ("base", "data")}
     chosen = CONFIG["variants"][variant]
-    tree |= {"delta": chosen["delta"], "policies": chosen.get("policies", [])}
+    tree |= {"delta": chosen["delta"], "callbacks": chosen.get("callbacks", [])}
     tree["train"] = CONFIG["train"] | {"learning_rate": rate, "seed": seed}
     return build(Recipe, tree, source=f"benchmarks/allocation: {variant}")
 
@@ -71,9 +71,9 @@ class Job:
         started, wanted = time.perf_counter(), recipe(variant, rate, seed)
         data = prepare_data(wanted, self.tokenizer)
         data = replace(data, examples=[e for e in data.examples if len(e) <= CONFIG["row_tokens"]])
-        plan = make_batches(wanted.train, data.examples)
-        attach_deltas(wanted, self.model, data.examples, plan)
-        losses = [round(step.loss, 4) for step in training_steps(wanted, self.model, data.examples, plan)]
+        plan, setup = make_batches(wanted.train, data.examples), wanted.setup()
+        attach_deltas(setup, self.model, data.examples, plan)
+        losses = [round(step.loss, 4) for step in training_steps(setup, self.model, data.examples, plan)]
         for host in hosts(self.model).values():
             host.deltas.eval()
         line: dict[str, Any] = {"key": key(variant, rate, seed), "variant": variant, "rate": rate, "seed": seed}

@@ -1,6 +1,6 @@
-"""How far the held-out loss falls under every policy at its defaults, in a short run of the demo's job.
+"""How far the held-out loss falls with every optimizer and callback at its defaults, in a short run of the demo's job.
 
-    python benchmarks/defaults/run.py            every policy, then result.json; resumes
+    python benchmarks/defaults/run.py            all of them, then result.json; resumes
     python benchmarks/defaults/run.py sm3 lomo   only these
 
 A run is a process; its result stays in runs/ and is not run again. Nothing is timed: other work may run beside it.
@@ -21,19 +21,23 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
+from graftlm.callbacks import CALLBACKS  # noqa: E402
+from graftlm.optim import OPTIMIZERS  # noqa: E402
+
 RUNS = HERE / "runs"
 CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
 
 
 def tree(name: str, seed: int) -> dict[str, Any]:
-    """The recipe of a policy, or of AdamW alone with a method: `adamw METHOD`."""
+    """The recipe of an optimizer or a callback, or of AdamW alone with a method: `adamw METHOD`."""
     alone = name.removeprefix("adamw ") if name.startswith("adamw ") else None
     more = CONFIG["more"].get(name, {})
+    own: dict[str, Any] = {} if alone else {"optimizer": name} if name in OPTIMIZERS else {"callbacks": [name]}
     return {
         "base": CONFIG["base"],
         "data": CONFIG["data"] | more.get("data", {}),
         "delta": {"method": alone or method(name)},
-        "policies": [] if alone else [name],
+        **own,
         "train": CONFIG["train"] | {"seed": seed} | more.get("train", {}),
         "report": {"samples": 0, "answers": 0},
     }
@@ -66,11 +70,9 @@ def falls(name: str) -> list[float]:
 
 
 def main() -> None:
-    from graftlm.callbacks import POLICIES
-
     RUNS.mkdir(exist_ok=True)
     table: dict[str, dict[str, Any]] = {}
-    for name in sys.argv[1:] or POLICIES:
+    for name in sys.argv[1:] or [*(name for name in OPTIMIZERS if name != "adamw"), *CALLBACKS]:
         against = "adamw full" if method(name) == "full" else "adamw lora"
         fall, reference = falls(name), falls(against)
         share = statistics.mean(fall) / statistics.mean(reference)

@@ -19,14 +19,18 @@ import torch
 import yaml
 
 import graftlm
-from graftlm.callbacks import POLICIES, make_optimizer, make_policies
+from graftlm.callbacks import make_optimizer
+from graftlm.callbacks.adalora import AdaLoraCallback, AdaLoraCallbackConfig
+from graftlm.callbacks.ema import Ema, EmaConfig
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.model.layers.registry import attachment, trainable
+from graftlm.optim.adamw import AdamW, AdamWConfig
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import attach_tiny
+from graftlm.training.callback import Callback, make_optimizer
 from graftlm.training.guards import FEWEST
 from graftlm.training.loop import steps
 from graftlm.training.objective import Sums
@@ -86,22 +90,22 @@ def watched(wanted: Recipe, spikes: set[int], times: float) -> dict[str, Any]:
 
 
 def trained(batches: list[Any], total: int, seed: int) -> tuple[list[torch.Tensor], list[bool]]:
-    """Everything that a run leaves: parameters, optimizer state, what policies know; and which steps were skipped."""
+    """Everything that a run leaves: parameters, optimizer state, what callbacks know; and which steps were skipped."""
     torch.manual_seed(seed)
     model = attach_tiny("adalora", tiny_model(), seed=seed, dropout=0.1)
     for module in model.modules():
         if hasattr(module, "deltas"):
             module.deltas.train()
-    options = {"adalora": {"target_r": 2, "every": 5}, "ema": {}}
-    policies = make_policies([build(POLICIES[n].config, {"name": n, **o}, source="") for n, o in options.items()])
-    optimizer = make_optimizer(policies, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
+    adalora = AdaLoraCallback(AdaLoraCallbackConfig(target_r=2, every=5))
+    callbacks: list[Callback] = [AdamW(AdamWConfig()), adalora, Ema(EmaConfig())]
+    optimizer = make_optimizer(callbacks, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
     state = TrainingState(model, attachment(model).configs, optimizer, total=total, seed=seed)
     done = steps(
-        model, batches, loss="supervised", optimizer=optimizer, schedule=lambda step: 1.0, clip=1.0, policies=policies,
-        training=state, on_nonfinite="skip",
+        model, batches, loss="supervised", optimizer=optimizer, schedule=lambda step: 1.0, clip=1.0,
+        callbacks=callbacks, training=state, on_nonfinite="skip",
     )  # fmt: skip
     skipped = [bool(step.skipped) for step in done]
-    tensors = [*trainable(model).values(), *(t for p in policies for t in p.tensors.values())]
+    tensors = [*trainable(model).values(), *(t for each in callbacks for t in each.tensors.values())]
     tensors += [t for kept in optimizer.state.values() for t in kept.values() if torch.is_tensor(t)]
     return [t.detach().clone() for t in tensors], skipped
 

@@ -123,12 +123,12 @@ def learn(method: str, learning_rate: float | None, seed: int, answers_below: fl
     if method == BASE:
         return line | JOB.measure(seed, answers_below=answers_below)
     data, wanted = JOB.data(seed), recipe(method, learning_rate, seed)
-    plan = make_batches(wanted.train, data.examples)
+    plan, setup = make_batches(wanted.train, data.examples), wanted.setup()
     try:
-        attach_deltas(wanted, JOB.model, data.examples, plan)
+        attach_deltas(setup, JOB.model, data.examples, plan)
         line["parameters"] = sum(p.numel() for p in parameters_of(JOB.model, "default"))
         torch.manual_seed(seed)
-        line["losses"] = [round(step.loss, 4) for step in training_steps(wanted, JOB.model, data.examples, plan)]
+        line["losses"] = [round(step.loss, 4) for step in training_steps(setup, JOB.model, data.examples, plan)]
         for module in JOB.model.modules():
             module.training = False
         line |= JOB.measure(seed, answers_below=answers_below)
@@ -279,7 +279,7 @@ def _steps_of(job: Job, method: str) -> tuple[list[float], float]:
     attach(job.model, wanted.all_deltas()["default"], start=not METHODS[method].delta.needs)
     return_freed_memory()  # of the method before
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    times = [step.wall_s for step in training_steps(wanted, job.model, data.examples, plan)][1:]
+    times = [step.wall_s for step in training_steps(wanted.setup(), job.model, data.examples, plan)][1:]
     peak = peak_rss_gib()
     detach(job.model)
     job.model.eval()

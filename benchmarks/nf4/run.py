@@ -163,7 +163,7 @@ def inits() -> dict[str, Any]:
         data = prepare_data(job, tokenizer)
         model = load_base(job.base).model
         started = time.process_time()
-        attach_deltas(job, model, data.examples, make_batches(job.train, data.examples))
+        attach_deltas(job.setup(), model, data.examples, make_batches(job.train, data.examples))
         found[init] = {"start_s": round(time.process_time() - started, 1), "nats": round(nats(model), 5)}
     return found
 
@@ -236,10 +236,10 @@ def steps(kind: str) -> dict[str, Any]:
     torch.manual_seed(job.train.seed)
     base = load_base(job.base)
     data = prepare_data(job, base.tokenizer)
-    plan = make_batches(job.train, data.examples)
-    attach_deltas(job, base.model, data.examples, plan)
+    plan, setup = make_batches(job.train, data.examples), job.setup()
+    attach_deltas(setup, base.model, data.examples, plan)
     cpu, done = [time.process_time()], []
-    for step in training_steps(job, base.model, data.examples, plan):
+    for step in training_steps(setup, base.model, data.examples, plan):
         cpu.append(time.process_time())
         done.append(step)
     used = [after - before for before, after in itertools.pairwise(cpu)]

@@ -40,10 +40,10 @@ from graftlm.data.sources.source import Row  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.layers.attach import detach  # noqa: E402
+from graftlm.prepare import select_rows  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.selection import ifd  # noqa: E402
 from graftlm.selection.base import Pool, embeddings, examples_of  # noqa: E402
-from graftlm.selection.choose import choose  # noqa: E402
 from graftlm.selection.k_center import greedy_order  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
@@ -187,7 +187,7 @@ def planted(bench: Bench | None) -> dict[str, Any]:
         file, target = written("planted.jsonl", rows), written("target.jsonl", relevant[settings["relevant"] :])
         less = {"by": "less", "target": target, "keep": settings["relevant"], "seed": seed, **settings["less"]}
         recipe = bench.recipe(file, [less], train={"pack_tokens": 640})
-        chosen, _ = choose(recipe, load_rows(file)[0], bench.tokenizer, Console())
+        chosen, _ = select_rows(recipe, load_rows(file)[0], bench.tokenizer, Console())
         groups = [row.group for row in chosen]
         tasks = {group if group.isidentifier() else "docstrings" for group in groups}
         counts = {t: sum(g == t or (t == "docstrings" and not g.isidentifier()) for g in groups) for t in sorted(tasks)}
@@ -285,7 +285,7 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         if selector["by"] in ("less", "rds"):  # rows that are not in the comparison with chance
             selector["target"] = str(SCRATCH / "development.jsonl")
         recipe = bench.recipe(str(SCRATCH / "pool.jsonl"), [selector], train={"pack_tokens": 640})
-        return choose(recipe, pool, bench.tokenizer, Console())[0]
+        return select_rows(recipe, pool, bench.tokenizer, Console())[0]
 
     def run(method: str, seed: int) -> dict[str, Any]:
         """Train on what a method chooses, in several orders, and measure."""
@@ -302,9 +302,10 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         examples = [example for row in examples_of(rows, bench.renderer, recipe.data) for example in row]
         plan = make_batches(recipe.train, examples)
         torch.manual_seed(seed)
-        attach_deltas(recipe.setup(), bench.model, examples, plan)
+        setup = recipe.setup()
+        attach_deltas(setup, bench.model, examples, plan)
         try:
-            for _ in training_steps(recipe.setup(), bench.model, examples, plan):
+            for _ in training_steps(setup, bench.model, examples, plan):
                 pass
             bench.model.eval()
             return {"tokens": int(sum(e.weights.sum() for e in examples)), **measured()}

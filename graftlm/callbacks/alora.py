@@ -1,6 +1,6 @@
 """ALoRA: ranks move to where leaving them out hurts. Liu et al. 2024, arXiv:2403.16187, sections 3.2 and 3.3.
 
-    IS(i) = S(M) - S(M without rank i) + S(M with rank i alone)        S: minus the loss on rows put aside (AB-LoRA)
+    IS(i) = S(M) - S(M without rank i) + S(M with rank i alone)        S: minus the loss on the inner split (AB-LoRA)
 
 Each site of a LoRA begins with `first` of its r ranks. Every `every` steps, until `until` of the run, the `moves` ranks
 with the least IS are switched off (their columns of B are zero and stay so); sites that lost none gain one each, in the
@@ -38,7 +38,7 @@ class AloraConfig(CallbackConfig):
 
 class Alora(Callback):
     paper = "Liu et al. 2024, arXiv:2403.16187"
-    cost = "each time two forward passes over rows put aside for every rank that is on: thousands in a whole model"
+    cost = "each time two forward passes over the inner split for every rank that is on: thousands in a whole model"
     inner_share: ClassVar[float] = 0.05
 
     def refusal(self, training: TrainingState) -> str:

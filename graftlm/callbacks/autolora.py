@@ -1,15 +1,15 @@
-"""AutoLoRA: which ranks to keep, learnt from rows put aside. Zhang et al. 2024, arXiv:2403.09113, section 3.
+"""AutoLoRA: which ranks to keep, learnt from an inner split. Zhang et al. 2024, arXiv:2403.09113, section 3.
 
     dW = s sum_j g_j b_j a_j^T        g = r softmax(l)        l [r], one vector a site (method gated-lora)
 
-    the first `search` of the run:    A, B <- gradient of L(training rows)    l <- gradient of L(rows put aside), Adam
+    the first `search` of the run:    A, B <- gradient of L(training rows)    l <- gradient of L(inner split), Adam
     then:                             ranks with g_j below `threshold` are gone, the others have g_j = 1, and A, B are
                                       trained from the start over the rest of the run
 
 The paper's alpha is g / r: here its sum is r, so that the search begins as LoRA does (l = 0). `threshold` counts in the
 mean of alpha, 1 / r; each site keeps its best rank at least. Departures: the gradient in l is taken at the A, B of the
 step, without how they would have answered (the first order of DARTS; the paper has one step of theirs by finite
-differences), and the last training does not get the rows put aside back.
+differences), and the last training does not get the rows of the inner split back.
 """
 
 from abc import abstractmethod
@@ -36,7 +36,7 @@ class AutoLoraConfig(CallbackConfig):
 
 
 class GateSearch(Callback):
-    """Gates of gated-lora that follow from variables, which learn from rows put aside and are then made yes or no."""
+    """Gates of gated-lora that follow from variables, which learn from the inner split and are then made yes or no."""
 
     cost = "a second forward and backward pass a step while it searches, and a fifth of the rows"
     inner_share: ClassVar[float] = 0.2

@@ -3,7 +3,7 @@
     dW = s P diag(E) Q        P [d_out, r]  E [r, 1]  Q [r, d_in]  (method adalora, with its orthogonality penalty)
 
     lower level:  P, Q <- gradient of L(D1) + R(P, Q)        D1: the rows of training
-    upper level:  E    <- gradient of L(D2)                  D2: a fifth of the rows, put aside (the paper: two tenths)
+    upper level:  E    <- gradient of L(D2)                  D2: the inner split, a fifth of the rows (paper: 2 / 10)
 
 Departures: the upper gradient is taken at the P, Q of the same step, and how P, Q would have answered to another E is
 left out (the first order of DARTS; the paper unrolls the lower level). Both levels move in one step of one optimizer,

@@ -1,8 +1,8 @@
-"""DiffoRA: which sites get a LoRA at all, learnt from rows put aside. Jiang, Wang and Yuan 2025, arXiv:2502.08905.
+"""DiffoRA: which sites get a LoRA at all, learnt from an inner split. Jiang, Wang and Yuan 2025, arXiv:2502.08905.
 
     dW = s a B A        a = 2 sigmoid(v)        v, one number a site (the r gates of method gated-lora, all alike)
 
-    the first `search` of the run:    A, B <- gradient of L(training rows)    v <- gradient of L(rows put aside), Adam
+    the first `search` of the run:    A, B <- gradient of L(training rows)    v <- gradient of L(inner split), Adam
     then:                             the share `keep` of the sites with the greatest a stay, and A, B are trained from
                                       the start over the rest of the run
 

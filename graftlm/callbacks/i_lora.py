@@ -7,7 +7,7 @@ arXiv:2402.18865, section 4.
     h [T, d]  what each decoder layer puts out; no gradient through h_S      a `decay`      gamma `tie`
 
 What is evaluated and saved is S, as in ema.py. It is for a model that learns one task after another: the rows "before"
-are a small sample of what it learnt earlier, replayed so that it is not forgotten. Here they are the rows put aside, a
+are a small sample of what it learnt earlier, replayed so that it is not forgotten. Here they are the inner split, a
 twentieth of all that the recipe names: list what was learnt before beside what is new in `data.train`, on a base with
 the earlier adapter merged in (`graft merge`). As many rows as a step has are replayed each time.
 
@@ -41,7 +41,7 @@ class ILoraConfig(CallbackConfig):
 
 class ILora(Ema):
     paper = "Ren et al. 2024, arXiv:2402.18865"
-    cost = "a copy of what is trained; each step goes over as many rows put aside, twice, and keeps their hidden states"
+    cost = "a copy of what is trained; each step runs as many rows of the inner split twice and keeps hidden states"
     inner_share: ClassVar[float] = 0.05
 
     @classmethod

@@ -11,7 +11,7 @@ that are not squared, and PEFT divides by r + 1e-5; the former is a departure fr
 At the default rate P and Q stay nearly orthogonal. Larger rates may learn more in a few steps, but move P and Q so far
 in each that the penalty cannot hold them, and the triplets' scores then compare vectors of different lengths.
 
-This is the parameterisation alone. Which triplets live is a training policy's to decide, by zeros in E.
+This is the parameterisation alone. Which triplets live is decided by a callback, by zeros in E.
 """
 
 from typing import Any, Literal

@@ -9,7 +9,7 @@ z_g is the paper's structured variant, with a matrix as the group. The noise is 
 no gradient is wanted there is none (the test-time gate of Louizos et al. 2017, arXiv:1712.01312). The authors train
 the gates with a learning rate of 0.1, far above that of w: here alpha = gate + gate_speed * a, and a learns at the rate
 of w, which for Adam is the same thing. Their code adds up the two probabilities in the penalty; the paper multiplies
-them, and so do we. Magnitude pruning to a fixed share of entries, and training on with that mask, is the policy
+them, and so do we. Magnitude pruning to a fixed share of entries, and training on with that mask, is the callback
 `diff-pruning`.
 """
 

@@ -2,7 +2,7 @@
 
     h = W x + (alpha / b) B[:, :b] A[:b] x        A [r, d_in]  B [d_out, r]        1 <= b <= r
 
-LoRA of which the first b ranks are used. The policy `dylora` draws b anew for every training step, so that the first
+LoRA of which the first b ranks are used. The callback `dylora` draws b anew for every training step, so that the first
 ranks learn to do with few, and any b is good afterwards: `rank` in the config says which (None: all r), and
 `graftlm.callbacks.dylora.use_rank` changes it on a model. A and B start as LoRA's.
 """

@@ -5,7 +5,7 @@
 A rank whose gate is 0 is gone. A and B start as LoRA's, and g at 1, so that the fresh delta is a fresh LoRA; the
 authors draw g from a Gaussian, with which some ranks are nearly shut before anything was learnt.
 
-This is the parameterisation alone: without a policy g learns as A and B do. `sora` shuts gates by a proximal step,
+This is the parameterisation alone: without a callback g learns as A and B do. `sora` shuts gates by a proximal step,
 `autolora` and `diffora` search among ranks and sites by them.
 """
 

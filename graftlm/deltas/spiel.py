@@ -3,8 +3,8 @@
     W'[eta_i] = W[eta_i] + phi_i        eta [k] indices into W, all different; phi [k] learnt, at first 0
 
 Here is one state of the method: the indices and what is added there. The paper moves the indices during training (drop
-those with the smallest change, grow where the gradient is large): that is the policy `spiel`, which writes new numbers
-into `eta` and zeros into `phi`. Without it this is sparse fine-tuning with fixed indices.
+those with the smallest change, grow where the gradient is large): that is the callback `spiel`, which writes new
+numbers into `eta` and zeros into `phi`. Without it this is sparse fine-tuning with fixed indices.
 
 Fresh indices are random, one in each of k equal stretches of W (the paper: uniform, without replacement); where the
 gradient of the loss is known, the k weights with the greatest.

@@ -5,7 +5,7 @@
 The right singular vectors of X are the eigenvectors of X^T X, which is what is gathered. B stays as the method starts
 it: at zero, wherever it is trained. Among all orthonormal A this one keeps the most of x, and so gives B the greatest
 gradient (theorem 3.2). The authors' code and PEFT take the mean from X first; the theorems do not. The paper also
-moves ranks between layers by the variance that they explain: that is a policy, not a start.
+moves ranks between layers by the variance that they explain: that is a callback, not a start.
 """
 
 import torch

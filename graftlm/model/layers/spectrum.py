@@ -8,7 +8,7 @@ ends with as nearly the same share of its energy as whole ranks and the budget a
 by the same normalized energy and picks one for each layer; its rule for ties and its list are not followed. (Its text
 beyond the abstract was not at hand, and its authors' repository, ArminAzizi98/LaMDA, has LaMDA without the "++".)
 
-A fact of the base and of no step of training, so this is no policy: it makes the `patterns` of a config.
+A fact of the base and of no step of training, so this is no callback: it makes the `patterns` of a config.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A few full-parameter steps under some policies, in this process: peak memory, its parts, and step times, as JSON."""
+"""A few full-parameter steps in this process: peak memory, its parts, and step times, as JSON."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ def main() -> None:
     for name in ("--rows", "--out"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--settings", type=json.loads, required=True, help="the benchmark's config, as JSON")
-    parser.add_argument("--policies", type=json.loads, required=True)
+    parser.add_argument("--sections", type=json.loads, required=True, help="optimizer and callbacks of a recipe")
     args = parser.parse_args()
     settings = args.settings
 
@@ -31,13 +31,14 @@ def main() -> None:
     import torch
 
     import graftlm
-    from graftlm.callbacks import POLICIES, make_optimizer, make_policies
+    from graftlm.callbacks import make_optimizer
     from graftlm.config.schema import build
     from graftlm.data.batches.pack import Example, pack
-    from graftlm.deltas.full import FullConfig
     from graftlm.model.layers.attach import attach
     from graftlm.model.layers.registry import attachment, trainable
+    from graftlm.recipe import Recipe
     from graftlm.system import tune_process
+    from graftlm.training.callback import make_optimizer
     from graftlm.training.loop import steps
     from graftlm.training.state import ParameterGroup, TrainingState
 
@@ -52,10 +53,12 @@ def main() -> None:
     ]
     before = resident_gib()
     model, _ = graftlm.load_base(args.base, dtype="bfloat16")
-    attach(model, FullConfig(), seed=settings["seed"])
+    tree = {"base": args.base, "data": {"train": str(args.rows)}, "delta": {"method": "full"}, **args.sections}
+    setup = build(Recipe, tree, source="config.yaml").setup()
+    attach(model, setup.deltas["default"], seed=settings["seed"])
     learning = trainable(model)
-    policies = make_policies([build(POLICIES[p["name"]].config, p, source="config.yaml") for p in args.policies])
-    optimizer = make_optimizer(policies, [ParameterGroup(learning, settings["learning_rate"])], weight_decay=0.0)
+    callbacks = setup.make_callbacks()
+    optimizer = make_optimizer(callbacks, [ParameterGroup(learning, settings["learning_rate"])], weight_decay=0.0)
     state = TrainingState(model, attachment(model).configs, optimizer, total=count, seed=settings["seed"])
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     held = resident_gib() - before
@@ -68,7 +71,7 @@ def main() -> None:
             optimizer=optimizer,
             schedule=lambda step: 1.0,
             clip=1.0,
-            policies=policies,
+            callbacks=callbacks,
             training=state,
             checkpointing=True,
         )

@@ -1,4 +1,4 @@
-"""Online training on a reward that can be checked, for each kind of it: held-out answers before and after, by seed.
+"""Online RL on a reward that can be checked, for each kind of it: held-out answers before and after, by seed.
 
 A run's folder is kept in runs/ and not run again (one that was stopped goes on); delete it to start over. `--smoke`
 runs two steps of each with one seed, into runs/smoke/, and writes no result.
@@ -24,7 +24,7 @@ from graftlm.recipe import Recipe  # noqa: E402
 SMOKE: dict[str, dict[str, Any]] = {
     "data": {"held_out": 4},
     "train": {"steps": 2, "batch_rows": 2},
-    "online": {"samples": 2, "max_new_tokens": 8},
+    "rl": {"samples": 2, "max_new_tokens": 8},
     "report": {"answers": 4, "max_new_tokens": 8},
 }
 
@@ -38,7 +38,7 @@ def one_run(config: dict[str, Any], name: str, seed: int, *, smoke: bool) -> dic
         tree |= {section: {**tree[section], **changes} for section, changes in SMOKE.items()}
     scorer = {"by": "python", "function": f"{HERE / 'rewards.py'}:form"}
     length = config["steps_per_round"].get(name, 1)
-    tree["online"] = {**tree["online"], "scorer": scorer, "steps_per_round": length}
+    tree["rl"] = {**tree["rl"], "scorer": scorer, "steps_per_round": length}
     tree["train"] = {**tree["train"], "seed": seed, "learning_rate": config["learning_rate"]}
     graftlm.train(build(Recipe, tree, source="config.yaml"), out, resume=True)
     summary = json.loads((out / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""Peak memory and step time of full-parameter runs under policies that save memory, against AdamW: a process each.
+"""Peak memory and step time of full-parameter runs that save memory, against AdamW: a process each.
 
 What is published is of a LLaMA of 7B, what is measured of SmolLM2, whose embeddings are a fifth of it. So beside what
 was saved here stands what the shapes alone say, here and at 7B: where measuring agrees with shapes here, shapes are
@@ -6,8 +6,8 @@ what the published figure can be compared with.
 
 Every run's result is kept in runs/ and not run again; delete runs/ to start over. See config.yaml for what is counted.
 
-    python benchmarks/policies/run.py              everything, writes result.json
-    python benchmarks/policies/run.py adamw lomo   only these, prints them
+    python benchmarks/optimizers/run.py              everything, writes result.json
+    python benchmarks/optimizers/run.py adamw lomo   only these, prints them
 """
 
 import json
@@ -27,7 +27,6 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
-from graftlm.callbacks import POLICIES, make_policies  # noqa: E402
 from graftlm.config.schema import build  # noqa: E402
 from graftlm.data.batches.pack import batches  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
@@ -36,9 +35,8 @@ from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.data.sources.source import DataConfig  # noqa: E402
 from graftlm.model.hub.load import load_base  # noqa: E402
 from graftlm.model.hub.tokenizer import load_tokenizer  # noqa: E402
-from graftlm.training.callback import (
-    Callback,
-)
+from graftlm.recipe import Recipe  # noqa: E402
+from graftlm.training.callback import Callback, Optimizer  # noqa: E402
 
 RUNS = HERE / "runs"
 
@@ -65,7 +63,7 @@ def one_run(config: dict[str, Any], name: str, round_: int) -> dict[str, Any]:
         print(f"{out.stem} ...", flush=True)
         given = {"base": RUNS / "base", "rows": RUNS / "rows.jsonl", "out": out}
         flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-        flags += ["--settings", json.dumps(config), "--policies", json.dumps(config["shapes"][name])]
+        flags += ["--settings", json.dumps(config), "--sections", json.dumps(config["shapes"][name])]
         # Freed tensors go back to the system at once, so that what is resident is what is alive.
         allocator = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
         threads = {"OMP_NUM_THREADS": str(config["threads"]), "HF_HUB_OFFLINE": "1"}
@@ -74,8 +72,10 @@ def one_run(config: dict[str, Any], name: str, round_: int) -> dict[str, Any]:
     return result
 
 
-def learning_by_shapes(policy: Callback, shape: dict[str, int]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(all parameters of a LLaMA that `full` trains, those of them that this policy lets learn at a time)."""
+def learning_by_shapes(
+    callbacks: list[Callback], shape: dict[str, int]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(all parameters of a LLaMA that `full` trains, those of them that learn at a time)."""
     d, ff, heads = shape["d"], shape["ff"], shape.get("key_value", shape["d"])
     one = [(d, d), (heads, d), (heads, d), (d, d), (ff, d), (ff, d), (d, ff)]
     ends = [(shape["vocabulary"], d)] * (1 if shape.get("tied") else 2)
@@ -84,21 +84,27 @@ def learning_by_shapes(policy: Callback, shape: dict[str, int]) -> tuple[list[nn
         return [nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
 
     everything = made(ends + one * shape["layers"])
-    layers = policy.config.layers if policy.config.name == "lisa" else shape["layers"]
+    layers = next((each.config.layers for each in callbacks if each.config.name == "lisa"), shape["layers"])
     return everything, everything[: len(ends) + len(one) * layers]
 
 
-def saved_by_shapes(name: str, options: dict[str, Any], of: str, sizes: list[int], shape: dict[str, int]) -> float:
+def callbacks_of(sections: dict[str, Any]) -> list[Callback]:
+    """The optimizer and the callbacks of a recipe with these sections."""
+    tree = {"data": {"train": "builtin:docstrings"}, "delta": {"method": "full"}, **sections}
+    return build(Recipe, tree, source="config.yaml").setup().make_callbacks()
+
+
+def saved_by_shapes(sections: dict[str, Any], of: str, sizes: list[int], shape: dict[str, int]) -> float:
     """The share of AdamW's gradients and moments, or of its moments, that is not there; `sizes` bytes each."""
-    policy = make_policies([build(POLICIES[name].config, {"name": name} | options, source="config.yaml")])[0]
+    callbacks = callbacks_of(sections)
+    (optimizer,) = (each for each in callbacks if isinstance(each, Optimizer))
     gradient, moments = sizes
-    everything, learning = learning_by_shapes(policy, shape)
+    everything, learning = learning_by_shapes(callbacks, shape)
     whole = sum(p.numel() for p in everything)
-    state = [policy.state_bytes(p) for p in learning]  # in float32, where AdamW's are 8
-    kept = sum(8 * p.numel() if size is None else size for p, size in zip(learning, state, strict=True)) * moments / 8
+    kept = sum(map(optimizer.state_bytes, learning)) * moments / 8  # in float32, where AdamW's are 8
     if of == "moments":
         return 1 - kept / (moments * whole)
-    alive = (max if policy.fused else sum)(gradient * p.numel() for p in learning)
+    alive = (max if optimizer.fused else sum)(gradient * p.numel() for p in learning)
     return 1 - (alive + kept) / ((gradient + moments) * whole)
 
 
@@ -122,12 +128,9 @@ def summarise(config: dict[str, Any], found: dict[str, list[dict[str, Any]]]) ->
         row["saved of moments"] = round(1 - row["moments_gib"] / adamw["moments_gib"], 3)
     bars = {}
     for name, claim in config["published"].items():
-        saved, options = table[name][f"saved of {claim['of']}"], config["shapes"][name][0]
-        ours = {key: value for key, value in options.items() if key != "name"}
-        here = saved_by_shapes(name, ours, claim["of"], [4, 8], config["smollm2"])
-        there = saved_by_shapes(
-            name, ours | claim.get("options", {}), claim["of"], config["bytes"][name], config["seven_b"]
-        )
+        saved, ours = table[name][f"saved of {claim['of']}"], config["shapes"][name]
+        here = saved_by_shapes(ours, claim["of"], [4, 8], config["smollm2"])
+        there = saved_by_shapes(ours | claim.get("sections", {}), claim["of"], config["bytes"][name], config["seven_b"])
         agree = abs(saved / here - 1) <= config["tolerance"]
         bars[name] = claim | {
             "saved_here": saved,
