@@ -196,7 +196,8 @@ def steps(
     if fused and terms(regularizers, model):
         raise TrainingError(
             "regularisers: those of the delta's tensors are added after the backward pass, in which optimizer "
-            f"{fused.config.name} already acts: only kl can go with it"
+            f"{fused.config.name} already acts: only kl can go with it",
+            code="conflicting-settings",
         )
     rehearsed = fused is not None and fused.rehearses
     still: set[str] | None = None if run.done == 0 else set()
@@ -270,7 +271,7 @@ def steps(
             in_a_row += 1
             what = f"the {wrong} of step {number + 1}"
             if on_nonfinite == "stop" or in_a_row == MOST_SKIPPED:
-                raise NotFiniteError(_not_finite(what, rows, in_a_row))
+                raise NotFiniteError(_not_finite(what, rows, in_a_row), code="not-finite")
             norm = torch.tensor(math.nan)
         else:
             in_a_row = 0
@@ -376,7 +377,8 @@ def _memory_explained(model: nn.Module, packs: Sequence[Pack], step: int, checkp
             f"step {step} needs more memory than there is: {str(error).strip().splitlines()[0] if str(error) else ''}\n"
             f"Its largest pack has {largest.ids.numel():,} tokens in {rows} rows, {len(largest.targets):,} of them "
             f"supervised; for each of them every one of {layers} layers keeps {kept} until the backward pass.\n"
-            f"To need less: {'; '.join(knobs)}. `graft estimate` says beforehand what a recipe needs"
+            f"To need less: {'; '.join(knobs)}. `graft estimate` says beforehand what a recipe needs",
+            code="out-of-memory",
         ) from None
 
 
@@ -392,7 +394,9 @@ def _check_gradients(parameters: dict[str, nn.Parameter], still: set[str] | None
     """
     missing = [name for name, p in parameters.items() if p.grad is None]
     if missing:
-        raise TrainingError(f"{len(missing)} trainable tensors got no gradient:\n" + numbered(missing))
+        raise TrainingError(
+            f"{len(missing)} trainable tensors got no gradient:\n" + numbered(missing), code="no-gradient"
+        )
     if done > 1:
         return set()
     zero = {name for name, p in parameters.items() if not p.grad.count_nonzero()}  # type: ignore[union-attr]
@@ -400,7 +404,8 @@ def _check_gradients(parameters: dict[str, nn.Parameter], still: set[str] | None
     if done == 1 and still:
         raise TrainingError(
             f"{len(still)} trainable tensors had a zero gradient in the first two steps, so they learn nothing:\n"
-            + numbered(sorted(still))
+            + numbered(sorted(still)),
+            code="zero-gradient",
         )
     return still
 
