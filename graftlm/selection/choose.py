@@ -81,16 +81,7 @@ def choose(
 
     Raises DataError where nothing is left, and RecipeError for a selector that ranks and is not told how many to keep.
     """
-    if distributed.count() > 1:
-        raise RecipeError(
-            "select: rows are chosen by one process. Choose them first, with graft data select", code="one-process-only"
-        )
-    for config in selectors:
-        if config.keep is None and not SELECTORS[config.by].filters:
-            raise RecipeError(
-                f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)",
-                code="missing-option",
-            )
+    _check_selectors(selectors)
     renderer, choices = Renderer(tokenizer, turn_order=data.turn_order, today=today), list[Choice]()
     with terminal.progress(console) as bars:
 
@@ -127,6 +118,19 @@ def choose(
     if data.order is not None and data.order.by == SELECTED:
         chosen = [replace(row, score=score) for row, score in zip(chosen, scores.tolist(), strict=True)]
     return chosen, choices
+
+
+def _check_selectors(selectors: Sequence[SelectorConfig]) -> None:
+    if distributed.count() > 1:
+        raise RecipeError(
+            "select: rows are chosen by one process. Choose them first, with graft data select", code="one-process-only"
+        )
+    for config in selectors:
+        if config.keep is None and not SELECTORS[config.by].filters:
+            raise RecipeError(
+                f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)",
+                code="missing-option",
+            )
 
 
 def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Scores, Choice]:

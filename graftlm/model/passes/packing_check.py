@@ -285,17 +285,7 @@ def _compare(
     if sharing:
         ways["packed with shared beginnings"] = "train: {prefix_sharing: false}` to compute the beginning of every row"
     name, shared = type(model).__name__, len(second) // 2 if sharing else 0
-    try:
-        wanted = by.alone(second, 0)
-        of_first = [] if spoiled else [by.alone(first, start), by.alone(first, 0)]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        what, tokens = f"{type(error).__name__}: {error}", max(start + len(first), len(second))
-        raise TrainingError(
-            f"{name} cannot be trained on rows of {tokens} tokens: its decoder fails on one ({what})",
-            code="forward-pass-fails",
-        ) from error
+    wanted, of_first = _alone(name, by, first, second, start, spoiled)
     pack = _PackedRow.of(second, first, shared, start=start)
     try:
         with packed_attention(model, backend):
@@ -332,6 +322,22 @@ def _compare(
                     f"{by.unit} a token (rounding is below {by.tolerance:g}){why}. Set `{remedy}",
                     code="cannot-pack",
                 )
+
+
+def _alone(
+    name: str, by: _Criterion, first: Tensor, second: Tensor, start: int, spoiled: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """What the second row gives alone, and unless `spoiled` the first one too, at `start` and at 0."""
+    try:
+        return by.alone(second, 0), [] if spoiled else [by.alone(first, start), by.alone(first, 0)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        what, tokens = f"{type(error).__name__}: {error}", max(start + len(first), len(second))
+        raise TrainingError(
+            f"{name} cannot be trained on rows of {tokens} tokens: its decoder fails on one ({what})",
+            code="forward-pass-fails",
+        ) from error
 
 
 def _leak(model: Any, by: _Criterion, clean: _PackedRow, found: Tensor, backend: Backend) -> str:
