@@ -42,7 +42,10 @@ def start() -> None:
 
     here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if gpus and here >= gpus:
-        raise TrainingError(f"process {here + 1} on a machine of {gpus} GPUs: --nproc-per-node {gpus} is the most")
+        raise TrainingError(
+            f"process {here + 1} on a machine of {gpus} GPUs: --nproc-per-node {gpus} is the most",
+            code="more-processes-than-gpus",
+        )
     if gpus:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
@@ -137,7 +140,8 @@ def check_same(tensors: Mapping[str, "Tensor"]) -> None:
         if other:
             raise TrainingError(
                 f"{name} starts otherwise on rank {other[0]} than on rank 0, so they would train different deltas. "
-                "Start all ranks with the same files and packages, on machines of one kind"
+                "Start all ranks with the same files and packages, on machines of one kind",
+                code="ranks-start-differently",
             )
 
 

@@ -16,9 +16,8 @@ class GraftError(Exception):
     family: ClassVar[str] = "graft"
     """The first half of the codes of a class of errors."""
 
-    def __init__(self, message: str, *, code: str = "unspecified") -> None:
-        """`code`: two to four words joined by hyphens that name the condition, the same in every version. The default
-        is for packages whose errors have none yet (docs/decisions/056)."""
+    def __init__(self, message: str, *, code: str) -> None:
+        """`code`: two to four words joined by hyphens that name the condition, the same in every version."""
         super().__init__(message)
         self.slug = code
 

@@ -111,7 +111,10 @@ def _run(recipe: Recipe, folder: RunFolder, trackers: Trackers, console: Console
         in_parts = recipe.train.shard != "none" and distributed.count() > 1  # then no single device may hold it
         model: Any = load_base(recipe.base, network=recipe.network, leave_on_cpu=in_parts).model
     if recipe.train.offload and model.device.type == "cpu":
-        raise TrainingError("train.offload: the model is on a CPU, so its activations are in that memory already")
+        raise TrainingError(
+            "train.offload: the model is on a CPU, so its activations are in that memory already",
+            code="gpu-only-setting",
+        )
     if recipe.train.kernels != "auto":
         pinned(recipe.train.kernels, model.device, model.dtype)  # refused before anything else takes its time
     batches = make_batches(recipe.train, data.examples, data.curriculum, data.draws)

@@ -315,7 +315,7 @@ def proof(name: str) -> str:
     reason = next(iter(said))
     if _is_right_in_a_pack(name):
         raise Wrong(f"false alarm: {reason}")
-    raise GraftError(reason)
+    raise GraftError(reason, code="architecture-refused")
 
 
 def _is_right_in_a_pack(name: str) -> bool:
@@ -345,7 +345,7 @@ def peft_reads_ours(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = with_lora(name)
         if reason := why_not_peft(model):
-            raise GraftError(reason)
+            raise GraftError(reason, code="architecture-refused")
         save_adapter(model, f"{folder}/a")
         theirs = peft.PeftModel.from_pretrained(build(name), f"{folder}/a")
         same(logits(theirs.base_model.model), logits(model), "logits of PEFT and ours", 1e-3)

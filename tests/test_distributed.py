@@ -20,13 +20,13 @@ import graftlm.training.loop as loop
 import graftlm.training.objective as objective
 from graftlm import distributed
 from graftlm.data.batches.pack import Pack, collate, pack
-from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_loss
 from graftlm.model.layers.registry import trainable
 from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.sharding import shard
+from tests.errors import raises
 from tests.test_run import recipe
 from tests.training.test_loop import examples
 from tests.training.together import command_line, together
@@ -160,7 +160,7 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
         found = original(*arguments)
         return found * float("nan") if distributed.rank() == 1 else found
 
-    with patch.object(objective, "log_probs", poisoned), pytest.raises(TrainingError) as raised:
+    with patch.object(objective, "log_probs", poisoned), raises("training/not-finite") as raised:
         list(loop.steps(
             model, [packs], loss="supervised", optimizer=adamw([(trainable(model).values(), 0.1)], weight_decay=0.0),
             schedule=lambda n: 1.0, clip=1.0,
@@ -182,14 +182,14 @@ def ended_by_the_last_rank(base: Path, rows: Path, out: Path) -> dict[str, Any]:
 def different_start() -> str:
     distributed.start()
     model = perturbed("lora", tiny_model(), seed=distributed.rank())
-    with pytest.raises(TrainingError) as raised:
+    with raises("training/ranks-start-differently") as raised:
         distributed.check_same(trainable(model))
     return str(raised.value)
 
 
 def prompt_in_parts() -> str:
     distributed.start()
-    with pytest.raises(TrainingError) as raised:
+    with raises("training/conflicting-settings") as raised:
         shard(perturbed("prompt", tiny_model()))
     return str(raised.value)
 

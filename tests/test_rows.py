@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import graftlm
 from graftlm.cli import app
-from graftlm.errors import DataError, RecipeError
 from graftlm.testing import save_tiny_base
+from tests.errors import raises
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_rows_alone_are_checked_with_the_defaults_of_a_recipe(rows: Path, smollm
 
 
 def test_what_cannot_be_checked_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such recipe"):
+    with raises("recipe/no-such-recipe"):
         graftlm.rows_report(tmp_path / "absent.yaml")
-    with pytest.raises(DataError, match=r"absent\.jsonl"):
+    with raises("data/no-such-file", match=r"absent\.jsonl"):
         graftlm.rows_report(tmp_path / "absent.jsonl")

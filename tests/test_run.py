@@ -22,7 +22,6 @@ from graftlm.adapters.load import load_adapter
 from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import DataError, OutputError, RecipeError, TargetError, TrainingError
 from graftlm.model.hub.config import BaseConfig
 from graftlm.model.hub.fingerprint import fingerprint
 from graftlm.model.hub.load import load_base
@@ -32,6 +31,7 @@ from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.testing import save_tiny_base
 from graftlm.testing.deltas import logits
+from tests.errors import raises
 
 SUMMARY = {
     "held_out": {"rouge_l": {"base", "tuned"}, "loss_nats": {"base", "tuned"}},
@@ -127,7 +127,7 @@ def test_an_existing_folder_is_kept_unless_overwrite(base_folder: Path, rows: Pa
     out = tmp_path / "out"
     graftlm.train(recipe(base_folder, rows), out)
     (out / "precious").write_text("x")
-    with pytest.raises(OutputError, match="--overwrite"):
+    with raises("output/already-exists", match="--overwrite"):
         graftlm.train(recipe(base_folder, rows), out)
     assert (out / "precious").read_text() == "x"
     graftlm.train(recipe(base_folder, rows), out, overwrite=True)
@@ -136,19 +136,19 @@ def test_an_existing_folder_is_kept_unless_overwrite(base_folder: Path, rows: Pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "code"),
     [
-        ({"delta_targets": ("nothing",)}, TargetError),
-        ({"data_held_out": 1000}, DataError),
-        ({"data_train": "no.jsonl"}, DataError),
+        ({"delta_targets": ("nothing",)}, "target/no-layer-matches"),
+        ({"data_held_out": 1000}, "data/held-out-too-large"),
+        ({"data_train": "no.jsonl"}, "data/no-such-file"),
     ],
 )
 def test_bad_input_loses_nothing_that_was_there(
-    changes: dict[str, Any], error: type[Exception], base_folder: Path, rows: Path, tmp_path: Path
+    changes: dict[str, Any], code: str, base_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     graftlm.train(recipe(base_folder, rows), tmp_path / "out")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    with pytest.raises(error):
+    with raises(code):
         graftlm.train(recipe(base_folder, rows, **changes), tmp_path / "out", overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"]
@@ -170,7 +170,7 @@ def test_a_failure_while_measuring_leaves_the_adapter(
 def test_a_model_that_cannot_be_packed_is_refused_with_the_remedy(rows: Path, tmp_path: Path) -> None:
     config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
     base = save_tiny_base(tmp_path / "bloom", **config)
-    with pytest.raises(TrainingError, match="pack: false"):
+    with raises("training/cannot-pack", match="pack: false"):
         graftlm.train(recipe(base, rows), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     summary = graftlm.train(recipe(base, rows, data_pack=False), tmp_path / "out").summary
@@ -288,7 +288,7 @@ def test_several_deltas_are_trained_together_and_each_is_an_adapter(
         load_adapter(model, folder, name=name)
         assert (folder / "README.md").is_file()
     assert torch.equal(logits(model), trained), "the adapters together are the model that was trained"
-    with pytest.raises(OutputError, match="exists"):
+    with raises("output/already-exists"):
         graftlm.train(several(base_folder, rows), tmp_path / "out")
     graftlm.train(several(base_folder, rows), tmp_path / "out", overwrite=True)
 
@@ -321,7 +321,7 @@ def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
 
 
 def test_a_delta_and_several_at_once_are_refused(rows: Path) -> None:
-    with pytest.raises(RecipeError, match="give delta, or several by name in deltas, not both"):
+    with raises("recipe/invalid-value", match="give delta, or several by name in deltas, not both"):
         build(Recipe, {"data": {"train": str(rows)}, "delta": {"method": "lora"}, "deltas": {"a": {"method": "lora"}}},
               source="test")  # fmt: skip
     assert build(Recipe, {"data": {"train": str(rows)}}, source="test").delta == LoraConfig()
@@ -383,7 +383,7 @@ def test_checkpointing_changes_no_byte_that_matters(base_folder: Path, rows: Pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is allowed")
 def test_offloading_on_a_cpu_is_refused_with_the_reason(base_folder: Path, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"train.offload: the model is on a CPU"):
+    with raises("training/gpu-only-setting", match="train.offload"):
         graftlm.train(recipe(base_folder, rows, train_offload=True), tmp_path / "out")
 
 

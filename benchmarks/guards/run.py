@@ -19,7 +19,6 @@ import torch
 import yaml
 
 import graftlm
-from graftlm.callbacks import make_optimizer
 from graftlm.callbacks.adalora import AdaLoraCallback, AdaLoraCallbackConfig
 from graftlm.callbacks.ema import Ema, EmaConfig
 from graftlm.config.schema import build

@@ -31,7 +31,6 @@ def main() -> None:
     import torch
 
     import graftlm
-    from graftlm.callbacks import make_optimizer
     from graftlm.config.schema import build
     from graftlm.data.batches.pack import Example, pack
     from graftlm.model.layers.attach import attach

@@ -22,7 +22,9 @@ def use_chat(model: nn.Module, name: str, text: str | None, ours: Mapping[str, A
     try:
         today = datetime.date.fromisoformat(ours["today"]) if ours.get("today") else None
     except (TypeError, ValueError):
-        raise AdapterError(f"{folder / RECORD}: today: {ours['today']!r} is no date (YYYY-MM-DD)") from None
+        raise AdapterError(
+            f"{folder / RECORD}: today: {ours['today']!r} is no date (YYYY-MM-DD)", code="invalid-date"
+        ) from None
     chats[name] = Chat(text, today, ours.get("turn_order") or "refuse")
     wanted = ours.get("chat_template")
     said = "; answers use its chat template" + (f", which writes the day of training, {today}" if today else "")
@@ -51,7 +53,7 @@ def template_in(folder: Path) -> str | None:
         try:
             return (folder / TEMPLATE).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise AdapterError(f"{folder / TEMPLATE}: cannot be read: {error}") from None
+            raise AdapterError(f"{folder / TEMPLATE}: cannot be read: {error}", code="unreadable-file") from None
     file = folder / "tokenizer_config.json"
     found = read_json(file).get("chat_template") if file.is_file() else None
     if isinstance(found, list):  # several by name

@@ -49,10 +49,15 @@ def new_folder(out: str | Path, *, overwrite: bool = False, keep: Sequence[str] 
 def check_new_folder(out: Path, *, overwrite: bool = False, keep: Sequence[str] = ()) -> None:
     """Raise OutputError where `new_folder` would, before there is anything to write."""
     if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists and would be lost: choose another folder, or say --overwrite")
+        raise OutputError(
+            f"{out} exists and would be lost: choose another folder, or say --overwrite", code="already-exists"
+        )
     ours = any((path / CONFIG).is_file() for path in (out, *adapters_in(out).values()))
     if out.exists() and not ours and not (out.is_dir() and all(path.name in keep for path in out.iterdir())):
-        raise OutputError(f"{out} is no adapter folder, so even --overwrite does not replace it: choose another folder")
+        raise OutputError(
+            f"{out} is no adapter folder, so even --overwrite does not replace it: choose another folder",
+            code="not-an-adapter-folder",
+        )
 
 
 def mend_folder(out: Path, *, keep: Sequence[str] = ()) -> None:
@@ -114,15 +119,19 @@ def adapters_in(folder: Path) -> dict[str, Path]:
 def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         near = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise AdapterError(f"{folder}: no such adapter folder. {nearest(str(folder), near)}")
+        raise AdapterError(f"{folder}: no such adapter folder. {nearest(str(folder), near)}", code="no-such-folder")
     if not (folder / CONFIG).is_file():
         inside = [p.parent.name for p in folder.glob(f"*/{CONFIG}")]
         hint = f" There are adapters in its folders {inside}" if inside else ""
-        raise AdapterError(f"{folder}: no {CONFIG}, so this is no adapter.{hint}")
+        raise AdapterError(f"{folder}: no {CONFIG}, so this is no adapter.{hint}", code="no-adapter-config")
     if not (folder / WEIGHTS).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        why = "its weights are pickled (adapter_model.bin), which may run code: save them as safetensors with PEFT"
-        raise AdapterError(f"{folder}: {why if pickled else f'no {WEIGHTS}'}")
+        if (folder / "adapter_model.bin").is_file():
+            raise AdapterError(
+                f"{folder}: its weights are pickled (adapter_model.bin), which may run code: save them as safetensors "
+                "with PEFT",
+                code="pickled-weights",
+            )
+        raise AdapterError(f"{folder}: no {WEIGHTS}", code="no-weights")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -135,13 +144,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if not isinstance(ours.get(part), dict) or not ours[part].keys() >= set(keys):
             raise AdapterError(
                 f"{folder / RECORD}: {part!r} is incomplete, so nothing can be checked by it. Restore the file, or "
-                "delete it to load the folder as an adapter of another tool"
+                "delete it to load the folder as an adapter of another tool",
+                code="incomplete-record",
             )
     for file, expected in ours["sha256"].items():
         if file not in (CONFIG, WEIGHTS) or sha256_of(folder / file) != expected:
             raise AdapterError(
                 f"{folder / file}: its checksum is not the one that was written. The file is damaged or was edited; "
-                f"restore it, or delete {RECORD} to load it as an adapter of another tool"
+                f"restore it, or delete {RECORD} to load it as an adapter of another tool",
+                code="checksum-mismatch",
             )
     return ours
 
@@ -150,9 +161,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{file}: cannot be read: {error}") from None
+        raise AdapterError(f"{file}: cannot be read: {error}", code="unreadable-file") from None
     if not isinstance(tree, dict):
-        raise AdapterError(f"{file}: must hold a mapping, this holds a {type(tree).__name__}")
+        raise AdapterError(f"{file}: must hold a mapping, this holds a {type(tree).__name__}", code="not-a-mapping")
     return tree
 
 
@@ -162,7 +173,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file}: not a complete safetensors file: {error}") from None
+        raise AdapterError(f"{file}: not a complete safetensors file: {error}", code="damaged-weights") from None
     return tensors
 
 

@@ -60,7 +60,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
         method_name = str(ours["config"].get("method"))
         if method_name not in METHODS:
             why = why_broken("graftlm.methods", method_name) or nearest(method_name, METHODS)
-            raise AdapterError(f"{folder}: method {method_name!r} is none of ours. {why}")
+            raise AdapterError(f"{folder}: method {method_name!r} is none of ours. {why}", code="unknown-method")
         method = METHODS[method_name]
         config = build(method.config, ours["config"], source=str(folder / RECORD))
         members = [Member("", config, None if ours["layout"] == OWN_TYPE else method.delta.peft, tensors)]
@@ -74,7 +74,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default",
             try:
                 attach(model, member.config, name=this, seed=ours["seed"] if ours else 0, start=False)
             except TargetError as error:
-                raise AdapterError(f"{folder}: does not fit this model: {error}") from None
+                raise AdapterError(f"{folder}: does not fit this model: {error}", code="does-not-fit-model") from None
             attached.append(this)
             make_room(model, this, member.layout, member.tensors)
             fill(stored_tensors(model, this, member.layout), member.tensors, folder / WEIGHTS)
@@ -105,7 +105,8 @@ def _check_base(model: nn.Module, ours: dict[str, Any], folder: Path, trust_base
     if (what := difference(theirs, here)) and not trust_base:
         raise BaseModelError(
             f"{folder} was trained on {theirs['name']!r} ({theirs['digest'][:19]}), this model is "
-            f"{base_record(model).name!r} ({here.digest[:19]}): {what}. Load that base, or train again"
+            f"{base_record(model).name!r} ({here.digest[:19]}): {what}. Load that base, or train again",
+            code="other-base",
         )
 
 

@@ -50,11 +50,12 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
     """The adapter's own files into a folder that exists; `save_adapter` is this, made atomic."""
     record = attachment(model)
     if name not in record.configs:
-        raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
+        raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}", code="no-such-delta")
     if name in record.members:
         raise AdapterError(
             f"{name!r} is {len(record.members[name])} deltas on this model ({', '.join(record.members[name])}), and a "
-            "folder holds one. Save each by its name into a folder of its own, or merge it (`graft merge`)"
+            "folder holds one. Save each by its name into a folder of its own, or merge it (`graft merge`)",
+            code="several-deltas",
         )
     config, chat = record.configs[name], record.chats.get(name)
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft

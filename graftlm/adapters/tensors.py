@@ -37,7 +37,9 @@ def stored_tensors(model: nn.Module, name: str, layout: PeftLayout | None) -> di
     for site, module in modules_of(model, name).items():
         for key, tensor in module.state_dict(keep_vars=True).items():
             if layout is not None and key not in (layout.tensors if site else layout.shared):
-                raise AdapterError(f"PEFT's {layout.type} has no tensor for {key} of {type(module).__name__}")
+                raise AdapterError(
+                    f"PEFT's {layout.type} has no tensor for {key} of {type(module).__name__}", code="no-peft-layout"
+                )
             if layout is None:
                 stored = f"{PREFIX}{site}.{key}" if site else f"base_model.graft_shared.{key}"
             elif not site:
@@ -49,7 +51,9 @@ def stored_tensors(model: nn.Module, name: str, layout: PeftLayout | None) -> di
                 names = layout.embedding if at_embedding and layout.embedding else layout.tensors
                 stored = f"{PREFIX}{site}.{names[key]}"
             if stored in found:
-                raise AdapterError(f"two tensors of {type(module).__name__} have the one name {stored}")
+                raise AdapterError(
+                    f"two tensors of {type(module).__name__} have the one name {stored}", code="no-peft-layout"
+                )
             found[stored] = tensor
     return found
 
@@ -77,7 +81,8 @@ def check_rebuilt(here: Mapping[str, list[float]], there: Mapping[str, list[floa
     if wrong:
         raise AdapterError(
             f"{folder}: {len(wrong)} frozen tensors are made again from the seed, and came out other than they were: "
-            f"{sorted(wrong)[0]}. Another version of torch? Load it with the one that wrote it, and merge or export it"
+            f"{sorted(wrong)[0]}. Another version of torch? Load it with the one that wrote it, and merge or export it",
+            code="rebuilt-tensors-differ",
         )
 
 
@@ -102,7 +107,7 @@ def fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Pa
         elif ours.is_floating_point() != theirs.is_floating_point():
             problems.append(f"{key}: has dtype {theirs.dtype}, this model needs {ours.dtype}")
     if problems:
-        raise AdapterError(f"{file}: does not fit this model:\n{numbered(sorted(problems))}")
+        raise AdapterError(f"{file}: does not fit this model:\n{numbered(sorted(problems))}", code="does-not-fit-model")
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(tensors[key])
@@ -117,7 +122,9 @@ def check_numbers(tensors: Mapping[str, Tensor], file: Path) -> None:
         elif t.is_floating_point() and not widened(t).isfinite().all():
             problems.append(f"{key}: holds NaN or infinity")
     if problems:
-        raise AdapterError(f"{file}: {len(problems)} tensors cannot be weights:\n{numbered(problems)}")
+        raise AdapterError(
+            f"{file}: {len(problems)} tensors cannot be weights:\n{numbered(problems)}", code="not-weights"
+        )
 
 
 def widened(t: Tensor) -> Tensor:

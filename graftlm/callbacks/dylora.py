@@ -87,11 +87,15 @@ def use_rank(model: nn.Module, rank: int | None, *, name: str = "default") -> No
     record = attachment(model)
     config: Any = record.configs.get(name)
     if config is None or config.method != "dylora":
-        raise TargetError(f"{name!r} is no DyLoRA of this model, so it has no ranks to choose from")
+        raise TargetError(
+            f"{name!r} is no DyLoRA of this model, so it has no ranks to choose from", code="not-a-dylora"
+        )
     deltas = [delta for other, _, delta in deltas_by_site(model) if other == name and isinstance(delta, DyLora)]
     least = min(len(delta.A) for delta in deltas)
     if rank is not None and not 1 <= rank <= least:
-        raise TargetError(f"rank {rank}: the DyLoRA {name!r} can be cut to anything from 1 to {least}")
+        raise TargetError(
+            f"rank {rank}: the DyLoRA {name!r} can be cut to anything from 1 to {least}", code="rank-out-of-range"
+        )
     for delta in deltas:
         delta.use(rank)
     record.configs[name] = replace(config, rank=rank)

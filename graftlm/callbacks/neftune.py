@@ -61,7 +61,8 @@ class Neftune(Callback):
             names = " and ".join(dict.fromkeys(shared[0][:2]))
             raise TrainingError(
                 f"callbacks: neftune: rows of {names} share their beginning, so they cannot have a noise each. "
-                "Set train: {prefix_sharing: false}"
+                "Set train: {prefix_sharing: false}",
+                code="conflicting-settings",
             )
         parts = []
         for (row,), L in zip(pack.where, pack.lengths, strict=True):

@@ -82,7 +82,10 @@ class Velora(Callback):
         def before(host: nn.Module, args: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
                 if is_recomputed(training.model):
-                    raise TrainingError("callbacks: velora: train.checkpointing keeps no such inputs: set one of both")
+                    raise TrainingError(
+                        "callbacks: velora: train.checkpointing keeps no such inputs: set one of both",
+                        code="conflicting-settings",
+                    )
                 saving.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keeper(site, args[0]), restored))
 
         def after(host: nn.Module, args: Any, output: Any) -> None:

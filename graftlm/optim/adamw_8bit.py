@@ -41,11 +41,16 @@ class AdamW8bit(Optimizer):
 
     def make(self, groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         if self.config.paged and any(p.device.type == "cpu" for group in groups for p in group.parameters.values()):
-            raise TrainingError("optimizer: adamw-8bit: paged is for GPUs, and the model is on a CPU: leave it out")
+            raise TrainingError(
+                "optimizer: adamw-8bit: paged is for GPUs, and the model is on a CPU: leave it out",
+                code="gpu-only-setting",
+            )
         try:
             from bitsandbytes.optim import AdamW
         except ImportError:
-            raise TrainingError("optimizer: adamw-8bit is from bitsandbytes: pip install 'graftlm[4bit]'") from None
+            raise TrainingError(
+                "optimizer: adamw-8bit is from bitsandbytes: pip install 'graftlm[4bit]'", code="missing-package"
+            ) from None
         optimizer: torch.optim.Optimizer = AdamW(
             torch_groups(groups), weight_decay=weight_decay, optim_bits=8, is_paged=self.config.paged
         )

@@ -82,7 +82,8 @@ class Fused(Optimizer):
                 raise TrainingError(
                     f"{self.config.name}: a gradient of step {training.done + 1} is not finite, and a part of the step "
                     "has been taken already. Go on from the last checkpoint (--resume) with a lower learning rate"
-                    + (", or without `largest`: then it is found in time" if hasattr(self.config, "largest") else "")
+                    + (", or without `largest`: then it is found in time" if hasattr(self.config, "largest") else ""),
+                    code="not-finite",
                 )
             with torch.no_grad():
                 self.act(training, group, p, g)

@@ -43,7 +43,8 @@ class ScheduleFree(Optimizer):
             from schedulefree import AdamWScheduleFree
         except ImportError:
             raise TrainingError(
-                "optimizer: schedule-free is a library of its own: pip install 'graftlm[schedule-free]'"
+                "optimizer: schedule-free is a library of its own: pip install 'graftlm[schedule-free]'",
+                code="missing-package",
             ) from None
         optimizer: torch.optim.Optimizer = AdamWScheduleFree(
             torch_groups(groups), betas=(self.config.momentum, 0.999), weight_decay=weight_decay

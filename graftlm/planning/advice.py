@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.deltas import METHODS
-from graftlm.errors import GraftError, nearest
+from graftlm.errors import RecipeError, nearest
 from graftlm.plugins import load_plugins
 
 MEASURED = Path(__file__).parent.parent / "measured.json"
@@ -87,15 +87,16 @@ ALSO = {
 def suggest(wanted: str, *, count: int = 5) -> list[dict[str, Any]]:
     """The best of the measured methods by the words in `wanted`: by the mean of their places under each rule.
 
-    Raises GraftError for a word that stands for no rule.
+    Raises RecipeError for a word that stands for no rule.
     """
     words = [ALSO.get(word, word) for word in wanted.lower().replace(",", " ").split()]
     words = list(dict.fromkeys(word for word in words if word))
     for word in words:
         if word not in RULES and word not in CONDITIONS:
             known = (*RULES, *CONDITIONS, *ALSO)
-            raise GraftError(
-                f"--for: no rule about {word!r}. {nearest(word, known)} Words: {', '.join(RULES | CONDITIONS)}"
+            raise RecipeError(
+                f"--for: no rule about {word!r}. {nearest(word, known)} Words: {', '.join(RULES | CONDITIONS)}",
+                code="unknown-rule",
             )
     rules = [word for word in words if word in RULES] or ["quality"]
     rows = [row for row in facts() if all(row[CONDITIONS[word]] for word in words if word in CONDITIONS)]

@@ -50,7 +50,8 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     if recipe.rl is not None:
         raise TrainingError(
             "graft estimate measures rows that are there, and with `rl` the model writes them as it goes. Estimate "
-            "the same recipe without `rl`, on rows with answers as long as rl.max_new_tokens"
+            "the same recipe without `rl`, on rows with answers as long as rl.max_new_tokens",
+            code="unsupported-with-rl",
         )
     data = prepare_data(recipe, recipe.tokenizer())
     shape = shape_of(recipe, data.examples, data.draws)

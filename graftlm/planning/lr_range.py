@@ -78,9 +78,12 @@ def lr_range_test(recipe: Recipe, *, console: Console | None = None, count: int 
     step, and TrainingError under torchrun. Nothing is written.
     """
     if distributed.count() > 1:
-        raise TrainingError("graft lr-range is for one process: leave torchrun out")
+        raise TrainingError("graft lr-range is for one process: leave torchrun out", code="one-process-only")
     if recipe.rl is not None:
-        raise TrainingError("graft lr-range compares losses of the same rows, and with `rl` no two steps have the same")
+        raise TrainingError(
+            "graft lr-range compares losses of the same rows, and with `rl` no two steps have the same",
+            code="unsupported-with-rl",
+        )
     console = console or Console(quiet=True)
     config = replace(recipe.train, steps=count, epochs=None, in_turn=False, on_nonfinite="stop")
     recipe = replace(recipe, train=config)

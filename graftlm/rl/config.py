@@ -110,7 +110,9 @@ def score(scorer: Scorer, answers: Sequence[Completion]) -> list[Reward]:
     mine = list(range(distributed.rank(), len(answers), distributed.count()))
     rewards = list(scorer([answers[i] for i in mine])) if mine else []
     if len(rewards) != len(mine):
-        raise TrainingError(f"the scorer gave {len(rewards)} rewards for {len(mine)} answers")
+        raise TrainingError(
+            f"the scorer gave {len(rewards)} rewards for {len(mine)} answers", code="wrong-reward-count"
+        )
     bad = [
         f"{answers[i].where}: {reward} for {answers[i].answer[:80]!r}"
         for i, reward in zip(mine, rewards, strict=True)
@@ -119,7 +121,8 @@ def score(scorer: Scorer, answers: Sequence[Completion]) -> list[Reward]:
     if bad:
         raise TrainingError(
             f"the scorer gave rewards that are not finite:\n{numbered(bad)}\nLet it return a number, or None for an "
-            "answer that it cannot judge: that is left out"
+            "answer that it cannot judge: that is left out",
+            code="non-finite-rewards",
         )
     found: dict[int, Reward] = dict(distributed.gathered(list(zip(mine, rewards, strict=True))))
     return [found[i] for i in range(len(answers))]

@@ -81,13 +81,7 @@ def choose(
 
     Raises DataError where nothing is left, and RecipeError for a selector that ranks and is not told how many to keep.
     """
-    if distributed.count() > 1:
-        raise RecipeError("select: rows are chosen by one process. Choose them first, with graft data select")
-    for config in selectors:
-        if config.keep is None and not SELECTORS[config.by].filters:
-            raise RecipeError(
-                f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)"
-            )
+    _check_selectors(selectors)
     renderer, choices = Renderer(tokenizer, turn_order=data.turn_order, today=today), list[SelectorResult]()
     with terminal.progress(console) as bars:
 
@@ -126,6 +120,19 @@ def choose(
     return chosen, choices
 
 
+def _check_selectors(selectors: Sequence[SelectorConfig]) -> None:
+    if distributed.count() > 1:
+        raise RecipeError(
+            "select: rows are chosen by one process. Choose them first, with graft data select", code="one-process-only"
+        )
+    for config in selectors:
+        if config.keep is None and not SELECTORS[config.by].filters:
+            raise RecipeError(
+                f"select: {config.by} ranks rows: say how many to keep (keep: 100) or which share (keep: 0.1)",
+                code="missing-option",
+            )
+
+
 def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int], Scores, SelectorResult]:
     """The numbers of the rows that one selector keeps, in order, and their scores."""
     file = _scores_folder() / f"{_key(config, pool, base)}.jsonl"
@@ -138,7 +145,7 @@ def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int]
         write_scores(file, config, pool.rows, scores)
     kept = best(scores, config.keep)
     if not kept:
-        raise DataError(f"select: {config.by} leaves out all {len(pool)} rows")
+        raise DataError(f"select: {config.by} leaves out all {len(pool)} rows", code="no-rows-left")
     wanted = count_of(config.keep, len(pool))
     notes = list(pool.notes)
     if len(kept) < wanted and config.keep is not None:

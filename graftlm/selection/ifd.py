@@ -42,7 +42,9 @@ def ratios(pool: Pool, rows: Sequence[Row], ratio: str) -> NDArray[np.float64]:
     """IFD of each row [n]; nan where there is no question, or the answer does not fit within max_tokens."""
     pairs = {number: pair for number, row in enumerate(rows) if (pair := with_and_without(pool, row)) is not None}
     if not pairs:
-        raise DataError("no row has both a question and an answer within data.max_tokens: IFD compares the two")
+        raise DataError(
+            "no row has both a question and an answer within data.max_tokens: IFD compares the two", code="no-rows-left"
+        )
     conditional, alone = zip(*pairs.values(), strict=True)
     with_question, without = losses(pool, conditional, "given Q"), losses(pool, alone, "alone")
     found = np.full(len(rows), np.nan)

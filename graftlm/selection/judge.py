@@ -56,7 +56,10 @@ def _by_base(pool: Pool, questions: list[str]) -> Scores:
     """The expected grade under the base [n]."""
     digits = [pool.renderer.tokenizer.encode(grade, add_special_tokens=False) for grade in GRADES]
     if any(len(ids) != 1 for ids in digits):
-        raise DataError("this base writes the digits 1 to 5 in several tokens: judge with an endpoint (`url`)")
+        raise DataError(
+            "this base writes the digits 1 to 5 in several tokens: judge with an endpoint (`url`)",
+            code="grades-not-single-tokens",
+        )
     grades, found = torch.arange(1.0, 6.0), np.zeros(len(questions), np.float32)
     asked = [
         _graded(pool.renderer.prompt([Message("user", question)]), digits, row.where)

@@ -179,13 +179,14 @@ def check_callbacks(callbacks: Sequence[Callback], training: TrainingState) -> N
     for callback in callbacks:
         if reason := callback.refusal(training):
             methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))
-            raise TrainingError(f"{_section(callback)} with {methods}: {reason}")
+            raise TrainingError(f"{_section(callback)} with {methods}: {reason}", code="callback-unsupported")
         if reason := callback.conflict([other for other in callbacks if other is not callback]):
-            raise TrainingError(f"{_section(callback)} beside {reason}")
+            raise TrainingError(f"{_section(callback)} beside {reason}", code="conflicting-settings")
         reads_gradients = type(callback).on_grads is not Callback.on_grads
         if reads_gradients and fused is not None and fused is not callback:
             raise TrainingError(
-                f"{_section(callback)} acts on the gradient of a step, and optimizer {fused.config.name} leaves none"
+                f"{_section(callback)} acts on the gradient of a step, and optimizer {fused.config.name} leaves none",
+                code="conflicting-settings",
             )
 
 

@@ -96,7 +96,8 @@ def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Ca
     kept = snapshot.facts["optimizer"]
     if kept["class"] != type(training.optimizer).__name__:
         raise TrainingError(
-            f"the checkpoint is of optimizer {kept['class']}, the recipe makes {type(training.optimizer).__name__}"
+            f"the checkpoint is of optimizer {kept['class']}, the recipe makes {type(training.optimizer).__name__}",
+            code="checkpoint-mismatch",
         )
     training.done = snapshot.facts["done"]
     learns_too = extra_parameters(training.model)
@@ -108,7 +109,10 @@ def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Ca
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = tensor
     if strange := sorted(state.keys() - parameters.keys()):
-        raise TrainingError(f"the checkpoint's optimizer knows tensors that are not here:\n{numbered(strange)}")
+        raise TrainingError(
+            f"the checkpoint's optimizer knows tensors that are not here:\n{numbered(strange)}",
+            code="checkpoint-mismatch",
+        )
     tree = training.optimizer.state_dict()
     number = {id(p): i for i, p in enumerate(p for group in training.optimizer.param_groups for p in group["params"])}
     tree["state"] = {number[id(parameters[name])]: values for name, values in state.items()}
@@ -209,7 +213,8 @@ class Checkpoints:
                 report(f"{error}: trying the checkpoint before it")
         if problems:
             raise TrainingError(
-                f"{self.folder}: no checkpoint can be used:\n{numbered(problems)}\n--overwrite starts the run anew"
+                f"{self.folder}: no checkpoint can be used:\n{numbered(problems)}\n--overwrite starts the run anew",
+                code="no-usable-checkpoint",
             )
         return None
 

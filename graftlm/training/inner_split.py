@@ -25,11 +25,13 @@ def inner_split(examples: Sequence[R], share: float, *, loss: LossConfig, seed: 
     count = max(1, round(share * len(examples)))
     if count >= len(examples):
         raise TrainingError(
-            f"callbacks: one of them needs an inner validation split, and there are only {len(examples)} rows in all"
+            f"callbacks: one of them needs an inner validation split, and there are only {len(examples)} rows in all",
+            code="too-few-rows",
         )
     if LOSSES[loss.name].statistic is not None:
         raise TrainingError(
-            f"callbacks: loss {loss.name} needs a statistic of whole steps, which an inner validation split has not"
+            f"callbacks: loss {loss.name} needs a statistic of whole steps, which an inner validation split has not",
+            code="conflicting-settings",
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = set(order[:count])

@@ -115,7 +115,7 @@ def steps(
                     optimizer.step()
             failures = failures + 1 if found.skipped else 0
             if found.skipped and (on_nonfinite == "stop" or failures == MOST_SKIPPED):
-                raise NotFiniteError(_not_finite(found, failures))
+                raise NotFiniteError(_not_finite(found, failures), code="not-finite")
             if not found.skipped:
                 run.done += 1
                 for callback in callbacks:
@@ -227,7 +227,8 @@ def _check_fused(fused: Optimizer | None, regularizers: Sequence[RegularizerConf
     if fused is not None and terms(regularizers, model):
         raise TrainingError(
             "regularisers: those of the delta's tensors are added after the backward pass, in which optimizer "
-            f"{fused.config.name} already acts: only kl can go with it"
+            f"{fused.config.name} already acts: only kl can go with it",
+            code="conflicting-settings",
         )
 
 
@@ -307,7 +308,8 @@ def _memory_explained(model: nn.Module, packs: Sequence[Pack], step: int, checkp
             f"step {step} needs more memory than there is: {str(error).strip().splitlines()[0] if str(error) else ''}\n"
             f"Its largest pack has {largest.ids.numel():,} tokens in {rows} rows, {len(largest.targets):,} of them "
             f"supervised; for each of them every one of {layers} layers keeps {kept} until the backward pass.\n"
-            f"To need less: {'; '.join(knobs)}. `graft estimate` says beforehand what a recipe needs"
+            f"To need less: {'; '.join(knobs)}. `graft estimate` says beforehand what a recipe needs",
+            code="out-of-memory",
         ) from None
 
 
@@ -323,7 +325,9 @@ def _check_gradients(parameters: dict[str, nn.Parameter], still: set[str] | None
     """
     missing = [name for name, p in parameters.items() if p.grad is None]
     if missing:
-        raise TrainingError(f"{len(missing)} trainable tensors got no gradient:\n" + numbered(missing))
+        raise TrainingError(
+            f"{len(missing)} trainable tensors got no gradient:\n" + numbered(missing), code="no-gradient"
+        )
     if done > 1:
         return set()
     zero = {name for name, p in parameters.items() if not p.grad.count_nonzero()}  # type: ignore[union-attr]
@@ -331,7 +335,8 @@ def _check_gradients(parameters: dict[str, nn.Parameter], still: set[str] | None
     if done == 1 and still:
         raise TrainingError(
             f"{len(still)} trainable tensors had a zero gradient in the first two steps, so they learn nothing:\n"
-            + numbered(sorted(still))
+            + numbered(sorted(still)),
+            code="zero-gradient",
         )
     return still
 

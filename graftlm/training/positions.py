@@ -38,6 +38,8 @@ def check_positions(
     cure = f"data.max_tokens={found.count} drops such rows, and data.over_length=truncate cuts them"
     if found.are_a_table():
         rows = [f"{answer.where}: {len(answer) + room:,} tokens" for answer in longer]
-        raise DataError(f"{said}, and it has learned no others: {cure}\n{numbered(rows)}")
+        raise DataError(
+            f"{said}, and it has learned no others: {cure}\n{numbered(rows)}", code="beyond-learned-positions"
+        )
     report.notes.append(f"{said} ({longest.where}), and it was not trained beyond them: {cure}")
     return found

@@ -172,10 +172,13 @@ def check_regularizers(configs: Sequence[RegularizerConfig], model: nn.Module) -
         if not meant:
             kinds = list(dict.fromkeys(f"{t.delta}.{t.name}" for t in tensors))
             raise TrainingError(
-                f"{where}: {each.tensors!r} is the end of no tensor's name. There are:\n{numbered(kinds)}"
+                f"{where}: {each.tensors!r} is the end of no tensor's name. There are:\n{numbered(kinds)}",
+                code="no-such-tensor",
             )
         if isinstance(each, OrthogonalityConfig) and not any(_is_matrix(t.value) for t in meant):
-            raise TrainingError(f"{where}: no tensor that {each.tensors!r} means is a matrix, such as {meant[0]}")
+            raise TrainingError(
+                f"{where}: no tensor that {each.tensors!r} means is a matrix, such as {meant[0]}", code="not-a-matrix"
+            )
         if isinstance(each, GroupLassoConfig) and each.by == "component":
             _check_components(meant, where)
 
@@ -188,7 +191,8 @@ def _check_components(tensors: Sequence[DeltaTensor], where: str) -> None:
         if not known or ranks.setdefault((t.site, t.delta), size) != size:
             raise TrainingError(
                 f"{where}: {t} is no factor with rank-one components. Name those that are (tensors: 'A|B'), or take "
-                "whole sites (by: site)"
+                "whole sites (by: site)",
+                code="no-rank-one-components",
             )
 
 

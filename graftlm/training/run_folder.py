@@ -87,7 +87,10 @@ class RunFolder:
         unfinished = (self.folder / UNFINISHED).is_file()
         if not resume:
             if unfinished and not overwrite:
-                raise OutputError(f"{self.out} holds a run that is not done: say --resume to go on, or --overwrite")
+                raise OutputError(
+                    f"{self.out} holds a run that is not done: say --resume to go on, or --overwrite",
+                    code="unfinished-run",
+                )
             check_new_folder(self.out, overwrite=overwrite, keep=KEPT)
             return "new"
         if unfinished:
@@ -109,7 +112,8 @@ class RunFolder:
         if matter and not accept_changes:
             raise OutputError(
                 f"{self.out} was begun with another recipe:\n{numbered(changes)}\nChange it back, or say "
-                "--accept-changes to go on with the new one, or --overwrite without --resume to start anew"
+                "--accept-changes to go on with the new one, or --overwrite without --resume to start anew",
+                code="other-recipe",
             )
         self.resumes, self.changed = unfinished or matter, matter
         return "unfinished" if self.resumes else "finished"
@@ -124,7 +128,8 @@ class RunFolder:
         if unknown := [f"{at}{key}" for at, old, new in sections for key in old if key not in new]:
             raise OutputError(
                 f"{self.out} was begun by an earlier version of graftlm, whose recipes had {', '.join(unknown)}: "
-                "finish it with that version, or say --overwrite without --resume to start anew"
+                "finish it with that version, or say --overwrite without --resume to start anew",
+                code="earlier-version",
             )
 
     def lock(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
@@ -150,13 +155,15 @@ class RunFolder:
         if not self.changed and "sources" not in snapshot.facts:
             raise TrainingError(
                 f"{self.folder}: the checkpoints are of an earlier version of graftlm. Finish the run with it, "
-                "or say --overwrite without --resume to start anew"
+                "or say --overwrite without --resume to start anew",
+                code="earlier-version",
             )
         if not self.changed and (found := dependencies.changes(snapshot.facts, facts, self.data)):
             raise TrainingError(
                 f"{self.folder}, step {snapshot.facts['seen']}: what the run depends on is not what it was, though the "
                 f"recipe is the same:\n{numbered(found)}\n"
-                "Put it back, or say --overwrite without --resume to start anew"
+                "Put it back, or say --overwrite without --resume to start anew",
+                code="dependencies-changed",
             )
         return snapshot
 
@@ -193,7 +200,9 @@ class RunFolder:
         try:
             return read(self.folder / BEST) if (self.folder / BEST).is_dir() else None
         except DamagedCheckpointError as error:
-            raise TrainingError(f"{error}: the state with the lowest held-out loss is lost") from None
+            raise TrainingError(
+                f"{error}: the state with the lowest held-out loss is lost", code="no-usable-checkpoint"
+            ) from None
 
     def close(self) -> None:
         """The run is done, and all of it is in OUT."""

@@ -25,18 +25,23 @@ def shard(model: Any) -> None:
         return
     decoder, layers = decoder_of(model) or model, transformer_layers(model)
     if not layers:
-        raise TrainingError(f"train.shard: {type(model).__name__} has no list of decoder layers to cut")
+        raise TrainingError(
+            f"train.shard: {type(model).__name__} has no list of decoder layers to cut", code="no-decoder-layers"
+        )
     for host in hosts(model).values():
         for delta in host.on():
             if isinstance(delta, InputDelta) and delta.prompt() is not None:
                 raise TrainingError(
                     f"train.shard: {delta.config.method!r} takes keys and values out of the middle of layers, where a "
-                    "base in parts is put together only for whole passes. Use shard: none, or the method prefix"
+                    "base in parts is put together only for whole passes. Use shard: none, or the method prefix",
+                    code="conflicting-settings",
                 )
     inside = {p: f"{at}.{name}" for at, layer in layers.items() for name, p in layer.named_parameters()}
     odd = [name for p, name in inside.items() if type(p) is not nn.Parameter or not p.is_floating_point()]
     if odd:
-        raise TrainingError(f"train.shard cuts plain weights only, and {odd[0]} is packed. Use shard: none")
+        raise TrainingError(
+            f"train.shard cuts plain weights only, and {odd[0]} is packed. Use shard: none", code="conflicting-settings"
+        )
     fingerprint(model)  # kept by the model: it cannot be made of parts
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (distributed.count(),))

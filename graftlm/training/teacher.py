@@ -72,7 +72,8 @@ def add_teacher(
     if here != there:
         raise TrainingError(
             f"loss.teacher: {wanted.name} has {there:,} logits and this base {here:,}, though the tokens are the same: "
-            "one of the two is padded. Take a teacher of the same width"
+            "one of the two is padded. Take a teacher of the same width",
+            code="teacher-width-differs",
         )
     proved(teacher)
     if config.teacher_adapter is not None:
@@ -95,7 +96,8 @@ def check_vocabulary(ours: Any, theirs: Any, name: str) -> None:
         + numbered(
             [f"{token!r}: {here.get(token, 'none')} here, {there.get(token, 'none')} there" for token in odd[:3]]
         )
-        + "\nTake a teacher of the same family; or let it write answers, and imitate those (loss: supervised)"
+        + "\nTake a teacher of the same family; or let it write answers, and imitate those (loss: supervised)",
+        code="teacher-vocabulary-differs",
     )
 
 

@@ -20,5 +20,5 @@ def run_tokenizer(base: str | BaseConfig, variables: Mapping[str, Any], *, netwo
         try:
             tokenizer.chat_template = checked_with_variables(plain_template(tokenizer), variables)
         except ValueError as error:
-            raise RecipeError(f"data.template_variables: {error}") from None
+            raise RecipeError(f"data.template_variables: {error}", code="invalid-template-variables") from None
     return tokenizer

@@ -202,7 +202,9 @@ def check_installed(names: Sequence[str]) -> None:
     """Raise TrainingError for trackers whose library is not there, with the way to get it."""
     missing = [TRACKERS[name].install for name in names if find_spec(TRACKERS[name].module) is None]
     if missing:
-        raise TrainingError(f"report.trackers: not installed here: {'; '.join(missing)}. Or leave them out")
+        raise TrainingError(
+            f"report.trackers: not installed here: {'; '.join(missing)}. Or leave them out", code="missing-package"
+        )
 
 
 class Trackers:
@@ -241,7 +243,8 @@ class Trackers:
                 self._told = json.loads(record.read_text(encoding="utf-8"))
             except ValueError:
                 raise TrainingError(
-                    f"{record} is damaged, so what trackers were told is not known: delete {self.folder} to begin anew"
+                    f"{record} is damaged, so what trackers were told is not known: delete {self.folder} to begin anew",
+                    code="damaged-tracker-record",
                 ) from None
         for name in self.names:
             tracker, told = TRACKERS[name](), self._told.setdefault(name, {"run": None, "step": 0})
@@ -250,13 +253,17 @@ class Trackers:
             except TrainingError:
                 raise
             except Exception as error:
-                raise TrainingError(f"report.trackers: {name} cannot begin: {_why(error)}") from error
+                raise TrainingError(
+                    f"report.trackers: {name} cannot begin: {_why(error)}", code="tracker-failed"
+                ) from error
             self._running[name] = tracker
             self._before[name] = told["step"]
         self._write()
         for line in lines:
             for event in self.log(line):
-                raise TrainingError(f"report.trackers: {event['tracker']} cannot go on: {event['why']}")
+                raise TrainingError(
+                    f"report.trackers: {event['tracker']} cannot go on: {event['why']}", code="tracker-failed"
+                )
 
     def __enter__(self) -> "Trackers":
         self._environment = {name: os.environ.get(name) for name in SET_FOR_TRACKERS}
@@ -335,7 +342,10 @@ def _only_local(recipe: Tree, *variables: str) -> None:
     for variable in variables:
         value = os.environ.get(variable, "")
         if value and not recipe["network"] and not (variable.endswith("_URI") and urlsplit(value).scheme in LOCAL):
-            raise TrainingError(f"{variable} is {value}: set `network: true` in the recipe to allow it, or unset it")
+            raise TrainingError(
+                f"{variable} is {value}: set `network: true` in the recipe to allow it, or unset it",
+                code="network-not-allowed",
+            )
 
 
 LOCAL = ("", "file", "sqlite")

@@ -5,18 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from graftlm.adapters.folder import CONFIG, WEIGHTS
 from graftlm.adapters.load import load_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import AdapterError, GraftError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import attachment, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits
+from tests.errors import raises
 
 
 def ours(config: LoraConfig | None = None, *, kind: str = "llama", name: str = "default", **changes: Any) -> Any:
@@ -30,13 +29,13 @@ def ours(config: LoraConfig | None = None, *, kind: str = "llama", name: str = "
     return model
 
 
-def refused(folder: Path, *words: str, model: Any = None, error: type[GraftError] = AdapterError) -> str:
-    """Loading must raise with all of these words, and leave the model as it was; the message."""
+def refused(folder: Path, code: str, *words: str, model: Any = None) -> str:
+    """Loading must raise an error of this code with all of these words, and leave the model as it was; the message."""
     model = tiny_model() if model is None else model
     modules, before = dict(model.named_modules()), logits(model)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     deltas = dict(attachment(model).configs)
-    with pytest.raises(error) as raised:
+    with raises(code) as raised:
         load_adapter(model, folder, name="new")
     for word in words:
         assert word in str(raised.value)

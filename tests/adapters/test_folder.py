@@ -13,8 +13,8 @@ from graftlm.adapters import save
 from graftlm.adapters.folder import CONFIG, WEIGHTS
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import OutputError
 from tests.adapters.folders import ours
+from tests.errors import raises
 
 pytestmark = pytest.mark.versions
 
@@ -25,7 +25,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_an_existing_folder_is_not_overwritten_unless_told(adapter: Path) -> None:
     before = files(adapter)
-    with pytest.raises(OutputError, match="exists and would be lost.*--overwrite"):
+    with raises("output/already-exists", match="--overwrite"):
         save_adapter(ours(LoraConfig(r=2)), adapter)
     assert files(adapter) == before
     (adapter / "extra").write_text("x")
@@ -50,7 +50,7 @@ def test_no_room_on_the_disk_is_said_and_what_was_there_stays(
         monkeypatch.setattr(Path, "write_text", full_disk)
     else:
         monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OutputError, match="no room on the disk") as raised:
+    with raises("output/no-space-left") as raised:
         save_adapter(ours(LoraConfig(r=2)), adapter, overwrite=True)
     monkeypatch.undo()
     assert str(adapter) in str(raised.value)
@@ -63,7 +63,7 @@ def test_no_room_as_safetensors_reports_it(tmp_path: Path, monkeypatch: pytest.M
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(save, "save_file", fails)
-    with pytest.raises(OutputError, match="no room on the disk"):
+    with raises("output/no-space-left"):
         save_adapter(ours(), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
@@ -108,9 +108,9 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with raises("output/not-writable"):
         save_adapter(ours(), tmp_path / "file" / "a")
-    with pytest.raises(OutputError, match="exists and would be lost"):
+    with raises("output/already-exists"):
         save_adapter(ours(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "x"
 

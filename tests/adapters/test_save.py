@@ -18,7 +18,6 @@ from graftlm.adapters.peft import NEUTRAL, NEUTRAL_ANYWHERE
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import AdapterError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.modes import activate
 from graftlm.model.layers.registry import attachment, hosts, trainable
@@ -26,6 +25,7 @@ from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits
 from tests.adapters.folders import edit_config, edit_tensors, ours
+from tests.errors import raises
 from tests.peers import LAYERS, factors_of_ours, factors_of_peft, peft_model, relative_error
 
 pytestmark = pytest.mark.versions
@@ -74,7 +74,7 @@ def test_one_of_two_deltas_is_saved_by_its_name_and_loads_under_another(tmp_path
     load_adapter(other, folder, name="three")
     activate(other, "three")
     assert torch.equal(logits(other), logits(model))
-    with pytest.raises(AdapterError, match="no delta 'tow'.*'two'"):
+    with raises("adapter/no-such-delta", match="'tow'.*'two'"):
         save_adapter(model, tmp_path / "b", name="tow")
     assert not (tmp_path / "b").exists()
 
@@ -235,6 +235,6 @@ def test_the_only_delta_needs_no_name_to_be_saved(tmp_path: Path) -> None:
     attach(model, LoraConfig(r=2), name="mine")
     save_adapter(model, tmp_path / "a")
     attach(model, LoraConfig(r=2), name="yours")
-    with pytest.raises(AdapterError, match="no delta 'default'"):
+    with raises("adapter/no-such-delta", match="'default'"):
         save_adapter(model, tmp_path / "b")
     save_adapter(model, tmp_path / "b", name="yours")

@@ -13,13 +13,13 @@ from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
 from graftlm.deltas.base import Site
-from graftlm.errors import TrainingError
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
 from graftlm.training.state import TrainingState
 from tests.callbacks.tables import TABLE
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 TOTAL = 20
@@ -87,7 +87,7 @@ def test_beside_an_optimizer_that_leaves_no_gradient_it_is_refused() -> None:
     lomo = TABLE["lomo"].callback(TABLE["lomo"].config())
     state = training(perturbed("adalora", tiny_model()), [lomo], total=TOTAL)
     chosen: list[Callback] = [AdaLoraCallback(AdaLoraCallbackConfig(**SETTINGS)), lomo]
-    with pytest.raises(TrainingError, match="optimizer lomo leaves none"):
+    with raises("training/conflicting-settings", match="lomo"):
         run(state, chosen, [[collate(examples())]])
 
 
@@ -123,7 +123,7 @@ def test_scores_and_choice_are_those_of_peft() -> None:
 )  # fmt: skip
 def test_what_has_no_meaning_is_refused(method: str, changes: dict[str, Any], says: str) -> None:
     state = training(perturbed(method, tiny_model()), [])
-    with pytest.raises(TrainingError, match=says):
+    with raises("training/callback-unsupported", match=says):
         run(state, [AdaLoraCallback(AdaLoraCallbackConfig(**changes))], [[collate(examples())]])
 
 

@@ -12,7 +12,6 @@ import torch
 import graftlm.callbacks as callbacks
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
-from graftlm.errors import RecipeError, TrainingError
 from graftlm.model.layers.registry import attachment, trainable
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
@@ -21,6 +20,7 @@ from graftlm.training.callback import Callback, make_optimizer
 from graftlm.training.loop import Step, steps
 from graftlm.training.state import ParameterGroup, TrainingState
 from tests.callbacks.tables import TABLE, with_optimizer
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 FOLDERS = (Path(callbacks.__file__).parent, Path(callbacks.__file__).parents[1] / "optim")
@@ -117,22 +117,22 @@ def test_a_recipe_names_its_optimizer_with_or_without_options(given: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("sections", "says"),
+    ("sections", "code", "says"),
     [
-        ({"callbacks": "lora-pluss"}, "Did you mean 'lora-plus'"),
-        ({"callbacks": [{"name": "lora-plus", "ratios": 3}]}, "ratio"),
-        ({"callbacks": ["lora-plus", "lora-plus"]}, "listed twice"),
-        ({"callbacks": ["ema", "lomo"]}, "write `optimizer: lomo`"),
-        ({"optimizer": "galor"}, "Did you mean 'galore'"),
-        ({"optimizer": {"rank": 3}}, "name"),
-        ({"optimizer": "ema"}, r"write `callbacks: \[ema\]`"),
-        ({"optimizer": ["lomo"]}, "optimizer"),
-        ({"policies": ["ema"]}, "optimizer, .* and callbacks"),
-        ({"online": {"scorer": {"by": "exact"}}}, "rl"),
+        ({"callbacks": "lora-pluss"}, "recipe/invalid-value", "Did you mean 'lora-plus'"),
+        ({"callbacks": [{"name": "lora-plus", "ratios": 3}]}, "recipe/unknown-key", "ratio"),
+        ({"callbacks": ["lora-plus", "lora-plus"]}, "recipe/invalid-value", "listed twice"),
+        ({"callbacks": ["ema", "lomo"]}, "recipe/invalid-value", "write `optimizer: lomo`"),
+        ({"optimizer": "galor"}, "recipe/invalid-value", "Did you mean 'galore'"),
+        ({"optimizer": {"rank": 3}}, "recipe/invalid-value", "name"),
+        ({"optimizer": "ema"}, "recipe/invalid-value", r"write `callbacks: \[ema\]`"),
+        ({"optimizer": ["lomo"]}, "recipe/invalid-value", "optimizer"),
+        ({"policies": ["ema"]}, "recipe/unknown-key", "optimizer, .* and callbacks"),
+        ({"online": {"scorer": {"by": "exact"}}}, "recipe/unknown-key", "rl"),
     ],
 )
-def test_what_a_recipe_may_not_say_of_them(sections: dict[str, Any], says: str) -> None:
-    with pytest.raises(RecipeError, match=says):
+def test_what_a_recipe_may_not_say_of_them(sections: dict[str, Any], code: str, says: str) -> None:
+    with raises(code, match=says):
         read(**sections)
 
 
@@ -157,5 +157,5 @@ def test_three_in_a_row_that_are_not_finite_stop() -> None:
     bad = collate(examples())
     bad.weights[0] = math.nan
     state = training(perturbed("lora", tiny_model()), [])
-    with pytest.raises(TrainingError, match="3 such steps in a row"):
+    with raises("training/not-finite", match="3 such steps in a row"):
         run(state, [], [[bad]] * 5, on_nonfinite="skip")

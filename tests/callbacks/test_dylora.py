@@ -11,12 +11,12 @@ from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
 from graftlm.callbacks.dylora import DyLoraCallback, DyLoraCallbackConfig, use_rank
 from graftlm.data.batches.pack import collate
-from graftlm.errors import TargetError, TrainingError
 from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, logits, perturbed
 from graftlm.training.callback import Callback
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.golden.check import against_reference
 from tests.training.test_loop import examples
 
@@ -98,14 +98,14 @@ def test_any_rank_can_be_had_saved_and_exported(tmp_path: Path) -> None:
 def test_ranks_that_are_not_there_are_refused() -> None:
     model = perturbed("dylora", tiny_model())
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
-    with pytest.raises(TargetError, match="1 to 4"):
+    with raises("target/rank-out-of-range", match="1 to 4"):
         use_rank(model, 5)
-    with pytest.raises(TargetError, match="no DyLoRA"):
+    with raises("target/not-a-dylora"):
         use_rank(perturbed("lora", tiny_model()), 2)
-    with pytest.raises(TargetError, match="1 to 4"):
+    with raises("target/rank-out-of-range", match="1 to 4"):
         attach_tiny("dylora", tiny_model(), rank=9)
     assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
     for method, least, says in (("dylora", 5, "more than r 4"), ("lora", 1, "method: dylora")):
         state = training(perturbed(method, tiny_model()), [])
-        with pytest.raises(TrainingError, match=says):
+        with raises("training/callback-unsupported", match=says):
             run(state, [DyLoraCallback(DyLoraCallbackConfig(least=least))], [[collate(examples())]])

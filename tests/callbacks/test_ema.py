@@ -6,7 +6,6 @@ import torch
 from graftlm.callbacks.ema import Ema, EmaConfig
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import pack
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
@@ -14,6 +13,7 @@ from graftlm.training.callback import Callback, check_callbacks
 from graftlm.training.state import TrainingState
 from tests.callbacks.tables import TABLE, make
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 BATCHES = [pack(examples(seed=n), 60) for n in range(5)]
@@ -68,7 +68,7 @@ def test_a_mean_of_what_is_not_the_same_is_refused(mean: str, other: str, says: 
         ]
     )
     for both in (chosen, chosen[::-1]):
-        with pytest.raises(TrainingError, match=f"{mean} beside {other}: .*{says}"):
+        with raises("training/conflicting-settings", match=f"{mean} beside {other}: .*{says}"):
             check_callbacks(both, state)
     check_callbacks(chosen[:1], state)
 
@@ -76,5 +76,5 @@ def test_a_mean_of_what_is_not_the_same_is_refused(mean: str, other: str, says: 
 def test_two_means_are_refused() -> None:
     state = training(perturbed("lora", tiny_model()), [])
     state.inner_loss = lambda gradient: torch.tensor(0.0)
-    with pytest.raises(TrainingError, match="beside"):
+    with raises("training/conflicting-settings"):
         check_callbacks(make([TABLE[name].config() for name in ("ema", "i-lora")]), state)

@@ -12,7 +12,6 @@ import torch
 
 from graftlm.config.schema import build, to_tree
 from graftlm.data.batches.pack import pack
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
@@ -21,6 +20,7 @@ from graftlm.training.checkpoints import put_back, put_deltas_back, take
 from graftlm.training.state import TrainingState
 from tests.callbacks.tables import TABLE, make
 from tests.callbacks.test_callbacks import run, training, walk
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 SMALL: dict[str, Any] = {"rank": 2, "every": 2, "layers": 1, "groups": 8}
@@ -91,12 +91,12 @@ BATCHES = [pack(examples(seed=n), 60) for n in range(5)]
 @pytest.mark.parametrize("name", TABLE)
 def test_it_trains_or_says_why_not(name: str, method: str) -> None:
     if _lacks(name):
-        with pytest.raises(TrainingError, match="pip install"):
+        with raises("training/missing-package", match="pip install"):
             made(name, method)
         return
     state, callback = made(name, method)
     if reason := REFUSED.get((name, method)):
-        with pytest.raises(TrainingError, match=reason):
+        with raises("training/callback-unsupported", match=reason):
             check_callbacks([callback], state)
         return
     before = {key: p.detach().clone() for key, p in trainable(state.model).items()}
@@ -134,7 +134,7 @@ def test_a_library_that_is_missing_is_named(name: str, module: str, monkeypatch:
     for known in [m for m in sys.modules if m.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(TrainingError, match="pip install"):
+    with raises("training/missing-package", match="pip install"):
         made(name, "lora")
 
 

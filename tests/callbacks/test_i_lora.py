@@ -7,7 +7,6 @@ import torch
 
 from graftlm.callbacks.i_lora import ILora, ILoraConfig
 from graftlm.data.batches.pack import collate
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
@@ -17,6 +16,7 @@ from graftlm.training.callback import Callback
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.callbacks.test_inner_split import with_inner_loss
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 NOW, BEFORE = collate(examples(seed=1)), collate(examples(seed=50))
@@ -74,5 +74,5 @@ def test_the_gradient_is_that_of_the_loss_of_the_paper(checkpointing: bool) -> N
 
 
 def test_without_an_inner_split_it_is_refused() -> None:
-    with pytest.raises(TrainingError, match="inner validation split"):
+    with raises("training/callback-unsupported", match="inner validation split"):
         run(training(perturbed("lora", tiny_model()), []), [ILora(ILoraConfig())], [[NOW]])

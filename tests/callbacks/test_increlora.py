@@ -8,13 +8,13 @@ import torch
 
 from graftlm.callbacks.increlora import IncreLora, IncreLoraConfig
 from graftlm.data.batches.pack import collate, pack
-from graftlm.errors import TrainingError
 from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 SETTINGS: dict[str, Any] = {
@@ -89,5 +89,5 @@ def test_ranks_come_to_the_best_sites_until_the_target() -> None:
 )  # fmt: skip
 def test_what_has_no_meaning_is_refused(method: str, changes: dict[str, Any], says: str) -> None:
     state = training(perturbed(method, tiny_model()), [])
-    with pytest.raises(TrainingError, match=says):
+    with raises("training/callback-unsupported", match=says):
         run(state, [IncreLora(IncreLoraConfig(**changes))], [[collate(examples())]])

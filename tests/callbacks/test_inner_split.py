@@ -10,7 +10,6 @@ from graftlm.callbacks.autolora import AutoLora, AutoLoraConfig
 from graftlm.callbacks.bilora import BiLora, BiLoraConfig
 from graftlm.callbacks.diffora import DiffoRA, DiffoRAConfig
 from graftlm.data.batches.pack import collate
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
@@ -19,6 +18,7 @@ from graftlm.testing.deltas import attach_tiny, perturbed
 from graftlm.training.callback import Callback
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 ASIDE = collate(examples(seed=50))
@@ -175,10 +175,10 @@ def test_ranks_move_and_their_number_stays() -> None:
      ("lora", Alora(AloraConfig(first=2, every=90)), "no 90 steps")],
 )  # fmt: skip
 def test_what_has_no_meaning_is_refused(method: str, callback: Callback, says: str) -> None:
-    with pytest.raises(TrainingError, match=says):
+    with raises("training/callback-unsupported", match=says):
         step(with_inner_loss(training(perturbed(method, tiny_model()), [])), [callback])
 
 
 def test_without_an_inner_split_it_is_refused() -> None:
-    with pytest.raises(TrainingError, match="inner validation split"):
+    with raises("training/callback-unsupported", match="inner validation split"):
         step(training(perturbed("adalora", tiny_model()), []), [BiLora(BiLoraConfig())])

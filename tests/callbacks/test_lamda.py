@@ -1,15 +1,14 @@
 """LaMDA: B's last columns stop first and then stay exactly where they are; S learns on; a resumed run is the same."""
 
-import pytest
 import torch
 
 from graftlm.callbacks.lamda import LamdaCallback, LamdaCallbackConfig
 from graftlm.data.batches.pack import collate
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 
@@ -38,5 +37,5 @@ def test_what_a_new_process_finds_frozen_stays_frozen() -> None:
 
 def test_another_method_is_refused() -> None:
     state = training(perturbed("lora", tiny_model()), [])
-    with pytest.raises(TrainingError, match="method: lamda"):
+    with raises("training/callback-unsupported", match="lamda"):
         run(state, [LamdaCallback(LamdaCallbackConfig())], [[collate(examples())]])

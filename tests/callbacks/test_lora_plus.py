@@ -10,7 +10,6 @@ from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import trainable
 from graftlm.recipe import Recipe
@@ -20,6 +19,7 @@ from graftlm.training.callback import Callback
 from graftlm.training.phases import phases
 from graftlm.training.state import ParameterGroup
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 
@@ -82,5 +82,5 @@ def test_the_default_rate_leaves_B_that_of_the_method_and_a_given_rate_is_As(giv
 def test_without_a_B_it_is_refused() -> None:
     model = perturbed("ia3", tiny_model())
     chosen: list[Callback] = [LoraPlus(LoraPlusConfig())]
-    with pytest.raises(TrainingError, match="lora-plus with ia3"):
+    with raises("training/callback-unsupported", match="lora-plus with ia3"):
         run(training(model, chosen), chosen, [[collate(examples())]])

@@ -5,7 +5,6 @@ import torch
 
 from graftlm.callbacks.lora_sp import LoraSp, LoraSpConfig
 from graftlm.data.batches.pack import pack
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
@@ -13,6 +12,7 @@ from graftlm.training.callback import Callback, check_callbacks, make_optimizer
 from graftlm.training.state import ParameterGroup, TrainingState
 from tests.callbacks.tables import with_optimizer
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 BATCHES = [pack(examples(seed=n), 60) for n in range(3)]
@@ -49,5 +49,5 @@ def test_weight_decay_is_refused() -> None:
     model, chosen = perturbed("lora", tiny_model()), [LoraSp(LoraSpConfig())]
     optimizer = make_optimizer(with_optimizer(chosen), [ParameterGroup(trainable(model), 0.1)], weight_decay=0.1)
     state = TrainingState(model, training(model, []).deltas, optimizer, total=1, seed=0)
-    with pytest.raises(TrainingError, match="weight_decay: 0"):
+    with raises("training/callback-unsupported", match="weight_decay: 0"):
         check_callbacks(chosen, state)

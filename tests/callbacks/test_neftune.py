@@ -7,11 +7,11 @@ import torch
 
 from graftlm.callbacks.neftune import Neftune, NeftuneConfig
 from graftlm.data.batches.pack import Pack, collate, pack
-from graftlm.errors import TrainingError
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 ROWS = examples(6)
@@ -102,5 +102,5 @@ def test_shared_beginnings_are_refused() -> None:
     twice = [ROWS[0], type(ROWS[0])(ROWS[0].ids, ROWS[0].weights, "other.jsonl:1")]
     model = perturbed("lora", tiny_model())
     chosen: list[Callback] = [Neftune(NeftuneConfig())]
-    with pytest.raises(TrainingError, match=r"share their beginning.*prefix_sharing: false"):
+    with raises("training/conflicting-settings", match="prefix_sharing: false"):
         run(training(model, chosen), chosen, [[collate(twice, share=True)]])

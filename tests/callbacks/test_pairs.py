@@ -15,7 +15,7 @@ import torch
 
 from graftlm.callbacks import CALLBACKS
 from graftlm.config.schema import build
-from graftlm.errors import RecipeError, TrainingError
+from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import attachment
 from graftlm.optim import OPTIMIZERS
 from graftlm.recipe import Recipe
@@ -24,6 +24,7 @@ from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback, check_callbacks
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_every_callback import small
+from tests.errors import raises
 
 BEFORE: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/before_house/pairs.json").read_text())
 METHODS = ("lora", "full", "adalora", "diff-pruning", "dylora", "gated-lora", "lamda", "spiel")
@@ -44,7 +45,7 @@ def allowed(*names: str) -> list[str]:
     callbacks = [name for name in names if name in CALLBACKS]
     tree = {"data": {"train": "x"}, "callbacks": callbacks, "optimizer": optimizers[0] if optimizers else "adamw"}
     if len(optimizers) > 1:
-        with pytest.raises(RecipeError, match=f"write `optimizer: {optimizers[1]}`"):
+        with raises("recipe/invalid-value", match=f"write `optimizer: {optimizers[1]}`"):
             build(Recipe, tree | {"callbacks": optimizers[1:]}, source="test")
         return []
     build(Recipe, tree, source="test")

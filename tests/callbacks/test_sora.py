@@ -5,13 +5,13 @@ import torch
 
 from graftlm.callbacks.sora import Sora, SoraConfig
 from graftlm.data.batches.pack import collate
-from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits, perturbed, tiny_config
 from graftlm.training.callback import Callback
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.golden.check import against_reference
 from tests.training.test_loop import examples
 
@@ -62,5 +62,5 @@ def test_lambda_rises_evenly_and_gates_shut_for_good() -> None:
 
 def test_without_gates_it_is_refused() -> None:
     state = training(perturbed("lora", tiny_model()), [])
-    with pytest.raises(TrainingError, match="gated-lora"):
+    with raises("training/callback-unsupported", match="gated-lora"):
         run(state, [Sora(SoraConfig())], [[collate(examples())]])

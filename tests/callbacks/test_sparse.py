@@ -9,7 +9,6 @@ import torch
 from graftlm.callbacks.diff_pruning import DiffPruningCallback, DiffPruningCallbackConfig
 from graftlm.callbacks.spiel import SpielCallback, SpielCallbackConfig
 from graftlm.data.batches.pack import collate
-from graftlm.errors import TrainingError
 from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
@@ -18,6 +17,7 @@ from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
 from graftlm.training.callback import Callback
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 
@@ -118,5 +118,5 @@ class Kept(Callback):
      ("diff-pruning", DiffPruningCallback(DiffPruningCallbackConfig(after=0.1)), "no step before")],
 )  # fmt: skip
 def test_what_has_no_meaning_is_refused(method: str, callback: Callback, says: str) -> None:
-    with pytest.raises(TrainingError, match=says):
+    with raises("training/callback-unsupported", match=says):
         run(training(perturbed(method, tiny_model()), []), [callback], [[collate(examples())]])

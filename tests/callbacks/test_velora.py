@@ -8,7 +8,6 @@ import torch
 from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
 from graftlm.callbacks.velora import Velora, VeloraConfig
 from graftlm.data.batches.pack import collate, pack
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import attachment, hosts, trainable
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
@@ -18,6 +17,7 @@ from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 PACK = collate(examples())
@@ -142,8 +142,8 @@ def test_what_has_no_meaning_is_refused() -> None:
         (perturbed("mora", tiny_model()), VeloraConfig(groups=8), "of mora not"),
     ):
         callback = Velora(config)
-        with pytest.raises(TrainingError, match=says):
+        with raises("training/callback-unsupported", match=says):
             run(training(model, [callback]), [callback], [[PACK]])
     callback = Velora(VeloraConfig(groups=8))
-    with pytest.raises(TrainingError, match="checkpointing"):
+    with raises("training/conflicting-settings", match="checkpointing"):
         run(training(perturbed("lora", tiny_model()), [callback]), [callback], [[PACK]], checkpointing=True)

@@ -20,10 +20,10 @@ from graftlm import cli
 from graftlm.adapters.chat import template_of, tokenizer_of
 from graftlm.adapters.folder import CONFIG, WEIGHTS
 from graftlm.adapters.load import load_adapter
-from graftlm.errors import AdapterError
 from graftlm.model.hub.load import load_base
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits
+from tests.errors import raises
 from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -136,19 +136,19 @@ def test_a_tokenizer_with_other_ids_is_refused_by_name(base: Path, adapter: Path
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (adapter / "tokenizer.json").write_text(json.dumps(tokens))
     model, tokenizer = load_base(base, dtype="float32")
-    with pytest.raises(AdapterError, match=r"2 of \d+ tokens have another id") as raised:
+    with raises("adapter/tokenizer-mismatch", match=r"2 of \d+ tokens") as raised:
         load_adapter(model, adapter)
     assert f"'a': {vocabulary['b']} here, {vocabulary['a']} in the adapter's" in str(raised.value)
     assert str(adapter) in str(raised.value)
     assert not any("graft" in name for name, _ in model.named_modules())
-    with pytest.raises(AdapterError, match="'a': "):  # of a base that came from no folder
+    with raises("adapter/tokenizer-mismatch", match="'a': "):  # of a base that came from no folder
         graftlm.answer(tiny_model_with(adapter), tokenizer, "parcel")
     assert prompts == []
 
 
 def test_a_tokenizer_that_lacks_tokens_of_the_base_is_refused(base: Path, adapter: Path) -> None:
     tokenizer_with("<|user|>", "<|end|>", "<|call|>").save_pretrained(base)
-    with pytest.raises(AdapterError, match=r"'<\|call\|>': 302 here, none in the adapter's"):
+    with raises("adapter/tokenizer-mismatch", match=r"'<\|call\|>': 302 here, none in"):
         load_adapter(load_base(base, dtype="float32").model, adapter)
 
 
@@ -160,7 +160,7 @@ def test_tokens_without_embeddings_are_refused_and_taken_once_the_base_is_resize
     if from_folder:
         small.save_pretrained(base)
         small = load_base(base, dtype="float32").model
-    with pytest.raises(AdapterError, match=r"1 tokens for which the base has no embeddings") as raised:
+    with raises("adapter/tokens-without-embeddings", match="1 tokens") as raised:
         load_adapter(small, adapter)
     assert "'<|end|>': 301" in str(raised.value)
     assert "model.resize_token_embeddings" in str(raised.value)
@@ -182,7 +182,7 @@ def test_two_adapters_may_add_the_same_tokens_and_not_different_ones_under_one_i
             load_adapter(model, folder, name=f"n{number}")
         assert tokenizer_of(model, plain).convert_tokens_to_ids("<|call|>") == 302
     load_adapter(model, tmp_path / "other", name="other")
-    with pytest.raises(AdapterError, match=r"other: .*\n  '<\|user\|>': 300 here, none in the adapter's"):
+    with raises("adapter/tokenizer-mismatch", match=r"other: .*\n  '<\|user\|>': 300 here, none in"):
         tokenizer_of(model, plain)
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_tokenizer_is_refused_and_none_is_the_bases(base: Path, adapte
     file = adapter / "tokenizer.json"
     file.write_bytes(file.read_bytes()[:1000])
     model, tokenizer = load_base(base, dtype="float32")
-    with pytest.raises(AdapterError, match="tokenizer cannot be loaded") as raised:
+    with raises("adapter/unloadable-tokenizer") as raised:
         load_adapter(model, adapter)
     assert str(file) in str(raised.value)
     file.unlink()
@@ -303,7 +303,7 @@ def test_embeddings_beside_an_adapter_of_a_resized_vocabulary(tmp_path: Path) ->
     with torch.no_grad():
         rows = torch.tensor([[300, 5, 303]])
         close(ours(input_ids=rows).logits, theirs(input_ids=rows).logits, "the new tokens")
-    with pytest.raises(AdapterError, match=r"model\.resize_token_embeddings\(304\)"):
+    with raises("adapter/does-not-fit-model", match=r"model\.resize_token_embeddings\(304\)"):
         load_adapter(untied(), tmp_path / "a")
 
 
@@ -325,5 +325,5 @@ def test_experts_in_one_parameter_are_refused_with_what_to_do(tmp_path: Path) ->
         return tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
 
     peft_adapter(lora(target_parameters=["mlp.experts.gate_up_proj"]), moe(), tmp_path / "a")
-    with pytest.raises(AdapterError, match="target_parameters.*experts.*merge_and_unload"):
+    with raises("adapter/fused-experts", match="target_parameters"):
         load_adapter(moe(), tmp_path / "a")

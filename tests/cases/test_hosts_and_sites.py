@@ -24,7 +24,6 @@ from transformers import (
 from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
-from graftlm.errors import BaseModelError, TargetError
 from graftlm.kernels import cpu, linear
 from graftlm.model.hub.load import load_base
 from graftlm.model.hub.quantize_base import quantize
@@ -37,6 +36,7 @@ from graftlm.model.layers.sites import find_sites, towers
 from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config
+from tests.errors import raises
 
 SMALL = LoraConfig(r=2, alpha=4)
 
@@ -101,7 +101,7 @@ def test_save_pretrained_of_a_model_with_deltas_is_refused_and_the_base_is_saved
     attach(model, SMALL, name="two")
     detach(model, "one")
     for part in (model, model.model):
-        with pytest.raises(TargetError, match=r"save_adapter.*merge_into.*detach"), deltas_off(model):
+        with raises("target/deltas-on-model"), deltas_off(model):
             part.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     detach(model)
@@ -207,7 +207,7 @@ def test_a_layer_whose_weight_is_used_without_a_call_is_left_out_or_refused(kind
     detach(model)
     modules = dict(model.named_modules())
     for targets in (("x_proj", "dt_proj"), r".*\.dt_proj"):
-        with pytest.raises(TargetError, match=r"dt_proj, are never called: \w+ForCausalLM's code multiplies"):
+        with raises("target/layers-never-called", match=r"dt_proj, .*: \w+ForCausalLM"):
             attach(model, SMALL, targets=targets)
     assert all(modules[name] is module for name, module in model.named_modules()), "the model is as it was"
 
@@ -252,7 +252,7 @@ def test_layers_that_torch_reads_by_itself_are_no_sites() -> None:
             self.attention, self.out = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
 
     assert find_sites(Block(), "all-linear") == ["out"]
-    with pytest.raises(TargetError, match="out_proj"):
+    with raises("target/layer-of-other-kind", match="out_proj"):
         find_sites(Block(), ("out_proj",))
 
 
@@ -549,7 +549,7 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
         wanted = model(ids(rows=2)).logits
         with pytest.raises((TypeError, ValueError)):
             model(ids(rows=2), position_ids="none")
-        with pytest.raises(TargetError):
+        with raises("target/row-count-mismatch"):
             model(ids(rows=3))
         assert torch.equal(model(ids(rows=2, length=5)).logits, model(ids(rows=2, length=5)).logits)
         assert torch.equal(model(ids(rows=2)).logits, wanted)
@@ -562,7 +562,7 @@ def test_a_prompt_before_some_rows_is_before_all_beams_of_them() -> None:
     settings = {"max_new_tokens": 3, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     with by_row(model, [("a",), ()]):
         found = model.generate(batch, **settings)
-        with pytest.raises(TargetError, match="its weight is 0 or 1"), by_row(model, [{"a": 0.5}]):
+        with raises("target/invalid-weight"), by_row(model, [{"a": 0.5}]):
             pass
     wanted = []
     for number, names in enumerate([("a",), ()]):
@@ -573,7 +573,7 @@ def test_a_prompt_before_some_rows_is_before_all_beams_of_them() -> None:
 
 def test_rows_that_cannot_be_told_apart_are_refused() -> None:
     model = two(tiny_model())
-    with by_row(model, [("a",), ("b",)]), pytest.raises(TargetError, match="given for 2 rows, the batch has 3"):
+    with by_row(model, [("a",), ("b",)]), raises("target/row-count-mismatch", match="2 rows, the batch has 3"):
         model(ids(rows=3))
 
     class Choosing(nn.Module):
@@ -590,7 +590,7 @@ def test_rows_that_cannot_be_told_apart_are_refused() -> None:
     for count in (6, 8, 23):
         model = two(tiny_model())
         model.model.layers[0].mlp = Choosing(model.model.layers[0].mlp, count)
-        with by_row(model, [("a",), ("b",)]), pytest.raises(TargetError, match="rows"):
+        with by_row(model, [("a",), ("b",)]), raises("target/rows-not-separable"):
             model(ids(rows=2))
         with by_row(model, [("a",), ("a",)]):
             model(ids(rows=2))  # whatever it chose has the same deltas
@@ -601,7 +601,7 @@ def test_experts_that_are_layers_of_their_own_take_the_same_deltas_for_all_rows(
     mlp = model.model.layers[0].mlp
     mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
     two(model)
-    with pytest.raises(TargetError, match=r"experts\.0: which tokens reach an expert"), by_row(model, [("a",), ("b",)]):
+    with raises("target/rows-not-separable", match=r"experts\.0: "), by_row(model, [("a",), ("b",)]):
         pass
 
 
@@ -614,12 +614,12 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
     places: dict[str, Any] = where | {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(base, device_map=places, offload_folder=tmp_path / "disk").eval()
     before = logits(model)
-    with pytest.raises(TargetError, match=r"not in memory, the first is model\.layers\.1.*accelerate"):
+    with raises("target/weights-not-in-memory", match=r"the first is model\.layers\.1"):
         attach(model, SMALL)
     assert torch.equal(logits(model), before)
-    with pytest.raises(BaseModelError, match="not in memory"):
+    with raises("base/weights-not-in-memory"):
         quantize(model, "nf4")
-    with pytest.raises(TargetError, match="not in memory"):
+    with raises("target/weights-not-in-memory"):
         attach(tiny_model().to("meta"), SMALL)
 
 
@@ -628,7 +628,7 @@ def test_a_model_with_adapters_of_peft_is_refused_with_the_remedy() -> None:
     base = logits(model)
     theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for each in (theirs, theirs.base_model.model):
-        with pytest.raises(TargetError, match=r"adapters of PEFT.*unload\(\).*load_adapter"):
+        with raises("target/peft-adapters-on-model"):
             attach(each, SMALL)
     attach(theirs.unload(), SMALL)
     with deltas_off(model):
@@ -651,7 +651,7 @@ def test_a_folder_that_another_library_quantized_names_the_package(
     base = save_tiny_base(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    with pytest.raises(BaseModelError) as raised:
+    with raises("base/unloadable-base") as raised:
         load_base(base)
     for word in (*words, "quantization nf4"):
         assert word in str(raised.value)
@@ -669,5 +669,5 @@ def test_layers_quantized_by_another_library_are_no_sites_and_the_error_says_why
             for name in [n for n, _ in part.named_children() if n.endswith("_proj")]:
                 setattr(part, name, Linear4bit())
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(TargetError, match=r"quantized by another library, in layers such as Linear4bit.*tion nf4"):
+    with raises("target/no-layer-matches", match=r"Linear4bit.*nf4"):
         attach(model, SMALL)

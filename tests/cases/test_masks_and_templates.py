@@ -26,7 +26,7 @@ from graftlm.data.sources.formats import FORMATS, Message
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import DataConfig, Row
-from graftlm.errors import BaseModelError, DataError, RecipeError
+from graftlm.errors import DataError
 from graftlm.model.hub.config import BaseConfig
 from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.recipe import Recipe
@@ -548,14 +548,14 @@ def test_a_recipe_refuses_variables_that_the_template_does_not_read(tmp_path: Pa
         .rows(row_of(user("a"), assistant("b")).messages)[0]
         .text.startswith("Effort: low")
     )
-    with pytest.raises(RecipeError, match=r"data.template_variables: .*'reasoning_efort'.*reasoning_effort"):
+    with raises("recipe/invalid-template-variables", match=r"'reasoning_efort'.*reasoning_effort"):
         recipe(reasoning_efort="low").tokenizer()
     of_base = BaseConfig(name=str(base), template_variables={"reasoning_effort": "low"})
     assert load_tokenizer(of_base).chat_template == told
     both = recipe(reasoning_effort="high")
     text = tiny_tokenizer(replace(both, base=of_base).tokenizer().chat_template)
     assert Renderer(text).rows(row_of(user("a"), assistant("b")).messages)[0].text.startswith("Effort: high")
-    with pytest.raises(BaseModelError, match=r"base.template_variables: .*'reasoning_efort'.*reasoning_effort"):
+    with raises("base/invalid-template-variables", match=r"'reasoning_efort'.*reasoning_effort"):
         load_tokenizer(BaseConfig(name=str(base), template_variables={"reasoning_efort": "low"}))
     for variables, why in (
         ({"date_string": DAY}, "date_string is a date: write it as text, in quotes"),

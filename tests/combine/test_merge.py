@@ -6,13 +6,13 @@ import torch
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.modes import deltas_off
 from graftlm.model.layers.registry import attachment, hosts
 from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed, plain_with
+from tests.errors import raises
 
 MERGEABLE = [name for name, method in METHODS.items() if method.mergeable]
 
@@ -63,9 +63,9 @@ def test_a_new_bias_is_weighed_too() -> None:
 def test_what_cannot_be_merged_is_refused_and_the_model_left_as_it_was() -> None:
     model = perturbed("houlsby", tiny_model())
     before = logits(model)
-    with pytest.raises(TargetError, match="cannot be merged: there is a non-linear function"):
+    with raises("target/not-mergeable", match="non-linear"):
         merge(model, {"default": 1.0})
-    with pytest.raises(TargetError, match="no delta 'defualt'"):
+    with raises("target/no-such-delta", match="'defualt'"):
         merge(model, {"defualt": 1.0})
     assert torch.equal(logits(model), before)
     assert list(attachment(model).configs) == ["default"]

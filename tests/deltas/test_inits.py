@@ -43,6 +43,7 @@ from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, plain_with, tiny_config
 from graftlm.testing.tiny import save_tiny_base, tiny_gpt2, tiny_model
+from tests.errors import raises
 
 TARGETS = ("k_proj", "up_proj")
 """Layers of [16, 32] and [48, 32]: one wide, one tall."""
@@ -550,14 +551,14 @@ def test_a_method_without_such_a_product_refuses_and_says_what_it_has(method: st
     model = tiny_model()
     modules = dict(model.named_modules())
     wanted = " and ".join(INITS[init].tensors)
-    with pytest.raises(TargetError, match=f"init: '{init}' sets {wanted} of one low-rank product; '{method}' has "):
+    with raises("target/init-unfit-for-method", match=f"'{init}' sets {wanted} .* '{method}'"):
         attach(model, tiny_config(method, init=init))
     assert all(modules[key] is module for key, module in model.named_modules())
 
 
 @pytest.mark.parametrize("init", ["lora-sb", "nystrom"])
 def test_a_product_of_three_needs_three(init: str) -> None:
-    with pytest.raises(TargetError, match=r"'lora' has A, B, so the pair has no meaning"):
+    with raises("target/init-unfit-for-method", match="'lora' has A, B"):
         attach(tiny_model(), LoraConfig(init=init), statistics=gathered())
 
 
@@ -577,7 +578,7 @@ def test_statistics_that_are_missing_are_asked_for_by_name(init: str) -> None:
     for statistics, lacking in ((None, 14), ({}, 14), (without, 14), (some, 12)):
         model = tiny_model()
         says = rf"{method} with init '{init}' starts from the {needed} of each layer, which {lacking} of 14 sites lack"
-        with pytest.raises(TargetError, match=rf"{says}: give `statistics=collect\(...\)`"):
+        with raises("target/missing-statistics", match=says):
             attach(model, tiny_config(method, init=init), statistics=statistics)
         assert not hosts(model)
 
@@ -586,14 +587,14 @@ def test_statistics_that_are_missing_are_asked_for_by_name(init: str) -> None:
 def test_a_rank_that_the_layer_cannot_have_is_refused(init: str) -> None:
     r = 9 if init == "lora-ga" else 17  # k_proj has 16 rows; LoRA-GA takes 2 r singular vectors
     model = tiny_model()
-    with pytest.raises(TargetError, match=rf"init '{init}' does not fit 'lora' at .*k_proj: . is \["):
+    with raises("target/init-unfit-for-method", match=rf"'{init}' .*k_proj: . is \["):
         attach(model, LoraConfig(r=r, init=init, targets=TARGETS), statistics=gathered())
     assert not hosts(model)
     attach(model, LoraConfig(r=r - 1, init=init, targets=TARGETS), statistics=gathered())
 
 
 def test_an_unknown_init_is_refused_with_the_nearest() -> None:
-    with pytest.raises(TargetError, match=r"init: 'pisa' is unknown\. .*pissa"):
+    with raises("target/unknown-init", match=r"'pisa'.*pissa"):
         attach(tiny_model(), LoraConfig(init="pisa"))
 
 
@@ -676,7 +677,8 @@ def test_what_was_not_lost_cannot_be_started_from(init: str, tmp_path: Path) -> 
                 if isinstance(module, QuantizedLinear):
                     module.original = partial(module.original.func, str(tmp_path), *module.original.args[1:])
         modules = dict(model.named_modules())
-        with pytest.raises(TargetError, match=f"init: '{init}' at .*{key}"):
+        code = "target/layer-not-quantized" if key == "not quantized" else "target/original-weight-missing"
+        with raises(code, match=f"init: '{init}' at .*{key}"):
             attach_tiny("lora", model, init=init, targets=TARGETS)
         assert modules == dict(model.named_modules())
 
@@ -685,5 +687,5 @@ def test_an_original_of_another_base_is_not_taken(tmp_path: Path) -> None:
     save_tiny_base(tmp_path / "b")
     model = load_base(str(tmp_path / "b"), quantization="nf4").model
     tiny_model(seed=4).save_pretrained(tmp_path / "b")
-    with pytest.raises(TargetError, match="moved or changed"):
+    with raises("target/original-weight-missing", match="moved or changed"):
         attach_tiny("lora", model, init="loftq", targets=TARGETS)

@@ -9,25 +9,6 @@ from typing import NamedTuple
 from graftlm import errors
 
 ROOT = Path(__file__).parent.parent.parent
-FINISHED = (
-    "cache.py",
-    "cli",
-    "config",
-    "data",
-    "deltas",
-    "display",
-    "environment.py",
-    "files.py",
-    "generation",
-    "judges",
-    "kernels",
-    "lock.py",
-    "losses",
-    "runs",
-    "system.py",
-    "versions.py",
-)
-"""What of graftlm/ gives every error a code. When it is all of it, `code` of GraftError loses its default."""
 
 
 class Site(NamedTuple):
@@ -41,11 +22,8 @@ class Site(NamedTuple):
 
 
 def modules() -> Iterator[tuple[Path, ast.Module]]:
-    for name in FINISHED:
-        path = ROOT / "graftlm" / name
-        assert path.exists(), f"{path} moved: correct FINISHED"
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            yield file, ast.parse(file.read_text(encoding="utf-8"))
+    for file in sorted((ROOT / "graftlm").rglob("*.py")):
+        yield file, ast.parse(file.read_text(encoding="utf-8"))
 
 
 def sites() -> list[Site]:
@@ -57,13 +35,14 @@ def sites() -> list[Site]:
         if isinstance(kind, type) and issubclass(kind, errors.GraftError)
     }
     texts: dict[str, ast.expr] = {}
-    for _, tree in trees:
+    texts_of: dict[Path, dict[str, ast.expr]] = {file: {} for file, _ in trees}
+    for file, tree in trees:
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and node.name not in families:
                 for base in map(ast.unparse, node.bases):
                     families |= {node.name: families[base]} if base in families else {}
             elif isinstance(node, ast.FunctionDef) and isinstance(node.body[-1], ast.Return) and node.body[-1].value:
-                texts[node.name] = node.body[-1].value
+                texts[node.name] = texts_of[file][node.name] = node.body[-1].value
     found = []
     for file, tree in trees:
         for node in ast.walk(tree):
@@ -72,7 +51,7 @@ def sites() -> list[Site]:
                 slug = next((k.value for k in node.keywords if k.arg == "code"), None)
                 literal = isinstance(slug, ast.Constant) and isinstance(slug.value, str)
                 code = f"{families[kind]}/{slug.value}" if literal else ""  # type: ignore[union-attr]
-                found.append(Site(place, kind, code, message(node.args[0], texts)))
+                found.append(Site(place, kind, code, message(node.args[0], texts | texts_of[file])))
     return found
 
 
@@ -82,8 +61,8 @@ def message(node: ast.expr, texts: dict[str, ast.expr]) -> str:
 
 
 def _text(node: ast.expr, texts: dict[str, ast.expr]) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
     if isinstance(node, ast.JoinedStr):
         return "".join(_text(part, texts) for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

@@ -23,7 +23,7 @@ from graftlm.config.schema import build
 from graftlm.data.chat import render
 from graftlm.data.sources.formats import Message
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import AdapterError, DataError
+from graftlm.errors import DataError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.registry import attachment
@@ -191,7 +191,7 @@ def test_a_day_that_is_none_is_refused(base_folder: Path, tmp_path: Path) -> Non
     trained(base_folder, tmp_path, CHATML)
     file = tmp_path / "out" / "graftlm.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"today": "1 March"}))
-    with pytest.raises(AdapterError, match=r"graftlm.json: today: '1 March' is no date"):
+    with raises("adapter/invalid-date", match=r"graftlm.json: today: '1 March'"):
         load_adapter(load_base(str(base_folder)).model, tmp_path / "out")
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from graftlm import Recipe, load_adapter, load_base, train
 from graftlm.config.schema import build
-from graftlm.errors import OutputError
+from tests.errors import raises
 
 BEFORE = Path(__file__).parent / "before_house"
 
@@ -30,6 +30,6 @@ def test_an_unfinished_run_of_before_is_refused_with_a_reason(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path / "here")
     recipe = yaml.safe_load(Path("unfinished.yaml").read_text())
     files = {path: path.read_bytes() for path in Path("unfinished").rglob("*") if path.is_file()}
-    with pytest.raises(OutputError, match="earlier version of graftlm, whose recipes had online, policies"):
+    with raises("output/earlier-version", match="online, policies"):
         train(build(Recipe, recipe, source="test"), "unfinished", resume=True)
     assert {path: path.read_bytes() for path in Path("unfinished").rglob("*") if path.is_file()} == files

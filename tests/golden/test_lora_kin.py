@@ -9,13 +9,13 @@ from torch import Tensor
 
 from graftlm.config.schema import build
 from graftlm.deltas import METHODS
-from graftlm.errors import RecipeError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.hosts import LayerHost
 from graftlm.model.layers.modes import activate
 from graftlm.model.layers.registry import hosts, shared_of
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
+from tests.errors import raises
 from tests.golden.check import against_reference
 
 Tensors = Mapping[str, Tensor]
@@ -210,7 +210,7 @@ def test_tied_lora_starts_at_the_base_and_learns_whatever_is_trained(trained: st
 
 def test_tied_lora_that_trains_nothing_is_refused() -> None:
     tree = {f"train_{name}": False for name in "ABuv"}
-    with pytest.raises(RecipeError, match="none of A, B, u, v is trained"):
+    with raises("recipe/invalid-value", match="none of A, B, u, v is trained"):
         build(METHODS["tied-lora"].config, tree, source="recipe.yaml")
 
 
@@ -332,5 +332,5 @@ def test_block_lora_is_a_lora_of_a_rank_n_times_smaller_whose_b_steps_n_times_as
 
 
 def test_blocks_that_do_not_divide_the_rank_are_refused() -> None:
-    with pytest.raises(RecipeError, match="make it a multiple"):
+    with raises("recipe/invalid-value", match="make it a multiple"):
         build(METHODS["block-lora"].config, {"r": 5, "blocks": 2}, source="recipe.yaml")

@@ -13,10 +13,10 @@ from torch import Tensor
 from graftlm.deltas.eigenlorax import principal_directions
 from graftlm.deltas.intrinsic import Intrinsic
 from graftlm.deltas.linalg import orthonormal, pivots, top_singular, top_singular_fast
-from graftlm.errors import TargetError
 from graftlm.model.layers.registry import hosts, shared_of
 from graftlm.testing.deltas import attach_tiny, close
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
+from tests.errors import raises
 from tests.golden.check import Reference, against_reference
 
 SCALE = 6 / 4  # alpha / r of the small configs
@@ -190,7 +190,7 @@ def test_pmss_takes_rows_and_columns_of_w() -> None:
 
 
 def test_melora_asks_for_slices_that_come_out_even() -> None:
-    with pytest.raises(TargetError, match="minis is 5, which does not divide the 32 inputs and 32 outputs of model"):
+    with raises("target/indivisible-layer", match="minis is 5, .* 32 inputs and 32 outputs of model"):
         attach_tiny("melora", tiny_model(), minis=5)
 
 

@@ -19,12 +19,12 @@ from graftlm.adapters.load import load_adapter
 from graftlm.adapters.peft import why_not_peft
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lokr import _left
-from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts, penalty
 from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, logits, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
+from tests.errors import raises
 from tests.golden.check import LINEAR, against_peft, against_reference
 
 LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -179,7 +179,7 @@ def test_boft_in_m_products_is_boft_in_one(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_boft_refuses_sizes_that_do_not_fit() -> None:
-    with pytest.raises(TargetError, match="2 factors with blocks of 5 want an even block and an input that 10 divides"):
+    with raises("target/indivisible-layer", match="2 factors with blocks of 5"):
         attach_tiny("boft", tiny_model(), block=5)
 
 
@@ -214,7 +214,7 @@ def test_hra_starts_at_the_identity_in_half_precision_too() -> None:
     before = logits(model)
     attach_tiny("hra", model, r=8)
     assert torch.equal(logits(model), before)
-    with pytest.raises(TargetError, match="r must be even"):
+    with raises("target/odd-rank"):
         attach_tiny("hra", tiny_model(), r=3)
 
 
@@ -272,7 +272,7 @@ def test_shira_changes_its_places_and_no_other_weight(mask: str) -> None:
 
 
 def test_shira_refuses_more_places_than_there_are() -> None:
-    with pytest.raises(TargetError, match=r"k_proj has 512 weights, r = 11 would choose 528"):
+    with raises("target/rank-too-large", match=r"k_proj has 512 weights, r = 11 would choose 528"):
         attach_tiny("shira", tiny_model(), r=11)
 
 

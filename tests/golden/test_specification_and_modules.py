@@ -18,13 +18,13 @@ from graftlm.adapters.save import save_adapter
 from graftlm.config.schema import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
-from graftlm.errors import RecipeError, TargetError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts, penalty, trainable
 from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
+from tests.errors import raises
 from tests.golden.check import against_peft, against_reference
 
 LM = {"task_type": "CAUSAL_LM"}
@@ -111,13 +111,13 @@ def test_trainable_tokens_change_the_rows_of_their_tokens_alone() -> None:
 
 
 def test_token_ids_are_checked() -> None:
-    with pytest.raises(RecipeError, match="has an id twice"):
+    with raises("recipe/invalid-value", match="has an id twice"):
         build(TrainableTokensConfig, {"tokens": [3, 3]}, source="test")
-    with pytest.raises(RecipeError, match="tokens"):
+    with raises("recipe/invalid-value", match="tokens"):
         build(TrainableTokensConfig, {"tokens": []}, source="test")
-    with pytest.raises(TargetError, match=r"300 is no id at model\.embed_tokens"):
+    with raises("target/token-out-of-range", match=r"300 .* model\.embed_tokens"):
         attach(tiny_model(), TrainableTokensConfig(tokens=(300,)))
-    with pytest.raises(TargetError, match="layers.0.self_attn.q_proj has no row for each token"):
+    with raises("target/not-an-embedding", match="layers.0.self_attn.q_proj"):
         attach(tiny_model(), TrainableTokensConfig(tokens=(3,)), targets="all-linear")
 
 

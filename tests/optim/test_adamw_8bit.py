@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from graftlm.errors import TrainingError
 from graftlm.optim.adamw_8bit import AdamW8bit, AdamW8bitConfig
 from graftlm.training.state import ParameterGroup
+from tests.errors import raises
 
 pytest.importorskip("bitsandbytes")
 
@@ -30,7 +30,7 @@ def test_it_stays_near_adamw() -> None:
 
 
 def test_paged_moments_want_a_gpu() -> None:
-    with pytest.raises(TrainingError, match="paged is for GPUs"):
+    with raises("training/gpu-only-setting", match="paged"):
         AdamW8bit(AdamW8bitConfig(paged=True)).make(
             [ParameterGroup({"p": nn.Parameter(torch.ones(2))}, 0.1)], weight_decay=0
         )

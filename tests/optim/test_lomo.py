@@ -8,7 +8,6 @@ import torch
 
 from graftlm.callbacks.riemannian import Riemannian, RiemannianConfig
 from graftlm.data.batches.pack import Pack, collate, pack
-from graftlm.errors import TrainingError
 from graftlm.model.layers.registry import attachment, trainable
 from graftlm.optim.lomo import Lomo, LomoConfig
 from graftlm.testing import tiny_model
@@ -16,6 +15,7 @@ from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
+from tests.errors import raises
 from tests.training.test_loop import examples
 
 ROWS = [examples(seed=n) for n in range(2)]
@@ -130,14 +130,14 @@ def test_in_a_single_pass_such_a_step_stops_the_run() -> None:
     model = perturbed("full", tiny_model())
     next(iter(trainable(model).values())).register_hook(lambda g: g * math.nan)
     chosen: list[Callback] = [Lomo(LomoConfig(largest=1.0))]
-    with pytest.raises(TrainingError, match="last checkpoint"):
+    with raises("training/not-finite", match="last checkpoint"):
         run(training(model, chosen), chosen, CUTS["one pack"], on_nonfinite="skip")
 
 
 def test_callbacks_that_want_a_whole_gradient_are_refused_beside_it() -> None:
     model = perturbed("lora", tiny_model())
     chosen: list[Callback] = [Lomo(LomoConfig()), Riemannian(RiemannianConfig())]
-    with pytest.raises(TrainingError, match="riemannian acts on the gradient .* lomo leaves none"):
+    with raises("training/conflicting-settings", match="riemannian .* lomo"):
         run(training(model, chosen), chosen, CUTS["one pack"])
 
 
@@ -147,5 +147,5 @@ def test_methods_with_a_penalty_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Lora, "penalty", lambda self: self.B.square().sum())
     model = perturbed("lora", tiny_model())
     chosen: list[Callback] = [Lomo(LomoConfig())]
-    with pytest.raises(TrainingError, match="lomo with lora: the penalty"):
+    with raises("training/callback-unsupported", match="lomo with lora: the penalty"):
         run(training(model, chosen), chosen, CUTS["one pack"])

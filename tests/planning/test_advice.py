@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from graftlm.deltas import METHODS
-from graftlm.errors import GraftError
 from graftlm.planning import advice
+from tests.errors import raises
 
 FIGURES = ("held_out_loss", "share_of_lora", "parameters", "general_loss", "peak_over_lora_gib", "ratio")
 RUNS: dict[str, Any] = {
@@ -56,5 +56,5 @@ def test_each_row_says_why() -> None:
 
 
 def test_a_word_without_a_rule_is_refused() -> None:
-    with pytest.raises(GraftError, match=r"no rule about 'memroy'.*'memory'"):
+    with raises("recipe/unknown-rule", match=r"'memroy'.*'memory'"):
         advice.suggest("memroy")

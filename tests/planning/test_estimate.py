@@ -15,7 +15,6 @@ from graftlm.cli import app
 from graftlm.config.schema import build, to_yaml
 from graftlm.data.batches.pack import Pack
 from graftlm.deltas import METHODS
-from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.kernels.cpu import unavailable
 from graftlm.model.hub.load import load_base
@@ -35,6 +34,7 @@ from graftlm.testing import save_tiny_base
 from graftlm.testing.deltas import tiny_config
 from graftlm.training import loop
 from graftlm.training.phases import attach_deltas
+from tests.errors import raises
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -230,7 +230,7 @@ def test_passes_are_computed_by_the_backend_of_a_run(
 
 def test_a_backend_that_cannot_compute_is_refused(base: Path, rows: Path) -> None:
     made = recipe(base, rows)
-    with pytest.raises(TrainingError, match=r"train.kernels: ours: .*float32 on cpu"):
+    with raises("training/kernels-unavailable", match=r"float32 on cpu"):
         estimate(replace(made, train=replace(made.train, kernels="ours")))
 
 

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from graftlm import cli, distributed
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import lay_out
-from graftlm.errors import TrainingError
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.forward import log_probs
@@ -23,6 +22,7 @@ from graftlm.planning.lr_range import STEPS, Trial, lr_range_test, suggestion
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.training.phases import attach_deltas, make_batches
+from tests.errors import raises
 
 RATES = [10 ** (-6 + 6 * i / (STEPS - 1)) for i in range(STEPS)]
 
@@ -151,7 +151,7 @@ def test_several_deltas_are_tested_together_and_keep_their_ratio(base_folder: Pa
 
 def test_several_processes_are_refused(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "count", lambda: 2)
-    with pytest.raises(TrainingError, match="leave torchrun out"):
+    with raises("training/one-process-only"):
         lr_range_test(recipe(base_folder, rows))
 
 

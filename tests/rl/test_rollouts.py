@@ -17,7 +17,6 @@ import graftlm.rl.rollouts as sampler_module
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import PromptExample
-from graftlm.errors import RecipeError, TrainingError
 from graftlm.losses import LOSSES
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.registry import trainable
@@ -30,6 +29,7 @@ from graftlm.rl.rollouts import Sampler
 from graftlm.testing import save_tiny_base
 from graftlm.training import loop
 from graftlm.training.phases import attach_deltas, phases
+from tests.errors import raises
 from tests.training.test_preferences import count_steps, written
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
@@ -277,9 +277,9 @@ def test_every_loss_that_needs_feedback_says_what_it_makes_of_rewards() -> None:
 
 def test_a_reward_that_is_not_finite_is_an_error_that_names_the_row() -> None:
     said = [Completion([], "a", None, False, "f:1"), Completion([], "b", None, False, "f:2")]
-    with pytest.raises(TrainingError, match=r"not finite:\n  f:2: nan for 'b'"):
+    with raises("training/non-finite-rewards", match=r"f:2: nan for 'b'"):
         score(lambda some: [1.0, float("nan")], said)
-    with pytest.raises(TrainingError, match="1 rewards for 2 answers"):
+    with raises("training/wrong-reward-count", match="1 rewards for 2 answers"):
         score(lambda some: [1.0], said)
     assert score(lambda some: [1.0, None], said) == [1.0, None]
 
@@ -457,7 +457,7 @@ def test_references_are_part_of_what_a_run_is(
         stopping_after(2, patch)
         graftlm.train(made, tmp_path / "out")
     written(file, [{**rows[0], "completion": "another"}, *rows[1:]])
-    with pytest.raises(TrainingError, match="training rows: "):
+    with raises("training/dependencies-changed", match="training rows: "):
         graftlm.train(made, tmp_path / "out", resume=True)
 
 
@@ -527,7 +527,7 @@ def test_two_ranks_are_one(
 def test_what_cannot_be_is_refused_with_its_reason(
     base_folder: Path, prompts: Path, loss: Any, sections: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(RecipeError, match=said):
+    with raises("recipe/invalid-value", match=said):
         recipe(base_folder, prompts, loss, **sections)
 
 
@@ -536,9 +536,9 @@ def test_estimates_and_range_tests_say_that_they_cannot(base_folder: Path, promp
     from graftlm.planning.lr_range import lr_range_test
 
     made = recipe(base_folder, prompts)
-    with pytest.raises(TrainingError, match="the model writes them as it goes"):
+    with raises("training/unsupported-with-rl"):
         estimate(made)
-    with pytest.raises(TrainingError, match="no two steps have the same"):
+    with raises("training/unsupported-with-rl"):
         lr_range_test(made)
 
 

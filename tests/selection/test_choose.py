@@ -15,7 +15,6 @@ from graftlm import cli
 from graftlm.config.schema import build
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.load import load_rows
-from graftlm.errors import GraftError, OutputError, RecipeError
 from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
@@ -23,6 +22,7 @@ from graftlm.selection import SELECTORS, choose
 from graftlm.selection.base import Pool
 from graftlm.selection.ifd import IfdConfig
 from graftlm.testing.tiny import CHATML, tiny_tokenizer
+from tests.errors import raises
 from tests.selection.conftest import some_rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -153,34 +153,38 @@ def test_what_is_there_is_not_overwritten(base_folder: Path, rows_file: Path, tm
     out = tmp_path / "rows-kept.jsonl"
     out.write_text("precious")
     command = (rows_file, "--by", "longest", "--keep", "2", "--base", base_folder, "--out", out)
-    with pytest.raises(OutputError, match="--overwrite"):
+    with raises("output/already-exists", match="--overwrite"):
         select(*command)
     assert out.read_text() == "precious"
     select(*command, "--overwrite")
     assert len(lines(out)) == 2
-    with pytest.raises(OutputError, match="jsonl"):
+    with raises("output/not-jsonl"):
         select(*command[:-1], tmp_path / "rows.csv")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "code", "said"),
     [
-        (["--by", "ifd"], "say how many to keep"),
-        (["--by", "ifd", "--keep", "1.5"], "keep"),
-        (["--by", "ifd", "--keep", "2", "bnad=low"], "bnad: unknown key"),
-        (["--by", "less", "--keep", "2"], "target: this key has no default"),
-        (["--by", "ifd", "--keep", "2", "--target", "x.jsonl"], "target: unknown key"),
-        (["--keep", "2"], "--by"),
-        (["--by", "format", "matches=nowhere"], "leaves out all 30 rows"),
-        (["--by", "format", "matches=["], r"'matches=\[': the value is not valid YAML"),
-        (["--by", "format", "matches"], "'matches': write an override as key=value"),
-        (["--by", "ifd", "--keep", "10%"], r"^--by ifd: keep: say how many rows \(100\) or which share.*'10%'\)$"),
+        (["--by", "ifd"], "recipe/missing-option", "say how many to keep"),
+        (["--by", "ifd", "--keep", "1.5"], "recipe/invalid-value", "keep"),
+        (["--by", "ifd", "--keep", "2", "bnad=low"], "recipe/unknown-key", "bnad: unknown key"),
+        (["--by", "less", "--keep", "2"], "recipe/invalid-value", "target: this key has no default"),
+        (["--by", "ifd", "--keep", "2", "--target", "x.jsonl"], "recipe/unknown-key", "target: unknown key"),
+        (["--keep", "2"], "recipe/missing-option", "--by"),
+        (["--by", "format", "matches=nowhere"], "data/no-rows-left", "leaves out all 30 rows"),
+        (["--by", "format", "matches=["], "recipe/invalid-yaml", r"'matches=\[': the value is not valid YAML"),
+        (["--by", "format", "matches"], "recipe/malformed-override", "'matches': write an override as key=value"),
+        (
+            ["--by", "ifd", "--keep", "10%"],
+            "recipe/invalid-value",
+            r"^--by ifd: keep: say how many rows \(100\) or which share.*'10%'\)$",
+        ),
     ],
 )
 def test_mistakes_are_explained(
-    arguments: list[str], said: str, base_folder: Path, rows_file: Path, tmp_path: Path
+    arguments: list[str], code: str, said: str, base_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(GraftError, match=said):
+    with raises(code, match=said):
         select(rows_file, *arguments, "--base", base_folder, "--out", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -227,7 +231,7 @@ def test_a_run_trains_on_what_was_chosen(base_folder: Path, rows_file: Path, tmp
     file.write_text((tmp_path / "out" / "recipe.yaml").read_text())
     select(file, "--out", tmp_path / "rows-kept.jsonl")
     assert len(lines(tmp_path / "rows-kept.jsonl")) == 6
-    with pytest.raises(RecipeError, match="select"):
+    with raises("recipe/conflicting-settings"):
         select(file, "--by", "longest", "--keep", "2", "--out", tmp_path / "no.jsonl")
 
 

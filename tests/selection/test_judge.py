@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from graftlm.data.sources.formats import Message
-from graftlm.errors import DataError
 from graftlm.selection import judge
 from graftlm.selection.base import Pool
 from graftlm.selection.judge import JudgeConfig
 from graftlm.testing import tiny_model
+from tests.errors import raises
 from tests.judges.endpoint_server import Endpoint
 from tests.selection.conftest import qa, some_rows
 
@@ -48,14 +48,14 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_not(
     endpoint.reply = lambda prompt: replies.pop()
     assert judge.score(JudgeConfig(url=endpoint.url), pool).tolist() == [4]
     endpoint.reply = lambda prompt: 401
-    with pytest.raises(DataError, match="401"):
+    with raises("data/endpoint-refuses", match="401"):
         judge.score(JudgeConfig(url=endpoint.url), pool)
     assert len(endpoint.asked) == 4
     endpoint.reply = lambda prompt: 500
-    with pytest.raises(DataError, match="4 attempts"):
+    with raises("data/endpoint-unreachable", match="4 attempts"):
         judge.score(JudgeConfig(url=endpoint.url), pool)
     endpoint.reply = lambda prompt: "what a fine row"
-    with pytest.raises(DataError, match="hold no grade"):
+    with raises("data/ungraded-replies"):
         judge.score(JudgeConfig(url=endpoint.url), pool)
 
 
@@ -65,10 +65,10 @@ def test_rows_go_to_another_machine_only_when_that_is_allowed(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     pool = pool_of(some_rows(2))
     config = JudgeConfig(url="https://judge.invalid/v1", model="x")
-    with pytest.raises(DataError, match="network"):
+    with raises("data/network-not-allowed"):
         judge.score(config, pool)
     pool.network = True
-    with pytest.raises(DataError, match="OPENAI_API_KEY"):
+    with raises("data/missing-api-key", match="OPENAI_API_KEY"):
         judge.score(config, pool)
 
 

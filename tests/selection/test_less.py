@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import DataError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts, parameters_of
 from graftlm.optim.adamw import adamw
@@ -18,6 +17,7 @@ from graftlm.selection import less
 from graftlm.selection.base import Pool
 from graftlm.selection.less import LessConfig, Projection, adam_step, gradient
 from graftlm.testing import tiny_model
+from tests.errors import raises
 from tests.selection.conftest import some_rows
 
 
@@ -115,5 +115,5 @@ def test_subtasks_score_by_the_one_that_is_helped_most(pool_of: Callable[..., Po
 def test_a_target_of_which_nothing_fits_is_refused(pool_of: Callable[..., Pool], tmp_path: Path) -> None:
     target = tmp_path / "target.jsonl"
     target.write_text(json.dumps({"prompt": "the user asks " * 60, "completion": "a"}))
-    with pytest.raises(DataError, match="max_tokens"):
+    with raises("data/no-rows-left", match="max_tokens"):
         less.score(LessConfig(target=str(target)), pool_of(some_rows(4), max_tokens=64))

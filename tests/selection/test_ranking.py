@@ -11,11 +11,11 @@ import torch
 from graftlm.data.chat.roles import Role
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import Row
-from graftlm.errors import DataError
 from graftlm.selection import dedup, ifd, length, longest, perplexity, reversed_ifd
 from graftlm.selection import format as by_format
 from graftlm.selection.base import Pool, last_answer
 from graftlm.testing import tiny_model
+from tests.errors import raises
 from tests.selection.conftest import qa, some_rows
 
 
@@ -57,7 +57,7 @@ def test_ifd_takes_the_last_answer_and_leaves_out_what_has_no_question(pool_of: 
     given, _ = ifd.with_and_without(pool, several) or (None, None)
     assert given is not None
     assert pool.renderer.decode(given.ids[given.weights > 0]) == "the user"
-    with pytest.raises(DataError, match="question"):
+    with raises("data/no-rows-left", match="question"):
         ifd.ratios(pool, [text], "perplexity")
 
 

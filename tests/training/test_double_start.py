@@ -10,9 +10,9 @@ import pytest
 
 import graftlm
 from graftlm.config.schema import to_yaml
-from graftlm.errors import OutputError
 from graftlm.lock import lock_file, only_writer
 from graftlm.runs.sweep import Point, sweep
+from tests.errors import raises
 from tests.training.test_resume import losses, recipe, same
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -120,13 +120,13 @@ def test_a_finished_run_is_not_touched_while_another_process_writes_there(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with only_writer(out):
         for options in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(OutputError, match="writes here"):
+            with raises("output/folder-in-use"):
                 graftlm.train(recipe(base_folder, rows), out, **options)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_a_second_sweep_into_the_same_folder_is_refused(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     points = [Point("run", recipe(base_folder, rows))]
-    with only_writer(tmp_path / "sweep"), pytest.raises(OutputError, match="writes here"):
+    with only_writer(tmp_path / "sweep"), raises("output/folder-in-use"):
         sweep(points, tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()

@@ -13,9 +13,9 @@ import graftlm
 import graftlm.training.guards as guards_module
 import graftlm.training.objective as objective
 from graftlm.config.schema import build
-from graftlm.errors import RecipeError
 from graftlm.recipe import Recipe
 from graftlm.training.guards import EarlyStopping, Guards
+from tests.errors import raises
 from tests.training.test_resume import recipe, rows, same, stopping_after  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -137,5 +137,5 @@ def test_early_stopping_keeps_the_state_with_the_lowest_held_out_loss(
 )
 def test_early_stopping_needs_rows_and_one_end(data: dict[str, Any], train: dict[str, Any], says: str) -> None:
     tree = {"data": {"train": "rows.jsonl", **data}, "train": {"early_stopping": {}, **train}}
-    with pytest.raises(RecipeError, match=says):
+    with raises("recipe/invalid-value", match=says):
         build(Recipe, tree, source="test")

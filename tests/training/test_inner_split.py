@@ -9,7 +9,6 @@ import torch
 
 import graftlm
 from graftlm.data.batches.pack import collate
-from graftlm.errors import TrainingError
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.recipe import Recipe
@@ -18,6 +17,7 @@ from graftlm.testing.deltas import perturbed
 from graftlm.training.inner_split import inner_split, make_inner_loss
 from graftlm.training.setup import Setup
 from tests.callbacks.test_callbacks import training
+from tests.errors import raises
 from tests.training.test_loop import examples
 from tests.training.test_resume import STEPS, recipe, rows, same, stopping_after
 
@@ -49,7 +49,7 @@ def test_they_are_never_trained_on_and_follow_from_the_seed(base_folder: Path, r
     other = split(recipe(base_folder, rows, train__seed=4, **CASES["bilora"]), given)
     assert [e.where for e in other[1]] != [e.where for e in inner]
     assert split(recipe(base_folder, rows), given) == (given, [])
-    with pytest.raises(TrainingError, match="only 1 rows in all"):
+    with raises("training/too-few-rows", match="only 1 rows"):
         split(recipe(base_folder, rows, **CASES["bilora"]), given[:1])
 
 

@@ -8,12 +8,12 @@ import pytest
 
 import graftlm
 from graftlm.config.schema import build, to_tree
-from graftlm.errors import DataError
 from graftlm.model.hub.sketch import positions
 from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
+from tests.errors import raises
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 MOST = 64
@@ -43,7 +43,7 @@ def test_a_table_of_positions_ends(model_type: str, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", model_type)
     found = positions(str(base))
     assert (found.count, found.are_a_table()) == (MOST, True)
-    with pytest.raises(DataError, match=f"longer than the {MOST} positions") as raised:
+    with raises("data/beyond-learned-positions", match=f"the {MOST} positions") as raised:
         graftlm.train(recipe(base, tmp_path), tmp_path / "out")
     assert "rows.jsonl:4: " in str(raised.value)
     assert f"data.max_tokens={MOST}" in str(raised.value)
@@ -92,7 +92,7 @@ def test_rows_beyond_a_table_are_refused_before_a_selector_runs_the_base(
     made = build(Recipe, to_tree(recipe(base, tmp_path)) | {"select": select}, source="test")
     loaded: list[Any] = []
     monkeypatch.setattr("graftlm.selection.choose.load_base", lambda *a, **k: loaded.append(a))
-    with pytest.raises(DataError, match=f"longer than the {MOST} positions") as raised:
+    with raises("data/beyond-learned-positions", match=f"the {MOST} positions") as raised:
         prepare_data(made, load_tokenizer(made.base))
     assert not loaded
     assert "rows.jsonl:" in str(raised.value)
@@ -103,7 +103,7 @@ def test_rows_of_a_target_must_fit_too(tmp_path: Path) -> None:
     (tmp_path / "target.jsonl").write_text(json.dumps({"prompt": "q", "completion": "yes " * 40}) + "\n")
     select = [{"by": "length", "most": 20}, {"by": "rds", "keep": 4, "target": str(tmp_path / "target.jsonl")}]
     made = build(Recipe, to_tree(recipe(base, tmp_path)) | {"select": select}, source="test")
-    with pytest.raises(DataError, match=f"rows of the target are longer than the {MOST} positions"):
+    with raises("data/beyond-learned-positions", match=f"rows of the target .* the {MOST} positions"):
         prepare_data(made, load_tokenizer(made.base))
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import graftlm
 from graftlm.config.schema import build
-from graftlm.errors import DataError, RecipeError
+from graftlm.errors import RecipeError
 from graftlm.recipe import Recipe, read_recipe
+from tests.errors import raises
 from tests.training.test_resume import same, stopping_after
 from tests.training.together import together
 
@@ -189,7 +190,7 @@ def test_rows_without_what_the_loss_needs_are_refused_by_file_and_line(
         (plain, "policy-gradient", r"plain.jsonl:1: no rewards"),
     ]
     for rows, loss, said in cases:
-        with pytest.raises(DataError, match=said):
+        with raises("data/rows-unfit-for-loss", match=said):
             graftlm.train(recipe(base_folder, rows, loss), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

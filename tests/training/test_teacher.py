@@ -14,7 +14,7 @@ from graftlm.adapters.save import save_adapter
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import GraftError, RecipeError, TrainingError
+from graftlm.errors import RecipeError
 from graftlm.losses.distillation import DistillationConfig
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.attach import attach
@@ -29,6 +29,7 @@ from graftlm.testing.deltas import move, perturbed
 from graftlm.training.checkpoints import FACTS
 from graftlm.training.objective import Objective
 from graftlm.training.teacher import REFERENCE, TEACHER, adapters_compared_with, add_teacher
+from tests.errors import raises
 from tests.training.test_objective import answered, moved, same, step
 from tests.training.test_resume import same as same_run
 from tests.training.test_resume import stopping_after
@@ -156,14 +157,14 @@ def test_a_teacher_is_no_part_of_the_model(base_folder: Path, larger: Path) -> N
 
 
 def test_a_teacher_that_cannot_be_compared_with_is_refused(base_folder: Path, larger: Path, tmp_path: Path) -> None:
-    def refused(teacher: Path, said: str) -> None:
+    def refused(teacher: Path, code: str, said: str | None = None) -> None:
         model = load_base(str(base_folder)).model
-        with pytest.raises(GraftError, match=said):
+        with raises(code, match=said):
             add_teacher(model, DistillationConfig(teacher=str(teacher)), base=str(base_folder), network=False)
         assert TEACHER not in model.__dict__
 
     padded = save_tiny_base(tmp_path / "padded", vocab_size=320)
-    refused(padded, "320 logits and this base 300")
+    refused(padded, "training/teacher-width-differs", "320 logits and this base 300")
     shutil.copytree(larger, tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
     tree = json.loads(file.read_text())
@@ -171,8 +172,12 @@ def test_a_teacher_that_cannot_be_compared_with_is_refused(base_folder: Path, la
     first, second = list(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(tree))
-    refused(tmp_path / "other", "another vocabulary than the recipe's base(.|\n)*2 tokens differ(.|\n)*same family")
-    refused(tmp_path / "nowhere", "no such folder")
+    refused(
+        tmp_path / "other",
+        "training/teacher-vocabulary-differs",
+        "another vocabulary than the recipe's base(.|\n)*2 tokens differ(.|\n)*same family",
+    )
+    refused(tmp_path / "nowhere", "base/no-such-base")
 
 
 # Whole runs ------------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def test_a_run_with_a_larger_teacher_resumes_and_notices_another(
     assert json.loads(next((tmp_path / "parts").rglob(FACTS)).read_text())["teacher"]["digest"].startswith("sha256:")
     kept = larger.rename(larger.with_name("kept"))
     save_tiny_base(larger, seed=6, hidden_size=48, num_hidden_layers=3)
-    with pytest.raises(TrainingError, match=r"teacher: \w+ -> \w+; \d+ of \d+ weights differ"):
+    with raises("training/dependencies-changed", match=r"teacher: \w+ -> \w+; \d+ of \d+ weights differ"):
         graftlm.train(wanted, tmp_path / "parts", resume=True)
     shutil.rmtree(larger)
     kept.rename(larger)

@@ -18,6 +18,7 @@ from graftlm.config.schema import build
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.recipe import Recipe, ReportConfig
 from graftlm.training.trackers import TRACKERS, Trackers
+from tests.errors import raises
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -373,9 +374,9 @@ def test_what_is_missing_is_said_before_anything_is_read_and_a_failed_start_leav
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("graftlm.training.trackers.find_spec", lambda name: None)
-        with pytest.raises(TrainingError, match="pip install trackio"):
+        with raises("training/missing-package", match="pip install trackio"):
             graftlm.train(whole(base_folder, tmp_path / "no-such-rows.jsonl", "trackio"), tmp_path / "out")
     told.breaks["trackio", 0] = ValueError("no")
-    with pytest.raises(TrainingError, match="trackio cannot begin"):
+    with raises("training/tracker-failed", match="trackio"):
         graftlm.train(whole(base_folder, rows, "trackio"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

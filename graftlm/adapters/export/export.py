@@ -86,17 +86,25 @@ def merged_int4(model: nn.Module) -> dict[str, Tensor]:
             or not isinstance(host.base, QuantizedLinear)
             or host.base.codec.name != "int4"
         ):
-            raise TargetError(f"{name}: no int4 layer, so it has no zero points: load the base with quantization int4")
+            raise TargetError(
+                f"{name}: no int4 layer, so it has no zero points: load the base with quantization int4",
+                code="base-not-int4",
+            )
         others = [delta.config.method for delta in host.on() if not isinstance(delta, AdditiveDelta)]
         if others:
-            raise TargetError(f"{name}: {others[0]} changes W by more than an addition: {_INT4_ONLY}")
+            raise TargetError(
+                f"{name}: {others[0]} changes W by more than an addition: {_INT4_ONLY}", code="not-mergeable-in-int4"
+            )
         tensors = host.base.tensors()
         with torch.no_grad():
             change, _ = host.effective(torch.zeros(host.base.shape, device=tensors["zero"].device))
         groups = change.split(GROUP, dim=1)
         spread = max(float((part.amax(1) - part.amin(1)).max()) for part in groups)
         if spread > CONSTANT * float(change.abs().max()):
-            raise TargetError(f"{name}: dW differs by up to {spread:.3g} inside groups of {GROUP} inputs: {_INT4_ONLY}")
+            raise TargetError(
+                f"{name}: dW differs by up to {spread:.3g} inside groups of {GROUP} inputs: {_INT4_ONLY}",
+                code="not-mergeable-in-int4",
+            )
         shift = torch.stack([part[:, 0] for part in groups], dim=1)
         state[f"{name}.zero"] = tensors["zero"] - shift / tensors["scale"].float()
     return state
@@ -171,7 +179,8 @@ def _config_for(model: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> 
             raise TargetError(
                 f"{type(model).__name__} has no place for {len(lacking)} biases that the delta gave its layers, so a "
                 f"merged model would drop them:\n{numbered(lacking)}\nExport with `--to delta`, or give the delta "
-                "targets that have a bias"
+                "targets that have a bias",
+                code="no-bias-in-model",
             )
     return config
 
@@ -209,7 +218,7 @@ def plain_lora(model: nn.Module, *, rank: int | None = None) -> PlainLora:
             if host.active:
                 factors[name], errors[name] = _plain_at(name, host, rank)
     if not factors:
-        raise TargetError("no delta is on: there is nothing to export")
+        raise TargetError("no delta is on: there is nothing to export", code="no-active-delta")
     return PlainLora(factors, errors)
 
 
@@ -218,7 +227,7 @@ def _plain_at(name: str, host: Host, rank: int | None) -> tuple[tuple[Tensor, Te
     for delta in deltas:
         if not isinstance(host, LayerHost) or host.view.kind == "norm" or not isinstance(delta, WeightDelta):
             why = delta.not_mergeable or "it changes a norm, and LoRA has matrices only"
-            raise TargetError(f"{name}: {delta.config.method} is no LoRA: {why}")
+            raise TargetError(f"{name}: {delta.config.method} is no LoRA: {why}", code="not-plain-lora")
     assert isinstance(host, LayerHost)
     exact = [all_factors(delta) for delta in deltas if isinstance(delta, AdditiveDelta)]
     if len(exact) == len(deltas) and all(exact):
@@ -227,12 +236,16 @@ def _plain_at(name: str, host: Host, rank: int | None) -> tuple[tuple[Tensor, Te
     W, b = host.effective()
     own = host.view.bias
     if b is not None and (own is None or not torch.equal(b, own)):
-        raise TargetError(f"{name}: {deltas[0].config.method} changes a bias, which plain LoRA has no place for")
+        raise TargetError(
+            f"{name}: {deltas[0].config.method} changes a bias, which plain LoRA has no place for",
+            code="not-plain-lora",
+        )
     change = W - host.view.weight
     if rank is None:
         raise TargetError(
             f"{name}: {deltas[0].config.method} has no exact low-rank factors: say how many to keep (`--rank 64`; the "
-            "error is reported), or export with `--to merged`"
+            "error is reported), or export with `--to merged`",
+            code="missing-rank",
         )
     U, S, Vh = torch.linalg.svd(change, full_matrices=False)
     error = float(S[rank:].norm() / S.norm().clamp_min(1e-30))
@@ -314,14 +327,18 @@ def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise TargetError("writing GGUF needs the package gguf: pip install 'graftlm[gguf]'") from None
+        raise TargetError(
+            "writing GGUF needs the package gguf: pip install 'graftlm[gguf]'", code="missing-package"
+        ) from None
     settings = {**model.config.to_dict(), "model_type": model.config.model_type}
     if reason := why_not_gguf(settings, plain.factors):
-        raise TargetError(reason)
+        raise TargetError(reason, code="unsupported-by-gguf")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
     if type(model).__name__ != causal:
         raise TargetError(
-            f"llama.cpp runs {causal}, this is a {type(model).__name__}: export with `--to plain-lora` or `--to merged`"
+            f"llama.cpp runs {causal}, this is a {type(model).__name__}: export with `--to plain-lora` or "
+            "`--to merged`",
+            code="unsupported-by-gguf",
         )
     known = architecture(settings)
     assert isinstance(known, Architecture)
@@ -395,7 +412,10 @@ def _exported(
             write_adapter(model, partial, name=names[0], tokenizer=tokenizer)
         return {"kind": to, "exact": True, "as": "PEFT's own method"}
     if to == "peft" and (reason := why_not_read(model_type(model), "LORA", _sites(model))):
-        raise TargetError(f"{reason}. Export with `--to merged`, or with `--to plain-lora` for a server that reads it")
+        raise TargetError(
+            f"{reason}. Export with `--to merged`, or with `--to plain-lora` for a server that reads it",
+            code="unsupported-by-peft",
+        )
     if to == "delta":
         with new_folder(folder) as partial:
             write_difference(model, partial)

@@ -272,7 +272,9 @@ def lint(folder: str | Path) -> list[Verdict]:
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("adapter.gguf", "delta.safetensors", CONFIG, "config.json")):
-        raise AdapterError(f"{folder}: holds neither an adapter ({CONFIG}) nor a merged model (config.json)")
+        raise AdapterError(
+            f"{folder}: holds neither an adapter ({CONFIG}) nor a merged model (config.json)", code="nothing-to-check"
+        )
     if (folder / "adapter.gguf").is_file():
         return _verdicts(_only_gguf)
     if (folder / "delta.safetensors").is_file():

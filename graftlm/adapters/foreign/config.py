@@ -51,9 +51,13 @@ def method_of(stored: Mapping[str, Any], file: Path) -> tuple[str, Method]:
             return name, method
     if of_kind:
         says = ", ".join(f"{key}={value!r}" for key, value in _other_constants(stored, of_kind[-1][2]).items())
-        raise AdapterError(f"{file}: {says} changes what the adapter computes, and is not supported here")
+        raise AdapterError(
+            f"{file}: {says} changes what the adapter computes, and is not supported here", code="unsupported-setting"
+        )
     known = [m.delta.peft.type for m in METHODS.values() if m.delta.peft is not None]
-    raise AdapterError(f"{file}: peft_type {kind!r} is no method here. {nearest(str(kind), known)}")
+    raise AdapterError(
+        f"{file}: peft_type {kind!r} is no method here. {nearest(str(kind), known)}", code="unknown-peft-type"
+    )
 
 
 def _other_constants(stored: Mapping[str, Any], layout: PeftLayout) -> dict[str, Any]:
@@ -81,21 +85,29 @@ def check_keys(model: nn.Module, stored: Mapping[str, Any], method: Method, file
         if key == "target_parameters":
             raise AdapterError(
                 f"{file}: target_parameters={value!r} adapts the experts of a layer that are one parameter, which no "
-                "delta here can. Merge it in PEFT (merge_and_unload) and use the merged model as the base"
+                "delta here can. Merge it in PEFT (merge_and_unload) and use the merged model as the base",
+                code="fused-experts",
             )
         if key in neutral:
-            raise AdapterError(f"{file}: {key}={value!r} changes what the adapter computes, and is not supported here")
+            raise AdapterError(
+                f"{file}: {key}={value!r} changes what the adapter computes, and is not supported here",
+                code="unsupported-setting",
+            )
         raise AdapterError(
-            f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, {*known, *neutral})}"
+            f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, {*known, *neutral})}",
+            code="unknown-key",
         )
     start = stored.get("init_lora_weights")
     if start not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise AdapterError(
             f"{file}: init_lora_weights={start!r} means that the stored factors do not belong to "
-            "the untouched base: save it with path_initial_model_for_weight_conversion in PEFT"
+            "the untouched base: save it with path_initial_model_for_weight_conversion in PEFT",
+            code="changed-base-weights",
         )
     if stored.get("lora_bias") and stored.get("use_dora"):
-        raise AdapterError(f"{file}: lora_bias=True with use_dora=True: PEFT itself does not have both")
+        raise AdapterError(
+            f"{file}: lora_bias=True with use_dora=True: PEFT itself does not have both", code="unsupported-setting"
+        )
 
 
 def method_fields(stored: Mapping[str, Any], method: Method, file: Path) -> dict[str, Any]:
@@ -108,7 +120,10 @@ def method_fields(stored: Mapping[str, Any], method: Method, file: Path) -> dict
         default = layout.defaults.get(key, defaults[ours])
         value = stored.get(key, default)
         if value is None and ours != "dropout" and type(default) in (int, float):
-            raise AdapterError(f"{file}: {key} is null, and without a number it cannot be said what the adapter adds")
+            raise AdapterError(
+                f"{file}: {key} is null, and without a number it cannot be said what the adapter adds",
+                code="missing-value",
+            )
         if value is not None and value is not MISSING:
             tree[ours] = value
     return tree | (dict(layout.translate(dict(stored))) if layout.translate is not None else {})
@@ -125,13 +140,18 @@ def site_patterns(
     for ours, key in layout.patterns.items():
         patterns = stored.get(key) or {}
         if not isinstance(patterns, dict):
-            raise AdapterError(f"{file}: {key} must be a mapping from patterns to numbers, this is {patterns!r}")
+            raise AdapterError(
+                f"{file}: {key} must be a mapping from patterns to numbers, this is {patterns!r}",
+                code="invalid-pattern",
+            )
         for here, there in sites.items():
             for pattern, value in patterns.items():
                 try:
                     hit = re.match(rf"(.*\.)?({pattern})$", there)
                 except re.error as error:
-                    raise AdapterError(f"{file}: {key}: {pattern!r} is no regular expression: {error}") from None
+                    raise AdapterError(
+                        f"{file}: {key}: {pattern!r} is no regular expression: {error}", code="invalid-pattern"
+                    ) from None
                 if hit:
                     found.setdefault(re.escape(here), {})[ours] = value
                     break
@@ -192,5 +212,5 @@ def read_where(stored: Mapping[str, Any], file: Path) -> Where:
             try:
                 expression(pattern)
             except ValueError as error:
-                raise AdapterError(f"{file}: {key}: {pattern!r}: {error}") from None
+                raise AdapterError(f"{file}: {key}: {pattern!r}: {error}", code="invalid-pattern") from None
     return where

@@ -53,12 +53,15 @@ def named_tensors(reading: Reading, tensors: Mapping[str, Tensor]) -> list[Named
     for key in (parse_key(stored, reading.layout) for stored in tensors):
         other = keys.get(key.plain)
         if other is not None and not torch.equal(tensors[other.stored], tensors[key.stored]):
-            raise AdapterError(f"{reading.file}: {other.stored} and {key.stored} are one tensor with two values")
+            raise AdapterError(
+                f"{reading.file}: {other.stored} and {key.stored} are one tensor with two values",
+                code="contradicting-tensors",
+            )
         keys[key.plain] = key
     adapters = sorted({key.adapter for key in keys.values() if key.adapter})
     if len(adapters) > 1:
         said = f"{len(adapters)} adapters ({', '.join(adapters)}): save each into a folder of its own"
-        raise AdapterError(f"{reading.file}: holds the tensors of {said}")
+        raise AdapterError(f"{reading.file}: holds the tensors of {said}", code="several-adapters")
     whole = {plain: tensors[key.stored] for plain, key in keys.items()}
     if reading.layout.read is not None:
         whole = reading.layout.read(reading.stored, whole)
@@ -89,7 +92,8 @@ def check_experts(reading: Reading, tensors: Sequence[Named]) -> None:
             raise AdapterError(
                 f"{reading.file}: {one.stored} is about one expert, and this model has all of a layer in one "
                 f"parameter ({fused[0]}), as transformers 5 loads it. No delta here can sit there: merge the "
-                "adapter in PEFT (merge_and_unload), which converts it, and use the merged model as the base"
+                "adapter in PEFT (merge_and_unload), which converts it, and use the merged model as the base",
+                code="fused-experts",
             )
 
 

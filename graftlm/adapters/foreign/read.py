@@ -45,7 +45,9 @@ def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> Adapter:
     check_numbers({key: t for key, t in tensors.items() if key not in copies}, reading.file)
     for one in (*held.weights.values(), *held.copies.values(), *held.rows.values(), *held.shifts.values()):
         if not one.tensor.is_floating_point():
-            raise AdapterError(f"{reading.file}: {one.stored}: dtype {one.tensor.dtype}, which no weight has")
+            raise AdapterError(
+                f"{reading.file}: {one.stored}: dtype {one.tensor.dtype}, which no weight has", code="not-weights"
+            )
     sites = _sites(reading, held)
     config = _main_config(reading, sites)
     ids = token_ids(reading, held)
@@ -57,7 +59,9 @@ def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> Adapter:
         changed_biases(reading, shifts.keys() - changes.keys(), shifts, held, config),
     ]
     if reading.problems:
-        raise AdapterError(f"{reading.file}: does not fit this model:\n{numbered(sorted(reading.problems))}")
+        raise AdapterError(
+            f"{reading.file}: does not fit this model:\n{numbered(sorted(reading.problems))}", code="does-not-fit-model"
+        )
     return Adapter([member for member in members if member is not None], reading.remarks)
 
 
@@ -82,7 +86,8 @@ def _sites(reading: Reading, held: Contents) -> dict[str, str]:
         such = next(iter(held.main), "none")
         raise AdapterError(
             f"{reading.file}: does not fit this model: none of its tensors belongs to a layer of it that "
-            f"{reading.method_name} can sit on; the first is {such}. {nearest(such.removeprefix(PREFIX), there)}"
+            f"{reading.method_name} can sit on; the first is {such}. {nearest(such.removeprefix(PREFIX), there)}",
+            code="does-not-fit-model",
         )
     if nowhere:
         reading.remarks.append(f"target_modules also names {', '.join(nowhere)}, for which it has no tensors")

@@ -22,7 +22,7 @@ def token_ids(reading: Reading, held: Contents) -> dict[str, Tensor]:
         return found
     if not held.rows or not given:
         what = f"trainable_token_indices={given!r}, and {len(held.rows)} modules with {TOKENS}"
-        raise AdapterError(f"{reading.file}: {what}: the one is nothing without the other")
+        raise AdapterError(f"{reading.file}: {what}: the one is nothing without the other", code="token-rows-mismatch")
     for module, one in held.rows.items():
         ids = given if isinstance(given, tuple) else _by_end(given, one.there)
         base = reading.view(module)

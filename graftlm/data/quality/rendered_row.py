@@ -95,7 +95,7 @@ def rendered_rows(row: Row, renderer: Renderer, *, mask: str, prompt_weight: flo
 def _read(conversation: Sequence[Message | Mapping[str, Any]], tools: Sequence[Fields], turn_order: TurnOrder) -> Row:
     """The conversation as a row of a file would be read."""
     if isinstance(conversation, str | Mapping):
-        raise DataError(f"{PLACE}: give a list of messages, this is {conversation!r:.60}")
+        raise DataError(f"{PLACE}: give a list of messages, this is {conversation!r:.60}", code="unusable-conversation")
     own = [message for message in conversation if isinstance(message, Message)]
     fields: dict[str, Any] = {"messages": list(conversation), **({"tools": list(tools)} if tools else {})}
     try:
@@ -103,4 +103,4 @@ def _read(conversation: Sequence[Message | Mapping[str, Any]], tools: Sequence[F
         read = Conversation(own, read_tools(fields)) if whole else read_messages(fields)
         return read_row(read, PLACE, fields, None, turn_order)[0]
     except RowError as error:
-        raise DataError(f"{PLACE}: {error}") from None
+        raise DataError(f"{PLACE}: {error}", code="unusable-conversation") from None

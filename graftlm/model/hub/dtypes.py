@@ -18,7 +18,9 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
     if name not in DTYPES:
-        raise BaseModelError(f"dtype: {name!r} is unknown. {nearest(name, ('auto', *DTYPES, *SHORT))}")
+        raise BaseModelError(
+            f"dtype: {name!r} is unknown. {nearest(name, ('auto', *DTYPES, *SHORT))}", code="unknown-dtype"
+        )
     return DTYPES[name]
 
 

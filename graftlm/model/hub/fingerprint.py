@@ -89,7 +89,10 @@ def fingerprint(model: Any) -> Fingerprint:
     if isinstance(kept, Fingerprint):
         return kept
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise BaseModelError("this base is quantized, and its weights before that were not recorded: quantize() it")
+        raise BaseModelError(
+            "this base is quantized, and its weights before that were not recorded: quantize() it",
+            code="unknown-original-weights",
+        )
     settings = json.loads(json.dumps(model.config.to_dict(), default=str)) if hasattr(model, "config") else {}
     settings = {k: v for k, v in settings.items() if k not in VOLATILE and not k.startswith("_")}
     cached = _fingerprint_file(base_record(model).folder, next(model.parameters()).dtype)

@@ -24,7 +24,9 @@ def converted(gguf: Path) -> Path:
     if folder.is_dir():
         return folder
     if find_spec("gguf") is None or find_spec("accelerate") is None:
-        raise BaseModelError(f"{gguf.name}: reading GGUF needs an extra: pip install 'graftlm[gguf]'")
+        raise BaseModelError(
+            f"{gguf.name}: reading GGUF needs an extra: pip install 'graftlm[gguf]'", code="missing-package"
+        )
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -46,7 +48,7 @@ def converted(gguf: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         if folder.is_dir():  # another process was faster
             return folder
-        raise BaseModelError(f"{gguf}: cannot be converted: {first_lines(error)}") from error
+        raise BaseModelError(f"{gguf}: cannot be converted: {first_lines(error)}", code="unusable-gguf") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -64,7 +64,9 @@ def load_base(
         )
     except Exception as error:
         hints = hub_hint(base, network) + _quantized_elsewhere_hint(where)
-        raise BaseModelError(f"{base.name}: cannot be loaded: {first_lines(error)}{hints}") from None
+        raise BaseModelError(
+            f"{base.name}: cannot be loaded: {first_lines(error)}{hints}", code="unloadable-base"
+        ) from None
     model.eval().requires_grad_(False).to("cpu" if leave_on_cpu else device)
     model.graft_base = BaseRecord(base.name, where if Path(where).is_dir() else None)
     if quantization != "none":

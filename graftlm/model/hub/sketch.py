@@ -51,7 +51,7 @@ def read_config(base: BaseConfig, *, network: bool = False) -> Any:
             trust_remote_code=base.run_code_shipped_with_the_model,
         )
     except Exception as error:
-        raise BaseModelError(f"{base.name}: its config cannot be read: {error}") from None
+        raise BaseModelError(f"{base.name}: its config cannot be read: {error}", code="unreadable-config") from None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def sketch(base: BaseConfig | str, real: Sequence[int], *, network: bool = False
     sizes = {id(t): t.numel() * t.element_size() for t in (*whole.parameters(), *whole.buffers())}
     layers = transformer_layers(whole)
     if not layers:
-        raise BaseModelError(f"{base.name}: {type(whole).__name__} has no list of decoder layers to plan with")
+        raise BaseModelError(
+            f"{base.name}: {type(whole).__name__} has no list of decoder layers to plan with", code="no-decoder-layers"
+        )
     shortened, count = copy.deepcopy(config), len(layers)
     per_layer = {k: v for k, v in vars(shortened.get_text_config()).items() if isinstance(v, list) and len(v) == count}
     text = shortened.get_text_config()

@@ -32,17 +32,21 @@ def tokenizer_at(base: BaseConfig, where: str, *, network: bool) -> Any:
         )
     except Exception as error:
         hint = hub_hint(base, network)
-        raise BaseModelError(f"{base.name}: its tokenizer cannot be loaded: {first_lines(error)}{hint}") from None
+        raise BaseModelError(
+            f"{base.name}: its tokenizer cannot be loaded: {first_lines(error)}{hint}", code="unloadable-tokenizer"
+        ) from None
     if base.template is not None:
         try:
             tokenizer.chat_template = Path(base.template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BaseModelError(f"base.template: {base.template} cannot be read: {error}") from None
+            raise BaseModelError(
+                f"base.template: {base.template} cannot be read: {error}", code="unreadable-template"
+            ) from None
     if base.template_variables:
         try:
             tokenizer.chat_template = checked_with_variables(plain_template(tokenizer), base.template_variables)
         except ValueError as error:
-            raise BaseModelError(f"base.template_variables: {error}") from None
+            raise BaseModelError(f"base.template_variables: {error}", code="invalid-template-variables") from None
     return tokenizer
 
 
@@ -65,13 +69,14 @@ def read_tokenizer(model: Any, folder: Path) -> Any:
     except Exception as error:
         raise AdapterError(
             f"{file}: the adapter's tokenizer cannot be loaded: {first_lines(error)}. Restore it, or remove the file "
-            "to use the base's"
+            "to use the base's",
+            code="unloadable-tokenizer",
         ) from None
     rows, base = embedding_rows(model), base_record(model).folder
     if base is not None and (there := Path(base) / "tokenizer.json").is_file():
         _check_tokens(_vocabulary(there), own.get_vocab(), rows, str(folder))
     elif highest := [(i, token) for token, i in own.get_vocab().items() if i >= rows]:
-        raise AdapterError(_too_many(str(folder), dict(highest), rows))
+        raise AdapterError(_too_many(str(folder), dict(highest), rows), code="tokens-without-embeddings")
     return own
 
 
@@ -102,7 +107,7 @@ def _vocabulary(file: Path) -> dict[str, int]:
     try:
         found: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab()
     except Exception as error:  # the library raises this very class
-        raise BaseModelError(f"{file}: cannot be read: {first_lines(error)}") from None
+        raise BaseModelError(f"{file}: cannot be read: {first_lines(error)}", code="unloadable-tokenizer") from None
     return found
 
 
@@ -114,10 +119,11 @@ def _check_tokens(base: Mapping[str, int], own: Mapping[str, int], rows: int, na
         raise AdapterError(
             f"{name}: the adapter's tokenizer is not the one that is used here with tokens added: {len(odd):,} of "
             f"{len(base):,} tokens have another id in it, such as:\n{numbered(said, 3)}\nIs this its base? If its "
-            "tokenizer files are another model's, remove them to use the base's"
+            "tokenizer files are another model's, remove them to use the base's",
+            code="tokenizer-mismatch",
         )
     if above := {i: token for token, i in own.items() if token not in base and i >= rows}:
-        raise AdapterError(_too_many(name, above, rows))
+        raise AdapterError(_too_many(name, above, rows), code="tokens-without-embeddings")
 
 
 def _too_many(name: str, above: Mapping[int, str], rows: int) -> str:

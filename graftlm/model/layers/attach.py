@@ -52,13 +52,18 @@ def attach(
         config = replace(config, targets=targets if isinstance(targets, str) else tuple(targets))
     record = attachment(model)
     if name in record.configs:
-        raise TargetError(f"there is a delta {name!r} on this model already: detach it first, or give another name")
+        raise TargetError(
+            f"there is a delta {name!r} on this model already: detach it first, or give another name", code="name-taken"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", name):
         raise TargetError(
-            f"{name!r} cannot name a delta: use letters, digits, - and _, beginning with a letter or digit"
+            f"{name!r} cannot name a delta: use letters, digits, - and _, beginning with a letter or digit",
+            code="invalid-name",
         )
     if hasattr(nn.ModuleDict, name):  # where deltas are held
-        raise TargetError(f"{name!r} cannot name a delta: torch's ModuleDict has a method of that name")
+        raise TargetError(
+            f"{name!r} cannot name a delta: torch's ModuleDict has a method of that name", code="invalid-name"
+        )
     _check_model(model)
     places = sites_of(model, config, seed=seed, statistics=statistics)
     _check_statistics(config, places, start)
@@ -109,10 +114,11 @@ def _check_model(model: nn.Module) -> None:
         raise TargetError(
             f"this model has adapters of PEFT on it ({type(theirs).__name__}), and deltas would sit on their parts. "
             "Take them off (`model = model.unload()`), or fold them in (`model = model.merge_and_unload()`), and "
-            "attach to what that returns. A saved adapter of PEFT loads with graftlm.load_adapter(base, folder)"
+            "attach to what that returns. A saved adapter of PEFT loads with graftlm.load_adapter(base, folder)",
+            code="peft-adapters-on-model",
         )
     if not getattr(model, SKETCH, False) and (why := absent_weights(model)):
-        raise TargetError(why)
+        raise TargetError(why, code="weights-not-in-memory")
 
 
 def absent_weights(model: nn.Module) -> str:
@@ -132,7 +138,8 @@ def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise TargetError(
         "save_pretrained: this model has deltas on it, and their layers have other names than transformers knows, so "
         "what it wrote could not be loaded. Write the deltas with graftlm.save_adapter(model, folder), the base with "
-        "the deltas folded in with adapters.export.export.merge_into(model, folder), or take them off (graftlm.detach)"
+        "the deltas folded in with adapters.export.export.merge_into(model, folder), or take them off (graftlm.detach)",
+        code="deltas-on-model",
     )
 
 
@@ -144,7 +151,8 @@ def _check_statistics(config: DeltaConfig, sites: Sequence[Site], start: bool) -
             raise TargetError(
                 f"{config.method} with init {config.init!r} starts from the {what} of each layer, which "
                 f"{len(lacking)} of {len(sites)} sites lack: give `statistics=collect(...)` "
-                "(`graft train` gathers them from the training rows by itself)"
+                "(`graft train` gathers them from the training rows by itself)",
+                code="missing-statistics",
             )
 
 
@@ -182,7 +190,8 @@ def _use_prefix_kernel(model: Any, decoder: nn.Module, host: ModelHost, record: 
     if kernel != "sdpa" or len(layers) != model.config.get_text_config().num_hidden_layers:
         raise TargetError(
             f"{type(model).__name__}: prefix and prompt need a model whose {model.config.num_hidden_layers} layers "
-            f"attend through transformers' interface with sdpa; this has {len(layers)} such layers and runs {kernel!r}"
+            f"attend through transformers' interface with sdpa; this has {len(layers)} such layers and runs {kernel!r}",
+            code="unsupported-attention",
         )
     record.kernel_before = kernel
     model.config._attn_implementation = prefix.NAME

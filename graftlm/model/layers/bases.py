@@ -66,7 +66,8 @@ class LinearBase:
     def original(self) -> Tensor:
         """W before it was quantized, float32 [d_out, d_in]; TargetError where it was not, or cannot be read again."""
         raise TargetError(
-            "this layer is not quantized, so nothing was lost: load the base with quantization nf4, int4 or int8"
+            "this layer is not quantized, so nothing was lost: load the base with quantization nf4, int4 or int8",
+            code="layer-not-quantized",
         )
 
     def store(self, W: Tensor) -> Tensor:
@@ -148,7 +149,10 @@ class QuantizedBase(LinearBase):
 
     def original(self) -> Tensor:
         if self.layer.original is None:
-            raise TargetError("the base was not loaded from a folder, so its weights before quantizing cannot be read")
+            raise TargetError(
+                "the base was not loaded from a folder, so its weights before quantizing cannot be read",
+                code="original-weight-missing",
+            )
         return self.layer.original().float()
 
     def _numbers(self) -> Tensor:

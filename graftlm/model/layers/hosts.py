@@ -59,7 +59,9 @@ class Switch:
         """
         assert self.rows is not None
         if count % len(self.rows):
-            raise TargetError(f"deltas were given for {len(self.rows)} rows, the batch has {count}")
+            raise TargetError(
+                f"deltas were given for {len(self.rows)} rows, the batch has {count}", code="row-count-mismatch"
+            )
         return count // len(self.rows)
 
     def for_each_row(self, x: Tensor) -> Tensor:
@@ -77,7 +79,8 @@ class Switch:
             raise TargetError(
                 f"{where} gets {len(x)} {'vectors' if laid_out else 'rows'} of a batch of {rows} rows of {tokens} "
                 "tokens, so it cannot be told which belong to which row (a router may have chosen them). Run the rows "
-                "one by one, or give them all the same deltas"
+                "one by one, or give them all the same deltas",
+                code="rows-not-separable",
             )
 
 
@@ -302,7 +305,10 @@ def _has_own_increment(delta: AdditiveDelta) -> bool:
 
 def _cannot_merge(name: str, delta: nn.Module) -> TargetError:
     why = f": {delta.not_mergeable}" if isinstance(delta, Delta) and delta.not_mergeable else ""
-    return TargetError(f"delta {name!r} ({type(delta).__name__}) is no change of weights: it cannot be merged{why}")
+    return TargetError(
+        f"delta {name!r} ({type(delta).__name__}) is no change of weights: it cannot be merged{why}",
+        code="not-mergeable",
+    )
 
 
 def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:

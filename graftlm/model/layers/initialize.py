@@ -29,13 +29,14 @@ def initialize(site: Site, delta: Delta, name: str) -> None:
         try:
             values = init.make(site, part)
         except TargetError as error:
-            raise TargetError(f"init: {name!r} at {site.name}: {error}") from None
+            raise type(error)(f"init: {name!r} at {site.name}: {error}", code=error.slug) from None
         for key, value in values.items():
             own = part.get_parameter(key) if key in dict(part.named_parameters(recurse=False)) else part.get_buffer(key)
             if own.shape != value.shape:
                 raise TargetError(
                     f"init {name!r} does not fit {delta.config.method!r} at {site.name}: {key} is {list(own.shape)}, "
-                    f"the init makes {list(value.shape)}"
+                    f"the init makes {list(value.shape)}",
+                    code="init-unfit-for-method",
                 )
             own.copy_(value)
         factors = part.factors() if isinstance(part, AdditiveDelta) else None
@@ -43,7 +44,8 @@ def initialize(site: Site, delta: Delta, name: str) -> None:
         if factors is not None and splits and not _is_product(part, *factors):
             raise TargetError(
                 f"init: {name!r} starts from a B A of its own; {delta.config.method!r} has another product, so it "
-                "would start from something else. `init: zero` is the method's own start"
+                "would start from something else. `init: zero` is the method's own start",
+                code="init-unfit-for-method",
             )
         if init.starts_at_base:
             _keep_the_base(site, delta, factors, name)
@@ -65,7 +67,8 @@ def _keep_the_base(site: Site, delta: Delta, factors: tuple[Tensor, Tensor] | No
             return
     raise TargetError(
         f"init: {name!r} would move the model: what {delta.config.method!r} adds to W is no fixed B A, "
-        "so it cannot be taken out of W beforehand. `init: zero` is the method's own start"
+        "so it cannot be taken out of W beforehand. `init: zero` is the method's own start",
+        code="init-moves-model",
     )
 
 
@@ -88,5 +91,6 @@ def part_with(delta: Delta, tensors: Sequence[str], name: str) -> Delta:
     own = ", ".join(sorted(key for key, _ in delta.named_parameters())) or "nothing"
     raise TargetError(
         f"init: {name!r} sets {' and '.join(tensors)} of one low-rank product; {delta.config.method!r} has "
-        f"{'several' if having else own}, so the pair has no meaning. `init: zero` is the method's own start"
+        f"{'several' if having else own}, so the pair has no meaning. `init: zero` is the method's own start",
+        code="init-unfit-for-method",
     )

@@ -96,11 +96,15 @@ def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
     differ = {name for row in rows for name, weight in row.items() if any(other.get(name) != weight for other in rows)}
     for name, site, delta in deltas_by_site(model):
         if isinstance(delta, InputDelta) and any(row.get(name, 1) not in (0, 1) for row in rows):
-            raise TargetError(f"{name!r} is a {delta.config.method}: it is there or not, so its weight is 0 or 1")
+            raise TargetError(
+                f"{name!r} is a {delta.config.method}: it is there or not, so its weight is 0 or 1",
+                code="invalid-weight",
+            )
         if name in differ and "experts" in site.split("."):
             raise TargetError(
                 f"{site}: which tokens reach an expert is its router's choice, so it cannot be told which belong to "
-                f"which row. Run the rows one by one, or give all of them {name!r}"
+                f"which row. Run the rows one by one, or give all of them {name!r}",
+                code="rows-not-separable",
             )
 
 

@@ -105,10 +105,13 @@ def together(site: Site, config: DeltaConfig, parts: Mapping[str, Delta]) -> Del
     if odd is not None:
         raise TargetError(
             f"{odd.site.name}: {config.method!r} acts on the output of a layer, and a part of one has none of its own. "
-            f"Target the whole layer, {site.name}"
+            f"Target the whole layer, {site.name}",
+            code="part-not-supported",
         )
     if len({delta.config.dropout for delta in parts.values()}) > 1:
-        raise TargetError(f"{site.name}: its parts get one x, so they cannot have different dropout")
+        raise TargetError(
+            f"{site.name}: its parts get one x, so they cannot have different dropout", code="parts-differ-in-dropout"
+        )
     first = next(iter(parts.values())).config
     if all(isinstance(delta, AdditiveDelta) for delta in parts.values()):
         return PartsOfFactors(site, first, parts)  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def delta_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     record = attachment(model)
     for name in names:
         if name not in record.configs:
-            raise TargetError(f"no delta {name!r} on this model. {nearest(name, record.configs)}")
+            raise TargetError(f"no delta {name!r} on this model. {nearest(name, record.configs)}", code="no-such-delta")
     return tuple(dict.fromkeys(each for name in names for each in record.members.get(name, (name,))))
 
 

@@ -163,7 +163,10 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
         }
         rows = find_parts(model, wanted)
         if not whole and not rows:
-            raise TargetError(f"targets: the regular expression {targets!r} matches no layer. {what_there_is(layers)}")
+            raise TargetError(
+                f"targets: the regular expression {targets!r} matches no layer. {what_there_is(layers)}",
+                code="no-layer-matches",
+            )
     else:
         whole = {name for name in layers if matches(targets, name)}
         named = tuple(suffix for suffix in targets if "." in suffix)
@@ -173,27 +176,30 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
         wanted = {name: at for name, at in candidates.items() if at[0] not in whole}
         for suffix in targets:
             if not any(matches((suffix,), name) for name in (*layers, *candidates)):
-                raise TargetError(_matches_nothing(model, suffix, layers, kinds))
+                raise _matches_nothing(model, suffix, layers, kinds)
         rows = find_parts(model, wanted)
         for name, (layer, _) in wanted.items():
             if name not in rows:
-                raise TargetError(parts.why_not(model, name, layer, transformer_layers(model)))
+                raise TargetError(parts.why_not(model, name, layer, transformer_layers(model)), code="no-such-part")
     by_layer: dict[str, list[str]] = {}
     for name in rows:
         by_layer.setdefault(wanted[name][0], []).append(name)
     return [found for name in layers for found in ([name] if name in whole else by_layer.get(name, []))]
 
 
-def _matches_nothing(model: nn.Module, suffix: str, layers: Mapping[str, Place], kinds: Sequence[str]) -> str:
+def _matches_nothing(model: nn.Module, suffix: str, layers: Mapping[str, Place], kinds: Sequence[str]) -> TargetError:
     others = [n for n, m in model.named_modules() if matches((suffix,), n)]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
-        return (
+        return TargetError(
             f"targets: {suffix!r} is a {kind} ({others[0]}); this delta can sit on {_kinds(kinds)}. "
-            f"{what_there_is(layers)}"
+            f"{what_there_is(layers)}",
+            code="layer-of-other-kind",
         )
     near = nearest(suffix, [n.rpartition(".")[2] for n in layers])
-    return f"targets: {suffix!r} matches no layer. {near}\n{what_there_is(layers)}"
+    return TargetError(
+        f"targets: {suffix!r} matches no layer. {near}\n{what_there_is(layers)}", code="no-layer-matches"
+    )
 
 
 def find_parts(model: nn.Module, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Rows]:
@@ -241,7 +247,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(expression(pattern))
     except ValueError as error:
-        raise TargetError(f"{pattern!r}: {error}") from None
+        raise TargetError(f"{pattern!r}: {error}", code="invalid-pattern") from None
 
 
 def what_there_is(layers: Mapping[str, Any]) -> str:
@@ -276,10 +282,16 @@ def check_patterns(config: DeltaConfig, sites: Sequence[str]) -> None:
     for pattern, overrides in config.patterns.items():
         _compiled(pattern)
         if not any(pattern_matches(pattern, name) for name in sites):
-            raise TargetError(f"patterns: {pattern!r} matches none of the {len(sites)} sites, such as {sites[0]}")
+            raise TargetError(
+                f"patterns: {pattern!r} matches none of the {len(sites)} sites, such as {sites[0]}",
+                code="no-site-matches",
+            )
         for key in overrides:
             if key not in allowed:
-                raise TargetError(f"patterns: {pattern!r} sets {key!r}, which no pattern can. {nearest(key, allowed)}")
+                raise TargetError(
+                    f"patterns: {pattern!r} sets {key!r}, which no pattern can. {nearest(key, allowed)}",
+                    code="unknown-pattern-key",
+                )
 
 
 def site_seed(seed: int, name: str) -> int:
@@ -302,14 +314,15 @@ def sites_of(
     """The sites that a config means on this model, in the model's order; TargetError where there is none."""
     load_plugins("graftlm.methods")
     if config.init not in INITS:
-        raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}")
+        raise TargetError(f"init: {config.init!r} is unknown. {nearest(config.init, INITS)}", code="unknown-init")
     names = find_sites(model, config.targets, METHODS[config.method].delta.kinds)
     if unused := not_called(model, names):
         if config.targets not in KEYWORDS:
             raise TargetError(
                 f"targets: {len(unused)} layers, such as {unused[0]}, are never called: {type(model).__name__}'s code "
                 "multiplies with their weight by itself, so a delta there would act in part or not at all. Leave "
-                f"{', '.join(dict.fromkeys(repr(n.rpartition('.')[2]) for n in unused))} out"
+                f"{', '.join(dict.fromkeys(repr(n.rpartition('.')[2]) for n in unused))} out",
+                code="layers-never-called",
             )
         names = [name for name in names if name not in unused]
     chosen = config.select([site_at(model, name, seed, statistics or {}) for name in names])
@@ -317,11 +330,15 @@ def sites_of(
         kinds = " or ".join(METHODS[config.method].delta.kinds)
         raise TargetError(
             f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}"
-            f"{_quantized_by_others(model)}"
+            f"{_quantized_by_others(model)}",
+            code="no-layer-matches",
         )
     check_patterns(config, [site.name for site in chosen])
     if config.dropout and all(site.kind in ("embedding", "model") for site in chosen):
-        raise TargetError("dropout: a delta on embeddings or on the model sees no x whose elements could be dropped")
+        raise TargetError(
+            "dropout: a delta on embeddings or on the model sees no x whose elements could be dropped",
+            code="dropout-without-input",
+        )
     _check_init(chosen[0], config)
     return list(chosen)
 

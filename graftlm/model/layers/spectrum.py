@@ -35,16 +35,18 @@ def ranks_by_spectrum(model: nn.Module, config: C, *, mean: int | None = None) -
     r, for a config that has patterns, and where sites are too small for so many ranks.
     """
     given: Any = config
-    if not hasattr(given, "r") or config.patterns:
-        why = "has patterns already" if config.patterns else f"method {config.method} has no r"
-        raise TargetError(f"ranks by spectrum: the config {why}")
+    if config.patterns:
+        raise TargetError("ranks by spectrum: the config has patterns already", code="patterns-already-set")
+    if not hasattr(given, "r"):
+        raise TargetError(f"ranks by spectrum: method {config.method} has no r", code="method-without-rank")
     sites = sites_of(model, config)
     energies = [torch.linalg.svdvals(site.W()).square().cumsum(0) for site in sites]
     shares = [(energy / energy[-1].clamp_min(torch.finfo(energy.dtype).tiny)).tolist() for energy in energies]
     budget = (mean or given.r) * len(sites)
     if budget > sum(map(len, shares)):
         raise TargetError(
-            f"ranks by spectrum: {budget} ranks do not fit: all sites together have {sum(map(len, shares))}"
+            f"ranks by spectrum: {budget} ranks do not fit: all sites together have {sum(map(len, shares))}",
+            code="rank-too-large",
         )
     ranks = [1] * len(sites)
     waiting = [(share[0] if len(share) > 1 else 2.0, number) for number, share in enumerate(shares)]

@@ -44,7 +44,8 @@ def merged_state(model: nn.Module, *, dtype: torch.dtype | None = torch.float32)
             elif host.active:
                 delta = host.on()[0]
                 raise TargetError(
-                    f"delta {host.active[0]!r} ({type(delta).__name__}) cannot be merged: {delta.not_mergeable}"
+                    f"delta {host.active[0]!r} ({type(delta).__name__}) cannot be merged: {delta.not_mergeable}",
+                    code="not-mergeable",
                 )
         state: dict[str, Tensor] = {}
         converted: dict[tuple[int, torch.Size], Tensor] = {}

@@ -71,7 +71,8 @@ def require_decoder(model: Any) -> Any:
     if decoder is None:
         raise TrainingError(
             f"{type(model).__name__} cannot be trained: neither its get_decoder() nor its base_model is the part "
-            "between ids and last hidden states. Give the model a get_decoder() that returns this part"
+            "between ids and last hidden states. Give the model a get_decoder() that returns this part",
+            code="unsupported-model",
         )
     return decoder
 

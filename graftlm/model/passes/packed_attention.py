@@ -49,7 +49,8 @@ def segment_attention(
         raise TrainingError(
             f"{type(module).__name__}: inside packed_attention a model is called by log_probs or hidden_states, which "
             "know the segments of the pack. A recomputation of transformers' own (gradient_checkpointing_enable) does "
-            "not: use graftlm.model.passes.recompute.recomputed_layers"
+            "not: use graftlm.model.passes.recompute.recomputed_layers",
+            code="recomputation-loses-segments",
         )
     prefix.record(module, key, value)
     before = prefix.before(module, key)

@@ -135,13 +135,16 @@ def check_forward(model: Any, row: Tensor) -> None:
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
-        raise TrainingError(f"{name} cannot be trained: its own forward pass of a row fails ({what})") from error
+        raise TrainingError(
+            f"{name} cannot be trained: its own forward pass of a row fails ({what})", code="forward-pass-fails"
+        ) from error
     finally:
         hook.remove()
     wanted = _of_targets(own, row)
     if not wanted.isfinite().all():
         raise TrainingError(
-            f"{name} cannot be trained: its own log-probabilities are not finite. Look at its weights and its dtype"
+            f"{name} cannot be trained: its own log-probabilities are not finite. Look at its weights and its dtype",
+            code="base-not-finite",
         )
     # Of the very same hidden states the head may differ by roundings of the logits, and by no more.
     of_the_head = 8 * torch.finfo(_dtype(model)).eps * max(1.0, float(own.abs().max()))
@@ -153,7 +156,8 @@ def check_forward(model: Any, row: Tensor) -> None:
         what = f"{type(error).__name__}: {error}"
         raise TrainingError(
             f"{name} cannot be trained: its output layer does not take its last hidden states, or its decoder not the "
-            f"positions of tokens ({what})"
+            f"positions of tokens ({what})",
+            code="unsupported-model",
         ) from error
     for found, tolerance in zip(both, (of_the_head, PACKING_TOLERANCE.get(_dtype(model), 1e-3)), strict=True):
         difference = float((found - wanted).abs().mean())
@@ -161,7 +165,8 @@ def check_forward(model: Any, row: Tensor) -> None:
             raise TrainingError(
                 f"{name} cannot be trained: log-probabilities from its last hidden states and its output layer differ "
                 f"from its own by {difference:.3g} nats a token (rounding is below {tolerance:.2g}). Its head does "
-                "more than a product, a scale and soft-capping"
+                "more than a product, a scale and soft-capping",
+                code="unsupported-model",
             )
     with first_layers_in_float32(model) as decoder:
         before, after = (
@@ -171,7 +176,8 @@ def check_forward(model: Any, row: Tensor) -> None:
     if not _relative(after, before) <= FLOAT32_TOLERANCE:
         raise TrainingError(
             f"{name} cannot be trained to predict the next token: what it computes of a token changes with one that "
-            "comes after it"
+            "comes after it",
+            code="model-not-causal",
         )
 
 
@@ -204,7 +210,8 @@ def check_packed_rows(
     if chunk is not None and longest > chunk:
         raise TrainingError(
             f"{type(model).__name__} cannot be packed: it attends in chunks of {chunk} tokens, and rows may have "
-            f"{longest}. Set `data: {{pack: false}}` to run one row at a time, or make rows shorter"
+            f"{longest}. Set `data: {{pack: false}}` to run one row at a time, or make rows shorter",
+            code="cannot-pack",
         )
     short, row = first[-PROBE_TOKENS:], second[-PROBE_TOKENS:]
     in_nats = _Criterion(
@@ -278,16 +285,7 @@ def _compare(
     if sharing:
         ways["packed with shared beginnings"] = "train: {prefix_sharing: false}` to compute the beginning of every row"
     name, shared = type(model).__name__, len(second) // 2 if sharing else 0
-    try:
-        wanted = by.alone(second, 0)
-        of_first = [] if spoiled else [by.alone(first, start), by.alone(first, 0)]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        what, tokens = f"{type(error).__name__}: {error}", max(start + len(first), len(second))
-        raise TrainingError(
-            f"{name} cannot be trained on rows of {tokens} tokens: its decoder fails on one ({what})"
-        ) from error
+    wanted, of_first = _alone(name, by, first, second, start, spoiled)
     pack = _PackedRow.of(second, first, shared, start=start)
     try:
         with packed_attention(model, backend):
@@ -303,22 +301,43 @@ def _compare(
         # Shared beginnings cannot be the reason: the model's own code is told of them by nothing but positions, and
         # what segment_attention refuses it refuses whatever the segments continue.
         remedy = ways["packed"]
-        raise TrainingError(f"{name} cannot be packed ({type(error).__name__}: {error}). Set `{remedy}") from error
+        raise TrainingError(
+            f"{name} cannot be packed ({type(error).__name__}: {error}). Set `{remedy}", code="cannot-pack"
+        ) from error
     size = by.size(wanted)
     ends = [hidden[: len(first) - 1], hidden[len(hidden) - len(first) : -1]] if len(first) > 1 else []
     neighbors = [(by.read(end, first[1:]), alone) for end, alone in zip(ends, of_first, strict=False)]
     each = (t.view(len(ways), *wanted.shape) for t in (found, beside_nan))
     for (how, remedy), packed, other_packed in zip(ways.items(), *each, strict=True):
         if not float((packed - other_packed).abs().mean()) / size <= by.tolerance:
-            raise TrainingError(f"{name} cannot be {how}: {_leak(model, by, pack, found, backend)}. Set `{remedy}")
+            raise TrainingError(
+                f"{name} cannot be {how}: {_leak(model, by, pack, found, backend)}. Set `{remedy}", code="cannot-pack"
+            )
         for part, alone in ((packed, wanted), *neighbors):
             difference = float((part - alone).abs().mean()) / size
             if not difference <= by.tolerance:
                 why = _why(model, by, first, second, start, wanted) if how == "packed" else ""
                 raise TrainingError(
                     f"{name} cannot be {how}: a row in a pack differs from the same row alone by {difference:.3g} "
-                    f"{by.unit} a token (rounding is below {by.tolerance:g}){why}. Set `{remedy}"
+                    f"{by.unit} a token (rounding is below {by.tolerance:g}){why}. Set `{remedy}",
+                    code="cannot-pack",
                 )
+
+
+def _alone(
+    name: str, by: _Criterion, first: Tensor, second: Tensor, start: int, spoiled: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """What the second row gives alone, and unless `spoiled` the first one too, at `start` and at 0."""
+    try:
+        return by.alone(second, 0), [] if spoiled else [by.alone(first, start), by.alone(first, 0)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        what, tokens = f"{type(error).__name__}: {error}", max(start + len(first), len(second))
+        raise TrainingError(
+            f"{name} cannot be trained on rows of {tokens} tokens: its decoder fails on one ({what})",
+            code="forward-pass-fails",
+        ) from error
 
 
 def _leak(model: Any, by: _Criterion, clean: _PackedRow, found: Tensor, backend: Backend) -> str:

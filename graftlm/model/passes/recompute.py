@@ -28,7 +28,10 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """
     layers = list(transformer_layers(model).values())
     if not layers:
-        raise TrainingError(f"train.checkpointing: {type(model).__name__} has no list of decoder layers to recompute")
+        raise TrainingError(
+            f"train.checkpointing: {type(model).__name__} has no list of decoder layers to recompute",
+            code="no-decoder-layers",
+        )
     with computing_by((layer, partial(_recomputed, layer, layer.forward)) for layer in layers):
         yield
 

@@ -86,7 +86,10 @@ def _linear_layer(model: nn.Module, site: str, needs: Iterable[str]) -> nn.Modul
     base = view(layer)
     assert base is not None
     if base.kind != "linear":
-        raise TargetError(f"{site}: {' and '.join(needs)} are gathered at linear layers, this is of kind {base.kind}")
+        raise TargetError(
+            f"{site}: {' and '.join(needs)} are gathered at linear layers, this is of kind {base.kind}",
+            code="not-a-linear-layer",
+        )
     return layer
 
 

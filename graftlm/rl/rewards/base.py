@@ -38,7 +38,8 @@ class Completion:
         if self.reference is None:
             raise DataError(
                 f"{self.where}: scorer {scorer!r} compares with the row's own answer, and it has none. Give rows with "
-                "answers, or another scorer"
+                "answers, or another scorer",
+                code="no-reference-answer",
             )
         return self.reference
 

@@ -31,7 +31,8 @@ def make(config: ExactConfig, network: bool, today: datetime.date) -> Scorer:
             wanted = taken(config, said.wanted("exact"))
             if wanted is None:
                 raise DataError(
-                    f"{said.where}: scorer 'exact': {config.take!r} matches nothing in the row's own answer"
+                    f"{said.where}: scorer 'exact': {config.take!r} matches nothing in the row's own answer",
+                    code="nothing-to-compare",
                 )
             found.append(float(taken(config, said.answer) == wanted))
         return found

@@ -43,7 +43,7 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
     file = Path(path).expanduser()
     if not file.is_file():
         there = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise RecipeError(f"online.scorer.function: {file}: no such file. {nearest(str(file), there)}")
+        raise RecipeError(f"rl.scorer.function: {file}: no such file. {nearest(str(file), there)}", code="no-such-file")
     spec = importlib.util.spec_from_file_location(f"graftlm_scorer_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -51,11 +51,15 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise RecipeError(f"online.scorer.function: {file} does not run: {_told(error, file)}") from error
+        raise RecipeError(
+            f"rl.scorer.function: {file} does not run: {_told(error, file)}", code="broken-reward-file"
+        ) from error
     function: Any = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RecipeError(f"online.scorer.function: {file} has no function {name!r}. {nearest(name, known)}")
+        raise RecipeError(
+            f"rl.scorer.function: {file} has no function {name!r}. {nearest(name, known)}", code="no-such-function"
+        )
 
     def score(answers: Sequence[Completion]) -> list[Reward]:
         return [_one(said) for said in answers]
@@ -67,7 +71,8 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
         except Exception as error:
             raise TrainingError(
                 f"{config.function} failed on an answer to {said.where}: {_told(error, file)}\nThe answer: "
-                f"{said.answer[:200]!r}. It must return a number, or None"
+                f"{said.answer[:200]!r}. It must return a number, or None",
+                code="reward-function-failed",
             ) from error
 
     return score

@@ -52,12 +52,15 @@ def make(config: RewardModelConfig, network: bool, today: datetime.date) -> Scor
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise BaseModelError(f"{config.model}: no reward model: {str(error).strip()[:300]}") from None
+        raise BaseModelError(
+            f"{config.model}: no reward model: {str(error).strip()[:300]}", code="not-a-reward-model"
+        ) from None
     if about["missing_keys"] or model.config.num_labels != 1:
         why = "no trained head" if about["missing_keys"] else f"{model.config.num_labels} outputs"
         raise BaseModelError(
             f"{config.model}: a reward model has a head of one output, and this has {why}. A base is none: train one "
-            "for sequence classification with num_labels=1"
+            "for sequence classification with num_labels=1",
+            code="not-a-reward-model",
         )
     model.eval().requires_grad_(False).to(device)
 
@@ -100,5 +103,7 @@ def head_of(model: Any) -> Any:
     """The linear layer from hidden states to the reward."""
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
-        raise BaseModelError(f"{type(model).__name__} has no linear layer `score`: its head is not known here")
+        raise BaseModelError(
+            f"{type(model).__name__} has no linear layer `score`: its head is not known here", code="not-a-reward-model"
+        )
     return head

@@ -13,11 +13,11 @@ from graftlm.adapters.export.export import export
 from graftlm.adapters.export.lint import PROGRAMS, RULES, lint, to_json
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import AdapterError
 from graftlm.model.layers.attach import attach
 from graftlm.testing.deltas import perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.architectures import build
+from tests.errors import raises
 
 READERS = ("PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "OpenVINO")
 """The programs that read a folder in PEFT's layout."""
@@ -154,5 +154,5 @@ def test_verdicts_as_json(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_an_adapter_or_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"absent: holds neither an adapter"):
+    with raises("adapter/nothing-to-check", match="absent"):
         lint(tmp_path / "absent")

@@ -17,13 +17,13 @@ from graftlm.adapters.export.export import export
 from graftlm.adapters.export.lint import lint
 from graftlm.adapters.export.llama_cpp import ARCHITECTURES
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts
 from graftlm.model.layers.state_dict import merged_state
 from graftlm.testing.deltas import move
 from graftlm.testing.tiny import TINY, tiny_gpt2, tiny_model
 from tests.architectures import build
+from tests.errors import raises
 
 ARCH = {
     "afmoe": "AFMOE",
@@ -314,7 +314,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_llama_cpp_would_not_apply_is_refused_by_the_export_and_by_the_verdict(case: str, tmp_path: Path) -> None:
     made, reason = REFUSED[case]
     model = made()
-    with pytest.raises(TargetError, match=reason):
+    with raises("target/unsupported-by-gguf", match=reason):
         export(model, tmp_path / "gguf", to="gguf")
     assert not (tmp_path / "gguf").exists()
     export(model, tmp_path / "lora", to="plain-lora")
@@ -333,7 +333,7 @@ def test_what_llama_cpp_applies_has_the_verdict_yes(kind: str, tmp_path: Path) -
 def test_a_classifier_is_no_model_of_llama_cpp(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **TINY))
     model = attach(model.requires_grad_(False), LoraConfig(r=4, targets=("q_proj",)))
-    with pytest.raises(TargetError, match="runs LlamaForCausalLM, this is a LlamaForSequenceClassification"):
+    with raises("target/unsupported-by-gguf", match="LlamaForSequenceClassification"):
         export(model, tmp_path / "out", to="gguf")
     export(model, tmp_path / "lora", to="plain-lora")
     verdicts = {verdict.server: verdict for verdict in lint(tmp_path / "lora")}

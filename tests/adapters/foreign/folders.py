@@ -6,7 +6,6 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from graftlm.adapters.folder import CONFIG, WEIGHTS
 from graftlm.adapters.load import load_adapter
-from graftlm.errors import GraftError
 from graftlm.model.layers.registry import attachment
 from graftlm.testing import tiny_model
+from tests.errors import raises
 
 LM: Any = {"task_type": "CAUSAL_LM"}
 
@@ -63,11 +62,11 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
 
 
-def refused(folder: Path, *words: str, model: Any = None) -> str:
-    """Loading must raise with all of these words, and leave the model as it was; the message."""
+def refused(folder: Path, code: str, *words: str, model: Any = None) -> str:
+    """Loading must raise an error of this code with all of these words, and leave the model as it was; the message."""
     model = tied() if model is None else model
     before = dict(model.named_modules())
-    with pytest.raises(GraftError) as raised:
+    with raises(code) as raised:
         load_adapter(model, folder)
     assert [word for word in words if word not in str(raised.value)] == [], str(raised.value)
     assert dict(model.named_modules()) == before

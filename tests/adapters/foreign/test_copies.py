@@ -33,7 +33,7 @@ def test_a_copy_of_the_embeddings_is_the_bases_up_to_rounding(
     load_adapter(table().to(base), tmp_path / "a")
     edit_tensors(tmp_path / "a", lambda tensors: tensors.update({key: tensors[key].float()}))  # once rounded, then wide
     load_adapter(table().to(base), tmp_path / "a")
-    refused(tmp_path / "a", f"{key}: is another base's", model=tied().to(base))
+    refused(tmp_path / "a", "adapter/does-not-fit-model", f"{key}: is another base's", model=tied().to(base))
 
 
 @pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16])
@@ -49,6 +49,6 @@ def test_a_copy_with_one_other_number_is_another_bases(copy: torch.dtype, factor
 
 def test_an_embedding_of_another_base_is_no_resized_one(tmp_path: Path) -> None:
     peft_adapter(lora(target_modules=["embed_tokens"]), tiny_model(seed=1), tmp_path / "a")
-    refused(tmp_path / "a", "embed_tokens.base_layer.weight: is another base's")
+    refused(tmp_path / "a", "adapter/does-not-fit-model", "embed_tokens.base_layer.weight: is another base's")
     peft_adapter(lora(), tiny_model(seed=1), tmp_path / "b", save_embedding_layers=True)
-    refused(tmp_path / "b", "embed_tokens.weight: is another base's")
+    refused(tmp_path / "b", "adapter/does-not-fit-model", "embed_tokens.weight: is another base's")

@@ -110,9 +110,9 @@ def test_two_adapters_in_one_file_and_a_tensor_with_two_values_are_refused(folde
     whole = load_file(folder / WEIGHTS)
     edit_tensors(folder, lambda t: {k.replace("_A.weight", "_A.a.weight"): v for k, v in t.items()})
     edit_tensors(folder, lambda t: {k.replace("_B.weight", "_B.b.weight"): v for k, v in t.items()})
-    refused(folder, WEIGHTS, "2 adapters (a, b)")
+    refused(folder, "adapter/several-adapters", WEIGHTS, "2 adapters (a, b)")
     edit_tensors(folder, lambda _: whole | {f"{Q0}.lora_A.default.weight": whole[f"{Q0}.lora_A.weight"] + 1})
-    refused(folder, f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight", "two values")
+    refused(folder, "adapter/contradicting-tensors", f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight")
 
 
 def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_other_way(tmp_path: Path) -> None:

@@ -171,7 +171,13 @@ def test_a_resized_vocabulary_is_the_adapters_on_a_base_that_was_resized_otherwi
     new = torch.tensor([[3, 300, 4, 303]])
     with torch.no_grad():
         close(ours(input_ids=new).logits, theirs(input_ids=new).logits, "answers with new tokens")
-    message = refused(tmp_path / "a", "resized to 304", "model.resize_token_embeddings(304)", model=base())
+    message = refused(
+        tmp_path / "a",
+        "adapter/does-not-fit-model",
+        "resized to 304",
+        "model.resize_token_embeddings(304)",
+        model=base(),
+    )
     assert "embed_tokens" in message
 
 
@@ -243,47 +249,65 @@ def test_names_without_tensors_are_said(folder: Path) -> None:
 
 def test_a_layer_without_tensors_among_others_that_have_them_is_damage(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: {k: t for k, t in tensors.items() if not k.startswith(Q0)})
-    refused(folder, f"missing: {Q0}.lora_A.weight", f"missing: {Q0}.lora_B.weight")
+    refused(folder, "adapter/does-not-fit-model", f"missing: {Q0}.lora_A.weight", f"missing: {Q0}.lora_B.weight")
     edit_config(folder, exclude_modules=["layers.0.self_attn.q_proj"])
     load_adapter(tied(), folder)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "code", "words"),
     [
-        ({"target_modules": 7}, ["target_modules"]),
-        ({"target_modules": ["q_proj", 7]}, ["target_modules"]),
-        ({"target_modules": "(q_proj"}, ["target_modules", "no regular expression"]),
-        ({"exclude_modules": "(q_proj"}, ["exclude_modules", "no regular expression"]),
-        ({"layers_to_transform": ["one"]}, ["layers_to_transform"]),
-        ({"modules_to_save": ["lm_head"]}, ["missing: base_model.model.lm_head.weight", "modules_to_save"]),
-        ({"trainable_token_indices": [3]}, ["trainable_token_indices=(3,)", "0 modules"]),
-        ({"lora_bias": True}, [f"missing: {Q0}.lora_B.bias"]),
-        ({"lora_bias": True, "use_dora": True}, ["lora_bias=True with use_dora=True"]),
-        ({"bias": "some"}, ["bias", "'lora_only'"]),
-        ({"lora_alpha": None}, ["lora_alpha is null"]),
-        ({"r": None}, ["r is null"]),
-        ({"lora_alpha": "6"}, ["alpha", "'6'"]),
-        ({"lora_alpha": True}, ["alpha"]),
-        ({"r": 4.5}, ["r: "]),
-        ({"rank_pattern": [4]}, ["rank_pattern must be a mapping"]),
-        ({"alpha_pattern": {"(q": 2}}, ["alpha_pattern", "'(q' is no regular expression"]),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, ["target_parameters", "merge_and_unload"]),
-        ({"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens=[1, 2]"]),
-        ({"use_rlsora": True}, ["'use_rlsora' is unknown", "'use_rslora'"]),
-        ({"eva_config": {"rho": 2.0}, "init_lora_weights": "pissa"}, ["init_lora_weights='pissa'"]),
+        ({"target_modules": 7}, "recipe/invalid-value", ["target_modules"]),
+        ({"target_modules": ["q_proj", 7]}, "recipe/invalid-value", ["target_modules"]),
+        ({"target_modules": "(q_proj"}, "adapter/invalid-pattern", ["target_modules", "no regular expression"]),
+        ({"exclude_modules": "(q_proj"}, "adapter/invalid-pattern", ["exclude_modules", "no regular expression"]),
+        ({"layers_to_transform": ["one"]}, "recipe/invalid-value", ["layers_to_transform"]),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "adapter/does-not-fit-model",
+            ["missing: base_model.model.lm_head.weight", "modules_to_save"],
+        ),
+        (
+            {"trainable_token_indices": [3]},
+            "adapter/token-rows-mismatch",
+            ["trainable_token_indices=(3,)", "0 modules"],
+        ),
+        ({"lora_bias": True}, "adapter/does-not-fit-model", [f"missing: {Q0}.lora_B.bias"]),
+        ({"lora_bias": True, "use_dora": True}, "adapter/unsupported-setting", ["lora_bias=True with use_dora=True"]),
+        ({"bias": "some"}, "recipe/invalid-value", ["bias", "'lora_only'"]),
+        ({"lora_alpha": None}, "adapter/missing-value", ["lora_alpha is null"]),
+        ({"r": None}, "adapter/missing-value", ["r is null"]),
+        ({"lora_alpha": "6"}, "recipe/invalid-value", ["alpha", "'6'"]),
+        ({"lora_alpha": True}, "recipe/invalid-value", ["alpha"]),
+        ({"r": 4.5}, "recipe/invalid-value", ["r: "]),
+        ({"rank_pattern": [4]}, "adapter/invalid-pattern", ["rank_pattern must be a mapping"]),
+        ({"alpha_pattern": {"(q": 2}}, "adapter/invalid-pattern", ["alpha_pattern", "'(q' is no regular expression"]),
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            "adapter/fused-experts",
+            ["target_parameters", "merge_and_unload"],
+        ),
+        ({"alora_invocation_tokens": [1, 2]}, "adapter/unsupported-setting", ["alora_invocation_tokens=[1, 2]"]),
+        ({"use_rlsora": True}, "adapter/unknown-key", ["'use_rlsora' is unknown", "'use_rslora'"]),
+        (
+            {"eva_config": {"rho": 2.0}, "init_lora_weights": "pissa"},
+            "adapter/changed-base-weights",
+            ["init_lora_weights='pissa'"],
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_configs_that_cannot_be_followed_are_refused(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+def test_configs_that_cannot_be_followed_are_refused(
+    folder: Path, changes: dict[str, Any], code: str, words: list[str]
+) -> None:
     edit_config(folder, **changes)
-    refused(folder, *words)
+    refused(folder, code, *words)
 
 
 def test_biases_that_old_versions_lost_are_the_bases_and_lost_ones_are_damage(tmp_path: Path) -> None:
     peft_adapter(lora(bias="lora_only"), with_biases(), tmp_path / "a")
     edit_tensors(tmp_path / "a", lambda t: {k: v for k, v in t.items() if k != f"{Q0}.base_layer.bias"})
-    refused(tmp_path / "a", f"missing: {Q0}.bias", model=with_biases())
+    refused(tmp_path / "a", "adapter/does-not-fit-model", f"missing: {Q0}.bias", model=with_biases())
     edit_tensors(tmp_path / "a", lambda t: {k: v for k, v in t.items() if not k.endswith("bias")})
     ours = with_biases()
     load_adapter(ours, tmp_path / "a")
@@ -295,7 +319,7 @@ def test_weights_that_nothing_names_and_weights_that_cannot_be_replaced_are_refu
 ) -> None:
     up = "base_model.model.model.layers.0.mlp.up_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.update({up: torch.ones(48, 32)}))
-    refused(folder, f"unexpected: {up}")
+    refused(folder, "adapter/does-not-fit-model", f"unexpected: {up}")
     edit_config(folder, modules_to_save=["layers.0.mlp.up_proj"])
     load_adapter(tied(), folder)
 
@@ -304,7 +328,11 @@ def test_weights_that_nothing_names_and_weights_that_cannot_be_replaced_are_refu
 
     peft_adapter(lora(modules_to_save=["mlp"]), moe(), tmp_path / "b")
     refused(
-        tmp_path / "b", "gate_up_proj", "weights can be replaced in linear layers, embeddings and norms", model=moe()
+        tmp_path / "b",
+        "adapter/does-not-fit-model",
+        "gate_up_proj",
+        "weights can be replaced in linear layers, embeddings and norms",
+        model=moe(),
     )
 
 
@@ -312,24 +340,38 @@ def test_factors_for_each_expert_of_experts_in_one_parameter_are_refused_with_wh
     one = "base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight"
     edit_tensors(folder, lambda tensors: tensors.update({one: torch.ones(4, 32)}))
     fused = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
-    refused(folder, one, "one expert", "model.layers.0.mlp.experts", "merge_and_unload", model=fused)
-    refused(folder, f"unexpected: {one}")
+    refused(folder, "adapter/fused-experts", one, "model.layers.0.mlp.experts", model=fused)
+    refused(folder, "adapter/does-not-fit-model", f"unexpected: {one}")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "code", "words"),
     [
-        ({"trainable_token_indices": [5]}, ["trainable_tokens_delta: has shape [2, 32]", "for 1 tokens"]),
-        ({"trainable_token_indices": [5, 300]}, ["(5, 300) are not 2 of the 300"]),
-        ({"trainable_token_indices": [5, 5]}, ["(5, 5) are not 2 of the 300"]),
-        ({"trainable_token_indices": {"wte": [5, 6]}}, ["says nothing about model.embed_tokens"]),
-        ({"trainable_token_indices": None}, ["trainable_token_indices=None, and 1 modules"]),
+        (
+            {"trainable_token_indices": [5]},
+            "adapter/does-not-fit-model",
+            ["trainable_tokens_delta: has shape [2, 32]", "for 1 tokens"],
+        ),
+        ({"trainable_token_indices": [5, 300]}, "adapter/does-not-fit-model", ["(5, 300) are not 2 of the 300"]),
+        ({"trainable_token_indices": [5, 5]}, "adapter/does-not-fit-model", ["(5, 5) are not 2 of the 300"]),
+        (
+            {"trainable_token_indices": {"wte": [5, 6]}},
+            "adapter/does-not-fit-model",
+            ["says nothing about model.embed_tokens"],
+        ),
+        (
+            {"trainable_token_indices": None},
+            "adapter/token-rows-mismatch",
+            ["trainable_token_indices=None, and 1 modules"],
+        ),
     ],
 )
-def test_tokens_that_do_not_fit_are_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+def test_tokens_that_do_not_fit_are_refused(
+    change: dict[str, Any], code: str, words: list[str], tmp_path: Path
+) -> None:
     peft_adapter(lora(trainable_token_indices=[5, 6]), tied(), tmp_path / "a")
     edit_config(tmp_path / "a", **change)
-    refused(tmp_path / "a", *words)
+    refused(tmp_path / "a", code, *words)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import torch
 
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
-from graftlm.errors import AdapterError, TargetError
 from graftlm.model.layers.attach import detach
 from graftlm.model.layers.modes import activate, by_row, deltas_off
 from graftlm.model.layers.registry import attachment, hosts, parameters_of
 from graftlm.testing.deltas import close, ids, logits
 from tests.adapters.foreign.folders import lora, tied, untied, with_biases_untied
+from tests.errors import raises
 from tests.peers import peft_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,7 +37,7 @@ def test_the_deltas_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
         assert torch.equal(logits(ours), logits(base))
     names = ("sql", "sql-modules", "sql-tokens", "sql-biases")
     assert len(parameters_of(ours, "sql")) == sum(len(parameters_of(ours, name)) for name in names[1:]) + 8
-    with pytest.raises(AdapterError, match="'sql' is 4 deltas"):
+    with raises("adapter/several-deltas", match="'sql' is 4 deltas"):
         save_adapter(ours, tmp_path / "b", name="sql")
     detach(ours, "sql-tokens")
     assert attachment(ours).members["sql"] == ("sql-modules", "sql", "sql-biases")
@@ -62,13 +62,13 @@ def test_a_second_adapter_under_a_name_that_is_taken_is_refused_whole(tmp_path: 
     ours = untied()
     load_adapter(ours, tmp_path / "a")
     before = logits(ours)
-    with pytest.raises(AdapterError, match="there is a delta 'default-modules'"):
+    with raises("adapter/does-not-fit-model", match="'default-modules'"):
         load_adapter(ours, tmp_path / "a")
     assert torch.equal(logits(ours), before)
     load_adapter(ours, tmp_path / "a", name="other")
     activate(ours, "other")
     close(logits(ours), before, "the same under another name")
-    with pytest.raises(TargetError, match="no delta 'othr'"):
+    with raises("target/no-such-delta", match="'othr'"):
         activate(ours, "othr")
 
 
@@ -86,6 +86,6 @@ def test_rows_of_a_batch_with_and_without_an_adapter_of_several_deltas(tmp_path:
 
 def test_a_name_that_torch_has_a_method_of_is_refused_in_words(folder: Path) -> None:
     model = tied()
-    with pytest.raises(AdapterError, match="'half' cannot name a delta"):
+    with raises("adapter/does-not-fit-model", match="'half'"):
         load_adapter(model, folder, name="half")
     assert hosts(model) == {}

@@ -16,8 +16,8 @@ from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.messages import Message
 from graftlm.data.sources.source import DataConfig
-from graftlm.errors import BaseModelError, DataError
 from graftlm.testing import tiny_tokenizer
+from tests.errors import raises
 
 ASKED = [{"role": "user", "content": "Where is my parcel?"}]
 SAID = [*ASKED, {"role": "assistant", "content": "On its way."}]
@@ -112,7 +112,7 @@ def test_the_day_and_the_turn_order_are_given() -> None:
     dated = tiny_tokenizer("{{ strftime_now('%Y-%m-%d') }}\n" + tiny_tokenizer().chat_template)
     (row,) = graftlm.render(SAID, dated, today=datetime.date(2024, 2, 29))
     assert row.text.startswith("2024-02-29\n")
-    with pytest.raises(DataError, match="turn_order: merge"):
+    with raises("data/unusable-conversation", match="turn_order: merge"):
         graftlm.render([*ASKED, *SAID], tiny_tokenizer())
     (row,) = graftlm.render([*ASKED, *SAID], tiny_tokenizer(), turn_order="merge")
     assert row.text.count("Where is my parcel?") == 2
@@ -122,15 +122,15 @@ def test_what_cannot_be_rendered_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match=r"'respond' is unknown\. Did you mean 'response'"):
         graftlm.render(SAID, tokenizer, mask="respond")
-    with pytest.raises(DataError, match="give a list of messages"):
+    with raises("data/unusable-conversation", match="list of messages"):
         graftlm.render("Where is my parcel?", tokenizer)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="conversation: .*at least one message"):
+    with raises("data/unusable-conversation", match="at least one message"):
         graftlm.render([], tokenizer)
-    with pytest.raises(DataError, match=r"conversation: messages\[1\]"):
+    with raises("data/unusable-conversation", match=r"messages\[1\]"):
         graftlm.render([*ASKED, {"role": "nobody", "content": "?"}], tokenizer)
-    with pytest.raises(DataError, match=r"conversation: messages\[1\]: a message must be a mapping"):
+    with raises("data/unusable-conversation", match=r"messages\[1\]: a message must be a mapping"):
         graftlm.render([ASKED[0], Message("assistant", "mixed")], tokenizer)
-    with pytest.raises(BaseModelError, match="chat template"):
+    with raises("base/no-chat-template"):
         graftlm.render(SAID, tiny_tokenizer(None))
 
 

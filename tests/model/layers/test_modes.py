@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach, detach
 from graftlm.model.layers.modes import activate, deltas_off, deltas_still
 from graftlm.model.layers.registry import hosts
 from graftlm.testing.deltas import logits, move, perturbed
+from tests.errors import raises
 from tests.peers import relative_error
 
 pytestmark = pytest.mark.versions
@@ -40,9 +40,9 @@ def test_two_deltas_add_and_each_can_be_on_alone(model: Any) -> None:
 
 def test_activating_an_unknown_delta_names_the_nearest(model: Any) -> None:
     attach(model, SMALL, name="poet")
-    with pytest.raises(TargetError, match="no delta 'poets'.*'poet'"):
+    with raises("target/no-such-delta", match="'poets'.*'poet'"):
         activate(model, "poets")
-    with pytest.raises(TargetError, match="no delta 'poets'.*'poet'"):
+    with raises("target/no-such-delta", match="'poets'.*'poet'"):
         detach(model, "poets")
 
 

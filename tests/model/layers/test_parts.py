@@ -16,7 +16,6 @@ from graftlm.adapters.peft import why_not_peft
 from graftlm.adapters.save import save_adapter
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
-from graftlm.errors import TargetError
 from graftlm.model.hub.load import load_base
 from graftlm.model.hub.quantize_base import quantize
 from graftlm.model.layers.attach import attach, detach
@@ -30,6 +29,7 @@ from graftlm.model.passes.statistics import collect
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config
 from graftlm.training.callback import Training
+from tests.errors import raises
 
 GPT2 = "transformer.h.0.attn.c_attn"
 SMALL = LoraConfig(r=3, alpha=6)
@@ -299,20 +299,27 @@ def test_names_of_parts_by_suffix_and_by_expression() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets", "words"),
+    ("kind", "targets", "code", "words"),
     [
-        ("gpt2", ("c_attn.gate",), ["'transformer.h.0.attn.c_attn.gate'", "its parts are q, k, v"]),
-        ("gpt2", ("c_fc.up",), ["no parts of it can be told apart"]),
-        ("llama", ("q_proj.q",), ["no parts of it", "'q_proj'"]),
-        ("llama", ("gate_proj.gate",), ["no parts of it", "'gate_proj'"]),
-        ("gpt2", ("q",), ["'q' matches no layer"]),
-        ("mpt", ("Wqkv.q",), ["transformers' interface", "'Wqkv'"]),
+        (
+            "gpt2",
+            ("c_attn.gate",),
+            "target/no-such-part",
+            ["'transformer.h.0.attn.c_attn.gate'", "its parts are q, k, v"],
+        ),
+        ("gpt2", ("c_fc.up",), "target/no-such-part", ["no parts of it can be told apart"]),
+        ("llama", ("q_proj.q",), "target/no-such-part", ["no parts of it", "'q_proj'"]),
+        ("llama", ("gate_proj.gate",), "target/no-such-part", ["no parts of it", "'gate_proj'"]),
+        ("gpt2", ("q",), "target/no-layer-matches", ["'q' matches no layer"]),
+        ("mpt", ("Wqkv.q",), "target/no-such-part", ["transformers' interface", "'Wqkv'"]),
     ],
 )
-def test_what_is_no_part_is_refused_with_the_reason(kind: str, targets: tuple[str, ...], words: list[str]) -> None:
+def test_what_is_no_part_is_refused_with_the_reason(
+    kind: str, targets: tuple[str, ...], code: str, words: list[str]
+) -> None:
     model = tiny_model(kind)
     before = logits(model)
-    with pytest.raises(TargetError) as raised:
+    with raises(code) as raised:
         attach(model, SMALL, targets=targets)
     for word in words:
         assert word in str(raised.value)
@@ -321,7 +328,7 @@ def test_what_is_no_part_is_refused_with_the_reason(kind: str, targets: tuple[st
 
 
 def test_a_method_that_acts_on_an_output_is_refused_on_a_part() -> None:
-    with pytest.raises(TargetError, match=r"c_attn\.q: 'reslora' acts on the output.*Target the whole layer"):
+    with raises("target/part-not-supported", match=r"c_attn\.q: 'reslora'"):
         attach(tiny_model("gpt2"), tiny_config("reslora", targets=("c_attn.q",)))
 
 
@@ -331,7 +338,7 @@ def test_patterns_speak_of_parts() -> None:
     ranks = {site.rpartition(".")[2]: delta.config.r for _, site, delta in deltas_by_site(model)}  # type: ignore[attr-defined]
     assert ranks == {"q": 4, "v": 2}
     odd: dict[str, Any] = {r"c_attn\.v": {"dropout": 0.5}}
-    with pytest.raises(TargetError, match="one x"):
+    with raises("target/parts-differ-in-dropout"):
         attach(tiny_model("gpt2"), LoraConfig(targets=("c_attn.q", "c_attn.v"), patterns=odd))
 
 

@@ -16,7 +16,6 @@ import graftlm
 from graftlm.adapters.export.export import lost_by_quantizing, merged_int4, plain_lora
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
-from graftlm.errors import BaseModelError, TargetError
 from graftlm.model.hub import dtypes
 from graftlm.model.hub.dtypes import dtype_name
 from graftlm.model.hub.fingerprint import fingerprint
@@ -30,6 +29,7 @@ from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.state_dict import base_state, merged_state
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
+from tests.errors import raises
 
 QUANTIZATIONS = sorted(CODECS)
 ODD = [(5, 7), (33, 57), (1, 1), (64, 1), (1, 130), (12, 96)]
@@ -306,16 +306,16 @@ def test_arguments_override_the_config(base_folder: Path) -> None:
 
 
 def test_an_unknown_quantization_names_those_that_there_are(base_folder: Path) -> None:
-    with pytest.raises(BaseModelError, match="nf4"):
+    with raises("base/unknown-quantization", match="nf4"):
         load_base(str(base_folder), quantization="nf")
-    with pytest.raises(BaseModelError, match="nf4"):
+    with raises("base/unknown-quantization", match="nf4"):
         quantize(tiny_model(), "nf3")
 
 
 def test_quantized_weights_without_a_record_of_what_they_stand_for_have_no_fingerprint() -> None:
     model = quantize(tiny_model(), "nf4")
     del model.graft_fingerprint
-    with pytest.raises(BaseModelError, match="quantized"):
+    with raises("base/unknown-original-weights"):
         fingerprint(model)
 
 
@@ -344,7 +344,7 @@ def test_an_adapter_goes_from_quantization_to_quantization(
     for store, is_another in ((quantization, False), ("fp32", True)):  # a record of before
         record.write_text(json.dumps(written | {"base": written["base"] | {"store": store}}))
         assert ("trained on" in load_adapter(again, tmp_path / "a", name=store)) == is_another
-    with pytest.raises(BaseModelError, match="weights differ"):
+    with raises("base/other-base", match="weights differ"):
         load_adapter(quantize(tiny_model(seed=9), quantization), tmp_path / "a")
 
 
@@ -390,7 +390,7 @@ def test_what_quantizing_lost_is_told_in_changes(base_folder: Path) -> None:
     assert made["base_quantization"] == "nf4"
     assert len(made["lost_by_quantizing"]) == 4
     unknown = move(attach_tiny("lora", quantize(tiny_model(), "nf4")))
-    with pytest.raises(TargetError, match="not loaded from a folder"):
+    with raises("target/original-weight-missing", match="not loaded from a folder"):
         lost_by_quantizing(unknown)
     assert "not loaded" in graftlm.export(unknown, base_folder.parent / "unknown", to="merged")["lost_by_quantizing"]
 
@@ -417,13 +417,15 @@ def test_qa_lora_goes_into_the_zero_points_of_an_int4_base(group: int) -> None:
 
 
 def test_what_does_not_fit_into_zero_points_is_refused() -> None:
-    refusals = {
-        "inside groups of 32": attach_tiny("lora", quantize(tiny_model(), "int4")),
-        "inside groups": attach_tiny("qa-lora", quantize(tiny_model(), "int4"), group=16),  # finer than the base's own
-        "more than an addition": attach_tiny("dora", quantize(tiny_model(), "int4")),
-        "no int4 layer": attach_tiny("qa-lora", quantize(tiny_model(), "nf4"), group=32),
-        "no int4 layer, so": attach_tiny("norm-tuning", quantize(tiny_model(), "int4")),
-    }
-    for says, model in refusals.items():
-        with pytest.raises(TargetError, match=says):
+    unfit, unquantized = "target/not-mergeable-in-int4", "target/base-not-int4"
+    refusals = [
+        (unfit, "groups of 32", attach_tiny("lora", quantize(tiny_model(), "int4"))),
+        # finer than the base's own
+        (unfit, "groups of 32", attach_tiny("qa-lora", quantize(tiny_model(), "int4"), group=16)),
+        (unfit, "dora", attach_tiny("dora", quantize(tiny_model(), "int4"))),
+        (unquantized, None, attach_tiny("qa-lora", quantize(tiny_model(), "nf4"), group=32)),
+        (unquantized, None, attach_tiny("norm-tuning", quantize(tiny_model(), "int4"))),
+    ]
+    for code, says, model in refusals:
+        with raises(code, match=says):
             merged_int4(move(model))

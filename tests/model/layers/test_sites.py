@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts
 from graftlm.model.layers.sites import config_at, find_sites
 from graftlm.testing import tiny_model
+from tests.errors import raises
 
 pytestmark = pytest.mark.versions
 
@@ -27,7 +27,7 @@ def test_a_suffix_begins_at_a_dot(model: Any) -> None:
         n for n in ALL if n.endswith(("self_attn.q_proj", "mlp.down_proj"))
     ]
     assert find_sites(model, ("model.layers.1.mlp.up_proj",)) == ["model.layers.1.mlp.up_proj"]
-    with pytest.raises(TargetError, match="'proj' matches no layer"):
+    with raises("target/no-layer-matches", match="'proj'"):
         find_sites(model, ("proj",))  # the end of every name, but from no dot on
 
 
@@ -36,9 +36,9 @@ def test_a_regular_expression_is_for_the_whole_name(model: Any) -> None:
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",
     ]
-    with pytest.raises(TargetError, match="matches no layer"):
+    with raises("target/no-layer-matches"):
         find_sites(model, "q_proj")
-    with pytest.raises(TargetError, match="no regular expression"):
+    with raises("target/invalid-pattern"):
         find_sites(model, "(q_proj")
 
 
@@ -61,7 +61,7 @@ def test_all_linear_of_a_model_with_transposed_layers() -> None:
 
 
 def test_targets_that_match_nothing_name_the_nearest_and_list_what_there_is(model: Any) -> None:
-    with pytest.raises(TargetError) as raised:
+    with raises("target/no-layer-matches") as raised:
         attach(model, SMALL, targets=("q_proj", "v_prj"))
     message = str(raised.value)
     assert "'v_prj' matches no layer" in message
@@ -75,7 +75,7 @@ def test_targets_that_match_nothing_name_the_nearest_and_list_what_there_is(mode
     ("target", "kind"), [("embed_tokens", "Embedding"), ("norm", "LlamaRMSNorm"), ("mlp", "LlamaMLP")]
 )
 def test_a_target_of_an_unsupported_kind_is_refused_with_the_reason(model: Any, target: str, kind: str) -> None:
-    with pytest.raises(TargetError, match=rf"{target!r} is a {kind} .*can sit on Linear, Conv1D"):
+    with raises("target/layer-of-other-kind", match=rf"{target!r} is a {kind} .*can sit on Linear, Conv1D"):
         find_sites(model, (target,), ("linear",))
 
 
@@ -89,7 +89,7 @@ def test_a_subclass_of_a_linear_layer_may_compute_otherwise_and_is_not_taken(mod
 
 
 def test_empty_targets_are_refused(model: Any) -> None:
-    with pytest.raises(TargetError, match="matches no linear or embedding"):
+    with raises("target/no-layer-matches", match="linear or embedding"):
         attach(model, SMALL, targets=())
 
 

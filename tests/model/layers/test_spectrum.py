@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts
 from graftlm.model.layers.spectrum import ranks_by_spectrum
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits, tiny_config
+from tests.errors import raises
 
 
 def shares(W: torch.Tensor) -> list[float]:
@@ -42,9 +42,9 @@ def test_it_serves_lamda_too_and_says_what_it_cannot() -> None:
     attach(model, ranks_by_spectrum(model, tiny_config("lamda"), mean=3))
     assert torch.allclose(logits(model), before, atol=1e-5)
     assert sum(len(host.on()[0].S) for host in hosts(model).values()) == 3 * len(hosts(model))
-    with pytest.raises(TargetError, match="no r"):
+    with raises("target/method-without-rank"):
         ranks_by_spectrum(tiny_model(), tiny_config("ia3"))
-    with pytest.raises(TargetError, match="do not fit"):
+    with raises("target/rank-too-large"):
         ranks_by_spectrum(tiny_model(), LoraConfig(r=100))
-    with pytest.raises(TargetError, match="patterns already"):
+    with raises("target/patterns-already-set"):
         ranks_by_spectrum(tiny_model(), LoraConfig(patterns={"q_proj": {"r": 2}}))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from graftlm.data.batches.pack import Example
-from graftlm.errors import TrainingError
 from graftlm.model.passes.packing_check import PROBE_TOKENS, check_packing
 from graftlm.testing import tiny_model
+from tests.errors import raises
 
 
 def examples(*lengths: int) -> list[Example]:
@@ -61,7 +61,7 @@ def counting(model: Any) -> None:
 def test_what_packing_would_spoil_is_refused(wrong: Any) -> None:
     model = tiny_model(initializer_range=0.5)
     wrong(model)
-    with pytest.raises(TrainingError, match="pack: false"):
+    with raises("training/cannot-pack", match="pack: false"):
         check_packing(model, examples(300, 60), packed=True, sharing=False)
     if wrong is leaking:
         check_packing(model, examples(300, 60), packed=False, sharing=False)
@@ -80,7 +80,7 @@ def test_what_sharing_alone_would_spoil_says_how_to_do_without() -> None:
 
     model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     check_packing(model, examples(300, 60), packed=True, sharing=False)
-    with pytest.raises(TrainingError, match="prefix_sharing: false"):
+    with raises("training/cannot-pack", match="prefix_sharing: false"):
         check_packing(model, examples(300, 60), packed=True, sharing=True)
 
 

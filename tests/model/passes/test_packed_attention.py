@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftlm.errors import TrainingError
 from graftlm.kernels import attention
 from graftlm.kernels.attention import SegmentLayout
 from graftlm.model.passes.packed_attention import segment_attention
+from tests.errors import raises
 from tests.kernels.equations import normal, same, seen_in_a_tree
 
 
@@ -52,7 +52,7 @@ def test_a_sink_takes_a_share_of_each_querys_probability_and_gives_nothing(
 
 def test_attention_without_a_layout_says_how_to_call_the_model() -> None:
     q, k, v = (normal(1, 2, 4, 8, seed=s) for s in range(3))
-    with pytest.raises(TrainingError, match=r"Linear: inside packed_attention .*recomputed_layers"):
+    with raises("training/recomputation-loses-segments", match="Linear"):
         segment_attention(nn.Linear(1, 1), q, k, v)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TrainingError
 from graftlm.kernels import cpu
 from graftlm.kernels.attention import SegmentLayout
 from graftlm.kernels.backend import TORCH, Backend, compiled, pinned
@@ -23,6 +22,7 @@ from graftlm.model.passes.forward import head
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing import tiny_model
+from tests.errors import raises
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -77,7 +77,7 @@ LEAKS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_that_mixes_rows_is_refused(kind: str, leak: str, dtype: torch.dtype) -> None:
     model = planted(made(kind, dtype), LEAKS[leak])
-    with pytest.raises(TrainingError, match=r"cannot be packed: .*pack: false"):
+    with raises("training/cannot-pack", match="pack: false"):
         check_packed_rows(model, *rows())
 
 
@@ -86,7 +86,7 @@ def test_a_layer_that_mixes_rows_is_refused(kind: str, leak: str, dtype: torch.d
 def test_a_small_leak_in_the_last_layer_is_found_in_half_precision_too(kind: str, dtype: torch.dtype) -> None:
     """The layer is none of those that are compared in float32, and what it leaks is less than a rounding."""
     model = planted(made(kind, dtype, num_hidden_layers=5), LEAKS["a millionth of the mean"], layer=4)
-    with pytest.raises(TrainingError, match="takes in numbers of its neighbor|changes by .* with its neighbor"):
+    with raises("training/cannot-pack", match="takes in numbers of its neighbor|changes by .* with its neighbor"):
         check_packed_rows(model, *rows())
 
 
@@ -96,14 +96,14 @@ def test_a_model_that_sees_what_comes_after_a_token_is_refused_with_and_without_
     kind: str, dtype: torch.dtype
 ) -> None:
     model = planted(made(kind, dtype), lambda x: x + 0.02 * torch.cat([x[:, 1:], x[:, -1:]], 1))
-    with pytest.raises(TrainingError, match="comes after"):
+    with raises("training/model-not-causal"):
         check_forward(model, rows()[1])
-    with pytest.raises(TrainingError, match="comes after it in its row|with its neighbor"):
+    with raises("training/cannot-pack", match="comes after it in its row|with its neighbor"):
         check_packed_rows(model, *rows())
 
 
 def test_two_way_attention_of_a_models_own_is_refused() -> None:
-    with pytest.raises(TrainingError, match="comes after"):
+    with raises("training/model-not-causal"):
         check_forward(tiny_model("gemma3_text", use_bidirectional_attention=True, initializer_range=0.1), rows()[1])
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_parent_of_a_shared_beginning_is_found(kind: str, wrong: int, mo
     model = made(kind)
     check_packed_rows(model, *rows(), sharing=True)
     monkeypatch.setattr(forward, "SegmentLayout", layout)
-    with pytest.raises(TrainingError, match="cannot be packed with shared beginnings: .*prefix_sharing: false"):
+    with raises("training/cannot-pack", match="prefix_sharing: false"):
         check_packed_rows(model, *rows(), sharing=True)
 
 
@@ -139,7 +139,7 @@ def test_every_backend_computes_beside_numbers_that_are_none(backend: str) -> No
     attach(model, LoraConfig(r=4))
     for lengths in ((9, 14), (33, 2)) if backend == "compiled" else ((9, 14), (3, 50), (33, 2)):
         check_packed_rows(model, *rows(1, *lengths), sharing=True, backend=by)
-    with pytest.raises(TrainingError, match="its neighbor"):
+    with raises("training/cannot-pack", match="its neighbor"):
         check_packed_rows(planted(model, LEAKS["a millionth of the mean"]), *rows(), backend=by)
 
 
@@ -192,7 +192,7 @@ def test_a_quantized_base_is_computed_in_float32_too() -> None:
     quantize(model, "int8")
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     check_packed_rows(model, *rows(), sharing=True)
-    with pytest.raises(TrainingError, match="its neighbor"):
+    with raises("training/cannot-pack", match="its neighbor"):
         check_packed_rows(planted(model, LEAKS["a millionth of the mean"]), *rows())
 
 
@@ -241,7 +241,7 @@ def test_what_a_head_does_to_its_logits_is_found_by_what_comes_out(name: str, dt
 def test_a_model_without_a_decoder_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     monkeypatch.setattr(forward, "decoder_of", lambda model: None)
-    with pytest.raises(TrainingError, match=r"LlamaForCausalLM cannot be trained: .*get_decoder\(\)"):
+    with raises("training/unsupported-model", match=r"LlamaForCausalLM .*get_decoder\(\)"):
         check_forward(model, rows()[1])
 
 

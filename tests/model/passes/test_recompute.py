@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from graftlm.data.batches.pack import Example, Pack, collate
-from graftlm.errors import TrainingError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.passes.forward import log_probs
@@ -21,6 +20,7 @@ from graftlm.model.passes.recompute import is_recomputed, offloaded, recomputed_
 from graftlm.testing import tiny_model
 from graftlm.testing.contract import OneLayer
 from graftlm.testing.deltas import perturbed, tiny_config
+from tests.errors import raises
 
 pytestmark = pytest.mark.versions
 
@@ -172,7 +172,7 @@ def test_the_model_is_as_it_was_afterwards() -> None:
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:
-    with pytest.raises(TrainingError, match=r"train.checkpointing: OneLayer has no list of decoder layers"):
+    with raises("training/no-decoder-layers", match="train.checkpointing: OneLayer"):
         recomputed_layers(OneLayer()).__enter__()
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TargetError
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.registry import trainable
 from graftlm.model.passes.statistics import collect
 from graftlm.testing.deltas import close, ids, logits, move
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
+from tests.errors import raises
 
 BATCHES = [(1, 2, 12), (2, 3, 7), (3, 1, 20)]
 """(seed, rows, length): passes with different numbers of tokens."""
@@ -155,12 +155,12 @@ def test_hooks_are_taken_off_when_a_loss_fails() -> None:
 
 
 def test_targets_that_match_nothing_are_refused_as_in_attach() -> None:
-    with pytest.raises(TargetError, match="'nothing' matches no layer"):
+    with raises("target/no-layer-matches", match="'nothing'"):
         collect(tiny_model(), LoraConfig(targets=("nothing",)), ("gradient",), [])
 
 
 def test_layers_that_are_no_linear_ones_are_refused() -> None:
-    with pytest.raises(TargetError, match=r"embed_tokens: .* are gathered at linear layers"):
+    with raises("target/not-a-linear-layer", match="embed_tokens"):
         collect(tiny_model(), LoraConfig(targets=("embed_tokens",)), ("gradient", "second_moment"), [])
 
 

@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
-from graftlm.errors import BaseModelError, DataError, RecipeError, TrainingError
 from graftlm.rl.rewards import SCORERS, Completion, make_scorer
 from graftlm.rl.rewards.exact import ExactConfig
 from graftlm.rl.rewards.judge import JudgeScorerConfig
@@ -18,6 +17,7 @@ from graftlm.rl.rewards.python import PythonConfig
 from graftlm.rl.rewards.reward_model import RewardModelConfig
 from graftlm.rl.rewards.rouge import RougeConfig
 from graftlm.testing.tiny import TINY, tiny_tokenizer
+from tests.errors import raises
 from tests.judges.endpoint_server import Endpoint
 
 
@@ -41,9 +41,9 @@ def test_exact() -> None:
     answers = [said(text, "so it is\n#### 12") for text in ("#### 12", "#### 3\nno: #### 12", "12", "#### 120")]
     assert rewards(numbers, *answers) == [1.0, 1.0, 0.0, 0.0]
     assert rewards(ExactConfig(take=r"\d+"), said("it is 7.", "7")) == [1.0]
-    with pytest.raises(DataError, match=r"f:9: scorer 'exact' compares with the row's own answer, and it has none"):
+    with raises("data/no-reference-answer", match="f:9: .*'exact'"):
         rewards(ExactConfig(), said("a", None, where="f:9"))
-    with pytest.raises(DataError, match="matches nothing in the row's own answer"):
+    with raises("data/nothing-to-compare"):
         rewards(numbers, said("#### 1", "no number"))
     with pytest.raises(ValueError, match="no regular expression"):
         ExactConfig(take="(")
@@ -59,7 +59,7 @@ def test_pattern() -> None:
 def test_rouge() -> None:
     found = rewards(RougeConfig(), said("a b c", "a b c"), said("a x", "a b"), said("", "a"))
     assert found == pytest.approx([1.0, 0.5, 0.0])
-    with pytest.raises(DataError, match="rouge-l"):
+    with raises("data/no-reference-answer", match="rouge-l"):
         rewards(RougeConfig(), said("a"))
 
 
@@ -81,21 +81,21 @@ def score(said):
 
 def test_a_function_that_fails_is_named_with_its_line_and_the_row(tmp_path: Path) -> None:
     config = python(tmp_path, "def score(said):\n    x = 1\n    return said.answr\n")
-    with pytest.raises(
-        TrainingError, match=r"rewards.py:score failed on an answer to f:7: line 3: AttributeError: .*answr[\s\S]*'ab'"
+    with raises(
+        "training/reward-function-failed", match=r"rewards.py:score .* f:7: line 3: AttributeError: .*answr[\s\S]*'ab'"
     ):
         rewards(config, said("ab", where="f:7"))
-    with pytest.raises(TrainingError, match="must return a number, or None"):
+    with raises("training/reward-function-failed"):
         rewards(python(tmp_path, "def score(said):\n    return 'good'\n"), said("ab"))
 
 
 def test_a_file_or_a_function_that_is_not_there(tmp_path: Path) -> None:
     config = python(tmp_path, "def score(said):\n    return 0\n", "scor")
-    with pytest.raises(RecipeError, match=r"has no function 'scor'. Did you mean 'score'"):
+    with raises("recipe/no-such-function", match=r"'scor'. Did you mean 'score'"):
         make_scorer(config, network=False)
-    with pytest.raises(RecipeError, match=r"reward.py: no such file. Did you mean .*rewards.py"):
+    with raises("recipe/no-such-file", match=r"reward.py: .*Did you mean .*rewards.py"):
         make_scorer(PythonConfig(function=f"{tmp_path / 'reward.py'}:score"), network=False)
-    with pytest.raises(RecipeError, match=r"does not run: line 2: ZeroDivisionError"):
+    with raises("recipe/broken-reward-file", match=r"line 2: ZeroDivisionError"):
         make_scorer(python(tmp_path, "\n1 / 0\n"), network=False)
     with pytest.raises(ValueError, match=r"write FILE.py:NAME"):
         PythonConfig(function="rewards.score")
@@ -107,7 +107,7 @@ def test_a_judge_behind_an_endpoint(endpoint: Endpoint) -> None:
     endpoint.reply = lambda prompt: next(text for answer, text in grade.items() if prompt.endswith(answer))
     assert rewards(JudgeScorerConfig(url=endpoint.url, model="m"), *answers) == [5.0, 1.5, None]
     assert all(body["model"] == "m" and "what?" in body["messages"][0]["content"] for body in endpoint.asked)
-    with pytest.raises(DataError, match="1 of 1 replies hold no grade"):
+    with raises("data/ungraded-replies", match="1 of 1 replies"):
         rewards(JudgeScorerConfig(url=endpoint.url), said("odd"))
     endpoint.reply = lambda prompt: "4" if prompt == "is a like r?" else "1"
     against = JudgeScorerConfig(url=endpoint.url, prompt="is {answer} like {reference}?")
@@ -120,9 +120,9 @@ def test_a_judge_behind_an_endpoint(endpoint: Endpoint) -> None:
 def test_nothing_is_sent_elsewhere_without_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     config = JudgeScorerConfig(url="https://judge.invalid/v1")
-    with pytest.raises(DataError, match="network"):
+    with raises("data/network-not-allowed"):
         make_scorer(config, network=False)
-    with pytest.raises(DataError, match="OPENAI_API_KEY"):
+    with raises("data/missing-api-key", match="OPENAI_API_KEY"):
         make_scorer(config, network=True)
 
 
@@ -150,9 +150,9 @@ def test_a_reward_model_says_of_many_what_it_says_of_one(tmp_path: Path, padding
 
 
 def test_what_is_no_reward_model_is_refused(base_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="no trained head"):
+    with raises("base/not-a-reward-model", match="no trained head"):
         make_scorer(RewardModelConfig(model=str(base_folder)), network=False)
-    with pytest.raises(BaseModelError, match="3 outputs"):
+    with raises("base/not-a-reward-model", match="3 outputs"):
         make_scorer(RewardModelConfig(model=str(saved(tmp_path / "three", labels=3))), network=False)
-    with pytest.raises(BaseModelError, match="no such folder"):
+    with raises("base/no-such-base"):
         make_scorer(RewardModelConfig(model=str(tmp_path / "nowhere")), network=False)
