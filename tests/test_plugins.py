@@ -20,14 +20,13 @@ from typing import Literal
 
 import numpy as np
 
-from graftlm.callbacks import Row
 from graftlm.config.schema import config
 from graftlm.losses.base import Loss, LossConfig, LossSum, tokens
-from graftlm.rl.rewards import Row as RewardRow
+from graftlm.rl.rewards import RewardRow
 from graftlm.rl.rewards.base import ScorerConfig
 from graftlm.selection import Selector
 from graftlm.selection.base import SelectorConfig
-from graftlm.training.callback import Policy, PolicyConfig
+from graftlm.training.callback import Callback, CallbackConfig, CallbackRow as Row
 
 
 @config
@@ -43,12 +42,12 @@ LOSS = Loss(DoubleConfig, value, tokens, rows="answers")
 
 
 @config
-class ShoutConfig(PolicyConfig):
+class ShoutConfig(CallbackConfig):
     name: Literal["shout"] = "shout"
     word: str = "step"
 
 
-class Shout(Policy):
+class Shout(Callback):
     paper, cost = "none", "none"
 
     def on_step(self, training):
@@ -133,18 +132,18 @@ common = {"base": base, "data": {"train": rows}, "train": {"steps": 3, "threads"
 from graftlm.config.schema import build
 recipe = build(graftlm.Recipe, common | {
     "select": {"by": "odd", "keep": 12}, "delta": {"method": "output-gain"}, "loss": "double",
-    "policies": [{"name": "shout", "word": "done"}],
+    "callbacks": [{"name": "shout", "word": "done"}],
 }, source="test")
 result = graftlm.train(recipe, out=out)
 lines = [json.loads(line) for line in open(f"{out}/metrics.jsonl")]
 plain = graftlm.train(build(graftlm.Recipe, common | {
     "select": {"by": "odd", "keep": 12}, "delta": {"method": "output-gain"}}, source="test"), out=out + "-plain")
 losses = [json.loads(line)["loss"] for line in open(f"{out}-plain/metrics.jsonl") if '"loss"' in line]
-online = build(graftlm.Recipe, common | {"online": {"scorer": {"by": "short"}}}, source="test").online
+rl = build(graftlm.Recipe, common | {"rl": {"scorer": {"by": "short"}}}, source="test").rl
 print(json.dumps({
     "moved": float(result.model.model.layers[0].mlp.down_proj.deltas["default"].g.abs().sum()),
     "events": [line["shout"] for line in lines if "shout" in line],
-    "loss": [line["loss"] for line in lines if "loss" in line], "plain": losses, "by": online.scorer.by,
+    "loss": [line["loss"] for line in lines if "loss" in line], "plain": losses, "by": rl.scorer.by,
 }))
 """
     found = json.loads(run(script, good, base, rows, out).stdout.splitlines()[-1])
@@ -200,7 +199,7 @@ BROKEN = {
     "wrong": ("losses", "graft_broken:WRONG", "must be a graftlm.losses.base.Loss, this is a Method"),
     "kind": ("methods", "graft_gain:OutputGain", "this is the class OutputGain"),
     "renamed": ("methods", "graft_gain:METHOD", "method: Literal['output-gain'], and the entry point is called"),
-    "plain": ("callbacks", "graft_broken:PLAIN", "must be a graftlm.training.callback.PolicyConfig under @config"),
+    "plain": ("callbacks", "graft_broken:PLAIN", "must be a graftlm.training.callback.CallbackConfig under @config"),
     "above": ("selectors", "graft_above:SELECTOR", "A plugin imports only what is below graftlm.recipe"),
     "exits": ("methods", "graft_exits:METHOD", "SystemExit: 3"),
     "lora": ("methods", "graft_gain:METHOD", "the name 'lora' is taken by another row of METHODS"),
@@ -232,8 +231,8 @@ from graftlm.cli import app
 import graftlm.recipe  # warns here, before CliRunner captures what is written
 recipe, out = sys.argv[1:]
 graft = typer.testing.CliRunner().invoke
-for changes in (["delta.method=absent"], ["loss=wrong"], ["policies=[plain]"], ["select.by=above"],
-                ["deltas.first.method=exits"], ["policies.name=shoutt"]):
+for changes in (["delta.method=absent"], ["loss=wrong"], ["callbacks=[plain]"], ["select.by=above"],
+                ["deltas.first.method=exits"], ["callbacks.name=shoutt"]):
     refused = graft(app, ["train", recipe, *changes, "--out", out])
     print(json.dumps([changes[0], str(refused.exception)]))
 for method in ("lora", "output-gain"):
@@ -251,7 +250,7 @@ print(graft(app, ["env"]).stdout)
     for key, (name, what) in {
         "delta.method=absent": ("absent", "delta"),
         "loss=wrong": ("wrong", "loss"),
-        "policies=[plain]": ("plain", "policies"),
+        "callbacks=[plain]": ("plain", "callbacks"),
         "select.by=above": ("above", "select"),
         "deltas.first.method=exits": ("exits", "deltas"),
     }.items():
@@ -259,7 +258,7 @@ print(graft(app, ["env"]).stdout)
         assert f"{what}: {name!r} cannot be used: the plugin {name} (graftlm." in said
         assert "of graft-zzz 9 is broken: " in said
         assert BROKEN[name][2] in said
-    assert "Did you mean 'shout'?" in refused["policies.name=shoutt"]
+    assert "Did you mean 'shout'?" in refused["callbacks.name=shoutt"]
     errors = {(each["distribution"], each["name"]): each["error"] for each in json.loads(lines[6])}
     assert errors.keys() >= {("graft-zzz", name) for name in BROKEN}
     for name, (group, _, why) in BROKEN.items():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import graftlm
 import graftlm.optim.adamw as adamw_module
-import graftlm.training.phases as turns
+import graftlm.training.phases as phases
 from graftlm.adapters.folder import adapters_in
 from graftlm.adapters.load import load_adapter
 from graftlm.config.schema import build
@@ -297,12 +297,12 @@ def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving: list[set[str]] = []
-    real = turns.Phase.steps
+    real = phases.Phase.steps
 
-    def watched(turn: Any, recipe: Any, *rest: Any) -> Any:
-        model = turn.training.model
-        before = {n: [p.detach().clone() for p in every(model, n)] for n in recipe.all_deltas()}
-        for step in real(turn, recipe, *rest):
+    def watched(phase: Any, *rest: Any) -> Any:
+        model = phase.training.model
+        before = {n: [p.detach().clone() for p in every(model, n)] for n in phase.setup.deltas}
+        for step in real(phase, *rest):
             now = {n: [p.detach().clone() for p in every(model, n)] for n in before}
             moving.append(
                 {n for n in before if any(not torch.equal(a, b) for a, b in zip(before[n], now[n], strict=True))}
@@ -313,7 +313,7 @@ def test_in_turn_each_delta_learns_for_its_share_of_the_steps_and_then_rests(
     def every(model: Any, name: str) -> list[Any]:
         return [p for host in hosts(model).values() if name in host.deltas for p in host.deltas[name].parameters()]
 
-    monkeypatch.setattr(turns.Phase, "steps", watched)
+    monkeypatch.setattr(phases.Phase, "steps", watched)
     graftlm.train(several(base_folder, rows, in_turn=True), tmp_path / "out")
     assert moving == [{name} for name in ("low", "biases", "adapters", "before") for _ in range(2)]
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -402,7 +402,7 @@ def test_a_curriculum_is_what_is_trained_on(by: str, base_folder: Path, tmp_path
     }
     made = build(Recipe, tree, source="test")
     data = prepare_data(made, load_tokenizer(made.base))
-    plan = turns.make_batches(made.train, data.examples, data.curriculum)
+    plan = phases.make_batches(made.train, data.examples, data.curriculum)
     order = [int(data.examples[i].where.rpartition(":")[2]) - 1 for step in plan for i in step]
     keys = [lines[n]["hard"] if by == "hard" else len(lines[n]["completion"]) for n in order]
     assert keys[:12] == sorted(keys[:12])

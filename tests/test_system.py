@@ -25,10 +25,9 @@ from graftlm.model.layers.attach import attach
 from graftlm.planning.bench import bench
 from graftlm.planning.estimate import estimate
 from graftlm.planning.lr_range import lr_range_test
-from graftlm.prepare import prepare_data
+from graftlm.prepare import prepare_data, select_rows
 from graftlm.recipe import Recipe
 from graftlm.run import train
-from graftlm.selection.choose import choose
 from tests.errors import raises
 
 State = tuple[Any, ...]
@@ -116,7 +115,7 @@ def test_planning_probing_measuring_and_choosing_leave_the_global_state_alone(
     rows = str(recipe().data.sources()[0].path)
     chosen = recipe(select=[{"by": "less", "keep": 0.5, "target": rows}])
     data = prepare_data(recipe(), tokenizer)
-    assert len(choose(chosen, data.rows, tokenizer, None)[0]) == 7  # type: ignore[arg-type]
+    assert len(select_rows(chosen, data.rows, tokenizer)[0]) == 7
     assert global_state() == before
 
 

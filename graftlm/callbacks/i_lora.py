@@ -47,7 +47,7 @@ class ILora(Ema):
     @classmethod
     def conflict_in(cls, recipe: Any) -> str:
         if part := part_that_makes_passes(recipe):
-            return f"i-lora ties the hidden states of the pass that learns, and {part} makes other passes: drop one"
+            return f"it ties the hidden states of the pass that learns, and {part} makes other passes: drop one"
         return super().conflict_in(recipe)
 
     def refusal(self, training: TrainingState) -> str:

@@ -38,7 +38,7 @@ class Neftune(Callback):
     @classmethod
     def conflict_in(cls, recipe: Any) -> str:
         if part := part_that_makes_passes(recipe):
-            return f"neftune adds noise to the policy alone, and {part} compares it with another model: drop one"
+            return f"it adds noise to the policy alone, and {part} compares it with another model: drop one"
         return ""
 
     @contextmanager

@@ -72,7 +72,7 @@ def loaded(made: Recipe) -> tuple[Any, Pack]:
     """The real model of a recipe with its deltas, and the largest pack."""
     data = prepare_data(made, load_tokenizer(made.base))
     model = load_base(made.base).model
-    attach_deltas(made, model, data.examples, [[0]])
+    attach_deltas(made.setup(), model, data.examples, [[0]])
     for host in hosts(model).values():
         host.deltas.train()
     return model, shape_of(made, data.examples).largest

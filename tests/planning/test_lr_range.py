@@ -109,7 +109,7 @@ def test_its_noise_is_that_of_the_gradients_of_the_steps(
     model, tokenizer = load_base(tree.base)
     examples = prepare_data(tree, tokenizer).examples
     plan = make_batches(tree.train, examples)
-    attach_deltas(tree, model, examples, plan)
+    attach_deltas(tree.setup(), model, examples, plan)
     gradients = []
     for batch in plan:
         packs = lay_out([examples[i] for i in batch], 1024, packed=True, share=False)

@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def in_bf16(base: Path, rows: Path, **changes: Any) -> Recipe:
-    return recipe(base, rows, base__store="bf16", **changes)
+    return recipe(base, rows, base__dtype="bfloat16", **changes)
 
 
 def trained(made: Recipe, out: Path, **options: Any) -> tuple[dict[str, Any], str]:

@@ -114,7 +114,7 @@ def one(name: str, options: dict[str, Any], added: list[dict[str, Any]], tokens:
         optimizer=Recorder(trainable(model).values(), lr=0.0),
         schedule=lambda n: 1.0,
         clip=1e9,
-        regularisers=[made(each, 0.5) for each in added],
+        regularizers=[made(each, 0.5) for each in added],
     )
     return step.loss, dict(step.metrics), kept
 
@@ -220,13 +220,13 @@ def test_a_recipe_has_a_list_of_them(base_folder: Path, rows: Path, tmp_path: Pa
     with raises("training/conflicting-settings"):
         graftlm.train(fused, tmp_path / "lomo")
     for wrong, said in (
-        ([{"name": "l3", "weight": 1}], "'l3' is no regulariser"),
-        ([*added, added[0]], "'kl' stands here twice"),
+        ([{"name": "l3", "weight": 1}], "unknown regulariser 'l3'"),
+        ([*added, added[0]], "'kl' is listed twice"),
         ([{"name": "l2", "weight": 0}], "greater than 0"),
         ([{"name": "l2"}], "must be given"),
         ([{"name": "l2", "weight": 1, "tensors": "(B"}], r"regularisers.*tensors: no regular expression.*'\(B'"),
     ):
         with pytest.raises(RecipeError, match=said):
             recipe(base_folder, rows, regularisers=wrong)
-    with pytest.raises(RecipeError, match="neftune would disturb"):
+    with pytest.raises(RecipeError, match="neftune: it adds noise"):
         recipe(base_folder, rows, regularisers=added, callbacks=["neftune"])

@@ -241,7 +241,7 @@ def test_recipes_that_mean_nothing_are_refused(base_folder: Path, rows: Path) ->
     with pytest.raises(RecipeError, match="loss distillation needs a teacher"):
         recipe(base_folder, rows, {})
     recipe(base_folder, rows, {"supervised_weight": 0.9})
-    with pytest.raises(RecipeError, match="neftune would disturb"):
+    with pytest.raises(RecipeError, match="neftune: it adds noise"):
         recipe(base_folder, rows, {"teacher": "x"}, callbacks=["neftune"])
 
 

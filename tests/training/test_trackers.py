@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import graftlm
-from graftlm.config.schema import build
+from graftlm.config.schema import build, to_tree
 from graftlm.errors import RecipeError, TrainingError
 from graftlm.recipe import Recipe, ReportConfig
 from graftlm.training.trackers import TRACKERS, Trackers
@@ -154,7 +154,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
 
 def begun(recipe: Recipe, out: Path, lines: list[dict[str, Any]] | None = None) -> Trackers:
     """Those of a fresh run, or of one that resumes after `lines`."""
-    trackers = Trackers(recipe, out)
+    trackers = Trackers(to_tree(recipe), out)
     trackers.begin(lines or [], resumes=lines is not None)
     return trackers
 
@@ -272,7 +272,7 @@ def test_the_environment_is_as_it_was_after_a_run(told: Told, tmp_path: Path, fa
     """What trackers set for their libraries holds while they are in use."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "99"
     before = dict(os.environ)
-    with suppress(ValueError), Trackers(recipe("wandb", "mlflow"), tmp_path) as trackers:
+    with suppress(ValueError), Trackers(to_tree(recipe("wandb", "mlflow")), tmp_path) as trackers:
         trackers.begin()
         assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
         assert os.environ["WANDB_ERROR_REPORTING"] == "false"
@@ -328,7 +328,7 @@ def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
 ) -> None:
     from graftlm.training.run_folder import RunHandle
 
-    tree, real = whole(base_folder, rows, name), RunHandle.note
+    tree, real = whole(base_folder, rows, name), RunHandle.log
 
     def note(run: RunHandle, line: dict[str, Any]) -> None:
         real(run, line)
@@ -336,7 +336,7 @@ def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
             raise KeyboardInterrupt  # at once: its last checkpoint is of step 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunHandle, "note", note)
+        patch.setattr(RunHandle, "log", note)
         with pytest.raises(KeyboardInterrupt):
             graftlm.train(tree, tmp_path / "out")
     summary = graftlm.train(tree, tmp_path / "out", resume=True).summary

@@ -28,7 +28,7 @@ from graftlm.model.layers.state_dict import merged_state
 from graftlm.model.passes.statistics import collect
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config
-from graftlm.training.callback import Training
+from graftlm.training.state import TrainingState
 from tests.errors import raises
 
 GPT2 = "transformer.h.0.attn.c_attn"
@@ -247,7 +247,7 @@ def test_parts_of_a_quantized_base() -> None:
 
 def test_policies_and_penalties_see_each_part() -> None:
     model = move(attach(tiny_model("gpt2"), tiny_config("adalora", targets=("c_attn.q", "c_attn.v"))))
-    training = Training(model, attachment(model).configs, torch.optim.SGD([torch.zeros(1)]), total=1, seed=0)
+    training = TrainingState(model, attachment(model).configs, torch.optim.SGD([torch.zeros(1)]), total=1, seed=0)
     assert [site for _, site, _ in training.sites()] == list(attachment(model).sites["default"])
     assert len(list(training.sites())) == 4
     parts = [delta.penalty() for _, _, delta in deltas_by_site(model)]
