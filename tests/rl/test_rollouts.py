@@ -136,8 +136,7 @@ def test_what_scorers_see(base_folder: Path, tmp_path: Path, monkeypatch: pytest
     made = recipe(base_folder, rows, data={"held_out": 0})
     heard: list[Completion] = []
     monkeypatch.setattr(
-        sampler_module,
-        "make_scorer",
+        "graftlm.recipe.make_scorer",
         lambda *_, **__: lambda some: heard.extend(some) or [float(len(heard))] * len(some),
     )
     sampled(made)
