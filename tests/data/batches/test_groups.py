@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.data.batches.groups import answers_of, groups, mismatched, prepare_groups, usable_by
+from graftlm.data.batches.groups import answers_of, groups, mismatched_groups, prepare_groups, usable_by
 from graftlm.data.batches.pack import Group
 from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
@@ -181,12 +181,12 @@ def test_a_mismatched_answer_is_the_next_one_s_after_this_one_s_prompt(renderer:
         judged(["X"], "GOOD", True, "f:1"), judged(["X"], "BAD", False, "f:2"), judged(["YY"], "OTHER", True, "f:3"),
     ]  # fmt: skip
     found, _ = made(rows, renderer, "feedback")
-    probes = mismatched(found)
-    assert all(probe.probe for probe in probes)
+    probes = mismatched_groups(found)
+    assert all(probe.mismatched for probe in probes)
     texts = [renderer.tokenizer.decode(probe.answers[0].ids) for probe in probes]
     end = "<|im_end|>"
     assert texts == [f"UX{end}AOTHER{end}", f"UX{end}AOTHER{end}", f"UYY{end}AGOOD{end}"]
     assert [compared(probe, renderer)[0] for probe in probes] == [f"OTHER{end}", f"OTHER{end}", f"GOOD{end}"]
-    assert mismatched(found[:2]) == [], "both were asked the same"
-    assert mismatched(found[:1]) == []
+    assert mismatched_groups(found[:2]) == [], "both were asked the same"
+    assert mismatched_groups(found[:1]) == []
     assert np.array_equal(found[0].answers[0].ids[-2:], probes[2].answers[0].ids[-2:])
