@@ -109,7 +109,8 @@ def prepare_data(
     if data.pack and not recipe.rl:
         _count_packs(recipe, examples, order, draws, report)
     held_out, held_out_rows = _held_out(recipe, held_out_rows, ready, report)
-    check_positions(recipe.base, held_out, report, network=recipe.network, what="held-out rows")
+    if held_out:
+        check_positions(recipe.base, held_out, report, network=recipe.network, what="held-out rows")
     if look:
         report.survey = survey(rows, held_out_rows)
         report.notes = not_told(report.notes, report.survey)

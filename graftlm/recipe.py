@@ -83,6 +83,12 @@ def _or_a_name(table: Mapping[str, Any]) -> Any:
     return extend
 
 
+def _name(value: object) -> str:
+    """The name in `NAME` or {name: NAME, ...}; an empty text where there is none."""
+    name = value.get("name") if isinstance(value, Mapping) else value
+    return name if isinstance(name, str) else ""
+
+
 def _named(value: object, table: Mapping[str, Any], kind: str) -> object:
     """`NAME` as {name: NAME}. ValueError for a name that is not in the table."""
     tree = {"name": value} if isinstance(value, str) else value
@@ -149,8 +155,7 @@ class Recipe:
     @field_validator("optimizer", mode="before")
     @classmethod
     def _optimizer(cls, value: object) -> object:
-        name = value.get("name") if isinstance(value, Mapping) else value
-        if isinstance(name, str) and name in CALLBACKS:
+        if (name := _name(value)) in CALLBACKS:
             raise ValueError(f"{name} is a callback: write `callbacks: [{name}]`")
         return _named(value, OPTIMIZERS, "optimizer")
 
@@ -169,8 +174,7 @@ class Recipe:
         if not isinstance(value, list | tuple):
             return value
         for each in value:
-            name = each.get("name") if isinstance(each, Mapping) else each
-            if isinstance(name, str) and name in OPTIMIZERS:
+            if (name := _name(each)) in OPTIMIZERS:
                 raise ValueError(f"{name} is an optimizer, and a run has one: write `optimizer: {name}`")
         return [_named(each, CALLBACKS, "callback") for each in value]
 

@@ -14,7 +14,7 @@ from graftlm.model.layers.registry import Chat, attachment
 
 
 def use_chat(model: nn.Module, name: str, text: str | None, ours: Mapping[str, Any], folder: Path) -> str:
-    """Remember how the conversations of an adapter were rendered in training; what is to be said of it."""
+    """Record how the conversations of an adapter were rendered in training. Returns the note for the user."""
     chats = attachment(model).chats
     if text is None:
         return ""

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 
 from graftlm import distributed
-from graftlm.data.batches.pack import Example, Group, Pack, lay_out
+from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.data.batches.prompts import PromptExample
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
@@ -71,7 +71,7 @@ def packs_like(setup: Setup, examples: Sequence[Example | Group], batches: Seque
         rows = [examples[i] for i in step[:: distributed.count()]]
         if setup.answers is not None:
             rows = [_answered(row, setup.answers) for row in rows for _ in range(setup.answers.samples)]
-        found += lay_out(rows, setup.train.pack_tokens, packed=True, share=setup.train.prefix_sharing)
+        found += setup.make_packs(rows)
     return found
 
 

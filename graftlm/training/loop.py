@@ -106,8 +106,9 @@ def steps(
         extra_metrics, run.metrics = run.metrics, {}
         found = _Found(skipped=f"step {number + 1} has nothing to learn from")
         if batch.count:  # else answers that the model gave itself were all as good as each other
+            factor = schedule(run.done)
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("largest_lr", group["lr"]) * schedule(run.done)
+                group["lr"] = group.setdefault("largest_lr", group["lr"]) * factor
             run.clip, run.norm = clip, math.nan
             with _memory_explained(model, batch.packs, number + 1, checkpointing):
                 found = gradient(batch, number + 1)
@@ -179,7 +180,7 @@ class _Gradient:
     callbacks: Sequence[Callback]
     regularizers: Sequence[RegularizerConfig]
     passes: Callable[[], AbstractContextManager[None]]
-    still: set[str] | None = None
+    still: set[str] | None = field(init=False)
     """See `_check_gradients`."""
 
     def __post_init__(self) -> None:

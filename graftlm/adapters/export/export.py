@@ -431,7 +431,7 @@ def _exported(
 
 
 def _quantizing(model: nn.Module) -> list[list[Any]] | str:
-    """What quantizing the base lost before the deltas were trained, or why that cannot be said."""
+    """The error of quantizing the base, or the reason why it is unknown."""
     try:
         return [[item.layer, item.share] for item in lost_by_quantizing(model)]
     except TargetError as error:

@@ -172,7 +172,7 @@ class Where:
     lora_bias: Flag | None = None
 
     def saves(self, module: str) -> bool:
-        """Whether `modules_to_save` names a module, or one that it lies in: by the end of a name, as in PEFT."""
+        """Whether `modules_to_save` names a module or a parent of it. PEFT compares the ends of names."""
         parts = module.split(".")
         inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(name.endswith(end) for name in inside for end in self.modules_to_save or ())

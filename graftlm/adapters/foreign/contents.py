@@ -36,7 +36,7 @@ class Contents:
     main: dict[str, Tensor] = field(default_factory=dict)
     """Of the method itself, by plain key; and what is of no kind, to be refused with the nearest names."""
     sites: dict[str, str] = field(default_factory=dict)
-    """Where the method sits: name in this model -> name in the file."""
+    """The sites of the method: module name in this model -> module name in the file."""
     weights: dict[tuple[str, str], Named] = field(default_factory=dict)
     """(module, weight or bias) -> what stands in place of the base's."""
     copies: dict[tuple[str, str], Named] = field(default_factory=dict)
@@ -123,7 +123,7 @@ def sort_tensors(reading: Reading, tensors: Iterable[Named]) -> Contents:
 
 
 def _saved(reading: Reading, one: Named) -> bool:
-    """Whether a module was trained whole: PEFT names one end of a model, and may have tied the other to it."""
+    """Whether all weights of a module were trained. PEFT names embedding or head, and may tie the other one to it."""
     tied = bool(reading.stored.get("ensure_weight_tying")) and one.here in reading.ends
     saves = reading.where.saves
     return any(saves(reading.there(end)) for end in reading.ends) if tied else saves(one.there)

@@ -28,6 +28,7 @@ from graftlm.model.passes.packed_attention import SEGMENTS, packed_attention
 from graftlm.model.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing import tiny_model
 from tests.errors import raises
+from tests.model.passes.test_check_packing import leaking
 
 pytestmark = pytest.mark.versions
 
@@ -340,13 +341,6 @@ def test_a_head_that_does_something_else_to_its_logits_is_found_out() -> None:
 
 def test_a_layer_that_carries_a_state_from_row_to_row_is_found_out() -> None:
     model = tiny_model()
-    layer = model.model.layers[0].mlp
-    original = layer.forward
-
-    def leaking(x: Tensor) -> Tensor:
-        out: Tensor = original(x)
-        return out + x.cumsum(1)
-
-    layer.forward = leaking
+    leaking(model)
     with raises("training/cannot-pack", match="with its neighbor"):
         check_packed_rows(model, *rows()[2:4])
