@@ -17,15 +17,16 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare, shown_rows
 from graftlm.data.quality.report import Report
 from graftlm.data.quality.survey import not_told, survey
+from graftlm.data.sources.mixing import Data
 from graftlm.data.sources.row_cache import read_kept, unread_keys
-from graftlm.data.sources.source import DataConfig, Row
+from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.template_draws import Draws, draw_again
 from graftlm.files import cache_folder
 from graftlm.losses import LOSSES
 from graftlm.model.hub.sketch import Positions
 from graftlm.recipe import Recipe
 from graftlm.selection.choose import SelectorResult, choose
-from graftlm.training.inner_split import inner_split
+from graftlm.training.inner_split import check_inner_loss, inner_split
 from graftlm.training.phases import count_steps, make_batches
 from graftlm.training.positions import check_positions
 
@@ -53,8 +54,10 @@ class Prepared:
     """What has rendered the rows: with the template, the day and the turn order of the run."""
     chosen: list[str] = field(default_factory=list)
     """What each selector of the recipe did, a line each."""
-    inner_rows: list[Example | Group] = field(default_factory=list)
+    inner_rows: Sequence[Example | Group] = field(default_factory=list)
     """The inner validation split: rows that are not in `examples`, for callbacks that learn from them."""
+    statistics_rows: Sequence[Example | Group] = field(default_factory=list)
+    """What inits and methods gather statistics from; none where they use the first training rows."""
     curriculum: Curriculum | None = None
     """The order of `examples` in an epoch; None where every epoch is shuffled."""
     draws: Draws | None = None
@@ -86,7 +89,8 @@ def prepare_data(
     data, loss, train = recipe.data, recipe.loss, recipe.train
     needs = "prompts" if recipe.rl else LOSSES[loss.name].rows
     cached, usable = cache_folder() / "rows", usable_by(loss.name, needs, data)
-    read = read_kept(data, seed=train.seed, network=recipe.network, folder=cached, needs=needs, usable=usable)
+    reading: dict[str, Any] = {"seed": train.seed, "network": recipe.network, "needs": needs, "usable": usable}
+    read = read_kept(data, folder=cached, **reading)
     rows, held_out_rows = read.train, read.held_out
     rows, choices = select_rows(recipe, rows, tokenizer, console, today) if recipe.select else (rows, [])
     renderer = Renderer(tokenizer, turn_order=data.turn_order, today=today)
@@ -99,6 +103,11 @@ def prepare_data(
     report.notes += read.notes  # often one for each row: after what concerns all
     positions = check(examples, report)
     examples, inner_rows = inner_split(examples, recipe.inner_share(), loss=loss, seed=train.seed)
+    named = partial(_named_rows, recipe.data, partial(read_kept, folder=cached, **reading), ready, check, report)
+    if data.inner_rows is not None:
+        check_inner_loss(loss)
+        inner_rows = named(data.inner_rows, "inner rows")
+    statistics_rows = [] if recipe.statistics is None else named(recipe.statistics.rows, "statistics rows")
     order = curriculum(data.order, rows, examples) if data.order else None
     epochs = math.ceil(count_steps(train, len(examples)) * train.batch_rows / len(examples))
     drawing: dict[str, Any] = {"epochs": epochs, "seed": train.seed, "network": recipe.network}
@@ -125,6 +134,7 @@ def prepare_data(
         renderer,
         chosen=[choice.line() for choice in choices],
         inner_rows=inner_rows,
+        statistics_rows=statistics_rows,
         curriculum=order,
         draws=draws,
         positions=positions,
@@ -184,6 +194,25 @@ def _count_packs(
     steps = [[examples[i] for i in step] for step in first]
     report.shared_share = saved_by_sharing(steps, train.pack_tokens) if train.prefix_sharing else None
     report.pack_fill = fill(steps, train.pack_tokens, share=train.prefix_sharing)
+
+
+def _named_rows(
+    data: DataConfig,
+    reading: Callable[[DataConfig], Data],
+    ready: Ready,
+    check: Callable[..., Any],
+    report: Report,
+    source: str | SourceConfig,
+    what: str,
+) -> list[Example | Group]:
+    """The rows of a source of its own, read, rendered and checked as training rows; `what` they are in the report."""
+    own = replace(data, train=source, held_out=0, order=None, desirable_share=None)
+    read = reading(own)
+    items, _, found = ready(read.train, own, format=read.format)
+    report.problems += [*read.problems, *found.problems]
+    report.notes += [f"{what}: {line}" for line in [*found.notes, *read.notes]]
+    check(items, report, what=what)
+    return list(items)
 
 
 def _held_out(recipe: Recipe, rows: Sequence[Row], ready: Ready, report: Report) -> tuple[Items, Sequence[Row]]:

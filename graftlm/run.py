@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 
 from graftlm import distributed
-from graftlm.adapters.folder import new_folder
-from graftlm.adapters.save import write_adapter
+from graftlm.adapters.folder import RECIPE, SUMMARY, new_folder
+from graftlm.adapters.save import adapter_of
 from graftlm.config.schema import to_tree, to_yaml
 from graftlm.data.chat.render import Renderer
 from graftlm.display import terminal
@@ -38,14 +38,18 @@ from graftlm.results import Measured, measure, summarize, write_report
 from graftlm.rl.rewards import make_scorer
 from graftlm.system import preserve_global_state, return_freed_memory
 from graftlm.training import dependencies
-from graftlm.training.checkpoints import METRICS, put_deltas_back
+from graftlm.training.checkpoints import METRICS
 from graftlm.training.kernel_choice import choose_kernels
+from graftlm.training.objective import objective_heads
 from graftlm.training.phases import attach_deltas, load_teacher, make_batches
-from graftlm.training.run_folder import KEPT, RECIPE, SUMMARY, RunFolder
+from graftlm.training.run_folder import KEPT, RunFolder
 from graftlm.training.session import RunContext, Session, Stopping
 from graftlm.training.setup import Setup
 from graftlm.training.sharding import shard
+from graftlm.training.snapshot import put_deltas_back
+from graftlm.training.start_from import about_start
 from graftlm.training.trackers import Trackers
+from graftlm.training.trainer import Trainer
 
 RESUMABLE = 75
 """Exit code of a run that was stopped and goes on with `--resume` (EX_TEMPFAIL of sysexits.h)."""
@@ -99,6 +103,7 @@ def train(
 
 
 def _run(recipe: Recipe, folder: RunFolder, trackers: Trackers, console: Console) -> Result:
+    recipe.start_adapter()  # refused before anything is loaded
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
@@ -125,6 +130,8 @@ def _run(recipe: Recipe, folder: RunFolder, trackers: Trackers, console: Console
     measured = Measured() if trained.stopped else measure(recipe, model, data, scorer, console)
     log = [line for line in trained.lines if "loss" in line]
     summary = summarize(recipe, model, log, measured, trained.kernels, stopped=trained.stopped)
+    if setup.start_from is not None:
+        summary["start_from"] = about_start(setup.start_from)
     out = folder.out
     if distributed.first():
         with writing(out):
@@ -157,7 +164,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, console: Console, today: datetime.d
         console.print(line, highlight=False)
     console.print(terminal.preflight(data.report))
     if data.inner_rows:
-        console.print(f"{len(data.inner_rows)} of these rows are the inner validation split", highlight=False)
+        console.print(f"{len(data.inner_rows)} rows are the inner validation split", highlight=False)
     console.print(terminal.tokens(data.first_rows[0]))
     return data
 
@@ -185,12 +192,16 @@ def _train(
     check_packing(model, data.examples, packed=recipe.data.pack, sharing=recipe.train.prefix_sharing)
     load_teacher(setup, model, data.examples)
     began = distributed.gathered([folder.began])[0]
-    facts: dict[str, Any] = dependencies.record(recipe.data, recipe.loss, model, tokenizer, data.examples, began=began)
+    others = {"inner_rows": data.inner_rows, "statistics_rows": data.statistics_rows}
+    facts: dict[str, Any] = dependencies.record(
+        recipe.data, recipe.loss, model, tokenizer, data.examples, others, began=began, start_from=recipe.start_from
+    )
     found = folder.newest(facts, report=console.print)
     with console.status("attaching the delta"):
-        attach_deltas(setup, model, data.examples, batches, start=found is None)
+        named = data.statistics_rows
+        attach_deltas(setup, model, data.examples, batches, statistics_rows=named, start=found is None)
     if found is not None:
-        put_deltas_back(found, model, list(setup.deltas), folder.out)
+        put_deltas_back(found, model, list(setup.deltas))
     distributed.check_same(trainable(model))
     covered = coverage(model).lines()
     saved = found.facts.get("kernels") if found else None
@@ -216,11 +227,12 @@ def _train(
         trackers.begin(run.metrics.lines, resumes=found is not None)
         run.track = trackers.log
         context = RunContext(folder, run, stopping, console, bars)
-        session = Session(setup, model, data.examples, batches, facts, context, backend, held_out_loss)
-        session.train(found, data.inner_rows)
+        trainer = Trainer(setup, model, data.examples, batches, data.inner_rows, backend=backend)
+        session = Session(trainer, facts, context, held_out_loss)
+        session.train(found)
         lines = run.metrics.lines
     if setup.train.early_stopping and not session.stopped and (best := folder.best()):
-        put_deltas_back(best, model, list(setup.deltas), folder.out)
+        put_deltas_back(best, model, list(setup.deltas))
         console.print(f"the held-out loss was lowest after step {best.facts['seen']}: that state is the adapter")
     for host in hosts(model).values():
         host.deltas.eval()
@@ -236,7 +248,10 @@ def _write_adapters(recipe: Recipe, model: Any, tokenizer: Any, renderer: Render
         for name in recipe.all_deltas():
             if renderer.template is not None:
                 attachment(model).chats[name] = _chat(renderer)
-            write_adapter(model, folder if recipe.delta else _inside(folder, name), name=name, tokenizer=tokenizer)
+            if heads := objective_heads(model):
+                attachment(model).heads[name] = heads
+            adapter = adapter_of(model, name, tokenizer=tokenizer)
+            adapter.write_into(folder if recipe.delta else _inside(folder, name))
         (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
         shutil.copyfile(run_folder.checkpoints.folder / METRICS, folder / METRICS)
 

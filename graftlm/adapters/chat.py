@@ -1,34 +1,30 @@
 """Chat template and tokenizer of the adapters on a model: what they are asked with."""
 
-import datetime
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from graftlm.adapters.folder import RECORD, TEMPLATE, read_json, sha256_of_text
+from graftlm.adapters.folder import TEMPLATE, read_json, sha256_of_text
 from graftlm.errors import AdapterError
 from graftlm.model.hub.tokenizer import embedding_rows, with_more_tokens
 from graftlm.model.layers.registry import Chat, attachment
 
 
-def use_chat(model: nn.Module, name: str, text: str | None, ours: Mapping[str, Any], folder: Path) -> str:
-    """Record how the conversations of an adapter were rendered in training. Returns the note for the user."""
+def use_chat(model: nn.Module, name: str, chat: Chat | None, digest: str | None) -> str:
+    """Record how the conversations of an adapter were rendered in training. Returns the note for the user.
+
+    `digest` is the SHA-256 of the template of training, if it is known.
+    """
     chats = attachment(model).chats
-    if text is None:
+    if chat is None:
         return ""
-    others = [other for other, known in chats.items() if known.template != text]
-    try:
-        today = datetime.date.fromisoformat(ours["today"]) if ours.get("today") else None
-    except (TypeError, ValueError):
-        raise AdapterError(
-            f"{folder / RECORD}: today: {ours['today']!r} is no date (YYYY-MM-DD)", code="invalid-date"
-        ) from None
-    chats[name] = Chat(text, today, ours.get("turn_order") or "refuse")
-    wanted = ours.get("chat_template")
-    said = "; answers use its chat template" + (f", which writes the day of training, {today}" if today else "")
-    if wanted is not None and sha256_of_text(text) != wanted:
+    others = [other for other, known in chats.items() if known.template != chat.template]
+    chats[name] = chat
+    said = "; answers use its chat template"
+    if chat.today is not None:
+        said += f", which writes the day of training, {chat.today}"
+    if digest is not None and sha256_of_text(chat.template) != digest:
         said += f", and {TEMPLATE} is not what it was trained with: it was edited"
     if others:
         said += f", in place of that of {', '.join(others)}, which is another one"

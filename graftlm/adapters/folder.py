@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,11 @@ from torch import Tensor
 from graftlm.errors import AdapterError, OutputError, nearest
 from graftlm.files import sync, writing
 
-CONFIG = "adapter_config.json"
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-RECORD = "graftlm.json"
-
-TEMPLATE = "chat_template.jinja"
+CONFIG, WEIGHTS, HEADS = "adapter_config.json", "adapter_model.safetensors", "heads.safetensors"
+RECORD, TEMPLATE = "graftlm.json", "chat_template.jinja"
+RECIPE, SUMMARY = "recipe.yaml", "summary.json"
+TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
+"""Patterns of the files that transformers saves a tokenizer as, beside the chat template."""
 
 
 @contextmanager
@@ -134,11 +131,16 @@ def check_folder(folder: Path) -> None:
         raise AdapterError(f"{folder}: no {WEIGHTS}", code="no-weights")
 
 
+_BEFORE: dict[str, Any] = {
+    "chat_template": None, "layout": "LORA", "position": 0, "rebuilt": {}, "seed": 0, "today": None, "turn_order": None,
+}  # fmt: skip
+"""Keys that version 0.1.0 did not write."""
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / RECORD).is_file():
         return None
     ours = read_json(folder / RECORD)
-    ours = {"layout": "LORA", "seed": 0, "rebuilt": {}, **ours}  # what version 0.1.0 did not write
     whole = {"base": ("name", "digest", "config", "tensors"), "config": (), "sha256": (CONFIG, WEIGHTS)}
     for part, keys in whole.items():
         if not isinstance(ours.get(part), dict) or not ours[part].keys() >= set(keys):
@@ -147,14 +149,37 @@ def read_record(folder: Path) -> dict[str, Any] | None:
                 "delete it to load the folder as an adapter of another tool",
                 code="incomplete-record",
             )
-    for file, expected in ours["sha256"].items():
-        if file not in (CONFIG, WEIGHTS) or sha256_of(folder / file) != expected:
+    sums = ours["sha256"]
+    if (folder / HEADS).is_file() and HEADS not in sums:
+        raise AdapterError(
+            f"{folder / HEADS}: {RECORD} has no checksum of it, so it is not of this adapter. Remove it",
+            code="checksum-mismatch",
+        )
+    if RECORD in sums and sums[RECORD] != sha256_of_record(ours):
+        raise AdapterError(
+            f"{folder / RECORD}: its checksum of itself is not the one that was written. The file is damaged or was "
+            "edited; restore it, or delete it to load the folder as an adapter of another tool",
+            code="checksum-mismatch",
+        )
+    ours = {**_BEFORE, **ours}
+    for file, expected in sums.items():
+        if file == RECORD:
+            continue
+        if file == HEADS and not (folder / file).is_file():
+            raise AdapterError(f"{folder}: no {HEADS}, which {RECORD} has a checksum of. Restore it", code="no-weights")
+        if file not in (CONFIG, WEIGHTS, HEADS) or sha256_of(folder / file) != expected:
             raise AdapterError(
                 f"{folder / file}: its checksum is not the one that was written. The file is damaged or was edited; "
                 f"restore it, or delete {RECORD} to load it as an adapter of another tool",
                 code="checksum-mismatch",
             )
     return ours
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in a folder by name, without the chat template."""
+    found = {path.name: path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()}
+    return {name: found[name].read_bytes() for name in sorted(found)}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -167,8 +192,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return tree
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    file = folder / WEIGHTS
+def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
@@ -188,5 +212,15 @@ def sha256_of(file: Path, length: int | None = None) -> str:
     return "" if left else digest.hexdigest()
 
 
+def sha256_of_record(record: Mapping[str, Any]) -> str:
+    """Of what graftlm.json says, without this digest itself."""
+    sums = {file: digest for file, digest in record["sha256"].items() if file != RECORD}
+    return sha256_of_bytes(json.dumps({**record, "sha256": sums}, sort_keys=True).encode())
+
+
+def sha256_of_bytes(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()
+
+
 def sha256_of_text(text: Any) -> str | None:
-    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
+    return None if text is None else sha256_of_bytes(str(text).encode())

@@ -1,8 +1,4 @@
-"""A delta on disk: PEFT's folder wherever PEFT has a word for it, plus `graftlm.json`: which base it belongs to.
-
-    adapter_config.json         PEFT's keys; for a delta that PEFT cannot express, a type that PEFT refuses
-    adapter_model.safetensors   PEFT's names: base_model.model.<site>.<suffix>; else <our tensor name> for the suffix
-    graftlm.json                our config and seed, the base's fingerprint, SHA-256 of the two files above
+"""A delta on a model as an adapter, and as its folder: PEFT's layout wherever PEFT has a word for it.
 
 Writing is all or nothing: into a temporary folder beside the target, then one rename.
 """
@@ -10,19 +6,17 @@ Writing is all or nothing: into a temporary folder beside the target, then one r
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from graftlm import __version__
-from graftlm.adapters.folder import CONFIG, RECORD, TEMPLATE, WEIGHTS, new_folder, sha256_of, sha256_of_text
+from graftlm.adapters.adapter import Adapter, ChatRecord
+from graftlm.adapters.folder import new_folder, sha256_of_text, tokenizer_files
 from graftlm.adapters.model_card import model_card
 from graftlm.adapters.peft import OWN_TYPE, peft_config, task, why_not_peft
 from graftlm.adapters.tensors import stored_tensors, sums_of_rebuilt
-from graftlm.config.schema import to_tree
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import AdapterError, nearest
 from graftlm.model.hub.dtypes import dtype_name
 from graftlm.model.hub.fingerprint import fingerprint, public_name
@@ -41,13 +35,16 @@ def save_adapter(
     known = attachment(model).configs
     name = next(iter(known)) if name is None and len(known) == 1 else name or "default"
     with new_folder(folder, overwrite=overwrite) as partial:
-        write_adapter(model, partial, name=name, tokenizer=tokenizer)
+        adapter_of(model, name, tokenizer=tokenizer).write_into(partial)
         (partial / "README.md").write_text(model_card(model, name), encoding="utf-8")
     return Path(folder)
 
 
-def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", tokenizer: Any = None) -> None:
-    """The adapter's own files into a folder that exists; `save_adapter` is this, made atomic."""
+def adapter_of(model: nn.Module, name: str = "default", *, tokenizer: Any = None) -> Adapter:
+    """One delta of the model as an Adapter; its tensors are the model's own, no copies.
+
+    Raises AdapterError for a name that no delta has, and for an adapter that is several deltas.
+    """
     record = attachment(model)
     if name not in record.configs:
         raise AdapterError(f"no delta {name!r} on this model. {nearest(name, record.configs)}", code="no-such-delta")
@@ -64,44 +61,40 @@ def write_adapter(model: nn.Module, folder: Path, *, name: str = "default", toke
         stored = {"peft_type": OWN_TYPE, "method": config.method, **where}
     else:
         stored = peft_config(model, config, layout, list(record.sites[name])) | where
+    template = tokenizer.chat_template if tokenizer is not None else None
+    today, turn_order = (chat.today, chat.turn_order) if chat is not None else (None, None)
+    return Adapter(
+        stored_tensors(model, name, layout),
+        as_json(stored),
+        config,
+        base_facts(model),
+        seed=record.seeds[name],
+        position=list(record.configs).index(name),
+        rebuilt=sums_of_rebuilt(model, name),
+        chat=ChatRecord(template or None, sha256_of_text(template), today, turn_order),
+        tokenizer_files={} if tokenizer is None else _files_of(tokenizer),
+        heads=record.heads.get(name, {}),
+    )
+
+
+def base_facts(model: nn.Module) -> dict[str, Any]:
+    """The record of a base in graftlm.json: its name, how it is kept, and its fingerprint."""
     facts = {
-        "chat_template": sha256_of_text(tokenizer.chat_template) if tokenizer is not None else None,
-        "today": chat.today.isoformat() if chat is not None and chat.today is not None else None,
-        "turn_order": chat.turn_order if chat is not None else None,
-        "layout": OWN_TYPE if layout is None else layout.type,
-        "position": list(record.configs).index(name),
-        "seed": record.seeds[name],
-        "rebuilt": sums_of_rebuilt(model, name),
+        "name": public_name(model),
+        "dtype": dtype_name(model),
+        "quantization": quantization_of(model),
+        **fingerprint(model).to_json(),
     }
-    write_files(model, folder, stored, stored_tensors(model, name, layout), config, facts)
-    if tokenizer is not None:
+    return as_json(facts)
+
+
+def as_json(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree as it is read again from a JSON file: tuples are lists."""
+    found: dict[str, Any] = json.loads(json.dumps(tree))
+    return found
+
+
+def _files_of(tokenizer: Any) -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        if tokenizer.chat_template:  # the exact template of training, whatever transformers chooses to write
-            (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
-
-
-def write_files(
-    model: nn.Module,
-    folder: Path,
-    stored: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    config: DeltaConfig,
-    facts: Mapping[str, Any],
-) -> None:
-    """adapter_config.json, the tensors, and graftlm.json with the config, the base and `facts`."""
-    (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
-    ours = {
-        "graftlm": __version__,
-        "base": {
-            "name": public_name(model),
-            "dtype": dtype_name(model),
-            "quantization": quantization_of(model),
-            **fingerprint(model).to_json(),
-        },
-        "config": to_tree(config),
-        "sha256": {file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS)},
-        **facts,
-    }
-    (folder / RECORD).write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
+        return tokenizer_files(Path(folder))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from graftlm.deltas.base import Delta, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, nearest, numbered
+from graftlm.model.layers.parts import expanded
 from graftlm.model.layers.registry import deltas_by_site, shared_of
 
 PREFIX = "base_model.model."
@@ -19,7 +20,14 @@ def tensors_of_delta(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def fill_delta(model: nn.Module, name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """What `tensors_of_delta` gave, back into a delta of the same config; AdapterError where they are others."""
+    """Copy tensors of `tensors_of_delta` into a delta of the same config; AdapterError where names or shapes differ.
+
+    Offsets that the delta has got since then are removed.
+    """
+    for site, module in modules_of(model, name).items():
+        for key in ("offset_A", "offset_B"):
+            if getattr(module, key, None) is not None and f"{PREFIX}{site}.{key}" not in tensors:
+                setattr(module, key, None)
     make_room(model, name, None, tensors)
     fill(tensors_of_delta(model, name), tensors, source)
 
@@ -31,10 +39,22 @@ def modules_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return found if shared is None else {"": shared, **found}
 
 
+def modules_in(deltas: Mapping[str, nn.Module], shared: nn.Module | None) -> dict[str, nn.Module]:
+    """The same for deltas that are not attached: layer -> delta, and what the sites share."""
+    found: dict[str, nn.Module] = {
+        site: part for layer, delta in deltas.items() for site, part in expanded(layer, delta)
+    }
+    return found if shared is None else {"": shared, **found}
+
+
 def stored_tensors(model: nn.Module, name: str, layout: PeftLayout | None) -> dict[str, Tensor]:
     """Key on disk -> tensor in the model: every parameter, and every buffer that is not rebuilt from the seed."""
+    return stored_in(modules_of(model, name), layout)
+
+
+def stored_in(modules: Mapping[str, nn.Module], layout: PeftLayout | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for site, module in modules_of(model, name).items():
+    for site, module in modules.items():
         for key, tensor in module.state_dict(keep_vars=True).items():
             if layout is not None and key not in (layout.tensors if site else layout.shared):
                 raise AdapterError(
@@ -60,8 +80,12 @@ def stored_tensors(model: nn.Module, name: str, layout: PeftLayout | None) -> di
 
 def sums_of_rebuilt(model: nn.Module, name: str) -> dict[str, list[float]]:
     """What is not stored but made again from the seed or the base, by its sum and sum of squares, to notice if not."""
+    return sums_in(modules_of(model, name))
+
+
+def sums_in(modules: Mapping[str, nn.Module]) -> dict[str, list[float]]:
     marks = {}
-    for site, module in modules_of(model, name).items():
+    for site, module in modules.items():
         kept = module.state_dict().keys()
         for key, buffer in module.named_buffers():
             if key not in kept:
@@ -88,10 +112,15 @@ def check_rebuilt(here: Mapping[str, list[float]], there: Mapping[str, list[floa
 
 def make_room(model: nn.Module, name: str, layout: PeftLayout | None, tensors: Mapping[str, Tensor]) -> None:
     """Offsets are there or not there: take their place, where the file has them, so that they are filled."""
+    make_room_in(modules_of(model, name), layout, tensors, next(model.parameters()).device)
+
+
+def make_room_in(
+    modules: Mapping[str, nn.Module], layout: PeftLayout | None, tensors: Mapping[str, Tensor], device: torch.device
+) -> None:
     if layout is not None:
         return
-    device = next(model.parameters()).device
-    for site, module in modules_of(model, name).items():
+    for site, module in modules.items():
         for key in ("offset_A", "offset_B"):
             if site and (kept := tensors.get(f"{PREFIX}{site}.{key}")) is not None:
                 setattr(module, key, torch.empty_like(kept, device=device))
@@ -119,12 +148,17 @@ def check_numbers(tensors: Mapping[str, Tensor], file: Path) -> None:
     for key, t in tensors.items():
         if not t.is_floating_point() and t.dtype not in (torch.int32, torch.int64):
             problems.append(f"{key}: dtype {t.dtype}")
-        elif t.is_floating_point() and not widened(t).isfinite().all():
+        elif t.is_floating_point() and not _finite(widened(t)):
             problems.append(f"{key}: holds NaN or infinity")
     if problems:
         raise AdapterError(
             f"{file}: {len(problems)} tensors cannot be weights:\n{numbered(problems)}", code="not-weights"
         )
+
+
+def _finite(t: Tensor) -> bool:
+    """Whether all elements are finite. A finite sum proves it; another sum may be overflow, so each is checked."""
+    return bool(t.sum().isfinite()) or bool(t.isfinite().all())
 
 
 def widened(t: Tensor) -> Tensor:

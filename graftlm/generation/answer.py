@@ -9,7 +9,10 @@ from graftlm.adapters.chat import chat_of, tokenizer_of
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.formats import Message
+from graftlm.generation.engine import Engine
 from graftlm.generation.generate import generate
+from graftlm.generation.grammar import Grammar, GrammarCompiler
+from graftlm.generation.text_stream import TextPiece, TextStream
 from graftlm.model.hub.stopping import all_stop_ids
 
 _renderer = lru_cache(maxsize=4)(Renderer)
@@ -37,30 +40,40 @@ def answer(
     top_k: int = 0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    grammar: Grammar | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
     today: datetime.date | None = None,
     turn_order: TurnOrder | None = None,
+    engine: Engine | None = None,
 ) -> str:
     """The model's answer to a prompt, or to a conversation that ends with a user's turn; greedy at temperature 0.
 
-    The answer ends before the first of the texts `stop`, wherever tokens begin and end. How the other options choose
-    among tokens: `generation.generate.generate`, and its ValueError. `on_text` is called with each new piece of text
-    as it comes.
+    The answer follows `grammar`, where there is one (it needs the extra `serve`), up to `max_new_tokens`. It ends
+    before the first of the texts `stop`, wherever tokens begin and end. How the other options choose among tokens:
+    `generation.sampling.Sampling`, and its ValueError. `on_text` is called with each new piece of text as it comes.
     Tokenizer and chat template are those of the adapters on the model, where they have them. So are `today`, the day
     that templates write (of training; without an adapter the present day), and `turn_order`, what becomes of a system
     message that the template has no place for (`data.turn_order` of training; without an adapter it is refused).
-    Returns the text of the answer. Raises ValueError for an empty text in `stop`, and DataError for a conversation that
-    the template refuses.
+    Returns the text of the answer. Raises ValueError for an empty text in `stop`, DataError for a conversation that the
+    template refuses, and RequestError for a grammar that is wrong or not supported. `engine`: one of this model that
+    exists already, for a chat of many turns.
     """
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
-    if "" in stop:
-        raise ValueError("stop: an empty text is in every answer, before its first character")
     renderer = chat_renderer(model, tokenizer, today=today, turn_order=turn_order)
     stop_ids = all_stop_ids(model, renderer.stop_ids)
-    stream = _Stream(renderer, stop_ids, stop, on_text)
-    results = generate(
+    stream, texts = TextStream(renderer.tokenizer, stop), list[str]()
+
+    def show(piece: TextPiece | None) -> None:
+        if piece is not None and piece.text:
+            texts.append(piece.text)
+            if on_text is not None:
+                on_text(piece.text)
+
+    for _ in generate(
         model,
         [renderer.prompt(messages)],
         stop_ids=stop_ids,
@@ -70,49 +83,13 @@ def answer(
         top_k=top_k,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        grammar=None if grammar is None else GrammarCompiler(renderer.tokenizer, stop_ids).compile(grammar),
         seed=seed,
-        stop_when=(lambda ids: any(text in renderer.decode(ids) for text in stop)) if stop else None,
-        on_token=stream.add if on_text is not None else None,
-    )
-    text = _before(renderer.decode(next(iter(results))[1]), stop)
-    stream.show(text)
-    return text
-
-
-class _Stream:
-    """The text of an answer while its tokens come: calls `on_text` with each new piece that is sure to stay."""
-
-    def __init__(
-        self,
-        renderer: Renderer,
-        stop_ids: Sequence[int],
-        stop: Sequence[str],
-        on_text: Callable[[str], None] | None,
-    ) -> None:
-        self.renderer, self.stop_ids, self.stop, self.on_text = renderer, stop_ids, stop, on_text
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def add(self, token: int) -> None:
-        if token in self.stop_ids:
-            return
-        self.ids.append(token)
-        text = _before(self.renderer.decode(self.ids), self.stop)
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            self.show(text[: len(text) - _may_become(text, self.stop)])
-
-    def show(self, text: str) -> None:
-        if self.on_text is not None and len(text) > len(self.shown):
-            self.on_text(text[len(self.shown) :])
-            self.shown = text
-
-
-def _before(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the texts that end an answer."""
-    return text[: min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))]
-
-
-def _may_become(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of a text that ends the answer."""
-    lengths = (n for each in stop for n in range(1, len(each)) if text.endswith(each[:n]))
-    return max(lengths, default=0)
+        stop_when=(lambda _: stream.stopped_by is not None) if stop else None,
+        on_token=lambda token: None if token in stop_ids else show(stream.add(token)),
+        engine=engine,
+    ):
+        show(stream.close())
+    return "".join(texts)

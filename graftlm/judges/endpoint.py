@@ -83,7 +83,7 @@ def is_local(url: str) -> bool:
 def check(endpoint: Endpoint, *, network: bool) -> str | None:
     """The key; DataError where there is none, or where something would be sent to another machine without leave."""
     url = endpoint.url or ""
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+    if not is_http(url):
         raise DataError(
             f"judge: url: {url!r} is no http address. Write it up to /v1, as in http://localhost:8000/v1",
             code="invalid-url",
@@ -95,7 +95,7 @@ def check(endpoint: Endpoint, *, network: bool) -> str | None:
             "the recipe, --network on the command line",
             code="network-not-allowed",
         )
-    variable = endpoint.key_from or (None if local else "OPENAI_API_KEY")
+    variable = key_variable(url, endpoint.key_from)
     key = os.environ.get(variable) if variable else None
     if variable and not key:
         raise DataError(
@@ -183,39 +183,98 @@ class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         fp.close()
         raise DataError(
-            f"judge: {req.full_url} redirects to {newurl}. Nothing was sent there. If you trust it: url",
+            f"{req.full_url} redirects to {newurl}. Nothing was sent there. If you trust it: url",
             code="endpoint-redirects",
         )
 
 
-def _opener(url: str) -> OpenerDirector:
-    """Requests to this machine go through no proxy."""
+def opener(url: str) -> OpenerDirector:
+    """For requests to a URL: those to this machine go through no proxy, and no redirect is followed (DataError)."""
     return build_opener(_NoRedirect, *([ProxyHandler({})] if is_local(url) else []))
+
+
+class RefusedError(Exception):
+    """A request that an endpoint does not answer as asked; `status` is the HTTP status of its reply."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said)
+        self.status = status
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same request may be answered later."""
+        return self.status in (408, 429) or self.status >= 500
+
+
+class UnreachableError(Exception):
+    """An endpoint that sends no reply."""
+
+
+def json_reply(
+    url: str,
+    body: Mapping[str, Any] | None,
+    key: str | None,
+    *,
+    timeout: float,
+    attempts: int,
+    retry_timeouts: bool = True,
+) -> Any:
+    """The JSON that an endpoint replies to a POST of `body`, or to a GET where it is None.
+
+    An endpoint that is busy or down is asked again after 1, 2, 4, ... seconds.
+
+    `timeout`, in seconds, is for each attempt. Raises RefusedError for a status that is an error, UnreachableError
+    where no reply comes, and ValueError for a reply that is no JSON.
+    """
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data, director = None if body is None else json.dumps(body).encode(), opener(url)
+    failed: RefusedError | UnreachableError | None = None
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(2 ** (attempt - 1))
+        try:
+            with director.open(Request(url, data, headers), timeout=timeout) as reply:  # noqa: S310
+                return json.load(reply)
+        except HTTPError as error:
+            said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+            failed = RefusedError(error.code, said)
+            if not failed.is_temporary:
+                break
+        except (URLError, TimeoutError, ConnectionError) as error:
+            failed = UnreachableError(str(error))
+            if "timed out" in str(error) and not retry_timeouts:
+                break
+    assert failed is not None, "there is one attempt at least"
+    raise failed
+
+
+def key_variable(url: str, key_from: str | None) -> str | None:
+    """The environment variable that holds the key of an endpoint: OPENAI_API_KEY for one on another machine, unless
+    `key_from` names another; None where no key is sent."""
+    return key_from or (None if is_local(url) else "OPENAI_API_KEY")
+
+
+def is_http(url: str) -> bool:
+    return urlsplit(url).scheme in ("http", "https") and bool(urlsplit(url).hostname)
 
 
 def _ask(endpoint: Endpoint, key: str | None, question: str) -> str:
     body: dict[str, Any] = {"model": endpoint.model or "", "temperature": 0, "max_tokens": endpoint.max_tokens}
     body["messages"] = [{"role": "user", "content": question}]
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     url = f"{(endpoint.url or '').rstrip('/')}/chat/completions"
-    opener = _opener(url)
-    for attempt in range(ATTEMPTS):
-        try:
-            with opener.open(Request(url, json.dumps(body).encode(), headers), timeout=120) as reply:  # noqa: S310
-                return str(json.load(reply)["choices"][0]["message"]["content"] or "")
-        except HTTPError as error:
-            said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
-            if error.code not in (408, 429) and error.code < 500:
-                raise DataError(
-                    f"judge: {url} refuses: {said}. Look at url, model and key_from", code="endpoint-refuses"
-                ) from None
-        except (URLError, TimeoutError, ConnectionError) as error:
-            said = str(error)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+    try:
+        found = json_reply(url, body, key, timeout=120, attempts=ATTEMPTS)
+        return str(found["choices"][0]["message"]["content"] or "")
+    except (RefusedError, UnreachableError) as error:
+        if isinstance(error, RefusedError) and not error.is_temporary:
             raise DataError(
-                f"judge: {url} does not answer as an OpenAI-compatible endpoint does: {error!r}",
-                code="endpoint-incompatible",
+                f"judge: {url} refuses: {error}. Look at url, model and key_from", code="endpoint-refuses"
             ) from None
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(2**attempt)
-    raise DataError(f"judge: {url} did not answer in {ATTEMPTS} attempts: {said}", code="endpoint-unreachable")
+        raise DataError(
+            f"judge: {url} did not answer in {ATTEMPTS} attempts: {error}", code="endpoint-unreachable"
+        ) from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise DataError(
+            f"judge: {url} does not answer as an OpenAI-compatible endpoint does: {error!r}",
+            code="endpoint-incompatible",
+        ) from None

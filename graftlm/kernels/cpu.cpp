@@ -13,7 +13,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#ifdef __AVX512BF16__
+#include <tuple>
+#include <type_traits>
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -589,4 +591,513 @@ extern "C" void rotate(Heads x, const bf16* cos, const bf16* sin, Heads y, int h
                 write(y.row(h, t) + i, a * floats(c + i) - b * sin_a);
                 write(y.row(h, t) + j, b * floats(c + j) + a * sin_b);
             }
+}
+
+// Attention of one new token of each of several requests to its own keys and values, for generation. The new keys and
+// values are written behind those of the cache first. Here numbers may be float32 too.
+//
+//     out[t] = sum_j softmax_j(scale q[t] . k_j) v_j        j in 0 .. always - 1 and first .. length - 1
+
+struct Request {
+    long token;  // the row of q, k, v and out
+    long keys, values;  // addresses of [G, capacity, D] and [G, capacity, D_v]
+    long keys_by_head, values_by_head;
+    long always, first, length;  // the new token is the last of `length`
+};
+
+static inline f32s widened(const float* x) { return read<f32s>(x); }
+static inline f32s widened(const bf16* x) { return floats(x); }
+
+static inline float folded(f32s x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps(as<__m512>(x));
+#else
+    return sum(x);
+#endif
+}
+
+template <class Number, class Do>
+static void each_seen(const Request& r, const Number* rows, int width, Do work) {
+    long at = 0;
+    for (long j = 0; j < r.always; j++) work(at++, rows + j * width);
+    for (long j = r.first; j < r.length; j++) work(at++, rows + j * width);
+}
+
+// e^(x - max x) in place of x[0 .. n), the room behind filled up to whole vectors; their sum
+static float exponentials(float* x, long n) {
+    const long whole = up_to(n, LANES);
+    std::fill(x + n, x + whole, -INFINITY);
+    f32s most = read<f32s>(x);
+    for (long j = LANES; j < whole; j += LANES) {
+        const f32s next = read<f32s>(x + j);
+        most = next > most ? next : most;
+    }
+    const float top = largest(most);
+    f32s total{};
+    for (long j = 0; j < whole; j += LANES) {
+        const f32s given = read<f32s>(x + j), e = exponential(given - top);
+        const f32s kept = given == -INFINITY ? f32s{} : e;
+        write(x + j, kept);
+        total += kept;
+    }
+    return folded(total);
+}
+
+template <class Number>
+static void attend_new(const Number* q, const Number* k, const Number* v, const long* strides, Number* out,
+                       const Request* requests, int count, int H, int G, int D, int D_v, float scale, int threads) {
+    const int group = H / G;
+    const auto [q_token, q_head, k_token, k_head, v_token, v_head] =
+        std::tuple(strides[0], strides[1], strides[2], strides[3], strides[4], strides[5]);
+    long longest = 0;
+    for (int i = 0; i < count; i++) longest = std::max(longest, requests[i].always + requests[i].length);
+    const long row = up_to(longest, LANES) + LANES;
+#pragma omp parallel num_threads(std::min(threads, count * G))
+    {
+        auto scores = room<float>(group * row), queries = room<float>(group * D), sums = room<float>(group * D_v);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int i = 0; i < count; i++)
+            for (int g = 0; g < G; g++) {
+                const Request& r = requests[i];
+                Number* keys = reinterpret_cast<Number*>(r.keys) + g * r.keys_by_head;
+                Number* values = reinterpret_cast<Number*>(r.values) + g * r.values_by_head;
+                std::copy_n(k + r.token * k_token + g * k_head, D, keys + (r.length - 1) * D);
+                std::copy_n(v + r.token * v_token + g * v_head, D_v, values + (r.length - 1) * D_v);
+                for (int h = 0; h < group; h++)
+                    for (int d = 0; d < D; d += LANES)
+                        write(&queries[h * D + d], scale * widened(q + r.token * q_token + (g * group + h) * q_head + d));
+                each_seen(r, keys, D, [&](long at, const Number* key) {
+                    for (int h = 0; h < group; h++) {
+                        f32s product{};
+                        for (int d = 0; d < D; d += LANES) product += read<f32s>(&queries[h * D + d]) * widened(key + d);
+                        scores[h * row + at] = folded(product);
+                    }
+                });
+                const long seen = r.always + r.length - r.first;
+                float totals[64];
+                for (int h = 0; h < group; h++) totals[h] = exponentials(&scores[h * row], seen);
+                std::fill_n(&sums[0], group * D_v, 0.0f);
+                each_seen(r, values, D_v, [&](long at, const Number* value) {
+                    for (int d = 0; d < D_v; d += LANES) {
+                        const f32s numbers = widened(value + d);
+                        for (int h = 0; h < group; h++)
+                            write(&sums[h * D_v + d], read<f32s>(&sums[h * D_v + d]) + scores[h * row + at] * numbers);
+                    }
+                });
+                for (int h = 0; h < group; h++)
+                    for (int d = 0; d < D_v; d += LANES)
+                        write(out + (r.token * H + g * group + h) * D_v + d, read<f32s>(&sums[h * D_v + d]) / totals[h]);
+            }
+    }
+}
+
+extern "C" void attend_new_float32(const float* q, const float* k, const float* v, const long* strides, float* out,
+                                   const Request* requests, int count, int H, int G, int D, int D_v, float scale,
+                                   int threads) {
+    attend_new(q, k, v, strides, out, requests, count, H, G, D, D_v, scale, threads);
+}
+
+extern "C" void attend_new_bfloat16(const bf16* q, const bf16* k, const bf16* v, const long* strides, bf16* out,
+                                    const Request* requests, int count, int H, int G, int D, int D_v, float scale,
+                                    int threads) {
+    attend_new(q, k, v, strides, out, requests, count, H, G, D, D_v, scale, threads);
+}
+
+// The low-rank changes of many adapters at once, for generation: each token of a pass has those of its span.
+//
+//     y[t] = sum over the changes of t's span of  share B (A x[t])        A [r, d_in], B^T [r, d_out]
+//
+// Both factors are read along their rows: A for dot products with x, B^T to be added, u times, to y.
+
+struct Change {
+    long A, BT;  // addresses of float32 or, where `narrow`, of bfloat16
+    long r, narrow;
+    double share;
+};
+
+static inline f32s some(const float* x, int n) {
+#ifdef __AVX512F__
+    return as<f32s>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), x));
+#else
+    f32s all{};
+    memcpy(&all, x, n * sizeof(float));
+    return all;
+#endif
+}
+
+static inline f32s some(const bf16* x, int n) {
+    bf16 all[LANES] = {};
+    memcpy(all, x, n * sizeof(bf16));
+    return floats(all);
+}
+
+// The sums of sixteen vectors, one in each lane
+static inline f32s sums_of(const f32s* v) {
+#ifdef __AVX512F__
+    __m512 fours[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 twos[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const auto a = as<__m512>(v[4 * i + 2 * j]), b = as<__m512>(v[4 * i + 2 * j + 1]);
+            twos[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        const auto a = _mm512_castps_pd(twos[0]), b = _mm512_castps_pd(twos[1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const auto folded_of = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return as<f32s>(folded_of(folded_of(fours[0], fours[1]), folded_of(fours[2], fours[3])));
+#else
+    f32s all{};
+    for (int i = 0; i < LANES; i++) all[i] = sum(v[i]);
+    return all;
+#endif
+}
+
+// u = share M x for up to sixteen rows of M, one after the other: the processor fetches ahead what is read in order.
+// Zeros come behind the last sum; the room of x is filled up with them.
+template <class Number>
+static void dots(const Number* M, int rows, int K, const float* x, float share, float* u) {
+    f32s v[LANES] = {};
+    for (int i = 0; i < rows; i++, M += K) {
+        f32s sums[4] = {};
+        int k = 0;
+        for (; k + 4 * LANES <= K; k += 4 * LANES)
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; n++) sums[n] += widened(M + k + n * LANES) * read<f32s>(x + k + n * LANES);
+        for (; k + LANES <= K; k += LANES) sums[0] += widened(M + k) * read<f32s>(x + k);
+        if (k < K) sums[1] += some(M + k, K - k) * read<f32s>(x + k);
+        v[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+    write(u, share * sums_of(v));
+}
+
+// y [n] += u [r] times r rows of M, one after the other, too; the room of y is filled up
+template <class Number>
+static void add_rows(const Number* M, int r, int n, const float* u, float* y) {
+    for (int i = 0; i < r; i++, M += n) {
+        int d = 0;
+        for (; d + LANES <= n; d += LANES) write(y + d, read<f32s>(y + d) + u[i] * widened(M + d));
+        if (d < n) write(y + d, read<f32s>(y + d) + u[i] * some(M + d, n - d));
+    }
+}
+
+// y += share B (A x)
+template <class Number>
+static void both(const Change& c, int d_in, int d_out, const float* x, float* u, float* y) {
+    const auto A = reinterpret_cast<const Number*>(c.A), BT = reinterpret_cast<const Number*>(c.BT);
+    const int r = static_cast<int>(c.r);
+    for (int row = 0; row < r; row += LANES)
+        dots(A + static_cast<long>(row) * d_in, std::min(LANES, r - row), d_in, x, static_cast<float>(c.share), u + row);
+    add_rows(BT, r, d_out, u, y);
+}
+
+// Sixteen vectors as a matrix -> its columns
+static inline void transpose(f32s* v) {
+#pragma GCC unroll 4
+    for (int s = 1; s < LANES; s *= 2) {  // blocks of s change places with those across the diagonal
+        const i32s upper = (LANE & s) != 0 ? LANE - s + LANES : LANE;
+        const i32s lower = (LANE & s) != 0 ? LANE + LANES : LANE + s;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & s) continue;
+            const u32s a = as<u32s>(v[i]), b = as<u32s>(v[i + s]);
+            v[i] = as<f32s>(chosen(a, b, upper));
+            v[i + s] = as<f32s>(chosen(a, b, lower));
+        }
+    }
+}
+
+// Sixteen rows of M [rows, K] from `row`, sixteen numbers of each from `k`; zeros where M ends
+template <class Number>
+static inline void sixteen(const Number* M, int rows, int K, int row, int k, f32s* v) {
+    const int columns = std::min(LANES, K - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        const Number* from = M + static_cast<long>(row + i) * K + k;
+        v[i] = row + i >= rows ? f32s{} : columns == LANES ? widened(from) : some(from, columns);
+    }
+}
+
+// scale M^T [K, rows]
+template <class From, class To>
+static void scaled_transpose(const From* M, int rows, int K, float scale, To* to) {
+    for (int row = 0; row < rows; row += LANES)
+        for (int k = 0; k < K; k += LANES) {
+            f32s v[LANES];
+            sixteen(M, rows, K, row, k, v);
+            transpose(v);
+            for (int c = 0; c < std::min(LANES, K - k); c++) {
+                To* at = to + static_cast<long>(k + c) * rows + row;
+                if (row + LANES <= rows) {
+                    write(at, scale * v[c]);
+                } else {
+                    To last[LANES];
+                    write(last, scale * v[c]);
+                    std::copy_n(last, rows - row, at);
+                }
+            }
+        }
+}
+
+extern "C" void scaled_transpose(const void* M, int from_narrow, int rows, int K, float scale, void* to, int narrow) {
+    const auto wide = static_cast<const float*>(M);
+    const auto half = static_cast<const bf16*>(M);
+    if (from_narrow && narrow) scaled_transpose(half, rows, K, scale, static_cast<bf16*>(to));
+    else if (from_narrow) scaled_transpose(half, rows, K, scale, static_cast<float*>(to));
+    else if (narrow) scaled_transpose(wide, rows, K, scale, static_cast<bf16*>(to));
+    else scaled_transpose(wide, rows, K, scale, static_cast<float*>(to));
+}
+
+// For several tokens: M by panels of sixteen rows, (k, row) of a panel at [k * 16 + row]
+template <class Number>
+static void in_panels(const Number* M, int rows, int K, float* to) {
+    for (int row = 0; row < rows; row += LANES)
+        for (int k = 0; k < K; k += LANES) {
+            f32s v[LANES];
+            sixteen(M, rows, K, row, k, v);
+            transpose(v);
+            for (int c = 0; c < std::min(LANES, K - k); c++, to += LANES) write(to, v[c]);
+        }
+}
+
+// u [T, 16] = share x [T, K] times a panel
+template <int T>
+static void panel_times(const float* panel, int K, const float* x, long x_row, float share, float* u, long u_row) {
+    f32s sums[T] = {};
+    for (int k = 0; k < K; k++) {
+        const f32s m = read<f32s>(panel + k * LANES);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sums[t] += m * x[t * x_row + k];
+    }
+    for (int t = 0; t < T; t++) write(u + t * u_row, share * sums[t]);
+}
+
+// y [T, V * 16] += u [T, r] times r rows of M, n apart, of which `columns` are there: V * 16 where `whole`, or fewer
+template <int T, int V, bool whole, class Number>
+static void rows_times(const Number* M, int n, int r, const float* u, long u_row, float* y, long y_row, int columns) {
+    f32s sums[T][V];
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < V; v++) sums[t][v] = read<f32s>(y + t * y_row + v * LANES);
+    for (int k = 0; k < r; k++) {
+        f32s m[V];
+        for (int v = 0; v < V; v++) {
+            const Number* from = M + static_cast<long>(k) * n + v * LANES;
+            m[v] = whole ? widened(from) : some(from, columns);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++)
+            for (int v = 0; v < V; v++) sums[t][v] += u[t * u_row + k] * m[v];
+    }
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < V; v++) write(y + t * y_row + v * LANES, sums[t][v]);
+}
+
+template <class Number>
+static void both_for(int tokens, const Change& c, int d_in, int d_out, float* panels, const float* x, float* u,
+                     float* y) {
+    const int in = up_to(d_in, LANES), r = static_cast<int>(c.r), out = up_to(d_out, LANES);
+    const long u_row = up_to(r, LANES);
+    const auto BT = reinterpret_cast<const Number*>(c.BT);
+    const auto share = static_cast<float>(c.share);
+    in_panels(reinterpret_cast<const Number*>(c.A), r, d_in, panels);
+    for (int row = 0; row < r; row += LANES, panels += static_cast<long>(d_in) * LANES) {
+        int t = 0;
+        for (; t + 8 <= tokens; t += 8) panel_times<8>(panels, d_in, x + t * in, in, share, u + t * u_row + row, u_row);
+        for (; t < tokens; t++) panel_times<1>(panels, d_in, x + t * in, in, share, u + t * u_row + row, u_row);
+    }
+    const auto add = [&](auto T, int t) {
+        const float* u_ = u + t * u_row;
+        float* y_ = y + static_cast<long>(t) * out;
+        int n = 0;
+        for (; n + 3 * LANES <= d_out; n += 3 * LANES)
+            rows_times<T, 3, true>(BT + n, d_out, r, u_, u_row, y_ + n, out, 0);
+        for (; n + LANES <= d_out; n += LANES) rows_times<T, 1, true>(BT + n, d_out, r, u_, u_row, y_ + n, out, 0);
+        if (n < d_out) rows_times<T, 1, false>(BT + n, d_out, r, u_, u_row, y_ + n, out, d_out - n);
+    };
+    int t = 0;
+    for (; t + 8 <= tokens; t += 8) add(std::integral_constant<int, 8>{}, t);
+    for (; t < tokens; t++) add(std::integral_constant<int, 1>{}, t);
+}
+
+template <class Number>
+static void to_floats(const Number* from, int n, float* to) {
+    int d = 0;
+    for (; d + LANES <= n; d += LANES) write(to + d, widened(from + d));
+    if (d < n) write(to + d, some(from + d, n - d));
+}
+
+template <class Number>
+static void from_floats(const float* from, int n, Number* to) {
+    int d = 0;
+    for (; d + LANES <= n; d += LANES) write(to + d, read<f32s>(from + d));
+    if (d < n) {
+        Number last[LANES];
+        write(last, read<f32s>(from + d));
+        std::copy_n(last, n - d, to + d);
+    }
+}
+
+struct Run {  // tokens of a span, some at a time
+    long token, count, span;
+};
+
+// The changes of span s are those from begins[s] to begins[s + 1]
+template <class Number>
+static void many_low_rank(const Number* x, Number* y, const Run* runs, int count, const long* begins,
+                          const Change* changes, int d_in, int d_out, int largest_r, int threads) {
+    long most = 1;
+    for (int n = 0; n < count; n++) most = std::max(most, runs[n].count);
+    const int in = up_to(d_in, LANES), r = up_to(largest_r, LANES), out = up_to(d_out, LANES);
+#pragma omp parallel num_threads(std::min(threads, count)) if (threads > 1)
+    {
+        auto x_ = room<float>(most * in), u = room<float>(most * r + LANES), y_ = room<float>(most * out),
+             panels = room<float>(most > 2 ? static_cast<long>(r) * in : 1);
+#pragma omp for schedule(dynamic)
+        for (int n = 0; n < count; n++) {
+            const auto [token, tokens, span] = runs[n];
+            if (begins[span] == begins[span + 1]) {
+                std::fill_n(y + token * d_out, tokens * d_out, Number{});
+                continue;
+            }
+            for (long t = 0; t < tokens; t++) to_floats(x + (token + t) * d_in, d_in, &x_[t * in]);
+            std::fill_n(&y_[0], tokens * out, 0.0f);
+            for (long c = begins[span]; c < begins[span + 1]; c++) {
+                const Change& change = changes[c];
+                const auto many = change.narrow ? both_for<bf16> : both_for<float>;
+                const auto one = change.narrow ? both<bf16> : both<float>;
+                if (tokens > 2) many(tokens, change, d_in, d_out, &panels[0], &x_[0], &u[0], &y_[0]);
+                for (long t = 0; tokens <= 2 && t < tokens; t++)
+                    one(change, d_in, d_out, &x_[t * in], &u[0], &y_[t * out]);
+            }
+            for (long t = 0; t < tokens; t++) from_floats(&y_[t * out], d_out, y + (token + t) * d_out);
+        }
+    }
+}
+
+extern "C" void many_low_rank_float32(const float* x, float* y, const Run* runs, int count, const long* begins,
+                                      const Change* changes, int d_in, int d_out, int largest_r, int threads) {
+    many_low_rank(x, y, runs, count, begins, changes, d_in, d_out, largest_r, threads);
+}
+
+extern "C" void many_low_rank_bfloat16(const bf16* x, bf16* y, const Run* runs, int count, const long* begins,
+                                       const Change* changes, int d_in, int d_out, int largest_r, int threads) {
+    many_low_rank(x, y, runs, count, begins, changes, d_in, d_out, largest_r, threads);
+}
+
+// Products with a weight that lies in panels ----------------------------------------------------------------------------
+
+// A panel is 48 rows of the weight, column by column: number k of row n at [k * 48 + n], for bfloat16 pairs of
+// numbers. Eight rows of x take each number of it once, from memory; more rows take it from the cache.
+constexpr int PANEL_VECTORS = 3, PANEL_ROWS = PANEL_VECTORS * LANES;
+constexpr int PANEL_DEPTH = 1024;  // numbers or pairs of a row at a time: a part of a panel that stays in the cache
+
+static inline f32s added(f32s sum, float x, f32s w) { return sum + x * w; }
+static inline f32s added(f32s sum, pair x, u32s w) { return dot(sum, u32s{} + x, w); }
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> { using type = f32s; };
+template <>
+struct VectorOf<pair> { using type = u32s; };
+
+// sums [R, 48] = (with `add`, +=) x [R, K] times a part of a panel [K, 48]; the last of `rows` rows stands for those
+// that are missing. The order of the additions does not depend on how many rows there are.
+template <int R, class T>
+static void panel_block(const T* x, long x_row, int rows, const T* panel, int K, float* sums, bool add) {
+    using Vector = typename VectorOf<T>::type;
+    f32s s[R][PANEL_VECTORS];
+    const T* x_[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        x_[r] = x + std::min(r, rows - 1) * x_row;
+        for (int v = 0; v < PANEL_VECTORS; v++) s[r][v] = add ? read<f32s>(sums + r * PANEL_ROWS + v * LANES) : f32s{};
+    }
+    for (int k = 0; k < K; k++, panel += PANEL_ROWS) {
+        Vector w[PANEL_VECTORS];
+        for (int v = 0; v < PANEL_VECTORS; v++) w[v] = read<Vector>(panel + v * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < PANEL_VECTORS; v++) s[r][v] = added(s[r][v], x_[r][k], w[v]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < PANEL_VECTORS; v++) write(sums + r * PANEL_ROWS + v * LANES, s[r][v]);
+}
+
+template <class T>
+static void panel_product(const T* x, long x_row, int rows, const T* panel, int K, float* sums) {
+    for (int k = 0; k < K; k += PANEL_DEPTH) {
+        const int depth = std::min(PANEL_DEPTH, K - k);
+        for (int row = 0; row < rows; row += 8) {
+            const int here = rows - row;
+            const auto block = here > 4 ? panel_block<8, T> : here > 1 ? panel_block<4, T> : panel_block<1, T>;
+            block(x + row * x_row + k, x_row, here, panel + static_cast<long>(k) * PANEL_ROWS, depth,
+                  sums + row * PANEL_ROWS, k > 0);
+        }
+    }
+}
+
+// y [rows, d_out] = x W^T + b + more; `b` [d_out] and `more` [rows, d_out] may be null; the sum is rounded once
+template <class T, class Number>
+static void panels_product(const T* x, const T* panels, const Number* b, const Number* more, Number* y, int rows,
+                           int K, int d_out, int threads) {
+    const int count = (d_out + PANEL_ROWS - 1) / PANEL_ROWS;
+#pragma omp parallel num_threads(std::min(threads, count)) if (threads > 1)
+    {
+        const auto sums = room<float>(static_cast<long>(up_to(rows, 8)) * PANEL_ROWS);
+#pragma omp for schedule(static)
+        for (int panel = 0; panel < count; panel++) {
+            panel_product(x, K, rows, panels + static_cast<long>(panel) * K * PANEL_ROWS, K, sums.get());
+            const int first = panel * PANEL_ROWS, last = std::min(d_out, first + PANEL_ROWS);
+            for (long row = 0; row < rows; row++)
+                for (int n = first; n < last; n += LANES) {
+                    f32s z = read<f32s>(&sums[row * PANEL_ROWS + n - first]);
+                    const long at = row * d_out + n;
+                    if (n + LANES <= last) {
+                        if (b) z += widened(b + n);
+                        if (more) z += widened(more + at);
+                        write(y + at, z);
+                    } else {
+                        if (b) z += some(b + n, last - n);
+                        if (more) z += some(more + at, last - n);
+                        Number rest[LANES];
+                        write(rest, z);
+                        std::copy_n(rest, last - n, y + at);
+                    }
+                }
+        }
+    }
+}
+
+extern "C" void panels_float32(const float* x, const float* panels, const float* b, const float* more, float* y,
+                               int rows, int d_in, int d_out, int threads) {
+    panels_product(x, panels, b, more, y, rows, d_in, d_out, threads);
+}
+
+extern "C" void panels_bfloat16(const bf16* x, const bf16* panels, const bf16* b, const bf16* more, bf16* y, int rows,
+                                int d_in, int d_out, int threads) {
+    panels_product(reinterpret_cast<const pair*>(x), reinterpret_cast<const pair*>(panels), b, more, y, rows, d_in / 2,
+                   d_out, threads);
+}
+
+// Whether this processor multiplies panels faster than oneDNN: by vectors of 64 bytes, and without tiles (AMX)
+extern "C" int panels_serve_float32() {
+#ifdef __AVX512F__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+extern "C" int panels_serve_bfloat16() {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
 }

@@ -68,6 +68,14 @@ _ARGUMENTS = {
     "rms_norm_backward": [_POINTER] * 4 + [_LONG, _INT, _FLOAT, _INT],
     "silu_gate": [_POINTER] * 3 + [_LONG, _INT],
     "silu_gate_backward": [_POINTER] * 5 + [_LONG, _INT],
+    **dict.fromkeys(("attend_new_float32", "attend_new_bfloat16"), [_POINTER] * 6 + [_INT] * 5 + [_FLOAT, _INT]),
+    **dict.fromkeys(
+        ("many_low_rank_float32", "many_low_rank_bfloat16"), [_POINTER] * 3 + [_INT] + [_POINTER] * 2 + [_INT] * 4
+    ),
+    "scaled_transpose": [_POINTER, _INT, _INT, _INT, _FLOAT, _POINTER, _INT],
+    **dict.fromkeys(("panels_float32", "panels_bfloat16"), [_POINTER] * 5 + [_INT] * 4),
+    "panels_serve_float32": [],
+    "panels_serve_bfloat16": [],
     "rotate": [_Heads, _POINTER, _POINTER, _Heads, _INT, _INT, _INT, ctypes.c_bool, _INT],
 }
 
@@ -189,7 +197,7 @@ def _load(content: bytes) -> ctypes.CDLL:
     found = ctypes.CDLL(f"/proc/self/fd/{file}")
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, None if arguments else _INT
     return found
 
 

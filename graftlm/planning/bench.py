@@ -30,10 +30,12 @@ from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.system import preserve_global_state
 from graftlm.training.config import TrainConfig
-from graftlm.training.loop import Step, steps, training_pass
+from graftlm.training.loop import Step, TrainStep
 from graftlm.training.objective import Objective
+from graftlm.training.passes import Passes
 from graftlm.training.phases import make_batches
 from graftlm.training.schedule import warmup_cosine
+from graftlm.training.state import TrainingState
 
 TOKENS = 2048
 """Rows of x in the products that are timed, and tokens of a pack in the steps: enough for a rate that grows no more."""
@@ -101,18 +103,11 @@ def _train_lora(
     made = [pack([examples[i] for i in rows], TOKENS) for rows in chosen]
     choice = choose(model, [each.to(device) for packs in made for each in packs], kernels)
     backend = choice.backend(device, dtype)
-    done = list(
-        steps(
-            model,
-            ([each.to(device) for each in packs] for packs in made),
-            loss="supervised",
-            optimizer=adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0),
-            schedule=warmup_cosine(steps=STEPS, warmup_steps=1),
-            clip=1.0,
-            backend=backend,
-        )
-    )
-    with training_pass(model, packed=True, backend=backend):
+    training = TrainingState(model, {}, adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0))
+    schedule, passes = warmup_cosine(steps=STEPS, warmup_steps=1), Passes(backend=backend)
+    train_step = TrainStep(training, "supervised", schedule, clip=1.0, passes=passes)
+    done = list(train_step.over([each.to(device) for each in packs] for packs in made))
+    with passes.through(model):
         first = made[0][0].to(device)
         one_pass(model, first)
         return choice, done, parts_of_time(lambda: one_pass(model, first))
@@ -169,7 +164,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def one_pass(model: Any, batch: Pack, objective: Objective | None = None) -> None:
-    """Forward and backward pass over one pack, as in a step, supervised by default; inside `training_pass`."""
+    """Forward and backward pass over one pack, as in a step, supervised by default; inside `Passes.through`."""
     part, _ = (objective or Objective("supervised")).part(model, batch)
     part.mean(1.0, 1.0).backward()
 

@@ -6,11 +6,11 @@ more layer costs, in bytes and in seconds, times the layers of that kind, is wha
 architecture needs a formula, and what is predicted is what this machine does.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from graftlm.errors import TrainingError
 from graftlm.kernels.backend import Backend
 from graftlm.model.hub.config import base_config
 from graftlm.model.hub.dtypes import multiplies_bf16_fast
@@ -18,6 +18,7 @@ from graftlm.model.hub.sketch import Sketch
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.registry import hosts, parameters_of
 from graftlm.model.passes.autotune import KernelChoice
+from graftlm.planning.generation import Load, generation_bytes, held_out_load, rollouts_load, why_not_counted
 from graftlm.planning.layers import kernels_of, over_layers, with_deltas, with_teacher
 from graftlm.planning.memory import (
     GIB,
@@ -32,9 +33,9 @@ from graftlm.planning.memory import (
     live_bytes,
     update_bytes,
 )
-from graftlm.planning.packs import Shape, shape_of
+from graftlm.planning.packs import Shape, shape_of, with_answers
 from graftlm.planning.step_time import time_of, update_s
-from graftlm.prepare import prepare_data
+from graftlm.prepare import Prepared, prepare_data
 from graftlm.recipe import Recipe
 from graftlm.system import peak_rss_gib, preserve_global_state
 
@@ -47,14 +48,10 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    if recipe.rl is not None:
-        raise TrainingError(
-            "graft estimate measures rows that are there, and with `rl` the model writes them as it goes. Estimate "
-            "the same recipe without `rl`, on rows with answers as long as rl.max_new_tokens",
-            code="unsupported-with-rl",
-        )
     data = prepare_data(recipe, recipe.tokenizer())
-    shape = shape_of(recipe, data.examples, data.draws)
+    loads = _loads(recipe, data)
+    recipe, examples = with_answers(recipe, data.examples)
+    shape = shape_of(recipe, examples, data.draws)
     process = peak_rss_gib()
     made, groups = with_deltas(recipe)
     teacher = with_teacher(recipe, made)
@@ -70,15 +67,18 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         memory["teacher"] = teacher.sketch.base_bytes / GIB
         more = made.base_bytes + teacher.sketch.base_bytes + teacher.sketch.file_bytes
         loading = max(loading, process + more / GIB)
+    answering, uncounted = _answering_gib(made, groups, loads, memory)
     seconds, parts = time_of(recipe, made, groups, shape, teacher, backend)
     parts["optimizer"] = update_s(parameters, device)
     seconds += parts["optimizer"]
     found = {
-        "peak_gib": round(max(sum(memory.values()), loading), 3),
+        "peak_gib": round(max(sum(memory.values()), loading, *answering.values()), 3),
         "step_s": round(seconds, 3),
         "tokens_per_s": round(shape.row_tokens_a_step / seconds, 1),
         "parts": {
-            "memory_gib": {name: round(value, 3) for name, value in memory.items()} | {"loading": round(loading, 3)},
+            "memory_gib": {
+                name: round(value, 3) for name, value in (memory | {"loading": loading} | answering).items()
+            },
             "time_s": {name: round(value, 4 if name == "optimizer" else 3) for name, value in parts.items()},
         },
         "trainable_parameters": parameters,
@@ -92,7 +92,38 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         "packs_a_step": round(shape.packs_a_step, 2),
         "memory_free_gib": round(free_gib(device), 2),
     }
-    return found | {"reach": reached.lines(), "advice": advice(recipe, found, made, shape)}
+    return found | {"reach": reached.lines(), "advice": advice(recipe, found, made, shape) + uncounted}
+
+
+def _loads(recipe: Recipe, data: Prepared) -> dict[str, Load]:
+    """What the model answers during and after training."""
+    loads = {} if recipe.rl is None else {"generating": rollouts_load(recipe, data)}
+    held_out = held_out_load(recipe, data)
+    return loads if held_out is None else loads | {"held_out_answers": held_out}
+
+
+def _answering_gib(
+    made: Sketch, groups: list[list[int]], loads: Mapping[str, Load], memory: dict[str, float]
+) -> tuple[dict[str, float], list[str]]:
+    """GiB of the process while it answers, and what is not counted. A second copy of weights that stays during
+    training is added to `memory`.
+
+    Between two steps of `rl` there are no activations of training. Held-out rows are answered when the optimizer and
+    the engine of `rl` are gone.
+    """
+    if not loads:
+        return {}, []
+    if why := why_not_counted(made, groups):
+        return {}, [f"memory of answers is not counted, since transformers' own generate gives them: {why}"]
+    needed = {name: generation_bytes(made, groups, load) for name, load in loads.items()}
+    training_only = {"generating": ("activations",), "held_out_answers": ("activations", "gradients_and_optimizer")}
+    answering = {
+        name: sum(gib for part, gib in memory.items() if part not in training_only[name]) + each.total / GIB
+        for name, each in needed.items()
+    }
+    if "generating" in needed and needed["generating"].prepacked_weights:
+        memory["prepacked_weights"] = needed["generating"].prepacked_weights / GIB
+    return answering, []
 
 
 def _memory_gib(

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from graftlm import distributed
-from graftlm.data.batches.pack import Example, Group
+from graftlm.data.batches.pack import Example
 from graftlm.deltas import METHODS
 from graftlm.display import pages, terminal
 from graftlm.errors import TrainingError
@@ -37,8 +37,9 @@ from graftlm.system import preserve_global_state
 from graftlm.training.callback import Callback, CallbackConfig
 from graftlm.training.kernel_choice import choose_kernels
 from graftlm.training.loop import NotFiniteError
-from graftlm.training.phases import Phase, attach_deltas, make_batches, phases
+from graftlm.training.phases import attach_deltas, make_batches
 from graftlm.training.state import TrainingState
+from graftlm.training.trainer import Trainer
 
 STEPS = 80
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -97,16 +98,16 @@ def lr_range_test(recipe: Recipe, *, console: Console | None = None, count: int 
     check_packing(model, data.examples, packed=recipe.data.pack, sharing=config.prefix_sharing)
     setup = recipe.setup()
     batches = make_batches(config, data.examples, data.curriculum, data.draws)
-    attach_deltas(setup, model, data.examples, batches)
+    attach_deltas(setup, model, data.examples, batches, statistics_rows=data.statistics_rows)
     _, backend = choose_kernels(setup, model, data.examples, batches, console=console)
-    (phase,) = phases(setup, model, count, data.inner_rows, backend=backend)
+    trainer = Trainer(setup, model, data.examples, batches, data.inner_rows, backend=backend)
     first = next(iter(recipe.all_deltas().values()))
     noise = GradientNoise(config.batch_rows, METHODS[first.method].delta.learning_rate)
-    phase.callbacks.append(noise)
+    trainer.callbacks.append(noise)
     trials: list[Trial] = []
     with terminal.progress(console) as bars:
         bar = bars.add_task("LR range", total=count, now="")
-        for step in _steps(recipe, model, phase, data.examples, batches):
+        for step in _steps(recipe, trainer):
             trials.append(step)
             bars.update(bar, advance=1, now=f"rate {step.rate:.1e}  loss {step.loss:.3f}")
     scale = noise.scale.found() if noise.scale.count > 1 else None
@@ -117,19 +118,18 @@ def lr_range_test(recipe: Recipe, *, console: Console | None = None, count: int 
     }
 
 
-def _steps(
-    recipe: Recipe, model: Any, phase: Phase, examples: Sequence[Example | Group], batches: list[list[int]]
-) -> Iterator[Trial]:
+def _steps(recipe: Recipe, trainer: Trainer) -> Iterator[Trial]:
     """Steps with rising rates, until the last or until the loss is far above its start or no number any more."""
+    model, examples, batches = trainer.model, trainer.examples, trainer.batches
     of_the_base = recipe.loss.name == "supervised"
     tokens, packed = recipe.train.pack_tokens, recipe.data.pack
     rates = [LOWEST * (HIGHEST / LOWEST) ** (i / (len(batches) - 1)) for i in range(len(batches))]
-    own = phase.training.optimizer.param_groups[0]["lr"]
-    phase.schedule = lambda done: rates[done] / own
+    own = trainer.training.optimizer.param_groups[0]["lr"]
+    trainer.phase.schedule = lambda done: rates[done] / own
     start: float | None = None
     high = 0
     try:
-        for step in phase.steps(examples, batches, 0):
+        for step in trainer.steps():
             base_loss = 0.0
             if of_the_base:
                 rows = [row for i in batches[step.number - 1] if isinstance(row := examples[i], Example)]

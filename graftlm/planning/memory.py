@@ -17,7 +17,6 @@ from graftlm.planning.packs import Shape
 from graftlm.recipe import Recipe
 from graftlm.system import kernel_cache_capacity, memory
 from graftlm.training.callback import Optimizer
-from graftlm.training.loop import training_pass
 from graftlm.training.state import TrainingState
 
 GIB = 2**30
@@ -86,7 +85,7 @@ def live_bytes(
     for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
-    with training_pass(model, **recipe.setup().passes(), backend=backend), live:
+    with recipe.setup().passes(backend).through(model), live:
         one_pass(model, pack, objective_of(recipe))
     if products is not None:
         products |= live.products

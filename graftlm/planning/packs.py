@@ -1,12 +1,15 @@
 """The packs of a recipe: of a step of middling size, and the largest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.data.sources.template_draws import Draws
 from graftlm.recipe import Recipe
+from graftlm.rl.config import training_group
+from graftlm.training.kernel_choice import answered
 from graftlm.training.phases import make_batches
+from graftlm.training.setup import Answers
 
 STEPS_SAMPLED = 64
 """Of a longer run this many steps, evenly spread, stand for all; its largest batch is the first, and always sampled."""
@@ -25,6 +28,19 @@ class Shape:
     """Computed ones; those of the rows are more where beginnings are shared."""
     row_tokens_a_step: float
     tokens_a_pack: float
+
+
+def with_answers(recipe: Recipe, prompts: Sequence[Example | Group]) -> tuple[Recipe, Sequence[Example | Group]]:
+    """A recipe with `rl` as one without it, and its prompts as what its steps train on: with the longest answers, whose
+    rewards all differ. Any other recipe and its rows as they are."""
+    rl = recipe.rl
+    if rl is None:
+        return recipe, prompts
+    answers = Answers(rl.samples, rl.max_new_tokens)
+    groups = [
+        training_group(recipe.loss, [answered(prompt, answers)] * rl.samples, range(rl.samples)) for prompt in prompts
+    ]
+    return replace(recipe, rl=None), [group for group in groups if group is not None]
 
 
 def shape_of(recipe: Recipe, examples: Sequence[Example | Group], draws: Draws | None = None) -> Shape:

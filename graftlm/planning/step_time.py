@@ -14,7 +14,7 @@ from graftlm.planning.bench import best_s, one_pass, parts_of_time
 from graftlm.planning.layers import Teacher, objective_of, over_layers
 from graftlm.planning.packs import Shape, token_count
 from graftlm.recipe import Recipe
-from graftlm.training.loop import training_pass
+from graftlm.training.passes import Passes
 
 TRIES = 2
 PACKS_TIMED = 3
@@ -40,7 +40,7 @@ def time_of(
             for pack in packs:
                 one_pass(model, pack, objective_of(recipe))
 
-        with training_pass(model, **recipe.setup().passes(), backend=backend):
+        with recipe.setup().passes(backend).through(model):
             found = best_s(passes, TRIES)
             shares.append({name: share * found for name, share in parts_of_time(passes).items()})
         return found
@@ -61,7 +61,7 @@ def deeper_s(recipe: Recipe, teacher: Teacher, packs: Sequence[Pack]) -> float:
 
     @torch.no_grad()
     def seconds(model: Any) -> float:
-        with training_pass(model, packed=recipe.data.pack):
+        with Passes(packed=recipe.data.pack).through(model):
             return best_s(lambda: [hidden_states(model, pack) for pack in packs], TRIES)
 
     return max(0.0, over_layers(*teacher, seconds) - seconds(teacher.sketch.model))

@@ -24,7 +24,9 @@ from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import PromptExample
 from graftlm.data.chat.render import Renderer
 from graftlm.display.pages import NO_SIGNAL
-from graftlm.generation.generate import generate
+from graftlm.generation.engine import Engine
+from graftlm.generation.requests import Request
+from graftlm.generation.sampling import Sampling
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.model.hub.stopping import all_stop_ids
 from graftlm.model.layers.modes import deltas_still
@@ -52,6 +54,7 @@ class Sampler(Callback):
         super().__init__(CallbackConfig(name="rl"))
         self.rl, self.loss, self.scorer, self.renderer = rl, loss, scorer, renderer
         self.packed, self.sharing = packed, sharing
+        self.engine: Engine | None = None
 
     def rows(
         self, training: TrainingState, number: int, rows_of: Callable[[int], Prompts], last: int
@@ -105,30 +108,27 @@ class Sampler(Callback):
         return found
 
     def _answers(self, training: TrainingState, prompts: Prompts, purpose: str) -> list[list[list[int]]]:
-        """`samples` answers to each prompt, as ids. Batches have the same prompts and draw the same numbers whatever
-        the number of ranks, which share them; with a base in parts all ranks go through each together."""
+        """`samples` answers to each prompt, as ids, each with random numbers of its own. The ranks share the prompts;
+        with a base in parts all ranks answer all of them together."""
         model, rl = training.model, self.rl
+        if self.engine is None:
+            self.engine = Engine(model, max_requests=rl.at_once, cache_tokens=None)
         ids = [prompt.answers[0].ids for prompt in prompts]
-        order = sorted(range(len(ids) * rl.samples), key=lambda i: len(ids[i // rl.samples]))
+        stop_ids, seed = all_stop_ids(model, self.renderer.stop_ids), training.seed_for(purpose)
         together = distributed.is_sharded(model)
-        mine: list[tuple[int, list[int]]] = []
-        with deltas_still(model):
-            for batch, start in enumerate(range(0, len(order), rl.at_once)):
-                if not together and batch % distributed.count() != distributed.rank():
-                    continue
-                some = order[start : start + rl.at_once]
-                found = generate(
-                    model,
-                    [ids[i // rl.samples] for i in some],
-                    stop_ids=all_stop_ids(model, self.renderer.stop_ids),
-                    max_new_tokens=rl.max_new_tokens,
-                    temperature=rl.temperature,
-                    top_p=rl.top_p,
-                    seed=training.seed_for(f"{purpose}, {batch}"),
-                    batch_tokens=len(some) * max(len(ids[i // rl.samples]) for i in some),
-                    keep_stop=True,
-                )
-                mine += [(some[i], new) for i, new in found]
+        rank, count = (0, 1) if together else (distributed.rank(), distributed.count())
+        own = range(rank, len(ids), count)  # all answers to a prompt by one rank: it reads the prompt once
+        numbers = [i * rl.samples + n for i in own for n in range(rl.samples)]
+        requests = [
+            Request(
+                ids[number // rl.samples],
+                rl.max_new_tokens,
+                Sampling(rl.temperature, top_p=rl.top_p, seed=seed + number),
+                stop_ids=stop_ids,
+            )
+            for number in numbers
+        ]
+        mine = [(numbers[at], generation.ids) for at, generation in self.engine.run(requests)]
         every = dict(mine if together else distributed.gathered(mine))
         return [[every[i * rl.samples + n] for n in range(rl.samples)] for i in range(len(prompts))]
 

@@ -8,7 +8,9 @@
     conflict(others)       why it has none beside the run's other callbacks, or an empty text
     on_start(training)     before the first step of this process, after a resume too
     rows(training, ...)    the rows of a step, where the callback makes them itself
+    divisor(training, n)   what the sums of the step's losses are divided by; n is their count over the whole step
     during(training)       held over the forward and backward passes of a step
+    on_pack(training, ...) in place of the backward pass of a pack
     evaluating(training)   held where the deltas are looked at or written as an adapter in the middle of a run
     on_grads(training)     the gradient of the whole step stands in `.grad`, on every rank the same; before clipping
     on_step(training)      after the optimizer's step
@@ -31,8 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import config
-from graftlm.data.batches.pack import Example, Group
+from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.errors import TrainingError
+from graftlm.losses import LossSum
 from graftlm.training.state import ParameterGroup, TrainingState
 
 Rows = Sequence[Example | Group]
@@ -110,6 +113,20 @@ class Callback:
 
     def on_start(self, training: TrainingState) -> None: ...
 
+    def divisor(self, training: TrainingState, count: float) -> float:
+        """What the sums of the step's losses are divided by, instead of what is counted over all packs and ranks. The
+        loss that a step reports stays the mean."""
+        return count
+
+    def on_pack(self, training: TrainingState, pack: Pack, part: LossSum, log_probs: Tensor) -> bool:
+        """Whether this callback has added a gradient of the pack to every `.grad`, in place of the backward pass.
+
+        `part` is the loss of the pack, of which `part.sum / training.divisor` would be differentiated, and `log_probs`
+        [S] are those of its targets; both have a gradient. Ranks and packs are summed up. One callback of a run may
+        have this hook; none beside an optimizer that is `fused`.
+        """
+        return False
+
     def during(self, training: TrainingState) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -176,13 +193,20 @@ def fused_optimizer(callbacks: Sequence[Callback]) -> Optimizer | None:
 def check_callbacks(callbacks: Sequence[Callback], training: TrainingState) -> None:
     """Raise TrainingError for a callback that has no meaning for what is trained, with its reason."""
     fused = fused_optimizer(callbacks)
+    backward = [callback for callback in callbacks if type(callback).on_pack is not Callback.on_pack]
+    if len(backward) > 1:
+        raise TrainingError(
+            f"{_section(backward[0])} and {_section(backward[1])} both take the place of the backward pass: a run may "
+            "have one of them",
+            code="conflicting-settings",
+        )
     for callback in callbacks:
         if reason := callback.refusal(training):
             methods = ", ".join(dict.fromkeys(config.method for config in training.deltas.values()))
             raise TrainingError(f"{_section(callback)} with {methods}: {reason}", code="callback-unsupported")
         if reason := callback.conflict([other for other in callbacks if other is not callback]):
             raise TrainingError(f"{_section(callback)} beside {reason}", code="conflicting-settings")
-        reads_gradients = type(callback).on_grads is not Callback.on_grads
+        reads_gradients = type(callback).on_grads is not Callback.on_grads or callback in backward
         if reads_gradients and fused is not None and fused is not callback:
             raise TrainingError(
                 f"{_section(callback)} acts on the gradient of a step, and optimizer {fused.config.name} leaves none",

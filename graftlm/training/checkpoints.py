@@ -10,133 +10,33 @@
 
 A checkpoint is made in a folder of another name, every file and the folder are forced to the disk, and then it gets its
 name: under `step-` there is a whole one or none. Reading checks the sums; one that is damaged is named and the one
-before it is taken. Randomness needs no place here: it depends on the seed, the step and the rank alone (`loop.steps`).
-Rank 0 writes all, for deltas and optimizer are whole on every rank, so any number of ranks can go on.
+before it is taken. What a state is stands in `training/snapshot.py`. Rank 0 writes all, for deltas and optimizer are
+whole on every rank, so any number of ranks can go on.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from graftlm.adapters.folder import sha256_of
-from graftlm.adapters.tensors import fill_delta, tensors_of_delta
 from graftlm.errors import TrainingError, numbered
 from graftlm.files import sync, writing
-from graftlm.training.callback import Callback
-from graftlm.training.objective import extra_parameters
-from graftlm.training.state import TrainingState
+from graftlm.training.snapshot import Snapshot
 
 FOLDER, UNFINISHED, METRICS = "checkpoints", "unfinished.json", "metrics.jsonl"
 STATE, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 BEST = "best"
 """The checkpoint with the lowest held-out loss, under early stopping; not one of the last that are kept."""
-
-FROM_RECIPE = {"lr", "largest_lr", "weight_decay"}
-"""What of an optimizer's groups follows from the recipe, so that a recipe that was changed on purpose counts."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A run between two steps: tensors on the CPU that nobody changes any more, and facts that JSON can say."""
-
-    tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-# State <-> snapshot ----------------------------------------------------------------------------------------------
-
-
-def take(training: TrainingState, callbacks: Sequence[Callback], every: Sequence[str], **facts: Any) -> Snapshot:
-    """Copy all that a step changes: `every` delta of the model, and the optimizer and callbacks of those that learn."""
-    tensors: dict[str, Tensor] = {}
-    for name in every:
-        tensors |= {f"delta/{name}/{key}": t for key, t in tensors_of_delta(training.model, name).items()}
-    learns_too = extra_parameters(training.model)
-    tensors |= {f"beside/{name}": parameter for name, parameter in learns_too.items()}
-    kept: dict[str, dict[str, Any]] = {}
-    for name, parameter in (training.parameters() | learns_too).items():
-        for key, value in training.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value
-            else:
-                kept.setdefault(name, {})[key] = value
-    for callback in callbacks:
-        tensors |= {f"callback/{callback.config.name}/{key}": tensor for key, tensor in callback.tensors.items()}
-    groups = [
-        {k: v for k, v in group.items() if isinstance(v, int | float) and k not in FROM_RECIPE}
-        for group in training.optimizer.param_groups
-    ]
-    known = {
-        "done": training.done,
-        "optimizer": {"class": type(training.optimizer).__name__, "groups": groups, "kept": kept},
-        "callbacks": {callback.config.name: json.loads(json.dumps(callback.facts)) for callback in callbacks},
-    }
-    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    return Snapshot(copies, known | facts)
-
-
-def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Callback]) -> None:
-    """What `take` copied, into an optimizer and callbacks that are made for the same parameters."""
-    kept = snapshot.facts["optimizer"]
-    if kept["class"] != type(training.optimizer).__name__:
-        raise TrainingError(
-            f"the checkpoint is of optimizer {kept['class']}, the recipe makes {type(training.optimizer).__name__}",
-            code="checkpoint-mismatch",
-        )
-    training.done = snapshot.facts["done"]
-    learns_too = extra_parameters(training.model)
-    for name, tensor in _under("beside", snapshot).items():
-        learns_too[name].data.copy_(tensor)
-    parameters = training.parameters() | learns_too
-    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in kept["kept"].items()}
-    for name, tensor in _under("optimizer", snapshot).items():
-        parameter, _, key = name.rpartition("/")
-        state.setdefault(parameter, {})[key] = tensor
-    if strange := sorted(state.keys() - parameters.keys()):
-        raise TrainingError(
-            f"the checkpoint's optimizer knows tensors that are not here:\n{numbered(strange)}",
-            code="checkpoint-mismatch",
-        )
-    tree = training.optimizer.state_dict()
-    number = {id(p): i for i, p in enumerate(p for group in training.optimizer.param_groups for p in group["params"])}
-    tree["state"] = {number[id(parameters[name])]: values for name, values in state.items()}
-    for group, saved in zip(tree["param_groups"], kept["groups"], strict=True):
-        group |= saved
-    training.optimizer.load_state_dict(tree)  # it knows which of these belong on which device
-    for callback in callbacks:
-        name = callback.config.name
-        callback.facts = dict(snapshot.facts["callbacks"].get(name, {}))
-        callback.tensors = {key: t.to(training.model.device) for key, t in _under(f"callback/{name}", snapshot).items()}  # type: ignore[arg-type]
-
-
-def put_deltas_back(snapshot: Snapshot, model: Any, every: Sequence[str], source: Path) -> None:
-    """The deltas of the snapshot into deltas that are attached; AdapterError where they are others."""
-    for name in every:
-        fill_delta(model, name, _under(f"delta/{name}", snapshot), source / STATE)
-
-
-def _under(beginning: str, snapshot: Snapshot) -> dict[str, Tensor]:
-    beginning += "/"
-    return {key[len(beginning) :]: tensor for key, tensor in snapshot.tensors.items() if key.startswith(beginning)}
-
-
-# Snapshot <-> disk -----------------------------------------------------------------------------------------------
 
 
 class Checkpoints:

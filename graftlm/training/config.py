@@ -4,9 +4,33 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from graftlm.config.schema import Count, Flag, PositiveCount, PositiveRate, Rate, Share, config
+from graftlm.data.sources.source import SourceConfig
+from graftlm.deltas import METHODS
+from graftlm.deltas.inits import INITS
 from graftlm.kernels.backend import Kernels
+from graftlm.model.layers.initialize import needed_statistics
 from graftlm.training.guards import EarlyStopping
 from graftlm.training.schedule import Schedule, learning_rate_factor
+
+
+@config
+class StatisticsConfig:
+    """The rows from which inits and methods gather statistics before training. A wrong value raises a ValueError."""
+
+    rows: str | SourceConfig
+    """A source as in `data.train`: the same formats, templates and limits. All rows of it are used, once; without this
+    section, the packs of the first steps of training are."""
+
+    def conflict_in(self, recipe: Any) -> str:
+        """Why this section has no meaning in the recipe, or an empty text."""
+        if any(needed_statistics(delta) for delta in recipe.all_deltas().values()):
+            return ""
+        inits = ", ".join(name for name, init in INITS.items() if init.needs)
+        methods = ", ".join(name for name, method in METHODS.items() if method.delta.needs)
+        return (
+            f"statistics.rows: no delta of the recipe gathers statistics. Those with an init of {inits} do, and the "
+            f"methods {methods}: choose one of them, or leave the section out"
+        )
 
 
 @config

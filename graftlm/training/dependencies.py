@@ -12,36 +12,52 @@ from typing import Any
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import PromptExample
 from graftlm.data.sources.parts import content_hash
-from graftlm.data.sources.source import DataConfig
+from graftlm.data.sources.source import DataConfig, SourceConfig
 from graftlm.losses import LossConfig
 from graftlm.model.hub.fingerprint import Fingerprint, difference, fingerprint
+from graftlm.training.start_from import start_digest
 from graftlm.training.teacher import TEACHER, adapters_compared_with
 
 Record = dict[str, Any]
+Items = Sequence[Example | Group]
+
+OTHER_ROWS = {"inner_rows": "rows of the inner validation split", "statistics_rows": "rows for statistics"}
+"""What the rows beside those of training are called."""
 
 
 def record(
-    data: DataConfig, loss: LossConfig, model: Any, tokenizer: Any, items: Sequence[Example | Group], *, began: str
+    data: DataConfig,
+    loss: LossConfig,
+    model: Any,
+    tokenizer: Any,
+    items: Items,
+    others: Mapping[str, Items],
+    *,
+    began: str,
+    start_from: str | None = None,
 ) -> Record:
-    """The record of a run that began then (local time, ISO 8601), as JSON can say it."""
+    """The record of a run that began then (local time, ISO 8601), as JSON can say it; `others` are rows beside those
+    that it trains on, by a key of OTHER_ROWS."""
     template = tokenizer.chat_template
     teacher = model.__dict__.get(TEACHER)
     return {
         "rows": digest(items),
+        **{key: digest(rows) if rows else None for key, rows in others.items()},
         "sources": [content_hash(path) for path in paths(data)],
         "template": hashlib.sha256(str(template).encode()).hexdigest(),
         "began": began,
         "base": fingerprint(model).to_json(),
         "teacher": None if teacher is None else fingerprint(teacher).to_json(),
         "adapters": adapters_compared_with(loss),
+        "start_from": start_digest(start_from),
     }
 
 
 def paths(data: DataConfig) -> list[str]:
-    """The sources of a run, in the order of the recipe: those of training rows, then those of held-out rows."""
+    """The sources of a run: those of training rows, of held-out rows, and of the inner validation split."""
     held_out = data.held_out
-    others = [] if isinstance(held_out, int | float) else [held_out if isinstance(held_out, str) else held_out.path]
-    return [*(source.path for source in data.sources()), *others]
+    others = [source for source in (held_out, data.inner_rows) if isinstance(source, str | SourceConfig)]
+    return [source.path if isinstance(source, SourceConfig) else source for source in (*data.sources(), *others)]
 
 
 def changes(saved: Mapping[str, Any], here: Mapping[str, Any], data: DataConfig) -> list[str]:
@@ -62,12 +78,18 @@ def changes(saved: Mapping[str, Any], here: Mapping[str, Any], data: DataConfig)
                 "files and chat template are the same: the tokenizer, or the version of graftlm, is another one"
             )
         found.append(f"training rows: {_short(saved['rows'])} -> {_short(here['rows'])}; {'; '.join(causes)}")
+    for key, what in OTHER_ROWS.items():
+        old, new = saved.get(key, here.get(key)), here.get(key)  # earlier versions have no such record
+        if old != new:
+            found.append(f"{what}: {_short(old)} -> {_short(new)}; their source was edited")
     for key in ("base", "teacher"):
         old, new = saved[key], here[key]
         if (old is None) != (new is None):
             found.append(f"{key}: {'there was none' if old is None else 'there is none'}")
         elif old is not None and (why := difference(old, Fingerprint(new["tensors"], new["config"]))):
             found.append(f"{key}: {_short(old['digest'])} -> {_short(new['digest'])}; {why}")
+    if (old := saved.get("start_from")) != (new := here["start_from"]):
+        found.append(f"the adapter in start_from: {_short(old)} -> {_short(new)}; its weights were written anew")
     if saved["adapters"] != here["adapters"]:
         old, new = (", ".join(map(_short, each["adapters"])) or "none" for each in (saved, here))
         found.append(f"adapters that the loss compares with: {old} -> {new}; their weights were written anew")
@@ -77,16 +99,18 @@ def changes(saved: Mapping[str, Any], here: Mapping[str, Any], data: DataConfig)
 def with_moved_paths(
     began: Mapping[str, Any], tree: Mapping[str, Any], saved: Mapping[str, Any], data: DataConfig
 ) -> Any:
-    """The recipe that a run began with, with the paths of `tree` for sources whose contents are those of the record,
-    and for a base in a folder: what it holds is compared when it is loaded."""
+    """The recipe that a run began with, with the paths of `tree` for sources and the adapter in `start_from` whose
+    contents are those of the record, and for a base in a folder: what it holds is compared when it is loaded."""
     began = {**began, "data": dict(began["data"])}
     same = saved.get("sources") == (now := [content_hash(path) for path in paths(data)]) and None not in now
     here = tree["data"]
-    for key in ("train", "held_out"):
+    for key in ("train", "held_out", "inner_rows"):
         if same and _without_paths(began["data"].get(key)) == _without_paths(here.get(key)):
             began["data"][key] = here.get(key)
     if Path(_name(tree["base"])).is_dir() and _options(began["base"]) == _options(tree["base"]):
         began["base"] = tree["base"]
+    if saved.get("start_from") is not None and start_digest(tree.get("start_from")) == saved["start_from"]:
+        began["start_from"] = tree["start_from"]
     return began
 
 
@@ -110,7 +134,7 @@ def _short(digest: str | None) -> str:
     return "(unknown)" if digest is None else digest.removeprefix("sha256:")[:12]
 
 
-def digest(items: Sequence[Example | Group]) -> str:
+def digest(items: Items) -> str:
     """SHA-256 of all rows as they are trained on, in their order."""
     summed = hashlib.sha256()
     for item in items:

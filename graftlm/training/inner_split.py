@@ -1,5 +1,5 @@
-"""The inner validation split: training rows that no step trains on, for callbacks that learn from them
-(`Callback.inner_share`)."""
+"""The inner validation split: rows that no step trains on, for callbacks that learn from them: those of
+`data.inner_rows`, or a share of the training rows (`Callback.inner_share`)."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -11,7 +11,6 @@ from graftlm.data.batches.pack import Example, Group
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.losses import LOSSES, LossConfig
-from graftlm.training.loop import training_pass
 from graftlm.training.setup import Setup
 from graftlm.training.state import TrainingState
 
@@ -22,21 +21,26 @@ def inner_split(examples: Sequence[R], share: float, *, loss: LossConfig, seed: 
     """(the rows to train on, the inner validation split): a share of the rows, drawn by the seed."""
     if not share:
         return list(examples), []
+    check_inner_loss(loss)
     count = max(1, round(share * len(examples)))
     if count >= len(examples):
         raise TrainingError(
             f"callbacks: one of them needs an inner validation split, and there are only {len(examples)} rows in all",
             code="too-few-rows",
         )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    learnt = [example for number, example in enumerate(examples) if number not in chosen]
+    return learnt, [examples[number] for number in sorted(chosen)]
+
+
+def check_inner_loss(loss: LossConfig) -> None:
+    """Raise TrainingError for a loss that the rows of an inner validation split do not have by themselves."""
     if LOSSES[loss.name].statistic is not None:
         raise TrainingError(
             f"callbacks: loss {loss.name} needs a statistic of whole steps, which an inner validation split has not",
             code="conflicting-settings",
         )
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    learnt = [example for number, example in enumerate(examples) if number not in chosen]
-    return learnt, [examples[number] for number in sorted(chosen)]
 
 
 def make_inner_loss(
@@ -55,7 +59,7 @@ def make_inner_loss(
         weight, total = sum(map(objective.count, packs)), 0.0
         torch.manual_seed(training.seed_for("aside"))  # for dropout, as in a step
         with (
-            training_pass(model, **setup.passes(), backend=backend),
+            setup.passes(backend).through(model),
             torch.set_grad_enabled(gradient),
         ):
             for pack in packs:

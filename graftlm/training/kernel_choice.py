@@ -70,12 +70,13 @@ def packs_like(setup: Setup, examples: Sequence[Example | Group], batches: Seque
     for step in batches[:STEPS_SEEN]:
         rows = [examples[i] for i in step[:: distributed.count()]]
         if setup.answers is not None:
-            rows = [_answered(row, setup.answers) for row in rows for _ in range(setup.answers.samples)]
+            rows = [answered(row, setup.answers) for row in rows for _ in range(setup.answers.samples)]
         found += setup.make_packs(rows)
     return found
 
 
-def _answered(prompt: Example | Group, answers: Answers) -> Example:
+def answered(prompt: Example | Group, answers: Answers) -> Example:
+    """A prompt with an answer of the length that is allowed."""
     assert isinstance(prompt, PromptExample)
     ids = np.resize(prompt.ids, len(prompt) + answers.max_tokens)
     return Example(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.float32), prompt.where)

@@ -1,7 +1,8 @@
-"""The training loop: a generator of steps that reads top to bottom.
+"""The training loop: a step reads top to bottom.
 
-    for step in steps(model, batches, loss, optimizer, schedule):
-        ...                              # logging, evaluating, saving are ordinary statements of the caller
+    train_step = TrainStep(training, loss, schedule, clip)
+    for packs in batches:
+        step = train_step.step(packs)    # logging, evaluating, saving are ordinary statements of the caller
 
 The loss of a step is the sum over the supervised tokens (or pairs, or answers: `losses`) of all its packs, divided by
 their count: how a batch is split into packs, and those among processes, changes memory and time, not the result.
@@ -10,9 +11,8 @@ their count: how a batch is split into packs, and those among processes, changes
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
-from graftlm.kernels.backend import TORCH, Backend
 from graftlm.losses import LossConfig
 from graftlm.model.layers.registry import penalty, trainable
 from graftlm.model.layers.sites import transformer_layers
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.recompute import offloaded, recomputed_layers
 from graftlm.training.callback import Callback, Optimizer, check_callbacks, fused_optimizer
 from graftlm.training.objective import Objective, Sums
+from graftlm.training.passes import Passes
 from graftlm.training.regularizers import RegularizerConfig, check_regularizers, kl_to_base, terms, weighted
 from graftlm.training.state import TrainingState
 
@@ -62,84 +60,168 @@ class Step:
     """What callbacks did at this step."""
 
 
-def steps(
-    model: nn.Module,
-    batches: Iterable[Sequence[Pack]],
-    *,
-    loss: LossConfig | str,
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[int], float],
-    clip: float,
-    callbacks: Sequence[Callback] = (),
-    regularizers: Sequence[RegularizerConfig] = (),
-    training: TrainingState | None = None,
-    seen: int = 0,
-    on_nonfinite: Literal["stop", "skip"] = "stop",
-    packed: bool = True,
-    checkpointing: bool = False,
-    offload: bool = False,
-    backend: Backend = TORCH,
-) -> Iterator[Step]:
-    """Train the model's deltas, one optimizer step for each batch of packs: this rank's, where there are several.
+@dataclass
+class TrainStep:
+    """Optimizer steps on the deltas of a model, a batch of packs each: this rank's, where there are several.
 
-    `regularizers` are added to what is minimized, and to a step's metrics. `training` is what callbacks see; `seen`
-    batches came before these, of which `training.done` were steps.
-
-    Raises TrainingError, before anything is changed by that step, for a loss or gradient that is not finite (naming
-    the rows), for a trainable tensor that gets no gradient (naming the tensor) and where memory is not enough. With
-    `on_nonfinite="skip"` a step that is not finite changes nothing and the next batch follows; after three in a row it
-    is an error again.
+    Raises TrainingError for callbacks and regularizers that do not fit what is trained, and calls `on_start` of the
+    callbacks.
     """
-    # Longer than 60 lines: the arguments and the order of a step are the interface of training.
-    objective = Objective(loss, kl_to_base(regularizers))
-    check_regularizers(regularizers, model)
-    run = training or TrainingState(model=model, deltas={}, optimizer=optimizer, total=0, seed=0)
-    check_callbacks(callbacks, run)
-    for callback in callbacks:
-        callback.on_start(run)
-    _check_fused(fused_optimizer(callbacks), regularizers, model)
-    passes = partial(training_pass, model, packed=packed, checkpointing=checkpointing, offload=offload, backend=backend)
-    gradient = _Gradient(run, objective, callbacks, regularizers, passes)
-    failures = 0
-    for number, packs in enumerate(batches, start=seen):
-        started, batch = time.perf_counter(), _Batch(objective, packs)
-        extra_metrics, run.metrics = run.metrics, {}
-        found = _Found(skipped=f"step {number + 1} has nothing to learn from")
-        if batch.count:  # else answers that the model gave itself were all as good as each other
-            factor = schedule(run.done)
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("largest_lr", group["lr"]) * factor
-            run.clip, run.norm = clip, math.nan
-            with _memory_explained(model, batch.packs, number + 1, checkpointing):
-                found = gradient(batch, number + 1)
+
+    training: TrainingState
+    """The model, its optimizer, and how far they are; callbacks see it."""
+    loss: LossConfig | str
+    schedule: Callable[[int], float]
+    """The factor on the learning rates of step 0, 1, ..."""
+    clip: float
+    """The largest norm of the gradient of a step."""
+    callbacks: Sequence[Callback] = ()
+    regularizers: Sequence[RegularizerConfig] = ()
+    """What is added to what is minimized, and to a step's metrics."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    passes: Passes = field(default_factory=Passes)
+
+    def __post_init__(self) -> None:
+        self.model, self.optimizer = self.training.model, self.training.optimizer
+        self.objective = Objective(self.loss, kl_to_base(self.regularizers))
+        self.fused = fused_optimizer(self.callbacks)
+        check_regularizers(self.regularizers, self.model)
+        check_callbacks(self.callbacks, self.training)
+        for callback in self.callbacks:
+            callback.on_start(self.training)
+        _check_fused(self.fused, self.regularizers, self.model)
+
+    def over(self, batches: Iterable[Sequence[Pack]]) -> Iterator[Step]:
+        """A step for each batch."""
+        for packs in batches:
+            yield self.step(packs)
+
+    def step(self, packs: Sequence[Pack]) -> Step:
+        """One optimizer step.
+
+        Raises TrainingError, before anything is changed, for a loss or gradient that is not finite (naming the rows),
+        for a trainable tensor that gets no gradient (naming the tensor) and where memory is not enough. With
+        `on_nonfinite="skip"` a step that is not finite changes nothing and the next batch follows; after three in a row
+        it is an error again.
+        """
+        started, training, batch = time.perf_counter(), self.training, _Batch(self.objective, packs)
+        number = training.seen + 1
+        metrics_of_rows, training.metrics = training.metrics, {}
+        if batch.count:
+            self._set_learning_rates()
+            with _memory_explained(self.model, batch.packs, number, self.passes.checkpointing):
+                found = self._gradient(batch, number)
                 if not found.skipped:
-                    optimizer.step()
-            failures = failures + 1 if found.skipped else 0
-            if found.skipped and (on_nonfinite == "stop" or failures == MOST_SKIPPED):
-                raise NotFiniteError(_not_finite(found, failures), code="not-finite")
-            if not found.skipped:
-                run.done += 1
-                for callback in callbacks:
-                    callback.on_step(run)
-            optimizer.zero_grad(set_to_none=True)
-        else:
-            failures = 0
-        events, run.events = tuple(run.events), []
-        yield Step(
-            number=number + 1,
-            done=run.done,
+                    self.optimizer.step()
+            self._count(found)
+            self.optimizer.zero_grad(set_to_none=True)
+        else:  # of answers that the model gave itself, all were as good as each other
+            found, training.failures = _Found(skipped=f"step {number} has nothing to learn from"), 0
+        training.seen = number
+        events, training.events = tuple(training.events), []
+        return Step(
+            number=number,
+            done=training.done,
             loss=found.loss,
             tokens=int(batch.tokens),
             computed_tokens=int(batch.computed),
             supervised_tokens=batch.supervised,
-            metrics={**extra_metrics, **found.metrics},
+            metrics={**metrics_of_rows, **found.metrics},
             grad_norm=found.norm,
-            learning_rate=optimizer.param_groups[0]["lr"],
+            learning_rate=self.optimizer.param_groups[0]["lr"],
             wall_s=time.perf_counter() - started,
             skipped=found.skipped,
             rows=found.rows,
             events=events,
         )
+
+    def _set_learning_rates(self) -> None:
+        factor = self.schedule(self.training.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("largest_lr", group["lr"]) * factor
+
+    def _count(self, found: "_Found") -> None:
+        """Count the step, and let callbacks act after it; NotFiniteError where it must not be skipped."""
+        training = self.training
+        if found.skipped:
+            failures = training.failures + 1
+            stops = self.on_nonfinite == "stop" or failures == MOST_SKIPPED
+            training.failures = 0 if stops else failures  # a state that is saved now may go on, as `--resume` does
+            if stops:
+                raise NotFiniteError(_not_finite(found, failures), code="not-finite")
+            return
+        training.failures = 0
+        training.done += 1
+        for callback in self.callbacks:
+            callback.on_step(training)
+
+    def _gradient(self, batch: "_Batch", number: int) -> "_Found":
+        """Put the gradient of the step into `.grad`, clipped and the same on every rank; or say why it is not
+        finite."""
+        training, parameters = self.training, trainable(self.model)
+        training.clip, training.norm, training.divisor = self.clip, math.nan, batch.count
+        for callback in self.callbacks:
+            training.divisor = callback.divisor(training, training.divisor)
+        for training.rehearsal in (True, False) if self.fused is not None and self.fused.rehearses else (False,):
+            sums, bad = self._passes(batch)
+            if bad or (training.rehearsal and not math.isfinite(training.norm)):
+                break
+        total, metrics = sums.totals()
+        if distributed.totals(len(bad))[0]:
+            return _Found(skipped=f"the loss of step {number} is not finite", rows=tuple(distributed.gathered(bad)))
+        metrics |= self._add_penalties()
+        distributed.sum_gradients(parameters.values())
+        norm = torch.tensor(training.norm) if self.fused is not None else self._clipped(parameters)
+        if torch.isfinite(norm):
+            return _Found(total / batch.count, float(norm), metrics)
+        named = distributed.gathered([row for pack in batch.packs for row in pack.rows])
+        return _Found(skipped=f"the gradient of step {number} is not finite", rows=tuple(dict.fromkeys(named)))
+
+    def _passes(self, batch: "_Batch") -> tuple[Sums, list[str]]:
+        """The packs forward and backward: (loss and metrics, the rows whose loss is not finite)."""
+        training, objective = self.training, self.objective
+        # Dropout depends on nothing that went before, so no state is saved for it. Ranks must drop other elements.
+        torch.manual_seed(training.seed_for(distributed.rank()))
+        sums, bad = Sums(objective), list[str]()
+        training.last_pack = False
+        with ExitStack() as during:
+            for callback in self.callbacks:
+                during.enter_context(callback.during(training))
+            during.enter_context(self.passes.through(self.model))
+            statistic = objective.statistic(self.model, batch.mismatched)
+            for pack in batch.packs:
+                training.pack = pack
+                part, log_probs = objective.part(self.model, pack, statistic)
+                if not torch.isfinite(part.sum):
+                    bad += pack.rows_of(~log_probs.detach().isfinite())
+                    if not distributed.is_sharded(self.model):  # there the other ranks wait for this one in every layer
+                        continue
+                training.last_pack = pack is batch.packs[-1] and not bad
+                if not any(callback.on_pack(training, pack, part, log_probs) for callback in self.callbacks):
+                    part.mean(training.divisor, batch.supervised).backward()
+                sums.add(part)
+                del part, log_probs  # with their graph, which `on_pack` may have retained
+        training.pack, training.last_pack = None, False
+        return sums, bad
+
+    def _add_penalties(self) -> dict[str, float]:
+        """The gradients of what is a function of the deltas alone: once, not once a rank. Its values, by name."""
+        added, own = terms(self.regularizers, self.model), penalty(self.model)
+        extras = [*weighted(added), *([] if own is None else [own])]
+        if distributed.first() and extras:
+            torch.stack(extras).sum().backward()
+        return {name: float(value.detach()) for name, (_, value) in added.items()}
+
+    def _clipped(self, parameters: dict[str, nn.Parameter]) -> Tensor:
+        """Let callbacks see the gradient, and clip it; its norm before that."""
+        self.training.zero_gradients = _check_gradients(parameters, self.training)
+        norm = _norm(parameters)
+        if self.callbacks and torch.isfinite(norm):  # callbacks remember what they see
+            for callback in self.callbacks:
+                callback.on_grads(self.training)
+            norm = _norm(parameters)
+        nn.utils.clip_grads_with_norm_(parameters.values(), self.clip, norm)
+        return norm
 
 
 class _Batch:
@@ -171,59 +253,6 @@ class _Found:
     """The rows that this comes from."""
 
 
-@dataclass
-class _Gradient:
-    """Puts the gradient of a step into `.grad`, clipped and the same on every rank, or says why it is not finite."""
-
-    run: TrainingState
-    objective: Objective
-    callbacks: Sequence[Callback]
-    regularizers: Sequence[RegularizerConfig]
-    passes: Callable[[], AbstractContextManager[None]]
-    still: set[str] | None = field(init=False)
-    """See `_check_gradients`."""
-
-    def __post_init__(self) -> None:
-        self.still = None if self.run.done == 0 else set()
-
-    def __call__(self, batch: _Batch, number: int) -> _Found:
-        run, fused = self.run, fused_optimizer(self.callbacks)
-        parameters = trainable(run.model)
-        for run.rehearsal in (True, False) if fused is not None and fused.rehearses else (False,):
-            sums, bad = _passes(run, self.objective, self.callbacks, batch, self.passes)
-            if bad or (run.rehearsal and not math.isfinite(run.norm)):
-                break
-        total, metrics = sums.totals()
-        if distributed.totals(len(bad))[0]:
-            return _Found(skipped=f"the loss of step {number} is not finite", rows=tuple(distributed.gathered(bad)))
-        metrics |= self._add_penalties()
-        distributed.sum_gradients(parameters.values())
-        norm = torch.tensor(run.norm) if fused is not None else self._clipped(parameters)
-        if torch.isfinite(norm):
-            return _Found(total / batch.count, float(norm), metrics)
-        named = distributed.gathered([row for pack in batch.packs for row in pack.rows])
-        return _Found(skipped=f"the gradient of step {number} is not finite", rows=tuple(dict.fromkeys(named)))
-
-    def _add_penalties(self) -> dict[str, float]:
-        """The gradients of what is a function of the deltas alone: once, not once a rank. Its values, by name."""
-        added, own = terms(self.regularizers, self.run.model), penalty(self.run.model)
-        extras = [*weighted(added), *([] if own is None else [own])]
-        if distributed.first() and extras:
-            torch.stack(extras).sum().backward()
-        return {name: float(value.detach()) for name, (_, value) in added.items()}
-
-    def _clipped(self, parameters: dict[str, nn.Parameter]) -> Tensor:
-        """Let callbacks see the gradient, and clip it; its norm before that."""
-        self.still = _check_gradients(parameters, self.still, self.run.done)
-        norm = _norm(parameters)
-        if self.callbacks and torch.isfinite(norm):  # callbacks remember what they see
-            for callback in self.callbacks:
-                callback.on_grads(self.run)
-            norm = _norm(parameters)
-        nn.utils.clip_grads_with_norm_(parameters.values(), self.run.clip, norm)
-        return norm
-
-
 def _check_fused(fused: Optimizer | None, regularizers: Sequence[RegularizerConfig], model: nn.Module) -> None:
     if fused is not None and terms(regularizers, model):
         raise TrainingError(
@@ -241,54 +270,8 @@ class NotFiniteError(TrainingError):
     """A loss or gradient that is not a number: nothing was changed by its step."""
 
 
-def _passes(
-    run: TrainingState,
-    objective: Objective,
-    callbacks: Sequence[Callback],
-    batch: _Batch,
-    passes: Callable[[], AbstractContextManager[None]],
-) -> tuple[Sums, list[str]]:
-    """The packs of a step forward and backward: (loss and metrics, the rows whose loss is not finite)."""
-    # Dropout depends on nothing that went before, so there is no state to save; ranks must not drop the same elements.
-    torch.manual_seed(run.seed_for(distributed.rank()))
-    sums, bad = Sums(objective), list[str]()
-    run.last_pack = False
-    with ExitStack() as during:
-        for callback in callbacks:
-            during.enter_context(callback.during(run))
-        during.enter_context(passes())
-        statistic = objective.statistic(run.model, batch.mismatched)
-        for pack in batch.packs:
-            run.pack = pack
-            part, log_probs = objective.part(run.model, pack, statistic)
-            if not torch.isfinite(part.sum):
-                bad += pack.rows_of(~log_probs.isfinite())
-                if not distributed.is_sharded(run.model):  # there the other ranks wait for this one in every layer
-                    continue
-            run.last_pack = pack is batch.packs[-1] and not bad
-            part.mean(batch.count, batch.supervised).backward()
-            sums.add(part)
-    run.pack, run.last_pack = None, False
-    return sums, bad
-
-
 def _norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-
-
-@contextmanager
-def training_pass(
-    model: nn.Module, *, packed: bool, checkpointing: bool = False, offload: bool = False, backend: Backend = TORCH
-) -> Iterator[None]:
-    """What a recipe says of forward and backward passes, held over both."""
-    with ExitStack() as held:
-        if packed:
-            held.enter_context(packed_attention(model, backend))
-        if checkpointing:
-            held.enter_context(recomputed_layers(model))
-        if offload:
-            held.enter_context(offloaded(model))
-        yield
 
 
 @contextmanager
@@ -318,12 +301,13 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """What torch's allocators say, on a GPU and on a CPU."""
 
 
-def _check_gradients(parameters: dict[str, nn.Parameter], still: set[str] | None, done: int) -> set[str]:
+def _check_gradients(parameters: dict[str, nn.Parameter], training: TrainingState) -> set[str]:
     """After the first step every trainable tensor must have a gradient, after the second one that is not all zero.
 
-    (A starts with a zero gradient in LoRA, because B is zero: so two steps.) `still` are those that had a zero gradient
-    so far, None before the first step; what learns at one of the two steps only is let pass.
+    (A starts with a zero gradient in LoRA, because B is zero: so two steps.) Returns those that had a zero gradient so
+    far; what learns at one of the two steps only is let pass.
     """
+    done = training.done
     missing = [name for name, p in parameters.items() if p.grad is None]
     if missing:
         raise TrainingError(
@@ -332,7 +316,7 @@ def _check_gradients(parameters: dict[str, nn.Parameter], still: set[str] | None
     if done > 1:
         return set()
     zero = {name for name, p in parameters.items() if not p.grad.count_nonzero()}  # type: ignore[union-attr]
-    still = zero if still is None else still & zero
+    still = zero & (training.zero_gradients or set()) if done else zero
     if done == 1 and still:
         raise TrainingError(
             f"{len(still)} trainable tensors had a zero gradient in the first two steps, so they learn nothing:\n"

@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graftlm import distributed
+from graftlm.adapters.folder import HEADS
+from graftlm.adapters.tensors import fill
 from graftlm.data.batches.groups import mismatched_groups
 from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.kernels.head import Comparison, Readings
@@ -49,13 +52,19 @@ class Objective:
         teacher: str | None = getattr(self.config, "teacher", None)
         return teacher if teacher is not None and is_adapter(teacher) else None
 
-    def add_head(self, model: Any) -> None:
-        """Put the value head on the model, if this loss has one: after the deltas, which freeze everything else."""
+    def add_head(self, model: Any, heads: Mapping[str, Tensor]) -> None:
+        """Put the value head on the model, if this loss has one: after the deltas, which freeze everything else.
+
+        It starts as the one in `heads`, those of an adapter that is continued; at 0 where there is none. Raises
+        AdapterError where that one does not fit.
+        """
         if self.loss.values:
             head = nn.Linear(model.config.get_text_config().hidden_size, 1)
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
             share(model, VALUES, head)
+            if stored := {key: tensor for key, tensor in heads.items() if key.startswith(f"{VALUES}.")}:
+                fill(objective_heads(model), stored, Path(HEADS))
 
     def groups(self, model: nn.Module) -> list[ParameterGroup]:
         """What the optimizer trains beside the deltas."""
@@ -70,8 +79,8 @@ class Objective:
         return float(self.loss.count(self.config, batch_of(pack)))
 
     def part(self, model: nn.Module, pack: Pack, statistic: float = 0.0) -> tuple[LossSum, Tensor]:
-        """The pack's part of the loss, with a gradient, and log-probabilities of its targets [S] without one.
-        `statistic` is that of the step."""
+        """The pack's part of the loss and log-probabilities of its targets [S], both with a gradient. `statistic` is
+        that of the step."""
         batch = replace(batch_of(pack), statistic=statistic)
         reference = self.reference(model, pack)
         comparisons = self.comparisons(model, pack)
@@ -94,7 +103,7 @@ class Objective:
             apart = (batch.weights * read.distances[-1]).sum()
             metrics = {**made.metrics, KL_TO_BASE: (apart.detach(), batch.weights.sum())}
             made = replace(made, metrics=metrics, penalty=self.kl_to_base.weight * apart)
-        return made, policy.detach()
+        return made, policy
 
     def comparisons(self, model: nn.Module, pack: Pack) -> list[Comparison]:
         """Whole distributions that the policy's are compared with: those of a teacher, and last those of the base."""
@@ -136,6 +145,12 @@ def extra_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What an objective trains in addition to the deltas, by its name in the model."""
     head = shared_of(model, VALUES)
     return {} if head is None else {f"{SHARED}.{VALUES}.{name}": p for name, p in head.named_parameters()}
+
+
+def objective_heads(model: nn.Module) -> dict[str, Tensor]:
+    """The heads that the objective trains, as an adapter keeps them: HEAD.PARAMETER -> tensor."""
+    head = shared_of(model, VALUES)
+    return {} if head is None else {f"{VALUES}.{name}": p.detach() for name, p in head.named_parameters()}
 
 
 def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:

@@ -4,33 +4,30 @@ A phase is a part of the batches with deltas that learn together and an optimize
 have one; `train.in_turn` makes one for each delta.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
 
-from graftlm import distributed
+from graftlm.adapters.adapter import Adapter
+from graftlm.adapters.load import attach_adapter
 from graftlm.data.batches.order import Curriculum
 from graftlm.data.batches.pack import Example, Group, Pack, batches
 from graftlm.data.sources.template_draws import Draws
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
-from graftlm.kernels.backend import TORCH, Backend
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.initialize import needed_statistics
-from graftlm.model.layers.registry import hosts, parameters_of, trainable
+from graftlm.model.layers.registry import attachment, hosts, parameters_of, trainable
 from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.model.passes.packing_check import check_packing
 from graftlm.model.passes.statistics import collect
 from graftlm.training.callback import Callback, default_rate, make_optimizer
 from graftlm.training.config import TrainConfig
-from graftlm.training.inner_split import make_inner_loss
-from graftlm.training.kernel_choice import choose_kernels
-from graftlm.training.loop import Step, steps
 from graftlm.training.setup import Setup
 from graftlm.training.state import ParameterGroup, TrainingState
 from graftlm.training.teacher import add_teacher
@@ -38,28 +35,48 @@ from graftlm.training.teacher import add_teacher
 Rows = Sequence[Example | Group]
 
 STATISTICS_PACKS = 8
-"""What an init or a method wants to know of the data is gathered over this many packs of the first steps."""
+"""What an init or a method wants to know of the data is gathered over this many packs of the first steps, where no
+rows are named for it (`statistics.rows`)."""
 
 
 def attach_deltas(
-    setup: Setup, model: Any, examples: Rows, batches: Sequence[Sequence[int]], *, start: bool = True
+    setup: Setup,
+    model: Any,
+    examples: Rows,
+    batches: Sequence[Sequence[int]],
+    *,
+    statistics_rows: Rows = (),
+    start: bool = True,
 ) -> None:
-    """Put the deltas on the model; those that start from the data see the first packs of training.
+    """Put the deltas on the model. Those that start from the data see all of `statistics_rows`, or, where there are
+    none, the first packs of training.
 
     Every rank looks at the same packs, so that all start from the same numbers. Without `start` they are there to be
-    filled with what a checkpoint holds.
+    filled with what a checkpoint holds. One that continues an adapter is that adapter; AdapterError or BaseModelError
+    where it does not fit.
     """
     objective = setup.objective()
     objective.add_reference(model)
     load_teacher(setup, model, examples)
+    packs = partial(_statistics_packs, setup, examples, batches, statistics_rows)
     gathered = {
-        name: collect(model, config, needs, _losses(setup, model, examples, batches))
+        name: collect(model, config, needs, _losses(setup, model, packs()))
         for name, config in setup.deltas.items()
-        if start and (needs := needed_statistics(config))
+        if start and setup.start_from is None and (needs := needed_statistics(config))
     }
     for name, config in setup.deltas.items():
+        if setup.start_from is not None:
+            _continue_adapter(model, setup.start_from, name)
+            continue
         attach(model, config, name=name, seed=setup.train.seed, statistics=gathered.get(name), start=start)
-    objective.add_head(model)
+    objective.add_head(model, setup.start_from.heads if setup.start_from is not None else {})
+
+
+def _continue_adapter(model: Any, adapter: Adapter, name: str) -> None:
+    attach_adapter(model, adapter, name=name)
+    record = attachment(model)  # template and tokenizer are those of this run
+    record.chats.pop(name, None)
+    record.tokenizers.pop(name, None)
 
 
 def load_teacher(setup: Setup, model: Any, examples: Rows) -> None:
@@ -68,12 +85,19 @@ def load_teacher(setup: Setup, model: Any, examples: Rows) -> None:
     add_teacher(model, setup.loss, base=setup.base, network=setup.network, proved=proved)
 
 
-def _losses(
-    setup: Setup, model: Any, examples: Rows, batches: Sequence[Sequence[int]]
-) -> Iterator[Callable[[], torch.Tensor]]:
-    """The mean loss of each of the first packs, as functions to be called while the bare base is watched."""
-    steps = (setup.make_packs([examples[i] for i in batch], share=False) for batch in batches)
-    packs = (pack.to(model.device) for step in steps for pack in step)
+def _statistics_packs(
+    setup: Setup, examples: Rows, batches: Sequence[Sequence[int]], statistics_rows: Rows
+) -> Iterator[Pack]:
+    """The packs from which statistics are gathered: of rows that were named all, else the first of training."""
+    size = setup.train.batch_rows
+    named = [statistics_rows[i : i + size] for i in range(0, len(statistics_rows), size)]
+    steps = named or ([examples[i] for i in batch] for batch in batches)
+    packs = (pack for step in steps for pack in setup.make_packs(step, share=False))
+    return islice(packs, None if named else STATISTICS_PACKS)
+
+
+def _losses(setup: Setup, model: Any, packs: Iterable[Pack]) -> Iterator[Callable[[], torch.Tensor]]:
+    """The mean loss of each pack, as functions to be called while the bare base is watched."""
     objective = setup.objective()
 
     def loss(pack: Pack) -> torch.Tensor:
@@ -81,8 +105,8 @@ def _losses(
         return made.sum / objective.count(pack)
 
     with packed_attention(model) if setup.packed else nullcontext():
-        for each in islice(packs, STATISTICS_PACKS):
-            yield partial(loss, each)
+        for each in packs:
+            yield partial(loss, each.to(model.device))
 
 
 def count_steps(config: TrainConfig, rows: int) -> int:
@@ -111,99 +135,64 @@ def make_batches(
 class Phase:
     """Deltas that learn together over the batches `first` to `last`, from 0, `last` not included."""
 
-    setup: Setup
     first: int
     last: int
     training: TrainingState
     callbacks: list[Callback]
     schedule: Callable[[int], float]
-    backend: Backend = TORCH
-
-    def steps(self, examples: Rows, batches: Sequence[Sequence[int]], seen: int) -> Iterator[Step]:
-        """The steps from batch `seen` on. Afterwards, if that was the end of the phase: `end`."""
-        setup, model = self.setup, self.training.model
-        objective = setup.objective()
-
-        def rows_of(number: int) -> Rows:
-            return [examples[i] for i in batches[number]]
-
-        def packs(number: int) -> Iterator[Pack]:
-            made = (callback.rows(self.training, number, rows_of, self.last) for callback in self.callbacks)
-            rows = next((rows for rows in made if rows is not None), None)
-            rows = rows_of(number) if rows is None else rows
-            for some in (rows, objective.mismatched(rows)):
-                for pack in distributed.packs_of(some, setup.make_packs, sharded=distributed.is_sharded(model)):
-                    yield pack.to(model.device)  # type: ignore[arg-type]
-
-        return steps(
-            model,
-            (list(packs(number)) for number in range(seen, self.last)),
-            loss=setup.loss,
-            optimizer=self.training.optimizer,
-            schedule=self.schedule,
-            clip=setup.train.clip,
-            callbacks=self.callbacks,
-            regularizers=setup.regularizers,
-            training=self.training,
-            seen=seen,
-            on_nonfinite=setup.train.on_nonfinite,
-            backend=self.backend,
-            **setup.passes(),
-        )
-
-    def end(self) -> None:
-        for callback in self.callbacks:
-            callback.on_end(self.training)
 
 
-def phases(setup: Setup, model: Any, total: int, inner_rows: Rows = (), backend: Backend = TORCH) -> Iterator[Phase]:
-    """All deltas together over `total` steps, or one after another while the others stay as they are.
+class Phases:
+    """The phases of a run of `total` batches: all deltas together, or one after another while the others stay as they
+    are (`train.in_turn`). The base stays in evaluation mode: its own dropout would only add noise."""
 
-    `inner_rows` are those of the inner validation split, for callbacks that learn from them.
-    """
-    for host in hosts(model).values():
-        host.deltas.train()  # the base stays in evaluation mode: its own dropout would only add noise
-    config, deltas = setup.train, setup.deltas
-    by_tensor = {id(p): name for name, p in trainable(model).items()}
-    learning = {name: {by_tensor[id(p)]: p for p in parameters_of(model, name)} for name in deltas}
-    embeddings = _at_embeddings(model, by_tensor)
-    together = [[name] for name in deltas] if config.in_turn else [list(deltas)]
-    first = 0
-    for number, names in enumerate(together, start=1):
-        last = round(total * number / len(together))
-        for name, parameters in learning.items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(name in names)
+    def __init__(self, setup: Setup, model: Any, total: int) -> None:
+        for host in hosts(model).values():
+            host.deltas.train()
+        self.setup, self.model = setup, model
+        by_tensor = {id(p): name for name, p in trainable(model).items()}
+        self._learning = {name: {by_tensor[id(p)]: p for p in parameters_of(model, name)} for name in setup.deltas}
+        self._embeddings = _at_embeddings(model, by_tensor)
+        self._together = [[name] for name in setup.deltas] if setup.train.in_turn else [list(setup.deltas)]
+        ends = [round(total * number / len(self._together)) for number in range(len(self._together) + 1)]
+        self.bounds = list(pairwise(ends))
+        """The first batch of each phase, and the one after its last."""
+
+    def begin(self, number: int) -> Phase:
+        """Let the deltas of phase `number` learn alone, with a new optimizer and new callbacks."""
+        names, (first, last) = self._together[number], self.bounds[number]
+        setup, model = self.setup, self.model
+        self._let_learn(names)
         callbacks = setup.make_callbacks()
-        rates = {name: METHODS[deltas[name].method].delta.learning_rate for name in names}
+        optimizer = make_optimizer(callbacks, self._groups(names, callbacks), weight_decay=setup.train.weight_decay)
+        schedule = setup.train.factor(last - first)
+        for callback in callbacks:
+            schedule = callback.schedule(schedule)
+        deltas = {name: setup.deltas[name] for name in names}
+        seed, total = setup.train.seed, last - first
+        training = TrainingState(model, deltas, optimizer, total=total, seed=seed, first=first, seen=first)
+        return Phase(first, last, training, callbacks, schedule)
+
+    def _groups(self, names: Sequence[str], callbacks: Sequence[Callback]) -> list[ParameterGroup]:
+        rates = {name: METHODS[self.setup.deltas[name].method].delta.learning_rate for name in names}
         groups = [
             ParameterGroup(
-                learning[name],
-                config.learning_rate or default_rate(callbacks, rates[name]),
-                at_embeddings=embeddings.intersection(learning[name]),
+                self._learning[name],
+                self.setup.train.learning_rate or default_rate(callbacks, rates[name]),
+                at_embeddings=self._embeddings.intersection(self._learning[name]),
             )
             for name in names
         ]
-        groups += setup.objective().groups(model)
-        optimizer = make_optimizer(callbacks, groups, weight_decay=config.weight_decay)
-        schedule = config.factor(last - first)
-        for callback in callbacks:
-            schedule = callback.schedule(schedule)
-        training = TrainingState(
-            model,
-            {name: deltas[name] for name in names},
-            optimizer,
-            total=last - first,
-            seed=config.seed,
-            first=first,
-        )
-        if inner_rows:
-            training.inner_loss = make_inner_loss(setup, training, inner_rows, backend)
-        yield Phase(setup, first, last, training, callbacks, schedule, backend)
-        first = last
-    for parameters in learning.values():
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        return groups + self.setup.objective().groups(self.model)
+
+    def end(self) -> None:
+        """Let all deltas learn again, as before the first phase."""
+        self._let_learn(list(self._learning))
+
+    def _let_learn(self, names: Sequence[str]) -> None:
+        for name, parameters in self._learning.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(name in names)
 
 
 def _at_embeddings(model: Any, by_tensor: Mapping[int, str]) -> frozenset[str]:
@@ -211,13 +200,3 @@ def _at_embeddings(model: Any, by_tensor: Mapping[int, str]) -> frozenset[str]:
     deltas = [delta for host in hosts(model).values() for delta in host.deltas.values()]
     at = [delta for delta in deltas if isinstance(delta, Delta) and delta.site.kind == "embedding"]
     return frozenset(by_tensor[id(p)] for delta in at for p in delta.parameters() if id(p) in by_tensor)
-
-
-def training_steps(
-    setup: Setup, model: Any, examples: Rows, batches: Sequence[Sequence[int]], inner_rows: Rows = ()
-) -> Iterator[Step]:
-    """Every step of a run, for callers that want nothing but the steps."""
-    _, backend = choose_kernels(setup, model, examples, batches)
-    for phase in phases(setup, model, len(batches), inner_rows, backend):
-        yield from phase.steps(examples, batches, phase.first)
-        phase.end()

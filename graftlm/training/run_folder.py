@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm import distributed
-from graftlm.adapters.folder import check_new_folder, mend_folder
+from graftlm.adapters.folder import RECIPE, SUMMARY, check_new_folder, mend_folder
 from graftlm.config.trees import Tree, differences
 from graftlm.data.sources.source import DataConfig
 from graftlm.errors import OutputError, TrainingError, numbered
@@ -26,11 +26,9 @@ from graftlm.training.checkpoints import (
     Checkpoints,
     DamagedCheckpointError,
     Metrics,
-    Snapshot,
     read,
 )
-
-SUMMARY, RECIPE = "summary.json", "recipe.yaml"
+from graftlm.training.snapshot import Snapshot
 
 KEPT = (FOLDER, trackers.FOLDER)
 """What in OUT belongs to the run, not to the adapter, and stays when the adapter is written."""

@@ -1,26 +1,23 @@
 """A session: the steps of a run, what is logged of them, when its state is saved, and what ends it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from graftlm import distributed
-from graftlm.data.batches.pack import Example, Group
-from graftlm.kernels.backend import Backend
 from graftlm.model.layers.modes import deltas_still
 from graftlm.model.layers.registry import trainable
-from graftlm.training.checkpoints import BEST, Snapshot, put_back, put_deltas_back, step_name, take
+from graftlm.training.checkpoints import BEST, step_name
 from graftlm.training.guards import EVERY, Guards
 from graftlm.training.loop import NotFiniteError, Step
 from graftlm.training.objective import start_of
-from graftlm.training.phases import phases
 from graftlm.training.run_folder import RunFolder, RunHandle
-from graftlm.training.setup import Setup
+from graftlm.training.snapshot import Snapshot
+from graftlm.training.trainer import Trainer
 
 
 class Stopping:
@@ -41,69 +38,56 @@ class RunContext:
 
 
 class Session:
-    """Steps over `batches`, the rows of each step, on a model that has its deltas; checkpoints hold `facts`.
+    """The steps of `trainer`, logged and saved; checkpoints hold `facts` too.
 
-    `seen` batches are done. `stopped` says that the run was left before its end. `held_out_loss` computes the loss of
-    the held-out rows, for early stopping.
+    `stopped` says that the run was left before its end. `held_out_loss` computes the loss of the held-out rows, for
+    early stopping.
     """
 
     def __init__(
-        self,
-        setup: Setup,
-        model: Any,
-        examples: Sequence[Example | Group],
-        batches: Sequence[Sequence[int]],
-        facts: Mapping[str, Any],
-        context: RunContext,
-        backend: Backend,
-        held_out_loss: Callable[[], float],
+        self, trainer: Trainer, facts: Mapping[str, Any], context: RunContext, held_out_loss: Callable[[], float]
     ) -> None:
-        self.setup, self.model, self.examples, self.batches = setup, model, examples, batches
-        self.backend, self.held_out_loss = backend, held_out_loss
+        self.trainer, self.train_config, self.held_out_loss = trainer, trainer.setup.train, held_out_loss
         self.facts, self.folder, self.run, self.stopping = facts, context.folder, context.run, context.stopping
         self.console, self.bars = context.console, context.bars
-        self.guards = Guards(setup.train.early_stopping, self.run.metrics.lines)
-        self.seen, self.asked_to_stop = 0, False
+        self.guards = Guards(self.train_config.early_stopping, self.run.metrics.lines)
+        self.asked_to_stop = False
         self.tokens, self.seconds = 0, 0.0  # of the steps of this process
 
     @property
+    def seen(self) -> int:
+        return self.trainer.seen
+
+    @property
     def stopped(self) -> bool:
-        return self.asked_to_stop and self.seen < len(self.batches)
+        return self.asked_to_stop and not self.trainer.finished
 
     @property
     def ends(self) -> bool:
         return self.asked_to_stop or self.guards.ended
 
-    def train(self, found: Snapshot | None, inner_rows: Sequence[Example | Group] = ()) -> None:
+    def train(self, found: Snapshot | None) -> None:
         """All steps from where the checkpoint `found` stood, or from the first; until they are done or something ends
-        them. `inner_rows` are those of the inner validation split."""
-        self.seen = found.facts["seen"] if found else 0
-        self.bar = self.bars.add_task("training", total=len(self.batches), completed=self.seen, now="")
-        for phase in phases(self.setup, self.model, len(self.batches), inner_rows, self.backend):
-            if found is not None and phase.first < found.facts["phase"]:
-                continue
-            if found is not None and phase.first == found.facts["phase"]:
-                put_back(found, phase.training, phase.callbacks)
-            self.phase, self.seen = phase, max(self.seen, phase.first)
-            while self.seen < phase.last and not self.ends:
-                if snapshot := self._until_a_return():
-                    self._return_to(snapshot)
-            phase.end()
-            if self.stopped:
-                break
+        them."""
+        if found is not None:
+            self.trainer.load(found)
+        total = len(self.trainer.batches)
+        self.bar = self.bars.add_task("training", total=total, completed=self.seen, now="")
+        while not (self.trainer.finished or self.ends):
+            if snapshot := self._until_a_return():
+                self._return_to(snapshot)
+        self.trainer.end()
 
     def _until_a_return(self) -> Snapshot | None:
-        """Steps to the end of the phase or of the run; or to a spike, and then the checkpoint to go back to."""
-        every = self.setup.train.save_every
+        """Steps to the end of the run; or to a spike, and then the checkpoint to go back to."""
         try:
-            for step in self.phase.steps(self.examples, self.batches, self.seen):
-                self.seen = step.number
+            for step in self.trainer.steps():
                 self._log(step)
                 if snapshot := self._spike(step):
                     return snapshot
                 self._look_at_held_out()
                 self.asked_to_stop = bool(distributed.totals(self.stopping.requested)[0])  # on any rank
-                if self.ends or self.seen % every == 0 or self.seen == len(self.batches):
+                if self.ends or self.seen % self.train_config.save_every == 0 or self.trainer.finished:
                     self._save(step_name(self.seen))
                 if self.ends:
                     return None
@@ -116,7 +100,7 @@ class Session:
         """Write the step into metrics.jsonl, show it, and give it to the guards."""
         for line in _lines(step):
             self.run.log(line)
-        if self.seen == 1 and (text := start_of(self.setup.loss, step.metrics)):
+        if self.seen == 1 and (text := start_of(self.trainer.setup.loss, step.metrics)):
             self.console.print(text, highlight=False)
         if not step.skipped:
             self.tokens, self.seconds = self.tokens + step.tokens, self.seconds + step.wall_s
@@ -124,46 +108,45 @@ class Session:
         now += f"  reward {step.metrics['reward']:.3f}" if "reward" in step.metrics else ""
         self.bars.update(self.bar, completed=self.seen, now=now)
         if self.seen % EVERY == 0:
-            for event in self.guards.look(trainable(self.model)):
+            for event in self.guards.look(trainable(self.trainer.model)):
                 self.run.log({"step": self.seen, **event})
 
     def _spike(self, step: Step) -> Snapshot | None:
         """Log it if this loss is one; the checkpoint to return to, if that is wanted and there is one."""
-        comparable = not step.skipped and self.setup.answers is None  # answers of the model change with it
+        comparable = not step.skipped and self.trainer.setup.answers is None  # answers of the model change with it
         spike = self.guards.spike(step.loss) if comparable else None
         if spike is None:
             return None
-        snapshot = self.folder.last(self.console.print) if self.setup.train.on_spike == "return" else None
-        if snapshot is not None and snapshot.facts["phase"] != self.phase.first:
+        snapshot = self.folder.last(self.console.print) if self.train_config.on_spike == "return" else None
+        if snapshot is not None and snapshot.facts["phase"] != self.trainer.phase.first:
             snapshot = None  # of an optimizer that is gone
         self.run.log({"step": self.seen, **spike, **({"returns_to": snapshot.facts["seen"]} if snapshot else {})})
         return snapshot
 
     def _return_to(self, snapshot: Snapshot) -> None:
         """Restore the state of a checkpoint; the batches since then stay left out."""
-        put_deltas_back(snapshot, self.model, list(self.setup.deltas), self.folder.out)
-        put_back(snapshot, self.phase.training, self.phase.callbacks)
+        self.trainer.load(replace(snapshot, facts={**snapshot.facts, "seen": self.seen}))
         self._save(step_name(self.seen))
 
     def _look_at_held_out(self) -> None:
         """When early stopping wants it: measure the held-out loss as an event, and save the state with the lowest."""
-        stopping = self.setup.train.early_stopping
+        stopping = self.train_config.early_stopping
         if stopping is None or self.seen % stopping.every:
             return
         with ExitStack() as held:
-            for callback in self.phase.callbacks:
-                held.enter_context(callback.evaluating(self.phase.training))
-            held.enter_context(deltas_still(self.model))
+            for callback in self.trainer.callbacks:
+                held.enter_context(callback.evaluating(self.trainer.training))
+            held.enter_context(deltas_still(self.trainer.model))
             loss = self.held_out_loss()
             self.run.log({"step": self.seen, "event": "held out", "held_out_loss": loss})
             if self.guards.better(loss):
                 self._save(BEST)
 
     def _save(self, name: str) -> None:
-        phase, deltas = self.phase, list(self.setup.deltas)
-        snapshot = partial(
-            take, phase.training, phase.callbacks, deltas, phase=phase.first, seen=self.seen, **self.facts
-        )
+        def snapshot(**more: Any) -> Snapshot:
+            state = self.trainer.state()
+            return replace(state, facts={**state.facts, **self.facts, **more})
+
         self.run.save(name, snapshot)
 
 

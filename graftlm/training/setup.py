@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from graftlm.adapters.adapter import Adapter
 from graftlm.data.batches.pack import Example, Group, Pack, lay_out
 from graftlm.deltas.base import DeltaConfig
+from graftlm.kernels.backend import TORCH, Backend
 from graftlm.losses import LossConfig
 from graftlm.model.hub.config import BaseConfig
 from graftlm.training.callback import Callback
 from graftlm.training.config import TrainConfig
 from graftlm.training.objective import Objective
+from graftlm.training.passes import Passes
 from graftlm.training.regularizers import RegularizerConfig
 
 
@@ -34,16 +37,17 @@ class Setup:
     packed: bool
     """Whether several rows go through the model in one pass (`data.pack`)."""
     network: bool
+    start_from: Adapter | None = None
+    """What the only delta continues; None where it starts anew."""
     answers: Answers | None = None
     """None where the rows come from files."""
 
-    def passes(self) -> dict[str, Any]:
-        """How packs go through the model, as `loop.training_pass` takes it."""
-        train = self.train
-        return {"packed": self.packed, "checkpointing": train.checkpointing, "offload": train.offload}
+    def passes(self, backend: Backend = TORCH) -> Passes:
+        """How packs go through the model."""
+        return Passes(self.packed, self.train.checkpointing, self.train.offload, backend)
 
     def objective(self) -> Objective:
-        """The loss alone: what has to be added for regularizers is in `loop.steps`."""
+        """The loss alone: what has to be added for regularizers is in `loop.TrainStep`."""
         return Objective(self.loss)
 
     def make_packs(self, rows: Sequence[Example | Group], *, share: bool | None = None) -> list[Pack]:

@@ -32,13 +32,21 @@ class TrainingState:
     deltas: Mapping[str, DeltaConfig]
     """The deltas that learn, by name."""
     optimizer: torch.optim.Optimizer
-    total: int
+    total: int = 0
     """Steps of the phase."""
-    seed: int
+    seed: int = 0
     done: int = 0
     """Optimizer steps so far: in `during` and `on_grads` those before this one, in `on_step` this one too."""
     first: int = 0
     """The batch of the run with which the phase begins."""
+    seen: int = 0
+    """Batches of the run before this one, those that were skipped too."""
+    failures: int = 0
+    """Steps in a row, up to this one, that were skipped because something was not finite."""
+    zero_gradients: set[str] | None = None
+    """Trainable tensors that had a zero gradient so far; None before the first step, empty after the second."""
+    divisor: float = math.nan
+    """In `during`: what the sums of the step's losses are divided by."""
     inner_loss: Callable[[bool], Tensor] | None = None
     """The mean loss over some rows of the inner validation split, for callbacks with `inner_share`: the same rows on
     every rank and for every call after as many steps. Called with True, it adds its gradient to every `.grad`."""

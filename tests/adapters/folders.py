@@ -1,14 +1,14 @@
 """A model with our LoRA, edits of the folder of an adapter, and that loading one is refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from graftlm.adapters.folder import CONFIG, WEIGHTS
+from graftlm.adapters.folder import CONFIG, RECORD, WEIGHTS, sha256_of_record
 from graftlm.adapters.load import load_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.layers.attach import attach
@@ -57,3 +57,10 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """graftlm.json with this record, as a program that signs it leaves it."""
+    sums = {name: digest for name, digest in record["sha256"].items() if name != RECORD}
+    signed = {**record, "sha256": sums | {RECORD: sha256_of_record({**record, "sha256": sums})}}
+    (folder / RECORD).write_text(json.dumps(signed))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from graftlm.adapters import save
+from graftlm.adapters import adapter as values
 from graftlm.adapters.folder import CONFIG, WEIGHTS
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
@@ -45,7 +45,7 @@ def test_no_room_on_the_disk_is_said_and_what_was_there_stays(
 ) -> None:
     before = files(adapter)
     if where == "weights":
-        monkeypatch.setattr(save, "save_file", full_disk)
+        monkeypatch.setattr(values, "save_file", full_disk)
     elif where == "text":
         monkeypatch.setattr(Path, "write_text", full_disk)
     else:
@@ -62,7 +62,7 @@ def test_no_room_as_safetensors_reports_it(tmp_path: Path, monkeypatch: pytest.M
     def fails(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(save, "save_file", fails)
+    monkeypatch.setattr(values, "save_file", fails)
     with raises("output/no-space-left"):
         save_adapter(ours(), tmp_path / "a")
     assert not list(tmp_path.iterdir())
@@ -72,7 +72,7 @@ def test_any_other_failure_leaves_what_was_there_and_nothing_else(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(adapter)
-    monkeypatch.setattr(save, "save_file", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(values, "save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_adapter(ours(), adapter, overwrite=True)
     assert files(adapter) == before

@@ -13,7 +13,7 @@ from graftlm.adapters.save import save_adapter
 from graftlm.model.hub.load import load_base
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from tests.adapters.folders import edit_config, edit_tensors, ours, refused
+from tests.adapters.folders import edit_config, edit_tensors, ours, refused, write_record
 from tests.peers import factors_of_ours, peft_model
 
 pytestmark = pytest.mark.versions
@@ -145,6 +145,8 @@ def test_a_record_whose_config_was_edited_is_refused(adapter: Path) -> None:
     tree = json.loads((adapter / RECORD).read_text())
     tree["config"]["alhpa"] = 3
     (adapter / RECORD).write_text(json.dumps(tree))
+    refused(adapter, "adapter/checksum-mismatch", str(adapter / RECORD), "delete it")
+    write_record(adapter, tree)
     refused(adapter, "recipe/unknown-key", str(adapter / RECORD), "alhpa", "'alpha'")
 
 

@@ -17,7 +17,7 @@ from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback, make_optimizer
-from graftlm.training.loop import Step, steps
+from graftlm.training.loop import Step, TrainStep
 from graftlm.training.state import ParameterGroup, TrainingState
 from tests.callbacks.tables import TABLE, with_optimizer
 from tests.errors import raises
@@ -35,10 +35,8 @@ def training(model: Any, chosen: list[Callback], *, rate: float = 0.01, total: i
 def walk(
     state: TrainingState, chosen: list[Callback], batches: list[Any], *, clip: float = 1e9, **options: Any
 ) -> Iterator[Step]:
-    return steps(
-        state.model, batches, loss="supervised", optimizer=state.optimizer, schedule=lambda step: 1.0, clip=clip,
-        callbacks=chosen, training=state, seen=state.done, **options,
-    )  # fmt: skip
+    state.seen = state.done
+    yield from TrainStep(state, "supervised", lambda step: 1.0, clip, chosen, **options).over(batches)
 
 
 def run(state: TrainingState, chosen: list[Callback], batches: list[Any], **options: Any) -> list[Step]:

@@ -58,6 +58,7 @@ def both() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return all_runs(), together(2, all_runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OF_RANKS, *OTHERS])
 def test_what_is_chosen_and_learnt_is_that_of_one_process(name: str, both: Any) -> None:
     wanted = both[0][name]

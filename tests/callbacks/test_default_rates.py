@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from graftlm.config.schema import build
-from graftlm.data.batches.pack import collate
+from graftlm.kernels.backend import TORCH
 from graftlm.model.layers.attach import attach
 from graftlm.optim import OPTIMIZERS
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
-from graftlm.training.loop import steps
-from graftlm.training.phases import phases
+from graftlm.training.trainer import Trainer
 from tests.training.test_loop import examples
 
 OTHERS = {
@@ -26,14 +25,8 @@ def fall(method: str, parts: dict[str, Any]) -> float:
     sections = {"data": {"train": "rows.jsonl"}, "delta": {"method": method}} | parts
     recipe = build(Recipe, sections, source="test")
     model = attach(tiny_model(), recipe.all_deltas()["default"])
-    (phase,) = phases(recipe.setup(), model, 12)
-    pack = collate(examples())
-    done = list(
-        steps(
-            model, [[pack]] * 12, loss="supervised", optimizer=phase.training.optimizer, schedule=phase.schedule,
-            clip=1.0, callbacks=phase.callbacks, training=phase.training,
-        )
-    )  # fmt: skip
+    rows = examples()
+    done = list(Trainer(recipe.setup(), model, rows, [list(range(len(rows)))] * 12, backend=TORCH).steps())
     return done[0].loss - done[-1].loss
 
 

@@ -4,7 +4,6 @@ import json
 import sys
 from dataclasses import fields, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from graftlm.model.layers.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback, check_callbacks
-from graftlm.training.checkpoints import put_back, put_deltas_back, take
+from graftlm.training.snapshot import put_back, put_deltas_back, take
 from graftlm.training.state import TrainingState
 from tests.callbacks.tables import TABLE, make
 from tests.callbacks.test_callbacks import run, training, walk
@@ -119,7 +118,7 @@ def test_what_a_checkpoint_keeps_is_all_that_a_callback_knows(name: str, method:
         if step.number == 3:
             snapshot = take(whole, [callback], ["default"])
     again, fresh = made(name, method)
-    put_deltas_back(snapshot, again.model, ["default"], Path("checkpoint"))
+    put_deltas_back(snapshot, again.model, ["default"])
     put_back(replace(snapshot, facts=json.loads(json.dumps(snapshot.facts))), again, [fresh])
     run(again, [fresh], BATCHES[3:])
     for state, acting in ((whole, callback), (again, fresh)):

@@ -13,6 +13,7 @@ from graftlm.model.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
+from graftlm.training.passes import Passes
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.callbacks.test_inner_split import with_inner_loss
@@ -52,7 +53,7 @@ def test_the_gradient_is_that_of_the_loss_of_the_paper(checkpointing: bool) -> N
     slow = perturbed("lora", tiny_model())
     starts = [{name: p.detach().clone() for name, p in trainable(model).items()}]
     for number in range(2):
-        run(state, [callback, watching], [[NOW]], checkpointing=checkpointing)
+        run(state, [callback, watching], [[NOW]], passes=Passes(checkpointing=checkpointing))
         starts.append({name: p.detach().clone() for name, p in trainable(model).items()})
         t = number + 1
         a = min(0.6, t / (t + 9))

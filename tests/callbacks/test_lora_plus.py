@@ -16,7 +16,7 @@ from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
-from graftlm.training.phases import phases
+from graftlm.training.phases import Phases
 from graftlm.training.state import ParameterGroup
 from tests.callbacks.test_callbacks import run, training
 from tests.errors import raises
@@ -70,9 +70,9 @@ def test_the_default_rate_leaves_B_that_of_the_method_and_a_given_rate_is_As(giv
         source="test",
     )
     model = attach(tiny_model(tie_word_embeddings=False), recipe.all_deltas()["default"])
-    (turn,) = phases(recipe.setup(), model, 4)
+    training = Phases(recipe.setup(), model, 4).begin(0).training
     names = {id(p): name for name, p in trainable(model).items()}
-    rates = {names[id(p)]: group["lr"] for group in turn.training.optimizer.param_groups for p in group["params"]}
+    rates = {names[id(p)]: group["lr"] for group in training.optimizer.param_groups for p in group["params"]}
     rate_of_A = given or METHODS["lora"].delta.learning_rate / 16
     for name, rate in rates.items():
         wanted = 1e-6 if "embed_tokens" in name else 16 * rate_of_A if name.endswith(".B") else rate_of_A

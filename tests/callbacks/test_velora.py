@@ -15,6 +15,7 @@ from graftlm.planning.memory import LiveBytes
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
+from graftlm.training.passes import Passes
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.errors import raises
@@ -146,4 +147,9 @@ def test_what_has_no_meaning_is_refused() -> None:
             run(training(model, [callback]), [callback], [[PACK]])
     callback = Velora(VeloraConfig(groups=8))
     with raises("training/conflicting-settings", match="checkpointing"):
-        run(training(perturbed("lora", tiny_model()), [callback]), [callback], [[PACK]], checkpointing=True)
+        run(
+            training(perturbed("lora", tiny_model()), [callback]),
+            [callback],
+            [[PACK]],
+            passes=Passes(checkpointing=True),
+        )

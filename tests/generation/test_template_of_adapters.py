@@ -33,6 +33,7 @@ from graftlm.run import Result
 from graftlm.runs import check_page
 from graftlm.testing.tiny import CHATML, save_tiny_base, tiny_tokenizer
 from graftlm.training import run_folder
+from tests.adapters.folders import write_record
 from tests.errors import raises
 
 OTHER = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
@@ -190,7 +191,7 @@ def test_an_adapter_whose_template_writes_no_date_keeps_none(base_folder: Path, 
 def test_a_day_that_is_none_is_refused(base_folder: Path, tmp_path: Path) -> None:
     trained(base_folder, tmp_path, CHATML)
     file = tmp_path / "out" / "graftlm.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"today": "1 March"}))
+    write_record(file.parent, json.loads(file.read_text()) | {"today": "1 March"})
     with raises("adapter/invalid-date", match=r"graftlm.json: today: '1 March'"):
         load_adapter(load_base(str(base_folder)).model, tmp_path / "out")
 

@@ -13,7 +13,7 @@ from graftlm.data.batches.pack import Example, collate
 from graftlm.planning.bench import linear_shapes, one_pass, parts_of_time
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
-from graftlm.training.loop import training_pass
+from graftlm.training.passes import Passes
 
 PARTS = {"matrix products", "attention", "head and loss", "element-wise", "rest"}
 
@@ -53,7 +53,7 @@ def test_parts_are_told_apart(dtype: torch.dtype) -> None:
         for n in (40, 25)
     ]
     model = perturbed("lora", tiny_model().to(dtype))
-    with training_pass(model, packed=True):
+    with Passes().through(model):
         parts = parts_of_time(lambda: one_pass(model, collate(rows)))
     assert parts.keys() == PARTS
     assert sum(parts.values()) == pytest.approx(1)

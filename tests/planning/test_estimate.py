@@ -15,6 +15,7 @@ from graftlm.cli import app
 from graftlm.config.schema import build, to_yaml
 from graftlm.data.batches.pack import Pack
 from graftlm.deltas import METHODS
+from graftlm.generation.sampling import Sampling
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.kernels.cpu import unavailable
 from graftlm.model.hub.load import load_base
@@ -23,8 +24,9 @@ from graftlm.model.hub.tokenizer import load_tokenizer
 from graftlm.model.layers.attach import attach
 from graftlm.model.layers.coverage import coverage
 from graftlm.model.layers.registry import hosts, parameters_of, trainable
-from graftlm.planning import layers, memory, step_time
+from graftlm.planning import layers, step_time
 from graftlm.planning.estimate import estimate
+from graftlm.planning.generation import Load, held_out_load, rollouts_load
 from graftlm.planning.memory import GIB, HEAP, HEAP_CHECKPOINTED, LiveBytes, kernel_count, live_bytes
 from graftlm.planning.packs import shape_of
 from graftlm.prepare import prepare_data
@@ -32,7 +34,7 @@ from graftlm.recipe import Recipe
 from graftlm.system import kernel_cache_capacity
 from graftlm.testing import save_tiny_base
 from graftlm.testing.deltas import tiny_config
-from graftlm.training import loop
+from graftlm.training.passes import Passes
 from graftlm.training.phases import attach_deltas
 from tests.errors import raises
 
@@ -214,13 +216,14 @@ def test_passes_are_computed_by_the_backend_of_a_run(
 ) -> None:
     seen: list[Backend] = []
 
-    def spied(model: Any, **settings: Any) -> Any:
-        seen.append(settings["backend"])
-        return loop.training_pass(model, **settings)
+    through = Passes.through
+
+    def spied(self: Passes, model: Any) -> Any:
+        seen.append(self.backend)
+        return through(self, model)
 
     made = recipe(base, rows, base={"dtype": "bfloat16"})
-    for module in (memory, step_time):
-        monkeypatch.setattr(module, "training_pass", spied)
+    monkeypatch.setattr(Passes, "through", spied)
     estimate(replace(made, train=replace(made.train, kernels=kernels)))
     assert len(seen) > 2
     assert len(set(map(id, seen))) == 1
@@ -319,6 +322,62 @@ def test_a_plan_says_what_the_deltas_and_the_quantization_of_the_whole_base_reac
     assert found["reach"] == coverage(model).lines()
     assert found["trainable_parameters"] == sum(p.numel() for p in trainable(model).values())
     assert bool(found["coverage"]["fused_experts"]) == (kind == "mixtral")
+
+
+ONLINE: dict[str, Any] = {"samples": 4, "max_new_tokens": 6, "at_once": 5, "scorer": {"by": "exact"}}
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("loss", ["policy-gradient", "dpo", "kto", "supervised"])
+def test_a_recipe_with_rl_holds_a_second_copy_and_trains_on_the_longest_answers(
+    loss: str, base: Path, rows: Path
+) -> None:
+    made = recipe(base, rows, loss=loss, rl=ONLINE)
+    found = estimate(made)
+    memory = found["parts"]["memory_gib"]
+    assert memory.keys() >= {"prepacked_weights", "generating"}
+    assert "held_out_answers" not in memory
+    assert found["peak_gib"] >= memory["generating"] >= memory["process"] + memory["base"]
+    prompts = prepare_data(made, load_tokenizer(made.base)).examples
+    answers = {"policy-gradient": 4, "dpo": 2, "kto": 4, "supervised": 1}[loss]
+    assert found["largest_pack"]["supervised"] % (answers * ONLINE["max_new_tokens"]) == 0
+    longest = max(len(prompt.answers[0]) for prompt in prompts)
+    assert longest + answers * ONLINE["max_new_tokens"] <= found["largest_pack"]["tokens"] <= 200
+
+
+def test_an_engine_of_rl_answers_as_many_at_a_time_as_a_step_has(base: Path, rows: Path) -> None:
+    made = recipe(base, rows, loss="policy-gradient", rl=ONLINE)
+    data = prepare_data(made, load_tokenizer(made.base))
+    longest = max(len(prompt.answers[0]) for prompt in data.examples)
+    sampling = Sampling(temperature=1.0)
+    assert rollouts_load(made, data) == Load(5, longest, 6, sampling=sampling)
+    many = replace(made, rl=replace(made.rl, at_once=100))  # type: ignore[type-var]
+    assert rollouts_load(many, data) == Load(6 * 4, longest, 6, sampling=sampling)
+
+
+def test_held_out_answers_are_a_part_of_the_peak(base: Path, rows: Path) -> None:
+    made = recipe(base, rows, data={"held_out": 8}, report={"answers": 5, "max_new_tokens": 9})
+    data = prepare_data(made, load_tokenizer(made.base))
+    load = held_out_load(made, data)
+    asked = [data.renderer.prompt(row.messages[:-1]) for row in data.held_out_rows[:5]]
+    assert load == Load(5, max(map(len, asked)), 9, prepack=False), "a call of its own holds no second copy"
+    many = replace(made, report=replace(made.report, max_new_tokens=8000))
+    longer = held_out_load(many, data)
+    assert longer is not None
+    assert longer.requests == 2, "an engine holds 16,384 tokens"
+    found = estimate(made)
+    assert found["peak_gib"] >= found["parts"]["memory_gib"]["held_out_answers"]
+    none = estimate(recipe(base, rows, data={"held_out": 8}, report={"answers": 0}))
+    assert "held_out_answers" not in none["parts"]["memory_gib"]
+
+
+def test_where_the_cache_is_not_known_it_is_said(rows: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"state_size": 4, "conv_kernel": 2, "expand": 2, "time_step_rank": 4}
+    folder = save_tiny_base(tmp_path / "base", model_type="mamba", **sizes)
+    delta = {"method": "lora", "r": 2, "targets": "all-linear"}
+    found = estimate(recipe(folder, rows, delta=delta, data={"held_out": 4, "pack": False}))
+    assert any("memory of answers is not counted" in line for line in found["advice"])
+    assert "held_out_answers" not in found["parts"]["memory_gib"]
 
 
 def test_the_command_prints_json_and_text(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,11 @@ import graftlm.rl.rollouts as sampler_module
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Group, collate
 from graftlm.data.batches.prompts import PromptExample
+from graftlm.generation import sampling
+from graftlm.generation.engine import Engine
+from graftlm.generation.requests import Request
+from graftlm.kernels.backend import TORCH
+from graftlm.kernels.prepacked import packed_bytes
 from graftlm.losses import LOSSES
 from graftlm.model.hub.load import load_base
 from graftlm.model.layers.registry import trainable
@@ -27,8 +33,9 @@ from graftlm.rl.config import FEEDBACK, score, training_group
 from graftlm.rl.rewards import Completion
 from graftlm.rl.rollouts import Sampler
 from graftlm.testing import save_tiny_base
-from graftlm.training import loop
-from graftlm.training.phases import attach_deltas, phases
+from graftlm.training.passes import Passes
+from graftlm.training.phases import attach_deltas
+from graftlm.training.trainer import Trainer
 from tests.errors import raises
 from tests.training.test_preferences import count_steps, written
 from tests.training.test_resume import same, stopping_after
@@ -70,8 +77,8 @@ def recipe(base: Path, rows: Path, loss: Any = "policy-gradient", **sections: di
     return build(Recipe, tree, source="test")
 
 
-def prepared(made: Recipe) -> tuple[Any, Any, Any, list[list[int]]]:
-    """(model with its deltas, the one phase, the prompts, the plan), the deltas moved from where they start."""
+def prepared(made: Recipe) -> Trainer:
+    """A trainer of three steps; the deltas are moved from where they start."""
     model, tokenizer = load_base(made.base)
     examples = prepare_data(made, tokenizer).examples
     plan = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
@@ -80,14 +87,16 @@ def prepared(made: Recipe) -> tuple[Any, Any, Any, list[list[int]]]:
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model, next(phases(made.setup(), model, len(plan))), examples, plan
+    return Trainer(made.setup(), model, examples, plan, backend=TORCH)
 
 
-def sampled(made: Recipe) -> tuple[Any, Any, list[Example | Group]]:
-    """(model, phase, the rows of the first step)"""
-    model, phase, examples, plan = prepared(made)
-    (sampler,) = (p for p in phase.callbacks if isinstance(p, Sampler))
-    return model, phase, sampler.rows(phase.training, 0, lambda n: [examples[i] for i in plan[n]], len(plan))
+def sampled(made: Recipe) -> tuple[Any, Trainer, list[Example | Group]]:
+    """(model, trainer, the rows of the first step)"""
+    trainer = prepared(made)
+    (sampler,) = (p for p in trainer.callbacks if isinstance(p, Sampler))
+    examples, plan = trainer.examples, trainer.batches
+    rows = sampler.rows(trainer.training, 0, lambda n: [examples[i] for i in plan[n]], len(plan))
+    return trainer.model, trainer, rows
 
 
 # What is trained -------------------------------------------------------------------------------------------------
@@ -106,15 +115,17 @@ def test_the_very_ids_that_were_generated_are_trained_and_nothing_else(
     answers = [[*letters, stop], [letters[0]] * 6]
     seen: list[list[int]] = []
 
-    def fake(model: Any, asked: Sequence[Any], **options: Any) -> Iterator[tuple[int, list[int]]]:
-        assert options["keep_stop"]
-        assert stop in options["stop_ids"]
-        for i, ids in enumerate(asked):
-            seen.append(list(ids))
-            yield i, answers[len(seen) % 2]
+    class FakeEngine:
+        def __init__(self, model: Any, **options: Any) -> None: ...
 
-    monkeypatch.setattr(sampler_module, "generate", fake)
-    _, phase, rows = sampled(made)
+        def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
+            for number, request in enumerate(requests):
+                assert stop in request.stop_ids
+                seen.append(list(request.ids))
+                yield number, SimpleNamespace(ids=answers[len(seen) % 2])
+
+    monkeypatch.setattr(sampler_module, "Engine", FakeEngine)
+    _, trainer, rows = sampled(made)
     found = [answer for row in rows for answer in row.answers]
     assert found
     for example in found:
@@ -124,8 +135,8 @@ def test_the_very_ids_that_were_generated_are_trained_and_nothing_else(
         assert trained.tolist() == list(range(begin, len(example.ids))), "every token of the answer, and no other"
         assert example.ids[begin:].tolist() in answers
         assert set(example.weights[begin:].tolist()) == {1.0}
-    assert phase.training.metrics["cut"] == 0.5
-    assert phase.training.metrics["answer_tokens"] == 5.0
+    assert trainer.training.metrics["cut"] == 0.5
+    assert trainer.training.metrics["answer_tokens"] == 5.0
     text = tokenizer.decode(seen[0])
     assert text.endswith("<|im_start|>assistant\n")
     assert text.count("<|im_start|>user") == 1
@@ -151,7 +162,7 @@ def test_what_scorers_see(base_folder: Path, tmp_path: Path, monkeypatch: pytest
 def test_the_answers_know_how_likely_they_were(base_folder: Path, prompts: Path) -> None:
     """Against plain logits; and the ratio at the first step of a round is 1."""
     made = recipe(base_folder, prompts, rl={"steps_per_round": 2})
-    model, phase, rows = sampled(made)
+    model, trainer, rows = sampled(made)
     for host in model.modules():
         host.eval()
     for group in rows:
@@ -165,25 +176,25 @@ def test_the_answers_know_how_likely_they_were(base_folder: Path, prompts: Path)
             assert answer.old_log_probs is not None
             assert (torch.from_numpy(answer.old_log_probs)[trained] - wanted).abs().max() < 1e-5
         pack = collate([group], share=True)
-        with loop.training_pass(model, packed=True), torch.no_grad():
+        with Passes().through(model), torch.no_grad():
             assert ((log_probs(model, pack) - pack.old_log_probs).exp() - 1).abs().max() < 1e-5
 
 
 def test_generation_draws_from_the_distribution_that_is_trained(
     base_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What generate() itself computed for each token that it drew is what the training pass computes."""
+    """What the engine itself computed for each token that it drew is what the training pass computes."""
     made = recipe(base_folder, prompts, rl={"steps_per_round": 2})
     drawn: list[Tensor] = []
-    multinomial = torch.multinomial
+    draw = sampling._drawn
 
-    def watched(chances: Tensor, num_samples: int) -> Tensor:
-        chosen = multinomial(chances, num_samples)
-        drawn.append(chances.gather(1, chosen)[:, 0].log())
+    def watched(logits: Tensor, settings: Any, points: Sequence[float]) -> list[int]:
+        chosen = draw(logits, settings, points)
+        drawn.append(logits.log_softmax(1).gather(1, torch.tensor(chosen)[:, None])[:, 0])
         return chosen
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "multinomial", watched)
+        patch.setattr(sampling, "_drawn", watched)
         _, _, rows = sampled(made)
     by_generation = torch.cat(drawn)
     for group in rows:
@@ -194,18 +205,19 @@ def test_generation_draws_from_the_distribution_that_is_trained(
 
 def test_the_gradient_of_a_step_is_that_of_a_plain_loss(base_folder: Path, prompts: Path) -> None:
     made = recipe(base_folder, prompts, train={"clip": 1e9})
-    model, phase, examples, plan = prepared(made)
+    trainer = prepared(made)
+    model = trainer.model
     kept: dict[str, Tensor] = {}
     answered: list[Any] = []
-    (sampler,) = (p for p in phase.callbacks if isinstance(p, Sampler))
+    (sampler,) = (p for p in trainer.callbacks if isinstance(p, Sampler))
     rows_of = sampler.rows
     sampler.rows = lambda *a: answered.append(rows_of(*a)) or answered[-1]  # type: ignore[method-assign]
 
     def keep(*_: Any, **__: Any) -> None:
         kept.update({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
 
-    phase.training.optimizer.step = keep  # type: ignore[method-assign]
-    next(iter(phase.steps(examples, plan, 0)))
+    trainer.training.optimizer.step = keep  # type: ignore[method-assign]
+    trainer.step()
     renderer, wanted = sampler.renderer, torch.tensor(0.0)
     count = sum(len(group.answers) for group in answered[0])
     assert count > 4
@@ -530,15 +542,36 @@ def test_what_cannot_be_is_refused_with_its_reason(
         recipe(base_folder, prompts, loss, **sections)
 
 
-def test_estimates_and_range_tests_say_that_they_cannot(base_folder: Path, prompts: Path) -> None:
-    from graftlm.planning.estimate import estimate
+def test_an_engine_holds_what_is_estimated(base_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftlm.planning.generation import generation_bytes, rollouts_load
+    from graftlm.planning.layers import with_deltas
+
+    held: list[int] = []
+    compute = Engine._compute
+
+    def spied(self: Engine, parts: Any) -> None:
+        compute(self, parts)
+        held.append(sum(t.nbytes for one in self._running for layer in one.cache.layers for t in layer))
+
+    monkeypatch.setattr(Engine, "_compute", spied)
+    made = recipe(base_folder, prompts)
+    load = rollouts_load(made, prepare_data(made, load_base(made.base).tokenizer))
+    found = generation_bytes(*with_deltas(made), load)
+    _, trainer, _ = sampled(made)
+    assert load.requests == 6
+    one_token = found.cache // load.requests // (load.prompt_tokens + load.new_tokens - 1)
+    assert found.cache - load.requests * one_token <= max(held) <= found.cache, "numbers have one digit or two"
+    (sampler,) = (p for p in trainer.callbacks if isinstance(p, Sampler))
+    assert sampler.engine is not None
+    assert sampler.engine.products
+    assert found.prepacked_weights == sum(packed_bytes(each.source) for each in sampler.engine.products.values())
+
+
+def test_range_tests_say_that_they_cannot(base_folder: Path, prompts: Path) -> None:
     from graftlm.planning.lr_range import lr_range_test
 
-    made = recipe(base_folder, prompts)
     with raises("training/unsupported-with-rl"):
-        estimate(made)
-    with raises("training/unsupported-with-rl"):
-        lr_range_test(made)
+        lr_range_test(recipe(base_folder, prompts))
 
 
 def test_a_prompt_is_an_example_of_which_nothing_is_trained(base_folder: Path, prompts: Path) -> None:

@@ -300,6 +300,7 @@ def test_a_run_that_is_asked_to_stop_may_save_first(tmp_path: Path, monkeypatch:
     assert (out / "saved").is_file()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_real_run_resumes_what_was_stopped(recipe: Path, tmp_path: Path) -> None:
     points, out = grid(recipe, ["seed=1", "steps=40", "save_every=10", "threads=1"]), tmp_path / "out"
     name = points[0].name

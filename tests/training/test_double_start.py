@@ -66,7 +66,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("steps", "shares", "first", "count"),
     [
-        pytest.param(20, 2, 0, 2),
+        pytest.param(20, 2, 0, 2, marks=pytest.mark.slow),
         pytest.param(40, 20, 0, 20, marks=pytest.mark.slow),
         *(
             pytest.param(400, 200, first, 20, marks=pytest.mark.long(group="double-start"))

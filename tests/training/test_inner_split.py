@@ -11,6 +11,7 @@ import graftlm
 from graftlm.data.batches.pack import collate
 from graftlm.model.passes.forward import log_probs
 from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
@@ -19,6 +20,7 @@ from graftlm.training.setup import Setup
 from tests.callbacks.test_callbacks import training
 from tests.errors import raises
 from tests.training.test_loop import examples
+from tests.training.test_preferences import written
 from tests.training.test_resume import STEPS, recipe, rows, same, stopping_after
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -119,3 +121,52 @@ def test_a_run_whose_deltas_change_shape_goes_on_to_the_same_bytes(
             graftlm.train(wanted, out)
         graftlm.train(wanted, out, resume=True)
         same(out, tmp_path / "whole")
+
+
+def named(file: Path) -> Path:
+    return written(file, [{"prompt": f"what is {n}?", "completion": f"{n} and {n}"} for n in range(5)])
+
+
+def test_named_rows_take_the_place_of_a_share_of_the_training_rows(
+    base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    file = named(tmp_path / "inner.jsonl")
+    plain = recipe(base_folder, rows)
+    made = recipe(base_folder, rows, data__inner_rows=str(file), **CASES["bilora"])
+    data, wanted = (prepare_data(each, each.tokenizer()) for each in (made, plain))
+    assert [e.where for e in data.examples] == [e.where for e in wanted.examples], "no training row is left out"
+    assert [e.where.rpartition("/")[2] for e in data.inner_rows] == [f"inner.jsonl:{n}" for n in range(1, 6)]
+
+
+def test_a_run_with_named_inner_rows_goes_on_to_the_same_bytes_and_knows_them(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = named(tmp_path / "inner.jsonl")
+    made = recipe(base_folder, rows, data__inner_rows=str(file), **CASES["bilora"])
+    graftlm.train(made, tmp_path / "whole")
+    for name in ("out", "edited"):
+        with monkeypatch.context() as patch:
+            stopping_after(3, patch)
+            graftlm.train(made, tmp_path / name)
+    moved = file.rename(tmp_path / "moved.jsonl")
+    same_rows = recipe(base_folder, rows, data__inner_rows=str(moved), **CASES["bilora"])
+    graftlm.train(same_rows, tmp_path / "out", resume=True)
+    same(tmp_path / "out", tmp_path / "whole")
+    written(moved, [{"prompt": "what?", "completion": "that"}]).rename(file)
+    with raises("training/dependencies-changed", match="rows of the inner validation split"):
+        graftlm.train(made, tmp_path / "edited", resume=True)
+
+
+def test_named_inner_rows_are_refused_where_nothing_learns_from_them(base_folder: Path, rows: Path) -> None:
+    with raises("recipe/invalid-value", match="data.inner_rows: no callback .* bilora"):
+        recipe(base_folder, rows, data__inner_rows=str(rows))
+
+
+def test_a_loss_with_a_statistic_of_whole_steps_has_no_inner_rows(
+    base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    judged = [{"prompt": f"say {n}", "completion": f"{n}", "label": n % 2 == 0} for n in range(8)]
+    file = str(written(tmp_path / "judged.jsonl", judged))
+    made = recipe(base_folder, rows, data__train=file, data__inner_rows=file, loss="kto", **CASES["bilora"])
+    with raises("training/conflicting-settings", match="loss kto needs a statistic"):
+        prepare_data(made, made.tokenizer())

@@ -22,7 +22,9 @@ from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.config import TrainConfig
+from graftlm.training.passes import Passes
 from graftlm.training.schedule import learning_rate_factor, warmup_cosine
+from graftlm.training.state import TrainingState
 from tests.errors import raises
 
 
@@ -42,18 +44,9 @@ def run(
 ) -> list[loop.Step]:
     optimizer = adamw([(trainable(model).values(), lr)], weight_decay=0.0)
     schedule = warmup_cosine(steps=len(batches), warmup_steps=0)
-    return list(
-        loop.steps(
-            model,
-            batches,
-            loss="supervised",
-            optimizer=optimizer,
-            schedule=schedule,
-            clip=1e9,
-            packed=packed,
-            checkpointing=checkpointing,
-        )
-    )
+    passes = Passes(packed=packed, checkpointing=checkpointing)
+    train_step = loop.TrainStep(TrainingState(model, {}, optimizer), "supervised", schedule, clip=1e9, passes=passes)
+    return list(train_step.over(batches))
 
 
 def gradients(
@@ -211,8 +204,8 @@ def test_the_gradient_is_clipped_over_all_tensors_together() -> None:
             )
 
     optimizer = Recorder(trainable(model).values(), lr=1.0)
-    batch = [pack(examples(4), 64)]
-    (step,) = loop.steps(model, batch, loss="supervised", optimizer=optimizer, schedule=lambda n: 1.0, clip=1e-3)
+    train_step = loop.TrainStep(TrainingState(model, {}, optimizer), "supervised", lambda n: 1.0, clip=1e-3)
+    step = train_step.step(pack(examples(4), 64))
     assert step.grad_norm > 1e-3
     assert math.isclose(norms[0], 1e-3, rel_tol=1e-3)
 

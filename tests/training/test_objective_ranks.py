@@ -14,6 +14,7 @@ from graftlm.losses import LOSSES
 from graftlm.model.layers.registry import trainable
 from graftlm.training.objective import Objective
 from graftlm.training.sharding import shard
+from graftlm.training.state import TrainingState
 from tests.training.test_objective import OPTIONS, answered, items, moved
 from tests.training.together import together
 
@@ -25,7 +26,7 @@ def one(name: str, options: dict[str, Any], sharded: bool) -> dict[str, Any]:
     distributed.start()
     model = moved()
     objective = Objective(LOSSES[name].config(**options))
-    objective.add_head(model)
+    objective.add_head(model, {})
     if sharded:
         shard(model)
     rows = items(name, answered(ROWS))
@@ -41,8 +42,8 @@ def one(name: str, options: dict[str, Any], sharded: bool) -> dict[str, Any]:
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             kept.update({key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None})
 
-    optimizer = Recorder(trainable(model).values(), lr=0.0)
-    (step,) = loop.steps(model, [packs], loss=objective.config, optimizer=optimizer, schedule=lambda n: 1.0, clip=1e9)
+    training = TrainingState(model, {}, Recorder(trainable(model).values(), lr=0.0))
+    step = loop.TrainStep(training, objective.config, lambda n: 1.0, clip=1e9).step(packs)
     return {"loss": step.loss, "metrics": dict(step.metrics), "tokens": step.tokens, "gradients": kept}
 
 

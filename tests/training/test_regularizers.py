@@ -26,6 +26,7 @@ from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.objective import Objective
 from graftlm.training.regularizers import REGULARIZERS, check_regularizers, terms
+from graftlm.training.state import TrainingState
 from tests.errors import raises
 from tests.training.test_objective import answered, items, moved
 from tests.training.together import together
@@ -107,15 +108,10 @@ def one(name: str, options: dict[str, Any], added: list[dict[str, Any]], tokens:
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             kept.update({key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None})
 
-    (step,) = loop.steps(
-        model,
-        [packs],
-        loss=objective.config,
-        optimizer=Recorder(trainable(model).values(), lr=0.0),
-        schedule=lambda n: 1.0,
-        clip=1e9,
-        regularizers=[made(each, 0.5) for each in added],
-    )
+    training = TrainingState(model, {}, Recorder(trainable(model).values(), lr=0.0))
+    regularizers = [made(each, 0.5) for each in added]
+    train_step = loop.TrainStep(training, objective.config, lambda n: 1.0, clip=1e9, regularizers=regularizers)
+    step = train_step.step(packs)
     return step.loss, dict(step.metrics), kept
 
 

@@ -418,7 +418,9 @@ print("operations:", int(sys.argv[1]) - left)
 """
 
 
-@pytest.mark.parametrize("apart", [17, pytest.param(1, marks=pytest.mark.long(group="kill"))])
+@pytest.mark.parametrize(
+    "apart", [pytest.param(17, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.long(group="kill"))]
+)
 def test_killed_at_writes_syncs_and_renames_it_goes_on_to_the_same_bytes(
     apart: int, base_folder: Path, rows: Path, unbroken: Path, tmp_path: Path
 ) -> None:

@@ -4,9 +4,8 @@
 Everything else that is a change of weights goes through W' - W. Nothing here changes the model that it is given.
 """
 
-import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from graftlm.adapters.adapter import Adapter
 from graftlm.adapters.export.llama_cpp import Architecture, architecture, gguf_factors, why_not_gguf
+from graftlm.adapters.export.merged import merge_into
 from graftlm.adapters.folder import new_folder
 from graftlm.adapters.peft import model_type, target_modules, task, transposed, why_not_peft, why_not_read
-from graftlm.adapters.save import write_adapter, write_files
+from graftlm.adapters.save import adapter_of, as_json, base_facts
 from graftlm.adapters.tensors import PREFIX
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
 from graftlm.deltas.lora import LoraConfig
-from graftlm.errors import TargetError, numbered
+from graftlm.errors import TargetError
 from graftlm.model.hub.fingerprint import fingerprint, public_name
 from graftlm.model.hub.quantize_base import quantization_of
-from graftlm.model.hub.stopping import generation_settings, missing_end, tokenizer_that_ends
-from graftlm.model.layers.hosts import Host, LayerHost, all_factors
+from graftlm.model.hub.stopping import missing_end
+from graftlm.model.layers.acting import all_factors
+from graftlm.model.layers.hosts import Host, LayerHost
 from graftlm.model.layers.quantize import GROUP, QuantizedLinear
-from graftlm.model.layers.registry import attachment, hosts
-from graftlm.model.layers.state_dict import base_state, merged_state
+from graftlm.model.layers.registry import hosts
+from graftlm.model.layers.state_dict import active_changes, base_state
 
 # Merged models ---------------------------------------------------------------------------------------------------
 
@@ -115,80 +117,6 @@ CONSTANT = 1e-6
 _INT4_ONLY = (
     "only a constant in each group goes into zero points. Train method qa-lora, or `graft merge` to float weights"
 )
-
-
-def merge_into(
-    model: Any,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    tokenizer: Any = None,
-    stop_ids: Sequence[int] = (),
-) -> Path:
-    """Write the base with the active deltas folded in as a folder that transformers loads without graftlm.
-
-    A tied head stays tied unless a delta sits on one side only: then both are written and the config says so. Raises
-    TargetError where a delta is no change of weights, or gives a layer a bias that the architecture has no place for.
-
-    `stop_ids` (`Renderer.stop_ids`: what the chat template ends an answer with) come first in the eos_token_id of
-    generation_config.json, before the base's own, and the first of them becomes the tokenizer's eos token.
-    """
-    state = merged_state(model, dtype=dtype)
-    config = _config_for(model, state, dtype)
-    with new_folder(folder) as partial:
-        with torch.device("meta"):
-            plain = type(model)(config)
-        wanted = plain.state_dict()
-        for key, tensor in wanted.items():
-            if key not in state:  # a bias that the config brings along for a layer without a delta
-                state[key] = torch.zeros(tensor.shape, dtype=dtype)
-        if config.tie_word_embeddings:
-            state = {key: tensor for key, tensor in state.items() if key in wanted}
-        else:
-            state = {key: tensor.clone() for key, tensor in state.items()}
-        plain.load_state_dict(state, strict=True, assign=True)
-        plain.generation_config = generation_settings(model, stop_ids)
-        plain.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer_that_ends(tokenizer, stop_ids).save_pretrained(partial)
-            if tokenizer.chat_template:
-                (partial / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    return Path(folder)
-
-
-BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "bias", "add_bias_linear", "qkv_bias")
-"""The keys by which transformers' configs give their linear layers biases."""
-
-
-def _config_for(model: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """The base's config, with what the merged weights need said in it; TargetError where it cannot be said."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = attachment(model).kernel_before or config._attn_implementation
-    config.dtype = dtype
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = [state.get(f"{names[id(end)].removesuffix('.base')}.weight") for end in (head, table) if end is not None]
-    if config.tie_word_embeddings and len(ends) == 2 and ends[0] is not ends[1]:
-        config.tie_word_embeddings = False
-    new = _without_a_place(model, config, state)
-    if new:
-        for switch in BIAS_SWITCHES:
-            if getattr(config, switch, None) is False:
-                setattr(config, switch, True)
-        if lacking := _without_a_place(model, config, state):
-            raise TargetError(
-                f"{type(model).__name__} has no place for {len(lacking)} biases that the delta gave its layers, so a "
-                f"merged model would drop them:\n{numbered(lacking)}\nExport with `--to delta`, or give the delta "
-                "targets that have a bias",
-                code="no-bias-in-model",
-            )
-    return config
-
-
-def _without_a_place(model: Any, config: Any, state: Mapping[str, Tensor]) -> list[str]:
-    with torch.device("meta"):
-        known = type(model)(config).state_dict().keys()
-    return sorted(state.keys() - known)
 
 
 # Plain LoRA ------------------------------------------------------------------------------------------------------
@@ -291,8 +219,7 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
     }
     means = targets if isinstance(targets, str) else tuple(targets)
     config = LoraConfig(r=plain.rank, alpha=float(plain.rank), targets=means)
-    facts: dict[str, Any] = {"chat_template": None, "layout": "LORA", "position": 0, "rebuilt": {}, "seed": 0}
-    write_files(model, folder, stored, tensors, config, facts)
+    Adapter(tensors, as_json(stored), config, base_facts(model)).write_into(folder)
 
 
 # Differences of weights ------------------------------------------------------------------------------------------
@@ -300,14 +227,13 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
 
 def write_difference(model: nn.Module, folder: Path) -> None:
     """`delta.safetensors`: W' - W and b' - b, float32, under the base's own names; and which base they belong to."""
-    tensors: dict[str, Tensor] = {}
+    changes, tensors = active_changes(model), dict[str, Tensor]()
     with torch.no_grad():
-        merged = merged_state(model)
         for name, host in hosts(model).items():
-            if host.active and isinstance(host, LayerHost):
-                tensors[f"{name}.weight"] = merged[f"{name}.weight"] - host.view.store(host.view.weight)
-                if (b := merged.get(f"{name}.bias")) is not None:
-                    own = host.view.bias
+            if name in changes and isinstance(host, LayerHost):
+                (W, b), own = changes[name](), host.view.bias
+                tensors[f"{name}.weight"] = host.view.store(W - host.view.weight)
+                if b is not None:
                     tensors[f"{name}.bias"] = b if own is None else b - own
     mark = fingerprint(model)
     save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, folder / "delta.safetensors")
@@ -409,7 +335,7 @@ def _exported(
     names = _active(model)
     if to == "peft" and len(names) == 1 and not why_not_peft(model, names[0]):
         with new_folder(folder) as partial:
-            write_adapter(model, partial, name=names[0], tokenizer=tokenizer)
+            adapter_of(model, names[0], tokenizer=tokenizer).write_into(partial)
         return {"kind": to, "exact": True, "as": "PEFT's own method"}
     if to == "peft" and (reason := why_not_read(model_type(model), "LORA", _sites(model))):
         raise TargetError(

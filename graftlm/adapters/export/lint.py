@@ -26,7 +26,9 @@ SERVERS = ("vLLM", "SGLang", "LoRAX", "llama.cpp", "OpenVINO")
 """Those that read PEFT's folders, or files of them."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM's --max-lora-rank can have; 16 without it."""
+"""The values that vLLM's --max-lora-rank can have."""
+
+VLLM_DEFAULT_RANK = 16
 
 SGLANG_LAYERS = (
     "down_proj",
@@ -148,15 +150,30 @@ def _embeddings(folder: Folder) -> str:
 
 
 def _rank(folder: Folder) -> int:
-    return int(folder.config.get("r", 0))
+    """The largest of all layers."""
+    return max(map(int, (folder.config.get("r", 0), *(folder.config.get("rank_pattern") or {}).values())))
+
+
+def _patterns(*names: str) -> Broken:
+    return lambda folder: next((name for name in names if folder.config.get(name)), "")
+
+
+def _refused_by_vllm(folder: Folder) -> str:
+    """Inits of the names below leave the base as it is."""
+    start = folder.config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
+        return f"init_lora_weights={start!r}: let PEFT convert it (path_initial_model_for_weight_conversion)"
+    keys = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+    return next((key for key in keys if folder.config.get(key)), "")
 
 
 def _scaled(folder: Folder) -> str:
-    alpha, rslora = folder.config.get("lora_alpha"), folder.config.get("use_rslora")
-    scale = float(alpha or 0) / (_rank(folder) ** 0.5 if rslora else _rank(folder)) if _rank(folder) else 1.0
+    alpha, rslora, rank = folder.config.get("lora_alpha"), folder.config.get("use_rslora"), folder.config.get("r")
+    scale = float(alpha or 0) / (float(rank) ** 0.5 if rslora else float(rank)) if rank else 1.0
     return "" if scale == 1.0 else f"{scale:g}"
 
 
+UNREAD_PATTERN = f"it does not read {{}}, so some layers would be scaled wrongly: {PLAIN}"
 RULES = (
     Rule(
         ("PEFT",),
@@ -177,10 +194,22 @@ RULES = (
         "it refuses DoRA or leaves it out: export `--to plain-lora --rank N`, or `--to merged`",
     ),
     Rule(
-        SERVERS,
-        "2026-11 vllm/lora/peft_helper.py, sglang/srt/lora/lora_config.py, convert_lora_to_gguf.py",
-        lambda f: next((key for key in ("rank_pattern", "alpha_pattern") if f.config.get(key)), ""),
-        f"it does not read {{}}, so some layers would be scaled wrongly: {PLAIN}",
+        ("SGLang", "LoRAX", "OpenVINO"),
+        "2026-11 sglang/srt/lora/lora.py, lorax utils/adapter.py, openvino.genai lora/adapter.cpp",
+        _patterns("rank_pattern", "alpha_pattern"),
+        UNREAD_PATTERN,
+    ),
+    Rule(  # it divides alpha by the rank that each tensor has, so it needs no rank_pattern
+        ("llama.cpp",),
+        "2026-11 convert_lora_to_gguf.py, src/llama-adapter.h",
+        _patterns("alpha_pattern"),
+        UNREAD_PATTERN,
+    ),
+    Rule(
+        ("vLLM",),
+        "2026-11 vllm/lora/peft_helper.py",
+        lambda f: _refused_by_vllm(f) if f.lora else "",
+        "it refuses {}",
     ),
     Rule(
         SERVERS,
@@ -215,7 +244,7 @@ RULES = (
     Rule(
         ("SGLang",),
         "2026-11 sglang/srt/lora/utils.py",
-        lambda f: isinstance(f.config.get("target_modules"), str),
+        lambda f: isinstance(named := f.config.get("target_modules"), str) and named not in ("all", "all-linear"),
         "it takes no regular expression for target_modules: export `--to merged`",
     ),
     Rule(
@@ -310,8 +339,11 @@ def _verdict(program: str, folder: Folder) -> Verdict:
 
 
 def _hints(program: str, folder: Folder) -> tuple[str, ...]:
-    if program == "vLLM" and _rank(folder) > 16:
-        return (f"start it with --max-lora-rank {next(r for r in VLLM_RANKS if r >= _rank(folder))}",)
+    if program == "vLLM":
+        option = next(r for r in VLLM_RANKS if r >= _rank(folder))
+        patterns = _patterns("rank_pattern", "alpha_pattern")(folder)
+        hints = [f"start it with --max-lora-rank {option}"] if option > VLLM_DEFAULT_RANK else []
+        return (*hints, *([f"it reads {patterns} since 0.32.0: {PLAIN} for an earlier one"] if patterns else []))
     if program == "SGLang":
         return (f"start it with --max-lora-rank {_rank(folder)} or more",)
     if program == "llama.cpp":

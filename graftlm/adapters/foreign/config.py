@@ -38,6 +38,11 @@ HARMLESS = {
     "task_type",
 }
 
+OTHERWISE = {
+    "LILY": "PEFT mixes the B of Lily by the mean over all tokens of the batch, `lily` here for each token by itself",
+}
+"""Types of PEFT that compute something else than the method of that name here, and what."""
+
 UNSET: tuple[Any, ...] = (None, False, [], {})
 """Values at which a key that is unknown here (of a later version) can change nothing."""
 
@@ -53,6 +58,12 @@ def method_of(stored: Mapping[str, Any], file: Path) -> tuple[str, Method]:
         says = ", ".join(f"{key}={value!r}" for key, value in _other_constants(stored, of_kind[-1][2]).items())
         raise AdapterError(
             f"{file}: {says} changes what the adapter computes, and is not supported here", code="unsupported-setting"
+        )
+    if kind in OTHERWISE:
+        raise AdapterError(
+            f"{file}: {OTHERWISE[kind]}, so that this adapter would compute something else. Use it in PEFT, or train "
+            "one here",
+            code="unsupported-setting",
         )
     known = [m.delta.peft.type for m in METHODS.values() if m.delta.peft is not None]
     raise AdapterError(

@@ -11,7 +11,7 @@ from graftlm.adapters.folder import CONFIG
 from graftlm.adapters.foreign.biases import changed_biases
 from graftlm.adapters.foreign.config import check_keys, method_fields, method_of, site_patterns
 from graftlm.adapters.foreign.contents import Contents, check_experts, named_tensors, sort_tensors
-from graftlm.adapters.foreign.reading import Adapter, Member, Reading
+from graftlm.adapters.foreign.reading import ConvertedAdapter, Member, Reading
 from graftlm.adapters.foreign.replaced import changes_of_base, replaced_modules
 from graftlm.adapters.foreign.token_rows import token_ids, token_rows
 from graftlm.adapters.tensors import PREFIX, check_numbers, widened
@@ -20,7 +20,9 @@ from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import AdapterError, nearest, numbered
 
 
-def read_adapter(model: nn.Module, stored: dict[str, Any], tensors: Mapping[str, Tensor], file: Path) -> Adapter:
+def convert_adapter(
+    model: nn.Module, stored: dict[str, Any], tensors: Mapping[str, Tensor], file: Path
+) -> ConvertedAdapter:
     """The deltas that PEFT's (config, tensors) are on this model; AdapterError for what cannot be them.
 
     `file` holds the tensors and is named in messages; the config lies beside it. Nothing is attached.
@@ -34,10 +36,10 @@ def read_adapter(model: nn.Module, stored: dict[str, Any], tensors: Mapping[str,
     check_numbers(tensors, file)  # a prompt or a prefix: one tensor, and no layer
     tree = {"method": name, **method_fields(stored, method, file.with_name(CONFIG))}
     config = build(method.config, tree, source=str(file.with_name(CONFIG)))
-    return Adapter([Member("", config, layout, dict(tensors))], [])
+    return ConvertedAdapter([Member("", config, layout, dict(tensors))], [])
 
 
-def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> Adapter:
+def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> ConvertedAdapter:
     named = named_tensors(reading, tensors)
     check_experts(reading, named)
     held = sort_tensors(reading, named)
@@ -62,7 +64,7 @@ def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> Adapter:
         raise AdapterError(
             f"{reading.file}: does not fit this model:\n{numbered(sorted(reading.problems))}", code="does-not-fit-model"
         )
-    return Adapter([member for member in members if member is not None], reading.remarks)
+    return ConvertedAdapter([member for member in members if member is not None], reading.remarks)
 
 
 def _sites(reading: Reading, held: Contents) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Member:
     """By the keys of that layout; None is our own (`graftlm/adapters/tensors.py`)."""
 
 
-class Adapter(NamedTuple):
+class ConvertedAdapter(NamedTuple):
     """What was read: the deltas in the order in which they act, and remarks on how it was read."""
 
     members: list[Member]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from graftlm.config.template_variables import names_in
 from graftlm.data.chat.forms import Form, forms_of
+from graftlm.data.chat.literal import marked_fields, with_marks, without_mark
 from graftlm.data.chat.lost import NO_VARIABLES, check_calls, check_prompt, find_lost
 from graftlm.data.chat.requests import T, Work, run_all, texts_of
 from graftlm.data.chat.roles import Rendered, Role
@@ -124,6 +125,23 @@ class Renderer:
     ) -> NDArray[np.int32]:
         """The ids after which the model should answer: int32 [n]."""
         return self._alone(self._prompt(messages, tools, variables))
+
+    def prompt_of_strangers(
+        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+    ) -> NDArray[np.int32]:
+        """As `prompt`, for messages that nobody has looked at: what they say is text. A message that holds the text of
+        a control token (`<|im_end|>`) cannot end its turn by it, as that text has the ids of its letters.
+
+        Control tokens are the special ones, and those that the template writes itself; of the second kind, answers may
+        hold some (`<think>`), as the model wrote them.
+        """
+        special = frozenset(self.tokenization.special_texts)
+        written = {text for text in self.tokenization.control_texts if text in (self.template or "")}
+        mark = next(iter(free_characters(messages, tools)))
+        safe = [with_marks(m, mark, special if m.role == "assistant" else special | written) for m in messages]
+        shown = [marked_fields(tool, mark, special | written) for tool in tools]
+        values = marked_fields(variables, mark, special | written)
+        return self._alone(self._prompt(safe, shown, values, mark))
 
     def prompts_of_all(self, conversations: Sequence[Asked]) -> list[NDArray[np.int32] | DataError]:
         """What `prompt` returns for each of many conversations, or the DataError that it raises."""
@@ -277,17 +295,21 @@ class Renderer:
         return row, not lost.calls and not any(messages[i] is not own[i] for i in thoughts)
 
     def _prompt(
-        self, messages: Sequence[Message], tools: Sequence[Fields] = (), variables: Fields = NO_VARIABLES
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Fields] = (),
+        variables: Fields = NO_VARIABLES,
+        mark: str = "",
     ) -> Work[NDArray[np.int32]]:
         def prompted(messages: Sequence[Message]) -> Work[NDArray[np.int32]]:
-            return self._in_a_form(messages, variables, lambda form: self._prompt_as(form, messages, tools))
+            return self._in_a_form(messages, variables, lambda form: self._prompt_as(form, messages, tools, mark))
 
         return (yield from self._with_system(messages, prompted))[0]
 
     def _prompt_as(
-        self, form: Form, messages: Sequence[Message], tools: Sequence[Fields]
+        self, form: Form, messages: Sequence[Message], tools: Sequence[Fields], mark: str
     ) -> Work[tuple[NDArray[np.int32], bool]]:
-        """The ids, and whether nothing is lost that another form may save."""
+        """The ids, and whether nothing is lost that another form may save. No token lies across a `mark`."""
         own, messages = messages, form.messages(messages)
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         chat = form.fields(messages)
@@ -297,7 +319,9 @@ class Renderer:
         for message in messages:
             form.check(message, text)
         whole = not lost.calls and not any(messages[i] is not own[i] for i in lost.thoughts)
-        return self.tokenization.encode(text, cuts=answer_starts(text, begins)).ids, whole
+        plain, cuts = without_mark(text, mark)
+        starts = answer_starts(plain, [without_mark(begin, mark)[0] for begin in begins])
+        return self.tokenization.encode(plain, cuts=[*starts, *cuts]).ids, whole
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:

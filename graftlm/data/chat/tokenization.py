@@ -55,6 +55,7 @@ class Tokenization:
         # What can end a turn: some tokenizers have their end of turn as an added token that is not called special, and
         # some have runs of white space as added tokens, which end nothing.
         self.control = sorted(i for i, token in added.items() if token.special or token.content.strip())
+        self.control_texts = tuple(added[i].content for i in self.control)
         count = max(added, default=-1) + 2  # the last one stands for all that are higher
         self.is_control = np.zeros(count, np.bool_)
         self.is_control[self.control] = True

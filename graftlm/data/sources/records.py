@@ -17,10 +17,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from graftlm.data.sources import docstrings
 from graftlm.data.sources.nulls import without_nulls
+from graftlm.data.sources.tasks import table as tasks
 from graftlm.errors import DataError, nearest
 
 
@@ -38,8 +39,20 @@ class Problem:
 
 Record = tuple[str, Any]  # where it stands, and what stands there
 
-BUILTIN = {"docstrings": docstrings}
-"""Name -> the module with the `rows()` of a data set, and the `files()` of this machine that they are made from."""
+
+class Builtin(NamedTuple):
+    """A built-in data set."""
+
+    rows: Callable[[], list[dict[str, str]]]
+    files: Callable[[], list[Path]]
+    """The files of this machine that the rows are made from."""
+
+
+BUILTIN = {
+    "docstrings": Builtin(docstrings.rows, docstrings.files),
+    "tasks": Builtin(tasks.every_row, tasks.files),
+    **{f"tasks/{name}": Builtin(partial(tasks.rows, name), tasks.files) for name in tasks.TASKS},
+}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 GZ = ".gz"
 GZIP = b"\x1f\x8b"

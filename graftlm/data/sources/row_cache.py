@@ -25,7 +25,7 @@ from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.splits import for_supervised
 
-BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack"}
+BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack", "inner_rows"}
 """Keys of `data` that say nothing of which rows there are."""
 
 

@@ -20,8 +20,9 @@ class SourceConfig:
 
     path: str
     """A .jsonl, .json, .csv, .tsv, .parquet or .arrow file, .jsonl.gz and so on; a pattern (`data/*.jsonl`) or a folder
-    of such files; `hub:org/name[@subset][:split]`; `builtin:docstrings`; or what another trainer describes:
-    `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:` (Axolotl)."""
+    of such files; `hub:org/name[@subset][:split]`; `builtin:docstrings`, `builtin:tasks` or `builtin:tasks/NAME`; or
+    what another trainer describes: `dataset_info.json:NAME` (LLaMA-Factory) or a .yaml file with `datasets:`
+    (Axolotl)."""
     format: Literal[
         "auto",
         "messages",
@@ -81,6 +82,9 @@ class DataConfig:
     equally often, and rows that come once more are drawn from `train.seed`."""
     held_out: Count | Share | str | SourceConfig = 0
     """Rows (100), a share (0.05), or a source of its own; rows with the same group never end up on both sides."""
+    inner_rows: str | SourceConfig | None = None
+    """Rows of the inner validation split, a source of its own, for callbacks that learn from one (`bilora`, `alora` and
+    others). Without it, the split is a share of the training rows, on which no step trains then."""
     strict: Flag = False
     """Stop at rows that cannot be used, instead of leaving them out and reporting them."""
     template_variables: dict[str, Any] = Field(default_factory=dict)

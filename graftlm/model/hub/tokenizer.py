@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -56,20 +57,24 @@ def plain_template(tokenizer: Any) -> str:
     return (own.get("default") if isinstance(own, dict) else own) or ""
 
 
-def read_tokenizer(model: Any, folder: Path) -> Any:
-    """The tokenizer in an adapter's folder, or None where there is none; AdapterError where it does not fit the model.
+def read_tokenizer(model: Any, files: Mapping[str, bytes], folder: Path) -> Any:
+    """The tokenizer in an adapter's files, or None where there is none; AdapterError where it does not fit the model.
 
-    Of a base that was loaded from a folder, the tokenizer there is compared at once (`with_more_tokens`).
+    `folder` is what messages call the adapter. Of a base that was loaded from a folder, the tokenizer there is compared
+    at once (`with_more_tokens`).
     """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    if "tokenizer.json" not in files:
         return None
     try:
-        own = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        with TemporaryDirectory() as place:
+            for name, contents in files.items():
+                Path(place, name).write_bytes(contents)
+            own = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        own.name_or_path = str(folder)
     except Exception as error:
         raise AdapterError(
-            f"{file}: the adapter's tokenizer cannot be loaded: {first_lines(error)}. Restore it, or remove the file "
-            "to use the base's",
+            f"{folder / 'tokenizer.json'}: the adapter's tokenizer cannot be loaded: {first_lines(error)}. Restore it, "
+            "or remove the file to use the base's",
             code="unloadable-tokenizer",
         ) from None
     rows, base = embedding_rows(model), base_record(model).folder

@@ -6,7 +6,7 @@ Attaching changes the model in place and no weight of it; with no delta on, the 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,17 @@ from graftlm.model.layers import prefix
 from graftlm.model.layers.hosts import Host, LayerHost, ModelHost, SubLayerHost
 from graftlm.model.layers.initialize import initialize, needed_statistics
 from graftlm.model.layers.parts import together
-from graftlm.model.layers.registry import SHARED, Attachment, attachment, delta_names, hosts, share, shared_of
+from graftlm.model.layers.registry import (
+    SHARED,
+    Attachment,
+    attachment,
+    delta_names,
+    forget,
+    hosts,
+    known_hosts,
+    share,
+    shared_of,
+)
 from graftlm.model.layers.sites import (
     CHILD,
     Statistics,
@@ -51,7 +61,53 @@ def attach(
     if targets is not None:
         config = replace(config, targets=targets if isinstance(targets, str) else tuple(targets))
     record = attachment(model)
-    if name in record.configs:
+    check_name(record, name)
+    new = new_deltas(model, config, seed=seed, statistics=statistics, start=start)  # all, before the model is touched
+    begin(model, record)
+    for site_name, delta in new.deltas.items():
+        host = host_at(model, replace(delta.site, name=site_name), record)
+        host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
+        host.active = (*host.active, name)
+    if new.shared is not None:
+        share(model, name, new.shared)
+    record.configs[name] = config
+    record.sites[name] = new.sites
+    record.seeds[name] = seed
+    came(record, name)
+    return model
+
+
+class NewDeltas(NamedTuple):
+    """The deltas of a config for a model, not attached to it."""
+
+    deltas: dict[str, Delta]
+    """Layer, or other host -> delta."""
+    sites: tuple[str, ...]
+    shared: Any
+    """What the sites hold in common (`Shared`), or None."""
+
+
+def new_deltas(
+    model: nn.Module,
+    config: DeltaConfig,
+    *,
+    seed: int = 0,
+    statistics: Statistics | None = None,
+    start: bool = True,
+) -> NewDeltas:
+    """What `attach` puts on a model, and raises as it does; the model is not touched."""
+    check_model(model)
+    places = sites_of(model, config, seed=seed, statistics=statistics)
+    _check_statistics(config, places, start)
+    shared = config.share(places)
+    places = [replace(site, shared=shared) for site in places]
+    deltas = _by_layer(model, config, {site.name: _new_delta(model, site, config, start) for site in places}, seed)
+    return NewDeltas(deltas, tuple(site.name for site in places), shared)
+
+
+def check_name(record: Attachment, name: str) -> None:
+    """Raise TargetError for a name that is taken, or that none can have."""
+    if name in record.configs or name in record.factors:
         raise TargetError(
             f"there is a delta {name!r} on this model already: detach it first, or give another name", code="name-taken"
         )
@@ -64,30 +120,26 @@ def attach(
         raise TargetError(
             f"{name!r} cannot name a delta: torch's ModuleDict has a method of that name", code="invalid-name"
         )
-    _check_model(model)
-    places = sites_of(model, config, seed=seed, statistics=statistics)
-    _check_statistics(config, places, start)
-    shared = config.share(places)
-    places = [replace(site, shared=shared) for site in places]
-    # all of them before the model is touched
-    deltas = _by_layer(model, config, {site.name: _new_delta(model, site, config, start) for site in places}, seed)
-    if not record.configs:
-        record.trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
-        model.requires_grad_(False)
-        model.graft_attachment = record  # type: ignore[assignment]
-        for module in model.modules():
-            if hasattr(module, "save_pretrained"):
-                vars(module)["save_pretrained"] = _no_save_pretrained
-    for site_name, delta in deltas.items():
-        host = _host_at(model, site_name, delta.site, record)
-        host.deltas[name] = delta.train(host.training)  # a new module is in training mode, with dropout on
-        host.active = (*host.active, name)
-    if shared is not None:
-        share(model, name, shared)
-    record.configs[name] = config
-    record.sites[name] = tuple(site.name for site in places)
-    record.seeds[name] = seed
-    return model
+
+
+def begin(model: nn.Module, record: Attachment) -> None:
+    """Freeze a model that has no deltas yet, and give it the record of those that come."""
+    if record.frozen:
+        return
+    record.frozen = True
+    record.trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    model.graft_attachment = record  # type: ignore[assignment]
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            vars(module)["save_pretrained"] = _no_save_pretrained
+
+
+def came(record: Attachment, name: str) -> None:
+    """Note that a delta is there."""
+    record.version += 1
+    record.attached[name] = record.version
+    record.inside_experts.pop(name, None)
 
 
 def _by_layer(model: nn.Module, config: DeltaConfig, deltas: dict[str, Delta], seed: int) -> dict[str, Delta]:
@@ -107,7 +159,7 @@ def _by_layer(model: nn.Module, config: DeltaConfig, deltas: dict[str, Delta], s
     return made
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Refuse a model on which a delta would be wrong: one with another library's adapters, or without its weights."""
     theirs = next((m for m in model.modules() if type(m).__module__.startswith("peft.")), None)
     if theirs is not None:
@@ -138,7 +190,7 @@ def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise TargetError(
         "save_pretrained: this model has deltas on it, and their layers have other names than transformers knows, so "
         "what it wrote could not be loaded. Write the deltas with graftlm.save_adapter(model, folder), the base with "
-        "the deltas folded in with adapters.export.export.merge_into(model, folder), or take them off (graftlm.detach)",
+        "the deltas folded in with adapters.export.merged.merge_into(model, folder), or take them off (graftlm.detach)",
         code="deltas-on-model",
     )
 
@@ -165,18 +217,18 @@ def _new_delta(model: nn.Module, site: Site, config: DeltaConfig, start: bool) -
     return delta.to(next(model.parameters()).device)
 
 
-def _host_at(model: nn.Module, name: str, site: Site, record: Attachment) -> Host:
-    module = model.get_submodule(name)
-    if isinstance(module, LayerHost):
-        return module
-    if site.kind not in ("sublayer", "model"):
-        layer_host = LayerHost(module, record.switch).train(module.training)
-        _replace(model, name, layer_host)
-        return layer_host
-    there = getattr(module, CHILD, None)
+def host_at(model: nn.Module, site: Site, record: Attachment) -> Host:
+    """The host of the layer or sub-layer of a site, made where there is none."""
+    module = model.get_submodule(site.name)
+    there = module if isinstance(module, LayerHost) else getattr(module, CHILD, None)
     if isinstance(there, Host):
         return there
-    if site.kind == "sublayer":
+    record.structure += 1
+    if site.kind not in ("sublayer", "block", "model"):
+        layer_host = LayerHost(module, record.switch).train(module.training)
+        _replace(model, site.name, layer_host)
+        return layer_host
+    if site.kind != "model":
         host: Host = SubLayerHost(module, site.d_in, record.switch)
     else:
         host = ModelHost(module, site.d_out, record.switch)
@@ -210,28 +262,42 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     Returns the model. Raises TargetError for a name that no delta has.
     """
     record = attachment(model)
-    for gone in delta_names(model, [name]) if name is not None else list(record.configs):
-        for site_name, host in hosts(model).items():
-            if gone in host.deltas:
-                del host.deltas[gone]
-                host.active = tuple(n for n in host.active if n != gone)
-            if not host.deltas:
-                _remove_host(model, site_name, host, record)
-        if shared_of(model, gone) is not None:
-            delattr(model.get_submodule(SHARED), gone)
-            if not len(list(model.get_submodule(SHARED).children())):
-                delattr(model, SHARED)
-        del record.configs[gone], record.sites[gone], record.seeds[gone]
-        record.chats.pop(gone, None)
-        record.tokenizers.pop(gone, None)
-        left = {key: tuple(other for other in names if other != gone) for key, names in record.members.items()}
-        record.members = {key: names for key, names in left.items() if key != gone}
-    if not record.configs:
+    if name is None:
+        gone = (*record.configs, *record.factors)
+    else:
+        gone = (name,) if name in record.factors else delta_names(model, [name])
+    forget(model)
+    for each in gone:
+        _take_off(model, each, record)
+    for site_name, host in hosts(model).items():
+        if not host.deltas and not host.factors:
+            _remove_host(model, site_name, host, record)
+            record.structure += 1
+    if record.frozen and not record.configs and not record.factors:
+        record.frozen, record.found_hosts = False, None
         for module in model.modules():
             vars(module).pop("save_pretrained", None)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)
     return model
+
+
+def _take_off(model: nn.Module, name: str, record: Attachment) -> None:
+    for host in known_hosts(model).values():
+        host.drop_factors(name)
+        if name in host.deltas:
+            del host.deltas[name]
+            host.active = tuple(n for n in host.active if n != name)
+    if shared_of(model, name) is not None:
+        delattr(model.get_submodule(SHARED), name)
+        if not len(list(model.get_submodule(SHARED).children())):
+            delattr(model, SHARED)
+    kept = (record.configs, record.sites, record.seeds, record.attached, record.factors, record.inside_experts)
+    for facts in (*kept, record.chats, record.tokenizers, record.heads):
+        facts.pop(name, None)
+    left = {key: tuple(other for other in names if other != name) for key, names in record.members.items()}
+    record.members = {key: names for key, names in left.items() if key != name}
+    record.version += 1
 
 
 def _remove_host(model: Any, name: str, host: Host, record: Attachment) -> None:

@@ -1,87 +1,50 @@
 """Hosts: what stands in the model where deltas sit, and computes with those that are on.
 
     LayerHost     takes the place of a frozen layer (linear, embedding, norm) and holds it untouched
-    SubLayerHost  beside an attention or feed-forward block: sees its input and changes its output
+    SubLayerHost  beside an attention or feed-forward block, or a whole transformer layer: sees its input and changes
+                  its output
     ModelHost     beside the decoder: what every sequence attends to before itself
 
 Dtype, dropout, the choice of the fast path, the order of several deltas and different deltas for the rows of a batch
 live here, once. With no active delta a host does exactly what the base does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.deltas.base import AdditiveDelta, Delta, InputDelta, WeightDelta
+from graftlm.deltas.base import KNOWN, AdditiveDelta, Delta, InputDelta, WeightDelta
 from graftlm.errors import TargetError
 from graftlm.kernels.attention import LAYOUT, SegmentLayout, use_layout
 from graftlm.model.layers import prefix
-from graftlm.model.layers.bases import LinearBase, Residual, view
+from graftlm.model.layers.acting import (
+    Acting,
+    Change,
+    FixedFactors,
+    Split,
+    as_one,
+    dropped,
+    drops,
+    folded,
+    folded_partly,
+    has_own_increment,
+    in_dtype_of,
+    key_of,
+    partly,
+    residual,
+    split,
+)
+from graftlm.model.layers.bases import LinearBase, view
+from graftlm.model.layers.plans import Here, Parts, Plan, computed, parts_of, plan_of
+from graftlm.model.layers.routes import ROUTE, Route, Row, tokens_of
+from graftlm.model.layers.switch import Switch
 
 CACHE_NAMES = ("cache", "past_key_values")
 """How transformers' decoders call the cache: from 5.24 on, and before."""
-
-
-Row = Mapping[str, float]
-"""What one row of a batch has: delta -> its weight, in the order in which they act."""
-
-Acting = tuple[Delta, float]
-"""A delta, and the share of its change that is made: 1 for all of it."""
-
-
-class Switch:
-    """One for each model, known to all its hosts: which deltas act on which row of a batch, where rows differ."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] | None = None
-        self.passes: list[tuple[int, int] | None] = []
-        """(rows, tokens) of the batch of each pass that is going on, the outermost first; None where it is unknown."""
-
-    def begin(self, given: Tensor | None) -> None:
-        """A pass begins over ids [rows, tokens] or embeddings [rows, tokens, d]."""
-        self.passes.append(None if given is None else (given.shape[0], given.shape[1]))
-        if given is not None:
-            self.each(len(given))
-
-    def end(self) -> None:
-        if self.passes:
-            self.passes.pop()
-
-    def each(self, count: int) -> int:
-        """How many of `count` rows, or of their tokens, lie one behind the other for each row that was named.
-
-        Generation repeats a row for its beams and for several answers. Some blocks lay the tokens of all rows end to
-        end. Either way, what belongs to a row stays together.
-        """
-        assert self.rows is not None
-        if count % len(self.rows):
-            raise TargetError(
-                f"deltas were given for {len(self.rows)} rows, the batch has {count}", code="row-count-mismatch"
-            )
-        return count // len(self.rows)
-
-    def for_each_row(self, x: Tensor) -> Tensor:
-        """x, repeated where the model makes one for all rows, as it does of positions [1, tokens]."""
-        rows = self.passes[-1][0] if self.passes and self.passes[-1] else 1
-        return x.expand(rows, *x.shape[1:]) if len(x) == 1 and not x.is_floating_point() else x
-
-    def check(self, x: Tensor, where: str) -> None:
-        """Refuse an x whose rows cannot be told from its shape: [rows, ..] or, laid end to end, [rows * tokens, d]."""
-        if not self.passes or self.passes[-1] is None:
-            return
-        rows, tokens = self.passes[-1]
-        laid_out = x.dim() == 2 and x.is_floating_point()
-        if len(x) != rows and not (laid_out and len(x) == rows * tokens):
-            raise TargetError(
-                f"{where} gets {len(x)} {'vectors' if laid_out else 'rows'} of a batch of {rows} rows of {tokens} "
-                "tokens, so it cannot be told which belong to which row (a router may have chosen them). Run the rows "
-                "one by one, or give them all the same deltas",
-                code="rows-not-separable",
-            )
 
 
 class Host(nn.Module):
@@ -90,8 +53,15 @@ class Host(nn.Module):
     def __init__(self, switch: Switch) -> None:
         super().__init__()
         self.deltas = nn.ModuleDict()
+        self.factors: dict[str, FixedFactors] = {}
+        """What acts in answers alone, where a request names it. (`factors.py`)"""
+        self.parts_of_factors: dict[Here, Parts] = {}
+        """What plans have of rows with such factors alone. They learn nothing: it stays until one of them goes."""
         self.active: tuple[str, ...] = ()
         self.switch = switch
+        self.known: dict[Any, Any] = {}
+        """What was computed of the deltas alone. A copy of a host for inference (`remembers`) has the same."""
+        self.remembers = False
 
     def on(self, names: Sequence[str] | None = None) -> list[Delta]:
         """The active deltas (or those of `names` that sit here), in order."""
@@ -102,85 +72,80 @@ class Host(nn.Module):
         """The active deltas, each with the whole of its change."""
         return [(delta, 1.0) for delta in self.on()]
 
+    def drop_factors(self, name: str) -> None:
+        if self.factors.pop(name, None) is not None:
+            for here in [each for each in self.parts_of_factors if any(name == other for other, _ in each)]:
+                del self.parts_of_factors[here]
+
+    def named(self, here: Here) -> list[Acting]:
+        """The deltas and factors of a row."""
+        found = [(self.factors.get(name) or self.deltas[name], weight) for name, weight in here]
+        return [(d, weight) for d, weight in found if isinstance(d, Delta | FixedFactors)]
+
     def groups(self, x: Tensor) -> Iterator[tuple[list[int], list[Acting]]]:
         """What of x has the same deltas here with the same weights, together: (indices along x's first dimension,
         deltas)."""
         wanted = self.switch.rows
         assert wanted is not None
-        found: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        found: dict[Here, list[int]] = {}
         for row, weights in enumerate(wanted):
-            here = tuple((name, weight) for name, weight in weights.items() if name in self.deltas and weight != 0)
-            found.setdefault(here, []).append(row)
+            found.setdefault(self.here(weights), []).append(row)
         each = 1
         if len(found) > 1:
             self.switch.check(x, self.where)
             each = self.switch.each(len(x))
         for here, rows in found.items():
             indices = [row * each + n for row in rows for n in range(each)] if len(found) > 1 else list(range(len(x)))
-            acting = list(zip(self.on([name for name, _ in here]), (weight for _, weight in here), strict=True))
-            group = tuple(name if weight == 1 else f"{name} {weight}" for name, weight in here)
-            for delta, _ in acting:
-                if delta.site.shared is not None:
-                    delta.site.shared.group = group
-            yield indices, acting
-            for delta, _ in acting:
-                if delta.site.shared is not None:
-                    delta.site.shared.group = ()
+            with self.acting_as(here) as acting:
+                yield indices, acting
+
+    def here(self, row: Row) -> Here:
+        """Those deltas and factors of a row that sit here and do something."""
+        deltas, factors = self.deltas, self.factors
+        return tuple((n, weight) for n, weight in row.items() if weight != 0 and (n in factors or n in deltas))
+
+    @contextmanager
+    def acting_as(self, here: Here, tokens: str = "") -> Iterator[list[Acting]]:
+        """These deltas. Inside, what they share with other sites knows which of them act together, and on which
+        tokens."""
+        acting = self.named(here)
+        group = tuple(name if weight == 1 else f"{name} {weight}" for name, weight in here)
+        group = (*group, tokens) if tokens else group
+        deltas = [delta for delta, _ in acting if isinstance(delta, Delta)]
+        shared = [delta.site.shared for delta in deltas if delta.site.shared is not None]
+        for each in shared:
+            each.group = group
+        token = KNOWN.set(self.known if self.remembers else None)
+        try:
+            yield acting
+        finally:  # a pass that fails leaves nothing to the next one
+            KNOWN.reset(token)
+            for each in shared:
+                each.group = ()
+
+    def routed(self, route: Route, x: Tensor, compute: Callable[[list[Acting], slice], Tensor]) -> Tensor:
+        """`compute` of the tokens of x that have the same deltas here, for all of them, in order."""
+        whole = slice(None)
+        spans: list[tuple[int, int, Here]] = []
+        for span in route.spans:
+            here = self.here(span.row)
+            if spans and spans[-1][2] == here:
+                spans[-1] = (spans[-1][0], span.stop, here)
+            else:
+                spans.append((span.start, span.stop, here))
+        if len(spans) == 1:
+            with self.acting_as(spans[0][2]) as acting:
+                return compute(acting, whole)
+        parts = []
+        for start, stop, here in spans:
+            with self.acting_as(here) as acting:
+                parts.append(compute(acting, slice(start, stop)))
+        return torch.cat(parts, dim=route.token_dimension(x, self.where))
 
     @property
     def where(self) -> str:
         """The name of the site, or of one of its parts."""
         return next((d.site.name for d in self.deltas.values() if isinstance(d, Delta)), type(self).__name__)
-
-
-def drops(delta: Delta) -> bool:
-    return delta.training and delta.config.dropout > 0
-
-
-def _dropped(x: Tensor, delta: Delta) -> Tensor:
-    return F.dropout(x, delta.config.dropout, training=drops(delta)) if x.is_floating_point() else x
-
-
-def _in_dtype_of(x: Tensor) -> Any:
-    """Inside, float32 parameters multiply x in its own precision, as the frozen layers do."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(x.device.type, dtype=x.dtype) if half else nullcontext()
-
-
-def _partly(y: Tensor, changed: Tensor, share: float) -> Tensor:
-    """y with a share of the change that a delta made of it."""
-    return changed if share == 1 else y + share * (changed - y)
-
-
-def residual(delta: Delta, base: Any) -> Any:
-    """The base as this delta sees it: less its offset, where an init took one from W."""
-    if delta.offset_A is None or delta.offset_B is None:
-        return base
-    return Residual(base, delta.offset_A, delta.offset_B)
-
-
-def folded(delta: WeightDelta, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(W', b') of a delta with its offset, in float32."""
-    if delta.offset_A is not None and delta.offset_B is not None:
-        W = W - delta.offset_B @ delta.offset_A
-    return delta.effective(W, b)
-
-
-def _folded_partly(delta: WeightDelta, share: float, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """W and b with a share of what a delta makes of them."""
-    W_, b_ = folded(delta, W, b)
-    if share == 1:
-        return W_, b_
-    before = torch.zeros_like(b_) if b is None and b_ is not None else b
-    return W + share * (W_ - W), None if b_ is None or before is None else _partly(before, b_, share)
-
-
-def all_factors(delta: AdditiveDelta) -> tuple[Tensor, Tensor] | None:
-    """(A, B) of a delta with its offset: what it adds to the untouched base, exactly; None where it has no factors."""
-    factors = delta.factors()
-    if factors is None or delta.offset_A is None or delta.offset_B is None:
-        return factors
-    return torch.cat([factors[0], delta.offset_A]), torch.cat([factors[1], -delta.offset_B], dim=1)
 
 
 SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")
@@ -194,6 +159,8 @@ class LayerHost(Host):
         made = view(base)
         assert made is not None, "attach() puts hosts on supported layers only"
         self.view: LinearBase = made
+        self.bare: Callable[[Tensor], Tensor] = made
+        """The frozen layer: the view, or what computes the same faster."""
         self.watch: Callable[[Tensor], Tensor] | None = None
         """Weight -> what code that reads it here gets in its place, while `probing.py` looks who reads it."""
 
@@ -215,95 +182,127 @@ class LayerHost(Host):
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (route := ROUTE.get()) is not None:
+            if self.view.kind == "linear" and not torch.is_grad_enabled():
+                plan = self._plan(route)
+                return self.bare(x) if plan is None else computed(plan, self, route, x)
+            return self.routed(route, x, lambda acting, part: self.alone(acting, tokens_of(route, x, part, self.where)))
         if self.switch.rows is None:
-            return self._with(self.acting(), x)
+            return self.alone(self.acting(), x)
         x = self.switch.for_each_row(x)
-        return _in_order([(rows, self._with(acting, x[rows])) for rows, acting in self.groups(x)])
+        return _in_order([(rows, self.alone(acting, x[rows])) for rows, acting in self.groups(x)])
 
-    def _with(self, acting: list[Acting], x: Tensor) -> Tensor:
+    def _plan(self, route: Route) -> Plan | None:
+        """How to compute the rows of a route; None where no delta of theirs sits here."""
+        kept = self.known.get("plan") if self.remembers else None
+        if kept is None or kept[0] is not route.rows:
+            plan = plan_of([self.here(row) for row in route.rows.rows], self.view.d_out, self._parts)
+            kept = route.rows, None if plan.is_base else plan
+            if self.remembers:
+                self.known["plan"] = kept
+        found: Plan | None = kept[1]
+        return found
+
+    def _parts(self, here: Here) -> Parts:
+        if (found := self.parts_of_factors.get(here)) is not None:
+            return found
+
+        def make() -> Parts:
+            with self.acting_as(here) as acting:
+                return parts_of(acting)
+
+        made = cast("Parts", self._remembered(("parts", here), make))
+        if self.remembers and all(name in self.factors for name, _ in here):
+            self.parts_of_factors[here] = made
+        return made
+
+    def alone(self, acting: list[Acting], x: Tensor) -> Tensor:
         if not acting:
             return self.view(x)
-        # A change of weights acts on the frozen layer, any other delta on an output: so changes of weights come first.
-        weights = [(d, share) for d, share in acting if isinstance(d, WeightDelta)]
-        others = [(d, share) for d, share in acting if not isinstance(d, WeightDelta)]
-        if not weights:
-            y = self.view(x) if others[0][0].wants_y or others[0][1] != 1 else x.new_empty(0)
-        elif all(isinstance(d, AdditiveDelta) for d, _ in weights):
-            y = self._add(x, [(d, share) for d, share in weights if isinstance(d, AdditiveDelta)])
+        parts, factors = self._remembered(key_of(acting), partial(_prepared, acting))
+        if parts.folded:
+            y = self._fold(x, parts.folded)
+        elif factors is not None:
+            y = self.view.low_rank(x, *factors)
         else:
-            y = self._fold(x, weights)
-        for delta, share in others:
-            with _in_dtype_of(x):
-                y = _partly(y, delta(_dropped(x, delta), y, self.view).to(y.dtype), share)
-        return y
+            y = self.view(x) if parts.takes_base else x.new_empty(0)
+        return self.rest(parts, x, y)
 
-    def _fold(self, x: Tensor, acting: Sequence[tuple[WeightDelta, float]]) -> Tensor:
-        first, share = acting[0]
-        if len(acting) == 1 and type(first).forward is not WeightDelta.forward and not drops(first):
-            with _in_dtype_of(x):  # a fast form of its own
-                y: Tensor = first(x, x.new_empty(0), residual(first, self.view))
-            y = y.to(x.dtype) if x.is_floating_point() else y
-            return y if share == 1 else _partly(self.view(x), y, share)
-        W, b = self.view.weight, self.view.bias
-        if not any(drops(d) for d, _ in acting):
-            for delta, share in acting:
-                W, b = _folded_partly(delta, share, W, b)
-            return self.view.apply(x, W, b)
-        y = self.view(x)  # with dropout, what each delta changes acts on its own x, and the base on the whole of it
-        for delta, share in acting:
-            W_, b_ = _folded_partly(delta, share, W, b)
-            shift = None if b_ is None else b_ if b is None else b_ - b
-            y = y + self.view.apply(_dropped(x, delta), W_ - W, shift)
-            W, b = W_, b_
-        return y
-
-    def _add(self, x: Tensor, acting: Sequence[tuple[AdditiveDelta, float]]) -> Tensor:
-        fast: list[tuple[Tensor, Tensor]] = []
-        slow: list[tuple[AdditiveDelta, float]] = []
-        for delta, share in acting:
-            factors = None if drops(delta) or _has_own_increment(delta) else all_factors(delta)
-            if factors is None:
-                slow.append((delta, share))
-            else:
-                fast.append(factors if share == 1 else (factors[0], share * factors[1]))
-        if fast:  # one operation, however many deltas there are
-            A = torch.cat([a for a, _ in fast]) if len(fast) > 1 else fast[0][0]
-            B = torch.cat([b for _, b in fast], dim=1) if len(fast) > 1 else fast[0][1]
-            y = self.view.low_rank(x, A, B)
-        else:
-            y = self.view(x)
-        for delta, share in slow:
-            change = self._increment(delta, _dropped(x, delta)).to(y.dtype)
+    def rest(self, parts: Split, x: Tensor, y: Tensor) -> Tensor:
+        """y, the layer's output with all changes that have factors or are folded, with the other changes made too."""
+        for delta, share in parts.slow:
+            change = self._increment(delta, dropped(x, delta)).to(y.dtype)
             if delta.offset_A is not None and delta.offset_B is not None:
                 change = change - self.view.take(x, delta.offset_A.to(y.dtype)) @ delta.offset_B.to(y.dtype).T
             y = y + (change if share == 1 else share * change)
+        for other, share in parts.others:
+            with in_dtype_of(x):
+                y = partly(y, other(dropped(x, other), y, self.view).to(y.dtype), share)
         return y
 
+    def _fold(self, x: Tensor, acting: Sequence[tuple[Change, float]]) -> Tensor:
+        first, share = acting[0]
+        if len(acting) == 1 and isinstance(first, WeightDelta) and _is_fast(first):
+            with in_dtype_of(x):  # a fast form of its own
+                y: Tensor = first(x, x.new_empty(0), residual(first, self.view))
+            y = y.to(x.dtype) if x.is_floating_point() else y
+            return y if share == 1 else partly(self.view(x), y, share)
+        W, b = self.view.weight, self.view.bias
+        if not any(drops(d) for d, _ in acting):
+            return self.view.apply(x, *self._remembered(("folded", *key_of(acting)), partial(self._folded, acting, x)))
+        y = self.view(x)  # with dropout, what each delta changes acts on its own x, and the base on the whole of it
+        for delta, share in acting:
+            W_, b_ = folded_partly(delta, share, W, b)
+            shift = None if b_ is None else b_ if b is None else b_ - b
+            y = y + self.view.apply(dropped(x, delta) if isinstance(delta, Delta) else x, W_ - W, shift)
+            W, b = W_, b_
+        return y
+
+    def _folded(self, acting: Sequence[tuple[Change, float]], like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W and b with the deltas in them, in the dtype of the product where that is known."""
+        W, b = self.view.weight, self.view.bias
+        for delta, share in acting:
+            W, b = folded_partly(delta, share, W, b)
+        return W.to(like.dtype) if like.is_floating_point() and self.view.kind == "linear" else W, b
+
+    def _remembered(self, key: Any, make: Callable[[], Any]) -> Any:
+        if not self.remembers:
+            return make()
+        if (found := self.known.get(key)) is None:
+            found = self.known[key] = make()
+        return found
+
     def _increment(self, delta: AdditiveDelta, x: Tensor) -> Tensor:
-        if not _has_own_increment(delta) and delta.factors() is None:
-            return self.view.apply(x, delta.matrix(), None)
-        with _in_dtype_of(x):
+        if not has_own_increment(delta) and delta.factors() is None:
+            return self.view.apply(x, self._remembered(id(delta), delta.matrix), None)
+        with in_dtype_of(x):
             return delta.increment(x, self.view)
 
-    def effective(self, W: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(W', b') in float32 with the active deltas folded in, in order; TargetError if one is not mergeable.
-
-        Another W [d_out, d_in] may be given for the layer's own.
+    def effective(self, W: Tensor | None = None, names: Sequence[str] | None = None) -> tuple[Tensor, Tensor | None]:
+        """(W', b') in float32 with the active deltas (or `names`) folded in, in order; TargetError if one is not
+        mergeable. Another W [d_out, d_in] may be given for the layer's own.
         """
         W, b = self.view.weight if W is None else W, self.view.bias
-        for name in self.active:
+        for name in self.active if names is None else names:
             delta = self.deltas[name]
             if not isinstance(delta, WeightDelta):
-                raise _cannot_merge(name, delta)
+                raise cannot_merge(name, delta)
             W, b = folded(delta, W, b)
         return W, b
 
 
-def _has_own_increment(delta: AdditiveDelta) -> bool:
-    return type(delta).increment is not AdditiveDelta.increment
+def _prepared(acting: Sequence[Acting]) -> tuple[Split, tuple[Tensor, Tensor] | None]:
+    """What acts by how it is computed, and (A, B) of all that have factors, as one operation."""
+    parts = split(acting)
+    return parts, as_one(parts.fast)
 
 
-def _cannot_merge(name: str, delta: nn.Module) -> TargetError:
+def _is_fast(delta: WeightDelta) -> bool:
+    return type(delta).forward is not WeightDelta.forward and not drops(delta)
+
+
+def cannot_merge(name: str, delta: nn.Module) -> TargetError:
+    """The error for a delta that is no change of weights."""
     why = f": {delta.not_mergeable}" if isinstance(delta, Delta) and delta.not_mergeable else ""
     return TargetError(
         f"delta {name!r} ({type(delta).__name__}) is no change of weights: it cannot be merged{why}",
@@ -338,7 +337,10 @@ class SubLayerHost(Host):
     def _after(self, sublayer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
-        if self.switch.rows is None:
+        if (route := ROUTE.get()) is not None:
+            tokens = partial(tokens_of, route, where=self.where)
+            changed = self.routed(route, y, lambda acting, part: self._with(acting, tokens(x, part), tokens(y, part)))
+        elif self.switch.rows is None:
             acting = self.acting()
             if not acting:
                 return None
@@ -349,8 +351,9 @@ class SubLayerHost(Host):
 
     def _with(self, acting: list[Acting], x: Tensor, y: Tensor) -> Tensor:
         for delta, share in acting:
-            with _in_dtype_of(y):
-                y = _partly(y, delta(_dropped(x, delta), y, self.view).to(y.dtype), share)
+            assert isinstance(delta, Delta), "factors sit on layers"
+            with in_dtype_of(y):
+                y = partly(y, delta(dropped(x, delta), y, self.view).to(y.dtype), share)
         return y
 
 
@@ -370,7 +373,7 @@ class ModelHost(Host):
         self.hook = decoder.register_forward_pre_hook(self._prepare, with_kwargs=True)
 
     def _prepare(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._busy:
+        if self._busy or ROUTE.get() is not None:  # whoever gives a route puts keys and values before each request
             return None
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
@@ -382,7 +385,7 @@ class ModelHost(Host):
         made: dict[tuple[str, ...], prefix.Before] = {}
         for combo in combos:
             if combo not in made:
-                made[combo] = self._before(decoder, self.on(combo), combo)
+                made[combo] = self.before_of(decoder, combo)
         self.before = prefix.stack([made[combo] for combo in combos])
         if self.before is None:
             return None
@@ -390,11 +393,11 @@ class ModelHost(Host):
         kwargs["position_ids"] = shift + _positions(given, kwargs)
         return args, kwargs
 
-    def _before(self, decoder: Any, deltas: list[Delta], combo: tuple[str, ...]) -> "prefix.Before":
+    def before_of(self, decoder: Any, combo: tuple[str, ...]) -> "prefix.Before":
         """The keys and values of one combination of deltas: prefixes as they are, prompts by a pass over them."""
         found: list[Tensor] = []
         prompts: list[Tensor] = []
-        for delta in deltas:
+        for delta in self.on(combo):
             assert isinstance(delta, InputDelta)
             if (made := delta.prefix()) is not None:
                 found.append(made)

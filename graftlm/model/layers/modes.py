@@ -1,17 +1,26 @@
 """Which deltas of a model are on: all of them, some, none, in training or not, each row of a batch with its own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from graphlib import TopologicalSorter
 from typing import Any
 
 from torch import Tensor, nn
 
 from graftlm.deltas.base import InputDelta
 from graftlm.errors import TargetError
-from graftlm.model.layers.hosts import Row, Switch
-from graftlm.model.layers.registry import attachment, delta_names, deltas_by_site, hosts
+from graftlm.model.layers.registry import (
+    attachment,
+    delta_names,
+    deltas_by_site,
+    expert_site,
+    hosts,
+    known_hosts,
+)
+from graftlm.model.layers.routes import Row
 from graftlm.model.layers.sites import decoder_of
+from graftlm.model.layers.switch import Switch
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -47,17 +56,32 @@ def deltas_only(model: nn.Module, *names: str) -> Iterator[nn.Module]:
             host.active = active
 
 
+def active_row(model: nn.Module) -> Row:
+    """The active deltas in the order in which they act, each with the whole of its change."""
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for host in hosts(model).values():
+        for number, name in enumerate(host.active):
+            order.add(name, *host.active[:number])
+    return dict.fromkeys(order.static_order(), 1.0)
+
+
 @contextmanager
-def deltas_still(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the deltas are as they are used, without dropout; afterwards each is in the mode that it was in."""
-    before = [(delta, delta.training) for host in hosts(model).values() for delta in host.deltas.values()]
-    for delta, _ in before:
+def deltas_still(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[nn.Module]:
+    """Inside, the deltas (or those of `names`) are as they are used, without dropout; afterwards each is in the mode
+    that it was in."""
+    learning: list[nn.Module] = []
+    if names is None:
+        learning = [d for host in hosts(model).values() for d in host.deltas.values() if d.training]
+    elif modules := [name for name in names if name in attachment(model).configs]:
+        found = (host.deltas for host in known_hosts(model).values())
+        learning = [deltas[name] for deltas in found for name in modules if name in deltas and deltas[name].training]
+    for delta in learning:
         delta.eval()
     try:
         yield model
     finally:
-        for delta, training in before:
-            delta.train(training)
+        for delta in learning:
+            delta.train()
 
 
 @contextmanager
@@ -69,7 +93,7 @@ def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn
     Yields the model. Raises TargetError for a delta that is not on the model, a weight on a prefix or prompt, which are
     there or not, and a batch that is no multiple of the rows.
     """
-    wanted = [_weighted(model, row) for row in rows]
+    wanted = [weighted_row(model, row) for row in rows]
     _check_rows(model, wanted)
     switch = attachment(model).switch
     before, switch.rows = switch.rows, wanted
@@ -86,26 +110,49 @@ def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn
             switch.rows, switch.passes = before, passes
 
 
-def _weighted(model: nn.Module, row: Sequence[str] | Row) -> Row:
+def weighted_row(model: nn.Module, row: Sequence[str] | Row) -> Row:
     """Delta -> its weight in a row, in order; all parts of an adapter have the weight that its name has."""
     weights = row if isinstance(row, Mapping) else dict.fromkeys(row, 1.0)
-    return {part: weight for name, weight in weights.items() for part in delta_names(model, [name])}
+    factors = attachment(model).factors
+    return {
+        part: weight
+        for name, weight in weights.items()
+        for part in ((name,) if name in factors else delta_names(model, [name]))
+    }
 
 
 def _check_rows(model: nn.Module, rows: Sequence[Row]) -> None:
-    differ = {name for row in rows for name, weight in row.items() if any(other.get(name) != weight for other in rows)}
-    for name, site, delta in deltas_by_site(model):
-        if isinstance(delta, InputDelta) and any(row.get(name, 1) not in (0, 1) for row in rows):
+    for row in rows:
+        check_weights(model, row)
+    if site := _mixing_site(model, rows):
+        raise TargetError(
+            f"{site}: which tokens reach an expert is its router's choice, so it cannot be told which belong to "
+            "which row. Run the rows one by one, or give all of them the same deltas",
+            code="rows-not-separable",
+        )
+
+
+def check_weights(model: nn.Module, row: Row) -> None:
+    """Raise TargetError for a weight on a prefix or prompt that is neither 0 nor 1."""
+    if all(weight in (0, 1) for weight in row.values()):
+        return
+    for name, _, delta in deltas_by_site(model):
+        if isinstance(delta, InputDelta) and row.get(name, 1) not in (0, 1):
             raise TargetError(
                 f"{name!r} is a {delta.config.method}: it is there or not, so its weight is 0 or 1",
                 code="invalid-weight",
             )
-        if name in differ and "experts" in site.split("."):
-            raise TargetError(
-                f"{site}: which tokens reach an expert is its router's choice, so it cannot be told which belong to "
-                f"which row. Run the rows one by one, or give all of them {name!r}",
-                code="rows-not-separable",
-            )
+
+
+def can_mix_rows(model: nn.Module, rows: Sequence[Row]) -> bool:
+    """Whether these rows can go through the model in one pass."""
+    return _mixing_site(model, rows) is None
+
+
+def _mixing_site(model: nn.Module, rows: Sequence[Row]) -> str | None:
+    """A site inside an expert where the deltas of the rows differ."""
+    differ = {name for row in rows for name, weight in row.items() if any(other.get(name) != weight for other in rows)}
+    return next((site for name in differ if (site := expert_site(model, name)) is not None), None)
 
 
 def _begin(switch: Switch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

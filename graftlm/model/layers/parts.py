@@ -19,9 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, Rows, Site, WeightDelta
 from graftlm.errors import TargetError
+from graftlm.model.layers.acting import all_factors, folded
 from graftlm.model.layers.attention import attending_by
 from graftlm.model.layers.bases import view
-from graftlm.model.layers.hosts import Host, LayerHost, all_factors, folded
+from graftlm.model.layers.hosts import Host, LayerHost
 from graftlm.model.layers.probing import is_absent, of_any_layer, run
 
 ATTENTION = ("q", "k", "v")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.model.layers.hosts import LayerHost, Switch
+from graftlm.model.layers.hosts import LayerHost
+from graftlm.model.layers.switch import Switch
 from graftlm.system import preserve_global_state
 
 TOKENS = 4

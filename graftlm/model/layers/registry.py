@@ -1,7 +1,7 @@
 """What deltas a model has: the record of them, their hosts, and their parameters by name."""
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from graftlm.deltas.base import Delta, DeltaConfig
 from graftlm.errors import TargetError, nearest
-from graftlm.model.layers.hosts import Host, Switch
+from graftlm.model.layers.hosts import Host
 from graftlm.model.layers.parts import expanded
 from graftlm.model.layers.sites import CHILD
+from graftlm.model.layers.switch import Switch
 
 SHARED = "graft_shared"
 
@@ -40,11 +41,27 @@ class Attachment:
     """Of each that was trained, or loaded, with a chat template."""
     tokenizers: dict[str, Any] = field(default_factory=dict)
     """The tokenizer of each that was loaded with one."""
+    heads: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Of each whose objective trained heads: HEAD.PARAMETER -> tensor."""
     members: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Name of an adapter that is several deltas -> their names, in the order in which they act: what is done to the
     adapter is done to all of them."""
+    frozen: bool = False
+    """Whether the base is frozen, from the first delta on until the last is gone."""
     trainable_before: set[str] = field(default_factory=set)
     kernel_before: str | None = None
+    version: int = 0
+    """Changes with every delta that comes or goes."""
+    structure: int = 0
+    """Changes with every host that comes or goes."""
+    attached: dict[str, int] = field(default_factory=dict)
+    """Name -> `version` when it came: what tells a delta from an earlier one of its name."""
+    factors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name of what `attach_factors` put on the model -> its sites. It acts where a request or a row names it."""
+    inside_experts: dict[str, str | None] = field(default_factory=dict)
+    """Name -> a site of it inside an expert, or None; of those that were asked for."""
+    found_hosts: tuple[int, "dict[str, Host]"] | None = None
+    """(structure, the hosts then)"""
     switch: Switch = field(default_factory=Switch)
 
 
@@ -61,6 +78,20 @@ def hosts(model: nn.Module) -> dict[str, Host]:
 
 def _site_name(name: str) -> str:
     return name.removesuffix(f".{CHILD}")
+
+
+def known_hosts(model: nn.Module) -> dict[str, Host]:
+    """`hosts`, looked for again only where one came or went since the last time."""
+    record = attachment(model)
+    if record.found_hosts is None or record.found_hosts[0] != record.structure:
+        record.found_hosts = record.structure, hosts(model)
+    return record.found_hosts[1]
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what hosts know of the deltas on them, in every copy of the model for inference."""
+    for host in known_hosts(model).values():
+        host.known.clear()
 
 
 def deltas_by_site(model: nn.Module) -> Iterator[tuple[str, str, Delta]]:
@@ -89,9 +120,24 @@ def delta_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """The deltas that are meant, all of an adapter that is several; TargetError for a name that is none."""
     record = attachment(model)
     for name in names:
+        if name in record.factors:
+            raise TargetError(
+                f"{name!r} is on this model for answers alone (attach_factors): name it in a request or in by_row. "
+                "What is activated, merged, saved or trained is attached as a delta (graftlm.load_adapter)",
+                code="factors-alone",
+            )
         if name not in record.configs:
             raise TargetError(f"no delta {name!r} on this model. {nearest(name, record.configs)}", code="no-such-delta")
     return tuple(dict.fromkeys(each for name in names for each in record.members.get(name, (name,))))
+
+
+def expert_site(model: nn.Module, name: str) -> str | None:
+    """A site of a delta inside an expert, where a router chooses which tokens come; None where it has none."""
+    record = attachment(model)
+    if name not in record.inside_experts:
+        sites = (*record.sites.get(name, ()), *record.factors.get(name, ()))
+        record.inside_experts[name] = next((site for site in sites if "experts" in site.split(".")), None)
+    return record.inside_experts[name]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

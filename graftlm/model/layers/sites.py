@@ -67,6 +67,8 @@ def places(model: nn.Module) -> dict[str, Place]:
             found[name] = Place(module, made.kind)
         elif decoder is not None and module is decoder:
             found[name] = Place(decoder, "model")
+        elif name in layers:
+            found[name] = Place(module, "block")
         elif name.rpartition(".")[0] in layers and _has_linear(module):
             found[name] = Place(module, "sublayer")
     return found
@@ -136,10 +138,10 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
     """The names of the places of these kinds that `targets` means; raises TargetError for what matches none of them.
 
     Keywords: `all-linear` (the output head left out), `all-norms`, `all-embeddings`, `all` (these three),
-    `all-attention`, `all-mlp`, `all-sublayers` and `model`. They mean the decoder of a model that also sees or hears.
-    Another string: a regular expression for the whole name. A tuple: each entry the end of a name, from a dot on (the
-    rules of PEFT, so that its adapters mean the same here). The name of a part of a fused projection is that of the
-    layer and the part's (`c_attn.q`); it is meant where the layer is not.
+    `all-attention`, `all-mlp`, `all-sublayers`, `all-blocks` and `model`. They mean the decoder of a model that also
+    sees or hears. Another string: a regular expression for the whole name. A tuple: each entry the end of a name, from
+    a dot on (the rules of PEFT, so that its adapters mean the same here). The name of a part of a fused projection is
+    that of the layer and the part's (`c_attn.q`); it is meant where the layer is not.
     """
     layers = {name: place for name, place in places(model).items() if place.kind in kinds}
     if isinstance(targets, str) and targets in KEYWORDS:
@@ -234,6 +236,7 @@ KEYWORDS = {
     "all-attention": ("sublayer",),
     "all-mlp": ("sublayer",),
     "all-sublayers": ("sublayer",),
+    "all-blocks": ("block",),
     "model": ("model",),
 }
 
@@ -386,7 +389,8 @@ def site_at(model: nn.Module, name: str, seed: int, statistics: Statistics) -> S
     settings: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     d = settings.hidden_size
     if module is not decoder_of(model):
-        return Site(name, d, d, lambda: None, kind="sublayer", **seen)
+        kind = "block" if name in transformer_layers(model) else "sublayer"
+        return Site(name, d, d, lambda: None, **{**seen, "kind": kind})
     embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
     table = view(embeddings.base if isinstance(embeddings, LayerHost) else embeddings)
     groups = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads

@@ -95,7 +95,7 @@ def packed_attention(model: Any, backend: Backend = TORCH) -> Iterator[None]:
         return
     hosts = [host for host in model.modules() if isinstance(host, LayerHost)]
     hosted = {id(host.base) for host in hosts}  # with a gain that is learnt
-    faster = [(module, forward) for module, forward in _faster(model) if id(module) not in hosted]
+    faster = [(module, forward) for module, forward in faster_forwards(model) if id(module) not in hosted]
     for host in hosts:
         host.view.fused = backend.low_rank_linear
     rotary = [(file, file.apply_rotary_pos_emb) for file in _rotary_files(model)]
@@ -103,7 +103,7 @@ def packed_attention(model: Any, backend: Backend = TORCH) -> Iterator[None]:
         file.apply_rotary_pos_emb = backend.rotary(function)
     model.__dict__["graft_backend"] = backend
     try:
-        computing = computing_by((module, partial(forward, backend)) for module, forward in faster)
+        computing = computing_by((module, partial(forward, module, backend)) for module, forward in faster)
         with attending_by(model, SEGMENTS), computing:
             yield
     finally:
@@ -127,7 +127,11 @@ def _rotary_files(model: Any) -> list[Any]:
     return [file for file in files.values() if hasattr(file, "apply_rotary_pos_emb")]
 
 
-def _faster(model: Any) -> list[tuple[Any, Callable[[Backend, Tensor], Tensor]]]:
+Forward = Callable[[Any, Backend, Tensor], Tensor]
+"""What a module computes, by the operations of a backend: (module, backend, x) -> y."""
+
+
+def faster_forwards(model: Any) -> list[tuple[Any, Forward]]:
     """The modules that compute what one of our operations computes, found by what they do: (module, forward).
 
     A module whose `forward` somebody else set keeps that one: it may move weights or count calls besides.
@@ -143,7 +147,7 @@ def _faster(model: Any) -> list[tuple[Any, Callable[[Backend, Tensor], Tensor]]]
 
 
 @torch.no_grad()
-def _as_rms_norm(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
+def _as_rms_norm(module: Any) -> Forward | None:
     """A root-mean-square norm in one pass for a module that computes it, with either of the two ways to store a gain.
 
     A candidate is asked for the norm of rows so small that eps matters. Whatever differs by more than rounding keeps
@@ -158,18 +162,18 @@ def _as_rms_norm(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
         return None
     rows = probe(4, len(weight), weight) * eps**0.5
     for above_one in (False, True):
-        forward = partial(_normed, module, above_one, eps)
+        forward = partial(_normed, above_one, eps)
         if _same(module, forward, rows):
             return forward
     return None
 
 
-def _normed(module: Any, above_one: bool, eps: float, by: Backend, x: Tensor) -> Tensor:
+def _normed(above_one: bool, eps: float, module: Any, by: Backend, x: Tensor) -> Tensor:
     return by.rms_norm(x, 1 + module.weight if above_one else module.weight, eps)
 
 
 @torch.no_grad()
-def _as_gated(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
+def _as_gated(module: Any) -> Forward | None:
     """down(silu(gate(x)) * up(x)) for a feed-forward block that computes it, by its own layers and their deltas."""
     parts = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     if not all(isinstance(part, nn.Module) for part in parts) or not _takes_one_tensor(module):
@@ -178,12 +182,12 @@ def _as_gated(module: Any) -> Callable[[Backend, Tensor], Tensor] | None:
     weight = getattr(gate, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None
-    forward, rows = partial(_gated, module), probe(4, weight.shape[-1], weight)
+    rows = probe(4, weight.shape[-1], weight)
     try:  # gates up to 4: of small numbers silu and gelu are both the half
         rows = rows * (4 / module.gate_proj(rows).abs().max())
     except Exception:  # as in `_same`
         return None
-    return forward if _same(module, forward, rows) else None
+    return _gated if _same(module, _gated, rows) else None
 
 
 def _gated(module: Any, by: Backend, x: Tensor) -> Tensor:
@@ -195,10 +199,10 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return len(signature(module.forward).parameters) == 1
 
 
-def _same(module: nn.Module, forward: Callable[[Backend, Tensor], Tensor], rows: Tensor) -> bool:
+def _same(module: nn.Module, forward: Forward, rows: Tensor) -> bool:
     try:
         wanted = module(rows)
-        error = (forward(TORCH, rows).float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        error = (forward(module, TORCH, rows).float() - wanted.float()).abs().max() / wanted.float().abs().max()
     except Exception:  # a module that takes no such rows is none of these
         return False
     return bool(error <= 4 * torch.finfo(rows.dtype).eps)

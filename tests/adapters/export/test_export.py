@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from graftlm.adapters.export.export import export, lost_by_rounding, merge_into, plain_lora
+from graftlm.adapters.export.export import export, lost_by_rounding, plain_lora
 from graftlm.adapters.export.lint import lint
+from graftlm.adapters.export.merged import merge_into
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
@@ -237,8 +238,10 @@ def test_the_linter_knows_what_each_server_refuses(tmp_path: Path) -> None:
     assert "DoRA" in verdicts["vLLM"][1]
     assert verdicts["PEFT"][0]
     verdicts = saved(tmp_path / "4", "lora", patterns={"q_proj": {"alpha": 1}})
-    assert not verdicts["vLLM"][0]
-    assert "alpha_pattern" in verdicts["vLLM"][1]
+    assert verdicts["vLLM"][0]
+    assert "0.32" in verdicts["vLLM"][1], "earlier versions do not read patterns"
+    assert not verdicts["llama.cpp"][0]
+    assert "alpha_pattern" in verdicts["llama.cpp"][1]
     verdicts = saved(tmp_path / "5", "lora", rslora=True)
     assert verdicts["vLLM"][0]
     assert "use_rslora" in verdicts["llama.cpp"][1]

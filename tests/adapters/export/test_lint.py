@@ -52,8 +52,18 @@ NORM = "base_model.model.model.norm.weight"
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
 BREACHES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, str]]] = {
     "dora": ({"use_dora": True}, (), dict.fromkeys(READERS[1:], r"DoRA.*--to plain-lora --rank N")),
-    "ranks": ({"rank_pattern": {"q_proj": 2}}, (), dict.fromkeys(READERS[1:], "rank_pattern.*--to plain-lora")),
-    "alphas": ({"alpha_pattern": {"q_proj": 2}}, (), dict.fromkeys(READERS[1:], "alpha_pattern.*--to plain-lora")),
+    "ranks": (
+        {"rank_pattern": {"q_proj": 2}},
+        (),
+        dict.fromkeys(("SGLang", "LoRAX", "OpenVINO"), "rank_pattern.*--to plain-lora"),
+    ),
+    "alphas": (
+        {"alpha_pattern": {"q_proj": 2}},
+        (),
+        dict.fromkeys(("SGLang", "LoRAX", "llama.cpp", "OpenVINO"), "alpha_pattern.*--to plain-lora"),
+    ),
+    "an init that changes the base": ({"init_lora_weights": "pissa"}, (), {"vLLM": "init_lora_weights='pissa'"}),
+    "activated LoRA": ({"alora_invocation_tokens": [1]}, (), {"vLLM": "alora_invocation_tokens"}),
     "modules": ({"modules_to_save": ["lm_head"]}, (), dict.fromkeys(READERS[1:], "modules_to_save.*--to merged")),
     "biases": ({"bias": "lora_only"}, (), dict.fromkeys(READERS[1:], "biases.*--to merged")),
     "biases of LoRA": ({"lora_bias": True}, (), dict.fromkeys(READERS[1:], "biases")),
@@ -99,6 +109,18 @@ def test_each_rule_says_for_whom_it_is_and_where_it_was_read() -> None:
 
 def test_a_rank_that_needs_an_option(tmp_path: Path) -> None:
     assert written(tmp_path / "a", r=17, lora_alpha=17)["vLLM"] == (True, "start it with --max-lora-rank 32")
+
+
+def test_a_rank_of_a_pattern_counts(tmp_path: Path) -> None:
+    accepts, why = written(tmp_path / "a", rank_pattern={"q_proj": 40})["vLLM"]
+    assert accepts
+    assert "--max-lora-rank 64" in why
+    assert "since 0.32.0: export `--to plain-lora`" in why
+    assert "has 600" in written(tmp_path / "b", rank_pattern={"q_proj": 600})["vLLM"][1]
+
+
+def test_names_for_all_linear_layers_are_no_expression(tmp_path: Path) -> None:
+    assert written(tmp_path / "a", target_modules="all-linear")["SGLang"][0]
 
 
 def test_our_own_form_says_what_to_export(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_what_is_trained_stands_in_spans() -> None:
     assert len(row.ids) == len(row.weights) == len(row.tokens) == len(row.roles)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", sorted(MASKS))
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.25])
 @pytest.mark.parametrize("conversation", [SAID, LONG])

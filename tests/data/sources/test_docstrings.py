@@ -13,6 +13,7 @@ def rows() -> list[dict[str, str]]:
     return docstrings.rows()
 
 
+@pytest.mark.slow
 def test_there_are_thousands_of_rows_and_no_question_twice(rows: list[dict[str, str]]) -> None:
     assert len(rows) > 3000
     assert len({row["prompt"] for row in rows}) == len(rows)

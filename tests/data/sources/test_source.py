@@ -178,7 +178,9 @@ def test_a_missing_folder_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_an_unknown_built_in_set_is_refused_with_the_nearest_name() -> None:
-    assert refused("builtin:docstring", "data/no-such-data-set").endswith("Did you mean 'docstrings'?")
+    assert refused("builtin:docstring", "data/no-such-data-set").endswith(
+        "Did you mean 'docstrings' or 'tasks/docstring'?"
+    )
 
 
 def test_an_ending_that_cannot_be_read_is_refused_with_those_that_can(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 def test_the_packaged_base_answers(smollm2: str) -> None:
     from graftlm.generation.answer import answer
 
-    model, tokenizer = load_base(smollm2)
+    model, tokenizer = load_base(smollm2, dtype="float32")  # in bfloat16 two first tokens are as likely as each other
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.eos_token == "<|im_end|>"
     assert "Paris" in answer(model, tokenizer, "What is the capital of France?", max_new_tokens=24)

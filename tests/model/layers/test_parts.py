@@ -217,7 +217,7 @@ def test_parts_and_whole_layers_share_a_layer(tmp_path: Path) -> None:
     with by_row(model, rows), torch.no_grad():
         together = model(batch).logits
     for number, weights in enumerate(rows):
-        plain.load_state_dict(merge(model, weights))
+        plain.load_state_dict(dict(merge(model, weights)))
         with torch.no_grad():
             close(together[number : number + 1], plain(batch[number : number + 1]).logits, f"row {number}")
 

@@ -29,6 +29,7 @@ from graftlm.model.layers.registry import hosts, trainable
 from graftlm.model.layers.state_dict import base_state, merged_state
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
+from tests.adapters.folders import write_record
 from tests.errors import raises
 
 QUANTIZATIONS = sorted(CODECS)
@@ -342,7 +343,7 @@ def test_an_adapter_goes_from_quantization_to_quantization(
     written = json.loads(record.read_text())
     assert (written["base"].pop("dtype"), written["base"].pop("quantization")) == (dtype_name(model), quantization)
     for store, is_another in ((quantization, False), ("fp32", True)):  # a record of before
-        record.write_text(json.dumps(written | {"base": written["base"] | {"store": store}}))
+        write_record(record.parent, written | {"base": written["base"] | {"store": store}})
         assert ("trained on" in load_adapter(again, tmp_path / "a", name=store)) == is_another
     with raises("base/other-base", match="weights differ"):
         load_adapter(quantize(tiny_model(seed=9), quantization), tmp_path / "a")
