@@ -1,0 +1,1 @@
+"""Adapters over one base, behind the APIs that clients know."""
