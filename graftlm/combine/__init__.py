@@ -1,1 +1,1 @@
-"""Deltas put together: into a base, and (to come) with each other."""
+"""Deltas put together: into a base, and with each other into one adapter."""

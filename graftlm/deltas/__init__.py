@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from graftlm.deltas.adalora import AdaLora, AdaLoraConfig
 from graftlm.deltas.base import AdditiveDelta, Delta, DeltaConfig, WeightDelta
+from graftlm.deltas.beft import Beft, BeftConfig
 from graftlm.deltas.bitfit import BitFit, BitFitConfig
 from graftlm.deltas.block_lora import BlockLora, BlockLoraConfig
 from graftlm.deltas.boft import Boft, BoftConfig
 from graftlm.deltas.bone import Bone, BoneConfig
+from graftlm.deltas.c3a import C3a, C3aConfig
+from graftlm.deltas.delora import Delora, DeloraConfig
 from graftlm.deltas.diff_pruning import DiffPruning, DiffPruningConfig
 from graftlm.deltas.dora import Dora, DoraConfig
 from graftlm.deltas.dvora import Dvora, DvoraConfig
@@ -21,6 +24,8 @@ from graftlm.deltas.fourierft import FourierFT, FourierFTConfig
 from graftlm.deltas.full import Full, FullConfig
 from graftlm.deltas.gated_lora import GatedLora, GatedLoraConfig
 from graftlm.deltas.glora import Glora, GloraConfig
+from graftlm.deltas.gralora import Gralora, GraloraConfig
+from graftlm.deltas.hira import Hira, HiraConfig
 from graftlm.deltas.houlsby import Houlsby, HoulsbyConfig
 from graftlm.deltas.hra import Hra, HraConfig
 from graftlm.deltas.ia3 import Ia3, Ia3Config
@@ -28,6 +33,7 @@ from graftlm.deltas.intrinsic import Intrinsic, IntrinsicConfig
 from graftlm.deltas.kasa import Kasa, KasaConfig
 from graftlm.deltas.lamda import Lamda, LamdaConfig
 from graftlm.deltas.last_layers import LastLayers, LastLayersConfig
+from graftlm.deltas.lily import Lily, LilyConfig
 from graftlm.deltas.lin_adapter import LinAdapter, LinAdapterConfig
 from graftlm.deltas.loha import Loha, LohaConfig
 from graftlm.deltas.lokr import Lokr, LokrConfig
@@ -50,7 +56,9 @@ from graftlm.deltas.prefix import Prefix, PrefixConfig
 from graftlm.deltas.prompt import Prompt, PromptConfig
 from graftlm.deltas.qa_lora import QaLora, QaLoraConfig
 from graftlm.deltas.randlora import RandLora, RandLoraConfig
+from graftlm.deltas.reft import Reft, ReftConfig
 from graftlm.deltas.reslora import ResLora, ResLoraConfig
+from graftlm.deltas.road import Road, RoadConfig
 from graftlm.deltas.s2ft import S2ft, S2ftConfig
 from graftlm.deltas.shira import Shira, ShiraConfig
 from graftlm.deltas.smt import Smt, SmtConfig
@@ -79,10 +87,13 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "adalora": Method(AdaLoraConfig, AdaLora),
+    "beft": Method(BeftConfig, Beft),
     "bitfit": Method(BitFitConfig, BitFit),
     "block-lora": Method(BlockLoraConfig, BlockLora),
     "boft": Method(BoftConfig, Boft),
     "bone": Method(BoneConfig, Bone),
+    "c3a": Method(C3aConfig, C3a),
+    "delora": Method(DeloraConfig, Delora),
     "diff-pruning": Method(DiffPruningConfig, DiffPruning),
     "dora": Method(DoraConfig, Dora),
     "dvora": Method(DvoraConfig, Dvora),
@@ -93,6 +104,8 @@ METHODS: dict[str, Method] = {
     "full": Method(FullConfig, Full),
     "gated-lora": Method(GatedLoraConfig, GatedLora),
     "glora": Method(GloraConfig, Glora),
+    "gralora": Method(GraloraConfig, Gralora),
+    "hira": Method(HiraConfig, Hira),
     "houlsby": Method(HoulsbyConfig, Houlsby),
     "hra": Method(HraConfig, Hra),
     "ia3": Method(Ia3Config, Ia3),
@@ -100,6 +113,7 @@ METHODS: dict[str, Method] = {
     "kasa": Method(KasaConfig, Kasa),
     "lamda": Method(LamdaConfig, Lamda),
     "last-layers": Method(LastLayersConfig, LastLayers),
+    "lily": Method(LilyConfig, Lily),
     "lin-adapter": Method(LinAdapterConfig, LinAdapter),
     "loha": Method(LohaConfig, Loha),
     "lokr": Method(LokrConfig, Lokr),
@@ -122,7 +136,9 @@ METHODS: dict[str, Method] = {
     "prompt": Method(PromptConfig, Prompt),
     "qa-lora": Method(QaLoraConfig, QaLora),
     "randlora": Method(RandLoraConfig, RandLora),
+    "reft": Method(ReftConfig, Reft),
     "reslora": Method(ResLoraConfig, ResLora),
+    "road": Method(RoadConfig, Road),
     "s2ft": Method(S2ftConfig, S2ft),
     "shira": Method(ShiraConfig, Shira),
     "smt": Method(SmtConfig, Smt),

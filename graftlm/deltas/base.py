@@ -11,10 +11,12 @@ faster form of the same equation may stand beside it (`increment`, `forward` of 
 Tensors are float32 and dense: dtype, device, quantizer and dropout are the plumbing's (`graftlm/model/`).
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, final
+from typing import Any, ClassVar, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,30 @@ from graftlm.config.schema import Share, config
 from graftlm.errors import TargetError
 
 Targets = str | tuple[str, ...]
+
+KNOWN: ContextVar[dict[Any, Any] | None] = ContextVar("graft_known", default=None)
+"""During answers: what `once` has computed. Whoever sets it empties it as soon as a delta may have learnt."""
+
+Result = TypeVar("Result")
+Computed = TypeVar("Computed", bound="Delta")
+
+
+def once(method: Callable[[Computed], Result]) -> Callable[[Computed], Result]:
+    """For a method that reads the delta's parameters and nothing else: during answers it is computed once."""
+
+    @functools.wraps(method)
+    def found(self: Computed) -> Result:
+        known = KNOWN.get()
+        if known is None:
+            return method(self)
+        key = id(self), method.__name__
+        if key not in known:
+            known[key] = method(self)
+        result: Result = known[key]
+        return result
+
+    return found
+
 
 Rows = tuple[tuple[int, int], ...]
 """Some of the output rows of a layer, as ranges (start, stop) in ascending order."""
@@ -36,10 +62,10 @@ def _no_original() -> Tensor:
 class Site:
     """A place in the model where a delta sits.
 
-    `weight()` is W, float32 [d_out, d_in], or None at a sub-layer; [d] at a norm; the embeddings' [d_model, vocabulary]
-    at the model. `rows` are those of the layer that a part of a fused projection is: `weight`, `bias` and `d_out` are
-    then the part's. `expert=e` is one expert of a fused stack. `seed` differs from site to site and is the same in
-    every run.
+    `weight()` is W, float32 [d_out, d_in], or None at a sub-layer and a block; [d] at a norm; the embeddings'
+    [d_model, vocabulary] at the model. `rows` are those of the layer that a part of a fused projection is: `weight`,
+    `bias` and `d_out` are then the part's. `expert=e` is one expert of a fused stack. `seed` differs from site to site
+    and is the same in every run.
     """
 
     name: str
@@ -48,7 +74,7 @@ class Site:
     weight: Callable[[], Tensor | None]
     seed: int
     kind: str = "linear"
-    """linear, embedding, norm, sublayer or model"""
+    """linear, embedding, norm, sublayer, block (a transformer layer) or model"""
     has_bias: bool = False
     bias: Callable[[], Tensor | None] = lambda: None
     """b, float32 [d_out], or None."""
@@ -77,6 +103,16 @@ class Site:
         weight = self.weight()
         assert weight is not None, f"{self.name} is no layer with a weight"
         return weight
+
+
+def check_divides(number: int, name: str, site: Site) -> None:
+    """Raise TargetError if `number`, called `name` ("METHOD: FIELD"), does not divide the sizes of a layer."""
+    if site.d_in % number or site.d_out % number:
+        raise TargetError(
+            f"{name} is {number}, which does not divide the {site.d_in} inputs and {site.d_out} outputs of "
+            f"{site.name}: choose a number that divides both, by `patterns` if it is to differ there",
+            code="indivisible-layer",
+        )
 
 
 class Shared(nn.Module):
@@ -124,8 +160,9 @@ class DeltaConfig:
     init: str = "zero"
     targets: Targets = "all-linear"
     """`all-linear` (every linear layer of the decoder but the output head), `all-norms`, `all-embeddings`,
-    `all-attention`, `all-mlp`, `all-sublayers`, `all`, a regular expression for the whole name, or suffixes. A part of
-    a fused projection has the layer's name and its own: `c_attn.q`, `qkv_proj.v`, `gate_up_proj.gate`."""
+    `all-attention`, `all-mlp`, `all-sublayers`, `all-blocks`, `all`, a regular expression for the whole name, or
+    suffixes. A part of a fused projection has the layer's name and its own: `c_attn.q`, `qkv_proj.v`,
+    `gate_up_proj.gate`."""
     dropout: Share = 0.0
     """Probability of zeroing an element of x on its way into the delta (the base always sees the whole x)."""
     patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -183,6 +220,17 @@ class PeftLayout:
     """A site -> why PEFT computes something else there, or an empty text."""
 
 
+def peft_needs_a_dot(field: str, key: str) -> Callable[[DeltaConfig], str]:
+    """The `why_not` of a method whose patterns for `field` PEFT reads from `key`, but only for names behind a dot: it
+    would never find a layer that a pattern names in full, as our files do."""
+
+    def why_not(config: DeltaConfig) -> str:
+        where = [pattern for pattern, fields in config.patterns.items() if field in fields]
+        return f"PEFT would not find the {len(where)} sites of its {key}" if where else ""
+
+    return why_not
+
+
 class Delta(nn.Module):
     """A trained change at one site. Constructed as `Method(site, config)`; its parameters start as the paper says."""
 
@@ -192,7 +240,8 @@ class Delta(nn.Module):
     formula: ClassVar[str]
     """The number of trainable parameters at a site: an expression over the config's fields and the site's sizes."""
     shared_formula: ClassVar[str] = "0"
-    """The same for what the sites share, over the config's fields and `shapes`, the distinct (d_in, d_out) of them."""
+    """The same for what the sites share, over the config's fields, `shapes` (the distinct (d_in, d_out) of them) and
+    `sizes`, what the shared module says of itself."""
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     """The kinds of site where the equation has a meaning."""
     peft: ClassVar[PeftLayout | None] = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
+from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta, once
 from graftlm.errors import TargetError
 
 FAR = 64
@@ -66,17 +66,24 @@ class Boft(WeightDelta):
         return self.s * W, b
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        turnings, d = self._turnings(), self.site.d_in
-        reach = self.P.shape[-1] * 2 ** (len(turnings) - 1)
-        if reach > FAR:
-            x = _turn_all(x, turnings)
-        else:  # R mixes nothing beyond runs of `reach` elements: all steps as one, found by turning the identity
-            I = self.s.new_ones(reach).diag()  # noqa: E741
-            R = _turn_all(I.repeat(1, d // reach), turnings).unflatten(1, (-1, reach)).transpose(0, 1)
-            x = _turn(x, R - I, 0)
+        x = _turn_all(x, self._turnings()) if self._reach > FAR else _turn(x, self._whole_turning(), 0)
         s, b = self.s[:, 0], base.bias
         return base(x) * s if b is None else base(x) * s + (1 - s) * b
 
+    @property
+    def _reach(self) -> int:
+        """R mixes nothing beyond runs of so many elements."""
+        return self.P.shape[-1] << len(self.P) - 1
+
+    @once
+    def _whole_turning(self) -> Tensor:
+        """All steps as one, found by turning the identity: R - I, [d_in / reach, reach, reach]."""
+        I = self.s.new_ones(self._reach).diag()  # noqa: E741
+        R = _turn_all(I.repeat(1, self.site.d_in // self._reach), self._turnings())
+        turning: Tensor = R.unflatten(1, (-1, self._reach)).transpose(0, 1) - I
+        return turning
+
+    @once
     def _turnings(self) -> Tensor:
         """Each block less I, [m, d_in / b, b, b]: what is added to x keeps its digits in half precision."""
         Q, I = (self.P.mT - self.P) / 2, self.P.new_ones(self.P.shape[-1]).diag()  # noqa: E741

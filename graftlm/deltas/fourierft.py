@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import Count, PositiveCount, PositiveRate, config
-from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, PeftLayout, Site
+from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, PeftLayout, Site, peft_needs_a_dot
 
 
 @config
@@ -37,12 +37,6 @@ def entries(d_out: int, d_in: int, n: int, seed: int) -> Tensor:
     return torch.stack([drawn // d_in, drawn % d_in])
 
 
-def unreachable_patterns(config: FourierFTConfig) -> str:
-    # PEFT finds a pattern only behind a dot, and so never a site that a pattern names in full, as our files do
-    where = [pattern for pattern, fields in config.patterns.items() if "n_frequency" in fields]
-    return f"PEFT would not find the {len(where)} sites of its n_frequency_pattern" if where else ""
-
-
 class FourierFT(AdditiveDelta):
     family = "reparameterisation"
     paper = "Gao et al. 2024, arXiv:2405.03003"
@@ -55,7 +49,7 @@ class FourierFT(AdditiveDelta):
         patterns={"n_frequency": "n_frequency_pattern"},
         defaults={"scaling": 150.0},
         constants={"bias": "none"},
-        why_not=unreachable_patterns,
+        why_not=peft_needs_a_dot("n_frequency", "n_frequency_pattern"),
     )
     at: Tensor
     read: Tensor

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, Rate, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
+from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta, once
 from graftlm.errors import TargetError
 
 
@@ -74,6 +74,7 @@ class Hra(WeightDelta):
         lengths: Tensor = torch.linalg.vector_norm(self.U, dim=0)
         return self.U / lengths
 
+    @once
     def _compact(self) -> tuple[Tensor, Tensor]:
         """(U, T) of the chain. T is computed in double, or pairs would not cancel where products run in half."""
         U = self._columns()

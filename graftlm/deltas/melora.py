@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, PositiveRate, config
-from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, Site
-from graftlm.errors import TargetError
+from graftlm.deltas.base import AdditiveDelta, Base, DeltaConfig, Site, check_divides
 
 
 @config
@@ -36,12 +35,7 @@ class MeLora(AdditiveDelta):
     def __init__(self, site: Site, config: MeLoraConfig) -> None:
         super().__init__(site, config)
         n, r = config.minis, config.r
-        if site.d_in % n or site.d_out % n:
-            raise TargetError(
-                f"melora: minis is {n}, which does not divide the {site.d_in} inputs and {site.d_out} outputs of "
-                f"{site.name}: choose a number that divides both, by `patterns` if it is to differ there",
-                code="indivisible-layer",
-            )
+        check_divides(n, "melora: minis", site)
         A = 2 * torch.rand(n, r, site.d_in // n, generator=site.generator()) - 1
         self.A = nn.Parameter(A / (site.d_in // n) ** 0.5)
         self.B = nn.Parameter(torch.zeros(n, site.d_out // n, r))

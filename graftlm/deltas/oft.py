@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import Count, Flag, PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
+from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta, once
 
 
 @config
@@ -67,6 +67,7 @@ class Oft(WeightDelta):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         return base(_turn(x, self._turning()))
 
+    @once
     def _turning(self) -> Tensor:
         """R_i - I, [n, b, b]: what is added to x keeps its digits where products run in half precision."""
         half = self.Q.new_zeros(len(self.Q), self.b, self.b)

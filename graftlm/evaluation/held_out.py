@@ -76,17 +76,16 @@ def answers(
 ) -> list[str]:
     """The greedy answer to each row's last question; `progress` is told how many are done.
 
-    The ranks take turns with the batches, so the answers are those of one rank. A sharded base passes through its
-    layers on all ranks at once: there, each answers everything.
+    Each rank answers its share. A sharded base passes through its layers on all ranks at once: there, each answers
+    everything.
     """
     prompts = [renderer.prompt(asked_in(row)[0], row.tools, row.variables) for row in rows]
-    part = (0, 1) if distributed.is_sharded(model) else (distributed.rank(), distributed.count())
+    rank, count = (0, 1) if distributed.is_sharded(model) else (distributed.rank(), distributed.count())
     stop_ids = all_stop_ids(model, renderer.stop_ids)
-    results = generate(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, part=part)
     mine: list[tuple[int, str]] = []
-    for index, ids in results:
-        mine.append((index, renderer.decode(ids).strip()))
-        progress(min(len(rows), len(mine) * part[1]))
+    for number, ids in generate(model, prompts[rank::count], stop_ids=stop_ids, max_new_tokens=max_new_tokens):
+        mine.append((rank + number * count, renderer.decode(ids).strip()))
+        progress(min(len(rows), len(mine) * count))
     found = dict(distributed.gathered(mine))
     return [found[index] for index in range(len(rows))]
 
