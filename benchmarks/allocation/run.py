@@ -35,7 +35,8 @@ from graftlm.model.layers.registry import hosts  # noqa: E402
 from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches  # noqa: E402
+from graftlm.training.trainer import Trainer  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 RUNS = HERE / "runs.jsonl"
@@ -73,7 +74,9 @@ class Job:
         data = replace(data, examples=[e for e in data.examples if len(e) <= CONFIG["row_tokens"]])
         plan, setup = make_batches(wanted.train, data.examples), wanted.setup()
         attach_deltas(setup, self.model, data.examples, plan)
-        losses = [round(step.loss, 4) for step in training_steps(setup, self.model, data.examples, plan)]
+        trainer = Trainer(setup, self.model, data.examples, plan)
+        losses = [round(step.loss, 4) for step in trainer.steps()]
+        trainer.end()
         for host in hosts(self.model).values():
             host.deltas.eval()
         line: dict[str, Any] = {"key": key(variant, rate, seed), "variant": variant, "rate": rate, "seed": seed}

@@ -29,9 +29,9 @@ CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
 
 
 def tree(name: str, seed: int) -> dict[str, Any]:
-    """The recipe of an optimizer or a callback, or of AdamW alone with a method: `adamw METHOD`."""
-    alone = name.removeprefix("adamw ") if name.startswith("adamw ") else None
-    more = CONFIG["more"].get(name, {})
+    """The recipe of an optimizer or a callback, or of AdamW alone with a method: `adamw METHOD STEPS`."""
+    alone, steps = name.split()[1:] if name.startswith("adamw ") else (None, None)
+    more = {"train": {"steps": int(steps)}} if steps else CONFIG["more"].get(name, {})
     own: dict[str, Any] = {} if alone else {"optimizer": name} if name in OPTIMIZERS else {"callbacks": [name]}
     return {
         "base": CONFIG["base"],
@@ -41,6 +41,12 @@ def tree(name: str, seed: int) -> dict[str, Any]:
         "train": CONFIG["train"] | {"seed": seed} | more.get("train", {}),
         "report": {"samples": 0, "answers": 0},
     }
+
+
+def reference(name: str) -> str:
+    """AdamW over as many steps, with all parameters or with LoRA."""
+    steps = (CONFIG["train"] | CONFIG["more"].get(name, {}).get("train", {}))["steps"]
+    return f"adamw {'full' if method(name) == 'full' else 'lora'} {steps}"
 
 
 def method(name: str) -> str:
@@ -72,10 +78,13 @@ def falls(name: str) -> list[float]:
 def main() -> None:
     RUNS.mkdir(exist_ok=True)
     table: dict[str, dict[str, Any]] = {}
-    for name in sys.argv[1:] or [*(name for name in OPTIMIZERS if name != "adamw"), *CALLBACKS]:
-        against = "adamw full" if method(name) == "full" else "adamw lora"
-        fall, reference = falls(name), falls(against)
-        share = statistics.mean(fall) / statistics.mean(reference)
+    names = sys.argv[1:] or [*(name for name in OPTIMIZERS if name != "adamw"), *CALLBACKS]
+    for seed in CONFIG["seeds"]:  # all names first: a grid that is stopped says something of each
+        for name in [*names, *dict.fromkeys(map(reference, names))]:
+            one(name, seed)
+    for name in names:
+        fall, against = falls(name), reference(name)
+        share = statistics.mean(fall) / statistics.mean(falls(against))
         table[name] = {
             "method": method(name),
             "fall_nats": [round(each, 3) for each in fall],
@@ -85,7 +94,7 @@ def main() -> None:
         }
         print(name, table[name], flush=True)
     if not sys.argv[1:]:
-        references = {name: [round(each, 3) for each in falls(name)] for name in ("adamw lora", "adamw full")}
+        references = {name: [round(each, 3) for each in falls(name)] for name in dict.fromkeys(map(reference, names))}
         write_result(__file__, {"config": CONFIG, "references": references, "table": table})
 
 

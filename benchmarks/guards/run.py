@@ -31,7 +31,7 @@ from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import attach_tiny
 from graftlm.training.callback import Callback, make_optimizer
 from graftlm.training.guards import FEWEST
-from graftlm.training.loop import steps
+from graftlm.training.loop import TrainStep
 from graftlm.training.objective import Sums
 from graftlm.training.state import ParameterGroup, TrainingState
 
@@ -99,11 +99,8 @@ def trained(batches: list[Any], total: int, seed: int) -> tuple[list[torch.Tenso
     callbacks: list[Callback] = [AdamW(AdamWConfig()), adalora, Ema(EmaConfig())]
     optimizer = make_optimizer(callbacks, [ParameterGroup(trainable(model), 2e-3)], weight_decay=0.01)
     state = TrainingState(model, attachment(model).configs, optimizer, total=total, seed=seed)
-    done = steps(
-        model, batches, loss="supervised", optimizer=optimizer, schedule=lambda step: 1.0, clip=1.0,
-        callbacks=callbacks, training=state, on_nonfinite="skip",
-    )  # fmt: skip
-    skipped = [bool(step.skipped) for step in done]
+    train_step = TrainStep(state, "supervised", lambda step: 1.0, clip=1.0, callbacks=callbacks, on_nonfinite="skip")
+    skipped = [bool(step.skipped) for step in train_step.over(batches)]
     tensors = [*trainable(model).values(), *(t for each in callbacks for t in each.tensors.values())]
     tensors += [t for kept in optimizer.state.values() for t in kept.values() if torch.is_tensor(t)]
     return [t.detach().clone() for t in tensors], skipped

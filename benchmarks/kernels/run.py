@@ -41,7 +41,9 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
     from graftlm.model.passes.autotune import choose
     from graftlm.optim.adamw import adamw
     from graftlm.prepare import prepare_data
-    from graftlm.training.loop import steps
+    from graftlm.training.loop import TrainStep
+    from graftlm.training.passes import Passes
+    from graftlm.training.state import TrainingState
 
     torch.set_num_threads(threads)
     model, tokenizer = load_base(config["base"], dtype="bfloat16")
@@ -52,16 +54,10 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
     choices = {name: choose(model, [p for some in packs for p in some], name) for name in config["kernels"]}
     runs = {}
     for name, choice in choices.items():
-        runs[name] = steps(
-            model,
-            packs,
-            loss="supervised",
-            optimizer=adamw([(trainable(model).values(), 1e-5)], weight_decay=0.0),
-            schedule=lambda step: 1.0,
-            clip=1.0,
-            checkpointing=recipe.get("checkpointing", False),
-            backend=choice.backend(model.device, model.dtype),
-        )
+        training = TrainingState(model, {}, adamw([(trainable(model).values(), 1e-5)], weight_decay=0.0))
+        backend = choice.backend(model.device, model.dtype)
+        passes = Passes(checkpointing=recipe.get("checkpointing", False), backend=backend)
+        runs[name] = TrainStep(training, "supervised", lambda step: 1.0, clip=1.0, passes=passes).over(packs)
         next(runs[name])  # a first step, which is not counted: it compiles code and fills caches
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     tokens = 0

@@ -32,8 +32,10 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     from graftlm.model.passes.autotune import fastest_backend
     from graftlm.optim.adamw import adamw
     from graftlm.system import tune_process
-    from graftlm.training.loop import steps
+    from graftlm.training.loop import TrainStep
+    from graftlm.training.passes import Passes
     from graftlm.training.schedule import warmup_cosine
+    from graftlm.training.state import TrainingState
 
     tune_process()
     torch.set_num_threads(config["threads"])
@@ -48,17 +50,10 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     backend = fastest_backend(model, [collate(rows)])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    done = list(
-        steps(
-            model,
-            [[collate(rows)] for _ in range(config["steps"])],
-            loss="supervised",
-            optimizer=adamw([(trainable(model).values(), 1e-4)], weight_decay=0.0),
-            schedule=warmup_cosine(steps=config["steps"], warmup_steps=0),
-            clip=1.0,
-            backend=backend,
-        )
-    )
+    training = TrainingState(model, {}, adamw([(trainable(model).values(), 1e-4)], weight_decay=0.0))
+    schedule, passes = warmup_cosine(steps=config["steps"], warmup_steps=0), Passes(backend=backend)
+    train_step = TrainStep(training, "supervised", schedule, clip=1.0, passes=passes)
+    done = list(train_step.over([collate(rows)] for _ in range(config["steps"])))
     peak = peak_rss_gib()
     step_s = statistics.median(step.wall_s for step in done[1:])
     return {

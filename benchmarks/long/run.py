@@ -3,7 +3,8 @@
     python benchmarks/long/run.py            every group
     python benchmarks/long/run.py GROUP ...  these alone
 
-A test belongs to a group by its marker: `@pytest.mark.long(group="kill")`. A group writes benchmarks/long/GROUP.json.
+A test belongs to a group by its marker: `@pytest.mark.long(group="kill")`. A group writes benchmarks/long/GROUP.json,
+with the figures that its tests give to pytest's `record_property`.
 The script exits with 1 where a test fails, or where a group has no test.
 """
 
@@ -44,7 +45,7 @@ def groups() -> list[str]:
 def run(group: str) -> bool:
     """Run the tests of a group and write what came of them. Whether all passed."""
     report = HERE / f".{group}.xml"
-    chosen = ["-m", f"long(group={group!r})", f"--junitxml={report}", str(ROOT / "tests")]
+    chosen = ["-m", f"long(group={group!r})", f"--junitxml={report}", "-o", "junit_family=xunit1", str(ROOT / "tests")]
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-n", "auto", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
@@ -62,6 +63,8 @@ def run(group: str) -> bool:
         "failed": failed,
         "seconds": round(time.monotonic() - began),
     }
+    figures = {each.attrib["name"]: each.attrib["value"] for case in cases for each in case.iter("property")}
+    result |= {"figures": figures} if figures else {}
     (HERE / f"{group}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return done.returncode == 0
 

@@ -43,7 +43,8 @@ from graftlm.model.layers.registry import parameters_of  # noqa: E402
 from graftlm.prepare import Prepared, prepare_data  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.system import return_freed_memory, tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches  # noqa: E402
+from graftlm.training.trainer import Trainer  # noqa: E402
 
 tune_process()  # here, for the worker processes too
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
@@ -128,7 +129,9 @@ def learn(method: str, learning_rate: float | None, seed: int, answers_below: fl
         attach_deltas(setup, JOB.model, data.examples, plan)
         line["parameters"] = sum(p.numel() for p in parameters_of(JOB.model, "default"))
         torch.manual_seed(seed)
-        line["losses"] = [round(step.loss, 4) for step in training_steps(setup, JOB.model, data.examples, plan)]
+        trainer = Trainer(setup, JOB.model, data.examples, plan)
+        line["losses"] = [round(step.loss, 4) for step in trainer.steps()]
+        trainer.end()
         for module in JOB.model.modules():
             module.training = False
         line |= JOB.measure(seed, answers_below=answers_below)
@@ -279,7 +282,7 @@ def _steps_of(job: Job, method: str) -> tuple[list[float], float]:
     attach(job.model, wanted.all_deltas()["default"], start=not METHODS[method].delta.needs)
     return_freed_memory()  # of the method before
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    times = [step.wall_s for step in training_steps(wanted.setup(), job.model, data.examples, plan)][1:]
+    times = [step.wall_s for step in Trainer(wanted.setup(), job.model, data.examples, plan).steps()][1:]
     peak = peak_rss_gib()
     detach(job.model)
     job.model.eval()

@@ -32,7 +32,8 @@ from graftlm.model.layers.quantize import CODECS, QuantizedLinear, normal_levels
 from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.recipe import Recipe, read_recipe  # noqa: E402
 from graftlm.system import peak_rss_gib, tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches  # noqa: E402
+from graftlm.training.trainer import Trainer  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 
@@ -239,7 +240,7 @@ def steps(kind: str) -> dict[str, Any]:
     plan, setup = make_batches(job.train, data.examples), job.setup()
     attach_deltas(setup, base.model, data.examples, plan)
     cpu, done = [time.process_time()], []
-    for step in training_steps(setup, base.model, data.examples, plan):
+    for step in Trainer(setup, base.model, data.examples, plan).steps():
         cpu.append(time.process_time())
         done.append(step)
     used = [after - before for before, after in itertools.pairwise(cpu)]

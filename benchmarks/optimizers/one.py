@@ -38,7 +38,8 @@ def main() -> None:
     from graftlm.recipe import Recipe
     from graftlm.system import tune_process
     from graftlm.training.callback import make_optimizer
-    from graftlm.training.loop import steps
+    from graftlm.training.loop import TrainStep
+    from graftlm.training.passes import Passes
     from graftlm.training.state import ParameterGroup, TrainingState
 
     tune_process()
@@ -62,19 +63,10 @@ def main() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     held = resident_gib() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak of what follows, not of loading
-    done = list(
-        steps(
-            model,
-            (pack(examples[n : n + size], settings["pack_tokens"]) for n in range(0, len(examples), size)),
-            loss="supervised",
-            optimizer=optimizer,
-            schedule=lambda step: 1.0,
-            clip=1.0,
-            callbacks=callbacks,
-            training=state,
-            checkpointing=True,
-        )
-    )
+    passes = Passes(checkpointing=True)
+    train_step = TrainStep(state, "supervised", lambda step: 1.0, clip=1.0, callbacks=callbacks, passes=passes)
+    batches = (pack(examples[n : n + size], settings["pack_tokens"]) for n in range(0, len(examples), size))
+    done = list(train_step.over(batches))
     kept = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
     result = {
         "peak_gib": peak_rss_gib() - before,

@@ -30,7 +30,9 @@ def main() -> None:
     from graftlm.model.passes.autotune import fastest_backend
     from graftlm.optim.adamw import adamw
     from graftlm.system import tune_process
-    from graftlm.training.loop import steps
+    from graftlm.training.loop import TrainStep
+    from graftlm.training.passes import Passes
+    from graftlm.training.state import TrainingState
 
     tune_process()
     torch.set_num_threads(args.threads)
@@ -50,17 +52,10 @@ def main() -> None:
         assert parameter.dtype == torch.float32
     packs = [pack(batch, args.pack_tokens, share=not args.apart) for batch in batches]
     backend = fastest_backend(model, [each for some in packs for each in some])
-    done = list(
-        steps(
-            model,
-            packs,
-            loss=DpoConfig(beta=args.beta),
-            optimizer=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
-            schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
-            clip=1.0,
-            backend=backend,
-        )
-    )
+    training = TrainingState(model, {}, adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0))
+    schedule = partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps)
+    train_step = TrainStep(training, DpoConfig(beta=args.beta), schedule, clip=1.0, passes=Passes(backend=backend))
+    done = list(train_step.over(packs))
     wall = sum(step.wall_s for step in done)
     result = {
         "threads": args.threads,

@@ -27,7 +27,9 @@ from graftlm.model.layers.registry import trainable  # noqa: E402
 from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.optim.adamw import adamw  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.loop import Step, steps  # noqa: E402
+from graftlm.training.loop import Step, TrainStep  # noqa: E402
+from graftlm.training.passes import Passes  # noqa: E402
+from graftlm.training.state import TrainingState  # noqa: E402
 
 
 def cut_rows(text: np.ndarray, *, rows: int, alike: int, shared: int, own: int) -> list[Example]:
@@ -44,10 +46,9 @@ def cut_rows(text: np.ndarray, *, rows: int, alike: int, shared: int, own: int) 
 
 def one_step(model: Any, rows: list[Example], tokens: int, share: bool) -> Step:
     optimizer = adamw([(trainable(model).values(), 0.0)], weight_decay=0.0)  # a rate of 0: every round is the same
-    batches = [pack(rows, tokens, share=share)]
-    how = {"optimizer": optimizer, "schedule": lambda step: 1.0, "clip": 1.0}
-    (step,) = steps(model, batches, loss="supervised", backend=fastest_backend(model, batches[0]), **how)
-    return step
+    packs = pack(rows, tokens, share=share)
+    training, passes = TrainingState(model, {}, optimizer), Passes(backend=fastest_backend(model, packs))
+    return TrainStep(training, "supervised", lambda step: 1.0, clip=1.0, passes=passes).step(packs)
 
 
 def main() -> None:

@@ -46,7 +46,8 @@ from graftlm.selection import ifd  # noqa: E402
 from graftlm.selection.base import Pool, embeddings, examples_of  # noqa: E402
 from graftlm.selection.k_center import greedy_order  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
-from graftlm.training.phases import attach_deltas, make_batches, training_steps  # noqa: E402
+from graftlm.training.phases import attach_deltas, make_batches  # noqa: E402
+from graftlm.training.trainer import Trainer  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 RUNS = HERE / "runs.jsonl"
@@ -305,8 +306,10 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         setup = recipe.setup()
         attach_deltas(setup, bench.model, examples, plan)
         try:
-            for _ in training_steps(setup, bench.model, examples, plan):
+            trainer = Trainer(setup, bench.model, examples, plan)
+            for _ in trainer.steps():
                 pass
+            trainer.end()
             bench.model.eval()
             return {"tokens": int(sum(e.weights.sum() for e in examples)), **measured()}
         finally:

@@ -31,7 +31,7 @@ def profiled(config: dict[str, Any], threads: int, kernels: Any) -> dict[str, An
     from graftlm.planning.bench import ROWS, one_pass, parts_of_time
     from graftlm.prepare import prepare_data
     from graftlm.system import tune_process
-    from graftlm.training.loop import training_pass
+    from graftlm.training.passes import Passes
 
     tune_process()
     torch.set_num_threads(threads)
@@ -41,7 +41,7 @@ def profiled(config: dict[str, Any], threads: int, kernels: Any) -> dict[str, An
     attach(model, LoraConfig(r=16, alpha=32))
     batch = max(pack(list(examples[: 4 * ROWS]), config["tokens"], share=False), key=lambda each: each.ids.numel())
     best: dict[str, Any] = {"wall_s": float("inf")}
-    with training_pass(model, packed=True, backend=fastest_backend(model, [batch], kernels)):
+    with Passes(backend=fastest_backend(model, [batch], kernels)).through(model):
 
         def work() -> None:
             one_pass(model, batch)

@@ -26,7 +26,9 @@ from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.model.passes.packing_check import check_packing  # noqa: E402
 from graftlm.optim.adamw import adamw  # noqa: E402
 from graftlm.prepare import prepare_data  # noqa: E402
-from graftlm.training.loop import steps  # noqa: E402
+from graftlm.training.loop import TrainStep  # noqa: E402
+from graftlm.training.passes import Passes  # noqa: E402
+from graftlm.training.state import TrainingState  # noqa: E402
 
 done("imports of graftlm")
 model, tokenizer = load_base("smollm2")
@@ -41,7 +43,7 @@ optimizer = adamw([(trainable(model).values(), 1e-3)], weight_decay=0.0)
 packs = [lay_out(rows[:8], 1024, packed=True, share=True)]
 backend = fastest_backend(model, packs[0])
 done("choosing kernels, as an earlier run measured them")
-how = {"optimizer": optimizer, "schedule": lambda step: 1.0, "clip": 1.0, "backend": backend}
-next(iter(steps(model, packs, loss="supervised", **how)))
+training, passes = TrainingState(model, {}, optimizer), Passes(backend=backend)
+TrainStep(training, "supervised", lambda step: 1.0, clip=1.0, passes=passes).step(packs[0])
 done("the first step")
 print(json.dumps(stages))

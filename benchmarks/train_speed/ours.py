@@ -32,7 +32,9 @@ def main() -> None:
     from graftlm.model.passes.autotune import choose
     from graftlm.optim.adamw import adamw
     from graftlm.system import tune_process
-    from graftlm.training.loop import steps
+    from graftlm.training.loop import TrainStep
+    from graftlm.training.passes import Passes
+    from graftlm.training.state import TrainingState
 
     tune_process()
     torch.set_num_threads(args.threads)
@@ -47,18 +49,11 @@ def main() -> None:
         assert parameter.dtype == torch.float32
     packs = [pack(batch, args.pack_tokens, share=args.share) for batch in batches]
     choice = choose(model, [each for some in packs for each in some], args.kernels)
-    done = list(
-        steps(
-            model,
-            packs,
-            loss="supervised",
-            optimizer=adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0),
-            schedule=partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps),
-            clip=1.0,
-            backend=choice.backend(model.device, model.dtype),
-            checkpointing=args.checkpointing,
-        )
-    )
+    optimizer = adamw([(trainable(model).values(), args.learning_rate)], weight_decay=0.0)
+    schedule = partial(peers_schedule, steps=args.steps, warmup_steps=args.warmup_steps)
+    passes = Passes(checkpointing=args.checkpointing, backend=choice.backend(model.device, model.dtype))
+    train_step = TrainStep(TrainingState(model, {}, optimizer), "supervised", schedule, clip=1.0, passes=passes)
+    done = list(train_step.over(packs))
     wall, tokens = sum(step.wall_s for step in done), sum(step.tokens for step in done)
     result = {
         "shape": "ours",
