@@ -6,6 +6,7 @@ optimizers.md, callbacks.md, architectures.md, recipe.schema.json, and the figur
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -538,6 +539,22 @@ def _streaming(result: dict[str, Any]) -> str:
     return _rows({what: f"{result['most_above_start_mib']:.0f} MiB above the start"}, _where("streaming", result))
 
 
+def _merge_memory(result: dict[str, Any]) -> str:
+    what = f"memory of merging {result['config']['adapters']} adapters, above what is resident before"
+    figure = f"{result['most_share']:.2f} of one float32 model, the pages of the base that are read for it included"
+    return _rows({what: figure}, _where("merge_memory", result))
+
+
+def _core_space(result: dict[str, Any]) -> str:
+    config = result["config"]
+    what = f"TIES of {config['adapters']} adapters of rank {config['r']} in core space"
+    figures = {
+        f"{what}: processor time": f"1/{result['time_ratio']:.1f} of that on whole matrices",
+        f"{what}: memory above base and adapters": f"{result['core_above_share']:.2f} of the adapters' bytes",
+    }
+    return _rows(figures, _where("core_space", result))
+
+
 def _selection(result: dict[str, Any]) -> str:
     found = result["demo"]
     means, best = found["held_out_loss_mean"], found["best"]
@@ -579,6 +596,95 @@ def _crash(result: dict[str, Any]) -> str:
     return _rows({"kill -9 at random and at every write, full and read-only disks": figure}, _where("crash", result))
 
 
+def _generation(result: dict[str, Any]) -> str:
+    config, rows = result["config"], {}
+    asked, samples = config["prompts"], config["samples"]
+    for dtype, found in result["found"].items():
+        batch = f"{asked['count']} prompts of {asked['shortest']} to {asked['longest']} tokens, {dtype}"
+        rows[f"{batch}, against `model.generate` in one batch"] = _faster(found["prompts"])
+        one = f"{samples['count']} samples of a prompt of {samples['prompt']} tokens, {dtype}"
+        rows[f"{one}, against `num_return_sequences`"] = _faster(found["samples"])
+    return _rows(rows, _where("generation", result))
+
+
+def _faster(found: dict[str, Any]) -> str:
+    speed = found["tokens"] / statistics.median(found["seconds"]["engine"])
+    return f"{found['ratio']:.2f} times as fast ({speed:.0f} new tokens/s, prompts included)"
+
+
+def _rl_speed(result: dict[str, Any]) -> str:
+    figure = f"{result['ratio']:.2f} times as fast"
+    return _rows({"online RL: a step, against answers by `model.generate`": figure}, _where("rl_speed", result))
+
+
+def _many_adapters(result: dict[str, Any]) -> str:
+    found, rank = result["found"], result["config"]["rank"]
+    rows = {
+        f"answers of {count}, each of a request of its own (r {rank}, bfloat16), one thread, float32": (
+            f"{each['over_base']['bfloat16']:.2f} of the base's tokens/s"
+        )
+        for count, each in found.items()
+        if count.endswith(" adapters")
+    }
+    peft = f"{found['peft']['engine_over_peft']:.1f} times as fast"
+    return _rows(rows | {"8 adapters, against PEFT's mixed batch": peft}, _where("many_adapters", result))
+
+
+def _prepacked(result: dict[str, Any]) -> str:
+    rows = {
+        f"all products of a step of SmolLM2-135M with {count} row{'s' * (count != 1)}, {dtype}, one thread": (
+            f"{found[str(count)]['panels']:.0f} ms in our panels, {found[str(count)]['oneDNN']:.0f} in oneDNN's layout"
+        )
+        for dtype, found in result["milliseconds"].items()
+        for count in (1, 8)
+    }
+    return _rows(rows, _where("prepacked", result))
+
+
+def _plain_lora(result: dict[str, Any]) -> str:
+    figures = {
+        f"`{method}` as a plain LoRA of rank {rank}: share of ||dW|| lost": f"{share:.0%}"
+        for method, found in result["share_lost"].items()
+        for rank, share in found.items()
+    }
+    return _rows(figures, _where("plain_lora", result))
+
+
+def _adapter_pool(result: dict[str, Any]) -> str:
+    found, config = result["found"], result["config"]
+    cold, registered = found["cold"][str(config["registered"])], f"{config['registered']:,} registered adapters"
+    rows = {
+        f"{registered} (r {config['rank']}) by Zipf's law from {config['slots']} slots": (
+            f"{found['slots over all resident']:.2f} of the speed with all of them on the model"
+        ),
+        f"requests for the base beside {registered}": f"{found['base only']['ratio']:.2f} of the plain base's speed",
+        f"an adapter of {cold['file_mb']:.0f} MB onto the model": f"{cold['median_ms']:.0f} ms, its file cached",
+        f"{len(config['methods'])} methods without factors together": (
+            f"{found['methods without factors']['ratio']:.2f} of the base's speed"
+        ),
+    }
+    return _rows(rows, _where("adapter_pool", result))
+
+
+def _serve_peers(result: dict[str, Any]) -> str:
+    adapters = result["config"]["adapters"]
+    rows = {
+        f"{adapters} adapters over HTTP, one core, {dtype}, against {peer}": f"{ratio:.1f} times as fast"
+        for dtype, found in result["found"].items()
+        for peer, ratio in found["ours_over_peer"].items()
+    }
+    return _rows(rows, _where("serve_peers", result))
+
+
+def _constrained(result: dict[str, Any]) -> str:
+    found = result["found"]
+    rows = {
+        "answers by a JSON schema": f"{found['valid']} of {found['answers']} valid",
+        "their time a token, against free answers": f"{found['speed_at_16']['ratio']:.2f} times, 16 at a time",
+    }
+    return _rows(rows, _where("constrained", result))
+
+
 def _where(name: str, result: dict[str, Any]) -> str:
     return f"[{name}](benchmarks/{name}/result.json), {machine(result['machine'])}"
 
@@ -607,6 +713,16 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "preference": _preference,
     "dpo_task": _dpo_task,
     "crash": _crash,
+    "merge_memory": _merge_memory,
+    "core_space": _core_space,
+    "prepacked": _prepacked,
+    "plain_lora": _plain_lora,
+    "many_adapters": _many_adapters,
+    "adapter_pool": _adapter_pool,
+    "serve_peers": _serve_peers,
+    "constrained": _constrained,
+    "generation": _generation,
+    "rl_speed": _rl_speed,
 }
 
 

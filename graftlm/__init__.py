@@ -11,8 +11,10 @@ from graftlm.system import require_supported_platform
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from graftlm.adapters.adapter import Adapter as Adapter
     from graftlm.adapters.export.export import export as export
     from graftlm.adapters.export.lint import lint as lint
+    from graftlm.adapters.load import attach_adapter as attach_adapter
     from graftlm.adapters.load import load_adapter as load_adapter
     from graftlm.adapters.save import save_adapter as save_adapter
     from graftlm.data.quality.rendered_row import render as render
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from graftlm.training.config import TrainConfig as TrainConfig
 
 _HOME = {
+    "Adapter": "graftlm.adapters.adapter",
     "BaseConfig": "graftlm.model.hub.config",
     "DataConfig": "graftlm.data.sources.source",
     "INITS": "graftlm.deltas.inits",
@@ -55,6 +58,7 @@ _HOME = {
     "activate": "graftlm.model.layers.modes",
     "answer": "graftlm.generation.answer",
     "attach": "graftlm.model.layers.attach",
+    "attach_adapter": "graftlm.adapters.load",
     "by_row": "graftlm.model.layers.modes",
     "check_packing": "graftlm.model.passes.packing_check",
     "collect": "graftlm.model.passes.statistics",

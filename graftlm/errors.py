@@ -77,6 +77,12 @@ class TrainingError(GraftError):
     family = "training"
 
 
+class RequestError(GraftError):
+    """A request that this model cannot answer as it is asked: a schema with unknown keywords, a token that is none."""
+
+    family = "request"
+
+
 class PlatformError(GraftError):
     """An operating system that graftlm does not run on."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from graftlm.adapters.adapter import Adapter
 from graftlm.callbacks import CALLBACKS
 from graftlm.config.aliases import OTHER_NAMES
 from graftlm.config.schema import Count, Flag, PositiveCount, config
@@ -32,9 +33,10 @@ from graftlm.rl.rollouts import Sampler
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import SelectorConfig
 from graftlm.training.callback import Callback, CallbackConfig, OptimizerConfig
-from graftlm.training.config import TrainConfig
+from graftlm.training.config import StatisticsConfig, TrainConfig
 from graftlm.training.regularizers import REGULARIZERS, RegularizerConfig
 from graftlm.training.setup import Answers, Setup
+from graftlm.training.start_from import check_delta, read_start
 from graftlm.training.tokenizer import run_tokenizer
 
 load_plugins()  # what they add to the tables is in the unions
@@ -118,6 +120,8 @@ class Recipe:
     """The delta to train; LoRA with its defaults where neither this nor `deltas` is given."""
     deltas: Mapping[str, AnyDelta] = Field(default_factory=dict)
     """Several by name, all on one model: each acts on what those before it left, each is an adapter of its own."""
+    start_from: str | None = None
+    """The folder of an adapter to continue: its tensors are the start, and `delta` is its config if it is not given."""
     loss: AnyLoss = Field(default_factory=SupervisedConfig, json_schema_extra=_or_a_name(LOSSES))
     """The objective: a name, or `{name: NAME, ...}` with options."""
     regularisers: tuple[AnyRegularizer, ...] = ()
@@ -129,6 +133,9 @@ class Recipe:
     """What updates parameters: a name, or `{name: NAME, ...}` with options."""
     callbacks: tuple[AnyCallback, ...] = ()
     """What else acts between steps, in this order: names, or `{name: NAME, ...}` with options."""
+    statistics: StatisticsConfig | None = None
+    """`{rows: SOURCE}`: what inits and methods that start from the data look at, in place of the first training
+    rows."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     network: Flag = False
@@ -196,6 +203,10 @@ class Recipe:
     def _one_or_several(self) -> "Recipe":
         if self.delta is not None and self.deltas:
             raise ValueError("give delta, or several by name in deltas, not both")
+        if self.start_from is not None and self.deltas:
+            raise ValueError("start_from continues one adapter, and deltas are several: leave deltas out")
+        if self.start_from is not None and self.delta is None:
+            object.__setattr__(self, "delta", read_start(self.start_from).config)
         if self.delta is None and not self.deltas:
             object.__setattr__(self, "delta", LoraConfig())  # frozen for everybody else
         return self
@@ -221,8 +232,13 @@ class Recipe:
     def _conflicts(self) -> Iterator[str]:
         yield LOSSES[self.loss.name].conflict_in(self)
         yield self.train.conflict_in(self)
+        if self.statistics is not None:
+            yield self.statistics.conflict_in(self)
         if self.rl is not None:
             yield self.rl.conflict_in(self)
+        if self.data.inner_rows is not None and not self._callbacks_with_inner_rows():
+            names = ", ".join(name for name, row in CALLBACKS.items() if row.callback.inner_share)
+            yield f"data.inner_rows: no callback of the recipe learns from them. These do: {names}"
         for each in self.all_callbacks():
             if reason := _callback_class(each).conflict_in(self):
                 yield f"{'optimizer' if each is self.optimizer else 'callback'} {each.name}: {reason}"
@@ -237,11 +253,26 @@ class Recipe:
 
     def inner_share(self) -> float:
         """The share of the training rows that becomes the inner validation split."""
-        return max(_callback_class(each).inner_share for each in self.all_callbacks())
+        if self.data.inner_rows is not None:
+            return 0.0
+        return max((each.inner_share for each in self._callbacks_with_inner_rows()), default=0.0)
+
+    def _callbacks_with_inner_rows(self) -> list[type[Callback]]:
+        classes = [_callback_class(each) for each in self.all_callbacks()]
+        return [each for each in classes if each.inner_share]
 
     def tokenizer(self) -> Any:
         """The tokenizer of the run; see `run_tokenizer` for what it raises."""
         return run_tokenizer(self.base, self.data.template_variables, network=self.network)
+
+    def start_adapter(self) -> Adapter | None:
+        """The adapter in `start_from`; RecipeError where `delta` is not its config. None where there is none."""
+        if self.start_from is None:
+            return None
+        adapter = read_start(self.start_from)
+        assert self.delta is not None, "it is the adapter's where it was not given"
+        check_delta(adapter, self.delta)
+        return adapter
 
     def setup(self, scorer: Scorer | None = None, renderer: Renderer | None = None) -> Setup:
         """What training takes of the recipe. With `rl`, the scorer and the renderer of the run may be given."""
@@ -264,6 +295,7 @@ class Recipe:
             make_callbacks=make_callbacks,
             packed=self.data.pack,
             network=self.network,
+            start_from=self.start_adapter(),
             answers=None if rl is None else Answers(rl.samples, rl.max_new_tokens),
         )
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from graftlm.adapters.export.export import export, merge_into
+from graftlm.adapters.export.export import export
+from graftlm.adapters.export.merged import merge_into
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.peft import why_not_peft
 from graftlm.adapters.save import save_adapter

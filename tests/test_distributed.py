@@ -25,7 +25,9 @@ from graftlm.model.layers.registry import trainable
 from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
+from graftlm.training.passes import Passes
 from graftlm.training.sharding import shard
+from graftlm.training.state import TrainingState
 from tests.errors import raises
 from tests.test_run import recipe
 from tests.training.test_loop import examples
@@ -68,10 +70,9 @@ def gradients(method: str, count: int, packed: bool, sharded: bool) -> dict[str,
             kept.update({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
 
     before = held_out_loss(model, rows, pack_tokens=40, packed=packed)
-    (step,) = loop.steps(
-        model, [distributed.packs_of(rows, make, sharded=distributed.is_sharded(model))], loss="supervised",
-        optimizer=Recorder(trainable(model).values(), lr=0.0), schedule=lambda n: 1.0, clip=1e9, packed=packed,
-    )  # fmt: skip
+    training = TrainingState(model, {}, Recorder(trainable(model).values(), lr=0.0))
+    train_step = loop.TrainStep(training, "supervised", lambda n: 1.0, clip=1e9, passes=Passes(packed=packed))
+    step = train_step.step(distributed.packs_of(rows, make, sharded=distributed.is_sharded(model)))
     numbers = {"held_out": before, "loss": step.loss, "norm": step.grad_norm}
     return {"numbers": numbers, "tokens": (step.tokens, step.supervised_tokens), "gradients": kept}
 
@@ -161,10 +162,8 @@ def not_finite_on_rank_1(sharded: bool) -> tuple[str, bool]:
         return found * float("nan") if distributed.rank() == 1 else found
 
     with patch.object(objective, "log_probs", poisoned), raises("training/not-finite") as raised:
-        list(loop.steps(
-            model, [packs], loss="supervised", optimizer=adamw([(trainable(model).values(), 0.1)], weight_decay=0.0),
-            schedule=lambda n: 1.0, clip=1.0,
-        ))  # fmt: skip
+        training = TrainingState(model, {}, adamw([(trainable(model).values(), 0.1)], weight_decay=0.0))
+        loop.TrainStep(training, "supervised", lambda n: 1.0, clip=1.0).step(packs)
     return str(raised.value), all(torch.equal(p, before[name]) for name, p in trainable(model).items())
 
 
@@ -200,14 +199,9 @@ def own_randomness() -> float:
     rows = examples(2)
     batch = [collate(rows)]
     torch.rand(7 + distributed.rank())
-    seeds = []
-    for _ in loop.steps(model, [batch], loss="supervised", optimizer=_still(model), schedule=lambda n: 1.0, clip=1.0):
-        seeds.append(torch.initial_seed())
-    return float(seeds[0])
-
-
-def _still(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(trainable(model).values(), lr=0.0)
+    training = TrainingState(model, {}, torch.optim.SGD(trainable(model).values(), lr=0.0))
+    loop.TrainStep(training, "supervised", lambda n: 1.0, clip=1.0).step(batch)
+    return float(torch.initial_seed())
 
 
 def endings(base: Path, rows: Path, out: Path) -> list[Any]:

@@ -275,6 +275,7 @@ def test_every_group_is_in_the_page_with_its_table() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_plugin_that_imports_the_recipe_is_broken_whoever_loads_it_first(tmp_path: Path) -> None:
     folder = tmp_path / "installed"
     points = "[graftlm.methods]\nabove = graft_above:METHOD\n"

@@ -16,6 +16,7 @@ from graftlm.data.chat.masks import MASKS
 from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.records import BUILTIN, READERS
 from graftlm.data.sources.source import DataConfig, SourceConfig
+from graftlm.data.sources.tasks.table import TASKS
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.losses import LOSSES
@@ -26,10 +27,10 @@ PACKAGE = Path(graftlm.__file__).parent
 
 
 PUBLIC = {
-    "__version__", "BaseConfig", "DataConfig", "INITS", "LoraConfig", "METHODS", "Recipe", "ReportConfig",
-    "SourceConfig", "TrainConfig", "activate", "answer", "attach", "by_row", "check_packing", "collect", "deltas_off",
-    "detach", "export", "generate", "lint", "load_adapter", "load_base", "load_rows", "merged_state", "quantize",
-    "read_recipe", "render", "rows_report", "save_adapter", "train",
+    "__version__", "Adapter", "BaseConfig", "DataConfig", "INITS", "LoraConfig", "METHODS", "Recipe", "ReportConfig",
+    "SourceConfig", "TrainConfig", "activate", "answer", "attach", "attach_adapter", "by_row", "check_packing",
+    "collect", "deltas_off", "detach", "export", "generate", "lint", "load_adapter", "load_base", "load_rows",
+    "merged_state", "quantize", "read_recipe", "render", "rows_report", "save_adapter", "train",
 }  # fmt: skip
 OF_TESTING = {"save_tiny_base", "tiny_model", "tiny_tokenizer"}
 
@@ -91,7 +92,7 @@ def test_every_method_is_named_by_its_config() -> None:
     for name, method in METHODS.items():
         assert method.config().method == name  # type: ignore[call-arg]
         assert method.delta.family in ("addition", "specification", "reparameterisation")
-        assert "arXiv:" in method.delta.paper
+        assert "arXiv:" in method.delta.paper or "openreview.net/" in method.delta.paper
 
 
 def test_a_recipe_offers_exactly_what_the_tables_hold() -> None:
@@ -102,7 +103,7 @@ def test_a_recipe_offers_exactly_what_the_tables_hold() -> None:
     assert choices(SourceConfig, "format") == {"auto", *FORMATS}
     losses = Recipe.__dataclass_fields__["loss"].type.__args__[0].__args__  # type: ignore[attr-defined]
     assert {loss().name for loss in losses} == set(LOSSES)
-    assert set(BUILTIN) == {"docstrings"}
+    assert set(BUILTIN) == {"docstrings", "tasks", *(f"tasks/{name}" for name in TASKS)}
     assert set(READERS) == {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
 
 

@@ -111,7 +111,7 @@ def test_what_is_counted_of_peft_and_of_ours_is_right() -> None:
     cells = {row[0]: row for row in table(COMPARISON, HEADING)}
     types, mapped = len(PeftType), {row["peft_type"] for row in facts() if row["peft_type"]}
     assert f"{len(mapped)} of PEFT's {types} types" in cells["adapters of the others"][1]
-    assert {"GLORA"} <= {each.value for each in PeftType} - mapped
+    assert {"LILY"} <= {each.value for each in PeftType} - mapped
     assert any(field.name == "kasa_config" for field in dataclasses.fields(PeftLoraConfig))
     kinds = {re.sub(r"(Linear|Embedding|Conv\w*)?Variant$", "", name).strip("_") for name in vars(variants)}
     kinds = {kind for kind in kinds if any(f"{kind}{of}Variant" in vars(variants) for of in ("Linear", "Embedding"))}

@@ -125,7 +125,7 @@ def test_answers_leave_the_global_state_alone_between_them_too(model: Any, token
     answer(model, tokenizer, "a question", max_new_tokens=3, temperature=1.0)
     assert global_state() == before
     prompts = [[5, 6, 7], [5, 6, 7, 8, 9]]
-    for _ in generate(model, prompts, stop_ids=[2], max_new_tokens=3, temperature=1.0, batch_tokens=5):
+    for _ in generate(model, prompts, stop_ids=[2], max_new_tokens=3, temperature=1.0):
         assert global_state() == before
     with pytest.raises(TypeError):
         next(generate(model, prompts, stop_ids=[2], max_new_tokens="three", temperature=1.0))  # type: ignore[arg-type]
@@ -156,6 +156,7 @@ print(len(names), sorted(changed - THEIRS))
 """
 
 
+@pytest.mark.slow
 def test_importing_every_module_changes_no_environment_variable() -> None:
     """Those that a library sets by itself do not count."""
     libraries = "import torch, transformers, datasets, huggingface_hub, matplotlib, peft, tensorboard"

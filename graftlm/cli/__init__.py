@@ -11,6 +11,7 @@ from graftlm.cli import (
     bench,
     cache,
     chat,
+    compose,
     data,
     env,
     estimate,
@@ -21,8 +22,10 @@ from graftlm.cli import (
     merge,
     methods,
     runs,
+    serve,
     sweep,
     train,
+    verify,
 )
 from graftlm.cli.renamed import RenamedGroup
 from graftlm.errors import GraftError
@@ -53,8 +56,11 @@ app.command("sweep")(sweep.sweep)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
+app.command("compose")(compose.compose)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
+app.command("verify")(verify.verify)
 app.command("methods")(methods.methods)
 app.command("init")(init.init)
 app.command("env")(env.env)

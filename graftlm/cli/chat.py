@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graftlm.cli.models import load_model
+from graftlm.cli.models import load_model, show_reason
 from graftlm.cli.options import (
     AdapterOption,
     BaseOption,
     DtypeOption,
+    FrequencyOption,
     MinPOption,
     NetworkOption,
     PenaltyOption,
+    PresenceOption,
     QuantizationOption,
     SeedOption,
     StopOption,
@@ -55,6 +57,8 @@ def chat(
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
+    presence_penalty: PresenceOption = 0.0,
+    frequency_penalty: FrequencyOption = 0.0,
     stop: StopOption = None,
     seed: SeedOption = 0,
     today: TodayOption = None,
@@ -68,15 +72,19 @@ def chat(
     """
     from graftlm.data.sources.formats import Message
     from graftlm.generation.answer import answer, chat_renderer
+    from graftlm.generation.engine import Engine
 
-    options = sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, stop)
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    options = sampling_options(temperature, top_k, top_p, min_p, penalties, stop)
     rendering: dict[str, Any] = {"today": parse_day(today), "turn_order": _turn_order(turn_order)}
     model, tokenizer = load_model(base, adapter or [], network, dtype, quantization)
+    engine = Engine(model)
+    show_reason(engine)
     start = [Message("system", system)] if system else []
     history = list(start)
 
     def ask(messages: list[Message]) -> str:
-        say = partial(answer, model, tokenizer, messages, on_text=_write, **rendering)
+        say = partial(answer, model, tokenizer, messages, on_text=_write, engine=engine, **rendering)
         return say(max_new_tokens=max_new_tokens, seed=seed, **options)
 
     if system:  # what the template does not take is an error before anybody types

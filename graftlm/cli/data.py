@@ -58,7 +58,7 @@ def check(
     from graftlm.runs import check_page
 
     prepare_libraries()
-    recipe = _recipe_for(source, base, mask, template, network, overrides or [])
+    recipe = recipe_for(source, base, mask, template, network, overrides or [])
     found = check_rows(recipe, show=show, console=Console(stderr=True))
     for line in found.chosen:
         note(line)
@@ -117,7 +117,7 @@ def select(
     prepare_libraries()
     check_writable(out, overwrite=overwrite)
     of_recipe, of_method = _by_owner(settings or [])
-    recipe = _recipe_for(source, base, None, template, network, of_recipe)
+    recipe = recipe_for(source, base, None, template, network, of_recipe)
     recipe = _selecting(recipe, by, keep, target, of_method)
     tokenizer = recipe.tokenizer()
     usable = for_supervised if is_recipe(source) else every_row  # what a file of rows is for, nobody says
@@ -226,7 +226,7 @@ def convert(
     note(f"wrote {count} rows to {out}")
 
 
-def _recipe_for(
+def recipe_for(
     source: str, base: str | None, mask: str | None, template: str | None, network: bool, overrides: list[str]
 ) -> "Recipe":
     """The recipe there, or one for a file of rows, with what the command line says laid over it."""

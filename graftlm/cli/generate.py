@@ -1,17 +1,21 @@
 """`graft generate`."""
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftlm.cli.models import load_model
+from graftlm.cli.models import load_model, show_reason
 from graftlm.cli.options import (
     AdapterOption,
     BaseOption,
     DtypeOption,
+    FrequencyOption,
     MinPOption,
     NetworkOption,
     PenaltyOption,
+    PresenceOption,
     QuantizationOption,
     SeedOption,
     StopOption,
@@ -22,6 +26,10 @@ from graftlm.cli.options import (
     TopPOption,
 )
 from graftlm.cli.sampling import parse_day, sampling_options
+from graftlm.cli.terminal import warn
+
+if TYPE_CHECKING:
+    from graftlm.generation.grammar import Grammar
 
 
 def generate(
@@ -35,6 +43,12 @@ def generate(
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
+    presence_penalty: PresenceOption = 0.0,
+    frequency_penalty: FrequencyOption = 0.0,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option("--json-schema", help="File with a JSON schema: the answer is JSON that is valid by it."),
+    ] = None,
     stop: StopOption = None,
     seed: SeedOption = 0,
     today: TodayOption = None,
@@ -44,10 +58,37 @@ def generate(
 ) -> None:
     """Answer one question and print the answer."""
     from graftlm.generation.answer import answer
+    from graftlm.generation.engine import Engine
 
     if (question is None) == (prompt is None):
         raise typer.BadParameter('give one question: graft generate "How are you?"', param_hint="QUESTION")
-    options = sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, stop) | {"today": parse_day(today)}
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    options = sampling_options(temperature, top_k, top_p, min_p, penalties, stop) | {"today": parse_day(today)}
+    if json_schema is not None:
+        options["grammar"] = _grammar(json_schema)
     model, tokenizer = load_model(base, adapter or [], network, dtype, quantization)
     asked = question if question is not None else prompt
-    print(answer(model, tokenizer, asked or "", max_new_tokens=max_new_tokens, seed=seed, **options))
+    engine = Engine(model, prepack=False)  # for a single answer it does not pay
+    show_reason(engine)
+    text = answer(model, tokenizer, asked or "", max_new_tokens=max_new_tokens, seed=seed, engine=engine, **options)
+    print(text)
+    if json_schema is not None and not _is_json(text):
+        warn("the answer is cut off, so it is no whole JSON: give it more tokens (--max-new-tokens)")
+
+
+def _grammar(file: Path) -> "Grammar":
+    """The grammar of the JSON schema in a file."""
+    from graftlm.generation.grammar import Grammar
+
+    try:
+        return Grammar.json_schema(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{file}: no JSON can be read from it: {error}", param_hint="--json-schema") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -86,6 +86,16 @@ PenaltyOption = Annotated[
     float,
     typer.Option("--repetition-penalty", min=0.01, help="Above 1: tokens that occurred already become less likely."),
 ]
+PresenceOption = Annotated[
+    float,
+    typer.Option(
+        "--presence-penalty", min=-2, max=2, help="Taken off the logits of tokens that occurred in the answer."
+    ),
+]
+FrequencyOption = Annotated[
+    float,
+    typer.Option("--frequency-penalty", min=-2, max=2, help="The same, as often as the token occurred in the answer."),
+]
 StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="End the answer before this text. Repeat the option for several.")
 ]

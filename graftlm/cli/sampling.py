@@ -9,19 +9,27 @@ if TYPE_CHECKING:
 
 
 def sampling_options(
-    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, stop: list[str] | None
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalties: tuple[float, float, float],
+    stop: list[str] | None,
 ) -> dict[str, Any]:
-    """How tokens are chosen, as `answer` takes it; what would do nothing is wrong usage."""
-    from graftlm.generation.generate import check_sampling
+    """How tokens are chosen, as `answer` takes it; what would do nothing is wrong usage. `penalties`: for repetition,
+    presence and frequency."""
+    from graftlm.generation.sampling import Sampling
 
+    chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    chosen |= zip(("repetition_penalty", "presence_penalty", "frequency_penalty"), penalties, strict=True)
     try:
-        check_sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        Sampling(**chosen)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--temperature") from None
+        option = "temperature" if "temperature 0" in str(error) else str(error).split()[0].replace("_", "-")
+        raise typer.BadParameter(str(error), param_hint=f"--{option}") from None
     if "" in (stop or []):
         raise typer.BadParameter("an empty text would end every answer at once", param_hint="--stop")
-    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    return chosen | {"repetition_penalty": repetition_penalty, "stop": stop or ()}
+    return chosen | {"stop": stop or ()}
 
 
 def parse_day(today: str | None) -> "datetime.date | None":

@@ -16,6 +16,16 @@ T = TypeVar("T")
 
 def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """The config that a YAML file and then `key=value` strings describe; raises RecipeError with file and line."""
+    tree, lines = read_tree(path)
+    for key in lay_over(tree, overrides):
+        lines[key] = 0
+        for depth in range(1, len(key)):
+            lines.setdefault(key[:depth], 0)
+    return build(cls, tree, source=str(path), lines=lines)
+
+
+def read_tree(path: Path) -> tuple[Tree, dict[Key, int]]:
+    """The mapping in a YAML file and the line of each of its keys; raises RecipeError with file and line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -23,12 +33,7 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         raise RecipeError(f"{path}: no such recipe. {nearest(str(path), there)}", code="no-such-recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe: {error}", code="unreadable-recipe") from None
-    tree, lines = parse_yaml(text, str(path))
-    for key in lay_over(tree, overrides):
-        lines[key] = 0
-        for depth in range(1, len(key)):
-            lines.setdefault(key[:depth], 0)
-    return build(cls, tree, source=str(path), lines=lines)
+    return parse_yaml(text, str(path))
 
 
 def lay_over(tree: Tree, overrides: Sequence[str]) -> list[Key]:

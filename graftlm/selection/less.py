@@ -34,8 +34,10 @@ from graftlm.model.passes.autotune import fastest_backend
 from graftlm.model.passes.forward import log_probs
 from graftlm.optim.adamw import adamw
 from graftlm.selection.base import LEFT_OUT, Pool, PositiveShare, Scores, SelectorConfig
-from graftlm.training.loop import steps
+from graftlm.training.loop import TrainStep
+from graftlm.training.passes import Passes
 from graftlm.training.schedule import warmup_cosine
+from graftlm.training.state import TrainingState
 
 NAME = "select-less"
 
@@ -102,16 +104,11 @@ def _warmup(
     backend = TORCH
     if pool.data.pack:
         backend = fastest_backend(pool.model, list(pool.packs([examples[i] for i in plan[0]])), passes=len(plan))
-    for step in steps(
-        pool.model,
-        (list(pool.packs([examples[i] for i in rows])) for rows in plan),
-        loss="supervised",
-        optimizer=optimizer,
-        schedule=warmup_cosine(steps=len(plan), warmup_steps=round(0.03 * len(plan))),
-        clip=1.0,
-        packed=pool.data.pack,
-        backend=backend,
-    ):
+    schedule = warmup_cosine(steps=len(plan), warmup_steps=round(0.03 * len(plan)))
+    passes = Passes(packed=pool.data.pack, backend=backend)
+    training = TrainingState(pool.model, {}, optimizer)
+    train_step = TrainStep(training, "supervised", schedule, clip=1.0, passes=passes)
+    for step in train_step.over(list(pool.packs([examples[i] for i in rows])) for rows in plan):
         rates.append(step.learning_rate)
         if step.number % per_epoch == 0:
             yield optimizer, float(np.mean(rates))

@@ -190,7 +190,8 @@ def parameters_are_as_declared(name: str) -> None:
             assert counted == declared, f"{site}: {counted} trainable parameters, {delta.formula} says {declared}"
     shared = shared_of(model, "default")
     counted = sum(p.numel() for p in shared.parameters() if p.requires_grad) if shared is not None else 0
-    declared = evaluate(METHODS[name].delta.shared_formula, values | {"shapes": shapes})
+    values |= {"shapes": shapes, "sizes": getattr(shared, "sizes", ())}
+    declared = evaluate(METHODS[name].delta.shared_formula, values)
     assert counted == declared, f"shared: {counted} trainable parameters, shared_formula says {declared}"
 
 

@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     "last": 1,
     "minis": 4,
     "n_frequency": 50,
+    "new_bias": False,
     "num_vectors": 12,
     "p": 5,
     "r": 4,

@@ -505,7 +505,7 @@ def test_a_row_with_a_weight_for_a_delta_is_the_model_with_that_weight_merged_in
         together = model(batch).logits
     for number, weight in enumerate((0.3, -1.5, 0.0)):
         plain = tiny_model()
-        plain.load_state_dict(merge(model, {"a": weight}), strict=False)
+        plain.load_state_dict(dict(merge(model, {"a": weight})), strict=False)
         with torch.no_grad():
             close(together[number : number + 1], plain(batch[number : number + 1]).logits, f"weight {weight}", 1e-4)
 
@@ -517,7 +517,7 @@ def test_weights_of_several_deltas_add_in_flat_batches_and_beams_too() -> None:
         together, answers = model(batch).logits, model.generate(batch, **settings)
     for number, weights in enumerate(rows):
         plain = opt()
-        plain.load_state_dict(merge(model, weights))
+        plain.load_state_dict(dict(merge(model, weights)))
         with torch.no_grad():
             close(together[number : number + 1], plain(batch[number : number + 1]).logits, f"row {number}")
         assert answers[number : number + 1].tolist() == plain.generate(batch[number : number + 1], **settings).tolist()

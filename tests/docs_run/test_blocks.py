@@ -18,6 +18,8 @@ import typer
 import yaml
 
 from graftlm.cli import app
+from graftlm.combine.config import ComposeConfig
+from graftlm.config.schema import build
 from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.load import load_rows
 from graftlm.deltas import METHODS
@@ -65,6 +67,7 @@ def table_of_methods() -> Iterator[None]:
     METHODS.update(before)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("page", SCRIPTS)
 @pytest.mark.usefixtures("smollm2_is_tiny", "table_of_methods")
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -85,6 +88,9 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
 
 @pytest.mark.parametrize(("page", "line", "block"), RECIPES, ids=[f"{page}:{line}" for page, line, _ in RECIPES])
 def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Path) -> None:
+    if block.startswith("adapters:"):
+        assert build(ComposeConfig, yaml.safe_load(block), source=page).adapters, "a recipe of graft compose"
+        return
     assert block.startswith("base:"), f"{page}:{line}: show whole recipes, so that they can be tried and tested"
     (tmp_path / "recipe.yaml").write_text(block)
     recipe = read_recipe(tmp_path / "recipe.yaml")

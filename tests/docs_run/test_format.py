@@ -50,7 +50,7 @@ def test_every_key_of_graftlm_json_is_in_the_table_and_the_other_way_round(adapt
     assert set(first_column(section("graftlm.json"))) == written
     assert re.fullmatch(r"sha256:[0-9a-f]{64}", record["base"]["digest"])
     assert all(re.fullmatch(r"[0-9a-f]{32}", digest) for digest in record["base"]["tensors"].values())
-    assert record["sha256"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert record["sha256"].keys() == {"adapter_config.json", "adapter_model.safetensors", "graftlm.json"}
     assert all(f"`{key}`" in section("graftlm.json") for key in ("method", "init", "targets", "dropout", "patterns"))
 
 

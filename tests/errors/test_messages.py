@@ -37,7 +37,7 @@ def test_no_error_is_of_the_root_class() -> None:
 
 def test_a_code_belongs_to_one_class_of_errors() -> None:
     families = {kind.__name__: kind.family for kind in GraftError.__subclasses__() if "graftlm.errors" in str(kind)}
-    assert len(set(families.values())) == len(families) == 8
+    assert len(set(families.values())) == len(families) == 9
     assert "graft" not in families.values()
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from graftlm.adapters.load import load_adapter
+from graftlm.adapters.peft import why_not_peft
 from graftlm.adapters.save import save_adapter
 from graftlm.adapters.tensors import stored_tensors
 from graftlm.deltas import METHODS
@@ -27,7 +28,10 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def against_peft(
     name: str, peft_config: Any, folder: Path, *, base: Callable[[], Any] = tiny_model, scale: float = 0.1
 ) -> Any:
-    """PEFT's adapter in ours and ours in PEFT: logits and every gradient; returns our model with PEFT's adapter."""
+    """PEFT's adapter in ours and ours in PEFT: logits and every gradient; returns our model with PEFT's adapter.
+
+    Logits are weighted at random: a regular pattern can cancel a gradient down to its rounding.
+    """
     theirs = get_peft_model(base(), peft_config).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -40,21 +44,41 @@ def against_peft(
     close(logits(ours), _rows(theirs), f"{name}: PEFT's adapter here against PEFT")
     for model in (ours, theirs):
         out = model(ids()).logits[:, -ids().shape[1] :]  # PEFT also returns the positions of a prompt
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
     layout = METHODS[name].delta.peft
     mine = {k: t for k, t in stored_tensors(ours, "default", layout).items() if isinstance(t, nn.Parameter)}
     wanted = {key.replace(".default", ""): p for key, p in trainable(theirs).items()}
     wanted = {("prompt_embeddings" if "prompt_encoder" in key else key): p for key, p in wanted.items()}
     wanted = {key.replace("magnitude_vector.weight", "magnitude_vector"): p for key, p in wanted.items()}  # as on disk
     assert mine.keys() == wanted.keys()
+    single: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for key, parameter in mine.items():
-        assert parameter.grad is not None
-        assert wanted[key].grad is not None
-        close(parameter.grad, wanted[key].grad, f"{name}: gradient of {key}")
+        grad, wanted_grad = parameter.grad, wanted[key].grad
+        assert grad is not None
+        assert wanted_grad is not None
+        if parameter.numel() == 1:
+            single.setdefault(key.rpartition(".")[2], []).append((grad, wanted_grad))
+        else:
+            close(grad, wanted_grad, f"{name}: gradient of {key}")
+    _close_together(name, single)
     save_adapter(ours, folder / "ours")
     again = PeftModel.from_pretrained(base(), folder / "ours")
     close(_rows(again), _rows(theirs), f"{name}: our adapter in PEFT")
     return ours
+
+
+def pattern_comes_and_is_not_written(peft_config: Any, key: str, folder: Path) -> None:
+    """A pattern of PEFT's config loads, and what has it is written in our format: PEFT would not find our names."""
+    theirs = get_peft_model(tiny_model(), peft_config).eval()
+    theirs.save_pretrained(folder / "theirs")
+    ours = tiny_model()
+    load_adapter(ours, folder / "theirs")
+    close(logits(ours), logits(theirs), key)
+    assert key in why_not_peft(ours)
+    save_adapter(ours, folder / "ours")
+    again = tiny_model()
+    load_adapter(again, folder / "ours")
+    assert torch.equal(logits(again), logits(ours))
 
 
 def _rows(model: Any) -> Tensor:
@@ -68,9 +92,10 @@ Reference = Callable[[Mapping[str, Tensor], Tensor, Tensor | None, Tensor, Any],
 def against_reference(name: str, reference: Reference, *, base: Callable[[], Any] = tiny_model, **changes: Any) -> None:
     """At every site of the tiny model: the layer's output and every gradient, ours against the reference's in float64.
 
-    Outputs are weighted at random: a regular pattern can cancel a gradient down to its rounding.
+    Outputs are weighted at random.
     """
     model = perturbed(name, base(), **changes)
+    single: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for site, host in hosts(model).items():
         assert isinstance(host, LayerHost)
         (delta,) = host.on()
@@ -94,8 +119,19 @@ def against_reference(name: str, reference: Reference, *, base: Callable[[], Any
         for key in weights:
             mine, exactly = grads[key], wanted[key]
             assert (mine is None) == (exactly is None), f"{name} at {site}: {key} has a gradient in one only"
-            if mine is not None and exactly is not None:
+            if mine is not None and exactly is not None and mine.numel() == 1:
+                single.setdefault(key, []).append((mine, exactly))
+            elif mine is not None and exactly is not None:
                 close(mine, exactly, f"{name} at {site}: gradient of {key}")
+    _close_together(name, single)
+
+
+def _close_together(name: str, single: Mapping[str, list[tuple[Tensor, Tensor]]]) -> None:
+    """Gradients of tensors of one number, of all sites as one: at a single site the number may be a sum that cancels,
+    and then has no digits of its own."""
+    for key, pairs in single.items():
+        mine, wanted = (torch.stack([pair[side].flatten() for pair in pairs]) for side in (0, 1))
+        close(mine, wanted, f"{name}: gradient of every {key}")
 
 
 def _float64(t: Tensor) -> Tensor:

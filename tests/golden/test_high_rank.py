@@ -12,7 +12,6 @@ from torch import Tensor
 
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.peft import why_not_peft
-from graftlm.adapters.save import save_adapter
 from graftlm.deltas.base import Site
 from graftlm.deltas.bone import Bone, BoneConfig
 from graftlm.deltas.flora import Flora, FloraConfig
@@ -29,7 +28,7 @@ from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, pertur
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises
 from tests.golden import check
-from tests.golden.check import LINEAR, against_peft, against_reference
+from tests.golden.check import LINEAR, against_peft, against_reference, pattern_comes_and_is_not_written
 
 LM = {"task_type": "CAUSAL_LM"}
 ATTENTION = LINEAR[:4]
@@ -99,16 +98,7 @@ def test_a_pattern_of_frequencies_comes_from_peft_and_is_not_written_where_peft_
     config = peft.FourierFTConfig(
         n_frequency=60, n_frequency_pattern={"q_proj": 9}, scaling=30.0, target_modules=LINEAR, **LM
     )
-    theirs = peft.get_peft_model(tiny_model(), config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = tiny_model()
-    load_adapter(ours, tmp_path / "theirs")
-    close(logits(ours), logits(theirs), "fourierft with a pattern")
-    assert "n_frequency_pattern" in why_not_peft(ours)
-    save_adapter(ours, tmp_path / "ours")
-    again = tiny_model()
-    load_adapter(again, tmp_path / "ours")
-    assert torch.equal(logits(again), logits(ours))
+    pattern_comes_and_is_not_written(config, "n_frequency_pattern", tmp_path)
 
 
 # MoRA ------------------------------------------------------------------------------------------------------------
@@ -317,39 +307,50 @@ def test_glora(forms: str) -> None:
         sizes = {"A": W.shape, "B": W.shape, "C": (W.shape[1], 1), "D": (len(W), 1), "E": (len(W), 1)}
         whole = {}
         for name, size in sizes.items():
-            left, right = t.get(f"{name}.left"), t.get(f"{name}.right")
-            whole[name] = (
-                W.new_zeros(size) if left is None else left @ (W.new_ones(1, size[1]) if right is None else right)
-            )
-            whole[name] = whole[name].expand(size)
+            if f"{name}.left" in t:
+                whole[name] = t[f"{name}.left"] @ t[f"{name}.right"]
+            else:
+                column = t.get(f"{name}.whole", W.new_zeros(1)).view(-1, 1)
+                whole[name] = column.expand(size)
         shift = (whole["D"] * b[:, None] + whole["E"] + W @ whole["C"])[:, 0]
         return x @ (W + W * whole["A"] + whole["B"]).T + b + shift
 
-    against_reference("glora", reference, base=biased, **FORMS[forms])
+    against_reference("glora", reference, base=biased, new_bias=True, **FORMS[forms])
+
+
+GLORA_OF_PEFT: dict[str, dict[str, Any]] = {
+    "by default": {},
+    "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+    "numbers": {"config_A_B": "constant", "config_C": "none"},
+    "no C, D and E": {"config_C": "none", "config_D_E": "none"},
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_glora_against_peft_where_every_layer_has_a_bias() -> None:
-    config = peft.GloraConfig(r=4, config_C="vector", config_D_E="vector", target_modules=ATTENTION, **LM)
-    theirs = move(peft.get_peft_model(biased(), config).eval())
-    ours = attach_tiny("glora", biased(), targets=tuple(ATTENTION))
-    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(2))
-    for name, host in hosts(ours).items():
-        layer, delta = theirs.base_model.model.get_submodule(name), host.deltas["default"]
-        theirs_of = {part: getattr(layer, f"glora_{part}").default for part in "ABCDE"}
-        pairs = [(getattr(delta, part).left, theirs_of[part].Xd) for part in "AB"]
-        pairs += [(getattr(delta, part).right, theirs_of[part].Xu) for part in "AB"]
-        pairs += [(getattr(delta, part).left, theirs_of[part].X) for part in "CDE"]
-        assert len(pairs) == len(list(delta.parameters()))
-        with torch.no_grad():
-            for mine, wanted in pairs:
-                mine.copy_(wanted.view_as(mine))
-        for module in (host, layer):
-            y = module(x)
-            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        for mine, wanted in pairs:
-            close(mine.grad, wanted.grad.view_as(mine), f"gradient of glora against PEFT at {name}")
-    close(logits(ours), logits(theirs), "glora against PEFT")
+@pytest.mark.parametrize("case", GLORA_OF_PEFT)
+@pytest.mark.parametrize("base", [tiny_model, biased])
+def test_glora_against_peft(case: str, base: Any, tmp_path: Path) -> None:
+    config = peft.GloraConfig(r=4, target_modules=LINEAR, **GLORA_OF_PEFT[case], **LM)
+    against_peft("glora", config, tmp_path, base=base, scale=0.03)  # B is added to each weight: more drowns them
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_glora_of_biases_alone_against_peft(tmp_path: Path) -> None:
+    config = peft.GloraConfig(config_A_B="none", config_C="vector", target_modules=ATTENTION, **LM)
+    against_peft("glora", config, tmp_path, base=biased)
+
+
+def test_glora_is_in_peft_s_layout_where_peft_has_a_word_for_it() -> None:
+    for changes, why in (
+        ({}, ""),
+        ({"new_bias": True}, "no layer a new bias"),
+        ({"new_bias": True, "C": "none", "D": "none", "E": "none"}, ""),
+        ({"A": "vector"}, "one form for A and B"),
+        ({"E": "scalar"}, "one form for A and B, and one for D and E"),
+    ):
+        found = why_not_peft(attach_tiny("glora", tiny_model(), **changes))
+        assert why in found
+        assert bool(why) == bool(found)
 
 
 def test_glora_gives_a_layer_without_a_bias_one() -> None:

@@ -13,6 +13,7 @@ from graftlm.optim.lomo import Lomo, LomoConfig
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback
+from graftlm.training.passes import Passes
 from graftlm.training.state import TrainingState
 from tests.callbacks.test_callbacks import run, training
 from tests.errors import raises
@@ -68,7 +69,7 @@ def test_layers_that_are_computed_again_give_the_same_steps(method: str) -> None
     for again in (False, True):
         model = perturbed(method, tiny_model())
         chosen: list[Callback] = [Lomo(LomoConfig())]
-        run(training(model, chosen, rate=0.1), chosen, CUTS["several"], checkpointing=again)
+        run(training(model, chosen, rate=0.1), chosen, CUTS["several"], passes=Passes(checkpointing=again))
         found.append([p.detach() for p in trainable(model).values()])
     assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(*found, strict=True))
 
