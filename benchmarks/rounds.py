@@ -17,8 +17,8 @@ from machine import write_result
 
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach
 
 Config = dict[str, Any]
 Runs = dict[str, list[dict[str, Any]]]

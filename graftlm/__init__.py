@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from graftlm.deltas.lora import LoraConfig as LoraConfig
     from graftlm.generation.answer import answer as answer
     from graftlm.generation.generate import generate as generate
-    from graftlm.model.hub.config import BaseConfig as BaseConfig
-    from graftlm.model.hub.load import load_base as load_base
-    from graftlm.model.hub.quantize_base import quantize as quantize
-    from graftlm.model.layers.attach import attach as attach
-    from graftlm.model.layers.attach import detach as detach
-    from graftlm.model.layers.modes import activate as activate
-    from graftlm.model.layers.modes import by_row as by_row
-    from graftlm.model.layers.modes import deltas_off as deltas_off
-    from graftlm.model.layers.state_dict import merged_state as merged_state
-    from graftlm.model.passes.packing_check import check_packing as check_packing
-    from graftlm.model.passes.statistics import collect as collect
+    from graftlm.hub.config import BaseConfig as BaseConfig
+    from graftlm.hub.load import load_base as load_base
+    from graftlm.hub.quantize_base import quantize as quantize
+    from graftlm.model.attach import attach as attach
+    from graftlm.model.attach import detach as detach
+    from graftlm.model.modes import activate as activate
+    from graftlm.model.modes import by_row as by_row
+    from graftlm.model.modes import deltas_off as deltas_off
+    from graftlm.model.state_dict import merged_state as merged_state
+    from graftlm.passes.packing_check import check_packing as check_packing
+    from graftlm.passes.statistics import collect as collect
     from graftlm.recipe import Recipe as Recipe
     from graftlm.recipe import ReportConfig as ReportConfig
     from graftlm.recipe import read_recipe as read_recipe
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "graftlm.adapters.adapter",
-    "BaseConfig": "graftlm.model.hub.config",
+    "BaseConfig": "graftlm.hub.config",
     "DataConfig": "graftlm.data.sources.source",
     "INITS": "graftlm.deltas.inits",
     "LoraConfig": "graftlm.deltas.lora",
@@ -55,23 +55,23 @@ _HOME = {
     "ReportConfig": "graftlm.recipe",
     "SourceConfig": "graftlm.data.sources.source",
     "TrainConfig": "graftlm.training.config",
-    "activate": "graftlm.model.layers.modes",
+    "activate": "graftlm.model.modes",
     "answer": "graftlm.generation.answer",
-    "attach": "graftlm.model.layers.attach",
+    "attach": "graftlm.model.attach",
     "attach_adapter": "graftlm.adapters.load",
-    "by_row": "graftlm.model.layers.modes",
-    "check_packing": "graftlm.model.passes.packing_check",
-    "collect": "graftlm.model.passes.statistics",
-    "deltas_off": "graftlm.model.layers.modes",
-    "detach": "graftlm.model.layers.attach",
+    "by_row": "graftlm.model.modes",
+    "check_packing": "graftlm.passes.packing_check",
+    "collect": "graftlm.passes.statistics",
+    "deltas_off": "graftlm.model.modes",
+    "detach": "graftlm.model.attach",
     "export": "graftlm.adapters.export.export",
     "generate": "graftlm.generation.generate",
     "lint": "graftlm.adapters.export.lint",
     "load_adapter": "graftlm.adapters.load",
-    "load_base": "graftlm.model.hub.load",
+    "load_base": "graftlm.hub.load",
     "load_rows": "graftlm.data.sources.load",
-    "merged_state": "graftlm.model.layers.state_dict",
-    "quantize": "graftlm.model.hub.quantize_base",
+    "merged_state": "graftlm.model.state_dict",
+    "quantize": "graftlm.hub.quantize_base",
     "read_recipe": "graftlm.recipe",
     "render": "graftlm.data.quality.rendered_row",
     "rows_report": "graftlm.rows",

@@ -11,7 +11,7 @@ import torch
 from graftlm import __version__, cache, system
 from graftlm.files import cache_folder
 from graftlm.kernels.cpu import compiler, unavailable
-from graftlm.model.passes.autotune import stored_choices
+from graftlm.passes.autotune import stored_choices
 from graftlm.plugins import plugins
 
 PACKAGES = (

@@ -22,8 +22,8 @@ from graftlm.data.sources.row_cache import read_kept, unread_keys
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.template_draws import Draws, draw_again
 from graftlm.files import cache_folder
+from graftlm.hub.sketch import Positions
 from graftlm.losses import LOSSES
-from graftlm.model.hub.sketch import Positions
 from graftlm.recipe import Recipe
 from graftlm.selection.choose import SelectorResult, choose
 from graftlm.training.inner_split import check_inner_loss, inner_split
@@ -86,6 +86,7 @@ def prepare_data(
     is the day for chat templates that write the date. Raises DataError where no row can be used, and under `strict`
     where one cannot.
     """
+    # Over 60 lines: the way from recipe to rows, a step a line, in one place; each step is a function.
     data, loss, train = recipe.data, recipe.loss, recipe.train
     needs = "prompts" if recipe.rl else LOSSES[loss.name].rows
     cached, usable = cache_folder() / "rows", usable_by(loss.name, needs, data)

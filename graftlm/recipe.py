@@ -21,9 +21,9 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import nearest
+from graftlm.hub.config import BaseConfig
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.supervised import SupervisedConfig
-from graftlm.model.hub.config import BaseConfig
 from graftlm.optim import OPTIMIZERS
 from graftlm.optim.adamw import AdamWConfig
 from graftlm.plugins import load_plugins, refuse_broken

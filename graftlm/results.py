@@ -18,11 +18,11 @@ from graftlm.data.sources.source import Row
 from graftlm.display import pages, terminal
 from graftlm.evaluation.held_out import HeldOut, can_be_answered, evaluate, held_out_metrics
 from graftlm.generation.support import why_not_ours
-from graftlm.model.hub.config import base_config
-from graftlm.model.hub.fingerprint import fingerprint
-from graftlm.model.hub.stopping import missing_end
-from graftlm.model.layers.modes import deltas_off
-from graftlm.model.passes.autotune import KernelChoice
+from graftlm.hub.config import base_config
+from graftlm.hub.fingerprint import fingerprint
+from graftlm.hub.stopping import missing_end
+from graftlm.model.modes import deltas_off
+from graftlm.passes.autotune import KernelChoice
 from graftlm.prepare import Prepared
 from graftlm.recipe import Recipe
 from graftlm.rl.config import mean_reward

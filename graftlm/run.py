@@ -26,12 +26,12 @@ from graftlm.display import terminal
 from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_metrics
 from graftlm.files import writing
+from graftlm.hub.load import Loaded, load_base
 from graftlm.kernels.backend import pinned
-from graftlm.model.hub.load import Loaded, load_base
-from graftlm.model.layers.coverage import coverage
-from graftlm.model.layers.registry import Chat, attachment, hosts, parameters_of, trainable
-from graftlm.model.passes.autotune import KernelChoice
-from graftlm.model.passes.packing_check import check_packing
+from graftlm.model.coverage import coverage
+from graftlm.model.registry import Chat, attachment, hosts, parameters_of, trainable
+from graftlm.passes.autotune import KernelChoice
+from graftlm.passes.packing_check import check_packing
 from graftlm.prepare import Prepared, prepare_data
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.results import Measured, measure, summarize, write_report
@@ -198,20 +198,19 @@ def _train(
     )
     found = folder.newest(facts, report=console.print)
     with console.status("attaching the delta"):
-        named = data.statistics_rows
-        attach_deltas(setup, model, data.examples, batches, statistics_rows=named, start=found is None)
+        rows = data.statistics_rows
+        attach_deltas(setup, model, data.examples, batches, statistics_rows=rows, start=found is None)
     if found is not None:
         put_deltas_back(found, model, list(setup.deltas))
     distributed.check_same(trainable(model))
-    covered = coverage(model).lines()
     saved = found.facts.get("kernels") if found else None
     choice, backend = choose_kernels(setup, model, data.examples, batches, saved, console)
     console.print("kernels: " + "; ".join(choice.lines()), highlight=False, markup=False)
     facts["kernels"] = choice.to_json()
+    for line in coverage(model).lines():
+        console.print(line, highlight=False, markup=False)
     if recipe.train.shard == "fsdp":
         shard(model)
-    for line in covered:
-        console.print(line, highlight=False, markup=False)
     for name, config in setup.deltas.items():
         count = sum(p.numel() for p in parameters_of(model, name))
         console.print(f"{config.method}: {count:,} trainable parameters, {len(batches)} steps", highlight=False)

@@ -1,6 +1,6 @@
 """A tiny model of every class of causal language models in transformers, and what is asked of each.
 
-`benchmarks/architectures` fills the whole matrix; `tests/model/layers/test_architectures.py` a sample of its rows.
+`benchmarks/architectures` fills the whole matrix; `tests/model/test_architectures.py` a sample of its rows.
 """
 
 import tempfile
@@ -21,14 +21,14 @@ from graftlm.adapters.peft import why_not_peft
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import GraftError
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.modes import deltas_off
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.sites import output_head
-from graftlm.model.layers.state_dict import merged_state
-from graftlm.model.passes.forward import head, hidden_states
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import check_forward, check_packed_rows
+from graftlm.model.attach import attach
+from graftlm.model.modes import deltas_off
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.sites import output_head
+from graftlm.model.state_dict import merged_state
+from graftlm.passes.forward import head, hidden_states
+from graftlm.passes.packed_attention import packed_attention
+from graftlm.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing.deltas import move
 from graftlm.testing.tiny import TINY, tiny_of
 

@@ -20,8 +20,8 @@ import torch
 import graftlm.display.pages as pages
 import graftlm.judges.endpoint
 from graftlm import system
-from graftlm.model.hub.config import base_config
-from graftlm.model.hub.locate import locate
+from graftlm.hub.config import base_config
+from graftlm.hub.locate import locate
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from tests.judges.endpoint_server import Endpoint, running_endpoint
 

@@ -8,7 +8,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor
 
-from graftlm.model.layers.registry import hosts
+from graftlm.model.registry import hosts
 from graftlm.testing.deltas import move
 
 LAYERS = {

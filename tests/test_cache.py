@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from graftlm import cache, cli
 from graftlm.files import cache_folder
-from graftlm.model.hub import fingerprint
+from graftlm.hub import fingerprint
 
 DAY = 86400
 

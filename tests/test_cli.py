@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from graftlm import cli
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits, move
 from tests.errors import raises

@@ -20,7 +20,7 @@ from graftlm.deltas.ia3 import Ia3
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.deltas.reslora import ResLora
 from graftlm.deltas.vera import Vera
-from graftlm.model.layers.registry import hosts
+from graftlm.model.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.contract import CONTRACT, check_method, pairs_with, sort_of, two_deltas_compose_as
 from graftlm.testing.deltas import attach_tiny, close, logits

@@ -21,7 +21,7 @@ import graftlm.training.objective as objective
 from graftlm import distributed
 from graftlm.data.batches.pack import Pack, collate, pack
 from graftlm.evaluation.held_out import held_out_loss
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

@@ -22,11 +22,11 @@ from graftlm.adapters.load import load_adapter
 from graftlm.config.schema import build
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.fingerprint import fingerprint
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.tokenizer import load_tokenizer
-from graftlm.model.layers.registry import hosts
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.fingerprint import fingerprint
+from graftlm.hub.load import load_base
+from graftlm.hub.tokenizer import load_tokenizer
+from graftlm.model.registry import hosts
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe, read_recipe
 from graftlm.testing import save_tiny_base

@@ -21,7 +21,7 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TrainingError
 from graftlm.generation.answer import answer
 from graftlm.generation.generate import generate
-from graftlm.model.layers.attach import attach
+from graftlm.model.attach import attach
 from graftlm.planning.bench import bench
 from graftlm.planning.estimate import estimate
 from graftlm.planning.lr_range import lr_range_test

@@ -29,9 +29,9 @@ from machine import commit, write_result  # noqa: E402
 from graftlm.callbacks.dylora import use_rank  # noqa: E402
 from graftlm.config.schema import build  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
-from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import detach  # noqa: E402
-from graftlm.model.layers.registry import hosts  # noqa: E402
+from graftlm.hub.load import load_base  # noqa: E402
+from graftlm.model.attach import detach  # noqa: E402
+from graftlm.model.registry import hosts  # noqa: E402
 from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402

@@ -31,7 +31,7 @@ from graftlm.generation.engine import Engine  # noqa: E402
 from graftlm.generation.grammar import Grammar, GrammarCompiler, Matcher  # noqa: E402
 from graftlm.generation.requests import Generation, Request  # noqa: E402
 from graftlm.generation.sampling import Sampling  # noqa: E402
-from graftlm.model.hub.stopping import all_stop_ids  # noqa: E402
+from graftlm.hub.stopping import all_stop_ids  # noqa: E402
 
 CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
 NAMES = ("name", "city", "color", "price", "count", "tags", "email", "born", "open", "items", "owner", "code", "unit")

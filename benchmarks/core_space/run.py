@@ -33,7 +33,7 @@ from graftlm import load_base  # noqa: E402
 from graftlm.adapters.adapter import Adapter  # noqa: E402
 from graftlm.combine.compose import compose  # noqa: E402
 from graftlm.combine.rules.ties import TiesConfig  # noqa: E402
-from graftlm.model.hub.fingerprint import fingerprint  # noqa: E402
+from graftlm.hub.fingerprint import fingerprint  # noqa: E402
 from graftlm.system import resident_gib  # noqa: E402
 
 CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())

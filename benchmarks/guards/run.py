@@ -23,7 +23,7 @@ from graftlm.callbacks.adalora import AdaLoraCallback, AdaLoraCallbackConfig
 from graftlm.callbacks.ema import Ema, EmaConfig
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.registry import attachment, trainable
+from graftlm.model.registry import attachment, trainable
 from graftlm.optim.adamw import AdamW, AdamWConfig
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe

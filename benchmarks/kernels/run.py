@@ -37,9 +37,9 @@ def part(config: dict[str, Any], threads: int, recipe: dict[str, Any]) -> dict[s
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
     from graftlm.data.batches.pack import batches, pack
-    from graftlm.model.layers.registry import trainable
-    from graftlm.model.passes.autotune import choose
+    from graftlm.model.registry import trainable
     from graftlm.optim.adamw import adamw
+    from graftlm.passes.autotune import choose
     from graftlm.prepare import prepare_data
     from graftlm.training.loop import TrainStep
     from graftlm.training.passes import Passes

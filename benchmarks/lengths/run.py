@@ -28,9 +28,9 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
 
     from graftlm import LoraConfig, attach, load_base
     from graftlm.data.batches.pack import Example, collate
-    from graftlm.model.layers.registry import trainable
-    from graftlm.model.passes.autotune import fastest_backend
+    from graftlm.model.registry import trainable
     from graftlm.optim.adamw import adamw
+    from graftlm.passes.autotune import fastest_backend
     from graftlm.system import tune_process
     from graftlm.training.loop import TrainStep
     from graftlm.training.passes import Passes
@@ -89,8 +89,8 @@ def line_through(points: list[dict[str, Any]]) -> tuple[float, float]:
 
 def attention_flop(base: str, length: int) -> float:
     """Forward and backward of one causal row, recomputation not counted: 6 products of [L, L / 2, D] a head."""
-    from graftlm.model.hub.config import BaseConfig
-    from graftlm.model.hub.sketch import read_config
+    from graftlm.hub.config import BaseConfig
+    from graftlm.hub.sketch import read_config
 
     config = read_config(BaseConfig(name=base)).get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

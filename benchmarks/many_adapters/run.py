@@ -34,7 +34,7 @@ from graftlm.adapters.folder import read_tensors  # noqa: E402
 from graftlm.generation.engine import Engine  # noqa: E402
 from graftlm.generation.requests import Request  # noqa: E402
 from graftlm.kernels import many_low_rank, prepacked  # noqa: E402
-from graftlm.model.layers.factors import attach_factors, detach_factors  # noqa: E402
+from graftlm.model.factors import attach_factors, detach_factors  # noqa: E402
 
 CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
 NEW: int = CONFIG["new_tokens"]

@@ -27,8 +27,8 @@ from machine import peak_rss_gib, write_result  # noqa: E402
 from graftlm import LoraConfig, attach, detach, load_adapter, load_base, save_adapter  # noqa: E402
 from graftlm.adapters.export.merged import merge_into  # noqa: E402
 from graftlm.combine.merge import merge  # noqa: E402
-from graftlm.model.layers.registry import trainable  # noqa: E402
-from graftlm.model.layers.state_dict import base_parameters  # noqa: E402
+from graftlm.model.registry import trainable  # noqa: E402
+from graftlm.model.state_dict import base_parameters  # noqa: E402
 from graftlm.system import resident_gib  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())

@@ -37,9 +37,9 @@ from graftlm.data.batches.pack import Example  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.deltas import METHODS  # noqa: E402
 from graftlm.evaluation.held_out import answers, can_be_answered, held_out_loss, rouge_l  # noqa: E402
-from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import attach, detach  # noqa: E402
-from graftlm.model.layers.registry import parameters_of  # noqa: E402
+from graftlm.hub.load import load_base  # noqa: E402
+from graftlm.model.attach import attach, detach  # noqa: E402
+from graftlm.model.registry import parameters_of  # noqa: E402
 from graftlm.prepare import Prepared, prepare_data  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.system import return_freed_memory, tune_process  # noqa: E402

@@ -26,9 +26,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
 
-from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.hub.tokenizer import load_tokenizer  # noqa: E402
-from graftlm.model.layers.quantize import CODECS, QuantizedLinear, normal_levels  # noqa: E402
+from graftlm.hub.load import load_base  # noqa: E402
+from graftlm.hub.tokenizer import load_tokenizer  # noqa: E402
+from graftlm.model.quantize import CODECS, QuantizedLinear, normal_levels  # noqa: E402
 from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.recipe import Recipe, read_recipe  # noqa: E402
 from graftlm.system import peak_rss_gib, tune_process  # noqa: E402

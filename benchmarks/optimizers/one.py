@@ -33,8 +33,8 @@ def main() -> None:
     import graftlm
     from graftlm.config.schema import build
     from graftlm.data.batches.pack import Example, pack
-    from graftlm.model.layers.attach import attach
-    from graftlm.model.layers.registry import attachment, trainable
+    from graftlm.model.attach import attach
+    from graftlm.model.registry import attachment, trainable
     from graftlm.recipe import Recipe
     from graftlm.system import tune_process
     from graftlm.training.callback import make_optimizer

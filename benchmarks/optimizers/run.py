@@ -33,8 +33,8 @@ from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.quality.preflight import prepare  # noqa: E402
 from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.data.sources.source import DataConfig  # noqa: E402
-from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.hub.tokenizer import load_tokenizer  # noqa: E402
+from graftlm.hub.load import load_base  # noqa: E402
+from graftlm.hub.tokenizer import load_tokenizer  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.training.callback import Callback, Optimizer  # noqa: E402
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(HERE.parent))
 from machine import write_result  # noqa: E402
 
 from graftlm import load_adapter, load_base  # noqa: E402
-from graftlm.model.layers.hosts import LayerHost  # noqa: E402
-from graftlm.model.layers.registry import hosts  # noqa: E402
+from graftlm.model.hosts import LayerHost  # noqa: E402
+from graftlm.model.registry import hosts  # noqa: E402
 
 CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
 

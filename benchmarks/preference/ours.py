@@ -26,9 +26,9 @@ def main() -> None:
     from graftlm.adapters.load import load_adapter
     from graftlm.data.batches.pack import Example, Group, pack
     from graftlm.losses.dpo import DpoConfig
-    from graftlm.model.layers.registry import trainable
-    from graftlm.model.passes.autotune import fastest_backend
+    from graftlm.model.registry import trainable
     from graftlm.optim.adamw import adamw
+    from graftlm.passes.autotune import fastest_backend
     from graftlm.system import tune_process
     from graftlm.training.loop import TrainStep
     from graftlm.training.passes import Passes

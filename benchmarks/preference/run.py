@@ -17,7 +17,7 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.source import DataConfig
-from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.hub.tokenizer import load_tokenizer
 
 OPTIONS = ("steps", "batch_pairs", "seed", "warmup_steps", "learning_rate", "beta")
 

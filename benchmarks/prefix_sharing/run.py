@@ -21,11 +21,11 @@ from machine import write_result  # noqa: E402
 from graftlm.data.batches.pack import Example, pack  # noqa: E402
 from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.deltas.lora import LoraConfig  # noqa: E402
-from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import attach  # noqa: E402
-from graftlm.model.layers.registry import trainable  # noqa: E402
-from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
+from graftlm.hub.load import load_base  # noqa: E402
+from graftlm.model.attach import attach  # noqa: E402
+from graftlm.model.registry import trainable  # noqa: E402
 from graftlm.optim.adamw import adamw  # noqa: E402
+from graftlm.passes.autotune import fastest_backend  # noqa: E402
 from graftlm.system import tune_process  # noqa: E402
 from graftlm.training.loop import Step, TrainStep  # noqa: E402
 from graftlm.training.passes import Passes  # noqa: E402

@@ -61,7 +61,7 @@ def ours(config: dict[str, Any], file: Path, cache: Path | None) -> dict[str, An
     from graftlm.data.quality.preflight import prepare
     from graftlm.data.sources.row_cache import read_kept
     from graftlm.data.sources.source import DataConfig
-    from graftlm.model.hub.tokenizer import load_tokenizer
+    from graftlm.hub.tokenizer import load_tokenizer
 
     data = DataConfig(train=str(file), max_tokens=config["max_tokens"], over_length="truncate")
     renderer = Renderer(load_tokenizer(config["base"]))
@@ -83,7 +83,7 @@ def theirs(config: dict[str, Any], file: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from graftlm.model.hub.tokenizer import load_tokenizer
+    from graftlm.hub.tokenizer import load_tokenizer
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
@@ -131,7 +131,7 @@ def streamed(config: dict[str, Any]) -> dict[str, Any]:
     from graftlm.data.quality.preflight import stream
     from graftlm.data.sources.formats import Message
     from graftlm.data.sources.source import DataConfig, Row
-    from graftlm.model.hub.tokenizer import load_tokenizer
+    from graftlm.hub.tokenizer import load_tokenizer
 
     def rows() -> Iterator[Row]:
         for i in range(config["streamed_rows"]):

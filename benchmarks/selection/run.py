@@ -38,8 +38,8 @@ from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.data.sources.source import Row  # noqa: E402
 from graftlm.evaluation.held_out import held_out_loss  # noqa: E402
-from graftlm.model.hub.load import load_base  # noqa: E402
-from graftlm.model.layers.attach import detach  # noqa: E402
+from graftlm.hub.load import load_base  # noqa: E402
+from graftlm.model.attach import detach  # noqa: E402
 from graftlm.prepare import select_rows  # noqa: E402
 from graftlm.recipe import Recipe  # noqa: E402
 from graftlm.selection import ifd  # noqa: E402

@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 from machine import write_result  # noqa: E402
 
 from graftlm import LoraConfig, attach, export, load_base, save_adapter  # noqa: E402
-from graftlm.model.layers.registry import trainable  # noqa: E402
+from graftlm.model.registry import trainable  # noqa: E402
 
 CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
 NAMES = [f"adapter-{number}" for number in range(CONFIG["adapters"])]

@@ -26,8 +26,8 @@ def profiled(config: dict[str, Any], threads: int, kernels: Any) -> dict[str, An
 
     from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base
     from graftlm.data.batches.pack import pack
-    from graftlm.model.hub.tokenizer import load_tokenizer
-    from graftlm.model.passes.autotune import fastest_backend
+    from graftlm.hub.tokenizer import load_tokenizer
+    from graftlm.passes.autotune import fastest_backend
     from graftlm.planning.bench import ROWS, one_pass, parts_of_time
     from graftlm.prepare import prepare_data
     from graftlm.system import tune_process

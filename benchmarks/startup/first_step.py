@@ -21,10 +21,10 @@ done("imports of torch and transformers")
 # what transformers imports when it first loads a model is among its imports, so that "graftlm" is ours alone
 from graftlm import DataConfig, LoraConfig, Recipe, attach, load_base  # noqa: E402
 from graftlm.data.batches.pack import lay_out  # noqa: E402
-from graftlm.model.layers.registry import trainable  # noqa: E402
-from graftlm.model.passes.autotune import fastest_backend  # noqa: E402
-from graftlm.model.passes.packing_check import check_packing  # noqa: E402
+from graftlm.model.registry import trainable  # noqa: E402
 from graftlm.optim.adamw import adamw  # noqa: E402
+from graftlm.passes.autotune import fastest_backend  # noqa: E402
+from graftlm.passes.packing_check import check_packing  # noqa: E402
 from graftlm.prepare import prepare_data  # noqa: E402
 from graftlm.training.loop import TrainStep  # noqa: E402
 from graftlm.training.passes import Passes  # noqa: E402

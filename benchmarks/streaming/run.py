@@ -28,7 +28,7 @@ from machine import peak_rss_gib, write_result  # noqa: E402
 from graftlm.data.chat.render import Renderer  # noqa: E402
 from graftlm.data.sources.source import DataConfig, SourceConfig  # noqa: E402
 from graftlm.data.sources.streaming import Examples, Stream  # noqa: E402
-from graftlm.model.hub.tokenizer import load_tokenizer  # noqa: E402
+from graftlm.hub.tokenizer import load_tokenizer  # noqa: E402
 
 CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 MARKS = HERE / "runs" / "marks.jsonl"

@@ -28,9 +28,9 @@ def main() -> None:
     import graftlm
     from graftlm.adapters.load import load_adapter
     from graftlm.data.batches.pack import Example, pack
-    from graftlm.model.layers.registry import trainable
-    from graftlm.model.passes.autotune import choose
+    from graftlm.model.registry import trainable
     from graftlm.optim.adamw import adamw
+    from graftlm.passes.autotune import choose
     from graftlm.system import tune_process
     from graftlm.training.loop import TrainStep
     from graftlm.training.passes import Passes

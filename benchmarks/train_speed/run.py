@@ -19,7 +19,7 @@ from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.source import DataConfig
 from graftlm.data.sources.splits import split
-from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.hub.tokenizer import load_tokenizer
 
 OPTIONS = ("steps", "batch_rows", "seed", "warmup_steps", "learning_rate")
 WARM = 3

@@ -46,7 +46,7 @@ from graftlm.config.source import parse_yaml
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import AdapterError, nearest
-from graftlm.model.layers.registry import Chat
+from graftlm.model.registry import Chat
 from graftlm.plugins import load_plugins, why_broken
 
 

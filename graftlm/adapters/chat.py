@@ -7,8 +7,8 @@ from torch import nn
 
 from graftlm.adapters.folder import TEMPLATE, read_json, sha256_of_text
 from graftlm.errors import AdapterError
-from graftlm.model.hub.tokenizer import embedding_rows, with_more_tokens
-from graftlm.model.layers.registry import Chat, attachment
+from graftlm.hub.tokenizer import embedding_rows, with_more_tokens
+from graftlm.model.registry import Chat, attachment
 
 
 def use_chat(model: nn.Module, name: str, chat: Chat | None, digest: str | None) -> str:

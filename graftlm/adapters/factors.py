@@ -16,12 +16,12 @@ from graftlm.adapters.tensors import PREFIX, check_rebuilt, fill, make_room_in, 
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta
 from graftlm.errors import AdapterError, TargetError
-from graftlm.model.layers.acting import all_factors, widened
-from graftlm.model.layers.attach import new_deltas
-from graftlm.model.layers.bases import view
-from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.registry import known_hosts
-from graftlm.model.layers.sites import config_at, places
+from graftlm.model.acting import all_factors, widened
+from graftlm.model.attach import new_deltas
+from graftlm.model.bases import view
+from graftlm.model.hosts import LayerHost
+from graftlm.model.registry import known_hosts
+from graftlm.model.sites import config_at, places
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Site -> (A [r, d_in], B [d_out, r]): the site's weight changes by B A, every scale and offset in it."""

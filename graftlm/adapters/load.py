@@ -18,13 +18,13 @@ from graftlm.adapters.peft import OWN_TYPE
 from graftlm.adapters.tensors import check_rebuilt, fill, make_room, stored_tensors, sums_of_rebuilt
 from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, BaseModelError, GraftError, TargetError
-from graftlm.model.hub.fingerprint import base_record, difference, fingerprint
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.quantize_base import quantization_of
-from graftlm.model.hub.tokenizer import read_tokenizer
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.quantize import CODECS
-from graftlm.model.layers.registry import attachment
+from graftlm.hub.fingerprint import base_record, difference, fingerprint
+from graftlm.hub.load import load_base
+from graftlm.hub.quantize_base import quantization_of
+from graftlm.hub.tokenizer import read_tokenizer
+from graftlm.model.attach import attach, detach
+from graftlm.model.quantize import CODECS
+from graftlm.model.registry import attachment
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default", trust_base: bool = False) -> str:

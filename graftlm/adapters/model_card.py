@@ -7,9 +7,9 @@ from torch import nn
 from graftlm import __version__
 from graftlm.adapters.peft import why_not_peft
 from graftlm.deltas import METHODS
-from graftlm.model.hub.fingerprint import base_record, fingerprint, public_name
-from graftlm.model.hub.locate import PACKAGED
-from graftlm.model.layers.registry import attachment, parameters_of
+from graftlm.hub.fingerprint import base_record, fingerprint, public_name
+from graftlm.hub.locate import PACKAGED
+from graftlm.model.registry import attachment, parameters_of
 
 
 def model_card(model: nn.Module, name: str = "default", facts: Mapping[str, str] | None = None) -> str:

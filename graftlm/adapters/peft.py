@@ -9,9 +9,9 @@ from torch import nn
 from graftlm.adapters.tensors import modules_of
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta, DeltaConfig, PeftLayout, matches
-from graftlm.model.layers.hosts import Host, LayerHost, ModelHost
-from graftlm.model.layers.registry import attachment, hosts
-from graftlm.model.layers.sites import config_at
+from graftlm.model.hosts import Host, LayerHost, ModelHost
+from graftlm.model.registry import attachment, hosts
+from graftlm.model.sites import config_at
 
 OWN_TYPE = "GRAFTLM"
 """The `peft_type` of a delta that PEFT has no word for: PEFT refuses it, and so does not load it half."""

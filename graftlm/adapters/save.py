@@ -18,10 +18,10 @@ from graftlm.adapters.peft import OWN_TYPE, peft_config, task, why_not_peft
 from graftlm.adapters.tensors import stored_tensors, sums_of_rebuilt
 from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, nearest
-from graftlm.model.hub.dtypes import dtype_name
-from graftlm.model.hub.fingerprint import fingerprint, public_name
-from graftlm.model.hub.quantize_base import quantization_of
-from graftlm.model.layers.registry import attachment
+from graftlm.hub.dtypes import dtype_name
+from graftlm.hub.fingerprint import fingerprint, public_name
+from graftlm.hub.quantize_base import quantization_of
+from graftlm.model.registry import attachment
 
 
 def save_adapter(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from graftlm.deltas.base import Delta, InputDelta, PeftLayout
 from graftlm.errors import AdapterError, nearest, numbered
-from graftlm.model.layers.parts import expanded
-from graftlm.model.layers.registry import deltas_by_site, shared_of
+from graftlm.model.parts import expanded
+from graftlm.model.registry import deltas_by_site, shared_of
 
 PREFIX = "base_model.model."
 

@@ -25,7 +25,7 @@ from torch import nn
 from graftlm.config.schema import Flag, PositiveCount, config
 from graftlm.deltas.dylora import DyLora
 from graftlm.errors import TargetError
-from graftlm.model.layers.registry import attachment, deltas_by_site
+from graftlm.model.registry import attachment, deltas_by_site
 from graftlm.training.callback import Callback, CallbackConfig, needs_method
 from graftlm.training.state import TrainingState
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from graftlm.callbacks.ema import Ema
 from graftlm.config.schema import Rate, Share, config
-from graftlm.model.layers.sites import transformer_layers
+from graftlm.model.sites import transformer_layers
 from graftlm.training.callback import CallbackConfig, needs_inner_split, part_that_makes_passes
 from graftlm.training.state import TrainingState
 

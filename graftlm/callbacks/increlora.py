@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from graftlm import distributed
 from graftlm.config.schema import PositiveCount, Share, config
 from graftlm.deltas.base import AdditiveDelta, Delta
-from graftlm.model.layers.registry import hosts
+from graftlm.model.registry import hosts
 from graftlm.training.callback import Callback, CallbackConfig, needs_method
 from graftlm.training.state import TrainingState
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graftlm.callbacks.increlora import see_gradient, whole_gradient
 from graftlm.config.schema import PositiveCount, Share, config
-from graftlm.model.layers.registry import hosts
+from graftlm.model.registry import hosts
 from graftlm.training.callback import Callback, CallbackConfig, needs_method
 from graftlm.training.state import TrainingState
 

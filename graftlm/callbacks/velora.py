@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.config.schema import PositiveCount, config
 from graftlm.errors import TrainingError
-from graftlm.model.layers.registry import hosts
-from graftlm.model.passes.recompute import is_recomputed
+from graftlm.model.registry import hosts
+from graftlm.passes.recompute import is_recomputed
 from graftlm.training.callback import Callback, CallbackConfig
 from graftlm.training.state import TrainingState
 

@@ -70,6 +70,7 @@ def chat(
 
     /base turns the adapter off in the middle of a conversation, /tuned turns it on again.
     """
+    # Over 60 lines: its signature is the list of options, with the help of each.
     from graftlm.data.sources.formats import Message
     from graftlm.generation.answer import answer, chat_renderer
     from graftlm.generation.engine import Engine
@@ -105,8 +106,8 @@ def chat(
 
 def _switch(model: Any, command: str, adapter: list[Path] | None) -> None:
     """Turn the adapters on (/tuned) or off (/base)."""
-    from graftlm.model.layers.modes import activate
-    from graftlm.model.layers.registry import attachment
+    from graftlm.model.modes import activate
+    from graftlm.model.registry import attachment
 
     if not adapter:
         warn("there is no adapter: start with --adapter FOLDER")

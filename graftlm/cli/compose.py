@@ -85,6 +85,7 @@ def compose(
 
     The folder holds the recipe too (compose.yaml): `graft compose DIR/compose.yaml --out AGAIN` makes it again.
     """
+    # Over 60 lines: its signature is the list of options, with the help of each.
     from graftlm.adapters.folder import check_new_folder, new_folder
     from graftlm.combine.config import run
     from graftlm.config.schema import to_yaml

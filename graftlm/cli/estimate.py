@@ -94,7 +94,7 @@ def _of_answering(
     network: bool,
 ) -> dict[str, Any]:
     from graftlm.generation.sampling import Sampling
-    from graftlm.model.hub.config import BaseConfig
+    from graftlm.hub.config import BaseConfig
     from graftlm.planning.generation import Load, estimate_generation
 
     prepare_libraries()

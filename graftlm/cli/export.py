@@ -39,7 +39,7 @@ def export(
     from graftlm.adapters.export.export import EXPORTS, export
     from graftlm.adapters.export.lint import lint, to_json
     from graftlm.adapters.export.warnings import export_warnings
-    from graftlm.model.hub.dtypes import DTYPES
+    from graftlm.hub.dtypes import DTYPES
 
     check_choice(to, EXPORTS, "--to")
     model, tokenizer = load_model(base, [adapter], network, base_dtype, quantization)

@@ -28,7 +28,7 @@ def merge(
     """
     from graftlm.adapters.export.export import export
     from graftlm.adapters.export.warnings import export_warnings
-    from graftlm.model.hub.dtypes import DTYPES
+    from graftlm.hub.dtypes import DTYPES
 
     model, tokenizer = load_model(base, adapter, network, base_dtype, quantization)
     ends = stop_ids(tokenizer)

@@ -70,6 +70,7 @@ def serve(
     network: NetworkOption = False,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's and Anthropic's clients expect it."""
+    # Over 60 lines: its signature is the list of options, with the help of each.
     require_extra()
     from graftlm.serve.limits import Limits
     from graftlm.serve.security import is_loopback

@@ -9,8 +9,8 @@ from graftlm.cli.options import DtypeOption, JsonOption, NetworkOption, Quantiza
 from graftlm.cli.terminal import note, prepare_libraries, print_json, print_table
 
 if TYPE_CHECKING:
-    from graftlm.serve.verify import Verification
-    from graftlm.serve.verify_compare import RouteFinding
+    from graftlm.verification.compare import RouteFinding
+    from graftlm.verification.verify import Verification
 
 
 def verify(
@@ -56,11 +56,12 @@ def verify(
 
     Exit codes: 0 applied, 1 error, 2 wrong usage, 3 not applied, 4 undecided.
     """
+    # Over 60 lines: its signature is the list of options, with the help of each.
     from rich.console import Console
 
     from graftlm.display.terminal import progress
-    from graftlm.serve.verify import verify
-    from graftlm.serve.verify_prompts import PROMPTS
+    from graftlm.verification.prompts import PROMPTS
+    from graftlm.verification.verify import verify
 
     prepare_libraries()
     questions = PROMPTS if prompts is None else _lines(prompts)

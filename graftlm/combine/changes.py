@@ -16,10 +16,10 @@ from graftlm.adapters.load import attach_tensors, check_base, members_of
 from graftlm.adapters.tensors import widened
 from graftlm.combine.core import Change, factorize
 from graftlm.errors import TargetError
-from graftlm.model.layers.attach import detach
-from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.registry import hosts
-from graftlm.model.layers.state_dict import mergeable
+from graftlm.model.attach import detach
+from graftlm.model.hosts import LayerHost
+from graftlm.model.registry import hosts
+from graftlm.model.state_dict import mergeable
 
 Changes = Mapping[str, Callable[[], Change]]
 """Site -> what makes its change."""

@@ -26,18 +26,18 @@ from graftlm.combine.rules.base import Convention, MomentRule, Rule, RuleConfig
 from graftlm.combine.spaces import Space, coordinates
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import AdapterError, BaseModelError, RecipeError, nearest
-from graftlm.model.hub.fingerprint import Fingerprint, difference
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.registry import deltas_by_site
-from graftlm.model.layers.sites import site_seed
+from graftlm.hub.fingerprint import Fingerprint, difference
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach, detach
+from graftlm.model.registry import deltas_by_site
+from graftlm.model.sites import site_seed
 
 NAME = "graft-composed"
 """The name under which the result is on the model while its adapter is made."""
 
 Moments = Mapping[str, Tensor] | Callable[[str], Tensor]
 """Site -> the mean of x x^T over the inputs x of the site in rows of one adapter [d_in, d_in]: the `second_moment` of
-`graftlm/model/passes/statistics.py: collect`."""
+`graftlm/passes/statistics.py: collect`."""
 
 
 class SiteReport(NamedTuple):

@@ -21,8 +21,8 @@ from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.mixing import read_data
 from graftlm.data.sources.source import DataConfig, SourceConfig
 from graftlm.errors import BaseModelError, RecipeError
-from graftlm.model.hub.load import Loaded, load_base
-from graftlm.model.hub.locate import PACKAGED_FROM
+from graftlm.hub.load import Loaded, load_base
+from graftlm.hub.locate import PACKAGED_FROM
 
 if TYPE_CHECKING:
     AnyRule = RuleConfig

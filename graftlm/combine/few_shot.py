@@ -21,13 +21,13 @@ from graftlm.combine.compose import check_one_base, check_ranks
 from graftlm.combine.core import Change
 from graftlm.combine.search import Score
 from graftlm.data.batches.pack import Pack
-from graftlm.model.layers.acting import FixedFactors
-from graftlm.model.layers.attach import detach
-from graftlm.model.layers.factors import attach_factors
-from graftlm.model.layers.modes import by_row
-from graftlm.model.layers.registry import known_hosts
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.acting import FixedFactors
+from graftlm.model.attach import detach
+from graftlm.model.factors import attach_factors
+from graftlm.model.modes import by_row
+from graftlm.model.registry import known_hosts
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 
 SumSpace = Literal["product", "factors"]
 

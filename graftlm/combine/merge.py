@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.registry import delta_names, hosts
-from graftlm.model.layers.state_dict import mergeable, merged_tensors
+from graftlm.model.hosts import LayerHost
+from graftlm.model.registry import delta_names, hosts
+from graftlm.model.state_dict import mergeable, merged_tensors
 
 
 def merge(model: nn.Module, weights: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:

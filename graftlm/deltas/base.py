@@ -123,7 +123,7 @@ class Shared(nn.Module):
 
 
 class Base(Protocol):
-    """A view of a frozen layer of any kind (linear, transposed, quantized ...), made by `model/layers/bases.py`."""
+    """A view of a frozen layer of any kind (linear, transposed, quantized ...), made by `model/bases.py`."""
 
     @property
     def weight(self) -> Tensor:
@@ -333,7 +333,7 @@ class AdditiveDelta(WeightDelta):
 class InputDelta(Delta):
     """A delta on what the model attends to (prompt, prefix): attached to the model, not to a layer.
 
-    Where positions, packs, masks and caches come in is the plumbing's (`graftlm/model/layers/hosts.py`).
+    Where positions, packs, masks and caches come in is the plumbing's (`graftlm/model/hosts.py`).
     """
 
     kinds = ("model",)

@@ -8,7 +8,7 @@ arXiv:2406.12832, section 3.
 
 The paper also freezes B bit by bit in the first part of the run, its directions of the least singular values first, so
 that only S learns at the end: that is the callback `lamda`; without it B learns throughout. LaMDA++ gives each layer a
-rank of its own by W's spectrum: `model/layers/spectrum.py`. The singular vectors come from a randomised range finder
+rank of its own by W's spectrum: `model/spectrum.py`. The singular vectors come from a randomised range finder
 with the site's seed, where the paper has an SVD, which takes minutes on a wide model. (The authors' published code
 starts as LoRA does: A random, B zero, S random.)
 """

@@ -15,8 +15,8 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.minhash import words_of
 from graftlm.data.sources.source import Row
 from graftlm.generation.generate import generate
-from graftlm.model.hub.stopping import all_stop_ids
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.hub.stopping import all_stop_ids
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.training.objective import Objective, Sums
 
 

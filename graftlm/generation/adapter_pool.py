@@ -34,13 +34,13 @@ from graftlm.errors import AdapterError, nearest
 from graftlm.generation.checked_adapter import AdapterChecker, Changed, CheckedAdapter, checked_name, stamp_of
 from graftlm.generation.engine import model_lock
 from graftlm.generation.pool_parts import Entry, HostCache, PoolCounts, Registered, Resident, same_files
-from graftlm.model.hub.fingerprint import base_record, public_name
-from graftlm.model.hub.tokenizer import embedding_rows, with_more_tokens
-from graftlm.model.layers.attach import detach
-from graftlm.model.layers.factors import attach_factors, detach_factors
-from graftlm.model.layers.modes import activate, active_row
-from graftlm.model.layers.registry import Chat, attachment
-from graftlm.model.layers.routes import Row
+from graftlm.hub.fingerprint import base_record, public_name
+from graftlm.hub.tokenizer import embedding_rows, with_more_tokens
+from graftlm.model.attach import detach
+from graftlm.model.factors import attach_factors, detach_factors
+from graftlm.model.modes import activate, active_row
+from graftlm.model.registry import Chat, attachment
+from graftlm.model.routes import Row
 
 _NUMBERS = itertools.count(1)
 """Of loads: no two deltas of this process have the same name."""

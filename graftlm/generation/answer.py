@@ -13,7 +13,7 @@ from graftlm.generation.engine import Engine
 from graftlm.generation.generate import generate
 from graftlm.generation.grammar import Grammar, GrammarCompiler
 from graftlm.generation.text_stream import TextPiece, TextStream
-from graftlm.model.hub.stopping import all_stop_ids
+from graftlm.hub.stopping import all_stop_ids
 
 _renderer = lru_cache(maxsize=4)(Renderer)
 
@@ -62,6 +62,7 @@ def answer(
     template refuses, and RequestError for a grammar that is wrong or not supported. `engine`: one of this model that
     exists already, for a chat of many turns.
     """
+    # Over 60 lines: every option of sampling is named twice, in the signature and in the call.
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     renderer = chat_renderer(model, tokenizer, today=today, turn_order=turn_order)
     stop_ids = all_stop_ids(model, renderer.stop_ids)

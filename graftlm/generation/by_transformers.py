@@ -18,7 +18,7 @@ from transformers import (
 from graftlm.generation.choose import add_next, chooser_of
 from graftlm.generation.logprobs import prompt_reader
 from graftlm.generation.requests import Generation
-from graftlm.model.layers.modes import by_row
+from graftlm.model.modes import by_row
 from graftlm.system import preserve_global_state
 
 

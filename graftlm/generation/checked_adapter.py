@@ -33,10 +33,10 @@ from graftlm.adapters.load import attach_tensors, check_base, members_of
 from graftlm.adapters.tensors import check_rebuilt, sums_of_rebuilt
 from graftlm.config.schema import to_tree
 from graftlm.errors import AdapterError, GraftError, first_lines
+from graftlm.hub.tokenizer import read_tokenizer
 from graftlm.kernels.many_low_rank import by_columns
-from graftlm.model.hub.tokenizer import read_tokenizer
-from graftlm.model.layers.attach import detach
-from graftlm.model.layers.registry import attachment
+from graftlm.model.attach import detach
+from graftlm.model.registry import attachment
 
 FILES = (CONFIG, WEIGHTS, HEADS, RECORD, TEMPLATE, *TOKENIZER)
 """Patterns of what decides how an adapter answers."""

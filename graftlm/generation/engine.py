@@ -37,9 +37,9 @@ from graftlm.generation.prefix_store import PrefixStore, common
 from graftlm.generation.requests import Generation, Request, RowKey
 from graftlm.generation.sampling import Chooser
 from graftlm.generation.support import why_not_ours
-from graftlm.model.layers.modes import active_row, can_mix_rows, check_weights, deltas_still, weighted_row
-from graftlm.model.layers.registry import attachment
-from graftlm.model.layers.routes import Row
+from graftlm.model.modes import active_row, can_mix_rows, check_weights, deltas_still, weighted_row
+from graftlm.model.registry import attachment
+from graftlm.model.routes import Row
 
 SHARED_TOKENS = 32
 """A beginning of fewer tokens is computed again: waiting for another request costs more."""

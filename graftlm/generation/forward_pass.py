@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from graftlm.generation.attention import Cache, Part, Pass, use_pass
-from graftlm.model.layers.hosts import ModelHost
-from graftlm.model.layers.routes import Route, Row, Span, use_route
-from graftlm.model.layers.sites import CHILD
-from graftlm.model.passes.forward import logits, require_decoder
+from graftlm.model.hosts import ModelHost
+from graftlm.model.routes import Route, Row, Span, use_route
+from graftlm.model.sites import CHILD
+from graftlm.passes.forward import logits, require_decoder
 
 READ_TOKENS = 64
 """Tokens whose logits are in memory together where those of a whole prompt are wanted: 40 MB of 150,000 ids."""

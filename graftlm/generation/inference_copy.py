@@ -17,8 +17,8 @@ from graftlm.generation.attention import NAME
 from graftlm.kernels import cpu
 from graftlm.kernels.backend import OURS, TORCH, Backend
 from graftlm.kernels.prepacked import PrepackedProduct, can_prepack
-from graftlm.model.layers.hosts import Host, LayerHost
-from graftlm.model.passes.packed_attention import Forward, faster_forwards
+from graftlm.model.hosts import Host, LayerHost
+from graftlm.passes.packed_attention import Forward, faster_forwards
 
 Products = dict[tuple[int, int], PrepackedProduct]
 """(id of a weight, id of its bias) -> the product with them, made once for all copies."""

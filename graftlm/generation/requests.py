@@ -11,7 +11,7 @@ from graftlm.errors import RequestError
 from graftlm.generation.grammar import CompiledGrammar
 from graftlm.generation.logprobs import TokenLogprob
 from graftlm.generation.sampling import GREEDY, Sampling
-from graftlm.model.layers.routes import Row
+from graftlm.model.routes import Row
 
 if TYPE_CHECKING:
     from graftlm.generation.engine import Engine

@@ -10,9 +10,9 @@ from graftlm import distributed
 from graftlm.generation.attention import Cache
 from graftlm.generation.forward_pass import NoAttention, Piece, keys_before, pass_over
 from graftlm.generation.inference_copy import inference_copy
-from graftlm.model.layers.modes import active_row, deltas_still
-from graftlm.model.layers.registry import attachment
-from graftlm.model.layers.sites import decoder_of
+from graftlm.model.modes import active_row, deltas_still
+from graftlm.model.registry import attachment
+from graftlm.model.sites import decoder_of
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 """How far logits may be from the model's own, over their own spread: several times rounding."""

@@ -1,1 +1,1 @@
-"""Plumbing: modules, dtypes, files. Knows no method by name."""
+"""Deltas in a transformers model: layers of the base, sites, hosts, attaching. Knows no method by name."""

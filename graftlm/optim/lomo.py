@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from graftlm import distributed
 from graftlm.config.schema import PositiveRate, config
 from graftlm.errors import TrainingError
-from graftlm.model.layers.registry import penalty
+from graftlm.model.registry import penalty
 from graftlm.training.callback import Optimizer, OptimizerConfig, torch_groups
 from graftlm.training.state import ParameterGroup, TrainingState
 

@@ -16,16 +16,16 @@ from torch.profiler import ProfilerActivity, profile
 from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.data.sources.source import DataConfig
 from graftlm.deltas.lora import LoraConfig
+from graftlm.hub.dtypes import multiplies_bf16_fast
+from graftlm.hub.load import load_base
+from graftlm.hub.tokenizer import load_tokenizer
 from graftlm.kernels.backend import Kernels
-from graftlm.model.hub.dtypes import multiplies_bf16_fast
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.tokenizer import load_tokenizer
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.bases import view
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.sites import output_head, transformer_layers
-from graftlm.model.passes.autotune import KernelChoice, choose
+from graftlm.model.attach import attach
+from graftlm.model.bases import view
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.sites import output_head, transformer_layers
 from graftlm.optim.adamw import adamw
+from graftlm.passes.autotune import KernelChoice, choose
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.system import preserve_global_state

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from graftlm.hub.config import base_config
+from graftlm.hub.dtypes import multiplies_bf16_fast
+from graftlm.hub.sketch import Sketch
 from graftlm.kernels.backend import Backend
-from graftlm.model.hub.config import base_config
-from graftlm.model.hub.dtypes import multiplies_bf16_fast
-from graftlm.model.hub.sketch import Sketch
-from graftlm.model.layers.coverage import coverage
-from graftlm.model.layers.registry import hosts, parameters_of
-from graftlm.model.passes.autotune import KernelChoice
+from graftlm.model.coverage import coverage
+from graftlm.model.registry import hosts, parameters_of
+from graftlm.passes.autotune import KernelChoice
 from graftlm.planning.generation import Load, generation_bytes, held_out_load, rollouts_load, why_not_counted
 from graftlm.planning.layers import kernels_of, over_layers, with_deltas, with_teacher
 from graftlm.planning.memory import (

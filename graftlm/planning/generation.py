@@ -22,11 +22,11 @@ from graftlm.generation.forward_pass import Piece, keys_before, pass_over
 from graftlm.generation.inference_copy import inference_copy
 from graftlm.generation.sampling import GREEDY, Chooser, Sampling, next_tokens
 from graftlm.generation.support import why_not_ours
+from graftlm.hub.config import BaseConfig, base_config
+from graftlm.hub.sketch import Sketch, only, positions, sketch
 from graftlm.kernels.prepacked import can_prepack, packed_bytes
-from graftlm.model.hub.config import BaseConfig, base_config
-from graftlm.model.hub.sketch import Sketch, only, positions, sketch
-from graftlm.model.layers.modes import active_row, deltas_off, deltas_still
-from graftlm.model.layers.registry import attachment, hosts, shared_of
+from graftlm.model.modes import active_row, deltas_off, deltas_still
+from graftlm.model.registry import attachment, hosts, shared_of
 from graftlm.planning.layers import over_layers, some_layers
 from graftlm.planning.memory import GIB, LIBRARIES_GIB, LiveBytes, free_gib
 from graftlm.prepare import Prepared

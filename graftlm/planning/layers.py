@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from graftlm.hub.sketch import Sketch, kinds_of_layer, only, shorten, sketch
 from graftlm.kernels.backend import pinned
 from graftlm.losses.base import ComparedConfig
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.hub.sketch import Sketch, kinds_of_layer, only, shorten, sketch
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts
-from graftlm.model.passes.autotune import KernelChoice, choose
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts
+from graftlm.passes.autotune import KernelChoice, choose
 from graftlm.planning.packs import Shape
 from graftlm.recipe import Recipe
 from graftlm.training.objective import Objective

@@ -27,9 +27,9 @@ from graftlm.display import pages, terminal
 from graftlm.errors import TrainingError
 from graftlm.evaluation.held_out import held_out_loss
 from graftlm.files import writing
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.modes import deltas_off
-from graftlm.model.passes.packing_check import check_packing
+from graftlm.hub.load import load_base
+from graftlm.model.modes import deltas_off
+from graftlm.passes.packing_check import check_packing
 from graftlm.planning.noise_scale import NoiseScale, batch_for
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from graftlm.data.batches.pack import Pack
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.layers.registry import parameters_of, trainable
+from graftlm.model.registry import parameters_of, trainable
 from graftlm.planning.bench import one_pass
 from graftlm.planning.layers import objective_of
 from graftlm.planning.packs import Shape

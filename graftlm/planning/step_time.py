@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from graftlm.data.batches.pack import Pack
+from graftlm.hub.sketch import Sketch
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.hub.sketch import Sketch
-from graftlm.model.passes.forward import hidden_states
 from graftlm.optim.adamw import adamw
+from graftlm.passes.forward import hidden_states
 from graftlm.planning.bench import best_s, one_pass, parts_of_time
 from graftlm.planning.layers import Teacher, objective_of, over_layers
 from graftlm.planning.packs import Shape, token_count

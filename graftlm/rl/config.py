@@ -32,7 +32,7 @@ from graftlm.data.sources.source import Row
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LOSSES, LossConfig
 from graftlm.losses.policy_gradient import advantages
-from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.initialize import needed_statistics
 from graftlm.plugins import load_plugins
 from graftlm.rl.rewards import SCORERS, Completion, Reward, Scorer, ScorerConfig
 

@@ -27,11 +27,11 @@ from graftlm.display.pages import NO_SIGNAL
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
 from graftlm.generation.sampling import Sampling
+from graftlm.hub.stopping import all_stop_ids
 from graftlm.losses import LOSSES, LossConfig
-from graftlm.model.hub.stopping import all_stop_ids
-from graftlm.model.layers.modes import deltas_still
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.modes import deltas_still
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.rl.config import RLConfig, score, training_group
 from graftlm.rl.rewards import Completion, Scorer
 from graftlm.training.callback import Callback, CallbackConfig

@@ -26,8 +26,8 @@ from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.splits import for_supervised
-from graftlm.model.passes.forward import hidden_states, log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.passes.forward import hidden_states, log_probs
+from graftlm.passes.packed_attention import packed_attention
 
 Scores = NDArray[np.float32]
 LEFT_OUT = -np.inf

@@ -27,10 +27,10 @@ from graftlm.data.sources.source import SELECTED, DataConfig, Row
 from graftlm.display import terminal
 from graftlm.errors import DataError, RecipeError
 from graftlm.files import cache_folder, check_lines, check_new, whole
-from graftlm.model.hub.config import BaseConfig, base_config
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.locate import locate
-from graftlm.model.passes.packing_check import check_packing
+from graftlm.hub.config import BaseConfig, base_config
+from graftlm.hub.load import load_base
+from graftlm.hub.locate import locate
+from graftlm.passes.packing_check import check_packing
 from graftlm.selection import SELECTORS
 from graftlm.selection.base import Pool, Scores, SelectorConfig, examples_of
 from graftlm.system import preserve_global_state, return_freed_memory

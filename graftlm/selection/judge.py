@@ -21,7 +21,7 @@ from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import Row
 from graftlm.errors import DataError
 from graftlm.judges.endpoint import EndpointConfig, ask, check, filled, grades
-from graftlm.model.passes.forward import log_probs
+from graftlm.passes.forward import log_probs
 from graftlm.selection.base import LEFT_OUT, Pool, Scores, SelectorConfig
 
 GRADES = ("1", "2", "3", "4", "5")

@@ -28,11 +28,11 @@ from graftlm.data.batches.pack import Example, batches
 from graftlm.data.sources.source import SourceConfig
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.kernels.backend import TORCH
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.registry import parameters_of
-from graftlm.model.passes.autotune import fastest_backend
-from graftlm.model.passes.forward import log_probs
+from graftlm.model.attach import attach, detach
+from graftlm.model.registry import parameters_of
 from graftlm.optim.adamw import adamw
+from graftlm.passes.autotune import fastest_backend
+from graftlm.passes.forward import log_probs
 from graftlm.selection.base import LEFT_OUT, Pool, PositiveShare, Scores, SelectorConfig
 from graftlm.training.loop import TrainStep
 from graftlm.training.passes import Passes

@@ -14,8 +14,8 @@ from graftlm.generation.adapter_pool import AdapterPool, Lease
 from graftlm.generation.checked_adapter import NAME
 from graftlm.generation.grammar import CompiledGrammar, Grammar, GrammarCompiler
 from graftlm.generation.pool_parts import Registered
-from graftlm.model.hub.fingerprint import fingerprint, public_name
-from graftlm.model.hub.stopping import all_stop_ids
+from graftlm.hub.fingerprint import fingerprint, public_name
+from graftlm.hub.stopping import all_stop_ids
 from graftlm.serve.dialect import Dialect
 from graftlm.serve.errors import ApiError, from_graft, invalid
 from graftlm.serve.logprobs import TokenTexts

@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 
 from graftlm.errors import GraftError
 from graftlm.generation.engine import model_lock
-from graftlm.model.layers.modes import by_row, deltas_still
-from graftlm.model.layers.routes import Row
-from graftlm.model.passes.forward import require_decoder
+from graftlm.model.modes import by_row, deltas_still
+from graftlm.model.routes import Row
+from graftlm.passes.forward import require_decoder
 from graftlm.serve.completions import ids_of, inputs_of
 from graftlm.serve.errors import ApiError, invalid
 from graftlm.serve.http import ADAPTER

@@ -24,14 +24,14 @@ from graftlm.adapters.save import save_adapter
 from graftlm.data.batches.pack import Example, collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import AdditiveDelta, Delta, Site, WeightDelta
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.hosts import CACHE_NAMES, Host, LayerHost
-from graftlm.model.layers.modes import activate, by_row, deltas_off
-from graftlm.model.layers.registry import hosts, shared_of, trainable
-from graftlm.model.layers.state_dict import merged_state
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.recompute import recomputed_layers
+from graftlm.model.attach import attach, detach
+from graftlm.model.hosts import CACHE_NAMES, Host, LayerHost
+from graftlm.model.modes import activate, by_row, deltas_off
+from graftlm.model.registry import hosts, shared_of, trainable
+from graftlm.model.state_dict import merged_state
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
+from graftlm.passes.recompute import recomputed_layers
 from graftlm.plugins import load_plugins
 from graftlm.testing.deltas import (
     attach_tiny,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.initialize import needed_statistics
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.statistics import collect
+from graftlm.model.attach import attach
+from graftlm.model.initialize import needed_statistics
+from graftlm.model.registry import trainable
+from graftlm.passes.statistics import collect
 from graftlm.plugins import load_plugins
 from graftlm.testing.tiny import tiny_model
 

@@ -8,7 +8,7 @@ from graftlm.data.sources.source import SourceConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.inits import INITS
 from graftlm.kernels.backend import Kernels
-from graftlm.model.layers.initialize import needed_statistics
+from graftlm.model.initialize import needed_statistics
 from graftlm.training.guards import EarlyStopping
 from graftlm.training.schedule import Schedule, learning_rate_factor
 

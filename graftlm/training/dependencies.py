@@ -13,8 +13,8 @@ from graftlm.data.batches.pack import Example, Group
 from graftlm.data.batches.prompts import PromptExample
 from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.source import DataConfig, SourceConfig
+from graftlm.hub.fingerprint import Fingerprint, difference, fingerprint
 from graftlm.losses import LossConfig
-from graftlm.model.hub.fingerprint import Fingerprint, difference, fingerprint
 from graftlm.training.start_from import start_digest
 from graftlm.training.teacher import TEACHER, adapters_compared_with
 

@@ -11,9 +11,9 @@ from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.data.batches.prompts import PromptExample
 from graftlm.errors import TrainingError
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.layers.modes import deltas_off
-from graftlm.model.passes.autotune import KernelChoice, choose
-from graftlm.model.passes.packing_check import check_packing
+from graftlm.model.modes import deltas_off
+from graftlm.passes.autotune import KernelChoice, choose
+from graftlm.passes.packing_check import check_packing
 from graftlm.training.setup import Answers, Setup
 
 STEPS_SEEN = 16

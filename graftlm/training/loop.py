@@ -22,8 +22,8 @@ from graftlm import distributed
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses import LossConfig
-from graftlm.model.layers.registry import penalty, trainable
-from graftlm.model.layers.sites import transformer_layers
+from graftlm.model.registry import penalty, trainable
+from graftlm.model.sites import transformer_layers
 from graftlm.training.callback import Callback, Optimizer, check_callbacks, fused_optimizer
 from graftlm.training.objective import Objective, Sums
 from graftlm.training.passes import Passes

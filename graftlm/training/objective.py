@@ -18,8 +18,8 @@ from graftlm.kernels.head import Comparison, Readings
 from graftlm.losses import LOSSES, Batch, LossConfig, LossSum
 from graftlm.losses.distillation import DistillationConfig, distance
 from graftlm.losses.dro import DroConfig
-from graftlm.model.layers.registry import SHARED, share, shared_of
-from graftlm.model.passes.forward import head, head_read, hidden_states, log_probs
+from graftlm.model.registry import SHARED, share, shared_of
+from graftlm.passes.forward import head, head_read, hidden_states, log_probs
 from graftlm.training.regularizers import KlConfig
 from graftlm.training.state import ParameterGroup
 from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from graftlm.kernels.backend import TORCH, Backend
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.recompute import offloaded, recomputed_layers
+from graftlm.passes.packed_attention import packed_attention
+from graftlm.passes.recompute import offloaded, recomputed_layers
 
 
 @dataclass(frozen=True)

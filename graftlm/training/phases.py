@@ -20,12 +20,12 @@ from graftlm.data.batches.pack import Example, Group, Pack, batches
 from graftlm.data.sources.template_draws import Draws
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import Delta
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.initialize import needed_statistics
-from graftlm.model.layers.registry import attachment, hosts, parameters_of, trainable
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import check_packing
-from graftlm.model.passes.statistics import collect
+from graftlm.model.attach import attach
+from graftlm.model.initialize import needed_statistics
+from graftlm.model.registry import attachment, hosts, parameters_of, trainable
+from graftlm.passes.packed_attention import packed_attention
+from graftlm.passes.packing_check import check_packing
+from graftlm.passes.statistics import collect
 from graftlm.training.callback import Callback, default_rate, make_optimizer
 from graftlm.training.config import TrainConfig
 from graftlm.training.setup import Setup

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from graftlm.data.batches.pack import Example, Group
 from graftlm.data.quality.report import Report
 from graftlm.errors import DataError, numbered
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.sketch import Positions, positions
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.sketch import Positions, positions
 
 
 def check_positions(

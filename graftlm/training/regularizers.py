@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from graftlm.config.schema import Pattern, PositiveRate, config
 from graftlm.errors import TrainingError, numbered
 from graftlm.losses.distillation import divergence
-from graftlm.model.layers.registry import deltas_by_site, shared_of
-from graftlm.model.layers.sites import pattern_matches
+from graftlm.model.registry import deltas_by_site, shared_of
+from graftlm.model.sites import pattern_matches
 from graftlm.training.teacher import REFERENCE, Distance
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from graftlm import distributed
-from graftlm.model.layers.modes import deltas_still
-from graftlm.model.layers.registry import trainable
+from graftlm.model.modes import deltas_still
+from graftlm.model.registry import trainable
 from graftlm.training.checkpoints import BEST, step_name
 from graftlm.training.guards import EVERY, Guards
 from graftlm.training.loop import NotFiniteError, Step

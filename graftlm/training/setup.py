@@ -7,9 +7,9 @@ from typing import NamedTuple
 from graftlm.adapters.adapter import Adapter
 from graftlm.data.batches.pack import Example, Group, Pack, lay_out
 from graftlm.deltas.base import DeltaConfig
+from graftlm.hub.config import BaseConfig
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.losses import LossConfig
-from graftlm.model.hub.config import BaseConfig
 from graftlm.training.callback import Callback
 from graftlm.training.config import TrainConfig
 from graftlm.training.objective import Objective

@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from graftlm import distributed
 from graftlm.deltas.base import InputDelta
 from graftlm.errors import TrainingError
-from graftlm.model.hub.fingerprint import fingerprint
-from graftlm.model.layers.registry import hosts
-from graftlm.model.layers.sites import decoder_of, transformer_layers
+from graftlm.hub.fingerprint import fingerprint
+from graftlm.model.registry import hosts
+from graftlm.model.sites import decoder_of, transformer_layers
 
 
 def shard(model: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftlm.data.batches.pack import Pack
 from graftlm.deltas.base import Delta, DeltaConfig
-from graftlm.model.layers.registry import deltas_by_site, shared_of
+from graftlm.model.registry import deltas_by_site, shared_of
 
 
 @dataclass(frozen=True)

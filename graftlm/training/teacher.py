@@ -16,15 +16,15 @@ from graftlm.adapters.folder import CONFIG, WEIGHTS, sha256_of
 from graftlm.adapters.load import load_adapter
 from graftlm.data.batches.pack import Pack
 from graftlm.errors import TrainingError, numbered
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.load import load_base
+from graftlm.hub.tokenizer import load_tokenizer
 from graftlm.kernels.head import Comparison
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.tokenizer import load_tokenizer
-from graftlm.model.layers.modes import activate, deltas_only
-from graftlm.model.layers.registry import hosts, parameters_of
-from graftlm.model.passes.forward import hidden_states, logits
-from graftlm.model.passes.packed_attention import is_packed, packed_attention
+from graftlm.model.modes import activate, deltas_only
+from graftlm.model.registry import hosts, parameters_of
+from graftlm.passes.forward import hidden_states, logits
+from graftlm.passes.packed_attention import is_packed, packed_attention
 
 REFERENCE = "reference"
 """What the adapter of a config's `reference`, or a teacher that is one, is called on the model."""

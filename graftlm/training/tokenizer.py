@@ -5,8 +5,8 @@ from typing import Any
 
 from graftlm.config.template_variables import checked_with_variables
 from graftlm.errors import RecipeError
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.tokenizer import load_tokenizer, plain_template
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.tokenizer import load_tokenizer, plain_template
 
 
 def run_tokenizer(base: str | BaseConfig, variables: Mapping[str, Any], *, network: bool = False) -> Any:

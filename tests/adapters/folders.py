@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from graftlm.adapters.folder import CONFIG, RECORD, WEIGHTS, sha256_of_record
 from graftlm.adapters.load import load_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import attachment, trainable
+from graftlm.model.attach import attach
+from graftlm.model.registry import attachment, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits
 from tests.errors import raises

@@ -17,7 +17,7 @@ from graftlm.adapters.load import attach_adapter, load_adapter
 from graftlm.adapters.save import adapter_of, save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.registry import Chat, attachment
+from graftlm.model.registry import Chat, attachment
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import logits, perturbed
 from tests.adapters.folders import edit_config, ours, refused, write_record

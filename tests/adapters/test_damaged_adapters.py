@@ -20,9 +20,9 @@ from torch import Tensor
 from graftlm.adapters.folder import CONFIG, TEMPLATE, WEIGHTS
 from graftlm.adapters.load import load_adapter
 from graftlm.errors import GraftError
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import detach
-from graftlm.model.layers.registry import attachment
+from graftlm.hub.load import load_base
+from graftlm.model.attach import detach
+from graftlm.model.registry import attachment
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits
 from tests.peers import peft_adapter

@@ -12,9 +12,9 @@ from graftlm.adapters.folder import RECORD, WEIGHTS
 from graftlm.adapters.load import attach_adapter
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.factors import attach_factors
-from graftlm.model.layers.modes import by_row
-from graftlm.model.layers.registry import hosts
+from graftlm.model.factors import attach_factors
+from graftlm.model.modes import by_row
+from graftlm.model.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close, ids, logits, perturbed
 from tests.adapters.folders import edit_tensors, ours

@@ -7,9 +7,9 @@ import torch
 from graftlm.adapters.load import load_adapter, load_with_adapters
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import attachment
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach
+from graftlm.model.registry import attachment
 from graftlm.testing import tiny_tokenizer
 from graftlm.testing.deltas import logits, move
 from graftlm.testing.tiny import CHATML

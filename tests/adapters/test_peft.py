@@ -21,7 +21,7 @@ from graftlm.adapters.peft import EXPERT_NAMES, MOE_AS_QWEN2, ROUTER_NAME, targe
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
+from graftlm.model.attach import attach
 from graftlm.testing.deltas import attach_tiny, close, ids, move
 from graftlm.testing.tiny import TINY, tiny_gpt2, tiny_model
 from tests.architectures import build

@@ -10,7 +10,7 @@ import torch
 from graftlm.adapters.folder import CONFIG, RECORD, WEIGHTS
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
-from graftlm.model.hub.load import load_base
+from graftlm.hub.load import load_base
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from tests.adapters.folders import edit_config, edit_tensors, ours, refused, write_record
@@ -55,7 +55,7 @@ def test_another_base_loads_where_it_is_trusted(adapter: Path) -> None:
 
 
 def test_a_base_in_bf16_is_the_base_that_it_is_in_fp32(base_folder: Path, tmp_path: Path) -> None:
-    from graftlm.model.hub.fingerprint import fingerprint
+    from graftlm.hub.fingerprint import fingerprint
 
     wide, narrow = (load_base(str(base_folder), dtype=d).model for d in ("float32", "bfloat16"))
     assert fingerprint(wide) == fingerprint(narrow)

@@ -18,10 +18,10 @@ from graftlm.adapters.peft import NEUTRAL, NEUTRAL_ANYWHERE
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.modes import activate
-from graftlm.model.layers.registry import attachment, hosts, trainable
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.attach import attach
+from graftlm.model.modes import activate
+from graftlm.model.registry import attachment, hosts, trainable
+from graftlm.model.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits
 from tests.adapters.folders import edit_config, edit_tensors, ours

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from graftlm.data.batches.pack import Example, Pack, collate, pack
 from graftlm.losses import LossSum
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.forward import log_probs
+from graftlm.model.registry import trainable
 from graftlm.optim import OPTIMIZERS
+from graftlm.passes.forward import log_probs
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback, CallbackConfig

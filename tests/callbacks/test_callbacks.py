@@ -12,7 +12,7 @@ import torch
 import graftlm.callbacks as callbacks
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.registry import attachment, trainable
+from graftlm.model.registry import attachment, trainable
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

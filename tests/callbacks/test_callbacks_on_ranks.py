@@ -9,7 +9,7 @@ import torch
 from graftlm import distributed
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import Pack, pack
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from tests.callbacks.tables import TABLE

@@ -7,7 +7,7 @@ import torch
 
 from graftlm.config.schema import build
 from graftlm.kernels.backend import TORCH
-from graftlm.model.layers.attach import attach
+from graftlm.model.attach import attach
 from graftlm.optim import OPTIMIZERS
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model

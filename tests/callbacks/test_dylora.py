@@ -11,7 +11,7 @@ from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
 from graftlm.callbacks.dylora import DyLoraCallback, DyLoraCallbackConfig, use_rank
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.registry import attachment, hosts, trainable
+from graftlm.model.registry import attachment, hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, logits, perturbed
 from graftlm.training.callback import Callback

@@ -11,7 +11,7 @@ import torch
 
 from graftlm.config.schema import build, to_tree
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback, check_callbacks

@@ -7,9 +7,9 @@ import torch
 
 from graftlm.callbacks.i_lora import ILora, ILoraConfig
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.registry import trainable
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback

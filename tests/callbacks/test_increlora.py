@@ -8,9 +8,9 @@ import torch
 
 from graftlm.callbacks.increlora import IncreLora, IncreLoraConfig
 from graftlm.data.batches.pack import collate, pack
-from graftlm.model.layers.state_dict import merged_state
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.state_dict import merged_state
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
 from tests.callbacks.test_callbacks import run, training

@@ -10,9 +10,9 @@ from graftlm.callbacks.autolora import AutoLora, AutoLoraConfig
 from graftlm.callbacks.bilora import BiLora, BiLoraConfig
 from graftlm.callbacks.diffora import DiffoRA, DiffoRAConfig
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.registry import hosts, trainable
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed
 from graftlm.training.callback import Callback

@@ -4,7 +4,7 @@ import torch
 
 from graftlm.callbacks.lamda import LamdaCallback, LamdaCallbackConfig
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed
 from tests.callbacks.test_callbacks import run, training

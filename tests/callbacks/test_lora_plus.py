@@ -10,8 +10,8 @@ from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import trainable
+from graftlm.model.attach import attach
+from graftlm.model.registry import trainable
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

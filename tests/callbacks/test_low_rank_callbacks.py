@@ -10,7 +10,7 @@ from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
 from graftlm.callbacks.riemannian import Riemannian, RiemannianConfig
 from graftlm.data.batches.pack import collate
 from graftlm.deltas.lora import Lora
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed
 from graftlm.training.callback import Callback

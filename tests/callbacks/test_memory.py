@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.registry import attachment
+from graftlm.model.registry import attachment
 from graftlm.planning.memory import update_bytes
 from graftlm.recipe import Recipe
 from graftlm.training.callback import Callback

@@ -16,7 +16,7 @@ import torch
 from graftlm.callbacks import CALLBACKS
 from graftlm.config.schema import build
 from graftlm.errors import TrainingError
-from graftlm.model.layers.registry import attachment
+from graftlm.model.registry import attachment
 from graftlm.optim import OPTIMIZERS
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model

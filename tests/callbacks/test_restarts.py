@@ -13,10 +13,10 @@ from graftlm.callbacks.cola import Cola, ColaConfig
 from graftlm.callbacks.lte import Lte, LteConfig
 from graftlm.callbacks.periodic_lora import PeriodicLora, PeriodicLoraConfig
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.modes import deltas_off
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.attach import attach, detach
+from graftlm.model.modes import deltas_off
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.state_dict import merged_state
 from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, logits, perturbed, plain_with, tiny_config

@@ -9,7 +9,7 @@ import torch
 
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny
 from graftlm.training.callback import Callback

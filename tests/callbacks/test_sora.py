@@ -5,8 +5,8 @@ import torch
 
 from graftlm.callbacks.sora import Sora, SoraConfig
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import logits, perturbed, tiny_config
 from graftlm.training.callback import Callback

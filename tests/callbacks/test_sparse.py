@@ -9,9 +9,9 @@ import torch
 from graftlm.callbacks.diff_pruning import DiffPruningCallback, DiffPruningCallbackConfig
 from graftlm.callbacks.spiel import SpielCallback, SpielCallbackConfig
 from graftlm.data.batches.pack import collate
-from graftlm.model.layers.state_dict import merged_state
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.state_dict import merged_state
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, perturbed, plain_with
 from graftlm.training.callback import Callback

@@ -8,9 +8,9 @@ import torch
 from graftlm.callbacks.lora_fa import LoraFa, LoraFaConfig
 from graftlm.callbacks.velora import Velora, VeloraConfig
 from graftlm.data.batches.pack import collate, pack
-from graftlm.model.layers.registry import attachment, hosts, trainable
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.registry import attachment, hosts, trainable
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.planning.memory import LiveBytes
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

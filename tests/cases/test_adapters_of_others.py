@@ -20,7 +20,7 @@ from graftlm import cli
 from graftlm.adapters.chat import template_of, tokenizer_of
 from graftlm.adapters.folder import CONFIG, WEIGHTS
 from graftlm.adapters.load import load_adapter
-from graftlm.model.hub.load import load_base
+from graftlm.hub.load import load_base
 from graftlm.testing import tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, logits
 from tests.errors import raises

@@ -24,16 +24,16 @@ from transformers import (
 from graftlm import DataConfig, LoraConfig, Recipe, TrainConfig, train
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
+from graftlm.hub.load import load_base
+from graftlm.hub.quantize_base import quantize
 from graftlm.kernels import cpu, linear
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.quantize_base import quantize
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.coverage import coverage
-from graftlm.model.layers.modes import activate, by_row, deltas_off
-from graftlm.model.layers.quantize import QuantizedLinear
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.sites import find_sites, towers
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.attach import attach, detach
+from graftlm.model.coverage import coverage
+from graftlm.model.modes import activate, by_row, deltas_off
+from graftlm.model.quantize import QuantizedLinear
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.sites import find_sites, towers
+from graftlm.model.state_dict import merged_state
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.testing.deltas import close, ids, logits, move, tiny_config
 from tests.errors import raises

@@ -27,8 +27,8 @@ from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.tokenizer import load_tokenizer
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_tokenizer
 from tests.errors import raises

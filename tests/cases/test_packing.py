@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.model.layers.sites import decoder_of, transformer_layers
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.packing_check import check_forward, check_packed_rows
+from graftlm.model.sites import decoder_of, transformer_layers
+from graftlm.passes.packed_attention import packed_attention
+from graftlm.passes.packing_check import check_forward, check_packed_rows
 from graftlm.testing import tiny_model
 from tests.architectures import build
 from tests.errors import raises
-from tests.model.passes.test_packing_check import DTYPES, ids, made, rows
+from tests.passes.test_packing_check import DTYPES, ids, made, rows
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}

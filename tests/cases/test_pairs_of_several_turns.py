@@ -20,8 +20,8 @@ from graftlm.data.sources.formats import Message
 from graftlm.data.sources.load import load_rows
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.losses.base import lengths, per_answer
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer
 from graftlm.training.objective import batch_of

@@ -16,8 +16,8 @@ from graftlm.combine.compose import compose
 from graftlm.combine.rules import COMPOSERS
 from graftlm.combine.rules.ties import TiesConfig
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, detach
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach, detach
 from graftlm.testing import save_tiny_base
 from graftlm.testing.deltas import move
 from tests.errors import raises

@@ -20,10 +20,10 @@ from graftlm.combine.rules.base import MomentRule
 from graftlm.combine.rules.ties import TiesConfig
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.hub.quantize_base import quantize
-from graftlm.model.layers.registry import attachment, hosts
-from graftlm.model.layers.state_dict import merged_state
-from graftlm.model.passes.statistics import collect
+from graftlm.hub.quantize_base import quantize
+from graftlm.model.registry import attachment, hosts
+from graftlm.model.state_dict import merged_state
+from graftlm.passes.statistics import collect
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, plain_with
 from graftlm.testing.tiny import tiny_gpt2

@@ -9,7 +9,7 @@ from torch import Tensor
 from graftlm.combine.changes import changes_of
 from graftlm.combine.compress import Compressed, compress, compress_changes
 from graftlm.combine.core import Change
-from graftlm.model.layers.registry import hosts
+from graftlm.model.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close
 from tests.combine.sites import D_IN, D_OUT, change, changes, in_other_factors

@@ -12,11 +12,11 @@ from graftlm.adapters.export.merged import merge_into
 from graftlm.combine.merge import merge
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.hub.quantize_base import quantize
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.modes import activate, deltas_off
-from graftlm.model.layers.registry import attachment, hosts
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.hub.quantize_base import quantize
+from graftlm.model.attach import attach
+from graftlm.model.modes import activate, deltas_off
+from graftlm.model.registry import attachment, hosts
+from graftlm.model.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed, plain_with
 from tests.errors import raises

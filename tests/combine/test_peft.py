@@ -12,7 +12,7 @@ from torch import Tensor
 from graftlm.adapters.adapter import Adapter
 from graftlm.combine.compose import Composition, compose
 from graftlm.combine.rules import COMPOSERS
-from graftlm.model.layers.sites import site_seed
+from graftlm.model.sites import site_seed
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close
 from tests.combine.test_compose import matrices, trained

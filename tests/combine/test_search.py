@@ -17,7 +17,7 @@ from graftlm.combine.compose import compose
 from graftlm.combine.few_shot import few_shot_loss
 from graftlm.combine.search import BOUND, PENALTY, Found, penalty, search_weights
 from graftlm.data.batches.pack import Example, lay_out
-from graftlm.model.layers.registry import attachment, hosts
+from graftlm.model.registry import attachment, hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, ids, logits, perturbed
 from tests.errors import raises

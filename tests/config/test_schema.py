@@ -13,7 +13,7 @@ from graftlm.config.aliases import OTHER_NAMES
 from graftlm.config.schema import build, config, json_schema, to_tree, to_yaml
 from graftlm.config.source import parse_yaml, read
 from graftlm.data.sources.source import DataConfig
-from graftlm.model.hub.config import BaseConfig
+from graftlm.hub.config import BaseConfig
 from graftlm.rl.config import RLConfig
 from tests.errors import raises
 

@@ -10,10 +10,10 @@ from graftlm.config.schema import config
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import AdditiveDelta, Base, Delta, DeltaConfig, Site, WeightDelta
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.modes import activate, deltas_off
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.attach import attach, detach
+from graftlm.model.modes import activate, deltas_off
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.contract import CONTRACT
 from graftlm.testing.deltas import ids, logits

@@ -32,15 +32,15 @@ from graftlm.deltas.inits.lora_sb import ETA
 from graftlm.deltas.inits.pissa_fast import pissa_fast
 from graftlm.deltas.lora import Lora, LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.quantize_base import quantize
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.initialize import part_with
-from graftlm.model.layers.modes import deltas_off
-from graftlm.model.layers.quantize import QuantizedLinear
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.state_dict import merged_state
-from graftlm.model.passes.statistics import collect
+from graftlm.hub.load import load_base
+from graftlm.hub.quantize_base import quantize
+from graftlm.model.attach import attach, detach
+from graftlm.model.initialize import part_with
+from graftlm.model.modes import deltas_off
+from graftlm.model.quantize import QuantizedLinear
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.state_dict import merged_state
+from graftlm.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, plain_with, tiny_config
 from graftlm.testing.tiny import save_tiny_base, tiny_gpt2, tiny_model
 from tests.errors import raises

@@ -11,8 +11,8 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.base import Site
 from graftlm.deltas.inits import INITS
 from graftlm.deltas.lora import Lora, LoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import ids
 from tests.peers import copy_factors, factors_of_ours, factors_of_peft, peft_model, relative_error

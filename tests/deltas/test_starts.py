@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from graftlm.deltas import METHODS
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts, shared_of
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts, shared_of
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, tiny_config
 

@@ -23,8 +23,8 @@ from graftlm.config.schema import build
 from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.load import load_rows
 from graftlm.deltas import METHODS
-from graftlm.model.hub import load, tokenizer
-from graftlm.model.hub.config import BaseConfig
+from graftlm.hub import load, tokenizer
+from graftlm.hub.config import BaseConfig
 from graftlm.recipe import read_recipe
 from tests.docs_run.names import PAGES, ROOT, blocks, title
 from tests.errors import raises

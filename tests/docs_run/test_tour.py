@@ -47,7 +47,7 @@ def test_the_tokens_on_the_tour_are_those_of_smollm2(smollm2: str) -> None:
     from graftlm.data.chat.render import Renderer
     from graftlm.data.chat.roles import Role
     from graftlm.data.sources.formats import Message
-    from graftlm.model.hub.tokenizer import load_tokenizer
+    from graftlm.hub.tokenizer import load_tokenizer
 
     renderer = Renderer(load_tokenizer(smollm2))
     row = renderer.conversation([Message("user", "Where is my parcel?"), Message("assistant", "On its way.")])

@@ -12,7 +12,7 @@ from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.lora import LoraConfig
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
-from graftlm.model.layers.attach import attach, detach
+from graftlm.model.attach import attach, detach
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import move
 

@@ -14,7 +14,7 @@ from graftlm.errors import AdapterError
 from graftlm.generation.adapter_pool import AdapterPool
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
-from graftlm.model.layers.registry import attachment
+from graftlm.model.registry import attachment
 from tests.generation.adapters import alone, base, write_adapter
 
 START = [(7 * n * n + 5 * n + 11) % 300 for n in range(40)]

@@ -21,9 +21,9 @@ from graftlm.generation import adapter_pool, checked_adapter
 from graftlm.generation.adapter_pool import AdapterPool, Lease
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.modes import active_row
-from graftlm.model.layers.registry import attachment
+from graftlm.model.attach import attach
+from graftlm.model.modes import active_row
+from graftlm.model.registry import attachment
 from graftlm.testing import tiny_model, tiny_tokenizer
 from tests.errors import raises
 from tests.generation.adapters import alone, base, write_adapter

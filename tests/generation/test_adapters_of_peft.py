@@ -12,7 +12,7 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.generation.adapter_pool import AdapterPool
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
-from graftlm.model.layers.attach import attach, detach
+from graftlm.model.attach import attach, detach
 from graftlm.testing.deltas import move
 from tests.architectures import build
 from tests.generation.adapters import spread

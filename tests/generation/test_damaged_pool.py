@@ -18,7 +18,7 @@ from graftlm.errors import GraftError
 from graftlm.generation.adapter_pool import AdapterPool
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
-from graftlm.model.layers.registry import attachment
+from graftlm.model.registry import attachment
 from graftlm.testing import tiny_tokenizer
 from tests.adapters.folders import write_record
 from tests.errors import raises

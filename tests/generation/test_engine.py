@@ -18,9 +18,9 @@ from graftlm.generation.engine import Engine
 from graftlm.generation.forward_pass import Piece
 from graftlm.generation.requests import Generation, Request
 from graftlm.generation.sampling import Sampling
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.modes import activate, by_row
-from graftlm.model.layers.registry import trainable
+from graftlm.model.attach import attach, detach
+from graftlm.model.modes import activate, by_row
+from graftlm.model.registry import trainable
 from graftlm.testing.deltas import move, tiny_config
 from tests.architectures import build
 from tests.errors import raises

@@ -10,7 +10,7 @@ from graftlm.generation.answer import chat_renderer
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
 from graftlm.generation.sampling import Sampling
-from graftlm.model.hub.load import load_base
+from graftlm.hub.load import load_base
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from graftlm.generation import engine as engine_module
 from graftlm.generation.engine import Engine
 from graftlm.generation.fairness import ANSWER_COST, PROMPT_COST, FairQueue
 from graftlm.generation.requests import Generation, Request
-from graftlm.model.layers.attach import attach
+from graftlm.model.attach import attach
 from graftlm.testing import tiny_model
 from tests.generation.adapters import base
 

@@ -80,7 +80,7 @@ def test_a_model_that_transformers_runs_gives_the_same() -> None:
 
 
 def test_each_request_has_those_of_its_own_deltas() -> None:
-    from graftlm.model.layers.modes import by_row
+    from graftlm.model.modes import by_row
 
     model = with_deltas()
     rows: list[tuple[str, ...]] = [(), ("the-lora",), ("the-prefix",), ("the-full", "the-ia3")]

@@ -21,12 +21,12 @@ from graftlm.generation.inference_copy import inference_copy
 from graftlm.generation.requests import Request
 from graftlm.kernels import many_low_rank
 from graftlm.kernels.prepacked import PrepackedProduct
-from graftlm.model.layers import hosts as hosts_module
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.bases import view
-from graftlm.model.layers.factors import attach_factors, detach_factors
-from graftlm.model.layers.modes import by_row
-from graftlm.model.layers.registry import hosts
+from graftlm.model import hosts as hosts_module
+from graftlm.model.attach import attach, detach
+from graftlm.model.bases import view
+from graftlm.model.factors import attach_factors, detach_factors
+from graftlm.model.modes import by_row
+from graftlm.model.registry import hosts
 from graftlm.testing.deltas import attach_tiny, close, move
 from tests.errors import raises
 from tests.generation.test_generate import by_hand, varied

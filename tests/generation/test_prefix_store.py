@@ -12,8 +12,8 @@ from graftlm.generation.attention import Cache
 from graftlm.generation.engine import Engine
 from graftlm.generation.prefix_store import PrefixStore
 from graftlm.generation.requests import Request
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.registry import parameters_of
+from graftlm.model.attach import attach, detach
+from graftlm.model.registry import parameters_of
 from graftlm.testing.deltas import move
 from tests.generation.adapters import base
 

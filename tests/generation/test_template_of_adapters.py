@@ -24,9 +24,9 @@ from graftlm.data.chat import render
 from graftlm.data.sources.formats import Message
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import DataError
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, detach
-from graftlm.model.layers.registry import attachment
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach, detach
+from graftlm.model.registry import attachment
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.run import Result

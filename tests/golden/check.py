@@ -17,8 +17,8 @@ from graftlm.adapters.peft import why_not_peft
 from graftlm.adapters.save import save_adapter
 from graftlm.adapters.tensors import stored_tensors
 from graftlm.deltas import METHODS
-from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.registry import attachment, hosts, trainable
+from graftlm.model.hosts import LayerHost
+from graftlm.model.registry import attachment, hosts, trainable
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close, ids, logits, perturbed
 

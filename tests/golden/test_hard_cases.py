@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.state_dict import merged_state
 from graftlm.testing.deltas import close, ids, load_merged_state, logits, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.golden.check import LINEAR, against_peft, against_reference

@@ -20,10 +20,10 @@ from graftlm.deltas.glora import GloraConfig
 from graftlm.deltas.kasa import Kasa, KasaConfig
 from graftlm.deltas.mora import Mora, MoraConfig
 from graftlm.deltas.vb_lora import VbLoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.bases import LinearBase
-from graftlm.model.layers.registry import hosts, penalty, trainable
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.attach import attach
+from graftlm.model.bases import LinearBase
+from graftlm.model.registry import hosts, penalty, trainable
+from graftlm.model.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from graftlm.config.schema import build
 from graftlm.deltas import METHODS
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.modes import activate
-from graftlm.model.layers.registry import hosts, shared_of
+from graftlm.model.attach import attach
+from graftlm.model.hosts import LayerHost
+from graftlm.model.modes import activate
+from graftlm.model.registry import hosts, shared_of
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises

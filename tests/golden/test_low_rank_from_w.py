@@ -13,7 +13,7 @@ from torch import Tensor
 from graftlm.deltas.eigenlorax import principal_directions
 from graftlm.deltas.intrinsic import Intrinsic
 from graftlm.deltas.linalg import orthonormal, pivots, top_singular, top_singular_fast
-from graftlm.model.layers.registry import hosts, shared_of
+from graftlm.model.registry import hosts, shared_of
 from graftlm.testing.deltas import attach_tiny, close
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises

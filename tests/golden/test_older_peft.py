@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from graftlm.adapters.load import load_adapter
-from graftlm.model.layers.registry import attachment
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.registry import attachment
+from graftlm.model.state_dict import merged_state
 from graftlm.testing.deltas import close
 from tests.golden.make_peft import CASES, IDS, base
 

@@ -19,9 +19,9 @@ from graftlm.adapters.load import load_adapter
 from graftlm.adapters.peft import why_not_peft
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lokr import _left
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts, penalty
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts, penalty
+from graftlm.model.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, logits, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises

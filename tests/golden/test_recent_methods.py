@@ -22,9 +22,9 @@ from graftlm.config.schema import build
 from graftlm.deltas.gralora import GraloraConfig
 from graftlm.deltas.lily import LilyConfig
 from graftlm.deltas.road import RoadConfig
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.sites import transformer_layers
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.sites import transformer_layers
+from graftlm.model.state_dict import merged_state
 from graftlm.testing.deltas import attach_tiny, close, logits, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises

@@ -18,10 +18,10 @@ from graftlm.adapters.save import save_adapter
 from graftlm.config.schema import build
 from graftlm.deltas.s2ft import S2ft
 from graftlm.deltas.trainable_tokens import TrainableTokensConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts, penalty, trainable
-from graftlm.model.layers.state_dict import merged_state
-from graftlm.model.passes.statistics import collect
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts, penalty, trainable
+from graftlm.model.state_dict import merged_state
+from graftlm.passes.statistics import collect
 from graftlm.testing.deltas import attach_tiny, close, ids, logits, move, perturbed, tiny_config
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises

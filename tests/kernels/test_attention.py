@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from graftlm.kernels import attention
 from graftlm.kernels.attention import SegmentLayout
-from graftlm.model.passes.packed_attention import segment_attention
+from graftlm.passes.packed_attention import segment_attention
 from tests.kernels.equations import attention_by_mask, normal, same, seen_in_a_tree
 
 

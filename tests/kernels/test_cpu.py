@@ -21,11 +21,11 @@ from graftlm.deltas.lora import LoraConfig
 from graftlm.kernels import cpu, linear
 from graftlm.kernels.attention import AttentionRule, SegmentLayout, tiled_attention
 from graftlm.kernels.backend import OURS, TORCH
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention, segment_attention
-from graftlm.model.passes.packing_check import check_packed_rows
+from graftlm.model.attach import attach
+from graftlm.model.registry import trainable
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention, segment_attention
+from graftlm.passes.packing_check import check_packed_rows
 from graftlm.testing import tiny_model
 from tests.errors import raises
 from tests.kernels.equations import assert_small_increments_stay, attention_by_mask, normal, seen_in_a_tree
@@ -464,8 +464,8 @@ def test_the_first_compiler_that_is_installed_is_used(tmp_path: Path, monkeypatc
 def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it() -> None:
     code = (
         "import sys, torch\n"
-        "from graftlm.model.passes.autotune import choose\n"
-        "from graftlm.model.passes.packed_attention import packed_attention\n"
+        "from graftlm.passes.autotune import choose\n"
+        "from graftlm.passes.packed_attention import packed_attention\n"
         "from graftlm.testing import tiny_model\n"
         "model = tiny_model('gpt_neox').bfloat16()\n"
         "with packed_attention(model, choose(model, []).backend(model.device, model.dtype)): pass\n"

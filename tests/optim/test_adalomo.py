@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.registry import attachment, hosts, trainable
+from graftlm.model.registry import attachment, hosts, trainable
 from graftlm.optim.adalomo import AdaLomo, AdaLomoConfig
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

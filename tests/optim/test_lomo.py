@@ -8,7 +8,7 @@ import torch
 
 from graftlm.callbacks.riemannian import Riemannian, RiemannianConfig
 from graftlm.data.batches.pack import Pack, collate, pack
-from graftlm.model.layers.registry import attachment, trainable
+from graftlm.model.registry import attachment, trainable
 from graftlm.optim.lomo import Lomo, LomoConfig
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graftlm.data.batches.pack import pack
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.optim.schedule_free import ScheduleFree, ScheduleFreeConfig
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

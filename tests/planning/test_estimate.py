@@ -16,14 +16,14 @@ from graftlm.config.schema import build, to_yaml
 from graftlm.data.batches.pack import Pack
 from graftlm.deltas import METHODS
 from graftlm.generation.sampling import Sampling
+from graftlm.hub.load import load_base
+from graftlm.hub.sketch import kinds_of_layer, only, sketch
+from graftlm.hub.tokenizer import load_tokenizer
 from graftlm.kernels.backend import TORCH, Backend
 from graftlm.kernels.cpu import unavailable
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.sketch import kinds_of_layer, only, sketch
-from graftlm.model.hub.tokenizer import load_tokenizer
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.coverage import coverage
-from graftlm.model.layers.registry import hosts, parameters_of, trainable
+from graftlm.model.attach import attach
+from graftlm.model.coverage import coverage
+from graftlm.model.registry import hosts, parameters_of, trainable
 from graftlm.planning import layers, step_time
 from graftlm.planning.estimate import estimate
 from graftlm.planning.generation import Load, held_out_load, rollouts_load
@@ -195,7 +195,7 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", loads)
     monkeypatch.setattr(safetensors, "safe_open", loads)
-    monkeypatch.setattr("graftlm.model.hub.load.load_base", loads)
+    monkeypatch.setattr("graftlm.hub.load.load_base", loads)
     found = estimate(recipe(base, rows))
     assert found.keys() >= {"peak_gib", "step_s", "tokens_per_s", "parts", "advice"}
     memory = found["parts"]["memory_gib"]

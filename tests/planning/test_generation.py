@@ -14,12 +14,12 @@ from graftlm.cli import app
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
 from graftlm.generation.sampling import Sampling
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.load import load_base
+from graftlm.hub.sketch import Sketch, sketch
 from graftlm.kernels.prepacked import PANEL, _panels_serve, can_prepack
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.hub.sketch import Sketch, sketch
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts
 from graftlm.planning.generation import Load, adapter_bytes, estimate_generation, generation_bytes, why_not_counted
 from graftlm.planning.layers import some_layers
 from graftlm.testing import save_tiny_base

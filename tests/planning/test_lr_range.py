@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from graftlm import cli, distributed
 from graftlm.config.schema import build
 from graftlm.data.batches.pack import lay_out
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.hub.load import load_base
+from graftlm.model.registry import trainable
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.planning import lr_range
 from graftlm.planning.lr_range import STEPS, Trial, lr_range_test, suggestion
 from graftlm.prepare import prepare_data

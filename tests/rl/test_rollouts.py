@@ -21,12 +21,12 @@ from graftlm.data.batches.prompts import PromptExample
 from graftlm.generation import sampling
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
+from graftlm.hub.load import load_base
 from graftlm.kernels.backend import TORCH
 from graftlm.kernels.prepacked import packed_bytes
 from graftlm.losses import LOSSES
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.forward import log_probs
+from graftlm.model.registry import trainable
+from graftlm.passes.forward import log_probs
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.rl.config import FEEDBACK, score, training_group

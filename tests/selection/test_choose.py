@@ -15,7 +15,7 @@ from graftlm import cli
 from graftlm.config.schema import build
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.load import load_rows
-from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.hub.tokenizer import load_tokenizer
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.selection import SELECTORS, choose

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts, parameters_of
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts, parameters_of
 from graftlm.optim.adamw import adamw
 from graftlm.selection import less
 from graftlm.selection.base import Pool

@@ -15,8 +15,8 @@ from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
 from graftlm.generation.adapter_pool import AdapterPool
 from graftlm.generation.engine import Engine
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, detach
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach, detach
 from graftlm.serve.app import make_app
 from graftlm.serve.catalog import Catalog
 from graftlm.serve.limits import Limits

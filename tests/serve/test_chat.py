@@ -7,7 +7,7 @@ import pytest
 
 import graftlm
 from graftlm.adapters.load import load_adapter
-from graftlm.model.hub.load import load_base
+from graftlm.hub.load import load_base
 from tests.serve.conftest import ADAPTERS, Served, events_of
 
 MODELS = ("tiny", *ADAPTERS)

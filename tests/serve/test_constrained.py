@@ -13,7 +13,7 @@ from graftlm.generation.engine import Engine
 from graftlm.generation.reasoning import Tags
 from graftlm.generation.requests import Request
 from graftlm.generation.tool_calls import HERMES, MISTRAL
-from graftlm.model.hub.load import load_base
+from graftlm.hub.load import load_base
 from graftlm.serve.dialect import Dialect, Parts
 from graftlm.serve.logprobs import TokenTexts
 from graftlm.testing import tiny_tokenizer

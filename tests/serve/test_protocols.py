@@ -10,7 +10,7 @@ import torch
 from graftlm.adapters.load import load_adapter
 from graftlm.generation.engine import Engine
 from graftlm.generation.requests import Request
-from graftlm.model.hub.load import load_base
+from graftlm.hub.load import load_base
 from tests.serve.conftest import ADAPTERS, Served, events_of
 
 MODELS = ("tiny", *ADAPTERS)

@@ -22,8 +22,8 @@ import pytest
 
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach, detach
+from graftlm.hub.load import load_base
+from graftlm.model.attach import attach, detach
 from graftlm.testing.deltas import move
 from tests.serve.conftest import ADAPTERS
 from tests.serve.streaming_client import Reply, post

@@ -9,8 +9,8 @@ import torch
 
 import graftlm
 from graftlm.data.batches.pack import collate
-from graftlm.model.passes.forward import log_probs
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.passes.forward import log_probs
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model

@@ -15,8 +15,8 @@ from rich.console import Console
 import graftlm
 from graftlm.errors import TrainingError
 from graftlm.kernels import cpu
-from graftlm.model.passes import autotune
-from graftlm.model.passes.autotune import KernelChoice
+from graftlm.passes import autotune
+from graftlm.passes.autotune import KernelChoice
 from graftlm.recipe import Recipe
 from tests.kernels.test_cpu import BROKEN, script
 from tests.training.test_resume import losses, recipe, stopping_after

@@ -16,8 +16,8 @@ import graftlm.training.objective as objective
 from graftlm.data.batches.pack import Example, collate, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES, Batch, LossSum
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import trainable
+from graftlm.model.attach import attach
+from graftlm.model.registry import trainable
 from graftlm.optim.adamw import adamw
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

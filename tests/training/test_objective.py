@@ -15,12 +15,12 @@ from graftlm.data.batches.groups import mismatched_groups
 from graftlm.data.batches.pack import Example, Group, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.losses import LOSSES
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.modes import activate, deltas_off
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.forward import hidden_states, log_probs
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.recompute import recomputed_layers
+from graftlm.model.attach import attach
+from graftlm.model.modes import activate, deltas_off
+from graftlm.model.registry import trainable
+from graftlm.passes.forward import hidden_states, log_probs
+from graftlm.passes.packed_attention import packed_attention
+from graftlm.passes.recompute import recomputed_layers
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import move, perturbed
 from graftlm.training.objective import Objective, Sums, extra_parameters

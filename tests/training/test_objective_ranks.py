@@ -11,7 +11,7 @@ import graftlm.training.loop as loop
 from graftlm import distributed
 from graftlm.data.batches.pack import pack
 from graftlm.losses import LOSSES
-from graftlm.model.layers.registry import trainable
+from graftlm.model.registry import trainable
 from graftlm.training.objective import Objective
 from graftlm.training.sharding import shard
 from graftlm.training.state import TrainingState

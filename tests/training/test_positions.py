@@ -8,8 +8,8 @@ import pytest
 
 import graftlm
 from graftlm.config.schema import build, to_tree
-from graftlm.model.hub.sketch import positions
-from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.hub.sketch import positions
+from graftlm.hub.tokenizer import load_tokenizer
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_model, tiny_tokenizer

@@ -17,10 +17,10 @@ from graftlm.data.batches.pack import pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import RecipeError
 from graftlm.losses import LOSSES
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.modes import deltas_off
-from graftlm.model.layers.registry import trainable
-from graftlm.model.passes.packed_attention import packed_attention
+from graftlm.model.attach import attach
+from graftlm.model.modes import deltas_off
+from graftlm.model.registry import trainable
+from graftlm.passes.packed_attention import packed_attention
 from graftlm.recipe import Recipe
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import perturbed

@@ -15,7 +15,7 @@ from graftlm.adapters.adapter import Adapter
 from graftlm.adapters.folder import HEADS, RECORD, WEIGHTS
 from graftlm.adapters.load import load_adapter
 from graftlm.config.schema import build
-from graftlm.model.hub.load import load_base
+from graftlm.hub.load import load_base
 from graftlm.recipe import Recipe
 from graftlm.testing.deltas import attach_tiny, logits, move
 from graftlm.testing.tiny import save_tiny_base

@@ -9,8 +9,8 @@ import torch
 
 import graftlm
 from graftlm.data.batches.pack import Example
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.registry import trainable
+from graftlm.hub.load import load_base
+from graftlm.model.registry import trainable
 from graftlm.prepare import prepare_data
 from graftlm.training.checkpoints import FACTS
 from graftlm.training.phases import attach_deltas, make_batches

@@ -15,14 +15,14 @@ from graftlm.config.schema import build
 from graftlm.data.batches.pack import Example, Pack, pack
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import RecipeError
+from graftlm.hub.load import load_base
 from graftlm.losses.distillation import DistillationConfig
-from graftlm.model.hub.load import load_base
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts, trainable
-from graftlm.model.layers.state_dict import base_parameters
-from graftlm.model.passes.forward import hidden_states
-from graftlm.model.passes.packed_attention import packed_attention
-from graftlm.model.passes.recompute import recomputed_layers
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts, trainable
+from graftlm.model.state_dict import base_parameters
+from graftlm.passes.forward import hidden_states
+from graftlm.passes.packed_attention import packed_attention
+from graftlm.passes.recompute import recomputed_layers
 from graftlm.recipe import Recipe
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import move, perturbed

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from graftlm.hub.load import load_base
 from graftlm.kernels.backend import TORCH
-from graftlm.model.hub.load import load_base
 from graftlm.prepare import prepare_data
 from graftlm.recipe import Recipe
 from graftlm.training.loop import Step, TrainStep

@@ -25,14 +25,14 @@ from graftlm.adapters.tensors import PREFIX
 from graftlm.deltas.base import AdditiveDelta, WeightDelta
 from graftlm.deltas.lora import LoraConfig
 from graftlm.errors import TargetError
-from graftlm.model.hub.fingerprint import fingerprint, public_name
-from graftlm.model.hub.quantize_base import quantization_of
-from graftlm.model.hub.stopping import missing_end
-from graftlm.model.layers.acting import all_factors
-from graftlm.model.layers.hosts import Host, LayerHost
-from graftlm.model.layers.quantize import GROUP, QuantizedLinear
-from graftlm.model.layers.registry import hosts
-from graftlm.model.layers.state_dict import active_changes, base_state
+from graftlm.hub.fingerprint import fingerprint, public_name
+from graftlm.hub.quantize_base import quantization_of
+from graftlm.hub.stopping import missing_end
+from graftlm.model.acting import all_factors
+from graftlm.model.hosts import Host, LayerHost
+from graftlm.model.quantize import GROUP, QuantizedLinear
+from graftlm.model.registry import hosts
+from graftlm.model.state_dict import active_changes, base_state
 
 # Merged models ---------------------------------------------------------------------------------------------------
 

@@ -18,9 +18,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from graftlm.adapters.export.shards import Shards
 from graftlm.adapters.folder import TEMPLATE, new_folder
 from graftlm.errors import TargetError, numbered
-from graftlm.model.hub.stopping import generation_settings, tokenizer_that_ends
-from graftlm.model.layers.registry import attachment
-from graftlm.model.layers.state_dict import active_changes, merged_tensors
+from graftlm.hub.stopping import generation_settings, tokenizer_that_ends
+from graftlm.model.registry import attachment
+from graftlm.model.state_dict import active_changes, merged_tensors
 
 
 def merge_into(

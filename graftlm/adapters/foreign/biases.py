@@ -11,7 +11,7 @@ from graftlm.adapters.tensors import PREFIX, widened
 from graftlm.deltas import METHODS
 from graftlm.deltas.base import DeltaConfig
 from graftlm.deltas.bitfit import BitFitConfig
-from graftlm.model.layers.sites import config_at
+from graftlm.model.sites import config_at
 
 
 def changed_biases(

@@ -13,7 +13,7 @@ from graftlm.config.schema import Count, Flag, build, config, expression
 from graftlm.deltas import METHODS, Method
 from graftlm.deltas.base import PeftLayout, matches
 from graftlm.errors import AdapterError, nearest
-from graftlm.model.layers.sites import sites_of
+from graftlm.model.sites import sites_of
 
 READ = {"bias", "ensure_weight_tying", "lora_bias", "trainable_token_indices"}
 """Keys of PEFT's LORA of which an adapter that is read may have other values too."""

@@ -14,9 +14,9 @@ from graftlm.adapters.foreign.keys import Renaming, renamed
 from graftlm.deltas import Method
 from graftlm.deltas.base import DeltaConfig, PeftLayout, Targets
 from graftlm.errors import TargetError
-from graftlm.model.layers.bases import LinearBase, view
-from graftlm.model.layers.hosts import LayerHost
-from graftlm.model.layers.sites import Place, find_sites, output_head, places
+from graftlm.model.bases import LinearBase, view
+from graftlm.model.hosts import LayerHost
+from graftlm.model.sites import Place, find_sites, output_head, places
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ another result: the best M whose rows are combinations of the adapters' rows, fo
 cheaper for wide layers.
 
 Departures. The paper sums x x^T over rows, so an adapter with more rows counts for more; with the means that
-`graftlm/model/passes/statistics.py` gathers, all count the same. Its x are the inputs in the model with adapter i, that
+`graftlm/passes/statistics.py` gathers, all count the same. Its x are the inputs in the model with adapter i, that
 file's are those in the bare base. The paper has no weights; here a weight scales its adapter. Where the G_i leave M
 undetermined, it is the mean of the w_i M_i.
 """

@@ -17,10 +17,10 @@ from graftlm.config.schema import PositiveCount, config
 from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.formats import Message
 from graftlm.errors import BaseModelError
-from graftlm.model.hub.config import BaseConfig
-from graftlm.model.hub.dtypes import resolve_dtype
-from graftlm.model.hub.locate import locate
-from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.hub.config import BaseConfig
+from graftlm.hub.dtypes import resolve_dtype
+from graftlm.hub.locate import locate
+from graftlm.hub.tokenizer import load_tokenizer
 from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 

@@ -20,8 +20,8 @@ from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas import METHODS
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.modes import activate, deltas_off
+from graftlm.model.attach import attach
+from graftlm.model.modes import activate, deltas_off
 from graftlm.testing.deltas import attach_tiny, close, logits, move, perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.errors import raises

@@ -13,7 +13,7 @@ from graftlm.adapters.export.export import export
 from graftlm.adapters.export.lint import PROGRAMS, RULES, lint, to_json
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
+from graftlm.model.attach import attach
 from graftlm.testing.deltas import perturbed
 from graftlm.testing.tiny import tiny_gpt2, tiny_model
 from tests.architectures import build

@@ -17,9 +17,9 @@ from graftlm.adapters.export.export import export
 from graftlm.adapters.export.lint import lint
 from graftlm.adapters.export.llama_cpp import ARCHITECTURES
 from graftlm.deltas.lora import LoraConfig
-from graftlm.model.layers.attach import attach
-from graftlm.model.layers.registry import hosts
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.attach import attach
+from graftlm.model.registry import hosts
+from graftlm.model.state_dict import merged_state
 from graftlm.testing.deltas import move
 from graftlm.testing.tiny import TINY, tiny_gpt2, tiny_model
 from tests.architectures import build

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftlm.adapters.folder import CONFIG, WEIGHTS
 from graftlm.adapters.load import load_adapter
-from graftlm.model.layers.registry import attachment
+from graftlm.model.registry import attachment
 from graftlm.testing import tiny_model
 from tests.errors import raises
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from graftlm.adapters.folder import WEIGHTS
 from graftlm.adapters.load import load_adapter
-from graftlm.model.hub.quantize_base import quantize
-from graftlm.model.layers.attach import detach
-from graftlm.model.layers.modes import activate
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.hub.quantize_base import quantize
+from graftlm.model.attach import detach
+from graftlm.model.modes import activate
+from graftlm.model.state_dict import merged_state
 from graftlm.testing.deltas import close, logits
 from tests.adapters.foreign.folders import edit_config, edit_tensors, lora, refused, tied, untied
 from tests.peers import peft_adapter

@@ -15,8 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from graftlm.adapters.folder import CONFIG
 from graftlm.adapters.load import load_adapter
 from graftlm.deltas import METHODS
-from graftlm.model.layers.registry import attachment, hosts
-from graftlm.model.layers.state_dict import merged_state
+from graftlm.model.registry import attachment, hosts
+from graftlm.model.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.deltas import close, logits
 from tests.adapters.foreign.folders import (

@@ -7,9 +7,9 @@ import torch
 
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.save import save_adapter
-from graftlm.model.layers.attach import detach
-from graftlm.model.layers.modes import activate, by_row, deltas_off
-from graftlm.model.layers.registry import attachment, hosts, parameters_of
+from graftlm.model.attach import detach
+from graftlm.model.modes import activate, by_row, deltas_off
+from graftlm.model.registry import attachment, hosts, parameters_of
 from graftlm.testing.deltas import close, ids, logits
 from tests.adapters.foreign.folders import lora, tied, untied, with_biases_untied
 from tests.errors import raises

@@ -65,7 +65,7 @@ def test_it_is_what_training_has(
     conversation: Any, mask: Any, prompt_weight: float, tmp_path: Path, smollm2: str
 ) -> None:
     """Whole arrays, by way of a file of rows and of `prepare`."""
-    from graftlm.model.hub.tokenizer import load_tokenizer
+    from graftlm.hub.tokenizer import load_tokenizer
 
     file = write_rows(tmp_path / "rows.jsonl", [{"messages": conversation}])
     tokenizer, data = load_tokenizer(smollm2), DataConfig(train=str(file), mask=mask, prompt_weight=prompt_weight)

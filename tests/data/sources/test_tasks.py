@@ -16,7 +16,7 @@ from graftlm.data.sources.splits import split
 from graftlm.data.sources.tasks.sql import DATABASES, ROWS, TABLES, database
 from graftlm.data.sources.tasks.table import TASKS, every_row, rows
 from graftlm.data.sources.tasks.task import LAYOUTS, ROWS_OF_A_TEMPLATE, task_of
-from graftlm.model.hub.tokenizer import load_tokenizer
+from graftlm.hub.tokenizer import load_tokenizer
 from tests.errors import raises
 
 HELD_OUT = 48

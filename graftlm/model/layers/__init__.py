@@ -1,1 +1,0 @@
-"""Where deltas sit: layers of the base, sites, hosts, and attaching deltas to them."""
