@@ -20,8 +20,8 @@ from graftlm.verification.local import OWN, TODAY, Local, load
 from graftlm.verification.prompts import PROMPTS
 from graftlm.verification.verify import verify
 from tests.adapters.folders import write_record
-from tests.verification.verify.conftest import AdapterMaker
-from tests.verification.verify.verify_server import Served, running
+from tests.verification.conftest import AdapterMaker
+from tests.verification.verify_server import Served, running
 
 DATED = "{{ strftime_now('%Y-%m-%d') }}\n" + CHATML
 

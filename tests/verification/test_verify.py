@@ -15,8 +15,8 @@ from graftlm.cli import app
 from graftlm.verification.prompts import PROMPTS
 from graftlm.verification.verify import Verification, verify
 from tests.errors import raises
-from tests.verification.verify.conftest import OTHER_TEMPLATE, AdapterMaker
-from tests.verification.verify.verify_server import Served, running
+from tests.verification.conftest import OTHER_TEMPLATE, AdapterMaker
+from tests.verification.verify_server import Served, running
 
 FEW = PROMPTS[::6]
 """Prompts enough for tiny models."""
