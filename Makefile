@@ -11,6 +11,8 @@ INSTALL = -m pip --disable-pip-version-check --quiet install
 # A broken link is an error.
 SITE   := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PIP    := $(BIN)/python $(INSTALL) -c constraints.txt
+# On all cores, where pip takes one. Some packages hold files for a newer Python, which are no error.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .PHONY: setup demo test test-all test-long test-versions test-oldest test-newest peers check bench docs docs-site clean
 .DELETE_ON_ERROR:
@@ -94,12 +96,12 @@ $(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --no-compile "$(TORCH)"
 	$(PIP) --no-compile -e ".[gguf]"
 	$(PIP) --no-compile --no-deps "$(BASE)"
-	@# On all cores, where pip takes one. Some packages hold files for a newer Python, which are no error.
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) -e ".[dev]"
+	$(PIP) --no-compile -e ".[dev]"
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

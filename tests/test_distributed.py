@@ -244,6 +244,7 @@ def spoken(base: Path, rows: Path, out: Path) -> list[tuple[int, str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_line_speaks_once(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     made = {"base": {"name": str(base_folder)}, "data": {"train": str(rows), "held_out": 2}, "train": {"steps": 2}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(made | {"report": {"max_new_tokens": 2}}))
@@ -276,6 +277,7 @@ def go_on(base: Path, rows: Path, out: Path) -> None:
     graftlm.train(recipe(base, rows), out, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [1, 2])
 def test_a_run_that_one_number_of_ranks_began_another_ends(
     first: int, base_folder: Path, rows: Path, tmp_path: Path

@@ -165,6 +165,7 @@ check_method("output-gain")
     run(script, good, base, out)
 
 
+@pytest.mark.slow
 def test_env_lists_plugins_and_help_imports_none(good: Path) -> None:
     script = """
 import json, sys
@@ -207,6 +208,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 def test_broken_plugins_are_reported_and_everything_else_works(good: Path, rows: Path, tmp_path: Path) -> None:
     modules = {
         "graft_broken": "from graft_gain import METHOD as WRONG\n"

@@ -19,6 +19,8 @@ from tests.callbacks.test_resume import CASES
 from tests.training.test_loop import examples
 from tests.training.together import together
 
+pytestmark = pytest.mark.slow
+
 OF_RANKS = ("adalora", "alora", "autolora", "bilora", "diffora", "dylora", "increlora", "lamda", "sora")
 OTHERS = ("i-lora", "spiel")
 """They too gather something of a step beside its gradient."""

@@ -254,6 +254,7 @@ def telling() -> Any:
     return tiny_model(initializer_range=0.2)
 
 
+@pytest.mark.slow
 @with_both
 def test_the_weights_that_made_the_rows_are_found(optimizer: str) -> None:
     adapters = [trained(seed=seed, base=telling()) for seed in (1, 2, 3)]

@@ -361,6 +361,7 @@ def test_a_library_with_other_content_than_its_name_says_is_not_loaded(cache: Pa
         assert [path.read_bytes() for path in built_again(cache)] == [right]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["the group may write", "all may write", "another user"])
 def test_a_library_that_another_user_can_have_written_is_not_loaded(who: str, cache: Path) -> None:
     (stored,) = built_again(cache)
@@ -392,6 +393,7 @@ def test_a_library_is_loaded_where_the_cache_forbids_to_execute(cache: Path) -> 
         subprocess.run(["umount", cache.parent], check=True)
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_stored_kernels_are_built_for_the_process_alone(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
@@ -440,6 +442,7 @@ def test_a_build_that_fails_is_a_reason_and_leaves_nothing(
     assert not cache.is_dir() or not list(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_a_compiler_may_be_several_words(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ccache = script(tmp_path / "ccache", f'echo "$@" >> {tmp_path}/calls; exec "$@"')
     monkeypatch.setenv("CXX", f"{ccache} g++")
@@ -461,6 +464,7 @@ def test_the_first_compiler_that_is_installed_is_used(tmp_path: Path, monkeypatc
     assert cpu.compiler() is None, "another one than was asked for is not taken"
 
 
+@pytest.mark.slow
 def test_torch_compile_is_imported_by_nobody_who_does_not_ask_for_it() -> None:
     code = (
         "import sys, torch\n"

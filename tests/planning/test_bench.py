@@ -18,6 +18,7 @@ from graftlm.training.passes import Passes
 PARTS = {"matrix products", "attention", "head and loss", "element-wise", "rest"}
 
 
+@pytest.mark.slow
 def test_the_floor_is_four_flop_a_parameter_and_the_head_where_supervised(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

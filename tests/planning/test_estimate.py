@@ -105,6 +105,7 @@ def test_activations_are_those_of_the_whole_model(name: str, checkpointing: bool
     assert exact_activations(made) == pytest.approx(counted, rel=0.05 if checkpointing else 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plan_tells_of_these_activations(checkpointing: bool, base: Path, rows: Path) -> None:
     made = recipe(base, rows, train={"checkpointing": checkpointing})
@@ -122,6 +123,7 @@ def exact_activations(made: Recipe) -> float:
     return layers.over_layers(sketched, groups, lambda model: live_bytes(made, model, largest))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_another_base_is_counted(base: Path, rows: Path, tmp_path: Path) -> None:
     larger = save_tiny_base(tmp_path / "larger", seed=5, hidden_size=64, num_hidden_layers=LAYERS + 2)
     loss = {"name": "distillation", "teacher": str(larger), "teacher_dtype": "float32"}
@@ -210,6 +212,7 @@ def test_a_plan_loads_no_weights_and_has_these_keys(base: Path, rows: Path, monk
     json.dumps(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
 def test_passes_are_computed_by_the_backend_of_a_run(
     kernels: Any, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
@@ -297,6 +300,7 @@ def test_where_memory_is_short_the_knobs_are_named(base: Path, rows: Path, monke
         assert knob in text
 
 
+@pytest.mark.slow
 def test_where_memory_is_ample_waste_is_named(base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate_module, "free_gib", lambda device: 1000.0)
     text = " ".join(estimate(recipe(base, rows, train={"checkpointing": True, "pack_tokens": 60}))["advice"])
@@ -327,7 +331,7 @@ def test_a_plan_says_what_the_deltas_and_the_quantization_of_the_whole_base_reac
 ONLINE: dict[str, Any] = {"samples": 4, "max_new_tokens": 6, "at_once": 5, "scorer": {"by": "exact"}}
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["policy-gradient", "dpo", "kto", "supervised"])
 def test_a_recipe_with_rl_holds_a_second_copy_and_trains_on_the_longest_answers(
     loss: str, base: Path, rows: Path
@@ -355,6 +359,7 @@ def test_an_engine_of_rl_answers_as_many_at_a_time_as_a_step_has(base: Path, row
     assert rollouts_load(many, data) == Load(6 * 4, longest, 6, sampling=sampling)
 
 
+@pytest.mark.slow
 def test_held_out_answers_are_a_part_of_the_peak(base: Path, rows: Path) -> None:
     made = recipe(base, rows, data={"held_out": 8}, report={"answers": 5, "max_new_tokens": 9})
     data = prepare_data(made, load_tokenizer(made.base))
@@ -371,6 +376,7 @@ def test_held_out_answers_are_a_part_of_the_peak(base: Path, rows: Path) -> None
     assert "held_out_answers" not in none["parts"]["memory_gib"]
 
 
+@pytest.mark.slow
 def test_where_the_cache_is_not_known_it_is_said(rows: Path, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"state_size": 4, "conv_kernel": 2, "expand": 2, "time_step_rank": 4}
     folder = save_tiny_base(tmp_path / "base", model_type="mamba", **sizes)

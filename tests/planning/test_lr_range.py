@@ -75,6 +75,7 @@ def test_what_does_not_show_is_none_and_said_so(base_folder: Path, rows: Path) -
     assert len(suggestion(curve((1e-6, 0.0), (1e-5, 2.0)))) == 4, "an early end is an end too"
 
 
+@pytest.mark.slow
 def test_on_a_tiny_base_it_leaves_nothing_and_repeats_itself(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

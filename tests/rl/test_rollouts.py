@@ -354,6 +354,7 @@ def test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bytes(
     assert first == second
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_back_to_its_checkpoint_and_to_the_same_bytes(
     base_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,6 +407,7 @@ def test_answers_differ_from_step_to_step_though_the_prompts_come_again(
     assert len({str(answers) for answers in found}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [GRPO, "dpo", "kto"], ids=str)
 def test_how_a_step_is_packed_changes_nothing(base_folder: Path, prompts: Path, tmp_path: Path, loss: Any) -> None:
     results = []
@@ -492,7 +494,7 @@ def a_run(base: Path, rows: Path, loss: Any, length: int, out: Path, shard: str)
     return reward
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "length", "shard"), [(GRPO, 1, "none"), ("dpo", 1, "none"), (RLOO, 2, "fsdp")], ids=str
 )

@@ -97,6 +97,7 @@ def test_one_of_two_starts_trains_and_the_other_is_refused(
         same(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_a_second_start_in_one_line(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     made, out = tmp_path / "recipe.yaml", tmp_path / "out"
     made.write_text(to_yaml(recipe(base_folder, rows)))

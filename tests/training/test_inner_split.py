@@ -82,6 +82,7 @@ def test_the_inner_loss_is_the_mean_loss_of_the_next_rows(
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_with_inner_rows_goes_on_to_the_same_bytes(
     case: str, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,6 +109,7 @@ CHAINS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHAINS)
 def test_a_run_whose_deltas_change_shape_goes_on_to_the_same_bytes(
     case: str, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

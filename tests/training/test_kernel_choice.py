@@ -54,6 +54,7 @@ def saved_choices(out: Path) -> list[Any]:
 # Builds that fail ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_run_does_without_kernels_that_cannot_be_built_and_says_so_once(
     name: str, cache: Path, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +105,7 @@ def forced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune.Timing, "fastest", lambda self, leave_out="": name)
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_resumed_run_computes_as_it_began_whatever_would_be_chosen_now(
     cache: Path, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -180,6 +182,7 @@ def chosen_on_a_rank(base: Path, rows: Path, out: Path) -> Any:
     return graftlm.train(in_bf16(base, rows), out / "out").summary["kernels"]
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_all_ranks_take_the_choice_of_the_first(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     first, second = together(2, chosen_on_a_rank, base_folder, rows, tmp_path)

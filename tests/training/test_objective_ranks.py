@@ -56,7 +56,7 @@ def alone() -> list[dict[str, Any]]:
     return every(False)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "sharded"), [(2, False), (4, False), (2, True), (4, True)])
 def test_every_objective_is_that_of_one_process(count: int, sharded: bool, alone: list[dict[str, Any]]) -> None:
     for number, results in enumerate(together(count, every, sharded)):

@@ -99,6 +99,7 @@ def test_feedback_and_pairs_as_feedback(
         assert found["chosen_reward"] > found["rejected_reward"]
 
 
+@pytest.mark.slow
 def test_how_a_run_is_packed_changes_nothing(base_folder: Path, pairs: Path, feedback: Path, tmp_path: Path) -> None:
     cases: list[tuple[Path, str, list[dict[str, dict[str, Any]]]]] = [
         (pairs, "dpo", [{}, {"train": {"pack_tokens": 60}}, {"train": {"prefix_sharing": False}}]),
@@ -254,6 +255,7 @@ def summary_of(base: Path, rows: Path, loss: str, out: Path, shard: str) -> dict
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "shard"), [("dpo", "none"), ("kto", "fsdp")])
 def test_a_run_on_two_ranks_is_that_of_one(
     base_folder: Path, pairs: Path, tmp_path: Path, loss: str, shard: str

@@ -322,6 +322,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
     name: str, told: Told, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -143,6 +143,7 @@ def test_rounds_of_1_3_and_7_steps_are_one_of_21(run: Run) -> None:
         assert learning == {name: p.requires_grad for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["adalora", "lisa", "periodic-lora"])
 def test_a_state_is_a_copy_and_loads_into_a_trainer_that_went_on(
     case: str, base_folder: Path, rows: Path, tmp_path: Path

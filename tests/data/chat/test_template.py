@@ -132,6 +132,7 @@ def test_what_a_loop_knows_of_itself() -> None:
         assert render(f"{{% for m in messages %}}[{{{{ loop.{name} }}}}]{{% endfor %}}") == "[][]"
 
 
+@pytest.mark.slow
 def test_many_rows_at_once_are_the_same_and_one_that_is_stopped_costs_itself() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     large = "{{ ('a' * 99999999)[:1] }}"

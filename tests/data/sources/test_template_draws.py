@@ -157,6 +157,7 @@ def test_plans_are_mapped_by_the_epoch_that_a_place_falls_in() -> None:
     assert draws.of(plan) == [[0, 1], [2, 4], [1, 3], [0, 2], [1, 3]]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_in_its_second_epoch_goes_on_to_the_same_bytes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
