@@ -89,13 +89,14 @@ class LinearBase:
         return self.fused(x, self.frozen, self.stored_bias, A, B, gain)
 
     def plus(self, x: Tensor, added: Tensor) -> Tensor:
-        """The layer's output for x [T, d_in] plus `added` [T, d_out], which may be overwritten. In half precision the
+        """The layer's output for x [.., d_in] plus `added` [.., d_out], which may be overwritten. In half precision the
         sum is rounded and not its parts (`linear.py`)."""
         if x.dtype not in (torch.bfloat16, torch.float16):
             return self(x).add_(added)
         W, b = self.frozen, self.stored_bias
         W = W if isinstance(W, Tensor) else W(x.dtype)
-        return torch.addmm(added if b is None else (added.float() + b).to(x.dtype), x, W.T)
+        added = (added if b is None else (added.float() + b).to(x.dtype)).flatten(0, -2)
+        return torch.addmm(added, x.flatten(0, -2), W.T).view(*x.shape[:-1], -1)
 
     def product(self, A: Tensor) -> Tensor:
         W = self.stored_weight.detach()

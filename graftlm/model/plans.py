@@ -95,7 +95,7 @@ def computed(plan: Plan, host: Any, route: Route, x: Tensor) -> Tensor:
     view: LinearBase = host.view
     if plan.simple and x.dim() == 3 and x.shape[1] == route.tokens and len(x) == 1 and plan.many is not None:
         bounds = route.whole(x.shape[1]) if plan.uniform else route.bounds
-        return view.plus(x[0], plan.many(x[0], bounds))[None]
+        return view.plus(x, plan.many(x, bounds))
     if plan.uniform:
         group = plan.groups[0]
         if not group.parts.takes_base:
