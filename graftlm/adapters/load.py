@@ -62,8 +62,10 @@ def attach_adapter(model: nn.Module, adapter: Adapter, *, name: str = "default",
         record.tokenizers[name] = tokenizer
     if adapter.heads:
         record.heads[name] = adapter.heads
-    used = use_chat(model, name, chat.settings, chat.digest)
-    return _checked(adapter) + _another_quantization(model, adapter) + "".join(f"; {each}" for each in remarks) + used
+    chat_note = use_chat(model, name, chat.settings, chat.digest)
+    return (
+        _checked(adapter) + _another_quantization(model, adapter) + "".join(f"; {each}" for each in remarks) + chat_note
+    )
 
 
 def attach_tensors(model: nn.Module, adapter: Adapter, name: str) -> tuple[list[str], list[str]]:
