@@ -53,9 +53,9 @@ class Oft(WeightDelta):
 
     def __init__(self, site: Site, config: OftConfig) -> None:
         super().__init__(site, config)
-        wanted = config.blocks or config.block
+        size = config.blocks or config.block
         whole = [d for d in range(1, site.d_in + 1) if site.d_in % d == 0]
-        nearest = min(whole, key=lambda d: (abs(d - wanted), d))
+        nearest = min(whole, key=lambda d: (abs(d - size), d))
         self.b = site.d_in // nearest if config.blocks else nearest
         self.Q = nn.Parameter(torch.zeros(1 if config.block_share else site.d_in // self.b, self.b * (self.b - 1) // 2))
         self.register_buffer("above", torch.triu_indices(self.b, self.b, 1), persistent=False)

@@ -166,14 +166,14 @@ class ManyLowRank:
         if not any(self.spans):
             return
         numbers, A, B = self._stack(dtype)
-        chosen = [row for row, number in enumerate(numbers) if number not in long]
-        if not chosen:
+        rows = [row for row, number in enumerate(numbers) if number not in long]
+        if not rows:
             return
-        if len(chosen) < len(numbers):  # in a pass with prompts: a copy, which the passes that follow do without
-            numbers, A, B = tuple(numbers[row] for row in chosen), A[chosen], B[chosen]
+        if len(rows) < len(numbers):  # in a pass with prompts: a copy, which the passes that follow do without
+            numbers, A, B = tuple(numbers[row] for row in rows), A[rows], B[rows]
         padded = bounds.rows(numbers, x.device)
-        changed = x[padded.tokens].to(dtype) @ A @ B
-        y[padded.where] = changed.flatten(0, 1)[padded.places].to(y.dtype)
+        change = x[padded.tokens].to(dtype) @ A @ B
+        y[padded.where] = change.flatten(0, 1)[padded.places].to(y.dtype)
 
     def _stack(self, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """(spans that have changes, their A^T [spans, d_in, R], their B^T [spans, R, d_out]), 0 behind the ranks."""
