@@ -55,7 +55,7 @@ def attach_factors(
     missing = [site for site in factors if not isinstance(found.get(site), LayerHost)]
     sites = _sites(model, missing) if missing else {}
     sizes = {name: (site.d_in, site.d_out) for name, site in sites.items()}
-    held = {}
+    fixed_factors = {}
     for site, (A, B) in factors.items():
         d_in, d_out = sizes[site] if site in sizes else _size(found[site])
         if A.dim() != 2 or B.dim() != 2 or A.shape[1] != d_in or B.shape[0] != d_out or len(A) != B.shape[1]:
@@ -64,15 +64,15 @@ def attach_factors(
                 f"[{d_out}, r]",
                 code="factors-do-not-fit",
             )
-        held[site] = FixedFactors(_held(A, dtype, site).contiguous(), by_columns(_held(B, dtype, site)))
+        fixed_factors[site] = FixedFactors(_cast(A, dtype, site).contiguous(), by_columns(_cast(B, dtype, site)))
     begin(model, record)
     device = next(model.parameters()).device
     for site in missing:
         host_at(model, sites[site], record)
     found = known_hosts(model)
-    for site, (A, B) in held.items():
+    for site, (A, B) in fixed_factors.items():
         found[site].factors[name] = FixedFactors(A.to(device), B.to(device))
-    record.factors[name] = tuple(held)
+    record.factors[name] = tuple(fixed_factors)
     came(record, name)
 
 
@@ -101,9 +101,9 @@ def _sites(model: nn.Module, names: list[str]) -> dict[str, Any]:
     check_model(model)
     lora = METHODS["lora"].config
     found = {site.name: site for site in sites_of(model, lora(method="lora", targets="|".join(map(re.escape, names))))}
-    if lacking := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in found]:
         raise TargetError(
-            f"{lacking[0]} is no layer that low-rank factors can sit on. {nearest(lacking[0], found)}",
+            f"{missing[0]} is no layer that low-rank factors can sit on. {nearest(missing[0], found)}",
             code="no-layer-matches",
         )
     return found
@@ -114,8 +114,8 @@ def _size(host: Host) -> tuple[int, int]:
     return host.view.d_in, host.view.d_out
 
 
-def _held(t: Tensor, dtype: torch.dtype | None, site: str) -> Tensor:
+def _cast(t: Tensor, dtype: torch.dtype | None, site: str) -> Tensor:
     if not t.is_floating_point():
         raise TargetError(f"{site}: factors are numbers, not {t.dtype}", code="factors-do-not-fit")
-    wanted = dtype or (t.dtype if t.dtype in DTYPES else torch.float32)
-    return t.detach().to(wanted)
+    new_dtype = dtype or (t.dtype if t.dtype in DTYPES else torch.float32)
+    return t.detach().to(new_dtype)
