@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Union
 from pydantic import Field, field_validator
 
 from graftlm.adapters.adapter import NO_CHAT, Adapter
+from graftlm.adapters.load import load_named_base
 from graftlm.combine.compose import Composition, check_one_base, common_chat, compose, config_named
 from graftlm.combine.few_shot import SumSpace, few_shot_loss
 from graftlm.combine.rules import COMPOSERS
@@ -20,9 +21,8 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.mixing import read_data
 from graftlm.data.sources.source import DataConfig, SourceConfig
-from graftlm.errors import BaseModelError, RecipeError
+from graftlm.errors import RecipeError
 from graftlm.hub.load import Loaded, load_base
-from graftlm.hub.locate import PACKAGED_FROM
 
 if TYPE_CHECKING:
     AnyRule = RuleConfig
@@ -174,10 +174,4 @@ def _load(config: ComposeConfig, first: Adapter) -> Loaded:
     if config.base is not None:
         return load_base(config.base, network=config.network)
     named = (first.base or {}).get("name") or first.peft_config.get("base_model_name_or_path") or "smollm2"
-    packaged = [name for name, hub_id in PACKAGED_FROM.items() if hub_id == named]
-    try:
-        return load_base(packaged[0] if packaged else str(named), network=config.network)
-    except BaseModelError as error:
-        raise BaseModelError(
-            f"{error}\nThis is the base that {first.where} names: say where it is (--base)", code="no-such-base"
-        ) from None
+    return load_named_base(str(named), str(first.where), network=config.network)
