@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,18 +105,14 @@ def compose(
     sites: dict[str, SiteReport] = {}
     needs_rank = rank is None and rule.energy == 1
     with ExitStack() as stack:
-        each = [
-            (stack.enter_context(changes_of(model, members[i], f"{NAME}-{i}", needs_rank=needs_rank)), i) for i in used
-        ]
+        read = partial(changes_of, model, needs_rank=needs_rank)
+        each = [(stack.enter_context(read(members[i], f"{NAME}-{i}")), i) for i in used]
         wanted = in_order(model, [changes for changes, _ in each])
         _check_sites(shares, wanted)
         for site in wanted:
             own = shares.get(site) or shares[EVERYWHERE]
-            here = [
-                (changes[site](), i)
-                for changes, i in each
-                if site in changes and (own[i] != 0 or rule.convention == "peft")
-            ]
+            counts = [i for i, weight in enumerate(own) if weight != 0 or rule.convention == "peft"]
+            here = [(changes[site](), i) for changes, i in each if site in changes and i in counts]
             if not here:
                 continue
             result, cross = compose_changes(
@@ -130,10 +127,6 @@ def compose(
             )
             found[site] = result.Y.float(), (rule.scale * result.X).float()
             sites[site] = SiteReport(result.Y.shape[0], result.error, cross)
-    if not found:
-        raise RecipeError(
-            "the weights of every layer are 0 for the adapters that change it: nothing is left", code="unusable-weights"
-        )
     adapter, notes = with_chat(lora_with(model, found), [members[i] for i in used])
     return Composition(adapter, sites, notes)
 
@@ -364,6 +357,8 @@ def in_order(model: nn.Module, each: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def lora_with(model: nn.Module, found: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
     """A LoRA with these factors and scale 1, with the record of the model's base."""
+    if not found:
+        raise RecipeError("all weights of the adapters that change a layer are 0", code="unusable-weights")
     ranks = Counter(len(A) for A, _ in found.values())
     r = ranks.most_common(1)[0][0]
     patterns = {re.escape(s): {"r": len(A), "alpha": float(len(A))} for s, (A, _) in found.items() if len(A) != r}
