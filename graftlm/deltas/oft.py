@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import Count, Flag, PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta, once
+from graftlm.deltas.base import AroundDelta, DeltaConfig, PeftLayout, Site, once
 
 
 @config
@@ -34,7 +34,7 @@ class OftConfig(DeltaConfig):
     """The Cayley-Neumann series (PEFT's default) in place of the exact inverse."""
 
 
-class Oft(WeightDelta):
+class Oft(AroundDelta):
     family = "reparameterisation"
     paper = "Qiu et al. 2023, arXiv:2306.07280"
     formula = "(1 if block_share else d_in // b) * b * (b - 1) // 2"
@@ -64,8 +64,8 @@ class Oft(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return _turn(W, self._turning().mT), b
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return base(_turn(x, self._turning()))
+    def input(self, x: Tensor) -> Tensor:
+        return _turn(x, self._turning())
 
     @once
     def _turning(self) -> Tensor:

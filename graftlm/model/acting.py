@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.deltas.base import AdditiveDelta, Delta, WeightDelta
+from graftlm.deltas.base import AdditiveDelta, AroundDelta, Delta, WeightDelta
 from graftlm.model.bases import Residual
 
 
@@ -52,6 +52,15 @@ class Split(NamedTuple):
             return False
         first = self.others[0] if self.others and not self.fast and not self.slow else None
         return first is None or first[0].wants_y or first[1] != 1
+
+
+def around(parts: Split) -> AroundDelta | None:
+    """What stands around a product with the base that other tokens may share: it must be all that changes weights."""
+    if len(parts.folded) != 1:
+        return None
+    delta, share = parts.folded[0]
+    shares = isinstance(delta, AroundDelta) and share == 1 and delta.offset_A is None and not drops(delta)
+    return cast("AroundDelta", delta) if shares else None
 
 
 def split(acting: Sequence[Acting]) -> Split:
