@@ -12,8 +12,8 @@ from graftlm import distributed
 from graftlm.data.batches.pack import Example, Group, lay_out
 from graftlm.data.batches.prompts import asked_in
 from graftlm.data.chat.render import Renderer
-from graftlm.data.quality.minhash import words_of
 from graftlm.data.sources.source import Row
+from graftlm.evaluation.metrics.rouge import rouge_l
 from graftlm.generation.generate import generate
 from graftlm.hub.stopping import all_stop_ids
 from graftlm.passes.packed_attention import packed_attention
@@ -29,22 +29,6 @@ class HeldOut:
     answers: list[str]
     objective: Mapping[str, float] = field(default_factory=dict)
     """The loss and the metrics of an objective that compares answers; empty for others."""
-
-
-def rouge_l(reference: str, answer: str) -> float:
-    """ROUGE-L F1 (Lin 2004): the longest common subsequence of words, lower case, against both lengths.
-
-    Words are those of `words_of`, in any script. For ASCII text that is the score of Google's rouge-score without
-    stemming, which knows ASCII words only.
-    """
-    a, b = words_of(reference), words_of(answer)
-    row = [0] * (len(b) + 1)
-    for word in a:
-        before = 0
-        for i, other in enumerate(b, start=1):
-            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
-    common = row[-1]
-    return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
 def held_out_loss(model: Any, examples: Sequence[Example], *, pack_tokens: int, packed: bool) -> float:

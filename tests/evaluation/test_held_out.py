@@ -14,7 +14,8 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.minhash import words_of
 from graftlm.data.sources.formats import Message
 from graftlm.data.sources.source import Row
-from graftlm.evaluation.held_out import can_be_answered, evaluate, held_out_loss, rouge_l
+from graftlm.evaluation.held_out import can_be_answered, evaluate, held_out_loss
+from graftlm.evaluation.metrics.rouge import rouge_l
 from graftlm.testing import tiny_model
 
 WORDS = ["return", "the", "first", "item", "of", "a", "list,", "or", "None", "if", "it's", "empty.", "2"]

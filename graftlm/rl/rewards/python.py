@@ -1,7 +1,7 @@
 """A function of the user's: `rewards.py:score`.
 
     def score(said) -> float | None:            # rewards.py
-        return -abs(len(said.answer.split()) - 10)
+        return -abs(len(completion.answer.split()) - 10)
 
 `said` is a `graftlm.rl.rewards.base.Completion`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
 file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as all
@@ -9,16 +9,14 @@ paths in a recipe are.
 """
 
 import datetime
-import importlib.util
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import field_validator
 
+from graftlm.config.python_function import check_name, failure, load_function
 from graftlm.config.schema import config
-from graftlm.errors import RecipeError, TrainingError, nearest
+from graftlm.errors import TrainingError
 from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
@@ -31,35 +29,13 @@ class PythonConfig(ScorerConfig):
     @field_validator("function")
     @classmethod
     def _file_and_name(cls, function: str) -> str:
-        file, colon, name = function.rpartition(":")
-        if not (colon and file.endswith(".py") and name.isidentifier()):
-            raise ValueError("write FILE.py:NAME, for example rewards.py:score")
+        check_name(function, "rewards.py:score")
         return function
 
 
 def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
     """Raises RecipeError for a file or a function that is not there, or that does not run."""
-    path, _, name = config.function.rpartition(":")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        there = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise RecipeError(f"rl.scorer.function: {file}: no such file. {nearest(str(file), there)}", code="no-such-file")
-    spec = importlib.util.spec_from_file_location(f"graftlm_scorer_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RecipeError(
-            f"rl.scorer.function: {file} does not run: {_describe(error, file)}", code="broken-reward-file"
-        ) from error
-    function: Any = getattr(module, name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RecipeError(
-            f"rl.scorer.function: {file} has no function {name!r}. {nearest(name, names)}", code="no-such-function"
-        )
+    function = load_function(config.function, "rl.scorer.function")
 
     def score(answers: Sequence[Completion]) -> list[Reward]:
         return [_one(completion) for completion in answers]
@@ -70,16 +46,9 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
             return None if found is None else float(found)
         except Exception as error:
             raise TrainingError(
-                f"{config.function} failed on an answer to {completion.where}: {_describe(error, file)}\nThe answer: "
-                f"{completion.answer[:200]!r}. It must return a number, or None",
+                f"{config.function} failed on an answer to {completion.where}: {failure(error, config.function)}\n"
+                f"The answer: {completion.answer[:200]!r}. It must return a number, or None",
                 code="reward-function-failed",
             ) from error
 
     return score
-
-
-def _describe(error: Exception, file: Path) -> str:
-    """What went wrong, and in which line of the user's file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
-    at = f"line {lines[-1]}: " if lines else ""
-    return f"{at}{type(error).__name__}: {error}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from graftlm.config.schema import config
-from graftlm.evaluation.held_out import rouge_l
+from graftlm.evaluation.metrics.rouge import rouge_l
 from graftlm.rl.rewards.base import Completion, Reward, Scorer, ScorerConfig
 
 
