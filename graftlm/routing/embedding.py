@@ -16,7 +16,7 @@ from graftlm.passes.forward import require_decoder
 def embedding(model: Any, ids: Sequence[int], row: Row) -> Tensor:
     """The mean over tokens of the states before the head [d], float32, divided by its Euclidean norm.
 
-    `row` is the deltas that act; {} is the base. Raises BaseModelError for a model that names no decoder.
+    `row` is the deltas that act; {} is the base. Raises TrainingError for a model that names no decoder.
     """
     with model_lock(model), deltas_still(model), by_row(model, [row]):
         decoder = require_decoder(model)

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from graftlm.errors import BaseModelError
+from graftlm.errors import GraftError
 from graftlm.routing.embedding import embedding
 from graftlm.serve.completions import ids_of, inputs_of
 from graftlm.serve.errors import from_graft, invalid
@@ -50,7 +50,7 @@ def _embed(service: Service, body: EmbeddingRequest, inputs: Sequence[str | list
             )
         try:
             vectors = [embedding(catalog.model, ids, opened.lease.adapters).tolist() for ids in prompts]
-        except BaseModelError as error:
+        except GraftError as error:
             raise from_graft(error, "model") from None
         tag = opened.tag
     service.metrics.prompt_tokens.inc(sum(map(len, prompts)))

@@ -1,6 +1,7 @@
 """Routers of tokens: their scores against dense matrices, and what must hold of any router."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from graftlm.routing.base import RouterConfig
 from graftlm.routing.routers import ADAPTER_ROUTERS
 from graftlm.routing.routers.arrow import ArrowConfig
 from graftlm.routing.routers.lag import LagConfig
+from graftlm.routing.routers.phatgoose import Phatgoose, PhatgooseConfig, write_gates
 from graftlm.routing.routers.spectr import SpectrConfig
 from graftlm.routing.routing import Routing
 from graftlm.routing.spectra import change_norms, top_directions, triangles
@@ -36,6 +38,7 @@ CONFIGS = [
     SpectrConfig(),
     SpectrConfig(top_k=1),
     LagConfig(filter_k=2),
+    PhatgooseConfig(),
 ]
 every_router = pytest.mark.parametrize("config", CONFIGS, ids=str)
 IDS = [5, 17, 44, 90, 8, 201, 33, 60, 7]
@@ -48,7 +51,15 @@ def routed(tmp_path: Path) -> Iterator[Any]:
     made: list[Routing] = []
 
     def make(library: Library, config: RouterConfig, folder: str = "library") -> tuple[Routing, str, Any]:
-        routing = Routing(pool_of(library, tmp_path / folder), TOKENIZER, config)
+        pool = pool_of(library, tmp_path / folder)
+        if isinstance(config, PhatgooseConfig):
+            prints = {one.name: one.fingerprint for one in pool.registered()}
+            gates = {
+                prints[name]: {site: gate(name, len(A[0])) for site, (A, _) in library[name].items()} for name in prints
+            }
+            write_gates(tmp_path / f"{folder}.safetensors", gates)
+            config = replace(config, gates=str(tmp_path / f"{folder}.safetensors"))
+        routing = Routing(pool, TOKENIZER, config)
         made.append(routing)
         assert routing.mixture is not None
         return routing, routing.mixture.delta, routing.pool.model
@@ -56,6 +67,18 @@ def routed(tmp_path: Path) -> Iterator[Any]:
     yield make
     for routing in made:
         routing.close()
+
+
+def gate(name: str, size: int) -> Tensor:
+    """The v of an adapter, for a layer of this width."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+
+
+def gates_at(config: Any, experts: Experts) -> Any:
+    router = ADAPTER_ROUTERS[config.name].router(config)
+    if isinstance(router, Phatgoose):
+        router.gates_of = {name: {"site": gate(name, experts.A.shape[2])} for name in experts.names}
+    return router.gates("site", experts)
 
 
 def some_experts(n: int = 4, r: int = 3, d_in: int = 12, d_out: int = 9) -> Experts:
@@ -111,19 +134,24 @@ def by_hand(config: Any, experts: Experts, x: Tensor) -> Tensor:
         arrow = [abs(float(torch.linalg.svd(d).Vh[0] @ each)) for d in D]
         spectr = [float((d @ each).norm()) for d in D]
         among = range(len(D))
-        scores = arrow if config.name == "arrow" else spectr
+        goose = [normed(gate(name, len(each)).double()) @ normed(each) / len(each) ** 0.5 for name in experts.names]
+        scores = {"arrow": arrow, "phatgoose": list(map(float, goose))}.get(config.name, spectr)
         if config.name == "lag":
             among = sorted(among, key=lambda e: -arrow[e])[: config.filter_k]
         top = sorted(among, key=lambda e: -scores[e])[: config.top_k]
-        found[t, top] = (torch.tensor([scores[e] for e in top]).double() / config.temperature).softmax(0)
+        temperature = getattr(config, "temperature", 1.0)
+        found[t, top] = (torch.tensor([scores[e] for e in top]).double() / temperature).softmax(0)
     return found
+
+
+def normed(v: Tensor) -> Tensor:
+    return (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()
 
 
 @every_router
 def test_weights_are_those_of_the_equations(config: Any) -> None:
     experts, x = some_experts(), 0.5 * torch.randn(20, 12)
-    gates = ADAPTER_ROUTERS[config.name].router(config).gates("site", experts)
-    g = gates(x, torch.einsum("td,nrd->tnr", x, experts.A))
+    g = gates_at(config, experts)(x, torch.einsum("td,nrd->tnr", x, experts.A))
     assert torch.allclose(g.double(), by_hand(config, experts, x), atol=1e-5)
     assert torch.allclose(g.sum(1), torch.ones(20))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from graftlm.routing.base import RequestRouter, RouterConfig, TokenRouter
 from graftlm.routing.routers.arrow import Arrow, ArrowConfig
 from graftlm.routing.routers.lag import Lag, LagConfig
+from graftlm.routing.routers.phatgoose import Phatgoose, PhatgooseConfig
 from graftlm.routing.routers.retriever import Retriever, RetrieverConfig
 from graftlm.routing.routers.spectr import Spectr, SpectrConfig
 from graftlm.routing.routers.tasks import Tasks, TasksConfig
@@ -21,6 +22,7 @@ class AdapterRouter:
 ADAPTER_ROUTERS: dict[str, AdapterRouter] = {
     "arrow": AdapterRouter(ArrowConfig, Arrow),
     "lag": AdapterRouter(LagConfig, Lag),
+    "phatgoose": AdapterRouter(PhatgooseConfig, Phatgoose),
     "retriever": AdapterRouter(RetrieverConfig, Retriever),
     "spectr": AdapterRouter(SpectrConfig, Spectr),
     "tasks": AdapterRouter(TasksConfig, Tasks),
