@@ -113,6 +113,11 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return inside or {"default": folder}
 
 
+def named_adapters(folder: Path) -> dict[str, Path]:
+    """The adapters in a folder by the names of their folders; an adapter's own folder is one."""
+    return {path.resolve().name: path for path in adapters_in(folder).values()}
+
+
 def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         near = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []

@@ -21,7 +21,6 @@ from graftlm.combine.compose import check_one_base, check_ranks
 from graftlm.combine.core import Change
 from graftlm.combine.search import Score
 from graftlm.data.batches.pack import Pack
-from graftlm.model.acting import FixedFactors
 from graftlm.model.attach import detach
 from graftlm.model.factors import attach_factors
 from graftlm.model.modes import by_row
@@ -114,9 +113,7 @@ def _changes(model: Any, adapters: Sequence[Adapter], needs_rank: bool) -> dict[
 
 
 @torch.no_grad()
-def _loss(
-    model: Any, acting: Sequence[tuple[Stack, FixedFactors]], packs: Sequence[Pack], weights: Sequence[float]
-) -> float:
+def _loss(model: Any, acting: Sequence[tuple[Stack, Any]], packs: Sequence[Pack], weights: Sequence[float]) -> float:
     w = torch.tensor(weights, dtype=torch.float32, device=model.device)
     for stack, factors in acting:
         for here, made in zip(factors, stack.factors(w), strict=True):

@@ -26,6 +26,7 @@ from graftlm.deltas import METHODS
 from graftlm.hub import load, tokenizer
 from graftlm.hub.config import BaseConfig
 from graftlm.recipe import read_recipe
+from graftlm.routing.config import read_router
 from tests.docs_run.names import PAGES, ROOT, blocks, title
 from tests.errors import raises
 from tests.errors.messages import sites
@@ -90,6 +91,10 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
 def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Path) -> None:
     if block.startswith("adapters:"):
         assert build(ComposeConfig, yaml.safe_load(block), source=page).adapters, "a recipe of graft compose"
+        return
+    if block.startswith("name:"):
+        (tmp_path / "router.yaml").write_text(block)
+        assert read_router(str(tmp_path / "router.yaml")), "a router"
         return
     assert block.startswith("base:"), f"{page}:{line}: show whole recipes, so that they can be tried and tested"
     (tmp_path / "recipe.yaml").write_text(block)
