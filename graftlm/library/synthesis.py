@@ -1,6 +1,6 @@
 """Rows of an adapter's task, made by the adapter itself: questions from a few seeds, answers, a filter.
 
-Trans-LoRA: Wang et al. 2024, arXiv:2405.17258, section 3.
+Trans-LoRA: Wang et al. 2024, arXiv:2405.17258.
 
     x ~ p_base(. | a few of the seeds)          questions
     y = argmax p_{base + adapter}(. | x)        answers, greedily
@@ -16,7 +16,8 @@ Not as in the paper:
   the rows do not depend on the target.
 - Five seeds in a prompt are the paper's; the words of the prompt are ours.
 
-What could not be checked against the paper: its number of rows, and its temperature.
+Not checked against the paper itself, of which only its abstract, figure 1 and summaries were at hand: its number of
+rows, its temperature, and that five seeds stand in a prompt.
 """
 
 import random
