@@ -26,6 +26,7 @@ from graftlm.cli import (
     serve,
     sweep,
     train,
+    transfer,
     verify,
 )
 from graftlm.cli.renamed import RenamedGroup
@@ -59,6 +60,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("compose")(compose.compose)
+app.command("transfer")(transfer.transfer)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)

@@ -48,7 +48,7 @@ def adapter(given: dict[str, tuple[Tensor, Tensor]], *, alpha: float = 8.0, **co
         "rank_pattern": ranks,
         "base_model_name_or_path": "tiny",
     }
-    return Adapter(tensors, stored | {"target_modules": ["q_proj", "down_proj"]} | config)
+    return Adapter(tensors, stored | {"target_modules": list(given)} | config)
 
 
 def write(folder: Path, seed: int, r: int = 4, **config: Any) -> Path:

@@ -13,11 +13,13 @@ from graftlm.adapters.adapter import Adapter
 from graftlm.adapters.folder import adapters_in
 from graftlm.adapters.save import save_adapter
 from graftlm.deltas.lora import LoraConfig
+from graftlm.generation.adapter_pool import AdapterPool
 from graftlm.library import library as module
 from graftlm.library.entry import ABOUT, Entry, Score, entry_of
 from graftlm.library.library import DRAFTS, INDEX, REMOVED, add, read_library, remove, repair, scan, verify, writing_to
 from graftlm.lock import only_writer
 from graftlm.model.attach import attach, detach
+from graftlm.serve.server import named_adapters
 from graftlm.testing import save_tiny_base, tiny_model
 from graftlm.testing.deltas import attach_tiny, move
 from tests.errors import raises
@@ -211,7 +213,10 @@ def test_the_server_reads_the_folder(shelf: Path) -> None:
     remove(shelf, ["two"])
     (shelf / DRAFTS / "three").mkdir(parents=True)
     (shelf / DRAFTS / "three" / "adapter_config.json").write_text("{}")
-    assert {path.name for path in adapters_in(shelf).values()} == {"one", "ours"}
+    assert set(named_adapters(shelf)) == {"one", "ours"}
+    pool = AdapterPool(tiny_model())
+    for name, folder in named_adapters(shelf).items():
+        assert pool.register(name, folder).method == "lora"
 
 
 # Processes that meet, and processes that die ------------------------------------------------------------------------
