@@ -48,6 +48,8 @@ class Options:
     """Folder of the runs that the page shows."""
     data: Recipe | None = None
     """Recipe of the rows that the page shows."""
+    merge_after: int | None = None
+    """Of the engine."""
 
 
 def make_service(model: Any, tokenizer: Any, adapters: Path | None, options: Options, limits: Limits) -> Service:
@@ -58,7 +60,12 @@ def make_service(model: Any, tokenizer: Any, adapters: Path | None, options: Opt
     for name, folder in named_adapters(adapters).items():
         pool.register(name, folder)
     metrics = Metrics()
-    engine = Engine(model, max_requests=options.max_requests, prefix_tokens=PREFIX_TOKENS)
+    engine = Engine(
+        model,
+        max_requests=options.max_requests,
+        prefix_tokens=PREFIX_TOKENS,
+        merge_after=options.merge_after,
+    )
     catalog = Catalog(model, tokenizer, pool, alias=options.base, folder=adapters)
     return Service(catalog, Worker(engine, metrics), limits, metrics)
 
