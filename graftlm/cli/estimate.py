@@ -37,6 +37,9 @@ def estimate(
     new_tokens: Annotated[
         int | None, typer.Option("--new-tokens", min=1, help=f"Tokens of each answer. Default: {NEW_TOKENS}.")
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Count the weights that graft serve --merge-after merges.")
+    ] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     network: NetworkOption = False,
@@ -55,6 +58,7 @@ def estimate(
                 "--requests": requests,
                 "--prompt-tokens": prompt_tokens,
                 "--new-tokens": new_tokens,
+                "--merge": merge,
                 "--dtype": dtype,
                 "--quantization": quantization,
                 "--network": network,
@@ -63,8 +67,8 @@ def estimate(
         assert recipe is not None
         found = _of_recipe(recipe, overrides or [])
     else:
-        lengths = prompt_tokens or PROMPT_TOKENS, new_tokens or NEW_TOKENS
-        found = _of_answering(base, adapter or [], requests or REQUESTS, lengths, dtype, quantization, network)
+        asked = requests or REQUESTS, prompt_tokens or PROMPT_TOKENS, new_tokens or NEW_TOKENS
+        found = _of_answering(base, adapter or [], asked, dtype, quantization, network=network, merge=merge)
     if as_json:
         print_json(found)
     else:
@@ -87,11 +91,12 @@ def _of_recipe(recipe: Path, overrides: list[str]) -> dict[str, Any]:
 def _of_answering(
     base: str,
     adapters: list[Path],
-    requests: int,
-    lengths: tuple[int, int],
+    asked: tuple[int, int, int],
     dtype: str | None,
     quantization: str | None,
+    *,
     network: bool,
+    merge: bool,
 ) -> dict[str, Any]:
     from graftlm.generation.sampling import Sampling
     from graftlm.hub.config import BaseConfig
@@ -99,7 +104,7 @@ def _of_answering(
 
     prepare_libraries()
     config = BaseConfig(name=base, dtype=dtype or "auto", quantization=quantization or "none")  # type: ignore[arg-type]
-    load = Load(requests, *lengths, sampling=Sampling(temperature=1.0))
+    load = Load(*asked, merge=merge, sampling=Sampling(temperature=1.0))
     return estimate_generation(config, adapters, load, network=network)
 
 

@@ -67,6 +67,16 @@ def serve(
     max_requests: Annotated[
         int, typer.Option("--max-requests", min=1, help="Answers that are computed at a time.")
     ] = 32,
+    merge_after: Annotated[
+        int | None,
+        typer.Option(
+            "--merge-after",
+            min=1,
+            metavar="PASSES",
+            help="After so many passes with one adapter alone, hold a copy of the weights with it merged (float32 on a "
+            "CPU). Default: never.",
+        ),
+    ] = None,
     queue: Annotated[
         int, typer.Option("--queue", min=0, help="Answers that may wait; others are refused (429).")
     ] = 256,
@@ -100,7 +110,9 @@ def serve(
         if not keys and not is_loopback(host):
             warn(f"warning: {host} can be reached from other machines, and no --api-key is asked for: anybody may ask")
         model, tokenizer = load_model(base, [], network, dtype, quantization)
-        options = Options(host, keys, allow_adapter_changes, slots, max_requests, base, runs, recipe, routed)
+        options = Options(
+            host, keys, allow_adapter_changes, slots, max_requests, base, runs, recipe, routed, merge_after
+        )
         limits = Limits(queue=queue, timeout=timeout, drain=drain_seconds)
         service = make_service(model, tokenizer, adapters, options, limits)
         show_reason(service.worker.engine)

@@ -33,6 +33,7 @@ from graftlm.generation.fairness import Client, FairQueue, client_of
 from graftlm.generation.forward_pass import Piece, keys_before, pass_over
 from graftlm.generation.inference_copy import InferenceCopy, Products, inference_copy
 from graftlm.generation.logprobs import prompt_reader
+from graftlm.generation.merged import Merging, check_merging
 from graftlm.generation.prefix_store import PrefixStore, common
 from graftlm.generation.requests import Generation, Request, RowKey
 from graftlm.generation.sampling import Chooser
@@ -105,6 +106,8 @@ class Engine:
     `prefix_tokens`: so many tokens of requests that ended stay in memory, within `cache_tokens`, and later requests
     with the same deltas and beginning do not compute them again (`prefix_store.py`); 0 keeps none.
     `prepack`: hold a second copy of the linear layers' weights, laid out for few rows (`kernels/prepacked.py`).
+    `merge_after`: after so many passes in a row in which the same adapters act on every token, hold a third copy of the
+    layers that they sit on, with their factors in it (`merged.py`); None never does. For float32 on a CPU.
     `reason` says why the model is run by transformers' own `generate` instead, and is empty where it is not.
 
     Weights, those of deltas too, may not change while requests run.
@@ -119,12 +122,17 @@ class Engine:
         step_tokens: int = STEP_TOKENS,
         prefix_tokens: int = 0,
         prepack: bool = True,
+        merge_after: int | None = None,
     ) -> None:
         self.model = model
         self.max_requests, self.cache_tokens, self.step_tokens = max_requests, cache_tokens, step_tokens
         self.products: Products | None = {} if prepack else None
         with model_lock(model):
             self.reason = why_not_ours(model)
+        if merge_after is not None:
+            check_merging(model, prepack=prepack, reason=self.reason)
+        self.merging = None if merge_after is None else Merging(merge_after)
+        """What is merged at present, and why not; None where nothing is ever."""
         self._copy: tuple[int, InferenceCopy] | None = None
         self._version = attachment(model).version
         self._queue = FairQueue()
@@ -274,6 +282,7 @@ class Engine:
         if version == self._version:
             return
         self._version = version
+        self._give_up_merged()
         self._prefixes.drop_unless(lambda key: row_key(self.model, {name: weight for name, weight, _ in key}) == key)
         for generation in [*self._queue, *(one.generation for one in self._running)]:
             if row_key(self.model, generation.row) != generation.key:
@@ -362,7 +371,10 @@ class Engine:
             )
             for one, count in parts
         ]
-        logits = pass_over(self._inference_copy(), pieces)
+        copy = self._inference_copy()
+        if self.merging is not None:
+            self.merging.before_pass(copy, [piece.row for piece in pieces])
+        logits = pass_over(copy.model, pieces)
         for one, count in parts:
             if one.computed < len(one.generation.request.ids):
                 self._queue.charge(one.generation, prompt=count)
@@ -381,13 +393,19 @@ class Engine:
             self.products, self._copy = {}, None
         if self._copy is not None and changed:
             self._copy[1].forget()
+            self._give_up_merged()
 
-    def _inference_copy(self) -> Any:
+    def _inference_copy(self) -> InferenceCopy:
         """A copy with all hosts that are on the model now; their deltas and factors are the model's own."""
         structure = attachment(self.model).structure
         if self._copy is None or self._copy[0] != structure:
+            self._give_up_merged()
             self._copy = structure, inference_copy(self.model, self.products)
-        return self._copy[1].model
+        return self._copy[1]
+
+    def _give_up_merged(self) -> None:
+        if self.merging is not None:
+            self.merging.drop()
 
     def _answer_by_transformers(self) -> None:
         """Answer the first request that waits, and those that can be in a batch with it."""

@@ -80,6 +80,7 @@ class _Copying:
             view.layer = new.base
             new.__dict__["bare"] = view
             new.__dict__["remembers"] = True
+            new.__dict__["merged"] = None
             new.known.clear()  # of an earlier copy: deltas may have learnt since
             self.known.append(new.known)
             product = new.base.__dict__.get("forward")

@@ -164,6 +164,8 @@ class LayerHost(Host):
         """The frozen layer: the view, or what computes the same faster."""
         self.watch: Callable[[Tensor], Tensor] | None = None
         """Weight -> what code that reads it here gets in its place, while `probing.py` looks who reads it."""
+        self.merged: tuple[tuple[Row, ...], Callable[[Tensor], Tensor]] | None = None
+        """(The rows of a route, the layer with their changes in its weights) in answers. (`generation/merged.py`)"""
 
     @property
     def weight(self) -> Tensor:
@@ -185,6 +187,8 @@ class LayerHost(Host):
     def forward(self, x: Tensor) -> Tensor:
         if (route := ROUTE.get()) is not None:
             if self.view.kind == "linear" and not torch.is_grad_enabled():
+                if self.merged is not None and self.merged[0] == route.rows.rows:
+                    return self.merged[1](x)
                 plan = self._plan(route)
                 return self.bare(x) if plan is None else computed(plan, self, route, x)
             return self.routed(route, x, lambda acting, part: self.alone(acting, tokens_of(route, x, part, self.where)))
@@ -197,14 +201,15 @@ class LayerHost(Host):
         """How to compute the rows of a route; None where no delta of theirs sits here."""
         kept = self.known.get("plan") if self.remembers else None
         if kept is None or kept[0] is not route.rows:
-            plan = plan_of([self.here(row) for row in route.rows.rows], self.view.d_out, self._parts)
+            plan = plan_of([self.here(row) for row in route.rows.rows], self.view.d_out, self.parts_at)
             kept = route.rows, None if plan.is_base else plan
             if self.remembers:
                 self.known["plan"] = kept
         found: Plan | None = kept[1]
         return found
 
-    def _parts(self, here: Here) -> Parts:
+    def parts_at(self, here: Here) -> Parts:
+        """The deltas of a row by how they are computed, and what plans have of them."""
         if (found := self.parts_of_factors.get(here)) is not None:
             return found
 

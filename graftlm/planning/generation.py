@@ -25,6 +25,7 @@ from graftlm.generation.support import why_not_ours
 from graftlm.hub.config import BaseConfig, base_config
 from graftlm.hub.sketch import Sketch, only, positions, sketch
 from graftlm.kernels.prepacked import can_prepack, packed_bytes
+from graftlm.model.hosts import LayerHost
 from graftlm.model.modes import active_row, deltas_off, deltas_still
 from graftlm.model.registry import attachment, hosts, shared_of
 from graftlm.planning.layers import over_layers, some_layers
@@ -44,7 +45,12 @@ class Load:
     prompt_tokens: int
     new_tokens: int
     prepack: bool = True
+    merge: bool = False
+    """Whether the engine may merge adapters (`merge_after`)."""
     sampling: Sampling = GREEDY
+
+
+PARTS = ("prepacked_weights", "merged_weights", "cache", "prefixes", "activations", "logits")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class GenerationBytes:
 
     prepacked_weights: int
     """The second copy of linear layers; it stays as long as the engine."""
+    merged_weights: int
+    """The third, of the layers that adapters sit on, with the factors of some of them in it."""
     cache: int
     """Keys and values of all requests."""
     prefixes: int
@@ -64,13 +72,12 @@ class GenerationBytes:
     cache_per_token: int
 
     def parts_gib(self) -> dict[str, float]:
-        names = ("prepacked_weights", "cache", "prefixes", "activations", "logits")
-        found = {name: getattr(self, name) / GIB for name in names}
+        found = {name: getattr(self, name) / GIB for name in PARTS}
         return {name: gib for name, gib in found.items() if gib or name in ("cache", "logits")}
 
     @property
     def total(self) -> int:
-        return self.prepacked_weights + self.cache + self.prefixes + self.activations + self.logits
+        return sum(getattr(self, name) for name in PARTS)
 
 
 def why_not_counted(model_sketch: Sketch, groups: list[list[int]]) -> str:
@@ -90,6 +97,7 @@ def generation_bytes(model_sketch: Sketch, groups: list[list[int]], load: Load) 
     prefixes = 0 if before is None else always * per_token * before.element_size() // model_sketch.dtype.itemsize
     return GenerationBytes(
         prepacked_weights=round(over_layers(model_sketch, groups, _prepacked_bytes)) if load.prepack else 0,
+        merged_weights=round(over_layers(model_sketch, groups, _merged_bytes)) if load.merge else 0,
         cache=load.requests * (load.prompt_tokens + load.new_tokens - 1 + always) * per_token,
         prefixes=load.requests * prefixes,
         activations=activations,
@@ -118,6 +126,15 @@ def _prepacked_bytes(model: Any) -> int:
         (id(layer.weight), id(layer.bias)): packed_bytes(layer.weight) for layer in layers
     }
     return sum(sizes.values())
+
+
+def _merged_bytes(model: Any) -> int:
+    """Weights of the layers that deltas sit on, as an engine lays them out when it merges."""
+    found = [
+        host.base for host in hosts(model).values() if isinstance(host, LayerHost) and (host.deltas or host.factors)
+    ]
+    layers: list[Any] = [layer for layer in found if can_prepack(layer) and layer.weight.dtype == torch.float32]
+    return sum(packed_bytes(layer.weight) for layer in layers)
 
 
 def _modules_of_base(module: Any) -> Any:
@@ -248,6 +265,8 @@ def _advice(peak: float, free: float, model_sketch: Sketch, needed: GenerationBy
         texts.append("fewer requests at a time, or shorter prompts and answers: the cache takes more than the base")
     if model_sketch.dtype == torch.float32:
         texts.append("--dtype bfloat16 would halve the base and the cache")
+    if needed.merged_weights:
+        texts.append("without merge_after there is no copy with adapters merged into it")
     if needed.prepacked_weights:
         texts.append("Engine(model, prepack=False) does without the second copy of the weights, and is slower")
     return texts

@@ -53,6 +53,8 @@ class Options:
     """Recipe of the rows that the page shows."""
     router: RouterConfig | None = None
     """Who answers requests with the model `auto`."""
+    merge_after: int | None = None
+    """Of the engine."""
 
 
 def make_service(model: Any, tokenizer: Any, adapters: Path | None, options: Options, limits: Limits) -> Service:
@@ -70,7 +72,12 @@ def make_service(model: Any, tokenizer: Any, adapters: Path | None, options: Opt
     for name, folder in named.items():
         pool.register(name, folder)
     metrics = Metrics()
-    engine = Engine(model, max_requests=options.max_requests, prefix_tokens=PREFIX_TOKENS)
+    engine = Engine(
+        model,
+        max_requests=options.max_requests,
+        prefix_tokens=PREFIX_TOKENS,
+        merge_after=options.merge_after,
+    )
     routing = None if options.router is None else Routing(pool, tokenizer, options.router)
     catalog = Catalog(model, tokenizer, pool, alias=options.base, folder=adapters, routing=routing)
     return Service(catalog, Worker(engine, metrics), limits, metrics)

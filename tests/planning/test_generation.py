@@ -119,6 +119,25 @@ def test_gpt2_has_one_linear_layer_alone(bases: dict[str, Path]) -> None:
     assert generation_bytes(*sketched(base), Load(1, PROMPT, NEW, prepack=False)).prepacked_weights == 0
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merged_weights_are_those_of_an_engine(name: str, bases: dict[str, Path]) -> None:
+    base = BaseConfig(name=str(bases[name]), dtype="float32")
+    found = generation_bytes(*sketched(base, "lora"), Load(REQUESTS, PROMPT, NEW, merge=True))
+    model = load_base(base).model
+    attach(model, tiny_config("lora"), name="lora")
+    engine = Engine(model, merge_after=1)
+    engine.wait(engine.submit(Request([5] * PROMPT, 3)))
+    copied = engine._inference_copy().model
+    merged = [host.merged[1] for host in copied.modules() if getattr(host, "merged", None) is not None]
+    assert found.merged_weights == sum(bytes_of(product.layout.weight) for product in merged)
+    assert bool(merged) == (name == "llama"), "GPT-2's layers are Conv1D, which are not prepacked"
+    assert generation_bytes(*sketched(base, "lora"), Load(REQUESTS, PROMPT, NEW)).merged_weights == 0
+    assert (
+        found.total
+        == generation_bytes(*sketched(base, "lora"), Load(REQUESTS, PROMPT, NEW)).total + found.merged_weights
+    )
+
+
 @pytest.mark.parametrize("method", ["lora", "vera", "houlsby", "prefix", "prompt"])
 def test_adapters_and_their_prefixes_are_counted(method: str, bases: dict[str, Path]) -> None:
     base = BaseConfig(name=str(bases["llama"]), dtype="bfloat16")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from graftlm.cli import app
 from graftlm.cli.serve import read_keys
-from graftlm.errors import AdapterError
+from graftlm.errors import AdapterError, TargetError
 from graftlm.serve import server
 
 
@@ -50,6 +50,16 @@ def test_what_is_served_is_printed(served_base: Path, library: Path, not_served:
     assert not options.keys
     assert service.catalog.resolve(str(served_base)) is None, "the base answers to what the user called it, too"
     assert "warning" not in found.stderr
+
+
+def test_merging_is_asked_for(served_base: Path, library: Path, not_served: list[Any]) -> None:
+    asked = ("--base", served_base, "--adapters", library, "--port", 0, "--merge-after", 50, "--dtype")
+    assert start(*asked, "float32").exit_code == 0
+    ((service, _),) = not_served
+    assert service.worker.engine.merging.after == 50
+    refused = start(*asked, "bfloat16")
+    assert isinstance(refused.exception, TargetError)
+    assert refused.exception.code == "target/merge-not-possible"
 
 
 def test_one_adapter_has_the_name_of_its_folder(served_base: Path, library: Path, not_served: list[Any]) -> None:
