@@ -98,8 +98,11 @@ def members_of(model: nn.Module, adapter: Adapter) -> ConvertedAdapter:
     """The deltas of ours that an adapter is on this model, and remarks about them; AdapterError for what is none."""
     if adapter.config is None:
         return convert_adapter(model, dict(adapter.peft_config), adapter.tensors, adapter.where / WEIGHTS)
-    layout = None if adapter.layout == OWN_TYPE else METHODS[adapter.config.method].delta.peft
-    return ConvertedAdapter([Member("", adapter.config, layout, dict(adapter.tensors))], [])
+    delta = METHODS[adapter.config.method].delta
+    layout, tensors = None if adapter.layout == OWN_TYPE else delta.peft, dict(adapter.tensors)
+    if layout is None and delta.earlier is not None:
+        tensors = delta.earlier(tensors)
+    return ConvertedAdapter([Member("", adapter.config, layout, tensors)], [])
 
 
 def _checked(adapter: Adapter) -> str:

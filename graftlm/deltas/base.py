@@ -259,6 +259,8 @@ class Delta(nn.Module):
     """Statistics that `start` reads from `site.statistics`: gradient, second_moment."""
     callbacks: ClassVar[tuple[str, ...]] = ()
     """Callbacks of which it needs one to be what its paper describes. A recipe without any gets the first."""
+    earlier: ClassVar[Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None] = None
+    """Tensors of a folder in our own layout, by key, as earlier versions wrote them or as now -> as now."""
     learning_rate: ClassVar[float] = 5e-4
     """The default, as found by benchmarks/methods (docs/methods.md)."""
     scale: float = 1.0

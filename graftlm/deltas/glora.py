@@ -10,6 +10,7 @@ here they are fields, and `patterns` sets them by layer. Nothing stands in front
 and B, one for D and E, and no new biases: only what is within these limits is written in its layout.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,17 @@ def why_not(config: GloraConfig) -> str:
     return "PEFT gives no layer a new bias: set new_bias to false" if makes_bias else ""
 
 
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is no product was `left` once, a matrix of one column; it is `whole`, with the shape that it has now."""
+    found = {}
+    for key, t in tensors.items():
+        name, _, last = key.rpartition(".")
+        if last == "left" and f"{name}.right" not in tensors:
+            key, t = f"{name}.whole", t.flatten() if name[-1] in "DE" or t.numel() == 1 else t
+        found[key] = t
+    return found
+
+
 class Glora(WeightDelta):
     family = "reparameterisation"
     paper = "Chavan et al. 2023, arXiv:2306.07967"
@@ -92,6 +104,8 @@ class Glora(WeightDelta):
         read=lambda stored, tensors: {key: t for key, t in tensors.items() if not key.endswith(".zeros") or t.any()},
         why_not=why_not,
     )
+
+    earlier = staticmethod(renamed)
 
     def __init__(self, site: Site, config: GloraConfig) -> None:
         super().__init__(site, config)
