@@ -99,10 +99,9 @@ def members_of(model: nn.Module, adapter: Adapter) -> ConvertedAdapter:
     if adapter.config is None:
         return convert_adapter(model, dict(adapter.peft_config), adapter.tensors, adapter.where / WEIGHTS)
     delta = METHODS[adapter.config.method].delta
-    layout, tensors = None if adapter.layout == OWN_TYPE else delta.peft, dict(adapter.tensors)
-    if layout is None and delta.earlier is not None:
-        tensors = delta.earlier(tensors)
-    return ConvertedAdapter([Member("", adapter.config, layout, tensors)], [])
+    if adapter.layout == OWN_TYPE:
+        return ConvertedAdapter([Member("", adapter.config, None, delta.from_earlier(adapter.tensors))], [])
+    return ConvertedAdapter([Member("", adapter.config, delta.peft, dict(adapter.tensors))], [])
 
 
 def _checked(adapter: Adapter) -> str:

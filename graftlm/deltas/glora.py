@@ -74,17 +74,6 @@ def why_not(config: GloraConfig) -> str:
     return "PEFT gives no layer a new bias: set new_bias to false" if makes_bias else ""
 
 
-def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is no product was `left` once, a matrix of one column; it is `whole`, with the shape that it has now."""
-    found = {}
-    for key, t in tensors.items():
-        name, _, last = key.rpartition(".")
-        if last == "left" and f"{name}.right" not in tensors:
-            key, t = f"{name}.whole", t.flatten() if name[-1] in "DE" or t.numel() == 1 else t
-        found[key] = t
-    return found
-
-
 class Glora(WeightDelta):
     family = "reparameterisation"
     paper = "Chavan et al. 2023, arXiv:2306.07967"
@@ -105,8 +94,6 @@ class Glora(WeightDelta):
         why_not=why_not,
     )
 
-    earlier = staticmethod(renamed)
-
     def __init__(self, site: Site, config: GloraConfig) -> None:
         super().__init__(site, config)
         d_in, d_out, generator = site.d_in, site.d_out, site.generator()
@@ -119,6 +106,18 @@ class Glora(WeightDelta):
         self.C = support(config.C, d_in, 1) if shifts else None
         self.E = support(config.E, d_out) if shifts else None
         self.D = support(config.D, d_out) if site.has_bias else None
+
+    @staticmethod
+    def from_earlier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is no product was `left` once, a matrix of one column; it is `whole`, with the shape that it has now."""
+        found = {}
+        for key, t in tensors.items():
+            name, _, last = key.rpartition(".")
+            if last == "left" and f"{name}.right" not in tensors:
+                found[f"{name}.whole"] = t.flatten() if name[-1] in "DE" or t.numel() == 1 else t
+            else:
+                found[key] = t
+        return found
 
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         changed = W if self.A is None else W + W * self.A.value()
