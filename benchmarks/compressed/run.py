@@ -70,7 +70,7 @@ def compressed(name: str, options: dict[str, Any], some: list[Member], out: Path
     adapters = [Adapter.read(trained(task, seed)) for task, seed in some]
     rank = largest_rank(shapes(model, adapters[0]), len(some), share, **options)
     print(f"{name}: rank {rank} ...", flush=True)
-    made = compress(model, adapters, rank=rank, **options)
+    made = compress(model, adapters, rank=rank, tolerance=CONFIG["tolerance"], **options)
     errors = []
     for number, (member, adapter) in enumerate(zip(some, made.adapters, strict=True)):
         if not (folder := out / "-".join(map(str, member))).exists():

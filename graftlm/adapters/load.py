@@ -101,8 +101,10 @@ def members_of(model: nn.Module, adapter: Adapter) -> ConvertedAdapter:
     """The deltas of ours that an adapter is on this model, and remarks about them; AdapterError for what is none."""
     if adapter.config is None:
         return convert_adapter(model, dict(adapter.peft_config), adapter.tensors, adapter.where / WEIGHTS)
-    layout = None if adapter.layout == OWN_TYPE else METHODS[adapter.config.method].delta.peft
-    return ConvertedAdapter([Member("", adapter.config, layout, dict(adapter.tensors))], [])
+    delta = METHODS[adapter.config.method].delta
+    if adapter.layout == OWN_TYPE:
+        return ConvertedAdapter([Member("", adapter.config, None, delta.from_earlier(adapter.tensors))], [])
+    return ConvertedAdapter([Member("", adapter.config, delta.peft, dict(adapter.tensors))], [])
 
 
 def _checked(adapter: Adapter) -> str:

@@ -26,7 +26,7 @@ def compose(
         typer.Option(
             "--by",
             help="Rule: linear, svd, ties, dare, della, breadcrumbs, magnitude, negation, slerp, karcher, model-stock, "
-            "sce, tsv, iso-c, wudi, lego, ziplora, lorahub, cat, peft-linear or, in Python only, regmean. "
+            "sce, tsv, iso-c, wudi, lego, ziplora, lora-rar, lorahub, cat, peft-linear or, in Python only, regmean. "
             "Default: linear.",
         ),
     ] = None,

@@ -16,6 +16,7 @@ largest singular triples of all of them.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,11 +97,13 @@ def compress(
     rank: int,
     diagonal: bool = False,
     clusters: int = 1,
+    tolerance: float = CLOSE,
 ) -> Compression:
     """Give the adapters of one base, layer by layer, shared U and V of `rank`, in at most `clusters` groups.
 
-    The model is left as it was. Raises RecipeError for a rank or a number of clusters below 1, and what `compose`
-    raises for adapters.
+    `tolerance` is the fall of the mean loss below which steps end: of many adapters, a larger one saves hours. The
+    model is left as it was. Raises RecipeError for a rank or a number of clusters below 1, and what `compose` raises
+    for adapters.
     """
     members = read_adapters(adapters)
     if not members or rank < 1 or clusters < 1:
@@ -119,7 +122,9 @@ def compress(
         ]
         for site in in_order(model, each):
             here = {number: changes[site]() for number, changes in enumerate(each) if site in changes}
-            made = compress_changes(list(here.values()), rank, diagonal=diagonal, clusters=clusters)
+            made = compress_changes(
+                list(here.values()), rank, diagonal=diagonal, clusters=clusters, tolerance=tolerance
+            )
             for place, number in enumerate(here):
                 A, B, _ = made.change(place)
                 found[number][site] = A.float(), B.float()
@@ -132,13 +137,15 @@ def compress(
     return Compression([made for made, _ in results], sites, [note for _, notes in results for note in notes])
 
 
-def compress_changes(changes: Sequence[Change], rank: int, *, diagonal: bool = False, clusters: int = 1) -> Compressed:
+def compress_changes(
+    changes: Sequence[Change], rank: int, *, diagonal: bool = False, clusters: int = 1, tolerance: float = CLOSE
+) -> Compressed:
     """The changes of one site over shared bases, float64."""
     U, V = left_basis(changes), right_basis(changes)
     cores = [in_basis(change, U, V) for change in changes]
     norms = [float(M.norm()) for M in cores]
     T = torch.stack([M / norm if norm > 0 else M for M, norm in zip(cores, norms, strict=True)])
-    fit = _diagonal if diagonal else _full
+    fit = partial(_diagonal if diagonal else _full, tolerance=tolerance)
     own = _clusters(T, rank, fit, min(clusters, len(T)), diagonal=diagonal)
     bases, number, S, errors = list[Basis](), [0] * len(T), [T[0]] * len(T), [0.0] * len(T)
     for place, cluster in enumerate(own.unique().tolist()):
@@ -154,13 +161,13 @@ def compress_changes(changes: Sequence[Change], rank: int, *, diagonal: bool = F
 # In core space: T [n, p, q] are the D_i / ||D_i|| --------------------------------------------------------------------
 
 
-def _full(T: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _full(T: Tensor, k: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """Orthonormal P [p, k] and Q [q, k] that maximize sum_i ||P^T T_i Q||^2, each exactly for the other."""
     P, Q = _left(T, k), _left(T.mT, k)
     before = float("-inf")
     for _ in range(ROUNDS):
         inside = float((P.T @ T @ Q).square().sum())
-        if inside - before <= CLOSE * len(T):
+        if inside - before <= tolerance * len(T):
             break
         before = inside
         P = _left(T @ Q, k)
@@ -169,13 +176,14 @@ def _full(T: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _left(T: Tensor, k: int) -> Tensor:
-    """The first k left singular vectors of [T_1 .. T_n]."""
-    P, S, _ = torch.linalg.svd(torch.cat(list(T), dim=1), full_matrices=False)
+    """The first k left singular vectors of [T_1 .. T_n], which are those of R^T where the rows stacked are Q R."""
+    R = torch.linalg.qr(T.mT.flatten(0, 1), mode="r").R
+    P, S, _ = torch.linalg.svd(R.T, full_matrices=False)
     first: Tensor = P[:, : min(k, numerical_rank(S))]
     return first
 
 
-def _diagonal(T: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _diagonal(T: Tensor, k: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """P [p, k] and Q [q, k] that minimize sum_i ||T_i - P diag(s_i) Q^T||^2 by alternating least squares."""
     left, sizes, right = torch.linalg.svd(T, full_matrices=False)
     top = sizes.flatten().argsort(descending=True, stable=True)[: min(k, max(1, int((sizes > 0).sum())))]
@@ -183,7 +191,7 @@ def _diagonal(T: Tensor, k: int) -> tuple[Tensor, Tensor]:
     before = float("inf")
     for _ in range(ROUNDS):
         s, lost = _cores(T, P, Q, diagonal=True)
-        if before - float(lost.sum()) <= CLOSE * len(T):
+        if before - float(lost.sum()) <= tolerance * len(T):
             break
         before = float(lost.sum())
         P = _solved(torch.einsum("npq,qk,nk->pk", T, Q, s), (Q.T @ Q) * (s.T @ s))

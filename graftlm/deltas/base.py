@@ -217,6 +217,10 @@ class PeftLayout:
     """PEFT's whole config -> our fields that no single key says, for what `fields` cannot express."""
     read: Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Tensor]] | None = None
     """PEFT's (config, tensors by key) -> the tensors under keys of this layout, where files come in several forms."""
+    mark: str | None = None
+    """PEFT's key that makes a config of this type one of this method, where it is set."""
+    derive: Callable[[Site, Any], Mapping[str, Tensor]] | None = None
+    """(a site, our config there) -> tensors, under our names, that PEFT makes of W anew and does not store."""
     why_not: Callable[[Any], str] | None = None
     """Our config -> why PEFT has no word for it, or an empty text."""
     why_not_at: Callable[[Site], str] | None = None
@@ -279,6 +283,11 @@ class Delta(nn.Module):
     def penalty(self) -> Tensor | None:
         """What the paper adds to the loss for this site, in nats a token, or None."""
         return None
+
+    @staticmethod
+    def from_earlier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a folder in our own layout, by key, under the names that they have now."""
+        return dict(tensors)
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """The layer's output y' with this delta on: x [.. d_in], y = base(x) [.. d_out]."""

@@ -10,6 +10,7 @@ here they are fields, and `patterns` sets them by layer. Nothing stands in front
 and B, one for D and E, and no new biases: only what is within these limits is written in its layout.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -105,6 +106,18 @@ class Glora(WeightDelta):
         self.C = support(config.C, d_in, 1) if shifts else None
         self.E = support(config.E, d_out) if shifts else None
         self.D = support(config.D, d_out) if site.has_bias else None
+
+    @staticmethod
+    def from_earlier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is no product was `left` once, a matrix of one column; it is `whole`, with the shape that it has now."""
+        found = {}
+        for key, t in tensors.items():
+            name, _, last = key.rpartition(".")
+            if last == "left" and f"{name}.right" not in tensors:
+                found[f"{name}.whole"] = t.flatten() if name[-1] in "DE" or t.numel() == 1 else t
+            else:
+                found[key] = t
+        return found
 
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         changed = W if self.A is None else W + W * self.A.value()

@@ -8,23 +8,26 @@ N is taken out for good, so the fresh delta is not the identity: with an offset 
 of the truncation. The base is never edited: -N is a part of dW, kept with the adapter. U starts at zero, sigma at
 N(0, 1) and V as LoRA's A, as in the authors' code.
 
-How much is cut off: W keeps its first d_in - r components, as in the authors' code. So a square or tall layer loses r
-of them, and a layer with d_out <= d_in - r loses none. The text, and PEFT, cut r components of every layer; the
-authors' own tasks adapt square layers, where both are the same. In SmolLM2 the last components of v_proj (192 x 576)
-are no noise: without r of them the loss of a text is 6.8 nats, with all of them 1.9.
+How much is cut off. `cut: code` is the authors' code: W keeps its first d_in - r components. So a square or tall layer
+loses r of them, and a layer with d_out <= d_in - r loses none. `cut: paper` is the text, and PEFT: r components of
+every layer. The authors' own tasks adapt square layers, where both are the same. In SmolLM2 the last components of
+v_proj (192 x 576) are no noise: without r of them the loss of a text is 6.8 nats, with all of them 1.9.
 
 The code differs from the paper in its penalty: it takes U U^T and V^T V (d x d) and divides by the number of layers.
-The paper is followed. PEFT (`kasa_config`) computes the same function, but edits its base and stores no N: its file
-has no place for what makes ours independent of a second SVD, so that the folder is in our own format.
+The paper is followed.
+
+PEFT (`kasa_config`) computes what `cut: paper` does. It edits its base, and finds N anew when it loads. Its folders are
+read: that takes an SVD of every layer, as a new `kasa` does, where ours hold N. Folders of `cut: paper` are written in
+its layout; it ignores the two tensors of N in them. On a base in bf16 PEFT also rounds W - N to bf16.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, PositiveRate, Rate, config
-from graftlm.deltas.base import AdditiveDelta, DeltaConfig, Site
+from graftlm.deltas.base import AdditiveDelta, DeltaConfig, PeftLayout, Site
 from graftlm.errors import TargetError
 
 
@@ -37,6 +40,25 @@ class KasaConfig(DeltaConfig):
     """Weight of the squared singular values in the loss."""
     gamma: Rate = 1e-3
     """Weight of the distance of U and V from orthogonality in the loss."""
+    cut: Literal["code", "paper"] = "code"
+    """How many components W loses: all after the first d_in - r (the authors' code), or r of every layer."""
+
+
+def noise(site: Site, cut: int) -> dict[str, Tensor]:
+    """N of the last `cut` components of W, as N_A [cut, d_in] and N_B [d_out, cut]."""
+    U, S, Vh = torch.linalg.svd(site.W(), full_matrices=False)
+    first = len(S) - cut
+    return {"N_A": Vh[first:], "N_B": U[:, first:] * S[first:]}
+
+
+def settings_of(stored: dict[str, Any]) -> dict[str, Any]:
+    """beta and gamma of PEFT's config."""
+    given = stored.get("kasa_config") or {}
+    return {key: float(given[key]) for key in ("beta", "gamma") if key in given} | {"cut": "paper"}
+
+
+def why_not(config: KasaConfig) -> str:
+    return "" if config.cut == "paper" else "PEFT cuts r components of every layer: set cut to paper"
 
 
 class Kasa(AdditiveDelta):
@@ -44,6 +66,25 @@ class Kasa(AdditiveDelta):
     paper = "Wang et al. 2024, arXiv:2412.06071"
     formula = "r * (d_in + d_out + 1)"
     learning_rate = 2e-3
+    peft = PeftLayout(
+        type="LORA",
+        tensors={
+            "V": "lora_A.weight",
+            "U": "lora_B.weight",
+            "sigma": "lora_diag",
+            "N_A": "kasa_noise.A",
+            "N_B": "kasa_noise.B",
+        },
+        fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+        patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
+        constants={"use_dora": False, "use_rslora": False},
+        defaults={"r": 8, "lora_alpha": 8},
+        facts=lambda site, config: {"kasa_config": {"beta": config.beta, "gamma": config.gamma}},
+        translate=settings_of,
+        mark="kasa_config",
+        derive=lambda site, config: noise(site, config.r),
+        why_not=why_not,
+    )
     starts_away = "the paper removes the smallest singular components of W, for good"
     N_A: Tensor
     N_B: Tensor
@@ -51,8 +92,8 @@ class Kasa(AdditiveDelta):
     def __init__(self, site: Site, config: KasaConfig) -> None:
         super().__init__(site, config)
         r, d_in, d_out = config.r, site.d_in, site.d_out
-        cut = max(0, min(d_in, d_out) - max(0, d_in - r))
-        if cut == min(d_in, d_out):
+        cut = r if config.cut == "paper" else max(0, min(d_in, d_out) - max(0, d_in - r))
+        if cut >= min(d_in, d_out):
             raise TargetError(
                 f"kasa: with r = {r} nothing is left of the {d_out} x {d_in} weight of {site.name}",
                 code="rank-too-large",
@@ -68,9 +109,8 @@ class Kasa(AdditiveDelta):
 
     def start(self) -> None:
         if self.cut:
-            U, S, Vh = torch.linalg.svd(self.site.W(), full_matrices=False)
-            self.N_A.copy_(Vh[-self.cut :])
-            self.N_B.copy_(U[:, -self.cut :] * S[-self.cut :])
+            for key, tensor in noise(self.site, self.cut).items():
+                self.get_buffer(key).copy_(tensor)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.V, self.N_A]), torch.cat([self.scale * self.sigma * self.U, -self.N_B], dim=1)

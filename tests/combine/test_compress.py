@@ -37,6 +37,14 @@ def test_with_the_sum_of_the_ranks_nothing_is_lost(k: int, diagonal: bool) -> No
 
 
 @FORMS
+def test_steps_that_end_sooner_state_their_error_too_and_are_nearly_as_good(diagonal: bool) -> None:
+    given = changes(3, 2, 4)
+    whole, soon = (compress_changes(given, 3, diagonal=diagonal, tolerance=tolerance) for tolerance in (1e-12, 1e-3))
+    assert loss(given, whole) < loss(given, soon) < 1.05 * loss(given, whole)
+    assert loss(given, soon) == pytest.approx(sum(error**2 for error in soon.errors), rel=1e-9)
+
+
+@FORMS
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_the_stated_error_is_that_of_the_dense_changes(k: int, diagonal: bool) -> None:
     given = changes(3, 2, 4)

@@ -42,7 +42,8 @@ NOT_ITSELF = {"iso-c": "a flat spectrum", "negation": "the opposite"}
 """Rules that make another adapter of one."""
 OF_ROTATIONS = ("cat", "iso-c", "karcher", "lego", "linear", "model-stock", "negation", "slerp", "svd", "tsv", "wudi")
 """Rules to which every orthonormal basis is the same."""
-RULES = [name for name, row in COMPOSERS.items() if row.rule.spaces != ("factors",)]
+RULES = [name for name, row in COMPOSERS.items() if row.rule.spaces != ("factors",) and name != "lora-rar"]
+"""`lora-rar` needs a file: its tests are in test_lora_rar.py."""
 IN_SPACES = [(name, space) for name in RULES for space in OF_PRODUCTS]
 DRAWS = torch.Generator().manual_seed(0)
 
@@ -129,6 +130,15 @@ def test_the_error_that_svd_states_is_that_of_the_dense_sum(space: Space) -> Non
     (X, Y, error), _ = compose_changes(given, weights, rule_of("svd"), space, rank=3, generator=DRAWS)
     assert error == pytest.approx(float((total - X @ Y).norm() / total.norm()), rel=1e-2)
     assert error == pytest.approx(float(torch.linalg.svdvals(total)[3:].norm() / total.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.3])
+def test_the_merge_of_prometheus_2_is_linear_with_weights_of_sum_1(alpha: float) -> None:
+    """Kim et al. 2024, arXiv:2405.01535: alpha W_d + (1 - alpha) W_p of two evaluators that started from one W."""
+    W = torch.randn(13, D_IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    direct, pairwise = changes(3, 2)
+    merged = alpha * (W + direct.matrix()) + (1 - alpha) * (W + pairwise.matrix())
+    close(W + composed([direct, pairwise], [alpha, 1 - alpha], rule_of("linear")), merged, "merged weights", 1e-10)
 
 
 # TIES -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from graftlm.adapters.load import load_adapter
 from graftlm.adapters.peft import why_not_peft
+from graftlm.adapters.save import adapter_of
 from graftlm.deltas.base import Site
 from graftlm.deltas.bone import Bone, BoneConfig
 from graftlm.deltas.flora import Flora, FloraConfig
@@ -351,6 +353,24 @@ def test_glora_is_in_peft_s_layout_where_peft_has_a_word_for_it() -> None:
         found = why_not_peft(attach_tiny("glora", tiny_model(), **changes))
         assert why in found
         assert bool(why) == bool(found)
+
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_folders_of_glora_as_they_were_written_before_are_read(forms: str, tmp_path: Path) -> None:
+    """Each form was `left`, [rows, 1] of a vector and [1, 1] of a number, with `right` beside it in a product alone."""
+    config = GloraConfig(r=4, new_bias=True, **FORMS[forms])  # type: ignore[arg-type]
+    now = move(attach(biased(), config))
+    adapter = replace(adapter_of(now), peft_config={"peft_type": "GRAFTLM"})
+    written = {}
+    for key, t in adapter_of(now).tensors.items():
+        assert "glora_" not in key, "in names of ours"
+        old = key.replace(".whole", ".left")
+        written[old] = t.reshape(-1, 1) if old != key else t
+    before = replace(adapter, tensors=written)
+    if any(form in ("vector", "scalar") for form in FORMS[forms].values()):
+        assert before.tensors.keys() != adapter_of(now).tensors.keys()
+    load_adapter(model := biased(), before.write(tmp_path / "before"))
+    assert torch.equal(logits(model), logits(now))
 
 
 def test_glora_gives_a_layer_without_a_bias_one() -> None:

@@ -194,6 +194,12 @@ RULES = (
         "it refuses DoRA or leaves it out: export `--to plain-lora --rank N`, or `--to merged`",
     ),
     Rule(
+        SERVERS,
+        "2026-11 vllm/lora/peft_helper.py, sglang/srt/lora/lora_config.py, openvino.genai lora/adapter.cpp",
+        _patterns("kasa_config"),
+        "it leaves out what {} changes of the base: export `--to plain-lora`, which is exact",
+    ),
+    Rule(
         ("SGLang", "LoRAX", "OpenVINO"),
         "2026-11 sglang/srt/lora/lora.py, lorax utils/adapter.py, openvino.genai lora/adapter.cpp",
         _patterns("rank_pattern", "alpha_pattern"),

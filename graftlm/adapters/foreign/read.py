@@ -18,6 +18,7 @@ from graftlm.adapters.tensors import PREFIX, check_numbers, widened
 from graftlm.config.schema import build
 from graftlm.deltas.base import DeltaConfig
 from graftlm.errors import AdapterError, nearest, numbered
+from graftlm.model.sites import config_at, sites_of
 
 
 def convert_adapter(
@@ -57,6 +58,7 @@ def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> ConvertedAdapter:
             )
     sites = _sites(reading, contents)
     config = _main_config(reading, sites)
+    contents.main.update(_derived(reading, config))
     ids = token_ids(reading, contents)
     changes, shifts = changes_of_base(reading, contents)
     members = [
@@ -99,6 +101,20 @@ def _sites(reading: Reading, contents: Contents) -> dict[str, str]:
     if nowhere:
         reading.remarks.append(f"target_modules also names {', '.join(nowhere)}, for which it has no tensors")
     return {name: there[name] for name in there if name in sites}
+
+
+def _derived(reading: Reading, config: DeltaConfig) -> dict[str, Tensor]:
+    """The tensors that PEFT makes of the base's weights each time, and does not store."""
+    make = reading.layout.derive
+    if make is None:
+        return {}
+    found = {
+        f"{PREFIX}{site.name}.{reading.layout.tensors[key]}": tensor
+        for site in sites_of(reading.model, config)
+        for key, tensor in make(site, config_at(config, site.name)).items()
+    }
+    reading.remarks.append(f"{len(found)} tensors that PEFT does not store were computed from the base's weights")
+    return found
 
 
 def _main_config(reading: Reading, sites: Mapping[str, str]) -> DeltaConfig:

@@ -11,6 +11,7 @@ from graftlm.combine.rules.iso_c import IsoC, IsoCConfig
 from graftlm.combine.rules.karcher import Karcher, KarcherConfig
 from graftlm.combine.rules.lego import Lego, LegoConfig
 from graftlm.combine.rules.linear import Linear, LinearConfig
+from graftlm.combine.rules.lora_rar import LoraRar, LoraRarConfig
 from graftlm.combine.rules.lorahub import Lorahub, LorahubConfig
 from graftlm.combine.rules.magnitude import Magnitude, MagnitudeConfig
 from graftlm.combine.rules.model_stock import ModelStock, ModelStockConfig
@@ -43,6 +44,7 @@ COMPOSERS: dict[str, Composer] = {
     "karcher": Composer(KarcherConfig, Karcher),
     "lego": Composer(LegoConfig, Lego),
     "linear": Composer(LinearConfig, Linear),
+    "lora-rar": Composer(LoraRarConfig, LoraRar),
     "lorahub": Composer(LorahubConfig, Lorahub),
     "magnitude": Composer(MagnitudeConfig, Magnitude),
     "model-stock": Composer(ModelStockConfig, ModelStock),
