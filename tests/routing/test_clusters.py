@@ -56,7 +56,7 @@ def test_similarities_of_factors_are_those_of_their_larger_halves() -> None:
         similarities(random_library("a", "b", ranks=(2, 3)), "factors")
 
 
-@pytest.mark.parametrize("by", ["changes", "factors"])
+@pytest.mark.parametrize("by", ["changes", pytest.param("factors", marks=pytest.mark.slow)])
 def test_planted_families_are_found_in_any_order(tmp_path: Path, by: str) -> None:
     library = families()
     wanted = [[f"x{n}" for n in range(4)], [f"y{n}" for n in range(3)], [f"z{n}" for n in range(3)]]

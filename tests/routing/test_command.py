@@ -54,6 +54,7 @@ def test_a_router_without_adapters_or_of_no_name_is_refused(base_folder: Path, a
     assert "unknown-router" in str(getattr(CliRunner().invoke(app, unknown).exception, "code", ""))
 
 
+@pytest.mark.slow
 def test_a_router_of_steps_answers(base_folder: Path, adapters: Path) -> None:
     one, said = ask(base_folder, "--adapter", str(adapters / "one"), "--route", "in-turn")
     assert "routed by in-turn: one\n" in said

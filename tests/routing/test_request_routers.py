@@ -276,7 +276,9 @@ def token_mean(examples: Sequence[Any], losses: Sequence[float]) -> float:
 # Of any router of requests -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["retriever", "tasks", "classifier"])
+@pytest.mark.parametrize(
+    "kind", ["retriever", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tasks", "classifier"))]
+)
 def test_one_adapter_is_that_adapter_and_order_and_gauge_change_nothing(kind: str, tmp_path: Path) -> None:
     rows = files(tmp_path)
 

@@ -54,7 +54,8 @@ def config_of(kind: str, rows: dict[str, str], names: Sequence[str] = NAMES) -> 
     }[kind]
 
 
-KINDS = ("in-turn", "in-turn-of-2", "mean-logits", "centroids", "centroids-each", "elrea")
+SLOW = ("in-turn-of-2", "centroids-each", "elrea")
+KINDS = ["in-turn", "mean-logits", "centroids", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
 
 
 def gradient(router: Any, ids: Sequence[int]) -> torch.Tensor:
