@@ -5,8 +5,9 @@
 
 Adapters are those of benchmarks/task_library, in $GRAFT_CACHE/task-adapters; gates of phatgoose are kept beside them.
 Routers learn from rows that the adapters were trained on. Rows of all tasks, and those of the unknown task, are in one
-batch of the engine. `own`: of the weight of a row, how much its own task's adapter has; for routers of tokens the mean
-over layers and tokens of the prompt, on the first rows of each task. Nothing is timed: other work may run beside it.
+batch of the engine; routers of steps answer one after the other. `own`: of the weight of a row, how much its own task's
+adapter has; for routers of tokens the mean over layers and tokens of the prompt, on the first rows of each task.
+Nothing is timed: other work may run beside it.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from graftlm.evaluation.tasks import score  # noqa: E402
 from graftlm.files import cache_folder  # noqa: E402
 from graftlm.generation.adapter_pool import AdapterPool, Lease  # noqa: E402
 from graftlm.generation.engine import Engine  # noqa: E402
+from graftlm.generation.generate import Answering  # noqa: E402
 from graftlm.generation.requests import Request  # noqa: E402
 from graftlm.hub.stopping import all_stop_ids  # noqa: E402
 from graftlm.routing.routers import ADAPTER_ROUTERS  # noqa: E402
@@ -72,9 +74,11 @@ def rows_of(task: str, count: int) -> Rows:
     return Rows([row for where, row in rows.items() if where not in set(out)], turns[:count])
 
 
-def answers(engine: Engine, renderer: Renderer, asked: Sequence[Asked], leases: Sequence[Lease]) -> list[float]:
+def answers(
+    model: Any, engine: Answering, renderer: Renderer, asked: Sequence[Asked], leases: Sequence[Lease]
+) -> list[float]:
     """1 for each row that is answered exactly, else 0."""
-    stop_ids, found = all_stop_ids(engine.model, renderer.stop_ids), [0.0] * len(asked)
+    stop_ids, found = all_stop_ids(model, renderer.stop_ids), [0.0] * len(asked)
     requests = [
         Request(one.ids, CONFIG["max_new_tokens"], stop_ids=stop_ids, adapters=lease.adapters)
         for one, lease in zip(asked, leases, strict=True)
@@ -135,10 +139,10 @@ def main() -> None:
     ]
     engine, scores, own = Engine(model), dict[str, list[float]](), dict[str, float]()
 
-    def run(side: str, choose: Callable[[Asked], Lease]) -> None:
+    def run(side: str, choose: Callable[[Asked], Lease], steps: Answering | None = None) -> None:
         with ExitStack() as stack:
             leases = [stack.enter_context(choose(one)) for one in asked]
-            scores[side] = answers(engine, renderer, asked, leases)
+            scores[side] = answers(model, steps or engine, renderer, asked, leases)
         print(side, f"{sum(scores[side]) / len(asked):.3f}", f"own {own[side]:.2f}" if side in own else "", flush=True)
 
     run("oracle", lambda one: pool.acquire(one.task))
@@ -152,10 +156,13 @@ def main() -> None:
             config = replace(config, gates=str(ADAPTERS / "gates.safetensors"))
         print(f"{name} learns ...", flush=True)
         routing = Routing(pool, tokenizer, config, rows={task: rows[task].trained for task in tasks})
-        chosen = [routing.route(one.ids) for one in asked]
-        own[name] = own_weight(routing, asked, [one.weights for one in chosen])
-        leases = iter([one.lease for one in chosen])
-        run(name, lambda _, leases=leases: next(leases))
+        if routing.grain == "step":
+            run(name, lambda one: pool.acquire({}), routing.step_engine())
+        else:
+            chosen = [routing.route(one.ids) for one in asked]
+            own[name] = own_weight(routing, asked, [one.weights for one in chosen])
+            leases = iter([one.lease for one in chosen])
+            run(name, lambda _, leases=leases: next(leases))
         routing.close()
 
     table = {

@@ -1,7 +1,6 @@
 """`graft generate`."""
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +25,7 @@ from graftlm.cli.options import (
     TopKOption,
     TopPOption,
 )
-from graftlm.cli.routing import chosen_for
+from graftlm.cli.routing import answering
 from graftlm.cli.sampling import parse_day, sampling_options
 from graftlm.cli.terminal import warn
 
@@ -82,9 +81,12 @@ def generate(
     asked = (question if question is not None else prompt) or ""
     engine = Engine(model, prepack=False)  # for a single answer it does not pay
     show_reason(engine)
-    with nullcontext() if route is None else chosen_for(model, tokenizer, folders, route, asked) as lease:
-        options |= {"max_new_tokens": max_new_tokens, "seed": seed, "engine": engine, "lease": lease}
+    options |= {"max_new_tokens": max_new_tokens, "seed": seed, "engine": engine}
+    if route is None:
         text = answer(model, tokenizer, asked, **options)
+    else:
+        with answering(model, tokenizer, folders, route, asked) as routed:
+            text = answer(model, tokenizer, asked, **(options | routed))
     print(text)
     if json_schema is not None and not _is_json(text):
         warn("the answer is cut off, so it is no whole JSON: give it more tokens (--max-new-tokens)")

@@ -10,7 +10,6 @@ import typer
 from graftlm.cli.terminal import note
 
 if TYPE_CHECKING:
-    from graftlm.generation.adapter_pool import Lease
     from graftlm.routing.routing import Routing
 
 
@@ -32,15 +31,21 @@ def open_routing(model: Any, tokenizer: Any, adapters: Sequence[Path], route: st
 
 
 @contextmanager
-def chosen_for(model: Any, tokenizer: Any, adapters: Sequence[Path], route: str, question: str) -> "Iterator[Lease]":
-    """Inside, the adapters that the router chose for a question; says on standard error which."""
+def answering(
+    model: Any, tokenizer: Any, adapters: Sequence[Path], route: str, question: str
+) -> "Iterator[dict[str, Any]]":
+    """Inside, what `answer` is given for the adapters that the router chooses for a question; says which."""
     from graftlm.data.sources.formats import Message
 
     routing = open_routing(model, tokenizer, adapters, route)
     try:
-        ids = routing.library.renderer.prompt([Message("user", question)])
-        with routing.route(ids.tolist()) as chosen:
-            note(f"routed to {chosen.shown}")
-            yield chosen.lease
+        if routing.grain == "step":
+            note(f"routed by {routing.config.name}: {', '.join(routing.library.names)}")
+            yield {"lease": routing.before(), "engine": routing.step_engine()}
+        else:
+            ids = routing.library.renderer.prompt([Message("user", question)])
+            with routing.route(ids.tolist()) as chosen:
+                note(f"routed to {chosen.shown}")
+                yield {"lease": chosen.lease}
     finally:
         routing.close()

@@ -10,8 +10,7 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.formats import Message
 from graftlm.generation.adapter_pool import Lease
-from graftlm.generation.engine import Engine
-from graftlm.generation.generate import generate
+from graftlm.generation.generate import Answering, generate
 from graftlm.generation.grammar import Grammar, GrammarCompiler
 from graftlm.generation.text_stream import TextPiece, TextStream
 from graftlm.hub.stopping import all_stop_ids
@@ -58,7 +57,7 @@ def answer(
     on_text: Callable[[str], None] | None = None,
     today: datetime.date | None = None,
     turn_order: TurnOrder | None = None,
-    engine: Engine | None = None,
+    engine: Answering | None = None,
     lease: Lease | None = None,
 ) -> str:
     """The model's answer to a prompt, or to a conversation that ends with a user's turn; greedy at temperature 0.

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from graftlm.generation.engine import Engine
 from graftlm.generation.grammar import CompiledGrammar
-from graftlm.generation.requests import Ids, Request
+from graftlm.generation.requests import Generation, Ids, Request
 from graftlm.generation.sampling import Sampling
 from graftlm.model.routes import Row
+
+
+class Answering(Protocol):
+    """An engine, or what answers requests as one does."""
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]: ...
 
 
 def generate(
@@ -29,7 +35,7 @@ def generate(
     stop_when: Callable[[list[int]], bool] | None = None,
     keep_stop: bool = False,
     on_token: Callable[[int], None] | None = None,
-    engine: Engine | None = None,
+    engine: Answering | None = None,
     adapters: Sequence[str] | Row | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (index of the prompt, new ids without the one that stops), in the order in which the answers end.
@@ -50,7 +56,7 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
     )
-    engine = engine or Engine(model, prepack=False)
+    answering: Answering = engine or Engine(model, prepack=False)
     requests = [
         Request(
             ids,
@@ -64,5 +70,5 @@ def generate(
         )
         for number, ids in enumerate(prompts)
     ]
-    for number, generation in engine.run(requests):
+    for number, generation in answering.run(requests):
         yield number, generation.ids if keep_stop else generation.answer_ids

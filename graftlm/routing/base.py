@@ -2,12 +2,13 @@
 
     TokenRouter.gates(site, experts)  -> (x [T, d_in], A_e x [T, n, r]) -> weights [T, n]
     RequestRouter.weights(ids)        -> adapter -> weight, before the prompt is read
+    StepRouter.passes(ids, step)      -> passes whose logits add up to those of the next token
 
 Made as `Class(config)`, and `prepare(library)` is called once before anything else.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from graftlm.config.schema import config
 from graftlm.model.routed import Experts, Gates
 from graftlm.routing.library import Library
 
-Grain = Literal["token", "sequence", "task"]
-"""What has weights of its own: a token at a layer, a request, or the task that a request is taken for."""
+Grain = Literal["token", "sequence", "task", "step"]
+"""What has weights of its own: a token at a layer, a request, the task that a request is taken for, or a step of an
+answer."""
 
 
 @config
@@ -30,7 +32,7 @@ class RouterConfig:
 
 
 class Router(Protocol):
-    """What both kinds of routers have."""
+    """What all kinds of routers have."""
 
     paper: ClassVar[str]
     grain: ClassVar[Grain]
@@ -73,6 +75,37 @@ class RequestRouter:
 
     def weights(self, ids: Sequence[int]) -> Mapping[str, float]:
         """Adapter -> its weight, of a prompt. What is not named has weight 0; {} is the base."""
+        raise NotImplementedError
+
+
+class StepPass(NamedTuple):
+    """A pass over prompt and answer so far."""
+
+    weights: Mapping[str, float]
+    """Adapter -> its weight; {} is the base."""
+    share: float = 1.0
+    """Of its logits in those of the step."""
+
+
+class StepRouter:
+    """Passes for every token of an answer: other adapters from step to step, or several passes for one token.
+
+    Each pass is over all of the text with one set of weights, as if these had always acted: what other weights left in
+    a cache is not read.
+    """
+
+    paper: ClassVar[str]
+    grain: ClassVar[Grain] = "step"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def prepare(self, library: Library) -> None:
+        """What is learnt about the adapters."""
+        raise NotImplementedError
+
+    def passes(self, ids: Sequence[int], step: int) -> Sequence[StepPass]:
+        """Those for the token after `ids`, the prompt and the first `step` tokens of the answer; one at least."""
         raise NotImplementedError
 
 

@@ -77,16 +77,8 @@ class Library:
         return self._renderer
 
     def factors(self, name: str) -> Factors:
-        """Site -> (A, B). Raises AdapterError for an adapter that is not low-rank factors and nothing else."""
-        found = self.pool.factors(name)
-        if found is None:
-            method = self.pool.get(name).method
-            raise AdapterError(
-                f"{name} ({method}) has no low-rank factors, and a router of tokens mixes these. Leave it out (among), "
-                "or route whole requests, for example by `retriever` or `tasks`",
-                code="no-low-rank-factors",
-            )
-        return found
+        """As `low_rank_factors` of the pool."""
+        return low_rank_factors(self.pool, name)
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """The base's vector of a prompt [d], of length 1."""
@@ -127,6 +119,18 @@ class Library:
             return self._score(adapter, examples)
         losses = self.losses(examples, {} if adapter is None else {adapter: 1.0})
         return -sum(losses) / len(losses)
+
+
+def low_rank_factors(pool: AdapterPool, name: str) -> Factors:
+    """Site -> (A, B). Raises AdapterError for an adapter that is not low-rank factors and nothing else."""
+    found = pool.factors(name)
+    if found is None:
+        raise AdapterError(
+            f"{name} ({pool.get(name).method}) has no low-rank factors, and a router of tokens mixes these. Leave it "
+            "out (among), or route whole requests, for example by `retriever` or `tasks`",
+            code="no-low-rank-factors",
+        )
+    return found
 
 
 def prompt_of(example: Example) -> Sequence[int]:

@@ -17,12 +17,14 @@ from typing import Any
 
 from graftlm.adapters.folder import sha256_of_bytes
 from graftlm.config.schema import to_tree
+from graftlm.errors import RecipeError
 from graftlm.generation.adapter_pool import AdapterPool, Lease
-from graftlm.routing.base import RequestRouter, RouterConfig, TokenRouter
+from graftlm.routing.base import RequestRouter, RouterConfig, StepRouter, TokenRouter
 from graftlm.routing.fusion import Fusion, fused
 from graftlm.routing.library import Library, Rows, Score
 from graftlm.routing.mixture import Mixture
 from graftlm.routing.routers import ADAPTER_ROUTERS
+from graftlm.routing.steps import StepEngine
 
 
 @dataclass
@@ -67,7 +69,7 @@ class _Known:
     """What follows from the adapters of a pool."""
 
     library: Library
-    router: TokenRouter | RequestRouter
+    router: TokenRouter | RequestRouter | StepRouter
     mixture: Mixture | None = None
     leases: int = 0
     is_old: bool = False
@@ -112,8 +114,10 @@ class Routing:
     def route(self, ids: Sequence[int], *, timeout: float | None = None) -> Chosen:
         """Choose for a prompt; the adapters then stay on the model until they are released.
 
-        Without an adapter it is the base that answers. Raises what the constructor and `AdapterPool.acquire` do.
+        Without an adapter it is the base that answers. Raises what the constructor and `AdapterPool.acquire` do, and
+        RecipeError for a router of steps, which has no choice that stays for a request.
         """
+        check_not_of_steps(self.config)
         known = self._now(take=True)
         try:
             chosen = self._chosen(known, ids, timeout)
@@ -146,6 +150,12 @@ class Routing:
         library, lease = self._now().library, self.pool.acquire({})
         lease.chat, lease.tokenizer = library.chat, library.tokenizer
         return lease
+
+    def step_engine(self) -> StepEngine:
+        """What answers requests in the place of an engine, by a router of steps."""
+        known = self._now()
+        assert isinstance(known.router, StepRouter), "other routers choose for a request"
+        return StepEngine(known.library, known.router)
 
     def close(self) -> None:
         """Take off the model what is there for routing, when the requests that hold it have ended."""
@@ -196,6 +206,16 @@ class Routing:
             close = known.is_old and known.leases == 0
         if close and known.mixture is not None:
             known.mixture.close()
+
+
+def check_not_of_steps(config: RouterConfig) -> None:
+    """Raise RecipeError for a router of steps."""
+    if ADAPTER_ROUTERS[config.name].router.grain == "step":
+        raise RecipeError(
+            f"{config.name} chooses anew while an answer is computed, which no request to an engine or a server can "
+            "name: take it with `graft generate --route` or `Routing.step_engine`, or take another router",
+            code="router-of-steps",
+        )
 
 
 def shown(weights: Mapping[str, float]) -> str:

@@ -18,7 +18,7 @@ from graftlm.generation.adapter_pool import AdapterPool
 from graftlm.generation.engine import Engine
 from graftlm.recipe import Recipe
 from graftlm.routing.base import RouterConfig
-from graftlm.routing.routing import Routing
+from graftlm.routing.routing import Routing, check_not_of_steps
 from graftlm.serve.app import make_app
 from graftlm.serve.catalog import AUTO, Catalog
 from graftlm.serve.limits import Limits
@@ -62,6 +62,8 @@ def make_service(model: Any, tokenizer: Any, adapters: Path | None, options: Opt
     adapter that cannot be served, and `Routing` for one that cannot be routed to."""
     # The products of a bfloat16 base round as much as factors in bfloat16 do, and these are half as much to read.
     pool = AdapterPool(model, slots=options.slots, dtype=torch.bfloat16 if model.dtype == torch.bfloat16 else None)
+    if options.router is not None:
+        check_not_of_steps(options.router)
     named = named_adapters(adapters) if adapters is not None else {}
     if options.router is not None and AUTO in named:
         raise AdapterError(

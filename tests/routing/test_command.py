@@ -52,3 +52,11 @@ def test_a_router_without_adapters_or_of_no_name_is_refused(base_folder: Path, a
     assert wrong.exit_code == 2
     unknown = ["generate", "x", "--base", str(base_folder), "--adapter", str(adapters), "--route", "arow"]
     assert "unknown-router" in str(getattr(CliRunner().invoke(app, unknown).exception, "code", ""))
+
+
+@pytest.mark.slow
+def test_a_router_of_steps_answers(base_folder: Path, adapters: Path) -> None:
+    one, said = ask(base_folder, "--adapter", str(adapters / "one"), "--route", "in-turn")
+    assert "routed by in-turn: one\n" in said
+    assert one == ask(base_folder, "--adapter", str(adapters / "one"))[0]
+    assert ask(base_folder, "--adapter", str(adapters), "--route", "mean-logits")[0] != one

@@ -18,7 +18,10 @@ from graftlm.model.registry import attachment
 from graftlm.routing.config import read_router
 from graftlm.routing.embedding import embedding
 from graftlm.routing.fusion import fused
+from graftlm.routing.library import prompt_of
 from graftlm.routing.routers.arrow import ArrowConfig
+from graftlm.routing.routers.classifier import ClassifierConfig, nucleus
+from graftlm.routing.routers.prompt_scale import PromptScaleConfig
 from graftlm.routing.routers.retriever import RetrieverConfig
 from graftlm.routing.routers.tasks import Tasks, TasksConfig
 from graftlm.routing.routing import Routing, shown
@@ -215,10 +218,67 @@ def test_several_tasks_of_one_adapter_add_up(tmp_path: Path) -> None:
         assert chosen.shown.startswith("b:0.")
 
 
+# Classifier ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_learns_whose_rows_a_prompt_is_like(tmp_path: Path) -> None:
+    config = ClassifierConfig(rows=files(tmp_path), top_p=0.8, steps=100)
+    routing = Routing(pool_of(random_library(*NAMES), tmp_path), TOKENIZER, config)
+    router: Any = routing._now().router
+    for name in NAMES:
+        p = router.probabilities(asking(name))
+        assert torch.allclose(p.sum(), torch.ones(()).double())
+        assert NAMES[int(p.argmax())] == name
+        with routing.route(asking(name)) as chosen:
+            assert (chosen.shown, chosen.weights) == (name, {name: 1.0})
+    again: Any = Routing(pool_of(random_library(*NAMES), tmp_path), TOKENIZER, config)._now().router
+    assert torch.equal(again.probabilities(asking("a")), router.probabilities(asking("a")))
+
+
+def test_the_fewest_that_have_top_p_together_share_it() -> None:
+    p = torch.tensor([0.15, 0.5, 0.3, 0.05]).double()
+    assert nucleus("abcd", p, 0.0) == {"b": 1.0}
+    assert nucleus("abcd", p, 0.5) == {"b": 1.0}
+    assert nucleus("abcd", p, 0.51) == pytest.approx({"b": 0.5 / 0.8, "c": 0.3 / 0.8})
+    assert nucleus("abcd", p, 1.0) == pytest.approx({"b": 0.5, "c": 0.3, "a": 0.15, "d": 0.05})
+
+
+# Prompt-conditioned scale --------------------------------------------------------------------------------------------
+
+
+def test_a_scale_of_the_prompt_begins_at_the_adapter_and_lowers_the_loss(tmp_path: Path) -> None:
+    library = random_library("a", scale=0.3)
+    pool, rows = pool_of(library, tmp_path), {"a": file_of(tmp_path, "b", 4)}
+    still = Routing(pool, TOKENIZER, PromptScaleConfig(rows=rows, steps=1, learning_rate=1e-9))
+    with still.route(asking("a")) as chosen:
+        assert chosen.weights == pytest.approx({"a": 1.0}, abs=1e-6)
+    learnt = Routing(pool, TOKENIZER, PromptScaleConfig(rows=rows, steps=25, batch_rows=4, learning_rate=0.05))
+    router: Any = learnt._now().router
+    examples = learnt.library.examples("a", rows, 200, 0)
+    assert router.losses[0] == pytest.approx(
+        token_mean(examples, learnt.library.losses(examples, {"a": 1.0})), abs=1e-4
+    )
+    scaled = [learnt.library.losses([one], router.weights(prompt_of(one)))[0] for one in examples]
+    assert token_mean(examples, scaled) < router.losses[0] - 0.05
+    with learnt.route(prompt_of(examples[0])) as chosen:
+        assert chosen.weights == pytest.approx(router.weights(prompt_of(examples[0])))
+        assert chosen.shown.startswith("a:")
+    assert not attachment(pool.model).factors or all("fit" not in name for name in attachment(pool.model).factors)
+    with raises("recipe/one-adapter-alone", "2"):
+        Routing(pool_of(random_library("a", "b"), tmp_path / "two"), TOKENIZER, PromptScaleConfig(rows=rows))
+
+
+def token_mean(examples: Sequence[Any], losses: Sequence[float]) -> float:
+    sizes = [float(one.weights.sum()) for one in examples]
+    return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
+
+
 # Of any router of requests -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["retriever", "tasks"])
+@pytest.mark.parametrize(
+    "kind", ["retriever", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tasks", "classifier"))]
+)
 def test_one_adapter_is_that_adapter_and_order_and_gauge_change_nothing(kind: str, tmp_path: Path) -> None:
     rows = files(tmp_path)
 
@@ -226,6 +286,8 @@ def test_one_adapter_is_that_adapter_and_order_and_gauge_change_nothing(kind: st
         given = {name: rows[name] for name in names}
         if kind == "retriever":
             return RetrieverConfig(rows=given, top_k=2)
+        if kind == "classifier":
+            return ClassifierConfig(rows=given, top_p=1.0, steps=5)
         return TasksConfig(tasks=rows, base=False, top_k=2)
 
     with Routing(pool_of(random_library("b"), tmp_path / "one"), TOKENIZER, config("b")).route(asking("a")) as chosen:

@@ -34,13 +34,13 @@ from tests.routing.libraries import SITES, TOKENIZER, Library, in_another_gauge,
 
 CONFIGS = [
     ArrowConfig(),
-    ArrowConfig(top_k=2, temperature=0.3),
+    pytest.param(ArrowConfig(top_k=2, temperature=0.3), marks=pytest.mark.slow),
     SpectrConfig(),
-    SpectrConfig(top_k=1),
+    pytest.param(SpectrConfig(top_k=1), marks=pytest.mark.slow),
     LagConfig(filter_k=2),
     PhatgooseConfig(),
 ]
-every_router = pytest.mark.parametrize("config", CONFIGS, ids=str)
+every_router = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 IDS = [5, 17, 44, 90, 8, 201, 33, 60, 7]
 OTHER = [9, 4, 150, 61, 2, 77]
 

@@ -51,7 +51,7 @@ def method_of(config_json: Mapping[str, Any], file: Path) -> tuple[str, Method]:
     """The method whose layout has this type, and these values where several methods have it."""
     kind = config_json.get("peft_type")
     of_kind = [(n, m, m.delta.peft) for n, m in METHODS.items() if m.delta.peft and m.delta.peft.type == kind]
-    marked = [row for row in of_kind if row[2].mark is not None and stored.get(row[2].mark) is not None]
+    marked = [row for row in of_kind if row[2].mark is not None and config_json.get(row[2].mark) is not None]
     of_kind = marked or [row for row in of_kind if row[2].mark is None]
     for name, method, layout in of_kind:
         if not _other_constants(config_json, layout):
