@@ -38,11 +38,9 @@ class Support(nn.Module):
     def __init__(self, form: str, shape: tuple[int, ...], r: int, generator: torch.Generator) -> None:
         super().__init__()
         if form == "low-rank":
-            rows, columns = shape
-            self.left = nn.Parameter(torch.zeros(rows, r))
-            self.right = nn.Parameter(
-                (2 * torch.rand(r, columns, generator=generator) - 1) * (6 / (r + columns)) ** 0.5
-            )
+            self.left = nn.Parameter(torch.zeros(shape[0], r))
+            right = (2 * torch.rand(r, shape[1], generator=generator) - 1) * (6 / (r + shape[1])) ** 0.5
+            self.right = nn.Parameter(right)
         else:
             column = (shape[0], 1) if len(shape) == 2 else shape
             self.whole = nn.Parameter(torch.zeros(1 if form == "scalar" else column))
