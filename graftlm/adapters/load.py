@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftlm.adapters.adapter import Adapter
 from graftlm.adapters.chat import template_of, tokenizer_of, use_chat
@@ -87,7 +87,8 @@ def attach_tensors(model: nn.Module, adapter: Adapter, name: str) -> tuple[list[
                 raise AdapterError(f"{where}: does not fit this model: {error}", code="does-not-fit-model") from None
             attached.append(this)
             make_room(model, this, member.layout, member.tensors)
-            fill(stored_tensors(model, this, member.layout), member.tensors, where / WEIGHTS)
+            expected = stored_tensors(model, this, member.layout)
+            fill(expected, _named_as_now(member, expected), where / WEIGHTS)
     except GraftError:
         for this in attached:
             detach(model, this)
@@ -101,10 +102,19 @@ def members_of(model: nn.Module, adapter: Adapter) -> ConvertedAdapter:
     """The deltas of ours that an adapter is on this model, and remarks about them; AdapterError for what is none."""
     if adapter.config is None:
         return convert_adapter(model, dict(adapter.peft_config), adapter.tensors, adapter.where / WEIGHTS)
-    delta = METHODS[adapter.config.method].delta
-    if adapter.layout == OWN_TYPE:
-        return ConvertedAdapter([Member("", adapter.config, None, delta.from_earlier(adapter.tensors))], [])
-    return ConvertedAdapter([Member("", adapter.config, delta.peft, dict(adapter.tensors))], [])
+    layout = None if adapter.layout == OWN_TYPE else METHODS[adapter.config.method].delta.peft
+    return ConvertedAdapter([Member("", adapter.config, layout, dict(adapter.tensors))], [])
+
+
+def _named_as_now(member: Member, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a member; those of earlier versions under the names, and in the shapes, that they have now."""
+    found = dict(member.tensors)
+    for old, now in METHODS[member.config.method].delta.renamed.items():
+        for key in [key for key in found if key.endswith(f".{old}") and key not in expected]:
+            new = f"{key.removesuffix(old)}{now}"
+            if new in expected and found[key].numel() == expected[new].numel():
+                found[new] = found.pop(key).reshape(expected[new].shape)
+    return found
 
 
 def _checked(adapter: Adapter) -> str:

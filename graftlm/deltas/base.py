@@ -262,6 +262,8 @@ class Delta(nn.Module):
     """Statistics that `start` reads from `site.statistics`: gradient, second_moment."""
     callbacks: ClassVar[tuple[str, ...]] = ()
     """Callbacks of which it needs one to be what its paper describes. A recipe without any gets the first."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """The end of a tensor's name in earlier folders of ours -> its end now, where the delta has none of that name."""
     learning_rate: ClassVar[float] = 5e-4
     """The default, as found by benchmarks/methods (docs/methods.md)."""
     scale: float = 1.0
@@ -283,11 +285,6 @@ class Delta(nn.Module):
     def penalty(self) -> Tensor | None:
         """What the paper adds to the loss for this site, in nats a token, or None."""
         return None
-
-    @staticmethod
-    def from_earlier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a folder in our own layout, by key, under the names that they have now."""
-        return dict(tensors)
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """The layer's output y' with this delta on: x [.. d_in], y = base(x) [.. d_out]."""

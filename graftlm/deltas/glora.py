@@ -10,7 +10,6 @@ here they are fields, and `patterns` sets them by layer. Nothing stands in front
 and B, one for D and E, and no new biases: only what is within these limits is written in its layout.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -39,9 +38,8 @@ class Support(nn.Module):
     def __init__(self, form: str, shape: tuple[int, ...], r: int, generator: torch.Generator) -> None:
         super().__init__()
         if form == "low-rank":
-            rows, columns = shape
-            self.left = nn.Parameter(torch.zeros(rows, r))
-            right = (2 * torch.rand(r, columns, generator=generator) - 1) * (6 / (r + columns)) ** 0.5
+            self.left = nn.Parameter(torch.zeros(shape[0], r))
+            right = (2 * torch.rand(r, shape[1], generator=generator) - 1) * (6 / (r + shape[1])) ** 0.5
             self.right = nn.Parameter(right)
         else:
             column = (shape[0], 1) if len(shape) == 2 else shape
@@ -82,6 +80,7 @@ class Glora(WeightDelta):
         "+ (has_bias or new_bias) * ({'low-rank': r * (d_in + 1), 'vector': d_in, 'none': 0}[C] "
         "+ {'vector': d_out, 'scalar': 1, 'none': 0}[E]) + has_bias * {'vector': d_out, 'scalar': 1, 'none': 0}[D]"
     )
+    renamed = {"left": "whole"}
     peft = PeftLayout(
         type="GLORA",
         tensors={f"{one}.{ours}": f"glora_{one}.{theirs}" for one in "ABCDE" for ours, theirs in NAMES.items()},
@@ -106,18 +105,6 @@ class Glora(WeightDelta):
         self.C = support(config.C, d_in, 1) if shifts else None
         self.E = support(config.E, d_out) if shifts else None
         self.D = support(config.D, d_out) if site.has_bias else None
-
-    @staticmethod
-    def from_earlier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is no product was `left` once, a matrix of one column; it is `whole`, with the shape that it has now."""
-        found = {}
-        for key, t in tensors.items():
-            name, _, last = key.rpartition(".")
-            if last == "left" and f"{name}.right" not in tensors:
-                found[f"{name}.whole"] = t.flatten() if name[-1] in "DE" or t.numel() == 1 else t
-            else:
-                found[key] = t
-        return found
 
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         changed = W if self.A is None else W + W * self.A.value()

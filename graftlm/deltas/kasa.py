@@ -57,6 +57,9 @@ def settings_of(stored: dict[str, Any]) -> dict[str, Any]:
     return {key: float(given[key]) for key in ("beta", "gamma") if key in given} | {"cut": "paper"}
 
 
+NAMES = {"V": "lora_A.weight", "U": "lora_B.weight", "sigma": "lora_diag", "N_A": "kasa_noise.A", "N_B": "kasa_noise.B"}
+
+
 def why_not(config: KasaConfig) -> str:
     return "" if config.cut == "paper" else "PEFT cuts r components of every layer: set cut to paper"
 
@@ -68,13 +71,7 @@ class Kasa(AdditiveDelta):
     learning_rate = 2e-3
     peft = PeftLayout(
         type="LORA",
-        tensors={
-            "V": "lora_A.weight",
-            "U": "lora_B.weight",
-            "sigma": "lora_diag",
-            "N_A": "kasa_noise.A",
-            "N_B": "kasa_noise.B",
-        },
+        tensors=NAMES,
         fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
         patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
         constants={"use_dora": False, "use_rslora": False},
