@@ -15,6 +15,7 @@ from graftlm.cli import (
     data,
     env,
     estimate,
+    evaluate,
     export,
     generate,
     init,
@@ -61,6 +62,7 @@ app.command("compose")(compose.compose)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
+app.command("eval")(evaluate.evaluate)
 app.command("methods")(methods.methods)
 app.command("init")(init.init)
 app.command("env")(env.env)
