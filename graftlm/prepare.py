@@ -16,9 +16,9 @@ from graftlm.data.batches.prompts import asked_in, prepare_prompts, shown_prompt
 from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare, shown_rows
 from graftlm.data.quality.report import Report
-from graftlm.data.quality.survey import not_told, survey
+from graftlm.data.quality.survey import notes_beyond_survey, survey
 from graftlm.data.sources.mixing import Data
-from graftlm.data.sources.row_cache import read_kept, unread_keys
+from graftlm.data.sources.row_cache import read_cached, unread_keys
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
 from graftlm.data.sources.template_draws import Draws, draw_again
 from graftlm.files import cache_folder
@@ -91,24 +91,26 @@ def prepare_data(
     needs = "prompts" if recipe.rl else LOSSES[loss.name].rows
     cached, usable = cache_folder() / "rows", usable_by(loss.name, needs, data)
     reading: dict[str, Any] = {"seed": train.seed, "network": recipe.network, "needs": needs, "usable": usable}
-    read = read_kept(data, folder=cached, **reading)
-    rows, held_out_rows = read.train, read.held_out
+    source_data = read_cached(data, folder=cached, **reading)
+    rows, held_out_rows = source_data.train, source_data.held_out
     rows, choices = select_rows(recipe, rows, tokenizer, console, today) if recipe.select else (rows, [])
     renderer = Renderer(tokenizer, turn_order=data.turn_order, today=today)
     ready: Ready = partial(_ready, needs, renderer, workers=train.threads, cache=cached)
     room = recipe.rl.max_new_tokens if recipe.rl else 0
     learnable: Ready = partial(_prompts, renderer, room) if recipe.rl else ready
     check = partial(check_positions, recipe.base, network=recipe.network, room=room)
-    examples, rows, report = learnable(rows, data, format=read.format)
-    report.problems[:0] = read.problems
-    report.notes += read.notes  # often one for each row: after what concerns all
+    examples, rows, report = learnable(rows, data, format=source_data.format)
+    report.problems[:0] = source_data.problems
+    report.notes += source_data.notes  # often one for each row: after what concerns all
     positions = check(examples, report)
     examples, inner_rows = inner_split(examples, recipe.inner_share(), loss=loss, seed=train.seed)
-    named = partial(_named_rows, recipe.data, partial(read_kept, folder=cached, **reading), ready, check, report)
+    rows_of_source = partial(
+        _rows_of_source, recipe.data, partial(read_cached, folder=cached, **reading), ready, check, report
+    )
     if data.inner_rows is not None:
         check_inner_loss(loss)
-        inner_rows = named(data.inner_rows, "inner rows")
-    statistics_rows = [] if recipe.statistics is None else named(recipe.statistics.rows, "statistics rows")
+        inner_rows = rows_of_source(data.inner_rows, "inner rows")
+    statistics_rows = [] if recipe.statistics is None else rows_of_source(recipe.statistics.rows, "statistics rows")
     order = curriculum(data.order, rows, examples) if data.order else None
     epochs = math.ceil(count_steps(train, len(examples)) * train.batch_rows / len(examples))
     drawing: dict[str, Any] = {"epochs": epochs, "seed": train.seed, "network": recipe.network}
@@ -123,7 +125,7 @@ def prepare_data(
         check_positions(recipe.base, held_out, report, network=recipe.network, what="held-out rows")
     if look:
         report.survey = survey(rows, held_out_rows)
-        report.notes = not_told(report.notes, report.survey)
+        report.notes = notes_beyond_survey(report.notes, report.survey)
     first_rows = shown_prompts(examples, renderer, show) if recipe.rl else shown_rows(rows, renderer, data, show)
     return Prepared(
         rows,
@@ -182,8 +184,8 @@ def _usable(rows: Sequence[Row], examples: Sequence[Example], report: Report) ->
     """The rows without those that the template refused or that would have taught nothing."""
     if not report.problems:
         return rows
-    known = {example.where for example in examples} | set(report.dropped_over_length)
-    return [row for row in rows if row.where in known]
+    places = {example.where for example in examples} | set(report.dropped_over_length)
+    return [row for row in rows if row.where in places]
 
 
 def _count_packs(
@@ -197,7 +199,7 @@ def _count_packs(
     report.pack_fill = fill(steps, train.pack_tokens, share=train.prefix_sharing)
 
 
-def _named_rows(
+def _rows_of_source(
     data: DataConfig,
     reading: Callable[[DataConfig], Data],
     ready: Ready,
@@ -208,10 +210,10 @@ def _named_rows(
 ) -> list[Example | Group]:
     """The rows of a source of its own, read, rendered and checked as training rows; `what` they are in the report."""
     own = replace(data, train=source, held_out=0, order=None, desirable_share=None)
-    read = reading(own)
-    items, _, found = ready(read.train, own, format=read.format)
-    report.problems += [*read.problems, *found.problems]
-    report.notes += [f"{what}: {line}" for line in [*found.notes, *read.notes]]
+    source_data = reading(own)
+    items, _, found = ready(source_data.train, own, format=source_data.format)
+    report.problems += [*source_data.problems, *found.problems]
+    report.notes += [f"{what}: {line}" for line in [*found.notes, *source_data.notes]]
     check(items, report, what=what)
     return list(items)
 
@@ -219,11 +221,11 @@ def _named_rows(
 def _held_out(recipe: Recipe, rows: Sequence[Row], ready: Ready, report: Report) -> tuple[Items, Sequence[Row]]:
     """Held-out rows, rendered. Every one counts: one that is too long is cut, not dropped. Under online RL those
     without an answer have no loss and are asked only."""
-    answered = [row for row in rows if asked_in(row)[1] is not None] if recipe.rl else rows
-    if not answered:
+    answer_rows = [row for row in rows if asked_in(row)[1] is not None] if recipe.rl else rows
+    if not answer_rows:
         return [], rows
-    held_out, answered, found = ready(answered, replace(recipe.data, over_length="truncate"))
-    rows = rows if recipe.rl else answered
+    held_out, answer_rows, found = ready(answer_rows, replace(recipe.data, over_length="truncate"))
+    rows = rows if recipe.rl else answer_rows
     report.problems += found.problems
     if not isinstance(recipe.data.held_out, int | float):  # else its rows have the keys of the others
         report.notes += [f"held-out rows: {line}" for line in unread_keys(rows)]

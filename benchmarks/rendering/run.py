@@ -59,14 +59,14 @@ def _cpu_s() -> float:
 def ours(config: dict[str, Any], file: Path, cache: Path | None) -> dict[str, Any]:
     from graftlm.data.chat.render import Renderer
     from graftlm.data.quality.preflight import prepare
-    from graftlm.data.sources.row_cache import read_kept
+    from graftlm.data.sources.row_cache import read_cached
     from graftlm.data.sources.source import DataConfig
     from graftlm.hub.tokenizer import load_tokenizer
 
     data = DataConfig(train=str(file), max_tokens=config["max_tokens"], over_length="truncate")
     renderer = Renderer(load_tokenizer(config["base"]))
     began = time.perf_counter()
-    rows = read_kept(data, seed=0, folder=cache).train
+    rows = read_cached(data, seed=0, folder=cache).train
     read_s = time.perf_counter() - began
     began, cpu_s = time.perf_counter(), _cpu_s()
     examples, report = prepare(rows, renderer, data, workers=config["processes"], cache=cache)

@@ -8,53 +8,30 @@ task that has both is not trained again. Nothing is timed: other work may run be
 """
 
 import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from machine import write_result  # noqa: E402
+from task_adapters import TRAINING, folder_of, source, trained  # noqa: E402
 
 from graftlm.data.sources.load import load_rows  # noqa: E402
 from graftlm.data.sources.tasks.table import TASKS  # noqa: E402
 from graftlm.evaluation.statistics.intervals import difference_interval  # noqa: E402
 from graftlm.evaluation.statistics.significance import holm, mcnemar  # noqa: E402
 from graftlm.evaluation.tasks import score  # noqa: E402
-from graftlm.files import cache_folder  # noqa: E402
 
 RUNS = HERE / "runs"
-ADAPTERS = cache_folder() / "task-adapters"
-CONFIG: dict[str, Any] = yaml.safe_load((HERE / "config.yaml").read_text())
 SIDES = ("base", "tuned")
-
-
-def source(name: str) -> str:
-    return f"builtin:tasks/{name}"
-
-
-def trained(name: str) -> Path:
-    """The adapter of a task; trained here, or what is left of its training, where it is not there."""
-    out = ADAPTERS / name
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder, "recipe.yaml")
-        recipe.write_text(yaml.safe_dump(CONFIG | {"data": CONFIG["data"] | {"train": source(name)}}))
-        graft = [sys.executable, "-m", "graftlm", "train", str(recipe), "--out", str(out), "--resume"]
-        done = subprocess.run(graft, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name}: {(done.stderr or done.stdout)[-2000:]}")
-    return out
 
 
 def one(name: str) -> dict[str, Any]:
     """Held-out loss in nats a token, and for each held-out row its template and whether it was answered exactly."""
     file = RUNS / f"{name}.json"
-    if not file.is_file() or not (ADAPTERS / name / "summary.json").is_file():
+    if not file.is_file() or not (folder_of(name) / "summary.json").is_file():
         print(f"{name} ...", flush=True)
         out = trained(name)
         rows = {row.where: row for row in load_rows(source(name))[0]}
@@ -87,7 +64,7 @@ def main() -> None:
     for name, p in zip(names, holm([table[name]["p"] for name in names]), strict=True):
         table[name]["p_holm"] = p
     if not sys.argv[1:]:
-        write_result(__file__, {"config": CONFIG, "table": table})
+        write_result(__file__, {"config": TRAINING, "table": table})
 
 
 if __name__ == "__main__":

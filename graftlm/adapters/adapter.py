@@ -140,18 +140,18 @@ class Adapter:
         folder = Path(folder)
         check_folder(folder)
         record = read_record(folder)  # checksums first: of a damaged file they say more than a parser does
-        stored, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
+        config_json, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
         heads = read_tensors(folder / HEADS) if (folder / HEADS).is_file() else {}
         check_numbers(heads, folder / HEADS)
         template, files = template_in(folder), tokenizer_files(folder)
         if record is None:
             chat = ChatRecord(template)
-            return cls(tensors, stored, chat=chat, tokenizer_files=files, heads=heads, source=folder)
+            return cls(tensors, config_json, chat=chat, tokenizer_files=files, heads=heads, source=folder)
         check_numbers(tensors, folder / WEIGHTS)
         recipe = folder / RECIPE
         return cls(
             tensors,
-            stored,
+            config_json,
             _config(record, folder),
             record["base"],
             record["seed"],

@@ -19,16 +19,16 @@ def use_chat(model: nn.Module, name: str, chat: Chat | None, digest: str | None)
     chats = attachment(model).chats
     if chat is None:
         return ""
-    others = [other for other, known in chats.items() if known.template != chat.template]
+    others = [other for other, settings in chats.items() if settings.template != chat.template]
     chats[name] = chat
-    said = "; answers use its chat template"
+    note = "; answers use its chat template"
     if chat.today is not None:
-        said += f", which writes the day of training, {chat.today}"
+        note += f", which writes the day of training, {chat.today}"
     if digest is not None and sha256_of_text(chat.template) != digest:
-        said += f", and {TEMPLATE} is not what it was trained with: it was edited"
+        note += f", and {TEMPLATE} is not what it was trained with: it was edited"
     if others:
-        said += f", in place of that of {', '.join(others)}, which is another one"
-    return said
+        note += f", in place of that of {', '.join(others)}, which is another one"
+    return note
 
 
 def chat_of(model: nn.Module) -> Chat | None:

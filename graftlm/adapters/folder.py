@@ -113,6 +113,11 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return inside or {"default": folder}
 
 
+def named_adapters(folder: Path) -> dict[str, Path]:
+    """The adapters in a folder by the names of their folders; an adapter's own folder is one."""
+    return {path.resolve().name: path for path in adapters_in(folder).values()}
+
+
 def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         near = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
@@ -204,12 +209,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def sha256_of(file: Path, length: int | None = None) -> str:
     """The SHA-256 of a file, or of its first bytes, in hexadecimal digits; empty if it is shorter than that."""
     digest = hashlib.sha256()
-    left = file.stat().st_size if length is None else length
+    bytes_left = file.stat().st_size if length is None else length
     with open(file, "rb") as handle:
-        while left and (block := handle.read(min(left, 2**20))):
+        while bytes_left and (block := handle.read(min(bytes_left, 2**20))):
             digest.update(block)
-            left -= len(block)
-    return "" if left else digest.hexdigest()
+            bytes_left -= len(block)
+    return "" if bytes_left else digest.hexdigest()
 
 
 def sha256_of_record(record: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ from graftlm.adapters.tensors import check_rebuilt, fill, make_room, stored_tens
 from graftlm.deltas import METHODS
 from graftlm.errors import AdapterError, BaseModelError, GraftError, TargetError
 from graftlm.hub.fingerprint import base_record, difference, fingerprint
-from graftlm.hub.load import load_base
+from graftlm.hub.load import Loaded, load_base
+from graftlm.hub.locate import PACKAGED_FROM
 from graftlm.hub.quantize_base import quantization_of
 from graftlm.hub.tokenizer import read_tokenizer
 from graftlm.model.attach import attach, detach
@@ -62,8 +63,10 @@ def attach_adapter(model: nn.Module, adapter: Adapter, *, name: str = "default",
         record.tokenizers[name] = tokenizer
     if adapter.heads:
         record.heads[name] = adapter.heads
-    used = use_chat(model, name, chat.settings, chat.digest)
-    return _checked(adapter) + _another_quantization(model, adapter) + "".join(f"; {each}" for each in remarks) + used
+    chat_note = use_chat(model, name, chat.settings, chat.digest)
+    return (
+        _checked(adapter) + _another_quantization(model, adapter) + "".join(f"; {each}" for each in remarks) + chat_note
+    )
 
 
 def attach_tensors(model: nn.Module, adapter: Adapter, name: str) -> tuple[list[str], list[str]]:
@@ -137,6 +140,21 @@ def _quantization_in(base: Mapping[str, Any]) -> str | None:
     before: str | None = base.get("store")
     found: str | None = base.get("quantization", before if before is None or before in CODECS else "none")
     return found
+
+
+def load_named_base(
+    named: str, where: str, *, dtype: str | None = None, quantization: str | None = None, network: bool = False
+) -> Loaded:
+    """The base of a name that the adapter, or the folder of adapters, `where` has for it; of the packaged bases that
+    may be the hub's. BaseModelError where it cannot be loaded."""
+    packaged = [name for name, hub_id in PACKAGED_FROM.items() if hub_id == named]
+    try:
+        name = packaged[0] if packaged else named
+        return load_base(name, dtype=dtype, quantization=quantization, network=network)
+    except BaseModelError as error:
+        raise BaseModelError(
+            f"{error}\nThis is the base that {where} names: say where it is (--base)", code="no-such-base"
+        ) from None
 
 
 class LoadedAdapters(NamedTuple):

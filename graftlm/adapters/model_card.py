@@ -28,7 +28,7 @@ def model_card(model: nn.Module, name: str = "default", facts: Mapping[str, str]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     reason = why_not_peft(model, name)
     library = "graftlm" if reason else "peft"
-    used = (
+    usage = (
         f"PEFT does not load the folder: {reason}. `graft export` makes what other tools read."
         if reason
         else "The folder is in PEFT's layout: `PeftModel.from_pretrained(base, folder)` loads it too."
@@ -52,6 +52,6 @@ tags: ["base_model:adapter:{base}", {config.method}, transformers, graftlm]
 graft generate "..." --base {own if own in PACKAGED else base} --adapter .
 ```
 
-{used}
+{usage}
 Written by graftlm {__version__}.
 """

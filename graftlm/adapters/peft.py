@@ -120,16 +120,16 @@ def target_modules(model: nn.Module, sites: Iterable[str]) -> list[str] | str:
     another module too or is a number (which the layers of every list have), a regular expression where a whole name
     fits another module.
     """
-    wanted = set(sites)
+    site_names = set(sites)
     names = module_names(model)
     targets: list[str] = []
-    for end in sorted({site.rpartition(".")[2] for site in wanted}):
-        meant = [name for name in names if matches((end,), name)]
-        alone = wanted.issuperset(meant) and not end.isdigit()
-        targets += [end] if alone else sorted(site for site in wanted if matches((end,), site))
-    if {name for name in names if matches(tuple(targets), name)} == wanted:
+    for end in sorted({site.rpartition(".")[2] for site in site_names}):
+        matching_names = [name for name in names if matches((end,), name)]
+        alone = site_names.issuperset(matching_names) and not end.isdigit()
+        targets += [end] if alone else sorted(site for site in site_names if matches((end,), site))
+    if {name for name in names if matches(tuple(targets), name)} == site_names:
         return targets
-    return "|".join(re.escape(site) for site in sorted(wanted))
+    return "|".join(re.escape(site) for site in sorted(site_names))
 
 
 def module_names(model: nn.Module) -> list[str]:
@@ -160,8 +160,8 @@ def task(model: Any) -> dict[str, Any]:
     """
     if hasattr(model, "can_generate") and model.can_generate():
         return {"task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"}
-    made = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return {"task_type": None, "auto_mapping": made}
+    classes = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return {"task_type": None, "auto_mapping": classes}
 
 
 def why_not_peft(model: nn.Module, name: str = "default") -> str:
@@ -173,8 +173,8 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
     if method.peft.why_not is not None and (reason := method.peft.why_not(config)):
         return reason
     for pattern, overrides in config.patterns.items():
-        if lost := overrides.keys() - method.peft.patterns.keys():
-            return f"PEFT has no pattern for {', '.join(sorted(lost))}, which {pattern!r} sets"
+        if unsupported := overrides.keys() - method.peft.patterns.keys():
+            return f"PEFT has no pattern for {', '.join(sorted(unsupported))}, which {pattern!r} sets"
     for site, module in modules_of(model, name).items():
         if isinstance(module, Delta) and module.site.rows is not None:
             return f"{site} is a part of a layer, and PEFT has no name for one"
@@ -182,9 +182,9 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
             return f"{site}: {reason}"
         if getattr(module, "offset_A", None) is not None:
             return f"init {config.init!r} took a part of W out, and PEFT's format has no place for a fixed offset"
-        known = method.peft.tensors if site else method.peft.shared
+        peft_keys = method.peft.tensors if site else method.peft.shared
         for key in module.state_dict():
-            if key not in known:
+            if key not in peft_keys:
                 return f"PEFT's {method.peft.type} has no tensor for {key}"
     parameters = not config.dropout and not method.peft.constants.get("use_dora")
     return why_not_read(model_type(model), method.peft.type, attachment(model).sites[name], parameters=parameters)
@@ -193,13 +193,13 @@ def why_not_peft(model: nn.Module, name: str = "default") -> str:
 def peft_config(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites: list[str]) -> dict[str, Any]:
     """PEFT's config: sites as suffixes where those mean the same, and what differs at a site under its full name."""
     on = hosts(model)
-    stored: dict[str, Any] = {"inference_mode": True, "peft_type": layout.type, "revision": None}
+    config_json: dict[str, Any] = {"inference_mode": True, "peft_type": layout.type, "revision": None}
     if layout.type == "LORA":
-        stored |= {key: values[0] for key, values in NEUTRAL.items()} | {"init_lora_weights": True}
+        config_json |= {key: values[0] for key, values in NEUTRAL.items()} | {"init_lora_weights": True}
     if not isinstance(on[sites[0]], ModelHost):
         swapped = any(transposed(on[site]) for site in sites)
-        stored |= {key: values[0] for key, values in NEUTRAL_ANYWHERE.items()}
-        stored |= {"fan_in_fan_out": swapped, "target_modules": target_modules(model, sites)}
+        config_json |= {key: values[0] for key, values in NEUTRAL_ANYWHERE.items()}
+        config_json |= {"fan_in_fan_out": swapped, "target_modules": target_modules(model, sites)}
     patterns: dict[str, dict[str, Any]] = {key: {} for key in layout.patterns.values()}
     for site in sites:
         there = config_at(config, site)
@@ -209,7 +209,7 @@ def peft_config(model: nn.Module, config: DeltaConfig, layout: PeftLayout, sites
     fields = {key: getattr(config, ours) for ours, key in layout.fields.items()}
     first = next(m for m in _modules_on(on[sites[0]], config))
     facts = layout.facts(first.site, config) if layout.facts else {}
-    return {**stored, **patterns, **layout.constants, **fields, **facts}
+    return {**config_json, **patterns, **layout.constants, **fields, **facts}
 
 
 def _modules_on(host: Host, config: DeltaConfig) -> Iterator[Delta]:

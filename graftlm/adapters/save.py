@@ -32,8 +32,8 @@ def save_adapter(
     `name` may be left out where there is only one delta. Returns the folder. Raises AdapterError for a name that no
     delta has and for an adapter that is several deltas, OutputError where the folder exists and `overwrite` is not set.
     """
-    known = attachment(model).configs
-    name = next(iter(known)) if name is None and len(known) == 1 else name or "default"
+    configs = attachment(model).configs
+    name = next(iter(configs)) if name is None and len(configs) == 1 else name or "default"
     with new_folder(folder, overwrite=overwrite) as partial:
         adapter_of(model, name, tokenizer=tokenizer).write_into(partial)
         (partial / "README.md").write_text(model_card(model, name), encoding="utf-8")
@@ -58,14 +58,14 @@ def adapter_of(model: nn.Module, name: str = "default", *, tokenizer: Any = None
     layout = None if why_not_peft(model, name) else METHODS[config.method].delta.peft
     where = {"base_model_name_or_path": public_name(model), **task(model)}
     if layout is None:
-        stored = {"peft_type": OWN_TYPE, "method": config.method, **where}
+        config_json = {"peft_type": OWN_TYPE, "method": config.method, **where}
     else:
-        stored = peft_config(model, config, layout, list(record.sites[name])) | where
+        config_json = peft_config(model, config, layout, list(record.sites[name])) | where
     template = tokenizer.chat_template if tokenizer is not None else None
     today, turn_order = (chat.today, chat.turn_order) if chat is not None else (None, None)
     return Adapter(
         stored_tensors(model, name, layout),
-        as_json(stored),
+        as_json(config_json),
         config,
         base_facts(model),
         seed=record.seeds[name],

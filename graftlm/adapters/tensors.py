@@ -61,20 +61,20 @@ def stored_in(modules: Mapping[str, nn.Module], layout: PeftLayout | None) -> di
                     f"PEFT's {layout.type} has no tensor for {key} of {type(module).__name__}", code="no-peft-layout"
                 )
             if layout is None:
-                stored = f"{PREFIX}{site}.{key}" if site else f"base_model.graft_shared.{key}"
+                file_key = f"{PREFIX}{site}.{key}" if site else f"base_model.graft_shared.{key}"
             elif not site:
-                stored = f"base_model.{layout.shared[key]}"
+                file_key = f"base_model.{layout.shared[key]}"
             elif isinstance(module, InputDelta):
-                stored = layout.tensors[key]
+                file_key = layout.tensors[key]
             else:
                 at_embedding = isinstance(module, Delta) and module.site.kind == "embedding"
                 names = layout.embedding if at_embedding and layout.embedding else layout.tensors
-                stored = f"{PREFIX}{site}.{names[key]}"
-            if stored in found:
+                file_key = f"{PREFIX}{site}.{names[key]}"
+            if file_key in found:
                 raise AdapterError(
-                    f"two tensors of {type(module).__name__} have the one name {stored}", code="no-peft-layout"
+                    f"two tensors of {type(module).__name__} have the one name {file_key}", code="no-peft-layout"
                 )
-            found[stored] = tensor
+            found[file_key] = tensor
     return found
 
 
@@ -86,9 +86,9 @@ def sums_of_rebuilt(model: nn.Module, name: str) -> dict[str, list[float]]:
 def sums_in(modules: Mapping[str, nn.Module]) -> dict[str, list[float]]:
     marks = {}
     for site, module in modules.items():
-        kept = module.state_dict().keys()
+        persistent = module.state_dict().keys()
         for key, buffer in module.named_buffers():
-            if key not in kept:
+            if key not in persistent:
                 numbers = buffer.detach().double()
                 marks[f"{site}.{key}"] = [float(numbers.sum()), float(numbers.square().sum())]
     return marks
@@ -122,8 +122,8 @@ def make_room_in(
         return
     for site, module in modules.items():
         for key in ("offset_A", "offset_B"):
-            if site and (kept := tensors.get(f"{PREFIX}{site}.{key}")) is not None:
-                setattr(module, key, torch.empty_like(kept, device=device))
+            if site and (offset := tensors.get(f"{PREFIX}{site}.{key}")) is not None:
+                setattr(module, key, torch.empty_like(offset, device=device))
 
 
 def fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:

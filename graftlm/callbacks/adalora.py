@@ -84,8 +84,8 @@ class AdaLoraCallback(Callback):
         """b(t): how many triplets live after step t = `training.done`."""
         ranks = [len(delta.get_parameter("E")) for _, _, delta in training.sites()]
         start, end, target = self._start(training), self._end(training), self.target(training) * len(ranks)
-        left = 1 - min(1.0, max(0.0, (training.done - start) / (end - start)))
-        return int(target + (sum(ranks) - target) * left**3)
+        remaining = 1 - min(1.0, max(0.0, (training.done - start) / (end - start)))
+        return int(target + (sum(ranks) - target) * remaining**3)
 
     def target(self, training: TrainingState) -> int:
         return self.config.target_r or max(1, 2 * self._least(training) // 3)

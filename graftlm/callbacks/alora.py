@@ -78,20 +78,20 @@ class Alora(Callback):
         masks = [self.tensors[f"on/{name}/{site}"] for name, site, _ in training.sites()]
         before, found = [B.clone() for B in factors], [torch.full_like(on, -torch.inf) for on in masks]
         whole = -float(training.inner_loss(False))
-        for B, kept, on, score in zip(factors, before, masks, found, strict=True):
+        for B, B_before, on, score in zip(factors, before, masks, found, strict=True):
             for i in on.nonzero()[:, 0].tolist():
                 B[:, i] = 0
                 score[i] = whole + float(training.inner_loss(False))
-                B[:, i] = kept[:, i]
+                B[:, i] = B_before[:, i]
         for B in factors:
             B.zero_()
-        for B, kept, on, score in zip(factors, before, masks, found, strict=True):
+        for B, B_before, on, score in zip(factors, before, masks, found, strict=True):
             for i in on.nonzero()[:, 0].tolist():
-                B[:, i] = kept[:, i]
+                B[:, i] = B_before[:, i]
                 score[i] -= float(training.inner_loss(False))
                 B[:, i] = 0
-        for B, kept in zip(factors, before, strict=True):
-            B.copy_(kept)
+        for B, B_before in zip(factors, before, strict=True):
+            B.copy_(B_before)
         return found
 
     def _move(self, training: TrainingState) -> None:
@@ -100,16 +100,16 @@ class Alora(Callback):
         masks = [self.tensors[key] for key in keys]
         ranked = sorted((float(s[i]), k, i) for k, s in enumerate(scores) for i in masks[k].nonzero()[:, 0].tolist())
         means = [float(s[on.bool()].mean()) if on.any() else -torch.inf for s, on in zip(scores, masks, strict=True)]
-        lost, off = set(), 0
+        losers, ranks_off = set(), 0
         for _, k, i in ranked[: self.config.moves]:
             masks[k][i] = 0
-            lost.add(k)
-            off += 1
-        gains = [k for k in sorted(range(len(keys)), key=lambda k: -means[k]) if k not in lost and not masks[k].all()]
-        while off and gains:
-            for k in gains[:off]:
+            losers.add(k)
+            ranks_off += 1
+        gains = [k for k in sorted(range(len(keys)), key=lambda k: -means[k]) if k not in losers and not masks[k].all()]
+        while ranks_off and gains:
+            for k in gains[:ranks_off]:
                 masks[k][int((masks[k] == 0).nonzero()[0, 0])] = 1
-                off -= 1
+                ranks_off -= 1
             gains = [k for k in gains if not masks[k].all()]
         ranks = {site: int(on.sum()) for (_, site, _), on in zip(training.sites(), masks, strict=True)}
         training.events.append({"event": "ranks", "callback": "alora", "total": sum(ranks.values()), "ranks": ranks})

@@ -46,7 +46,7 @@ class GateSearch(Callback):
         """[r] -> the gates [r] of a site, 1 where the variables are 0."""
 
     @abstractmethod
-    def kept_gates(self, found: list[Tensor]) -> list[Tensor]:
+    def binary_gates(self, found: list[Tensor]) -> list[Tensor]:
         """The gates of all sites as found -> 1 for what stays, 0 for what goes."""
 
     def refusal(self, training: TrainingState) -> str:
@@ -84,7 +84,7 @@ class GateSearch(Callback):
         sites = list(training.sites())
         found = [self.gates(self.buffer(f"variables/{name}/{site}", d.get_parameter("g"))) for name, site, d in sites]
         if training.done == self._last(training):
-            found = self.kept_gates(found)
+            found = self.binary_gates(found)
             self._begin_again(training)
             ranks = {site: int(g.sum()) for (_, site, _), g in zip(sites, found, strict=True)}
             event = {"event": "ranks", "callback": self.config.name, "total": sum(ranks.values()), "ranks": ranks}
@@ -119,5 +119,5 @@ class AutoLora(GateSearch):
     def gates(self, variables: Tensor) -> Tensor:
         return len(variables) * variables.softmax(0)
 
-    def kept_gates(self, found: list[Tensor]) -> list[Tensor]:
+    def binary_gates(self, found: list[Tensor]) -> list[Tensor]:
         return [((g >= self.config.threshold) | (g == g.max())).to(g.dtype) for g in found]

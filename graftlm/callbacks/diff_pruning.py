@@ -55,8 +55,8 @@ class DiffPruningCallback(Callback):
         changes = [delta.matrix() for delta in deltas]  # without a gradient there is no noise
         sizes = torch.cat([change.abs().flatten() for change in changes])
         count = max(1, int(self.config.density * len(sizes)))
-        kept = torch.zeros_like(sizes, dtype=torch.bool).index_fill_(0, sizes.topk(count).indices, True)
-        parts = kept.split([change.numel() for change in changes])
+        mask = torch.zeros_like(sizes, dtype=torch.bool).index_fill_(0, sizes.topk(count).indices, True)
+        parts = mask.split([change.numel() for change in changes])
         for delta, change, part in zip(deltas, changes, parts, strict=True):
             delta.w.copy_(change)
             open_ = part.view_as(change)

@@ -38,7 +38,7 @@ class DiffoRA(GateSearch):
     def gates(self, variables: Tensor) -> Tensor:
         return (2 * variables.mean().sigmoid()).expand(len(variables))
 
-    def kept_gates(self, found: list[Tensor]) -> list[Tensor]:
+    def binary_gates(self, found: list[Tensor]) -> list[Tensor]:
         values = torch.stack([g[0] for g in found])
         best = values.topk(max(1, round(self.config.keep * len(found)))).indices.tolist()
         return [torch.full_like(g, number in best) for number, g in enumerate(found)]

@@ -53,14 +53,14 @@ class DyLoraCallback(Callback):
     def during(self, training: TrainingState) -> Iterator[None]:
         before: list[tuple[DyLora, int]] = [(delta, delta.rank) for delta in _deltas(training)]
         for delta, r in before:
-            delta.use(min(self.drawn(training), r))
+            delta.use(min(self.rank_of_step(training), r))
         try:
             yield
         finally:
             for delta, r in before:
                 delta.use(r)
 
-    def drawn(self, training: TrainingState) -> int:
+    def rank_of_step(self, training: TrainingState) -> int:
         """b of this step: where sites differ in r, drawn for the greatest and cut to each site's own."""
         r = max(len(delta.A) for delta in _deltas(training))
         return int(torch.randint(self.config.least, r + 1, (1,), generator=training.generator("dylora")))
@@ -69,7 +69,7 @@ class DyLoraCallback(Callback):
         if not self.config.frozen or training.done < 2:
             return
         for delta in _deltas(training):
-            last = min(self.drawn(training), len(delta.A)) - 1
+            last = min(self.rank_of_step(training), len(delta.A)) - 1
             for gradient in (delta.A.grad, None if delta.B.grad is None else delta.B.grad.T):
                 if gradient is not None:
                     gradient[:last] = 0

@@ -62,11 +62,11 @@ class ILora(Ema):
 
         with self.evaluating(training), torch.no_grad(), _each_layer(training, keep):
             training.inner_loss(False)
-        count, seen = sum(h.numel() for h in slow), iter(slow)
+        count, remaining = sum(h.numel() for h in slow), iter(slow)
 
         def tie(h: Tensor) -> None:
             """Add d(2 gamma mse)/dh to the gradient of h: the factor 2 goes with the halving below."""
-            other = next(seen)
+            other = next(remaining)
             if h.requires_grad:
                 strength = 4 * self.config.tie / count
                 here = h.detach()

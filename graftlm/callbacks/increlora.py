@@ -158,11 +158,11 @@ def whole_gradient(G: Tensor | None, delta: Delta) -> Tensor:
     """The sum over the ranks of the gradient of a site's W' [d_out, d_in]; None is a rank without rows."""
     like = next(delta.parameters())
     mine = like.new_zeros(delta.site.d_out, delta.site.d_in) if G is None else G
-    held = nn.Parameter(mine, requires_grad=False)
-    held.grad = mine
-    distributed.sum_gradients([held])
-    assert held.grad is not None
-    return held.grad
+    holder = nn.Parameter(mine, requires_grad=False)
+    holder.grad = mine
+    distributed.sum_gradients([holder])
+    assert holder.grad is not None
+    return holder.grad
 
 
 def see_gradient(host: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:

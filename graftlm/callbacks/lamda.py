@@ -55,9 +55,9 @@ class LamdaCallback(Callback):
 
     @torch.no_grad()
     def on_step(self, training: TrainingState) -> None:
-        for (_, _, delta), kept in zip(training.sites(), self.before, strict=True):
-            if kept.shape[1]:
-                delta.get_parameter("PMB")[:, -kept.shape[1] :] = kept
+        for (_, _, delta), columns in zip(training.sites(), self.before, strict=True):
+            if columns.shape[1]:
+                delta.get_parameter("PMB")[:, -columns.shape[1] :] = columns
         self._freeze(training)
 
     def _freeze(self, training: TrainingState) -> None:

@@ -40,15 +40,15 @@ class LoraSp(Callback):
         self.masks: dict[str, Tensor] = {}
         if self.config.whole:
             order = torch.randperm(len(parameters), generator=start.generator("lora-sp")).tolist()
-            waiting = {order[i] for i in range(round(self.config.frozen * len(order)))}
+            frozen_numbers = {order[i] for i in range(round(self.config.frozen * len(order)))}
             for i, p in enumerate(parameters.values()):
-                p.requires_grad_(i not in waiting)
+                p.requires_grad_(i not in frozen_numbers)
         else:
             self.masks = {name: self._mask(start, name, p) for name, p in parameters.items()}
 
     def _mask(self, start: TrainingState, name: str, p: nn.Parameter) -> Tensor:  # bool, of the shape of p
-        drawn = torch.rand(p.shape, generator=start.generator(f"lora-sp/{name}"))
-        return drawn.ge(self.config.frozen).to(p.device)
+        uniform = torch.rand(p.shape, generator=start.generator(f"lora-sp/{name}"))
+        return uniform.ge(self.config.frozen).to(p.device)
 
     @torch.no_grad()
     def on_grads(self, training: TrainingState) -> None:

@@ -57,8 +57,8 @@ class Lte(Callback):
         self.facts["began"] = True
 
     def on_step(self, training: TrainingState) -> None:
-        turn, left = divmod(training.done, int(self.config.every))
-        if left:
+        turn, remainder = divmod(training.done, int(self.config.every))
+        if remainder:
             return
         heads = self.config.heads
         for name, site, delta in training.sites():
@@ -96,8 +96,8 @@ class Lte(Callback):
     def _put_away(self, training: TrainingState, key: str, delta: Delta) -> None:
         for number, p in enumerate(delta.parameters()):
             self.tensors[f"{key}/{number}"] = p.detach().clone()
-            for what, kept in training.optimizer.state.get(p, {}).items():
-                self.tensors[f"{key}/{number}/{what}"] = kept.clone()
+            for name, moment in training.optimizer.state.get(p, {}).items():
+                self.tensors[f"{key}/{number}/{name}"] = moment.clone()
         self.tensors[f"{key}/A"], self.tensors[f"{key}/B"] = factors_of(delta)
 
     @torch.no_grad()
@@ -116,16 +116,16 @@ class Lte(Callback):
     def _average(self, key: str) -> None:
         """What the heads have now is what they are averaged by until the next time."""
         for head in range(self.config.heads):
-            for what in "AB":
-                if (kept := self.tensors.get(f"{head}/{key}/{what}")) is not None:
-                    self.tensors[f"{head}/{key}/mean/{what}"] = kept.clone()
+            for letter in "AB":
+                if (factor := self.tensors.get(f"{head}/{key}/{letter}")) is not None:
+                    self.tensors[f"{head}/{key}/mean/{letter}"] = factor.clone()
 
     def _share(self, key: str, own: int, delta: Delta) -> None:
         """Let head `own` act on the base and the mean, less its own part of what was averaged."""
         means: list[tuple[int, Tensor]] = [
-            (head, kept)
+            (head, mean_A)
             for head in range(self.config.heads)
-            if (kept := self.tensors.get(f"{head}/{key}/mean/A")) is not None
+            if (mean_A := self.tensors.get(f"{head}/{key}/mean/A")) is not None
         ]
         if not means:
             return

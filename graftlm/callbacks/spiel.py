@@ -56,11 +56,11 @@ class SpielCallback(Callback):
     @contextmanager
     def during(self, training: TrainingState) -> Iterator[None]:
         self.gradients: dict[str, Tensor] = {}
-        with ExitStack() as held:
+        with ExitStack() as stack:
             if self._moves(training.done + 1, training):
                 at = hosts(training.model)
                 for _, site, _ in training.sites():
-                    held.callback(see_gradient(at[site], partial(self._add, site)).remove)
+                    stack.callback(see_gradient(at[site], partial(self._add, site)).remove)
             yield
 
     def _add(self, site: str, G: Tensor) -> None:
@@ -103,5 +103,5 @@ class SpielCallback(Callback):
 
 def _moments(optimizer: torch.optim.Optimizer, phi: nn.Parameter) -> list[Tensor]:
     """What the optimizer keeps for each number of phi."""
-    kept = optimizer.state.get(phi, {}).values()
-    return [value for value in kept if isinstance(value, Tensor) and value.shape == phi.shape]
+    values = optimizer.state.get(phi, {}).values()
+    return [value for value in values if isinstance(value, Tensor) and value.shape == phi.shape]

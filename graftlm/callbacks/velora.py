@@ -41,7 +41,7 @@ class VeloraConfig(CallbackConfig):
     """g: numbers that are kept of each token; more are nearer to x, and take more memory."""
 
 
-class Kept(NamedTuple):
+class CompressedInput(NamedTuple):
     """x [.., d_in] as it waits for the backward pass."""
 
     z: Tensor
@@ -68,10 +68,10 @@ class Velora(Callback):
     @contextmanager
     def during(self, training: TrainingState) -> Iterator[None]:
         names = {site for _, site, delta in training.sites() if delta.site.kind == "linear"}
-        with ExitStack() as held:
+        with ExitStack() as stack:
             for site, host in hosts(training.model).items():
                 if site in names:
-                    held.enter_context(self._inside(training, site, host))
+                    stack.enter_context(self._inside(training, site, host))
             yield
 
     @contextmanager
@@ -98,15 +98,15 @@ class Velora(Callback):
             for hook in hooks:
                 hook.remove()
 
-    def _keeper(self, site: str, x: Tensor) -> Callable[[Tensor], Tensor | Kept]:
+    def _keeper(self, site: str, x: Tensor) -> Callable[[Tensor], Tensor | CompressedInput]:
         memory, count = x.untyped_storage().data_ptr(), x.numel()
 
-        def keep(tensor: Tensor) -> Tensor | Kept:
+        def keep(tensor: Tensor) -> Tensor | CompressedInput:
             if tensor.untyped_storage().data_ptr() != memory or tensor.numel() != count:
                 return tensor
             parts = tensor.detach().reshape(-1, self.config.groups, tensor.shape[-1] // self.config.groups)
             v = self._direction(site, parts)
-            return Kept(parts @ v, v, tensor.shape)
+            return CompressedInput(parts @ v, v, tensor.shape)
 
         return keep
 
@@ -119,5 +119,5 @@ class Velora(Callback):
         return found.to(parts)
 
 
-def restored(kept: Tensor | Kept) -> Tensor:
-    return kept if isinstance(kept, Tensor) else (kept.z[..., None] * kept.v).reshape(kept.shape)
+def restored(x: Tensor | CompressedInput) -> Tensor:
+    return x if isinstance(x, Tensor) else (x.z[..., None] * x.v).reshape(x.shape)

@@ -19,6 +19,7 @@ from graftlm.cli import (
     export,
     generate,
     init,
+    library,
     lr_range,
     merge,
     methods,
@@ -72,6 +73,20 @@ data_app.command("check")(data.check)
 data_app.command("select")(data.select)
 data_app.command("convert")(data.convert)
 app.add_typer(data_app, name="data")
+
+library_app = typer.Typer(
+    help="Keep adapters in a folder with an index: add, verify, search, find duplicates.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+library_app.command("list")(library.list_entries)
+library_app.command("add")(library.add)
+library_app.command("verify")(library.verify)
+library_app.command("search")(library.search)
+library_app.command("duplicates")(library.duplicates)
+library_app.command("prune")(library.prune)
+library_app.command("remove")(library.remove)
+app.add_typer(library_app, name="library")
 
 cache_app = typer.Typer(
     help="List and clear the cache folder: $GRAFT_CACHE, else ~/.cache/graftlm.",

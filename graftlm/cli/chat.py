@@ -127,14 +127,14 @@ def _turn(history: "list[Message]", line: str, ask: "Callable[[list[Message]], s
     """One question and its answer, added to the history; an answer that Ctrl-C cuts off is forgotten."""
     from graftlm.data.sources.formats import Message
 
-    asked = [*history, Message("user", line)]
+    messages = [*history, Message("user", line)]
     try:
-        text = ask(asked)
+        text = ask(messages)
     except KeyboardInterrupt:
         typer.secho("\n(stopped; this turn is discarded)", dim=True, err=True)
         return history
     print()
-    return [*asked, Message("assistant", text)]
+    return [*messages, Message("assistant", text)]
 
 
 def _lines() -> Iterator[str]:

@@ -26,7 +26,8 @@ def compose(
         typer.Option(
             "--by",
             help="Rule: linear, svd, ties, dare, della, breadcrumbs, magnitude, negation, slerp, karcher, model-stock, "
-            "sce, tsv, iso-c, wudi, lego, lorahub, peft-linear or, in Python only, regmean. Default: linear.",
+            "sce, tsv, iso-c, wudi, lego, ziplora, lorahub, cat, peft-linear or, in Python only, regmean. "
+            "Default: linear.",
         ),
     ] = None,
     weights: Annotated[
@@ -38,7 +39,7 @@ def compose(
         typer.Option(
             "--search",
             metavar="ROWS",
-            help="Find the weights with the lowest loss on a few of these rows, for linear and lorahub.",
+            help="Find the weights with the lowest loss on a few of these rows, for linear, lorahub and cat.",
         ),
     ] = None,
     examples: Annotated[
@@ -169,10 +170,16 @@ def _found(config: "ComposeConfig", made: "Result") -> list[str]:
     found = made.found
     if found is None or config.search is None:
         return []
-    return [
-        f"weights {', '.join(f'{weight:.3f}' for weight in found.weights)}, found on {made.rows} rows of "
-        f"{config.search.rows}",
+    how = [
+        f"{made.rows} rows of {config.search.rows}",
         f"by {found.by}, {found.evaluations} evaluations, seed {config.seed}",
+    ]
+    if isinstance(found.weights, dict):
+        lines = [f"weights of {len(found.weights)} layers, found on {how[0]}", how[1]]
+        return [*lines, f"loss: {found.value:.4f} nats per token, {found.start:.4f} with the mean of the adapters"]
+    return [
+        f"weights {', '.join(f'{weight:.3f}' for weight in found.weights)}, found on {how[0]}",
+        how[1],
         f"loss with penalty: {found.value:.4f} nats per token, {found.start:.4f} with weights 0",
     ]
 

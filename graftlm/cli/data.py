@@ -121,13 +121,13 @@ def select(
     recipe = _selecting(recipe, by, keep, target, of_method)
     tokenizer = recipe.tokenizer()
     usable = for_supervised if is_recipe(source) else every_row  # what a file of rows is for, nobody says
-    read = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
-    for problem in (*read.problems, *unread_keys(read.train), *read.notes):
+    data = read_data(recipe.data, seed=recipe.train.seed, network=recipe.network, usable=usable)
+    for problem in (*data.problems, *unread_keys(data.train), *data.notes):
         warn(problem)
-    rows = read.train
-    kept, choices = select_rows(recipe, rows, tokenizer, Console(stderr=True))
-    scores = write_rows(out, kept, choices)
-    counts = {"rows": len(rows), "kept": len(kept)}
+    rows = data.train
+    selected_rows, choices = select_rows(recipe, rows, tokenizer, Console(stderr=True))
+    scores = write_rows(out, selected_rows, choices)
+    counts = {"rows": len(rows), "kept": len(selected_rows)}
     _print_choices(out, counts, scores, choices, as_json=as_json)
 
 

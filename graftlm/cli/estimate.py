@@ -72,8 +72,8 @@ def estimate(
 
 
 def _refuse_without_base(options: dict[str, Any]) -> None:
-    if given := [option for option, value in options.items() if value]:
-        raise typer.BadParameter("it goes with --base; a recipe says it itself", param_hint=given[0])
+    if options_set := [option for option, value in options.items() if value]:
+        raise typer.BadParameter("it goes with --base; a recipe says it itself", param_hint=options_set[0])
 
 
 def _of_recipe(recipe: Path, overrides: list[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`graft generate`."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ from graftlm.cli.options import (
     TopKOption,
     TopPOption,
 )
+from graftlm.cli.routing import chosen_for
 from graftlm.cli.sampling import parse_day, sampling_options
 from graftlm.cli.terminal import warn
 
@@ -49,6 +51,14 @@ def generate(
         Path | None,
         typer.Option("--json-schema", help="File with a JSON schema: the answer is JSON that is valid by it."),
     ] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(
+            "--route",
+            metavar="NAME_OR_FILE",
+            help="Router that chooses among the --adapter folders: its name, or a YAML file with options.",
+        ),
+    ] = None,
     stop: StopOption = None,
     seed: SeedOption = 0,
     today: TodayOption = None,
@@ -57,6 +67,7 @@ def generate(
     network: NetworkOption = False,
 ) -> None:
     """Answer one question and print the answer."""
+    # Over 60 lines: its signature is the list of options, with the help of each.
     from graftlm.generation.answer import answer
     from graftlm.generation.engine import Engine
 
@@ -66,11 +77,14 @@ def generate(
     options = sampling_options(temperature, top_k, top_p, min_p, penalties, stop) | {"today": parse_day(today)}
     if json_schema is not None:
         options["grammar"] = _grammar(json_schema)
-    model, tokenizer = load_model(base, adapter or [], network, dtype, quantization)
-    asked = question if question is not None else prompt
+    folders = adapter or []
+    model, tokenizer = load_model(base, [] if route is not None else folders, network, dtype, quantization)
+    asked = (question if question is not None else prompt) or ""
     engine = Engine(model, prepack=False)  # for a single answer it does not pay
     show_reason(engine)
-    text = answer(model, tokenizer, asked or "", max_new_tokens=max_new_tokens, seed=seed, engine=engine, **options)
+    with nullcontext() if route is None else chosen_for(model, tokenizer, folders, route, asked) as lease:
+        options |= {"max_new_tokens": max_new_tokens, "seed": seed, "engine": engine, "lease": lease}
+        text = answer(model, tokenizer, asked, **options)
     print(text)
     if json_schema is not None and not _is_json(text):
         warn("the answer is cut off, so it is no whole JSON: give it more tokens (--max-new-tokens)")

@@ -32,7 +32,7 @@ def merge(
 
     model, tokenizer = load_model(base, adapter, network, base_dtype, quantization)
     ends = stop_ids(tokenizer)
-    made = export(model, out, to="merged", dtype=DTYPES[dtype], tokenizer=tokenizer, stop_ids=ends)
-    for text in export_warnings(made, dtype):
+    result = export(model, out, to="merged", dtype=DTYPES[dtype], tokenizer=tokenizer, stop_ids=ends)
+    for text in export_warnings(result, dtype):
         warn(f"warning: {text}")
     wrote(out)

@@ -23,8 +23,8 @@ def methods(
         print_json(rows)
         return
     about = METHOD_COLUMNS if wanted is None else CHOSEN_COLUMNS
-    shown = {key: heading for key, heading in about.items() if any(row.get(key) is not None for row in rows)}
-    print_table(list(shown.values()), [[_short(row.get(key)) for key in shown] for row in rows])
+    columns = {key: heading for key, heading in about.items() if any(row.get(key) is not None for row in rows)}
+    print_table(list(columns.values()), [[_short(row.get(key)) for key in columns] for row in rows])
 
 
 METHOD_COLUMNS = {

@@ -20,16 +20,16 @@ def sampling_options(
     presence and frequency."""
     from graftlm.generation.sampling import Sampling
 
-    chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    chosen |= zip(("repetition_penalty", "presence_penalty", "frequency_penalty"), penalties, strict=True)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options |= zip(("repetition_penalty", "presence_penalty", "frequency_penalty"), penalties, strict=True)
     try:
-        Sampling(**chosen)
+        Sampling(**options)
     except ValueError as error:
         option = "temperature" if "temperature 0" in str(error) else str(error).split()[0].replace("_", "-")
         raise typer.BadParameter(str(error), param_hint=f"--{option}") from None
     if "" in (stop or []):
         raise typer.BadParameter("an empty text would end every answer at once", param_hint="--stop")
-    return chosen | {"stop": stop or ()}
+    return options | {"stop": stop or ()}
 
 
 def parse_day(today: str | None) -> "datetime.date | None":

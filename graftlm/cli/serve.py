@@ -54,6 +54,15 @@ def serve(
             help="Recipe or file of training rows whose check (graft data check) the page at / shows.",
         ),
     ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            "--router",
+            metavar="NAME_OR_FILE",
+            help="Router that chooses the adapters of requests with the model auto: its name, or a YAML file with "
+            "options.",
+        ),
+    ] = None,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Adapters that are on the model at a time.")] = 16,
     max_requests: Annotated[
         int, typer.Option("--max-requests", min=1, help="Answers that are computed at a time.")
@@ -72,6 +81,7 @@ def serve(
     """Serve a base and its adapters over HTTP, as OpenAI's and Anthropic's clients expect it."""
     # Over 60 lines: its signature is the list of options, with the help of each.
     require_extra()
+    from graftlm.routing.config import read_router
     from graftlm.serve.limits import Limits
     from graftlm.serve.security import is_loopback
     from graftlm.serve.server import Options, make_service, run
@@ -79,7 +89,7 @@ def serve(
     if runs is not None and not runs.is_dir():
         raise typer.BadParameter(f"{runs}: there is no such folder", param_hint="--runs")
     recipe = recipe_for(data, base, None, None, network, []) if data is not None else None
-    keys = read_keys(api_key)
+    keys, routed = read_keys(api_key), None if router is None else read_router(router)
     if allow_adapter_changes and (adapters is None or (adapters / "adapter_config.json").is_file()):
         raise typer.BadParameter(
             "clients can load adapters only from a folder of adapters: name one with --adapters",
@@ -90,7 +100,7 @@ def serve(
         if not keys and not is_loopback(host):
             warn(f"warning: {host} can be reached from other machines, and no --api-key is asked for: anybody may ask")
         model, tokenizer = load_model(base, [], network, dtype, quantization)
-        options = Options(host, keys, allow_adapter_changes, slots, max_requests, base, runs, recipe)
+        options = Options(host, keys, allow_adapter_changes, slots, max_requests, base, runs, recipe, routed)
         limits = Limits(queue=queue, timeout=timeout, drain=drain_seconds)
         service = make_service(model, tokenizer, adapters, options, limits)
         show_reason(service.worker.engine)
@@ -139,6 +149,7 @@ def show_served(service: "Service", host: str, port: int) -> None:
     """Say what is served, and where."""
     names = service.catalog.names
     shown = ", ".join(names[1:9]) + (f" and {len(names) - 9} more" if len(names) > 9 else "")
-    print(f"base {names[0]}" + (f", adapters {shown}" if names[1:] else ""), flush=True)
+    auto = "" if service.catalog.routing is None else f", auto: {service.catalog.routing.config.name}"
+    print(f"base {names[0]}" + (f", adapters {shown}" if names[1:] else "") + auto, flush=True)
     where = f"[{host}]" if ":" in host else host
     print(f"ready on http://{where}:{port}/v1, with a page at http://{where}:{port}/", flush=True)

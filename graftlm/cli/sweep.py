@@ -38,8 +38,8 @@ def sweep(
     check_choice(on, sweeping.RUNNERS, "--on")
     points = sweeping.grid(recipe, grid)
     outcome = sweeping.sweep(points, out, on=on, say=lambda line: note(line))
-    made = [out / point.name for point in points if (out / point.name).is_dir()]
-    show_runs(compare(made), sort, reverse, as_json, html, failed=outcome.failed)
+    run_folders = [out / point.name for point in points if (out / point.name).is_dir()]
+    show_runs(compare(run_folders), sort, reverse, as_json, html, failed=outcome.failed)
     for name, why in outcome.failed.items():
         typer.secho(f"{name} FAILED: {why}\n  full log: {out / 'logs' / name}.log", fg="red", err=True)
     if outcome.failed:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,12 @@ Moments = Mapping[str, Tensor] | Callable[[str], Tensor]
 """Site -> the mean of x x^T over the inputs x of the site in rows of one adapter [d_in, d_in]: the `second_moment` of
 `graftlm/passes/statistics.py: collect`."""
 
+EVERYWHERE = ""
+"""Stands for a site where weights are of whole adapters."""
+
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
+"""One for each adapter, or site -> one for each adapter."""
+
 
 class SiteReport(NamedTuple):
     """The result of a composition at one site."""
@@ -67,7 +74,7 @@ def compose(
     adapters: Sequence[Adapter | str | Path],
     *,
     by: RuleConfig | str = "linear",
-    weights: Sequence[float] | None = None,
+    weights: Weights | None = None,
     space: Space | None = None,
     convention: Convention | None = None,
     rank: int | None = None,
@@ -76,9 +83,10 @@ def compose(
 ) -> Composition:
     """Compose adapters of one base into one LoRA adapter, scale 1 at each site.
 
-    `weights`: one for each adapter, by default 1. `space` and `convention`: those of the rule's `spaces` and
-    `conventions`, by default its first (mostly `core` and `paper`). `rank` is the largest of the result at a site; the
-    sites' errors say what it cuts. `seed` is for rules that draw, `moments`, one for each adapter, for `regmean` alone.
+    `weights`: one for each adapter, by default 1, or for each site one for each adapter. `space` and `convention`:
+    those of the rule's `spaces` and `conventions`, by default its first (mostly `core` and `paper`). `rank` is the
+    largest of the result at a site; the sites' errors say what it cuts. `seed` is for rules that draw, `moments`, one
+    for each adapter, for `regmean` and `ziplora`.
     The model is left as it was. Raises RecipeError for options that do not go together, AdapterError and BaseModelError
     for adapters that do not fit the base or each other, TargetError for one that does more than change weight matrices.
     """
@@ -86,24 +94,30 @@ def compose(
     rule = _rule(config, space, convention)
     space = space or rule.spaces[0]
     members = read_adapters(adapters)
-    weights = _checked_weights(rule, weights, len(members))
+    shares = _weights_of(rule, weights, len(members))
     _check_moments(rule, moments, len(members))
     _check_rank(config, rule, space, rank)
     check_one_base(members)
     model = loaded(model_or_base)
-    used = [i for i, weight in enumerate(weights) if weight != 0 or rule.convention == "peft"]
+    every = rule.convention == "peft" or EVERYWHERE not in shares
+    used = [i for i in range(len(members)) if every or shares[EVERYWHERE][i] != 0]
     found: dict[str, tuple[Tensor, Tensor]] = {}
     sites: dict[str, SiteReport] = {}
     needs_rank = rank is None and rule.energy == 1
     with ExitStack() as stack:
-        each = [
-            (stack.enter_context(changes_of(model, members[i], f"{NAME}-{i}", needs_rank=needs_rank)), i) for i in used
-        ]
-        for site in in_order(model, [changes for changes, _ in each]):
-            here = [(changes[site](), i) for changes, i in each if site in changes]
+        read = partial(changes_of, model, needs_rank=needs_rank)
+        each = [(stack.enter_context(read(members[i], f"{NAME}-{i}")), i) for i in used]
+        wanted = in_order(model, [changes for changes, _ in each])
+        _check_sites(shares, wanted)
+        for site in wanted:
+            own = shares.get(site) or shares[EVERYWHERE]
+            counts = [i for i, weight in enumerate(own) if weight != 0 or rule.convention == "peft"]
+            here = [(changes[site](), i) for changes, i in each if site in changes and i in counts]
+            if not here:
+                continue
             result, cross = compose_changes(
                 [change for change, _ in here],
-                [weights[i] for _, i in here],
+                [own[i] for _, i in here],
                 rule,
                 space,
                 rank=rank,
@@ -136,8 +150,7 @@ def compose_changes(
     # The largest first: sums and random numbers then do not depend on the order in which the adapters are given.
     order = sorted(range(len(changes)), key=lambda i: -float(at.matrices[i].norm()))
     matrices, shares = [at.matrices[i] for i in order], [weights[i] for i in order]
-    if isinstance(rule, MomentRule):
-        assert moments is not None
+    if isinstance(rule, MomentRule) and moments is not None:
         prepared = [rule.prepared(moments[i].double().cpu()) for i in order]
         V = at.V
         M = rule.merge_with(matrices, shares, prepared if V is None else [V.T @ G @ V for G in prepared])
@@ -232,12 +245,35 @@ def _rule(config: RuleConfig, space: Space | None, convention: Convention | None
     return kind(config, convention)
 
 
-def _checked_weights(rule: Rule, weights: Sequence[float] | None, count: int) -> list[float]:
-    """A finite weight for each adapter; shares of one whole where the rule wants these."""
-    name = rule.config.name
+def _weights_of(rule: Rule, weights: Weights | None, count: int) -> dict[str, list[float]]:
+    """Site, or EVERYWHERE -> a weight for each adapter."""
     if not count:
         raise RecipeError("there is no adapter to compose: name two or more", code="missing-option")
-    weights = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if isinstance(weights, Mapping):
+        return {site: _checked_weights(rule, own, count) for site, own in weights.items()}
+    return {EVERYWHERE: _checked_weights(rule, [1.0] * count if weights is None else weights, count)}
+
+
+def _check_sites(shares: Mapping[str, list[float]], sites: Sequence[str]) -> None:
+    """Raise RecipeError for weights by site that are not those of `sites`."""
+    if EVERYWHERE in shares:
+        return
+    if lacking := [site for site in sites if site not in shares]:
+        raise RecipeError(
+            f"{lacking[0]} has no weights, and an adapter changes it: give weights for each layer, or one for each "
+            "adapter",
+            code="unusable-weights",
+        )
+    if unknown := [site for site in shares if site not in sites]:
+        raise RecipeError(
+            f"weights for {unknown[0]}, which no adapter changes. {nearest(unknown[0], sites)}", code="unusable-weights"
+        )
+
+
+def _checked_weights(rule: Rule, given: Sequence[float], count: int) -> list[float]:
+    """A finite weight for each adapter; shares of one whole where the rule wants these."""
+    name = rule.config.name
+    weights = [float(weight) for weight in given]
     if len(weights) != count:
         raise RecipeError(f"{len(weights)} weights for {count} adapters: give one for each", code="unusable-weights")
     if not all(abs(weight) < float("inf") for weight in weights) or not any(weights):
@@ -261,6 +297,8 @@ def _check_moments(rule: Rule, moments: Sequence[Moments] | None, count: int) ->
     if not isinstance(rule, MomentRule):
         if moments is not None:
             raise RecipeError(f"{name} takes no moments: leave them out, or use regmean", code="conflicting-settings")
+    elif moments is None and not rule.needs_moments:
+        return
     elif moments is None:
         raise RecipeError(
             f"{name} needs the second moments of each adapter's inputs, which come from its rows and are given in "
@@ -319,6 +357,8 @@ def in_order(model: nn.Module, each: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def lora_with(model: nn.Module, found: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
     """A LoRA with these factors and scale 1, with the record of the model's base."""
+    if not found:
+        raise RecipeError("all weights of the adapters that change a layer are 0", code="unusable-weights")
     ranks = Counter(len(A) for A, _ in found.values())
     r = ranks.most_common(1)[0][0]
     patterns = {re.escape(s): {"r": len(A), "alpha": float(len(A))} for s, (A, _) in found.items() if len(A) != r}

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Union
 from pydantic import Field, field_validator
 
 from graftlm.adapters.adapter import NO_CHAT, Adapter
+from graftlm.adapters.load import load_named_base
 from graftlm.combine.compose import Composition, check_one_base, common_chat, compose, config_named
 from graftlm.combine.few_shot import SumSpace, few_shot_loss
+from graftlm.combine.layer_weights import LayerWeights, learn_layer_weights
 from graftlm.combine.rules import COMPOSERS
 from graftlm.combine.rules.base import Convention, RuleConfig
+from graftlm.combine.rules.cat import CatConfig
 from graftlm.combine.rules.linear import LinearConfig
 from graftlm.combine.search import Found, search_weights
 from graftlm.combine.spaces import Space
@@ -20,9 +23,8 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources.mixing import read_data
 from graftlm.data.sources.source import DataConfig, SourceConfig
-from graftlm.errors import BaseModelError, RecipeError
+from graftlm.errors import RecipeError
 from graftlm.hub.load import Loaded, load_base
-from graftlm.hub.locate import PACKAGED_FROM
 
 if TYPE_CHECKING:
     AnyRule = RuleConfig
@@ -34,7 +36,7 @@ else:
 
 
 SEARCHED: dict[str, SumSpace] = {"linear": "product", "lorahub": "factors"}
-"""The rules whose weights can be searched -> the space of the sum, for `few_shot_loss`."""
+"""The rules whose weights can be searched -> the space of the sum, for `few_shot_loss`. (`cat` learns its own.)"""
 
 
 @config
@@ -46,7 +48,7 @@ class SearchConfig:
     examples: PositiveCount = 5
     """So many of the rows are drawn by the seed; all of them where there are no more."""
     evaluations: PositiveCount = 40
-    """How often the loss is computed at most."""
+    """How often the loss is computed at most; by cat, each but the last with its gradient."""
 
 
 @config
@@ -57,10 +59,10 @@ class ComposeConfig:
     """Folders of adapters, graftlm's or PEFT's."""
     by: AnyRule = Field(default_factory=LinearConfig)
     """The rule: a name, or `{name: NAME, ...}` with options."""
-    weights: tuple[float, ...] | None = None
-    """One for each adapter; without them, 1 each."""
+    weights: tuple[float, ...] | dict[str, tuple[float, ...]] | None = None
+    """One for each adapter; without them, 1 each. Or a mapping from each layer that is changed to one for each."""
     search: SearchConfig | None = None
-    """Find the weights, in place of `weights`; for linear and lorahub."""
+    """Find the weights, in place of `weights`; for linear, lorahub and, a weight for each layer, cat."""
     space: Space | None = None
     """What the rule acts on: by default the first space of the rule, `core` for most."""
     convention: Convention | None = None
@@ -93,7 +95,7 @@ class Result(NamedTuple):
     config: ComposeConfig
     """The recipe; after a search with the weights that it found in place of `search`."""
     composition: Composition
-    found: Found | None = None
+    found: Found | LayerWeights | None = None
     """What the search found."""
     rows: int = 0
     """How many rows the search looked at."""
@@ -128,21 +130,29 @@ def run(config: ComposeConfig) -> Result:
 
 def _check_search(config: ComposeConfig) -> None:
     if config.search is None:
+        if config.by.name == "cat" and not isinstance(config.weights, dict):
+            raise RecipeError(
+                "cat learns a weight for each adapter and layer from rows of the task: give these (--search ROWS), or "
+                "the weights of each layer in a recipe. One weight for each adapter is --by linear",
+                code="missing-option",
+            )
         return
     if config.weights is not None:
         raise RecipeError(
             "search finds the weights, and weights gives them: leave out one of the two (--search, --weights)",
             code="conflicting-settings",
         )
-    if config.by.name not in SEARCHED:
+    if config.by.name not in (*SEARCHED, "cat"):
         raise RecipeError(
-            f"search finds weights of a sum: by {' or '.join(SEARCHED)}, not {config.by.name}. Use the weights that it "
-            f"finds: --by {config.by.name} --weights ...",
+            f"search finds weights of a sum: by {', '.join(SEARCHED)} or cat, not {config.by.name}. Use the "
+            f"weights that it finds: --by {config.by.name} --weights ...",
             code="conflicting-settings",
         )
 
 
-def _search(config: ComposeConfig, wanted: SearchConfig, base: Loaded, members: Sequence[Adapter]) -> tuple[Found, int]:
+def _search(
+    config: ComposeConfig, wanted: SearchConfig, base: Loaded, members: Sequence[Adapter]
+) -> tuple[Found | LayerWeights, int]:
     """(what the search found, the number of rows that it looked at)"""
     chat = common_chat(members) or NO_CHAT  # the result is asked in this way
     renderer = Renderer(base.tokenizer, chat.template, today=chat.today, turn_order=chat.turn_order or "refuse")
@@ -156,6 +166,16 @@ def _search(config: ComposeConfig, wanted: SearchConfig, base: Loaded, members: 
     examples, _ = prepare(rows, renderer, data)
     # One row at a time: the same result as in packs, for models that cannot be packed too.
     packs = lay_out(examples, data.max_tokens, packed=False)
+    if isinstance(config.by, CatConfig):
+        learned = learn_layer_weights(
+            base.model,
+            members,
+            packs,
+            evaluations=wanted.evaluations,
+            learning_rate=config.by.learning_rate,
+            needs_rank=config.rank is None,
+        )
+        return learned, len(rows)
     space = SEARCHED[config.by.name]
     with few_shot_loss(base.model, members, packs, space=space, needs_rank=config.rank is None) as score:
         found = search_weights(len(members), score, budget=wanted.evaluations, seed=config.seed)
@@ -174,10 +194,4 @@ def _load(config: ComposeConfig, first: Adapter) -> Loaded:
     if config.base is not None:
         return load_base(config.base, network=config.network)
     named = (first.base or {}).get("name") or first.peft_config.get("base_model_name_or_path") or "smollm2"
-    packaged = [name for name, hub_id in PACKAGED_FROM.items() if hub_id == named]
-    try:
-        return load_base(packaged[0] if packaged else str(named), network=config.network)
-    except BaseModelError as error:
-        raise BaseModelError(
-            f"{error}\nThis is the base that {first.where} names: say where it is (--base)", code="no-such-base"
-        ) from None
+    return load_named_base(str(named), str(first.where), network=config.network)

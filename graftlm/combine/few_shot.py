@@ -21,7 +21,6 @@ from graftlm.combine.compose import check_one_base, check_ranks
 from graftlm.combine.core import Change
 from graftlm.combine.search import Score
 from graftlm.data.batches.pack import Pack
-from graftlm.model.acting import FixedFactors
 from graftlm.model.attach import detach
 from graftlm.model.factors import attach_factors
 from graftlm.model.modes import by_row
@@ -49,19 +48,13 @@ def few_shot_loss(
     Deltas that are active on the model do not act. Afterwards the model is as it was. `needs_rank`: adapters without
     exact factors are refused. Raises what `compose` raises for adapters that do not fit the base or each other.
     """
-    check_one_base(adapters)
-    make = _of_products if space == "product" else _of_factors
-    sites = {site: make(site, changes) for site, changes in _changes(model, adapters, needs_rank).items()}
-    attach_factors(model, NAME, {site: stack.factors(torch.zeros(len(adapters))) for site, stack in sites.items()})
-    try:
+    with stacks_on(model, adapters, space=space, needs_rank=needs_rank) as stacks:
         hosts = known_hosts(model)
-        acting = [(sites[site].to(model.device), hosts[site].factors[NAME]) for site in sites]
+        acting = [(stack, hosts[site].factors[NAME]) for site, stack in stacks.items()]
         yield partial(_loss, model, acting, [pack.to(model.device) for pack in packs])
-    finally:
-        detach(model, NAME)
 
 
-class _Stack(NamedTuple):
+class Stack(NamedTuple):
     """The factors of all adapters at one site, float32, and what weights make of them."""
 
     A: Tensor
@@ -71,8 +64,8 @@ class _Stack(NamedTuple):
     of: Tensor
     """The adapter, from 0, of each of the R columns, or of each of the m; int64"""
 
-    def to(self, device: torch.device) -> "_Stack":
-        return _Stack(*(t.to(device) for t in self))
+    def to(self, device: torch.device) -> "Stack":
+        return Stack(*(t.to(device) for t in self))
 
     def factors(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(A [r, d_in], B [d_out, r]) of weights [n]."""
@@ -81,17 +74,32 @@ class _Stack(NamedTuple):
         return torch.tensordot(w[self.of], self.A, 1), torch.tensordot(w[self.of], self.B, 1)
 
 
-def _of_products(site: str, changes: Mapping[int, Change]) -> _Stack:
+@contextmanager
+def stacks_on(
+    model: Any, adapters: Sequence[Adapter], *, space: SumSpace, needs_rank: bool
+) -> Iterator[dict[str, Stack]]:
+    """Site -> the factors of all adapters, on the model's device. Inside, each site has factors NAME, of weights 0."""
+    check_one_base(adapters)
+    make = _of_products if space == "product" else _of_factors
+    sites = {site: make(site, changes) for site, changes in _changes(model, adapters, needs_rank).items()}
+    attach_factors(model, NAME, {site: stack.factors(torch.zeros(len(adapters))) for site, stack in sites.items()})
+    try:
+        yield {site: stack.to(model.device) for site, stack in sites.items()}
+    finally:
+        detach(model, NAME)
+
+
+def _of_products(site: str, changes: Mapping[int, Change]) -> Stack:
     A = torch.cat([change.A.float() for change in changes.values()])
     B = torch.cat([change.scale * change.B.float() for change in changes.values()], dim=1)
-    return _Stack(A, B, torch.tensor([number for number, change in changes.items() for _ in change.A]))
+    return Stack(A, B, torch.tensor([number for number, change in changes.items() for _ in change.A]))
 
 
-def _of_factors(site: str, changes: Mapping[int, Change]) -> _Stack:
+def _of_factors(site: str, changes: Mapping[int, Change]) -> Stack:
     check_ranks(site, list(changes.values()))
     A = torch.stack([change.scale**0.5 * change.A.float() for change in changes.values()])
     B = torch.stack([change.scale**0.5 * change.B.float() for change in changes.values()])
-    return _Stack(A, B, torch.tensor(list(changes)))
+    return Stack(A, B, torch.tensor(list(changes)))
 
 
 def _changes(model: Any, adapters: Sequence[Adapter], needs_rank: bool) -> dict[str, dict[int, Change]]:
@@ -105,9 +113,7 @@ def _changes(model: Any, adapters: Sequence[Adapter], needs_rank: bool) -> dict[
 
 
 @torch.no_grad()
-def _loss(
-    model: Any, acting: Sequence[tuple[_Stack, FixedFactors]], packs: Sequence[Pack], weights: Sequence[float]
-) -> float:
+def _loss(model: Any, acting: Sequence[tuple[Stack, Any]], packs: Sequence[Pack], weights: Sequence[float]) -> float:
     w = torch.tensor(weights, dtype=torch.float32, device=model.device)
     for stack, factors in acting:
         for here, made in zip(factors, stack.factors(w), strict=True):

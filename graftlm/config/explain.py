@@ -34,15 +34,15 @@ def explain(cls: type, tree: Tree, error: Any, source: str, lines: Mapping[Key, 
         tag = error["ctx"]["discriminator"].strip("'")
         known = _tags(cls, tree, error["loc"], tag)
         if error["type"] == "union_tag_not_found":
-            given = ", ".join(map(str, error["input"])) if isinstance(error["input"], dict) else error["input"]
-            which = f"say which: `{tag}: NAME` beside {given}. {nearest('', known)}"
+            value = ", ".join(map(str, error["input"])) if isinstance(error["input"], dict) else error["input"]
+            which = f"say which: `{tag}: NAME` beside {value}. {nearest('', known)}"
             return key, error["type"], f"{where}: {dotted(key)}.{tag}: {which}"
         name = str(error["ctx"]["tag"])
         return key, error["type"], f"{where}: {dotted(key)}.{tag}: {name!r} is unknown. {nearest(name, known)}"
     message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f" (given: {given!r})" if not isinstance(given, dict | list | tuple) else ""
-    return key, error["type"], f"{where}: {dotted(key) or 'the recipe'}: {message}{shown}"
+    value = error.get("input")
+    suffix = f" (given: {value!r})" if not isinstance(value, dict | list | tuple) else ""
+    return key, error["type"], f"{where}: {dotted(key) or 'the recipe'}: {message}{suffix}"
 
 
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
@@ -94,8 +94,8 @@ def _locate(cls: type, tree: Tree, loc: Sequence[str | int]) -> tuple[Key, objec
             key.append(part)
             node = node[part] if is_key else None  # type: ignore[index]
             if index < len(loc) - 1:
-                held = _without_none(owner)
-                owner = get_type_hints(held).get(str(part), owner) if is_dataclass(held) else owner
+                cls_of_owner = _without_none(owner)
+                owner = get_type_hints(cls_of_owner).get(str(part), owner) if is_dataclass(cls_of_owner) else owner
         else:
             owner = _member(owner, part) or owner
     return tuple(key), _only_dataclass(owner)

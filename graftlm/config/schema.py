@@ -63,7 +63,7 @@ def build(cls: type[T], tree: Tree, *, source: str, lines: Mapping[Key, int] | N
         # What is of another kind than one member of a union wants is of the kind that another wants, and wrong there.
         nearer = {key[:depth] for key, _, _ in found for depth in range(len(key))}
         nearer |= {key for key, kind, _ in found if not kind.endswith("_type")}
-        problems = [said for key, kind, said in found if not (kind.endswith("_type") and key in nearer)]
+        problems = [text for key, kind, text in found if not (kind.endswith("_type") and key in nearer)]
         message = "\n".join(dict.fromkeys(problems))
         if any(kind in UNKNOWN for _, kind, _ in found):
             raise RecipeError(message, code="unknown-key") from None
@@ -94,13 +94,13 @@ class _WithDocs(GenerateJsonSchema):
     """
 
     def dataclass_schema(self, schema: Any) -> dict[str, Any]:
-        made = super().dataclass_schema(schema)
+        json_schema = super().dataclass_schema(schema)
         lineage: tuple[type, ...] = schema["cls"].__mro__
         for parent in filter(is_dataclass, reversed(lineage)):
             for name, text in _field_docs(parent).items():
-                if name in made["properties"]:  # a ClassVar is none
-                    made["properties"][name]["description"] = text
-        return made
+                if name in json_schema["properties"]:  # a ClassVar is none
+                    json_schema["properties"][name]["description"] = text
+        return json_schema
 
 
 def _field_docs(cls: type) -> dict[str, str]:

@@ -24,10 +24,10 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     """What differs between two trees, a line each: `train.steps: 50 -> 100`."""
     was, now = flat(before), flat(after)
     keys = [key for key in dict.fromkeys((*was, *now)) if was.get(key) != now.get(key)]
-    return [f"{key}: {_said(was.get(key))} -> {_said(now.get(key))}" for key in keys]
+    return [f"{key}: {_as_json(was.get(key))} -> {_as_json(now.get(key))}" for key in keys]
 
 
-def _said(value: object) -> str:
+def _as_json(value: object) -> str:
     return "(not there)" if value is None else json.dumps(value)
 
 

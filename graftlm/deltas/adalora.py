@@ -38,15 +38,15 @@ class AdaLoraConfig(DeltaConfig):
     """The gamma of the paper."""
 
 
-def with_pruned(stored: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_pruned(config_json: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """PEFT leaves pruned triplets out of its file and says which they were: here they are triplets of zeros."""
     whole = dict(tensors)
-    for name, kept in (stored.get("rank_pattern") or {}).items():
-        at, site = torch.tensor(kept).nonzero()[:, 0], "base_model.model." + name.removesuffix(".lora_E")
+    for name, rank_mask in (config_json.get("rank_pattern") or {}).items():
+        at, site = torch.tensor(rank_mask).nonzero()[:, 0], "base_model.model." + name.removesuffix(".lora_E")
         for end, dim in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
             part = tensors.get(f"{site}.{end}")
             if part is not None and part.shape[dim] == len(at):
-                shape = [len(kept) if d == dim else n for d, n in enumerate(part.shape)]
+                shape = [len(rank_mask) if d == dim else n for d, n in enumerate(part.shape)]
                 whole[f"{site}.{end}"] = part.new_zeros(shape).index_copy(dim, at, part)
     return whole
 

@@ -1,7 +1,8 @@
-"""What a method is: up to three faces of one equation, and all that it may know about its place.
+"""What a method is: the faces of one equation, and all that it may know about its place.
 
     Delta.forward(x, y, base) -> y'          x [.. d_in], y = base(x) [.. d_out]
      |- WeightDelta.effective(W, b)          -> (W', b'): mergeable
+     |   |- AroundDelta.input(x), .output(z) -> y' = output(base(input(x))): a single product with W
      |   `- AdditiveDelta.matrix()           -> dW with W' = W + dW
      |       .factors()                      -> (A, B) with dW = B A exactly, scale folded in, or None
      `- InputDelta.prompt() / .prefix()      what every sequence sees in front of it
@@ -16,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, TypeVar, final
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +32,21 @@ KNOWN: ContextVar[dict[Any, Any] | None] = ContextVar("graft_known", default=Non
 
 Result = TypeVar("Result")
 Computed = TypeVar("Computed", bound="Delta")
+Given = ParamSpec("Given")
 
 
-def once(method: Callable[[Computed], Result]) -> Callable[[Computed], Result]:
-    """For a method that reads the delta's parameters and nothing else: during answers it is computed once."""
+def once(method: Callable[Concatenate[Computed, Given], Result]) -> Callable[Concatenate[Computed, Given], Result]:
+    """For a method that reads the delta's parameters and the frozen base, and nothing else: during answers it is
+    computed once."""
 
     @functools.wraps(method)
-    def found(self: Computed) -> Result:
+    def found(self: Computed, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
         known = KNOWN.get()
         if known is None:
-            return method(self)
+            return method(self, *args, **kwargs)
         key = id(self), method.__name__
         if key not in known:
-            known[key] = method(self)
+            known[key] = method(self, *args, **kwargs)
         result: Result = known[key]
         return result
 
@@ -293,6 +296,34 @@ class WeightDelta(Delta):
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         return base.apply(x, *self.effective(base.weight, base.bias))
+
+
+class AroundDelta(WeightDelta):
+    """A change of weights that stands around one product with the base: y' = output(base(input(x))).
+
+    Where the tokens of a pass have different deltas, the base multiplies what goes into it for all of them at once, so
+    that W is read once. `effective` stays the equation; the contract compares.
+    """
+
+    def input(self, x: Tensor) -> Tensor | None:
+        """What the base multiplies for x [.. d_in]: [.. d_in], or [.. k, d_in] for k products a token; None where it
+        is better to build W' for so many tokens."""
+        return x
+
+    def inside(self) -> tuple[Tensor, Tensor] | None:
+        """(A [r, d_in], B [d_out, r]) where `output` acts on z = base(x) + B A x. `input` is x then."""
+        return None
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        """y' [.. d_out] from z [.. d_out] or [.. k, d_out], what the base made of `input(x)`."""
+        return z
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        inner, factors = self.input(x), self.inside()
+        if inner is None:
+            return super().forward(x, y, base)
+        z = base(inner.to(x.dtype)) if factors is None else base.low_rank(x, *factors)
+        return self.output(z, x, base)
 
 
 class AdditiveDelta(WeightDelta):

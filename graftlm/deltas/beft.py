@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, Targets, WeightDelta
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, PeftLayout, Site, Targets
 
 
 @config
@@ -23,7 +23,7 @@ class BeftConfig(DeltaConfig):
     targets: Targets = r".*\.(v_proj|v|value|value_proj)"
 
 
-class Beft(WeightDelta):
+class Beft(AroundDelta):
     family = "specification"
     paper = "Huang et al. 2025, arXiv:2509.15974"
     formula = "d_out"
@@ -37,5 +37,5 @@ class Beft(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W, self.delta[0] if b is None else b + self.delta[0]
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return base(x) + self.delta[0]
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        return z + self.delta[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import config
-from graftlm.deltas.base import Base, DeltaConfig, Site, Targets, WeightDelta
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, Site, Targets
 
 
 @config
@@ -25,7 +25,7 @@ class BitFitConfig(DeltaConfig):
         return [site for site in sites if site.kind == "linear" or site.has_bias]
 
 
-class BitFit(WeightDelta):
+class BitFit(AroundDelta):
     family = "specification"
     paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
     formula = "d_out"
@@ -39,5 +39,5 @@ class BitFit(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W, self.delta if b is None else b + self.delta
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return base(x) + self.delta
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        return z + self.delta

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta, once
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, PeftLayout, Site, once
 from graftlm.errors import TargetError
 
 FAR = 64
@@ -35,7 +35,7 @@ class BoftConfig(DeltaConfig):
     """Number m of butterfly factors; b 2^(m - 1) must divide d_in."""
 
 
-class Boft(WeightDelta):
+class Boft(AroundDelta):
     family = "reparameterisation"
     paper = "Liu et al. 2023, arXiv:2311.06243"
     formula = "factors * d_in * block + d_out"
@@ -65,10 +65,12 @@ class Boft(WeightDelta):
             W = _turn(W, D, step)
         return self.s * W, b
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        x = _turn_all(x, self._turnings()) if self._reach > FAR else _turn(x, self._whole_turning(), 0)
+    def input(self, x: Tensor) -> Tensor:
+        return _turn_all(x, self._turnings()) if self._reach > FAR else _turn(x, self._whole_turning(), 0)
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
         s, b = self.s[:, 0], base.bias
-        return base(x) * s if b is None else base(x) * s + (1 - s) * b
+        return z * s if b is None else z * s + (1 - s) * b
 
     @property
     def _reach(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import Flag, PositiveCount, PositiveRate, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, Targets, WeightDelta, matches
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, PeftLayout, Site, Targets, matches, once
 from graftlm.deltas.lora import Lora, LoraConfig
 
 
@@ -29,7 +29,7 @@ class DoraConfig(DeltaConfig):
     """Which of the targets learn a direction B A too; all of them by default, the others learn m alone."""
 
 
-class Dora(WeightDelta):
+class Dora(AroundDelta):
     family = "reparameterisation"
     paper = "Liu et al. 2024, arXiv:2402.09353"
     formula = "(r * (d_in + d_out) if turns else 0) + d_out"
@@ -59,10 +59,17 @@ class Dora(WeightDelta):
         V = W if self.V is None else W + self.V.matrix()
         return (self.m / V.detach().norm(dim=1))[:, None] * V, b
 
+    def inside(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.V is None else self.V.factors()
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        gain = self._gain(base)
+        return z * gain if base.bias is None else (z - base.bias) * gain + base.bias
+
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        if self.V is None:
-            gain = self.m / base.row_norms()
-            y = base(x)
-            return y * gain if base.bias is None else (y - base.bias) * gain + base.bias
-        A, B = self.V.factors()
-        return base.low_rank(x, A, B, gain=self.m / base.row_norms(A, B))
+        factors = self.inside()
+        return super().forward(x, y, base) if factors is None else base.low_rank(x, *factors, gain=self._gain(base))
+
+    @once
+    def _gain(self, base: Base) -> Tensor:
+        return self.m / (base.row_norms() if self.V is None else base.row_norms(*self.V.factors()))

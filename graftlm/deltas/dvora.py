@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, PositiveRate, config
-from graftlm.deltas.base import Base, DeltaConfig, Shared, Site, WeightDelta
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, Shared, Site, once
 from graftlm.deltas.vera import Vera, VeraConfig
 
 
@@ -30,7 +30,7 @@ class DvoraConfig(DeltaConfig):
         return VeraConfig(r=self.r).share(sites)
 
 
-class Dvora(WeightDelta):
+class Dvora(AroundDelta):
     family = "reparameterisation"
     paper = "Liu et al. 2024, arXiv:2402.09353"
     formula = "2 * d_out + r"
@@ -48,6 +48,16 @@ class Dvora(WeightDelta):
         V = W + self.V.matrix()
         return (self.m / V.detach().norm(dim=1))[:, None] * V, b
 
+    def inside(self) -> tuple[Tensor, Tensor]:
+        return self.V.factors()
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        gain = self._gain(base)
+        return z * gain if base.bias is None else (z - base.bias) * gain + base.bias
+
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        A, B = self.V.factors()
-        return base.low_rank(x, A, B, gain=self.m / base.row_norms(A, B))
+        return base.low_rank(x, *self.inside(), gain=self._gain(base))
+
+    @once
+    def _gain(self, base: Base) -> Tensor:
+        return self.m / base.row_norms(*self.inside())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, Site, WeightDelta
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, Site
 
 FEW = 64
 """Tokens x (r - 1) up to which r products are faster than to build W': on one core, at widths 576 and 2048."""
@@ -28,7 +28,7 @@ class FloraConfig(DeltaConfig):
     r: PositiveCount = 4
 
 
-class Flora(WeightDelta):
+class Flora(AroundDelta):
     family = "reparameterisation"
     paper = "Wen and Chaudhuri 2023, arXiv:2312.05677"
     formula = "r * (d_in + d_out)"
@@ -43,10 +43,10 @@ class Flora(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W * (self.B @ self.A), b
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def input(self, x: Tensor) -> Tensor | None:
         tokens = x[..., 0].numel()
-        if (len(self.A) - 1) * tokens > FEW:
-            return base.apply(x, *self.effective(base.weight, base.bias))
-        z = base((x[..., None, :] * self.A).to(x.dtype))  # [.. r, d_out]
+        return None if (len(self.A) - 1) * tokens > FEW else x[..., None, :] * self.A  # [.. r, d_in]
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
         y = (z * self.B.T).sum(-2)
         return y if base.bias is None else y + (1 - self.B.sum(1)) * base.bias

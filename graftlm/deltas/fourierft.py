@@ -33,8 +33,8 @@ class FourierFTConfig(DeltaConfig):
 @cache
 def entries(d_out: int, d_in: int, n: int, seed: int) -> Tensor:
     """(u, v) of each entry, int64 [2, n]."""
-    drawn = torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(seed))[:n]
-    return torch.stack([drawn // d_in, drawn % d_in])
+    places = torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(seed))[:n]
+    return torch.stack([places // d_in, places % d_in])
 
 
 class FourierFT(AdditiveDelta):

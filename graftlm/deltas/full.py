@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import config
-from graftlm.deltas.base import Base, DeltaConfig, Site, Targets, WeightDelta
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, Site, Targets
 
 
 @config
@@ -22,7 +22,7 @@ class FullConfig(DeltaConfig):
     targets: Targets = "all"
 
 
-class Full(WeightDelta):
+class Full(AroundDelta):
     family = "specification"
     paper = "Hu et al. 2021, arXiv:2106.09685"
     formula = "(d_in if kind == 'norm' else d_in * d_out) + has_bias * d_out"
@@ -37,7 +37,8 @@ class Full(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.D, b if self.d is None or b is None else b + self.d
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        if self.site.kind == "norm":
-            return base.apply(x, *self.effective(base.weight, base.bias))
-        return base(x) + base.apply(x, self.D, self.d)
+    def input(self, x: Tensor) -> Tensor | None:
+        return None if self.site.kind == "norm" else x
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        return z + base.apply(x, self.D, self.d)

@@ -60,10 +60,10 @@ def peft_forms(site: Site, config: GloraConfig) -> dict[str, Any]:
     return {key: FORMS[getattr(config, names[0])] for key, (names, _) in KEYS.items()}
 
 
-def our_forms(stored: dict[str, Any]) -> dict[str, Any]:
+def our_forms(config_json: dict[str, Any]) -> dict[str, Any]:
     ours = {theirs: form for form, theirs in FORMS.items()}
-    given = {name: stored.get(key, default) for key, (names, default) in KEYS.items() for name in names}
-    return {name: ours.get(form, form) for name, form in given.items()} | {"new_bias": False}
+    forms = {name: config_json.get(key, default) for key, (names, default) in KEYS.items() for name in names}
+    return {name: ours.get(form, form) for name, form in forms.items()} | {"new_bias": False}
 
 
 def why_not(config: GloraConfig) -> str:

@@ -77,8 +77,8 @@ class Gralora(AdditiveDelta):
     def increment(self, x: Tensor, base: Base) -> Tensor:
         """Without the zeros of the block-diagonal matrices: k times fewer products."""
         slices = x.reshape(-1, self.k, self.A.shape[1]).transpose(0, 1)  # [j, T, d_in / k]
-        read = (slices @ self.A).unflatten(2, (self.k, -1)).permute(2, 1, 0, 3).flatten(2)  # [i, T, r]
-        y: Tensor = (read @ (self.scale * self.B)).transpose(0, 1).flatten(1).unflatten(0, x.shape[:-1])
+        low_rank = (slices @ self.A).unflatten(2, (self.k, -1)).permute(2, 1, 0, 3).flatten(2)  # [i, T, r]
+        y: Tensor = (low_rank @ (self.scale * self.B)).transpose(0, 1).flatten(1).unflatten(0, x.shape[:-1])
         if self.C is None or self.D is None:
             return y
         return y + base.take(x, self.C) @ (self.scale * self.D).T

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, Rate, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta, once
+from graftlm.deltas.base import AroundDelta, DeltaConfig, PeftLayout, Site, once
 from graftlm.errors import TargetError
 
 
@@ -31,7 +31,7 @@ class HraConfig(DeltaConfig):
     """The lambda of the paper."""
 
 
-class Hra(WeightDelta):
+class Hra(AroundDelta):
     family = "reparameterisation"
     paper = "Yuan et al. 2024, arXiv:2405.17484"
     formula = "r * d_in"
@@ -66,9 +66,9 @@ class Hra(WeightDelta):
         U, T = self._compact()
         return W - W @ U @ T @ U.T, b
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        U, T = self._compact()
-        return base(x - F.linear(F.linear(x, T @ U.T), U))
+    def input(self, x: Tensor) -> Tensor:
+        A, B = self._factors()
+        return x - F.linear(F.linear(x, A), B)
 
     def _columns(self) -> Tensor:
         lengths: Tensor = torch.linalg.vector_norm(self.U, dim=0)
@@ -81,3 +81,9 @@ class Hra(WeightDelta):
         V = U.double()
         I = V.new_ones(V.shape[1]).diag()  # noqa: E741
         return U, torch.linalg.solve_triangular((V.T @ V).triu(1) + I / 2, I, upper=True).to(U)
+
+    @once
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(T U^T, U) [r, d_in], [d_in, r]: x less their product is H x."""
+        U, T = self._compact()
+        return T @ U.T, U

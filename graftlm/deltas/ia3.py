@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, Targets, WeightDelta, matches
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, PeftLayout, Site, Targets, matches
 
 INNER = r".*\.(down_proj|fc2|wo|w2|fc_out|dense_4h_to_h|mlp\.c_proj)"
 
@@ -25,7 +25,7 @@ class Ia3Config(DeltaConfig):
     """Which of the targets scale their input."""
 
 
-class Ia3(WeightDelta):
+class Ia3(AroundDelta):
     family = "addition"
     paper = "Liu et al. 2022, arXiv:2205.05638"
     formula = "d_in if inner else d_out"
@@ -45,5 +45,8 @@ class Ia3(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W * self.l, b if b is None or self.inner else b * self.l[:, 0]
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return base(x * self.l) if self.inner else base(x) * self.l[:, 0]
+    def input(self, x: Tensor) -> Tensor:
+        return x * self.l if self.inner else x
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        return z if self.inner else z * self.l[:, 0]

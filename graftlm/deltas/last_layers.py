@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from graftlm.config.schema import PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, Site, Targets, WeightDelta
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, Site, Targets
 from graftlm.deltas.full import Full, FullConfig
 
 
@@ -30,7 +30,7 @@ class LastLayersConfig(DeltaConfig):
         return [site for site in sites if site.layer is not None and site.layer > max(layers) - self.last]
 
 
-class LastLayers(WeightDelta):
+class LastLayers(AroundDelta):
     family = "specification"
     paper = "Li and Liang 2021, arXiv:2101.00190"
     formula = Full.formula
@@ -43,6 +43,8 @@ class LastLayers(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.full.effective(W, b)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        changed: Tensor = self.full(x, y, base)
-        return changed
+    def input(self, x: Tensor) -> Tensor | None:
+        return self.full.input(x)
+
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        return self.full.output(z, x, base)

@@ -35,16 +35,16 @@ def pivots(W: Tensor, r: int) -> Tensor:
     """
     W = W.double()
     Q = W.new_zeros(W.shape[0], r)
-    left = W.square().sum(0)
-    chosen = torch.zeros_like(left[:r], dtype=torch.long)
+    squares = W.square().sum(0)
+    columns = torch.zeros_like(squares[:r], dtype=torch.long)
     for step in range(r):
-        chosen[step] = column = int(left.argmax())
+        columns[step] = column = int(squares.argmax())
         q = W[:, column]
         for _ in range(2):  # twice is enough: one pass of Gram and Schmidt loses digits
             q = q - Q @ (Q.T @ q)
         Q[:, step] = q = q / q.norm().clamp_min(torch.finfo(q.dtype).tiny)
-        left = (left - (q @ W).square()).index_fill(0, chosen[: step + 1], -1.0)
-    return chosen
+        squares = (squares - (q @ W).square()).index_fill(0, columns[: step + 1], -1.0)
+    return columns
 
 
 def orthonormal(columns: Tensor) -> Tensor:

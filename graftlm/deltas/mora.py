@@ -73,9 +73,9 @@ class Mora(AdditiveDelta):
             x = torch.cat([x, x[..., :beyond]], dim=-1)
         parts = x.unflatten(-1, (self.chunks, k))
         if self.way == "rotation":
-            read = min(self.chunks, -(-d_out // k))  # what the other chunks become is cut off
-            rows = parts[..., :read, :].flatten(0, -3).transpose(0, 1)  # [chunks, T, k]
-            y = (rows @ self._turned()[:read].mT).transpose(0, 1).flatten(1).unflatten(0, x.shape[:-1])
+            used = min(self.chunks, -(-d_out // k))  # what the other chunks become is cut off
+            rows = parts[..., :used, :].flatten(0, -3).transpose(0, 1)  # [chunks, T, k]
+            y = (rows @ self._turned()[:used].mT).transpose(0, 1).flatten(1).unflatten(0, x.shape[:-1])
         else:
             y = parts.sum(-2) @ self.M.T
         times = -(-d_out // y.shape[-1])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import Count, Flag, PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta, once
+from graftlm.deltas.base import AroundDelta, DeltaConfig, PeftLayout, Site, once
 
 
 @config
@@ -34,7 +34,7 @@ class OftConfig(DeltaConfig):
     """The Cayley-Neumann series (PEFT's default) in place of the exact inverse."""
 
 
-class Oft(WeightDelta):
+class Oft(AroundDelta):
     family = "reparameterisation"
     paper = "Qiu et al. 2023, arXiv:2306.07280"
     formula = "(1 if block_share else d_in // b) * b * (b - 1) // 2"
@@ -53,9 +53,9 @@ class Oft(WeightDelta):
 
     def __init__(self, site: Site, config: OftConfig) -> None:
         super().__init__(site, config)
-        wanted = config.blocks or config.block
+        size = config.blocks or config.block
         whole = [d for d in range(1, site.d_in + 1) if site.d_in % d == 0]
-        nearest = min(whole, key=lambda d: (abs(d - wanted), d))
+        nearest = min(whole, key=lambda d: (abs(d - size), d))
         self.b = site.d_in // nearest if config.blocks else nearest
         self.Q = nn.Parameter(torch.zeros(1 if config.block_share else site.d_in // self.b, self.b * (self.b - 1) // 2))
         self.register_buffer("above", torch.triu_indices(self.b, self.b, 1), persistent=False)
@@ -64,8 +64,8 @@ class Oft(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return _turn(W, self._turning().mT), b
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return base(_turn(x, self._turning()))
+    def input(self, x: Tensor) -> Tensor:
+        return _turn(x, self._turning())
 
     @once
     def _turning(self) -> Tensor:

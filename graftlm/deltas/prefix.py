@@ -67,7 +67,7 @@ class Prefix(InputDelta):
             self.u = nn.Parameter(torch.zeros(width))
 
     def prefix(self) -> Tensor:
-        made: Tensor = self.P
+        P: Tensor = self.P
         if hasattr(self, "D"):
-            made = F.linear(torch.tanh(F.linear(made, self.D, self.d)), self.U, self.u)
-        return made.view(self.shape).permute(1, 2, 3, 0, 4)
+            P = F.linear(torch.tanh(F.linear(P, self.D, self.d)), self.U, self.u)
+        return P.view(self.shape).permute(1, 2, 3, 0, 4)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.config.schema import PositiveCount, config
-from graftlm.deltas.base import Base, DeltaConfig, PeftLayout, Site, WeightDelta
+from graftlm.deltas.base import AroundDelta, Base, DeltaConfig, PeftLayout, Site
 from graftlm.errors import TargetError
 
 
@@ -47,7 +47,7 @@ def variant(site: Site, config: RoadConfig) -> dict[str, Any]:
     return {"variant": f"road_{config.variant}"}
 
 
-class Road(WeightDelta):
+class Road(AroundDelta):
     family = "reparameterisation"
     paper = "Liao and Monz 2024, arXiv:2409.00119"
     formula = "variant * d_out"
@@ -76,8 +76,8 @@ class Road(WeightDelta):
     def effective(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._turned(W.T).T, None if b is None else self._turned(b)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return self._turned(base(x))
+    def output(self, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        return self._turned(z)
 
     def _turned(self, h: Tensor) -> Tensor:
         """R h for each h [d_out] of [.. d_out]."""

@@ -42,8 +42,8 @@ class S2ft(AdditiveDelta):
     def __init__(self, site: Site, config: S2ftConfig) -> None:
         super().__init__(site, config)
         runs = max(1, min(config.r, site.d_in) // config.run)
-        chosen = torch.randperm(site.d_in // config.run, generator=site.generator())[:runs].sort().values
-        channels = (chosen[:, None] * config.run + torch.arange(config.run)).flatten()
+        run_numbers = torch.randperm(site.d_in // config.run, generator=site.generator())[:runs].sort().values
+        channels = (run_numbers[:, None] * config.run + torch.arange(config.run)).flatten()
         self.register_buffer("channels", channels, persistent=False)
         self.V = nn.Parameter(torch.zeros(site.d_out, len(channels)))
 

@@ -56,11 +56,11 @@ class Shira(AdditiveDelta):
     def start(self) -> None:
         k, site = len(self.S), self.site
         if self.mask == "magnitude":
-            chosen = site.W().abs().flatten().topk(k).indices
+            flat_places = site.W().abs().flatten().topk(k).indices
         else:
-            chosen = torch.randperm(site.d_in * site.d_out, generator=site.generator())[:k]
-        chosen = chosen.sort().values
-        self.places.copy_(torch.stack([chosen // site.d_in, chosen % site.d_in]))
+            flat_places = torch.randperm(site.d_in * site.d_out, generator=site.generator())[:k]
+        flat_places = flat_places.sort().values
+        self.places.copy_(torch.stack([flat_places // site.d_in, flat_places % site.d_in]))
 
     def matrix(self) -> Tensor:
         row, column = self.places.long()

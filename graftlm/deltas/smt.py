@@ -59,6 +59,6 @@ class Smt(AdditiveDelta):
     def increment(self, x: Tensor, base: Base) -> Tensor:
         row, column = self.chosen // self.columns, self.chosen % self.columns
         pieces = x[..., : self.columns * self.width].unflatten(-1, (self.columns, self.width))
-        made = torch.einsum("...nw,nhw->...nh", pieces.index_select(-2, column), self.V)
-        y = made.new_zeros(*x.shape[:-1], self.rows, self.height).index_add(-2, row, made).flatten(-2)
+        products = torch.einsum("...nw,nhw->...nh", pieces.index_select(-2, column), self.V)
+        y = products.new_zeros(*x.shape[:-1], self.rows, self.height).index_add(-2, row, products).flatten(-2)
         return F.pad(y, (0, self.site.d_out - y.shape[-1]))

@@ -57,9 +57,9 @@ def html(
 
 def _event_row(event: Mapping[str, Any]) -> tuple[int, str, str]:
     """(step, what happened, what is known of it)"""
-    known = ((key, value) for key, value in event.items() if key not in ("step", "event"))
-    shown = ((key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in known)
-    return event["step"], event["event"], "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in shown)
+    facts = ((key, value) for key, value in event.items() if key not in ("step", "event"))
+    texts = ((key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in facts)
+    return event["step"], event["event"], "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in texts)
 
 
 def _loss_curve(steps: Sequence[Mapping[str, float]]) -> str:
@@ -141,8 +141,8 @@ def figure(height: float = 3.2) -> tuple[Any, Any]:
     # The object interface of matplotlib: no pyplot, so no window system and no global state.
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(9, height), layout="constrained")
-    return made, made.add_subplot()
+    new_figure = Figure(figsize=(9, height), layout="constrained")
+    return new_figure, new_figure.add_subplot()
 
 
 def svg(figure: Any) -> str:

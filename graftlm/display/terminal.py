@@ -115,9 +115,9 @@ def results(summary: dict[str, Any]) -> RenderableType:
     compared = summary["held_out"].get("objective")
     for name in compared["tuned"] if compared else ():
         table.add_row(name.replace("_", " "), *(f"{compared[k][name]:.3f}" for k in ("base", "tuned")))
-    done = summary["train"]
+    train = summary["train"]
     speed = Text(
-        f"{done['steps']} steps, {done['supervised_tokens']:,} supervised tokens, "
-        f"{done['tokens_per_s']:,.0f} tokens/s, {done['wall_s']:.0f} s, at most {done['peak_rss_gib']:.2f} GiB"
+        f"{train['steps']} steps, {train['supervised_tokens']:,} supervised tokens, "
+        f"{train['tokens_per_s']:,.0f} tokens/s, {train['wall_s']:.0f} s, at most {train['peak_rss_gib']:.2f} GiB"
     )
     return Group(table, speed)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from graftlm.adapters.adapter import Adapter
+from graftlm.adapters.factors import Factors, factors_of
 from graftlm.adapters.folder import sha256_of_bytes
 from graftlm.adapters.load import attach_tensors
 from graftlm.errors import AdapterError, nearest
@@ -158,6 +159,23 @@ class AdapterPool:
         """The record of an adapter. AdapterError (`adapter/not-registered`) for a name that is not registered."""
         with self._turn:
             return self._entry(name).registered
+
+    def factors(self, name: str) -> Factors | None:
+        """The factors of an adapter, read now, for what computes with them beside requests; None where it has none.
+
+        Raises AdapterError for a name that is not registered, and for files that are damaged since.
+        """
+        with self._turn:
+            entry = self._entry(name)
+        entry, adapter = self._read(entry)
+        found = entry.checked.factors(adapter)
+        return factors_of(self.model, adapter, trust_base=True) if found is None else found
+
+    def tokenizer(self, names: Sequence[str]) -> Any:
+        """The tokenizer that has the tokens of all these adapters; None: that of the base. AdapterError: none has."""
+        with self._turn:
+            entries = [self._entry(name) for name in names]
+        return self._tokenizer(entries)
 
     def counts(self) -> PoolCounts:
         """The counters."""

@@ -9,6 +9,7 @@ from graftlm.adapters.chat import chat_of, tokenizer_of
 from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.sources.formats import Message
+from graftlm.generation.adapter_pool import Lease
 from graftlm.generation.engine import Engine
 from graftlm.generation.generate import generate
 from graftlm.generation.grammar import Grammar, GrammarCompiler
@@ -19,11 +20,20 @@ _renderer = lru_cache(maxsize=4)(Renderer)
 
 
 def chat_renderer(
-    model: Any, tokenizer: Any, *, today: datetime.date | None = None, turn_order: TurnOrder | None = None
+    model: Any,
+    tokenizer: Any,
+    *,
+    today: datetime.date | None = None,
+    turn_order: TurnOrder | None = None,
+    lease: Lease | None = None,
 ) -> Renderer:
     """What renders the prompts of a model: as its adapter's were rendered in training, where it has one with a chat
-    template; else with the tokenizer's template on the present day, with `turn_order: refuse`."""
-    chat, tokenizer = chat_of(model), tokenizer_of(model, tokenizer)
+    template; else with the tokenizer's template on the present day, with `turn_order: refuse`. `lease`: of the adapters
+    of a pool, in place of those that are attached."""
+    if lease is None:
+        chat, tokenizer = chat_of(model), tokenizer_of(model, tokenizer)
+    else:
+        chat, tokenizer = lease.chat, lease.tokenizer or tokenizer
     today = today or (chat.today if chat else None) or datetime.date.today()
     turn_order = turn_order or (chat.turn_order if chat else "refuse")
     return _renderer(tokenizer, chat.template if chat else tokenizer.chat_template, today=today, turn_order=turn_order)
@@ -49,6 +59,7 @@ def answer(
     today: datetime.date | None = None,
     turn_order: TurnOrder | None = None,
     engine: Engine | None = None,
+    lease: Lease | None = None,
 ) -> str:
     """The model's answer to a prompt, or to a conversation that ends with a user's turn; greedy at temperature 0.
 
@@ -60,11 +71,12 @@ def answer(
     message that the template has no place for (`data.turn_order` of training; without an adapter it is refused).
     Returns the text of the answer. Raises ValueError for an empty text in `stop`, DataError for a conversation that the
     template refuses, and RequestError for a grammar that is wrong or not supported. `engine`: one of this model that
-    exists already, for a chat of many turns.
+    exists already, for a chat of many turns. `lease`: of the adapters of a pool that answer, in place of those that are
+    active on the model.
     """
     # Over 60 lines: every option of sampling is named twice, in the signature and in the call.
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
-    renderer = chat_renderer(model, tokenizer, today=today, turn_order=turn_order)
+    renderer = chat_renderer(model, tokenizer, today=today, turn_order=turn_order, lease=lease)
     stop_ids = all_stop_ids(model, renderer.stop_ids)
     stream, texts = TextStream(renderer.tokenizer, stop), list[str]()
 
@@ -91,6 +103,7 @@ def answer(
         stop_when=(lambda _: stream.stopped_by is not None) if stop else None,
         on_token=lambda token: None if token in stop_ids else show(stream.add(token)),
         engine=engine,
+        adapters=None if lease is None else lease.adapters,
     ):
         show(stream.close())
     return "".join(texts)

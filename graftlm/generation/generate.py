@@ -8,6 +8,7 @@ from graftlm.generation.engine import Engine
 from graftlm.generation.grammar import CompiledGrammar
 from graftlm.generation.requests import Ids, Request
 from graftlm.generation.sampling import Sampling
+from graftlm.model.routes import Row
 
 
 def generate(
@@ -29,6 +30,7 @@ def generate(
     keep_stop: bool = False,
     on_token: Callable[[int], None] | None = None,
     engine: Engine | None = None,
+    adapters: Sequence[str] | Row | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (index of the prompt, new ids without the one that stops), in the order in which the answers end.
 
@@ -36,7 +38,7 @@ def generate(
     seed `seed` + i. An answer ends at one of `stop_ids`, and where `stop_when` of its ids so far is true; these ids
     are kept. `grammar`: what every answer must be. `keep_stop`: an answer that ended at a stop id keeps it.
     `on_token` is called with each new id, and needs a single prompt. `engine` is one of this model that exists
-    already; without it one is made for this call, which holds no second copy of weights.
+    already; without it one is made for this call, which holds no second copy of weights. `adapters`: as in `Request`.
     """
     assert on_token is None or len(prompts) == 1, "only a single answer can be streamed"
     sampling = Sampling(
@@ -58,6 +60,7 @@ def generate(
             stop_when=stop_when,
             on_token=on_token,
             grammar=grammar,
+            adapters=adapters,
         )
         for number, ids in enumerate(prompts)
     ]

@@ -26,9 +26,9 @@ class BaseRecord(NamedTuple):
 
 def base_record(model: nn.Module) -> BaseRecord:
     """The record of a base, or one made from what transformers knows of a model that was loaded otherwise."""
-    kept = getattr(model, "graft_base", None)
-    if isinstance(kept, BaseRecord):
-        return kept
+    record = getattr(model, "graft_base", None)
+    if isinstance(record, BaseRecord):
+        return record
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return BaseRecord(name or type(model).__name__, name if name and Path(name).is_dir() else None)
 
@@ -75,8 +75,8 @@ def difference(saved: Mapping[str, Any], here: Fingerprint) -> str:
         return f"{len(wrong)} of {len(here.tensors)} weights differ, the first is {wrong[0]}"
     changed = sorted(k for k in config.keys() & here.config.keys() if config[k] != here.config[k])
     if changed:
-        said = ", ".join(f"{k} is {here.config[k]!r}, not {config[k]!r}" for k in changed)
-        return f"the weights are the same, but {said}"
+        differences = ", ".join(f"{k} is {here.config[k]!r}, not {config[k]!r}" for k in changed)
+        return f"the weights are the same, but {differences}"
     return ""
 
 
@@ -85,9 +85,9 @@ def fingerprint(model: Any) -> Fingerprint:
 
     Weights are hashed as bf16, so that a base is the same base whether it is loaded in bf16 or in fp32.
     """
-    kept = getattr(model, "graft_fingerprint", None)
-    if isinstance(kept, Fingerprint):
-        return kept
+    known = getattr(model, "graft_fingerprint", None)
+    if isinstance(known, Fingerprint):
+        return known
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise BaseModelError(
             "this base is quantized, and its weights before that were not recorded: quantize() it",
@@ -106,9 +106,9 @@ def fingerprint(model: Any) -> Fingerprint:
         tensors = {name: digest_of(p) for name, p in base_parameters(model).items()}
         if cached is not None:
             _write_quietly(cached, json.dumps(tensors))
-    made = Fingerprint(tensors, settings)
-    model.graft_fingerprint = made
-    return made
+    new_fingerprint = Fingerprint(tensors, settings)
+    model.graft_fingerprint = new_fingerprint
+    return new_fingerprint
 
 
 def digest_of(tensor: torch.Tensor) -> str:

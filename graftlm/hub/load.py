@@ -50,13 +50,13 @@ def load_base(
     where = locate(base, network=network)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenizer_at(base, where, network=network)
-    wanted = resolve_dtype(dtype or base.dtype, device)
+    compute_dtype = resolve_dtype(dtype or base.dtype, device)
     quantization = checked_quantization(quantization or base.quantization)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             where,
             # What is to be quantized is read in bf16 and replaced layer by layer: it is never there in float32.
-            dtype=torch.bfloat16 if quantization != "none" else wanted,
+            dtype=torch.bfloat16 if quantization != "none" else compute_dtype,
             revision=base.revision,
             use_safetensors=True,
             local_files_only=not network,
@@ -72,7 +72,7 @@ def load_base(
     if quantization != "none":
         quantize(model, quantization)
         return_freed_memory()
-        cast_bfloat16(model, wanted)
+        cast_bfloat16(model, compute_dtype)
     return Loaded(model, tokenizer)
 
 

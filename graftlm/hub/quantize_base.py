@@ -64,14 +64,14 @@ def quantize_layers(model: nn.Module, quantization: str) -> nn.Module:
         layer: Any = model.get_submodule(name)
         transposed = isinstance(layer, Conv1D)
         key = f"{name}.weight"
-        made = QuantizedLinear(
+        quantized = QuantizedLinear(
             layer.weight.T if transposed else layer.weight,
             layer.bias,
             CODECS[quantization],
             transposed=transposed,
             original=None if folder is None else partial(_read_original, folder, key, known.get(key), transposed),
         )
-        setattr(model.get_submodule(parent), attribute, made.train(layer.training))
+        setattr(model.get_submodule(parent), attribute, quantized.train(layer.training))
     return model
 
 

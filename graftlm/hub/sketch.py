@@ -148,32 +148,32 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def only(made: Sketch, numbers: Sequence[int]) -> Iterator[Any]:
+def only(sketch: Sketch, numbers: Sequence[int]) -> Iterator[Any]:
     """Inside, the model runs these layers, in this order."""
-    name = made.names[0].rpartition(".")[0]
-    whole = made.model.get_submodule(name)
-    shorten(made, numbers)
+    name = sketch.names[0].rpartition(".")[0]
+    whole = sketch.model.get_submodule(name)
+    shorten(sketch, numbers)
     try:
-        yield made.model
+        yield sketch.model
     finally:
-        _set(made.model, name, whole)
+        _set(sketch.model, name, whole)
 
 
-def shorten(made: Sketch, numbers: Sequence[int]) -> None:
+def shorten(sketch: Sketch, numbers: Sequence[int]) -> None:
     """From now on the model runs these layers, in this order."""
     for place, number in enumerate(numbers):
-        for module in made.layers[number].modules():
+        for module in sketch.layers[number].modules():
             if hasattr(module, "layer_idx"):
                 module.__dict__["layer_idx"] = place  # by it a prompt's keys and values are found
-    name = made.names[0].rpartition(".")[0]
-    _set(made.model, name, nn.ModuleList([made.layers[number] for number in numbers]))
+    name = sketch.names[0].rpartition(".")[0]
+    _set(sketch.model, name, nn.ModuleList([sketch.layers[number] for number in numbers]))
 
 
-def kinds_of_layer(made: Sketch) -> list[list[int]]:
+def kinds_of_layer(sketch: Sketch) -> list[list[int]]:
     """The layers that need the same, together: the same shapes, the same deltas, and as much of a backward pass."""
     found: dict[tuple[Any, ...], list[int]] = {}
     reached = False  # by a delta in this layer or below: from there on, gradients pass through
-    for number, layer in enumerate(made.layers):
+    for number, layer in enumerate(sketch.layers):
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
         below, reached = reached, reached or any(p.requires_grad for p in layer.parameters())
         window = tuple(getattr(module, "sliding_window", None) for module in layer.modules())

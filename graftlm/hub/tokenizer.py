@@ -120,11 +120,11 @@ def _check_tokens(base: Mapping[str, int], own: Mapping[str, int], rows: int, na
     """Raise AdapterError where an adapter's vocabulary is not the base's with tokens added that have embeddings."""
     odd = sorted((token for token in base if own.get(token) != base[token]), key=lambda token: base[token])
     if odd:
-        said = [f"{token!r}: {base[token]} here, {own.get(token, 'none')} in the adapter's" for token in odd]
+        differences = [f"{token!r}: {base[token]} here, {own.get(token, 'none')} in the adapter's" for token in odd]
         raise AdapterError(
             f"{name}: the adapter's tokenizer is not the one that is used here with tokens added: {len(odd):,} of "
-            f"{len(base):,} tokens have another id in it, such as:\n{numbered(said, 3)}\nIs this its base? If its "
-            "tokenizer files are another model's, remove them to use the base's",
+            f"{len(base):,} tokens have another id in it, such as:\n{numbered(differences, 3)}\nIs this its base? If "
+            "its tokenizer files are another model's, remove them to use the base's",
             code="tokenizer-mismatch",
         )
     if above := {i: token for token, i in own.items() if token not in base and i >= rows}:
@@ -132,9 +132,9 @@ def _check_tokens(base: Mapping[str, int], own: Mapping[str, int], rows: int, na
 
 
 def _too_many(name: str, above: Mapping[int, str], rows: int) -> str:
-    said = [f"{above[i]!r}: {i}" for i in sorted(above)]
+    tokens = [f"{above[i]!r}: {i}" for i in sorted(above)]
     return (
         f"{name}: the adapter's tokenizer has {len(above):,} tokens for which the base has no embeddings (it has "
-        f"{rows:,} rows), such as:\n{numbered(said, 3)}\nResize the base to {max(above) + 1:,} rows "
+        f"{rows:,} rows), such as:\n{numbered(tokens, 3)}\nResize the base to {max(above) + 1:,} rows "
         "(model.resize_token_embeddings in transformers), save it with this tokenizer and use that as the base"
     )

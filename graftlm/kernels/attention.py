@@ -125,8 +125,8 @@ class AttentionRule:
         hidden = mask.expand(q_.shape[1] // L, L, S).reshape(-1, S)
         if self.softcap is None:
             return _softmax(torch.baddbmm(hidden, q_, k.transpose(1, 2), alpha=self.scale)), None
-        bent = torch.bmm(q_, k.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_()
-        return _softmax((bent * self.softcap).add_(hidden)), bent
+        tanh = torch.bmm(q_, k.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_()
+        return _softmax((tanh * self.softcap).add_(hidden)), tanh
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -148,33 +148,35 @@ class _TiledAttention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         (H, T, D), G = q.shape, k.shape[0]
         out = q.new_empty(T, H, v.shape[-1])
-        kept: list[Tensor | None] = []
+        saved_probabilities: list[Tensor | None] = []
         for tile in rule.layout.tiles(rule.always, QUERIES_AT_ONCE):
             q_ = q[:, tile.queries].reshape(G, -1, D)
             probabilities, _ = rule.probabilities(q_, _at(k, tile.keys), rule.mask(tile, q))
-            made = torch.bmm(probabilities, _at(v, tile.keys))
-            out[tile.queries] = made.view(H, -1, v.shape[-1]).transpose(0, 1)
-            kept.append(probabilities if tile.shape[1] <= KEPT_KEYS and rule.softcap is None else None)
-        ctx.save_for_backward(q, k, v, *kept)
+            products = torch.bmm(probabilities, _at(v, tile.keys))
+            out[tile.queries] = products.view(H, -1, v.shape[-1]).transpose(0, 1)
+            saved_probabilities.append(probabilities if tile.shape[1] <= KEPT_KEYS and rule.softcap is None else None)
+        ctx.save_for_backward(q, k, v, *saved_probabilities)
         ctx.rule = rule
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *saved_probabilities = ctx.saved_tensors
         rule, (H, _, D), G = ctx.rule, q.shape, k.shape[0]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for tile, probabilities in zip(rule.layout.tiles(rule.always, QUERIES_AT_ONCE), kept, strict=True):
+        for tile, probabilities in zip(
+            rule.layout.tiles(rule.always, QUERIES_AT_ONCE), saved_probabilities, strict=True
+        ):
             q_, k_, v_ = q[:, tile.queries].reshape(G, -1, D), _at(k, tile.keys), _at(v, tile.keys)
-            bent = None
+            tanh = None
             if probabilities is None:
-                probabilities, bent = rule.probabilities(q_, k_, rule.mask(tile, q))
+                probabilities, tanh = rule.probabilities(q_, k_, rule.mask(tile, q))
             grad_out = grad[tile.queries].transpose(0, 1).reshape(G, -1, v.shape[-1])
             grad_p = torch.bmm(grad_out, v_.transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, q.dtype).mul_(rule.scale)
-            if bent is not None:
-                grad_scores.mul_(1 - bent.square())
+            if tanh is not None:
+                grad_scores.mul_(1 - tanh.square())
             grad_q[:, tile.queries] = torch.bmm(grad_scores, k_).view(H, -1, D)
             _add_at(grad_k, tile.keys, torch.bmm(grad_scores.transpose(1, 2), q_))
             _add_at(grad_v, tile.keys, torch.bmm(probabilities.transpose(1, 2), grad_out))
@@ -206,12 +208,12 @@ def _stock_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Te
         if rule.softcap is not None:
             k_, v_ = (t.repeat_interleave(q.shape[0] // t.shape[1], dim=1) for t in (k_, v_))
             scores = rule.softcap * torch.tanh((q_ @ k_.transpose(2, 3) * rule.scale).float() / rule.softcap)
-            made = (scores + rule.mask(tile, q)).softmax(-1).to(v.dtype) @ v_
+            product = (scores + rule.mask(tile, q)).softmax(-1).to(v.dtype) @ v_
         else:
             whole = tile.shape[0] == tile.shape[1] and (rule.window is None or rule.window >= tile.shape[1])
             mask = None if whole else rule.mask(tile, q)
-            made = F.scaled_dot_product_attention(
+            product = F.scaled_dot_product_attention(
                 q_, k_, v_, mask, is_causal=whole, scale=rule.scale, enable_gqa=q.shape[0] != k.shape[0]
             )
-        outputs.append(made[0].transpose(0, 1))
+        outputs.append(product[0].transpose(0, 1))
     return torch.cat(outputs)

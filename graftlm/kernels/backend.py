@@ -33,10 +33,10 @@ def rotates_halves(function: Callable[..., Any]) -> bool:
     q, k, cos, sin = (probe(n, 8, torch.zeros(())).view(1, -1, 3, 8) for n in (12, 6, 3, 6))
     cos, sin = cos[0], sin[0, 1:]
     try:
-        found, wanted = function(q, k, cos, sin), linear.by_halves(q, k, cos, sin)
+        found, reference = function(q, k, cos, sin), linear.by_halves(q, k, cos, sin)
     except (TypeError, RuntimeError, ValueError):
         return False
-    if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)):
+    if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, reference, strict=True)):
         return False
     try:
         function(q, k, cos[..., :4], sin[..., :4])

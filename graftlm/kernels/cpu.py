@@ -101,8 +101,8 @@ def compiler() -> tuple[str, ...] | None:
 
     $CXX may be several words, as in "ccache g++".
     """
-    wanted = shlex.split(os.environ.get("CXX", ""))
-    for program, *rest in [wanted] if wanted else [["g++"], ["c++"], ["clang++"]]:
+    command = shlex.split(os.environ.get("CXX", ""))
+    for program, *rest in [command] if command else [["g++"], ["c++"], ["clang++"]]:
         if (path := shutil.which(program)) is not None:
             return path, *rest
     return None
@@ -133,8 +133,8 @@ def _library(source: Path, flags: tuple[str, ...]) -> _Library | str:
     """The library, or why there is none. It is tried once in a process."""
     command = compiler()
     if command is None:
-        wanted = os.environ.get("CXX")
-        missing = f"$CXX, {wanted!r}, is not installed" if wanted else "there is no g++, c++ or clang++"
+        cxx = os.environ.get("CXX")
+        missing = f"$CXX, {cxx!r}, is not installed" if cxx else "there is no g++, c++ or clang++"
         return f"no C++ compiler: {missing} (apt-get install g++)"
     try:
         native = _output(*command, *flags, "-###", "-E", "-x", "c++", "-")
@@ -161,10 +161,12 @@ class _BuildError(Exception):
 def _build(command: tuple[str, ...]) -> bytes:
     with TemporaryDirectory() as folder:
         built = Path(folder) / "kernels.so"
-        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode or not built.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-            raise _BuildError((lines or [f"exit code {done.returncode}"])[0][:300])
+        process = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=False)  # noqa: S603
+        if process.returncode or not built.is_file():
+            lines = [
+                line for line in process.stderr.splitlines() if "error" in line.lower()
+            ] or process.stderr.splitlines()
+            raise _BuildError((lines or [f"exit code {process.returncode}"])[0][:300])
         return built.read_bytes()
 
 
@@ -203,8 +205,8 @@ def _load(content: bytes) -> ctypes.CDLL:
 
 def _output(*command: str) -> str:
     """What a compiler prints, with what `native` means on this machine: the folder may be shared by several."""
-    done = subprocess.run(command, input="", capture_output=True, text=True, check=False)  # noqa: S603 (the compiler)
-    return done.stdout + done.stderr
+    process = subprocess.run(command, input="", capture_output=True, text=True, check=False)  # noqa: S603 (the compiler)
+    return process.stdout + process.stderr
 
 
 def _heads(t: Tensor) -> _Heads:
@@ -270,10 +272,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     windowed = rule.window is not None and any(rule.window < tile.shape[1] for tile in tiles)
     if windowed or rule.softcap is not None or D % LANES or v.shape[-1] != D or not serves(q.device, q.dtype):
         return tiled_attention(q, k, v, rule)
-    known = rule.layout.for_cpu_kernels
-    if rule.always not in known:
-        known[rule.always] = _Segments(rule.layout, rule.always)
-    out: Tensor = _Attention.apply(q, k, v, known[rule.always], rule.scale)
+    segments = rule.layout.for_cpu_kernels
+    if rule.always not in segments:
+        segments[rule.always] = _Segments(rule.layout, rule.always)
+    out: Tensor = _Attention.apply(q, k, v, segments[rule.always], rule.scale)
     return out
 
 

@@ -34,13 +34,13 @@ class _LinearLogProbs(Function):
             logits = F.linear(hidden[rows], W, b)
             towards = W[targets[rows]]  # d log p(target) / d hidden = (onehot(target) - softmax) W
             for inner in slices(len(logits), SOFTMAX_AT_ONCE // W.shape[0]):
-                z, wanted, slope = logits[inner], targets[rows][inner, None], None
+                z, target, slope = logits[inner], targets[rows][inner, None], None
                 if softcap is not None:
-                    bent = z.float().div_(softcap).tanh_()
-                    z, slope = bent * softcap, 1 - bent.square_()
-                    towards[inner] *= slope.gather(1, wanted).to(towards.dtype)
+                    tanh = z.float().div_(softcap).tanh_()
+                    z, slope = tanh * softcap, 1 - tanh.square_()
+                    towards[inner] *= slope.gather(1, target).to(towards.dtype)
                 chunk = z.log_softmax(-1, dtype=torch.float32)
-                log_probs[rows][inner] = chunk.gather(1, wanted)[:, 0]
+                log_probs[rows][inner] = chunk.gather(1, target)[:, 0]
                 chunk.exp_()
                 logits[inner] = chunk if slope is None else chunk.mul_(slope)
             torch.sub(towards, logits @ W, out=grad[rows])
@@ -122,17 +122,17 @@ class _LinearReadings(Function):
             towards[rows] = W[targets[rows]]
             for inner in slices(len(logits), SOFTMAX_AT_ONCE // V):
                 at = slice(rows.start + inner.start, min(rows.start + inner.stop, rows.stop))
-                z, wanted, bend = logits[inner].float(), targets[at, None], None
+                z, target, bend = logits[inner].float(), targets[at, None], None
                 if softcap is not None:
-                    bent = z.div(softcap).tanh_()
-                    z, bend = bent * softcap, 1 - bent.square_()
-                    towards[at] *= bend.gather(1, wanted).to(towards.dtype)
+                    tanh = z.div(softcap).tanh_()
+                    z, bend = tanh * softcap, 1 - tanh.square_()
+                    towards[at] *= bend.gather(1, target).to(towards.dtype)
                 log_softmax = z.log_softmax(-1)
-                log_probs[at] = log_softmax.gather(1, wanted)[:, 0]
-                made = [(z.gather(1, wanted)[:, 0] - log_probs[at], log_softmax.exp_())]
-                made += [c.distance(z, o[inner].float()) for c, o in zip(comparisons, others, strict=True)]
-                made += [(z.mean(-1), torch.full_like(z, 1 / V))] if with_means else []
-                for reading, slope, (values, of_logits) in zip(readings, slopes, made, strict=True):
+                log_probs[at] = log_softmax.gather(1, target)[:, 0]
+                value_and_slope = [(z.gather(1, target)[:, 0] - log_probs[at], log_softmax.exp_())]
+                value_and_slope += [c.distance(z, o[inner].float()) for c, o in zip(comparisons, others, strict=True)]
+                value_and_slope += [(z.mean(-1), torch.full_like(z, 1 / V))] if with_means else []
+                for reading, slope, (values, of_logits) in zip(readings, slopes, value_and_slope, strict=True):
                     reading[at] = values
                     slope[inner] = of_logits if bend is None else of_logits * bend
             for grad, slope in zip(grads, slopes, strict=True):
@@ -161,12 +161,12 @@ def linear_readings(
 ) -> Readings:
     """Readings of a frozen head, as `linear_log_probs` has its logits: chunk by chunk, gradients for the hidden states
     included, so that what the backward pass keeps is a few [S, d]."""
-    made = _LinearReadings.apply(hidden, W, b, targets, softcap, comparisons, with_means)
-    return _readings(made, with_means)
+    values = _LinearReadings.apply(hidden, W, b, targets, softcap, comparisons, with_means)
+    return _readings(values, with_means)
 
 
-def _readings(made: Sequence[Tensor], with_means: bool) -> Readings:
-    log_probs, normalisers, *distances = made
+def _readings(values: Sequence[Tensor], with_means: bool) -> Readings:
+    log_probs, normalisers, *distances = values
     means = distances.pop() if with_means else None
     return Readings(log_probs, normalisers, tuple(distances), means)
 
@@ -199,9 +199,9 @@ def head_readings(
 
     def chunk(h: Tensor, t: Tensor, rows: slice) -> tuple[Tensor, ...]:
         z = head(h).float()
-        made = [-F.cross_entropy(z, t, reduction="none"), z.logsumexp(-1)]
-        made += [_Distance.apply(z, other.logits(rows).float(), other.distance) for other in comparisons]
-        return (*made, z.mean(-1)) if with_means else tuple(made)
+        values = [-F.cross_entropy(z, t, reduction="none"), z.logsumexp(-1)]
+        values += [_Distance.apply(z, other.logits(rows).float(), other.distance) for other in comparisons]
+        return (*values, z.mean(-1)) if with_means else tuple(values)
 
     parts = [
         checkpoint(chunk, hidden[rows], targets[rows], rows, use_reentrant=False)

@@ -52,8 +52,8 @@ class _LowRankLinear(Function):
         A_, B_ = A.to(rows.dtype), B.to(rows.dtype)
         inner = (A_ @ rows.T).T  # the few rows of the small factor first: a quarter less time than rows A^T
         z = _rounded_once(rows, inner, W, B_, b if gain is None else None)
-        kept = rows if ctx.needs_input_grad[3] else None  # x is for the gradient of A alone
-        ctx.save_for_backward(kept, A_, B_, inner, gain, None if gain is None else z)
+        x = rows if ctx.needs_input_grad[3] else None  # x is for the gradient of A alone
+        ctx.save_for_backward(x, A_, B_, inner, gain, None if gain is None else z)
         # 1 + (g - 1), so that a gain close to 1 keeps its digits where products run in half precision
         y = z if gain is None else torch.addcmul(z, z, (gain - 1).to(rows.dtype))
         if gain is not None and b is not None:

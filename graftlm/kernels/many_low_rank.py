@@ -134,18 +134,19 @@ class ManyLowRank:
         self.at = self.begins.ctypes.data, self.changes.ctypes.data
 
     def __call__(self, x: Tensor, bounds: Bounds) -> Tensor:
-        """The sum of the changes [T, d_out] for x [T, d_in] of any float dtype, in that dtype."""
+        """The sum of the changes [T, d_out] for x [T, d_in] of any float dtype, in that dtype; [1, T, d_out] for x
+        [1, T, d_in]."""
         x = x.contiguous()
-        y = x.new_empty(len(x), self.d_out)
+        y = x.new_empty(*x.shape[:-1], self.d_out)
         if bounds.short_count:
             if self.by_kernel and serves(x):
-                sizes = x.shape[1], self.d_out, self.largest, torch.get_num_threads()
+                sizes = x.shape[-1], self.d_out, self.largest, torch.get_num_threads()
                 _function(x.dtype)(x.data_ptr(), y.data_ptr(), bounds.short_at, bounds.short_count, *self.at, *sizes)
             else:
-                self._by_stack(x, y, bounds)
+                self._by_stack(x.flatten(0, -2), y.view(-1, self.d_out), bounds)
         for number in bounds.long:
             start, stop = bounds.spans[number]
-            self._by_products(x[start:stop], y[start:stop], self.spans[number])
+            self._by_products(x.flatten(0, -2)[start:stop], y.view(-1, self.d_out)[start:stop], self.spans[number])
         return y
 
     def _by_products(self, x: Tensor, y: Tensor, changes: Sequence[Change]) -> None:
@@ -165,14 +166,14 @@ class ManyLowRank:
         if not any(self.spans):
             return
         numbers, A, B = self._stack(dtype)
-        chosen = [row for row, number in enumerate(numbers) if number not in long]
-        if not chosen:
+        rows = [row for row, number in enumerate(numbers) if number not in long]
+        if not rows:
             return
-        if len(chosen) < len(numbers):  # in a pass with prompts: a copy, which the passes that follow do without
-            numbers, A, B = tuple(numbers[row] for row in chosen), A[chosen], B[chosen]
+        if len(rows) < len(numbers):  # in a pass with prompts: a copy, which the passes that follow do without
+            numbers, A, B = tuple(numbers[row] for row in rows), A[rows], B[rows]
         padded = bounds.rows(numbers, x.device)
-        changed = x[padded.tokens].to(dtype) @ A @ B
-        y[padded.where] = changed.flatten(0, 1)[padded.places].to(y.dtype)
+        change = x[padded.tokens].to(dtype) @ A @ B
+        y[padded.where] = change.flatten(0, 1)[padded.places].to(y.dtype)
 
     def _stack(self, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """(spans that have changes, their A^T [spans, d_in, R], their B^T [spans, R, d_out]), 0 behind the ranks."""
@@ -195,7 +196,7 @@ class ManyLowRank:
 
 def serves(x: Tensor) -> bool:
     """Whether the kernel computes changes of x."""
-    return x.device.type == "cpu" and x.dtype in _FUNCTIONS and sys.platform == "linux" and bool(cpu.library_digest())
+    return x.is_cpu and x.dtype in _FUNCTIONS and sys.platform == "linux" and bool(cpu.library_digest())
 
 
 @cache

@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class _Layout(Protocol):
     weight: Tensor
 
-    def product(self, x: Tensor, b: Tensor | None, added: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, b: Tensor | None, addend: Tensor | None) -> Tensor:
         """x W^T + b + added, rounded once."""
         ...
 
@@ -46,17 +46,18 @@ class _Panels:
         self.weight = padded.view(-1, PANEL, self.d_in // pair, pair).transpose(1, 2).contiguous()
         self.function = _function("panels", weight.dtype)
 
-    def product(self, x: Tensor, b: Tensor | None, added: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, b: Tensor | None, addend: Tensor | None) -> Tensor:
         if x.shape[-1] != self.d_in or x.dtype != self.weight.dtype:  # the kernel would read what is not there
             raise RuntimeError(
                 f"x {list(x.shape)} in {x.dtype}, and the weight is [{self.d_out}, {self.d_in}] in {self.weight.dtype}"
             )
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.d_out)
-        if added is not None and added.shape != y.shape:
-            added = added.expand(y.shape) if added.numel() != y.numel() else added.view(y.shape)
-        read = [None if t is None else t.to(x.dtype).contiguous() for t in (b, added)]  # named: they live until it ends
-        pointers = [None if t is None else t.data_ptr() for t in (x, self.weight, *read, y)]
+        if addend is not None and addend.shape != y.shape:
+            addend = addend.expand(y.shape) if addend.numel() != y.numel() else addend.view(y.shape)
+        # The list has a name: its tensors must live until the kernel ends.
+        addends = [None if t is None else t.to(x.dtype).contiguous() for t in (b, addend)]
+        pointers = [None if t is None else t.data_ptr() for t in (x, self.weight, *addends, y)]
         self.function(*pointers, x.numel() // self.d_in, self.d_in, self.d_out, torch.get_num_threads())
         return y
 
@@ -65,11 +66,11 @@ class _OneDNN:
     def __init__(self, weight: Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
-    def product(self, x: Tensor, b: Tensor | None, added: Tensor | None) -> Tensor:
-        if added is None:
+    def product(self, x: Tensor, b: Tensor | None, addend: Tensor | None) -> Tensor:
+        if addend is None:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, b, "none", [], "")
         else:
-            y = torch.ops.mkldnn._linear_pointwise.binary(x, added, self.weight, b, "add")
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, addend, self.weight, b, "add")
         return y
 
 
@@ -90,15 +91,15 @@ class PrepackedProduct:
     def __call__(self, x: Tensor) -> Tensor:
         return self.layout.product(x, self.bias, None)
 
-    def plus(self, x: Tensor, added: Tensor) -> Tensor:
-        """The product plus `added` [.., d_out]; in half precision the sum is rounded and not its parts."""
-        return self.layout.product(x, self.bias, added)
+    def plus(self, x: Tensor, addend: Tensor) -> Tensor:
+        """The product plus `addend` [.., d_out]; in half precision the sum is rounded and not its parts."""
+        return self.layout.product(x, self.bias, addend)
 
     def low_rank(self, x: Tensor, W: Any, b: Tensor | None, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
         """`linear.low_rank_linear` with this weight for W. In half precision, too, the sum is rounded and not its
         parts. The small products run in float32: oneDNN's calls cost a quarter."""
-        added = ((x.float() @ A.T) @ B.T).to(x.dtype)
-        z = self.layout.product(x, b if gain is None else None, added)
+        addend = ((x.float() @ A.T) @ B.T).to(x.dtype)
+        z = self.layout.product(x, b if gain is None else None, addend)
         if gain is None:
             return z
         y = torch.addcmul(z, z, (gain - 1).to(x.dtype))

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.deltas.base import AdditiveDelta, Delta, WeightDelta
+from graftlm.deltas.base import AdditiveDelta, AroundDelta, Delta, WeightDelta
 from graftlm.model.bases import Residual
+from graftlm.model.routed import RoutedFactors
 
 
 class FixedFactors(NamedTuple):
@@ -21,7 +22,7 @@ class FixedFactors(NamedTuple):
     """[d_out, r], the scale of the adapter in it."""
 
 
-Acting = tuple[Delta | FixedFactors, float]
+Acting = tuple[Delta | FixedFactors | RoutedFactors, float]
 """What acts, and the share of its change that is made: 1 for all of it."""
 
 Change = WeightDelta | FixedFactors
@@ -42,7 +43,7 @@ class Split(NamedTuple):
     """Other changes that are added."""
     folded: list[tuple[Change, float]]
     """Changes of weights in order, where one of them is not added; `fast` and `slow` are empty then."""
-    others: list[tuple[Delta, float]]
+    others: list[tuple[Delta | RoutedFactors, float]]
     """Changes of the output."""
 
     @property
@@ -54,9 +55,18 @@ class Split(NamedTuple):
         return first is None or first[0].wants_y or first[1] != 1
 
 
+def around(parts: Split) -> AroundDelta | None:
+    """What stands around a product with the base that other tokens may share: it must be all that changes weights."""
+    if len(parts.folded) != 1:
+        return None
+    delta, share = parts.folded[0]
+    shares = isinstance(delta, AroundDelta) and share == 1 and delta.offset_A is None and not drops(delta)
+    return cast("AroundDelta", delta) if shares else None
+
+
 def split(acting: Sequence[Acting]) -> Split:
     """Changes of weights act on the frozen layer, any other delta on an output: so changes of weights come first."""
-    others = [(d, share) for d, share in acting if isinstance(d, Delta) and not isinstance(d, WeightDelta)]
+    others = [(d, share) for d, share in acting if not isinstance(d, WeightDelta | FixedFactors)]
     changes = [(d, share) for d, share in acting if isinstance(d, WeightDelta | FixedFactors)]
     if not all(isinstance(d, AdditiveDelta | FixedFactors) for d, _ in changes):
         return Split([], [], changes, others)
@@ -97,11 +107,13 @@ def has_own_increment(delta: AdditiveDelta) -> bool:
     return type(delta).increment is not AdditiveDelta.increment
 
 
-def drops(delta: Delta | FixedFactors) -> bool:
+def drops(delta: Delta | FixedFactors | RoutedFactors) -> bool:
     return isinstance(delta, Delta) and delta.training and delta.config.dropout > 0
 
 
-def dropped(x: Tensor, delta: Delta) -> Tensor:
+def dropped(x: Tensor, delta: Delta | RoutedFactors) -> Tensor:
+    if not isinstance(delta, Delta):
+        return x
     return F.dropout(x, delta.config.dropout, training=drops(delta)) if x.is_floating_point() else x
 
 

@@ -144,19 +144,19 @@ def came(record: Attachment, name: str) -> None:
 
 def _by_layer(model: nn.Module, config: DeltaConfig, deltas: dict[str, Delta], seed: int) -> dict[str, Delta]:
     """Layer -> delta, where the deltas of a layer's parts are one."""
-    made: dict[str, Delta] = {}
+    by_layer: dict[str, Delta] = {}
     of_parts: dict[str, dict[str, Delta]] = {}
     for name, delta in deltas.items():
         if delta.site.rows is None:
-            made[name] = delta
+            by_layer[name] = delta
             continue
         layer, _, part = name.rpartition(".")
         of_parts.setdefault(layer, {})[part] = delta
-        made[layer] = delta  # to be replaced: the order is the model's
+        by_layer[layer] = delta  # to be replaced: the order is the model's
     for layer, parts in of_parts.items():
         site = replace(site_at(model, layer, seed, {}), shared=next(iter(parts.values())).site.shared)
-        made[layer] = together(site, config, parts).to(next(model.parameters()).device)
-    return made
+        by_layer[layer] = together(site, config, parts).to(next(model.parameters()).device)
+    return by_layer
 
 
 def check_model(model: nn.Module) -> None:
@@ -196,13 +196,13 @@ def _no_save_pretrained(*args: Any, **kwargs: Any) -> None:
 
 
 def _check_statistics(config: DeltaConfig, sites: Sequence[Site], start: bool) -> None:
-    wanted = needed_statistics(config) if start else ()
-    for what in wanted:
-        lacking = [site.name for site in sites if what not in site.statistics]
-        if lacking:
+    names = needed_statistics(config) if start else ()
+    for what in names:
+        sites_without = [site.name for site in sites if what not in site.statistics]
+        if sites_without:
             raise TargetError(
                 f"{config.method} with init {config.init!r} starts from the {what} of each layer, which "
-                f"{len(lacking)} of {len(sites)} sites lack: give `statistics=collect(...)` "
+                f"{len(sites_without)} of {len(sites)} sites lack: give `statistics=collect(...)` "
                 "(`graft train` gathers them from the training rows by itself)",
                 code="missing-statistics",
             )
@@ -263,11 +263,11 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """
     record = attachment(model)
     if name is None:
-        gone = (*record.configs, *record.factors)
+        names = (*record.configs, *record.factors)
     else:
-        gone = (name,) if name in record.factors else delta_names(model, [name])
+        names = (name,) if name in record.factors else delta_names(model, [name])
     forget(model)
-    for each in gone:
+    for each in names:
         _take_off(model, each, record)
     for site_name, host in hosts(model).items():
         if not host.deltas and not host.factors:
@@ -292,11 +292,11 @@ def _take_off(model: nn.Module, name: str, record: Attachment) -> None:
         delattr(model.get_submodule(SHARED), name)
         if not len(list(model.get_submodule(SHARED).children())):
             delattr(model, SHARED)
-    kept = (record.configs, record.sites, record.seeds, record.attached, record.factors, record.inside_experts)
-    for facts in (*kept, record.chats, record.tokenizers, record.heads):
+    tables = (record.configs, record.sites, record.seeds, record.attached, record.factors, record.inside_experts)
+    for facts in (*tables, record.chats, record.tokenizers, record.heads):
         facts.pop(name, None)
-    left = {key: tuple(other for other in names if other != name) for key, names in record.members.items()}
-    record.members = {key: names for key, names in left.items() if key != name}
+    members = {key: tuple(other for other in names if other != name) for key, names in record.members.items()}
+    record.members = {key: names for key, names in members.items() if key != name}
     record.version += 1
 
 

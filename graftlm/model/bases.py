@@ -88,14 +88,15 @@ class LinearBase:
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
         return self.fused(x, self.frozen, self.stored_bias, A, B, gain)
 
-    def plus(self, x: Tensor, added: Tensor) -> Tensor:
-        """The layer's output for x [T, d_in] plus `added` [T, d_out], which may be overwritten. In half precision the
-        sum is rounded and not its parts (`linear.py`)."""
+    def plus(self, x: Tensor, addend: Tensor) -> Tensor:
+        """The layer's output for x [.., d_in] plus `addend` [.., d_out], which may be overwritten. In half precision
+        the sum is rounded and not its parts (`linear.py`)."""
         if x.dtype not in (torch.bfloat16, torch.float16):
-            return self(x).add_(added)
+            return self(x).add_(addend)
         W, b = self.frozen, self.stored_bias
         W = W if isinstance(W, Tensor) else W(x.dtype)
-        return torch.addmm(added if b is None else (added.float() + b).to(x.dtype), x, W.T)
+        addend = (addend if b is None else (addend.float() + b).to(x.dtype)).flatten(0, -2)
+        return torch.addmm(addend, x.flatten(0, -2), W.T).view(*x.shape[:-1], -1)
 
     def product(self, A: Tensor) -> Tensor:
         W = self.stored_weight.detach()
@@ -244,8 +245,8 @@ def view(layer: nn.Module) -> LinearBase | None:
         make = ScaledEmbeddingBase
     if make is None:
         return None
-    made = make(layer)
-    return made if made.d_in and made.d_out else None
+    base = make(layer)
+    return base if base.d_in and base.d_out else None
 
 
 ASKED = "graft_is_linear"
@@ -255,10 +256,10 @@ ASKED = "graft_is_linear"
 def _is_linear(layer: Any) -> bool:
     """Whether a layer's forward is x W^T + b up to rounding, by two rows; the answer is kept with the layer."""
     forward = layer.forward if "forward" in vars(layer) else type(layer)
-    known = vars(layer).get(ASKED)
-    if known is None or known[0] is not forward:
-        known = vars(layer)[ASKED] = forward, _computes_linear(layer)
-    return bool(known[1])
+    answer = vars(layer).get(ASKED)
+    if answer is None or answer[0] is not forward:
+        answer = vars(layer)[ASKED] = forward, _computes_linear(layer)
+    return bool(answer[1])
 
 
 def _computes_linear(layer: Any) -> bool:
@@ -273,14 +274,14 @@ def _computes_linear(layer: Any) -> bool:
         forward = partial(torch.func.functional_call, layer, values)
     W = weight.T if isinstance(layer, Conv1D) else weight
     x = _numbers((2, W.shape[1]), W.dtype).to(W.device)
-    wanted = F.linear(x, W, bias)
+    reference = F.linear(x, W, bias)
     try:
         found = forward(x)
     except Exception:  # whatever it wants, it is no row of numbers
         return False
-    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+    if not isinstance(found, Tensor) or found.shape != reference.shape:
         return False
-    error, size = (found.float() - wanted.float()).abs().max(), wanted.float().abs().max()
+    error, size = (found.float() - reference.float()).abs().max(), reference.float().abs().max()
     return bool(error <= 4 * torch.finfo(W.dtype).eps * size)
 
 

@@ -55,19 +55,19 @@ class Coverage:
 
     def lines(self) -> list[str]:
         """What there is to say, a line each."""
-        said = []
+        sentences = []
         experts = ", ".join(f"{name} ({self.share(count):.0%})" for name, count in self.experts.items())
         if self.under_deltas:
-            said.append(f"deltas sit on {self.share(self.under_deltas):.0%} of the decoder's weights")
+            sentences.append(f"deltas sit on {self.share(self.under_deltas):.0%} of the decoder's weights")
             if experts:
-                said.append(f"no delta reaches the experts, which are fused and no linear layers: {experts}")
+                sentences.append(f"no delta reaches the experts, which are fused and no linear layers: {experts}")
         if self.quantization:
-            said.append(self.about_quantization())
+            sentences.append(self.about_quantization())
         if self.towers:
-            said.append(f"left out, because text does not reach it: {', '.join(self.towers)}")
+            sentences.append(f"left out, because text does not reach it: {', '.join(self.towers)}")
         if self.not_called:
-            said.append(f"left out, because the model's code does not call them: {', '.join(self.not_called)}")
-        return said
+            sentences.append(f"left out, because the model's code does not call them: {', '.join(self.not_called)}")
+        return sentences
 
     def about_quantization(self) -> str:
         line = f"{self.quantization}: {self.share(self.quantized):.0%} of the decoder's weights are quantized"
@@ -82,20 +82,20 @@ def coverage(model: nn.Module) -> Coverage:
     decoder, head = decoder_of(model) or model, output_head(model)
     start = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
     layers = {
-        name: made
+        name: base
         for name, place in places(model).items()
         if place.kind == "linear"
         and place.module is not head
         and name.startswith(start)
-        and (made := view(place.module))
+        and (base := view(place.module))
     }
-    linear = {name: made.d_in * made.d_out for name, made in layers.items()}
-    aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
+    linear = {name: base.d_in * base.d_out for name, base in layers.items()}
+    vocabulary = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     convolutions = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
     experts: dict[str, int] = {}
     other = 0
     for name, p in base_parameters(model).items():
-        if p.dim() < 2 or id(p) in aside or not name.startswith(start) or name.removesuffix(".weight") in linear:
+        if p.dim() < 2 or id(p) in vocabulary or not name.startswith(start) or name.removesuffix(".weight") in linear:
             continue
         if p.dim() == 3 and id(p) not in convolutions:
             experts[of_any_layer(name)] = experts.get(of_any_layer(name), 0) + p.numel()

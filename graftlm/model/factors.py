@@ -9,7 +9,7 @@ down what walks over the modules of a model. What has such factors stands in `gr
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from graftlm.model.acting import FixedFactors
 from graftlm.model.attach import begin, came, check_model, check_name, host_at
 from graftlm.model.hosts import Host, LayerHost
 from graftlm.model.registry import attachment, forget, known_hosts
+from graftlm.model.routed import Experts, Gates, RoutedFactors, sites_of_all
 from graftlm.model.sites import sites_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -51,29 +52,40 @@ def attach_factors(
         raise TargetError(f"{name!r} has factors for no layer", code="no-layer-matches")
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"factors are held in float32 or bfloat16, not in {dtype}", code="factors-do-not-fit")
-    found = known_hosts(model)
-    missing = [site for site in factors if not isinstance(found.get(site), LayerHost)]
-    sites = _sites(model, missing) if missing else {}
-    sizes = {name: (site.d_in, site.d_out) for name, site in sites.items()}
-    held = {}
-    for site, (A, B) in factors.items():
-        d_in, d_out = sizes[site] if site in sizes else _size(found[site])
-        if A.dim() != 2 or B.dim() != 2 or A.shape[1] != d_in or B.shape[0] != d_out or len(A) != B.shape[1]:
-            raise TargetError(
-                f"{site}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit this layer: A must be [r, {d_in}] and B "
-                f"[{d_out}, r]",
-                code="factors-do-not-fit",
-            )
-        held[site] = FixedFactors(_held(A, dtype, site).contiguous(), by_columns(_held(B, dtype, site)))
-    begin(model, record)
+    sites = _without_host(model, factors)
+    _check_sizes(model, sites, factors)
     device = next(model.parameters()).device
-    for site in missing:
-        host_at(model, sites[site], record)
-    found = known_hosts(model)
-    for site, (A, B) in held.items():
-        found[site].factors[name] = FixedFactors(A.to(device), B.to(device))
-    record.factors[name] = tuple(held)
-    came(record, name)
+    held = {
+        site: FixedFactors(_cast(A, dtype).contiguous(), by_columns(_cast(B, dtype)))
+        for site, (A, B) in factors.items()
+    }
+    _put(model, name, sites, {site: FixedFactors(A.to(device), B.to(device)) for site, (A, B) in held.items()})
+
+
+def attach_routed(
+    model: nn.Module,
+    name: str,
+    adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+    gates: Callable[[str, Experts], Gates],
+) -> None:
+    """Put a mixture of adapters on the model in which every token at every layer has weights of its own.
+
+    `adapters`: name -> site -> (A, B), as `attach_factors` takes them. `gates(site, experts)` is called once for each
+    site and returns what makes weights of the site's input. It acts where a request or `by_row` names `name`, and
+    `detach_factors` takes it off. All is held in float32 at least, in memory of its own. Returns nothing. Raises what
+    `attach_factors` does; the model is then as it was.
+    """
+    check_name(attachment(model), name)
+    if not any(adapters.values()):
+        raise TargetError(f"{name!r} has factors for no layer", code="no-layer-matches")
+    sites: dict[str, Any] = {}
+    for factors in adapters.values():
+        sites |= _without_host(model, factors)
+        _check_sizes(model, sites, factors)
+    _check_linear(model, sites, adapters)
+    device = next(model.parameters()).device
+    experts = {site: each.to(device) for site, each in sites_of_all(adapters).items()}
+    _put(model, name, sites, {site: RoutedFactors(each, gates(site, each)) for site, each in experts.items()})
 
 
 def detach_factors(model: nn.Module, name: str) -> None:
@@ -96,17 +108,62 @@ def detach_factors(model: nn.Module, name: str) -> None:
     record.version += 1
 
 
-def _sites(model: nn.Module, names: list[str]) -> dict[str, Any]:
+def _without_host(model: nn.Module, factors: Mapping[str, Any]) -> dict[str, Any]:
     """The sites of layers that have no host yet, checked as for a delta."""
+    found_hosts = known_hosts(model)
+    names = [site for site in factors if not isinstance(found_hosts.get(site), LayerHost)]
+    if not names:
+        return {}
     check_model(model)
     lora = METHODS["lora"].config
     found = {site.name: site for site in sites_of(model, lora(method="lora", targets="|".join(map(re.escape, names))))}
-    if lacking := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in found]:
         raise TargetError(
-            f"{lacking[0]} is no layer that low-rank factors can sit on. {nearest(lacking[0], found)}",
+            f"{missing[0]} is no layer that low-rank factors can sit on. {nearest(missing[0], found)}",
             code="no-layer-matches",
         )
-    return found
+    return {name: found[name] for name in names}
+
+
+def _check_sizes(model: nn.Module, sites: Mapping[str, Any], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    found = known_hosts(model)
+    for site, (A, B) in factors.items():
+        d_in, d_out = (sites[site].d_in, sites[site].d_out) if site in sites else _size(found[site])
+        if A.dim() != 2 or B.dim() != 2 or A.shape[1] != d_in or B.shape[0] != d_out or len(A) != B.shape[1]:
+            raise TargetError(
+                f"{site}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit this layer: A must be [r, {d_in}] and B "
+                f"[{d_out}, r]",
+                code="factors-do-not-fit",
+            )
+        for t in (A, B):
+            _check_numbers(t, site)
+
+
+def _check_linear(model: nn.Module, sites: Mapping[str, Any], adapters: Mapping[str, Mapping[str, Any]]) -> None:
+    found = known_hosts(model)
+    for where in dict.fromkeys(site for factors in adapters.values() for site in factors):
+        there: Any = sites[where] if where in sites else found[where].view
+        if there.kind != "linear":
+            raise TargetError(
+                f"{where}: this is no linear layer, so its input has no direction to route by. Leave adapters that "
+                "change it out, or route whole requests",
+                code="not-a-linear-layer",
+            )
+
+
+def _put(
+    model: nn.Module, name: str, sites: Mapping[str, Any], held: Mapping[str, FixedFactors | RoutedFactors]
+) -> None:
+    """Hosts where there are none, and on each what is held for its site."""
+    record = attachment(model)
+    begin(model, record)
+    for site in sites.values():
+        host_at(model, site, record)
+    found = known_hosts(model)
+    for where, each in held.items():
+        found[where].factors[name] = each
+    record.factors[name] = tuple(held)
+    came(record, name)
 
 
 def _size(host: Host) -> tuple[int, int]:
@@ -114,8 +171,11 @@ def _size(host: Host) -> tuple[int, int]:
     return host.view.d_in, host.view.d_out
 
 
-def _held(t: Tensor, dtype: torch.dtype | None, site: str) -> Tensor:
+def _check_numbers(t: Tensor, site: str) -> None:
     if not t.is_floating_point():
         raise TargetError(f"{site}: factors are numbers, not {t.dtype}", code="factors-do-not-fit")
-    wanted = dtype or (t.dtype if t.dtype in DTYPES else torch.float32)
-    return t.detach().to(wanted)
+
+
+def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    new_dtype = dtype or (t.dtype if t.dtype in DTYPES else torch.float32)
+    return t.detach().to(new_dtype)

@@ -40,6 +40,7 @@ from graftlm.model.acting import (
 )
 from graftlm.model.bases import LinearBase, view
 from graftlm.model.plans import Here, Parts, Plan, computed, parts_of, plan_of
+from graftlm.model.routed import RoutedFactors
 from graftlm.model.routes import ROUTE, Route, Row, tokens_of
 from graftlm.model.switch import Switch
 
@@ -53,7 +54,7 @@ class Host(nn.Module):
     def __init__(self, switch: Switch) -> None:
         super().__init__()
         self.deltas = nn.ModuleDict()
-        self.factors: dict[str, FixedFactors] = {}
+        self.factors: dict[str, FixedFactors | RoutedFactors] = {}
         """What acts in answers alone, where a request names it. (`factors.py`)"""
         self.parts_of_factors: dict[Here, Parts] = {}
         """What plans have of rows with such factors alone. They learn nothing: it stays until one of them goes."""
@@ -80,7 +81,7 @@ class Host(nn.Module):
     def named(self, here: Here) -> list[Acting]:
         """The deltas and factors of a row."""
         found = [(self.factors.get(name) or self.deltas[name], weight) for name, weight in here]
-        return [(d, weight) for d, weight in found if isinstance(d, Delta | FixedFactors)]
+        return [(d, weight) for d, weight in found if isinstance(d, Delta | FixedFactors | RoutedFactors)]
 
     def groups(self, x: Tensor) -> Iterator[tuple[list[int], list[Acting]]]:
         """What of x has the same deltas here with the same weights, together: (indices along x's first dimension,

@@ -62,8 +62,8 @@ def _keep_the_base(site: Site, delta: Delta, factors: tuple[Tensor, Tensor] | No
             return
     elif isinstance(delta, WeightDelta):
         W, b = site.W().cpu(), torch.zeros(site.d_out) if site.has_bias else None
-        changed, shift = delta.effective(W, b)
-        if torch.allclose(changed, W, atol=ROUNDING * float(W.abs().max())) and (shift is None or not shift.any()):
+        new_W, shift = delta.effective(W, b)
+        if torch.allclose(new_W, W, atol=ROUNDING * float(W.abs().max())) and (shift is None or not shift.any()):
             return
     raise TargetError(
         f"init: {name!r} would move the model: what {delta.config.method!r} adds to W is no fixed B A, "
@@ -76,21 +76,21 @@ def _is_product(part: Delta, A: Tensor, B: Tensor) -> bool:
     """Whether the factors of a delta are its own tensors A and s B."""
     own = {**dict(part.named_parameters()), **dict(part.named_buffers())}
     pairs = ((A, own["A"]), (B, part.scale * own["B"]))
-    return all(made.shape == tensor.shape and torch.allclose(made, tensor) for made, tensor in pairs)
+    return all(product.shape == tensor.shape and torch.allclose(product, tensor) for product, tensor in pairs)
 
 
 def part_with(delta: Delta, tensors: Sequence[str], name: str) -> Delta:
     """The delta itself or the one inside of it that has all these tensors: what an init starts."""
-    having = [
+    matching_parts = [
         part
         for part in delta.modules()
         if isinstance(part, Delta) and all(isinstance(getattr(part, key, None), Tensor) for key in tensors)
     ]
-    if len(having) == 1:
-        return having[0]
+    if len(matching_parts) == 1:
+        return matching_parts[0]
     own = ", ".join(sorted(key for key, _ in delta.named_parameters())) or "nothing"
     raise TargetError(
         f"init: {name!r} sets {' and '.join(tensors)} of one low-rank product; {delta.config.method!r} has "
-        f"{'several' if having else own}, so the pair has no meaning. `init: zero` is the method's own start",
+        f"{'several' if matching_parts else own}, so the pair has no meaning. `init: zero` is the method's own start",
         code="init-unfit-for-method",
     )

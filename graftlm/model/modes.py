@@ -93,10 +93,10 @@ def by_row(model: nn.Module, rows: Sequence[Sequence[str] | Row]) -> Iterator[nn
     Yields the model. Raises TargetError for a delta that is not on the model, a weight on a prefix or prompt, which are
     there or not, and a batch that is no multiple of the rows.
     """
-    wanted = [weighted_row(model, row) for row in rows]
-    _check_rows(model, wanted)
+    weighted_rows = [weighted_row(model, row) for row in rows]
+    _check_rows(model, weighted_rows)
     switch = attachment(model).switch
-    before, switch.rows = switch.rows, wanted
+    before, switch.rows = switch.rows, weighted_rows
     passes, switch.passes = switch.passes, []
     decoder = decoder_of(model)
     with ExitStack() as stack:
@@ -156,5 +156,5 @@ def _mixing_site(model: nn.Module, rows: Sequence[Row]) -> str | None:
 
 
 def _begin(switch: Switch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))]
-    switch.begin(next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2), None))
+    inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))]
+    switch.begin(next((t for t in inputs if isinstance(t, Tensor) and t.dim() >= 2), None))

@@ -85,16 +85,16 @@ class PartsOfFactors(AdditiveDelta):
         return torch.cat([A for A, _ in found]), torch.cat([B for _, B in found], dim=1)
 
     def matrix(self) -> Tensor:
-        made: Tensor | None = None
+        dW: Tensor | None = None
         for part in _within(self):
             assert isinstance(part, AdditiveDelta)
             change = part.matrix()
             if part.offset_A is not None and part.offset_B is not None:
                 change = change - part.offset_B @ part.offset_A
-            made = change.new_zeros(self.site.d_out, self.site.d_in) if made is None else made
-            made = made.index_copy(0, indices(part.site, change), change)
-        assert made is not None
-        return made
+            dW = change.new_zeros(self.site.d_out, self.site.d_in) if dW is None else dW
+            dW = dW.index_copy(0, indices(part.site, change), change)
+        assert dW is not None
+        return dW
 
     def penalty(self) -> Tensor | None:
         return _penalty(self)
@@ -146,16 +146,16 @@ def indices(site: Site, like: Tensor) -> Tensor:
 # Found in a model ------------------------------------------------------------------------------------------------
 
 
-def find(model: Any, wanted: Mapping[str, tuple[str, str]], layers: Mapping[str, nn.Module]) -> dict[str, Rows]:
+def find(model: Any, places: Mapping[str, tuple[str, str]], layers: Mapping[str, nn.Module]) -> dict[str, Rows]:
     """The rows of those of the wanted parts (name -> layer and part) that are there. `layers`: those of the decoder."""
-    found = _asked(model, list(dict.fromkeys(layer for layer, _ in wanted.values())), layers)
-    there = {name: found[layer].get(part) for name, (layer, part) in wanted.items()}
+    found = _rows_by_layer(model, list(dict.fromkeys(layer for layer, _ in places.values())), layers)
+    there = {name: found[layer].get(part) for name, (layer, part) in places.items()}
     return {name: rows for name, rows in there.items() if rows is not None}
 
 
 def why_not(model: Any, name: str, layer: str, layers: Mapping[str, nn.Module]) -> str:
     """What to say of a part that a layer has not."""
-    parts = _asked(model, [layer], layers)[layer]
+    parts = _rows_by_layer(model, [layer], layers)[layer]
     has = f"its parts are {', '.join(parts)}" if parts else "no parts of it can be told apart"
     return (
         f"targets: {name!r}: {layer} has no such part: {has}. q, k and v are found where attention goes through "
@@ -164,12 +164,12 @@ def why_not(model: Any, name: str, layer: str, layers: Mapping[str, nn.Module]) 
     )
 
 
-def _asked(model: Any, names: Sequence[str], layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Rows]]:
+def _rows_by_layer(model: Any, names: Sequence[str], layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Rows]]:
     """Layer -> part -> rows. The answers are kept with the model, of layers that a pass reaches."""
-    kept: dict[str, dict[str, Rows]] = model.__dict__.setdefault(NAME, {})
-    unknown = [name for name in names if name not in kept]
+    rows: dict[str, dict[str, Rows]] = model.__dict__.setdefault(NAME, {})
+    unknown = [name for name in names if name not in rows]
     if not unknown:
-        return kept
+        return rows
     watched = {name: _Output(model.get_submodule(name)) for name in unknown}
     with ExitStack() as stack, torch.enable_grad():
         for name, output in watched.items():
@@ -179,20 +179,20 @@ def _asked(model: Any, names: Sequence[str], layers: Mapping[str, nn.Module]) ->
             for child in parent.children():
                 if _may_activate(child):
                     stack.callback(child.register_forward_pre_hook(output.activated).remove)
-        stack.enter_context(_heard(model, watched.values()))
+        stack.enter_context(_activations_shown(model, watched.values()))
         run(model, layers)
-    kept.update({name: output.parts() for name, output in watched.items() if output.y is not None})
-    like = {(of_any_layer(name), _width(model, name)): parts for name, parts in kept.items() if parts}
+    rows.update({name: output.parts() for name, output in watched.items() if output.y is not None})
+    like = {(of_any_layer(name), _width(model, name)): parts for name, parts in rows.items() if parts}
     for name in unknown:
         if is_absent(model, name):
-            kept[name] = like.get((of_any_layer(name), _width(model, name)), {})
-    return {name: {} for name in names} | kept
+            rows[name] = like.get((of_any_layer(name), _width(model, name)), {})
+    return {name: {} for name in names} | rows
 
 
 def _width(model: nn.Module, name: str) -> int:
     module = model.get_submodule(name)
-    made = view(module.base if isinstance(module, LayerHost) else module)
-    return made.d_out if made else 0
+    base = view(module.base if isinstance(module, LayerHost) else module)
+    return base.d_out if base else 0
 
 
 def _may_activate(module: nn.Module) -> bool:
@@ -253,7 +253,7 @@ def _ranges(rows: Tensor) -> Rows:
 
 
 @contextmanager
-def _heard(model: Any, outputs: Any) -> Iterator[None]:
+def _activations_shown(model: Any, outputs: Any) -> Iterator[None]:
     """Inside, attention shows its queries, keys and values to the outputs of the layers in its module."""
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any) -> Any:

@@ -23,15 +23,15 @@ NAME = "graft_prefix"
 class Before:
     """Keys and values [layers, 2, G, p, D] before a sequence: learnt ones, and then those of a prompt."""
 
-    learnt: Tensor | None = None
+    prefix: Tensor | None = None
     prompt: Tensor | None = None
 
     @property
     def length(self) -> int:
-        return sum(part.shape[3] for part in (self.learnt, self.prompt) if part is not None)
+        return sum(part.shape[3] for part in (self.prefix, self.prompt) if part is not None)
 
     def whole(self) -> Tensor:
-        parts = [part for part in (self.learnt, self.prompt) if part is not None]
+        parts = [part for part in (self.prefix, self.prompt) if part is not None]
         return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=3)
 
 
@@ -61,11 +61,11 @@ def stack(rows: list[Before]) -> Stacked | None:
 def before(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """(keys, values [rows or 1, G, p, D], there [rows or 1, p]) for one attention layer, or None."""
     host = module.__dict__.get("graft_before")
-    stacked = None if host is None else host.before
-    if stacked is None:
+    batch_prefix = None if host is None else host.before
+    if batch_prefix is None:
         return None
-    keys, values = stacked.keys_values[module.layer_idx].to(like.dtype)
-    return keys, values, stacked.there
+    keys, values = batch_prefix.keys_values[module.layer_idx].to(like.dtype)
+    return keys, values, batch_prefix.there
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def recording(decoder: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
     (A recomputation in the backward pass would find what stands before the rows by then.)
     """
-    heard: list[tuple[Tensor, Tensor]] = []
+    key_values: list[tuple[Tensor, Tensor]] = []
     layers = attention_layers(decoder)
     recomputing: list[Any] = [
         module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)
@@ -82,9 +82,9 @@ def recording(decoder: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     for module in recomputing:
         module.gradient_checkpointing = False
     for layer in layers:
-        layer.__dict__["graft_heard"] = heard
+        layer.__dict__["graft_heard"] = key_values
     try:
-        yield heard
+        yield key_values
     finally:
         for layer in layers:
             del layer.__dict__["graft_heard"]
@@ -98,9 +98,9 @@ def is_recording(layer: nn.Module) -> bool:
 
 
 def record(module: nn.Module, key: Tensor, value: Tensor) -> None:
-    heard = module.__dict__.get("graft_heard")
-    if heard is not None:
-        heard.append((key, value))
+    key_values = module.__dict__.get("graft_heard")
+    if key_values is not None:
+        key_values.append((key, value))
 
 
 def attention_layers(decoder: nn.Module) -> list[Any]:

@@ -47,11 +47,11 @@ def run(model: Any, layers: Mapping[str, nn.Module]) -> bool:
     if not vocabulary or there is None:
         return False
     ids = torch.arange(3, 3 + TOKENS, device=there)[None] % vocabulary
-    given = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    decoder_inputs = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     with _real_layers(model, layers), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model(input_ids=ids, use_cache=False, **given)
+            model(input_ids=ids, use_cache=False, **decoder_inputs)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
             return False
     return True
@@ -83,17 +83,17 @@ def bypassed(model: nn.Module, names: Sequence[str], layers: Mapping[str, nn.Mod
     The model runs once for that, and only where the text of its code speaks of the weight of a layer of such a name.
     """
     suspects = _suspects(model)
-    wanted = [name for name in names if suspects is None or name.rpartition(".")[2] in suspects]
+    suspect_names = [name for name in names if suspects is None or name.rpartition(".")[2] in suspects]
     device = next((p.device.type for p in model.parameters() if not p.is_meta), "meta")
-    asked = model.__dict__.setdefault("graft_bypassed", {})  # which code runs depends on these
-    kept: dict[str, bool] = asked.setdefault((device, model.training), {})
-    if any(name not in kept for name in wanted):
+    answers = model.__dict__.setdefault("graft_bypassed", {})  # which code runs depends on these
+    is_bypassed: dict[str, bool] = answers.setdefault((device, model.training), {})
+    if any(name not in is_bypassed for name in suspect_names):
         found: set[str] = set()
-        with _watched(model, wanted, found), torch.no_grad():
+        with _watched(model, suspect_names, found), torch.no_grad():
             run(model, layers)
         like = {of_any_layer(name) for name in found}
-        kept.update({n: n in found or (is_absent(model, n) and of_any_layer(n) in like) for n in wanted})
-    return [name for name in wanted if kept[name]]
+        is_bypassed.update({n: n in found or (is_absent(model, n) and of_any_layer(n) in like) for n in suspect_names})
+    return [name for name in suspect_names if is_bypassed[name]]
 
 
 def _suspects(model: nn.Module) -> set[str] | None:
@@ -101,8 +101,8 @@ def _suspects(model: nn.Module) -> set[str] | None:
     of something that is the name of none, such as a variable."""
     files = {type(m).__module__ for m in model.modules()}
     no_models = ("graftlm.", "torch.", "transformers.pytorch_utils")
-    read = {name for file in files if not file.startswith(no_models) for name in _weights_read_in(file)}
-    return read if read <= {name.rpartition(".")[2] for name, _ in model.named_modules()} else None
+    names = {name for file in files if not file.startswith(no_models) for name in _weights_read_in(file)}
+    return names if names <= {name.rpartition(".")[2] for name, _ in model.named_modules()} else None
 
 
 @cache
@@ -117,7 +117,7 @@ def _weights_read_in(module: str) -> frozenset[str]:
 @contextmanager
 def _watched(model: nn.Module, names: Sequence[str], found: set[str]) -> Iterator[None]:
     """Inside, the weights of these layers report their use: they are hosts for the time, where they were none."""
-    placed: list[tuple[nn.Module, str, LayerHost]] = []
+    replaced_layers: list[tuple[nn.Module, str, LayerHost]] = []
     watched: list[LayerHost] = []
     for name in names:
         layer = model.get_submodule(name)
@@ -125,7 +125,7 @@ def _watched(model: nn.Module, names: Sequence[str], found: set[str]) -> Iterato
             parent, _, attribute = name.rpartition(".")
             layer, holder = LayerHost(layer, Switch()).train(layer.training), model.get_submodule(parent)
             setattr(holder, attribute, layer)
-            placed.append((holder, attribute, layer))
+            replaced_layers.append((holder, attribute, layer))
         layer.watch = _watch(name, found)
         watched.append(layer)
     active = [host.active for host in watched]
@@ -136,15 +136,15 @@ def _watched(model: nn.Module, names: Sequence[str], found: set[str]) -> Iterato
     finally:
         for host, names_ in zip(watched, active, strict=True):
             host.active, host.watch = names_, None
-        for holder, attribute, host in placed:
+        for holder, attribute, host in replaced_layers:
             setattr(holder, attribute, host.base)
 
 
 def _watch(name: str, found: set[str]) -> Any:
     def watch(weight: Tensor) -> Tensor:
-        seen: _Seen = weight.detach().as_subclass(_Seen)
-        seen.report = lambda: found.add(name)
-        return seen
+        watched_weight: _Seen = weight.detach().as_subclass(_Seen)
+        watched_weight.report = lambda: found.add(name)
+        return watched_weight
 
     return watch
 
@@ -156,15 +156,15 @@ class _Seen(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
         only_like = name in ("to", "type_as") and not isinstance(args[0], _Seen)
-        seen = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, _Seen) and t.report is not None]
-        if not seen or not isinstance(made, Tensor):
-            return made
+        watched = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, _Seen) and t.report is not None]
+        if not watched or not isinstance(result, Tensor):
+            return result
         if name == "__get__":  # .dtype is no tensor; .T and .data are, and whoever takes them means to use them
-            vars(made)["report"] = seen[0].report
+            vars(result)["report"] = watched[0].report
         elif not in_place and not only_like:
-            seen[0].report()
-        return made
+            watched[0].report()
+        return result

@@ -133,9 +133,9 @@ class Int4(Codec):
         missing = -d_in % GROUP
         groups = torch.cat([W, W[:, -1:].expand(-1, missing)], dim=1).float().view(d_out, -1, GROUP)
         low, high = groups.aminmax(dim=2)
-        spread = (high - low) / 15
-        spread = torch.where(spread > 0, spread, high.abs())  # equal weights: code 0, and the zero says which
-        scale = _not_zero(spread.bfloat16())
+        step = (high - low) / 15
+        step = torch.where(step > 0, step, high.abs())  # equal weights: code 0, and the zero says which
+        scale = _not_zero(step.bfloat16())
         zero = -low / scale
         codes = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
         return {"codes": _packed(codes.to(torch.uint8)).view(d_out, -1), "scale": scale, "zero": zero}

@@ -67,8 +67,8 @@ class Attachment:
 
 def attachment(model: nn.Module) -> Attachment:
     """The model's record of its deltas; an empty one where it has none."""
-    kept = getattr(model, "graft_attachment", None)
-    return kept if isinstance(kept, Attachment) else Attachment()
+    record = getattr(model, "graft_attachment", None)
+    return record if isinstance(record, Attachment) else Attachment()
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:

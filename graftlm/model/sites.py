@@ -63,8 +63,8 @@ def places(model: nn.Module) -> dict[str, Place]:
                 found[name] = Place(module.base, module.view.kind)
         elif name == "graft_shared":
             inside.append(f"{name}.")
-        elif (made := view(module)) is not None:
-            found[name] = Place(module, made.kind)
+        elif (base := view(module)) is not None:
+            found[name] = Place(module, base.kind)
         elif decoder is not None and module is decoder:
             found[name] = Place(decoder, "model")
         elif name in layers:
@@ -101,7 +101,7 @@ def _has_parts(blocks: nn.ModuleList) -> bool:
 
 def _has_linear(module: nn.Module) -> bool:
     layers = (m.base if isinstance(m, LayerHost) else m for m in module.modules())
-    return any((made := view(layer)) is not None and made.kind == "linear" for layer in layers)
+    return any((base := view(layer)) is not None and base.kind == "linear" for layer in layers)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -158,12 +158,12 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
         whole = {name for name in layers if pattern.fullmatch(name)}
         # An end that any word would fit means what lies inside of modules, not parts of layers.
         open_ended = {name for name in linear if pattern.fullmatch(f"{name}.\0")}
-        wanted = {
+        layers_and_parts = {
             name: at
             for name, at in parts.candidates(linear).items()
             if name not in layers and at[0] not in whole | open_ended and pattern.fullmatch(name)
         }
-        rows = find_parts(model, wanted)
+        rows = find_parts(model, layers_and_parts)
         if not whole and not rows:
             raise TargetError(
                 f"targets: the regular expression {targets!r} matches no layer. {what_there_is(layers)}",
@@ -171,21 +171,21 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Sequence[str] = ("line
             )
     else:
         whole = {name for name in layers if matches(targets, name)}
-        named = tuple(suffix for suffix in targets if "." in suffix)
+        suffixes = tuple(suffix for suffix in targets if "." in suffix)
         candidates = {
-            name: at for name, at in parts.candidates(linear).items() if name not in layers and matches(named, name)
+            name: at for name, at in parts.candidates(linear).items() if name not in layers and matches(suffixes, name)
         }
-        wanted = {name: at for name, at in candidates.items() if at[0] not in whole}
+        layers_and_parts = {name: at for name, at in candidates.items() if at[0] not in whole}
         for suffix in targets:
             if not any(matches((suffix,), name) for name in (*layers, *candidates)):
                 raise _matches_nothing(model, suffix, layers, kinds)
-        rows = find_parts(model, wanted)
-        for name, (layer, _) in wanted.items():
+        rows = find_parts(model, layers_and_parts)
+        for name, (layer, _) in layers_and_parts.items():
             if name not in rows:
                 raise TargetError(parts.why_not(model, name, layer, transformer_layers(model)), code="no-such-part")
     by_layer: dict[str, list[str]] = {}
     for name in rows:
-        by_layer.setdefault(wanted[name][0], []).append(name)
+        by_layer.setdefault(layers_and_parts[name][0], []).append(name)
     return [found for name in layers for found in ([name] if name in whole else by_layer.get(name, []))]
 
 
@@ -204,9 +204,9 @@ def _matches_nothing(model: nn.Module, suffix: str, layers: Mapping[str, Place],
     )
 
 
-def find_parts(model: nn.Module, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Rows]:
+def find_parts(model: nn.Module, places: Mapping[str, tuple[str, str]]) -> dict[str, Rows]:
     """The rows of parts of fused projections, name -> (layer, part), for those that are there."""
-    return parts.find(model, wanted, transformer_layers(model)) if wanted else {}
+    return parts.find(model, places, transformer_layers(model)) if places else {}
 
 
 def part_of(model: nn.Module, name: str) -> tuple[str, str] | None:
@@ -328,22 +328,22 @@ def sites_of(
                 code="layers-never-called",
             )
         names = [name for name in names if name not in unused]
-    chosen = config.select([site_at(model, name, seed, statistics or {}) for name in names])
-    if not chosen:
+    sites = config.select([site_at(model, name, seed, statistics or {}) for name in names])
+    if not sites:
         kinds = " or ".join(METHODS[config.method].delta.kinds)
         raise TargetError(
             f"targets: {config.targets!r} matches no {kinds} of this model for {config.method!r}"
             f"{_quantized_by_others(model)}",
             code="no-layer-matches",
         )
-    check_patterns(config, [site.name for site in chosen])
-    if config.dropout and all(site.kind in ("embedding", "model") for site in chosen):
+    check_patterns(config, [site.name for site in sites])
+    if config.dropout and all(site.kind in ("embedding", "model") for site in sites):
         raise TargetError(
             "dropout: a delta on embeddings or on the model sees no x whose elements could be dropped",
             code="dropout-without-input",
         )
-    _check_init(chosen[0], config)
-    return list(chosen)
+    _check_init(sites[0], config)
+    return list(sites)
 
 
 def _quantized_by_others(model: nn.Module) -> str:
@@ -371,26 +371,26 @@ def site_at(model: nn.Module, name: str, seed: int, statistics: Statistics) -> S
         return _part(site_at(model, at[0], seed, {}), name, find_parts(model, {name: at})[name], seed, statistics)
     module = model.get_submodule(name)
     layer = module.base if isinstance(module, LayerHost) else module
-    seen: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "seed": site_seed(seed, name),
         "layer": layer_number(name),
         "statistics": statistics.get(name, {}),
     }
     if (base := view(layer)) is not None:
         head = output_head(model)
-        seen |= {
+        facts |= {
             "bias": lambda: base.bias,
             "original": base.original,
             "has_bias": base.stored_bias is not None,
             "kind": base.kind,
             "tied": base.kind == "embedding" and head is not None and head.weight is layer.weight,
         }
-        return Site(name, base.d_in, base.d_out, lambda: base.weight, **seen)
+        return Site(name, base.d_in, base.d_out, lambda: base.weight, **facts)
     settings: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     d = settings.hidden_size
     if module is not decoder_of(model):
         kind = "block" if name in transformer_layers(model) else "sublayer"
-        return Site(name, d, d, lambda: None, **{**seen, "kind": kind})
+        return Site(name, d, d, lambda: None, **{**facts, "kind": kind})
     embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
     table = view(embeddings.base if isinstance(embeddings, LayerHost) else embeddings)
     groups = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
@@ -402,7 +402,7 @@ def site_at(model: nn.Module, name: str, seed: int, statistics: Statistics) -> S
         lambda: table.weight if table else None,
         kind="model",
         heads=(settings.num_hidden_layers, groups, size),
-        **seen,
+        **facts,
     )
 
 

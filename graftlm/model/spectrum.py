@@ -34,28 +34,28 @@ def ranks_by_spectrum(model: nn.Module, config: C, *, mean: int | None = None) -
     without vectors of every W: about a second for ten layers of 1,000 x 1,000. Raises TargetError for a method without
     r, for a config that has patterns, and where sites are too small for so many ranks.
     """
-    given: Any = config
+    any_config: Any = config
     if config.patterns:
         raise TargetError("ranks by spectrum: the config has patterns already", code="patterns-already-set")
-    if not hasattr(given, "r"):
+    if not hasattr(any_config, "r"):
         raise TargetError(f"ranks by spectrum: method {config.method} has no r", code="method-without-rank")
     sites = sites_of(model, config)
     energies = [torch.linalg.svdvals(site.W()).square().cumsum(0) for site in sites]
     shares = [(energy / energy[-1].clamp_min(torch.finfo(energy.dtype).tiny)).tolist() for energy in energies]
-    budget = (mean or given.r) * len(sites)
+    budget = (mean or any_config.r) * len(sites)
     if budget > sum(map(len, shares)):
         raise TargetError(
             f"ranks by spectrum: {budget} ranks do not fit: all sites together have {sum(map(len, shares))}",
             code="rank-too-large",
         )
     ranks = [1] * len(sites)
-    waiting = [(share[0] if len(share) > 1 else 2.0, number) for number, share in enumerate(shares)]
-    heapify(waiting)
+    heap = [(share[0] if len(share) > 1 else 2.0, number) for number, share in enumerate(shares)]
+    heapify(heap)
     for _ in range(budget - len(sites)):
-        number = waiting[0][1]
+        number = heap[0][1]
         ranks[number] += 1
-        left = ranks[number] < len(shares[number])
-        heapreplace(waiting, (shares[number][ranks[number] - 1] if left else 2.0, number))
-    scaled = [{"alpha": given.alpha * r / given.r} if hasattr(given, "alpha") else {} for r in ranks]
+        has_more = ranks[number] < len(shares[number])
+        heapreplace(heap, (shares[number][ranks[number] - 1] if has_more else 2.0, number))
+    scaled = [{"alpha": any_config.alpha * r / any_config.r} if hasattr(any_config, "alpha") else {} for r in ranks]
     found = {re.escape(site.name): {"r": r, **alpha} for site, r, alpha in zip(sites, ranks, scaled, strict=True)}
     return replace(config, patterns=found)

@@ -62,23 +62,23 @@ def merged_tensors(
     """
     found, ours = hosts(model), tuple(_ours(model))
     quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    packed = {f"{name}.{key}": name for name, layer in quantized.items() for key in layer.tensors()}
-    changed = {f"{site}.{kind}" for site in changes for kind in ("weight", "bias")}
+    layer_of_key = {f"{name}.{key}": name for name, layer in quantized.items() for key in layer.tensors()}
+    changed_keys = {f"{site}.{kind}" for site in changes for kind in ("weight", "bias")}
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(ours)}
     tied: dict[tuple[int, torch.Size], list[str]] = {}
     for key, tensor in state.items():
-        if key not in packed and (name := _without_host(key, found)) not in changed:
+        if key not in layer_of_key and (name := _without_host(key, found)) not in changed_keys:
             tied.setdefault(_identity(tensor), []).append(name)
     done: set[str] = set()
     for key, tensor in state.items():
-        name = _without_host(f"{packed[key]}.weight" if key in packed else key, found)
+        name = _without_host(f"{layer_of_key[key]}.weight" if key in layer_of_key else key, found)
         site = name.rpartition(".")[0]
         if name in done:
             continue
-        if name in changed and f"{site}.weight" not in done:
+        if name in changed_keys and f"{site}.weight" not in done:
             new = _changed(found[site], site, changes[site], dtype)
-        elif key in packed:
-            new = {name: _dequantized(quantized[packed[key]], dtype)}
+        elif key in layer_of_key:
+            new = {name: _dequantized(quantized[layer_of_key[key]], dtype)}
         else:
             new = dict.fromkeys(tied.get(_identity(tensor), [name]), _copy(tensor, dtype))
         done.update(new)

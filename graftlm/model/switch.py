@@ -14,11 +14,11 @@ class Switch:
         self.passes: list[tuple[int, int] | None] = []
         """(rows, tokens) of the batch of each pass that is going on, the outermost first; None where it is unknown."""
 
-    def begin(self, given: Tensor | None) -> None:
+    def begin(self, inputs: Tensor | None) -> None:
         """A pass begins over ids [rows, tokens] or embeddings [rows, tokens, d]."""
-        self.passes.append(None if given is None else (given.shape[0], given.shape[1]))
-        if given is not None:
-            self.each(len(given))
+        self.passes.append(None if inputs is None else (inputs.shape[0], inputs.shape[1]))
+        if inputs is not None:
+            self.each(len(inputs))
 
     def end(self) -> None:
         if self.passes:

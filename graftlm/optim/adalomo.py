@@ -68,5 +68,5 @@ def _mean_square(t: Tensor, dim: int | None = None) -> Tensor:
 
 
 def _moved(state: dict[str, Any], name: str, towards: Tensor, b: float) -> Tensor:
-    kept: Tensor = state.setdefault(name, torch.zeros_like(towards))
-    return kept.mul_(b).add_(towards, alpha=1 - b).clamp_(min=FLOOR)
+    average: Tensor = state.setdefault(name, torch.zeros_like(towards))
+    return average.mul_(b).add_(towards, alpha=1 - b).clamp_(min=FLOOR)

@@ -35,5 +35,5 @@ class AdamW(Optimizer):
 
 def adamw(groups: Iterable[tuple[Iterable[nn.Parameter], float]], *, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW for groups of (parameters, learning rate); state in float32."""
-    made = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
-    return torch.optim.AdamW(made, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    param_groups = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
+    return torch.optim.AdamW(param_groups, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8, fused=True)

@@ -50,8 +50,8 @@ class FloraOptimizer(torch.optim.Optimizer):
 
     def directions(self, name: str, period: int, n: int) -> Tensor:
         """A [r, n] of a tensor in a period."""
-        drawn = torch.Generator().manual_seed(crc32(f"{self.seed}/{name}/{period}".encode()))
-        return torch.randn(self.config.rank, n, generator=drawn).div(self.config.rank**0.5)
+        generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{name}/{period}".encode()))
+        return torch.randn(self.config.rank, n, generator=generator).div(self.config.rank**0.5)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -81,14 +81,14 @@ class FloraOptimizer(torch.optim.Optimizer):
         t = state["step"] = int(state.get("step", 0)) + 1
         b2, squares = 1 - t**-0.8, G.square().add_(FLOOR)
         means = [squares.mean(1), squares.mean(0)] if G.dim() == 2 else [squares]
-        kept = []
+        moments = []
         for i, mean in enumerate(means):
             side = state.setdefault(f"side {i}", torch.zeros_like(mean))
             assert isinstance(side, Tensor)
-            kept.append(side.mul_(b2).add_(mean, alpha=1 - b2))
-        if len(kept) == 1:
-            return G * kept[0].rsqrt()
-        return G * (kept[0] / kept[0].mean()).rsqrt()[:, None] * kept[1].rsqrt()
+            moments.append(side.mul_(b2).add_(mean, alpha=1 - b2))
+        if len(moments) == 1:
+            return G * moments[0].rsqrt()
+        return G * (moments[0] / moments[0].mean()).rsqrt()[:, None] * moments[1].rsqrt()
 
 
 class FloraCompression(Optimizer):

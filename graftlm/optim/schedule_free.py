@@ -60,14 +60,14 @@ class ScheduleFree(Optimizer):
 
     @contextmanager
     def evaluating(self, training: TrainingState) -> Iterator[None]:
-        kept = {p: p.detach().clone() for p in training.parameters().values()}  # to and fro would round
+        points = {p: p.detach().clone() for p in training.parameters().values()}  # to and fro would round
         self.on_end(training)
         try:
             yield
         finally:
             self.on_start(training)
             with torch.no_grad():
-                for p, y in kept.items():
+                for p, y in points.items():
                     p.copy_(y)
 
     def on_end(self, training: TrainingState) -> None:

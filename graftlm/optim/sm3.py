@@ -41,8 +41,8 @@ class Sm3Optimizer(torch.optim.Optimizer):
                     continue
                 G, state = p.grad if p.dim() else p.grad[None], self.state[p]
                 sides = [state.setdefault(f"side {i}", G.new_zeros(n)) for i, n in enumerate(G.shape)]
-                spread = [s.view([-1 if j == i else 1 for j in range(G.dim())]) for i, s in enumerate(sides)]
-                N = reduce(torch.minimum, spread) + G.square()
+                views = [s.view([-1 if j == i else 1 for j in range(G.dim())]) for i, s in enumerate(sides)]
+                N = reduce(torch.minimum, views) + G.square()
                 for i, side in enumerate(sides):
                     others = [j for j in range(G.dim()) if j != i]
                     side.copy_(N.amax(others) if others else N)

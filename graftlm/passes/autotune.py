@@ -162,25 +162,25 @@ def _counted(name: str, counts: Counter[str]) -> str:
     return name if len(counts) == 1 else f"{name} ({counts[name]} of {counts.total()} shapes)"
 
 
-def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, passes: int = 1) -> KernelChoice:
+def choose(model: Any, packs: Sequence[Packed], kernels: Kernels = "auto", *, passes: int = 1) -> KernelChoice:
     """What computes a run over `passes` packs like these, on a model that has its deltas.
 
-    Raises TrainingError where `wanted` names a backend that cannot compute here. Under auto the first run of a model
+    Raises TrainingError where `kernels` names a backend that cannot compute here. Under auto the first run of a model
     on a machine times the candidates; later ones read what was measured from the cache folder.
     """
     device, dtype = model.device, model.dtype
-    if wanted != "auto":
-        pinned(wanted, device, dtype)
-        return KernelChoice(wanted)
+    if kernels != "auto":
+        pinned(kernels, device, dtype)
+        return KernelChoice(kernels)
     reason = cpu.unavailable(device, dtype)
     candidates = {"torch": TORCH} if reason else {"ours": OURS, "torch": TORCH}
     may_compile = passes >= 50 and (device.type != "cpu" or cpu.compiler() is not None)
     if not packs or (len(candidates) == 1 and not may_compile):
         return KernelChoice("auto", reason)
     packs = representative(packs)
-    stored = cache_folder() / "kernels" / f"timings-{_identity(model, packs)}.json"
+    file = cache_folder() / "kernels" / f"timings-{_identity(model, packs)}.json"
     try:
-        timings = dict(KernelChoice.from_json(json.loads(stored.read_text(encoding="utf-8"))).timings)
+        timings = dict(KernelChoice.from_json(json.loads(file.read_text(encoding="utf-8"))).timings)
     except (OSError, ValueError, KeyError):
         timings = {}
     recorded: dict[ShapeClass, _Calls] = {}
@@ -197,21 +197,21 @@ def choose(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, pas
                 if each.operation in ELEMENTWISE:
                     more = _times(each.operation, calls, {"compiled": compiled()})
                     timings[each] = Timing(calls.count, {**timings[each].microseconds, **more})
-        saved = _seconds(timings, "compiled") - _seconds(timings)
-        leave_out = "" if share * saved > COMPILING_S else "compiled"
+        seconds_saved = _seconds(timings, "compiled") - _seconds(timings)
+        leave_out = "" if share * seconds_saved > COMPILING_S else "compiled"
     else:
         leave_out = "compiled"
     found = KernelChoice("auto", reason, {each: t.fastest(leave_out) for each, t in timings.items()}, timings)
     if recorded:
-        with suppress(OutputError), whole(stored) as draft:  # a cache that cannot be written costs time, nothing else
+        with suppress(OutputError), whole(file) as draft:  # a cache that cannot be written costs time, nothing else
             tree = {"measured_on": _measured_on(model)} | found.to_json()
             draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     return found
 
 
-def fastest_backend(model: Any, packs: Sequence[Packed], wanted: Kernels = "auto", *, passes: int = 1) -> Backend:
+def fastest_backend(model: Any, packs: Sequence[Packed], kernels: Kernels = "auto", *, passes: int = 1) -> Backend:
     """The backend of `choose`, for a training loop of your own: pass it to `steps` or `packed_attention`."""
-    return choose(model, packs, wanted, passes=passes).backend(model.device, model.dtype)
+    return choose(model, packs, kernels, passes=passes).backend(model.device, model.dtype)
 
 
 def _seconds(timings: Mapping[ShapeClass, Timing], leave_out: str = "") -> float:
@@ -373,15 +373,15 @@ def _dispatching(candidates: Mapping[str, Backend], fastest: Mapping[ShapeClass,
         usual = names.most_common(1)[0][0]
         if len(names) == 1 or not of_operation:
             return function_of(candidates[usual])
-        known: dict[ShapeClass, Callable[..., Any]] = {}
+        functions: dict[ShapeClass, Callable[..., Any]] = {}
 
         def call(*arguments: Any, **options: Any) -> Any:
             each = class_of(operation, arguments)
-            if each not in known:
+            if each not in functions:
                 near = [other for other in of_operation if other.widths == each.widths]
                 name = of_operation[min(near, key=lambda o: abs(o.size - each.size))] if near else usual
-                known[each] = function_of(candidates[name])
-            return known[each](*arguments, **options)
+                functions[each] = function_of(candidates[name])
+            return functions[each](*arguments, **options)
 
         return call
 

@@ -68,7 +68,7 @@ def _in_float32(decoder: nn.Module) -> Iterator[None]:
     casts: dict[int, Any] = {}  # weights that several layers have in common stay common
     for module in decoder.modules():
         if isinstance(module.base if isinstance(module, LayerHost) else module, nn.Embedding):
-            hooks.append(module.register_forward_hook(lambda layer, given, out: out.float()))
+            hooks.append(module.register_forward_hook(lambda layer, inputs, out: out.float()))
             continue
         tensors: dict[str, Any]
         for tensors in (module._parameters, module._buffers):

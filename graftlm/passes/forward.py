@@ -179,10 +179,10 @@ def _scale_and_cap(model: Any) -> tuple[float, float | None]:
         with deltas_off(model):
             rows = rows / layer(rows).abs().max()
             plain, own = both(rows / 100)  # so small that no cap shows
-            measured = float((plain * own).sum() / plain.square().sum())
+            fitted_scale = float((plain * own).sum() / plain.square().sum())
             scales = {1.0, *numbers, *(1 / number for number in numbers)}
-            scale = min(scales, key=lambda s: abs(s / measured - 1))
-            scale = scale if abs(scale / measured - 1) <= 1e-4 + eps else measured
+            scale = min(scales, key=lambda s: abs(s / fitted_scale - 1))
+            scale = scale if abs(scale / fitted_scale - 1) <= 1e-4 + eps else fitted_scale
             plain, own = both(rows * (50 / abs(scale)))
     except Exception:
         return 1.0, None

@@ -201,8 +201,8 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 
 def _same(module: nn.Module, forward: Forward, rows: Tensor) -> bool:
     try:
-        wanted = module(rows)
-        error = (forward(module, TORCH, rows).float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        reference = module(rows)
+        error = (forward(module, TORCH, rows).float() - reference.float()).abs().max() / reference.float().abs().max()
     except Exception:  # a module that takes no such rows is none of these
         return False
     return bool(error <= 4 * torch.finfo(rows.dtype).eps)

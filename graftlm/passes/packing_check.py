@@ -85,7 +85,7 @@ def _not_a_number(model: Any, tokens: Tensor) -> Iterator[None]:
     """Inside, the embeddings of these tokens [T] of a pack are NaN: whatever takes in some of them, however little of
     it, becomes NaN too."""
 
-    def spoil(layer: nn.Module, given: Any, out: Tensor) -> Tensor:
+    def spoil(layer: nn.Module, inputs: Any, out: Tensor) -> Tensor:
         return out.masked_fill(tokens[:, None], float("nan")) if out.shape[-2] == len(tokens) else out
 
     hook = model.get_input_embeddings().register_forward_hook(spoil)
@@ -127,8 +127,8 @@ def check_forward(model: Any, row: Tensor) -> None:
     Raises TrainingError.
     """
     name = type(model).__name__
-    seen: list[Tensor] = []
-    hook = require_decoder(model).register_forward_hook(lambda module, given, out: seen.append(out[0][0]))
+    outputs: list[Tensor] = []
+    hook = require_decoder(model).register_forward_hook(lambda module, inputs, out: outputs.append(out[0][0]))
     try:
         own = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
     except torch.OutOfMemoryError:
@@ -140,8 +140,8 @@ def check_forward(model: Any, row: Tensor) -> None:
         ) from error
     finally:
         hook.remove()
-    wanted = _of_targets(own, row)
-    if not wanted.isfinite().all():
+    reference = _of_targets(own, row)
+    if not reference.isfinite().all():
         raise TrainingError(
             f"{name} cannot be trained: its own log-probabilities are not finite. Look at its weights and its dtype",
             code="base-not-finite",
@@ -149,7 +149,7 @@ def check_forward(model: Any, row: Tensor) -> None:
     # Of the very same hidden states the head may differ by roundings of the logits, and by no more.
     of_the_head = 8 * torch.finfo(_dtype(model)).eps * max(1.0, float(own.abs().max()))
     try:
-        both = head(model, seen[0][:-1], row[1:]), log_probs(model, _PackedRow.of(row))
+        both = head(model, outputs[0][:-1], row[1:]), log_probs(model, _PackedRow.of(row))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -160,7 +160,7 @@ def check_forward(model: Any, row: Tensor) -> None:
             code="unsupported-model",
         ) from error
     for found, tolerance in zip(both, (of_the_head, PACKING_TOLERANCE.get(_dtype(model), 1e-3)), strict=True):
-        difference = float((found - wanted).abs().mean())
+        difference = float((found - reference).abs().mean())
         if not difference <= tolerance:
             raise TrainingError(
                 f"{name} cannot be trained: log-probabilities from its last hidden states and its output layer differ "
@@ -217,7 +217,7 @@ def check_packed_rows(
     in_nats = _Criterion(
         alone=lambda row, start: _own_log_probs(model, row),
         read=lambda hidden, targets: head(model, hidden, targets),
-        size=lambda wanted: 1.0,
+        size=lambda reference: 1.0,
         tolerance=PACKING_TOLERANCE.get(_dtype(model), 1e-3),
         unit="nats",
     )
@@ -232,7 +232,7 @@ def check_packed_rows(
                 else decoder(input_ids=row[None], use_cache=False).last_hidden_state[0]
             )[:-1],
             read=lambda hidden, targets: hidden,
-            size=lambda wanted: float(wanted.abs().mean()),
+            size=lambda reference: float(reference.abs().mean()),
             tolerance=FLOAT32_TOLERANCE,
             unit="of its hidden states",
         )
@@ -285,7 +285,7 @@ def _compare(
     if sharing:
         ways["packed with shared beginnings"] = "train: {prefix_sharing: false}` to compute the beginning of every row"
     name, shared = type(model).__name__, len(second) // 2 if sharing else 0
-    wanted, of_first = _alone(name, by, first, second, start, spoiled)
+    reference, of_first = _alone(name, by, first, second, start, spoiled)
     pack = _PackedRow.of(second, first, shared, start=start)
     try:
         with packed_attention(model, backend):
@@ -304,19 +304,19 @@ def _compare(
         raise TrainingError(
             f"{name} cannot be packed ({type(error).__name__}: {error}). Set `{remedy}", code="cannot-pack"
         ) from error
-    size = by.size(wanted)
+    size = by.size(reference)
     ends = [hidden[: len(first) - 1], hidden[len(hidden) - len(first) : -1]] if len(first) > 1 else []
     neighbors = [(by.read(end, first[1:]), alone) for end, alone in zip(ends, of_first, strict=False)]
-    each = (t.view(len(ways), *wanted.shape) for t in (found, beside_nan))
+    each = (t.view(len(ways), *reference.shape) for t in (found, beside_nan))
     for (how, remedy), packed, other_packed in zip(ways.items(), *each, strict=True):
         if not float((packed - other_packed).abs().mean()) / size <= by.tolerance:
             raise TrainingError(
                 f"{name} cannot be {how}: {_leak(model, by, pack, found, backend)}. Set `{remedy}", code="cannot-pack"
             )
-        for part, alone in ((packed, wanted), *neighbors):
+        for part, alone in ((packed, reference), *neighbors):
             difference = float((part - alone).abs().mean()) / size
             if not difference <= by.tolerance:
-                why = _why(model, by, first, second, start, wanted) if how == "packed" else ""
+                why = _why(model, by, first, second, start, reference) if how == "packed" else ""
                 raise TrainingError(
                     f"{name} cannot be {how}: a row in a pack differs from the same row alone by {difference:.3g} "
                     f"{by.unit} a token (rounding is below {by.tolerance:g}){why}. Set `{remedy}",
@@ -355,13 +355,13 @@ def _leak(model: Any, by: _Criterion, clean: _PackedRow, found: Tensor, backend:
     return "a row takes in numbers of its neighbor (NaN in one row became NaN in the other)"
 
 
-def _why(model: Any, by: _Criterion, first: Tensor, second: Tensor, start: int, wanted: Tensor) -> str:
+def _why(model: Any, by: _Criterion, first: Tensor, second: Tensor, start: int, reference: Tensor) -> str:
     """The reason of a difference, where one can be named: beside a neighbor of the same length, at the usual
     positions, the row is right."""
     usual = _PackedRow.of(second, (second + 1) % _vocabulary(model))
     with packed_attention(model):
         found = by.read(hidden_states(model, usual)[usual.hidden_rows], usual.targets)
-    if float((found - wanted).abs().mean()) / by.size(wanted) <= by.tolerance:
+    if float((found - reference).abs().mean()) / by.size(reference) <= by.tolerance:
         longest = max(start + len(first), len(second))
         return (
             f" where a row of {longest} tokens lies in the pack: positions count otherwise in packs with long rows "
@@ -379,8 +379,8 @@ def _of_targets(logits: Tensor, row: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, row[1:, None])[:, 0]
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().mean() / wanted.abs().mean())
+def _relative(found: Tensor, reference: Tensor) -> float:
+    return float((found - reference).abs().mean() / reference.abs().mean())
 
 
 def _vocabulary(model: Any) -> int:

@@ -85,8 +85,8 @@ def offloaded(model: nn.Module) -> Iterator[None]:
         stays = tensor.untyped_storage().data_ptr() in weights
         return tensor.device, tensor if stays else tensor.to("cpu")
 
-    def back(kept: tuple[torch.device, Tensor]) -> Tensor:
-        return kept[1].to(kept[0])
+    def back(device_and_tensor: tuple[torch.device, Tensor]) -> Tensor:
+        return device_and_tensor[1].to(device_and_tensor[0])
 
     with torch.autograd.graph.saved_tensors_hooks(away, back):
         yield

@@ -69,9 +69,9 @@ def collect(
         for loss in losses:
             passes += 1
             with torch.set_grad_enabled(backwards):
-                made = loss()
+                loss_value = loss()
             if backwards:
-                made.backward()
+                loss_value.backward()
     for name, found in sums.items():
         for key, tensor in found.items():
             tensor.div_(tokens[name] if key == "second_moment" else passes)

@@ -2,11 +2,13 @@
 
 import datetime
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from graftlm.data.chat.render import Renderer
 from graftlm.errors import AdapterError, GraftError, nearest
@@ -14,12 +16,19 @@ from graftlm.generation.adapter_pool import AdapterPool, Lease
 from graftlm.generation.checked_adapter import NAME
 from graftlm.generation.grammar import CompiledGrammar, Grammar, GrammarCompiler
 from graftlm.generation.pool_parts import Registered
+from graftlm.generation.requests import Ids
 from graftlm.hub.fingerprint import fingerprint, public_name
 from graftlm.hub.stopping import all_stop_ids
+from graftlm.routing.routing import Routing
 from graftlm.serve.dialect import Dialect
 from graftlm.serve.errors import ApiError, from_graft, invalid
 from graftlm.serve.logprobs import TokenTexts
 from graftlm.serve.security import header_text
+
+T = TypeVar("T")
+
+AUTO = "auto"
+"""The model whose adapters the router of the server chooses."""
 
 RENDERINGS = 32
 """Renderings that are kept, each with a process that runs its chat template: adapters of one recipe share theirs."""
@@ -69,9 +78,18 @@ class Catalog:
     """A base by its public name, and adapters by theirs. All methods may be called from any thread."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, pool: AdapterPool, *, alias: str = "", folder: Path | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        pool: AdapterPool,
+        *,
+        alias: str = "",
+        folder: Path | None = None,
+        routing: Routing | None = None,
     ) -> None:
-        """`alias`: another name of the base. `folder`: where adapters that clients load lie."""
+        """`alias`: another name of the base. `folder`: where adapters that clients load lie. `routing`: who chooses the
+        adapters of requests with the model `auto`; None: there is no such model."""
+        self.routing = routing
         self.model, self.tokenizer, self.pool, self.folder = model, tokenizer, pool, folder
         self.base, self.alias = public_name(model), alias
         self.digest = fingerprint(model).digest
@@ -84,6 +102,9 @@ class Catalog:
     @property
     def names(self) -> list[str]:
         return [self.base, *(each.name for each in self.pool.registered())]
+
+    def is_routed(self, model: str) -> bool:
+        return self.routing is not None and model == AUTO
 
     def resolve(self, model: str) -> str | None:
         """The adapter that `name` or `base:name` is; None for the base. ApiError (404) for any other name."""
@@ -101,20 +122,46 @@ class Catalog:
 
     def acquire(self, model: str, timeout: float) -> tuple[Lease, str]:
         """The adapters of a model, and its tag. Waits for a slot; ApiError where none is free in time."""
+        if self.is_routed(model):
+            raise invalid(
+                f"the model {AUTO!r} is chosen by a prompt that is answered, and this route answers none: name a model",
+                "model",
+            )
         name = self.resolve(model)
+        lease = self._waited(lambda: self.pool.acquire({} if name is None else name, timeout=max(0.0, timeout)))
+        return lease, header_text(f"{name or self.base}@{lease.fingerprint or self.digest}")
+
+    def _waited(self, take: Callable[[], T]) -> T:
         try:
-            lease = self.pool.acquire({} if name is None else name, timeout=max(0.0, timeout))
+            return take()
         except AdapterError as error:
             if error.slug == "not-registered":  # since a moment ago
                 raise ApiError(404, str(error), code="model_not_found", param="model") from None
             if error.slug == "no-free-slot":
                 raise ApiError(503, str(error), code=error.code, retry_after=5) from None
             raise ApiError(500, str(error), code=error.code) from None
-        return lease, header_text(f"{name or self.base}@{lease.fingerprint or self.digest}")
 
     def open(self, model: str, timeout: float) -> Opened:
         """A model for one request; whoever gets it closes it."""
-        lease, tag = self.acquire(model, timeout)
+        return self._opened(*self.acquire(model, timeout))
+
+    def open_for(self, model: str, timeout: float, render: Callable[[Opened], Sequence[Ids]]) -> Opened:
+        """As `open`, for the prompts that `render` makes: by these the router chooses, where the model is `auto`."""
+        if self.routing is None or not self.is_routed(model):
+            return self.open(model, timeout)
+        deadline = time.monotonic() + timeout
+        routing = self.routing
+        with self._opened(self._waited(routing.before), AUTO) as before:
+            prompts = render(before)
+        if len(prompts) != 1:
+            raise invalid(f"the model {AUTO!r} is chosen by one prompt, and here are {len(prompts)}", "prompt")
+        left = deadline - time.monotonic()
+        chosen = self._waited(lambda: routing.route(list(map(int, prompts[0])), timeout=max(0.0, left)))
+        name = self.base if chosen.weights == {} else chosen.shown
+        tag = f"{name}@{chosen.lease.fingerprint or self.digest}"
+        return self._opened(chosen.lease, header_text(tag))
+
+    def _opened(self, lease: Lease, tag: str) -> Opened:
         try:
             return Opened(lease, self._rendering(lease), tag, self.vocabulary)
         except GraftError as error:
@@ -142,11 +189,19 @@ class Catalog:
     # What /v1/models shows -------------------------------------------------------------------------------------------
 
     def entry(self, model: str) -> dict[str, Any]:
+        if self.is_routed(model):
+            return self._auto_entry()
         name = self.resolve(model)
         return self._base_entry() if name is None else self._adapter_entry(self.pool.get(name))
 
     def entries(self) -> list[dict[str, Any]]:
-        return [self._base_entry(), *map(self._adapter_entry, self.pool.registered())]
+        auto = [] if self.routing is None else [self._auto_entry()]
+        return [self._base_entry(), *map(self._adapter_entry, self.pool.registered()), *auto]
+
+    def _auto_entry(self) -> dict[str, Any]:
+        assert self.routing is not None
+        shown = {"id": AUTO, "object": "model", "created": self.started, "owned_by": "graftlm"}
+        return shown | {"parent": self.base, "router": self.routing.config.name, "max_model_len": self.context}
 
     def _base_entry(self) -> dict[str, Any]:
         shown = {"id": self.base, "object": "model", "created": self.started, "owned_by": "graftlm"}
@@ -163,6 +218,8 @@ class Catalog:
         """Register an adapter that lies in the folder of adapters."""
         if not NAME.fullmatch(name) or name == self.base:
             raise invalid(f"lora_name {name!r:.200} must be letters, digits, '.', '_' and '-'", "lora_name")
+        if self.is_routed(name):
+            raise invalid(f"lora_name {name!r} is the model whose adapters the router chooses", "lora_name")
         if name in self.names and not replace:
             raise invalid(
                 f"{name!r} is loaded. Unload it first, or say load_inplace: true", "lora_name", "already_loaded"

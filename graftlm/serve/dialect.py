@@ -10,11 +10,10 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.sources.messages import Fields
 from graftlm.generation.grammar import Grammar
 from graftlm.generation.reasoning import ReasoningStream, Tags, reasoning_tags
-from graftlm.generation.tool_calls import MISTRAL, CallStream, ToolFormat, call_grammar, tool_format
-from graftlm.serve.errors import invalid
+from graftlm.tool_calls.force import call_grammar
+from graftlm.tool_calls.formats import MISTRAL, CallStream, ToolFormat, tool_format
+from graftlm.tool_calls.readers import Tools
 
-TOOL_TAGS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>")
-"""Of all formats; where they are special tokens they are kept in the text of an answer that may call tools."""
 TAIL = 32
 """Tokens of a prompt in which the tag that opens thoughts is looked for."""
 
@@ -33,7 +32,7 @@ class Dialect:
     """What a chat template and a tokenizer say of the answers of a model."""
 
     tags: Tags | None
-    format: ToolFormat | None
+    format: ToolFormat
 
     @classmethod
     def of(cls, renderer: Renderer) -> "Dialect":
@@ -41,27 +40,20 @@ class Dialect:
 
     def kept_ids(self, renderer: Renderer, *, tools: bool) -> frozenset[int]:
         """Special tokens that are read here, and so are a part of the text."""
-        wanted = {*(self.tags or ()), *(TOOL_TAGS if tools and self.format is not None else ())}
+        wanted = {*(self.tags or ()), *(self.format.kept if tools else ())}
         found = (renderer.tokenizer.backend_tokenizer.token_to_id(text) for text in wanted)
         return frozenset(i for i in found if i is not None) & renderer.tokenization.special_ids
 
     def forced(self, tools: Sequence[Fields], name: str | None, renderer: Renderer, *, parallel: bool) -> Grammar:
-        """The grammar of a call of one of the tools, or of the one of this name. ApiError where the
-        format of the model is not known."""
-        if self.format is None:
-            raise invalid(
-                "tool_choice forces a call, and how the chat template of this model writes calls is not known: say "
-                "auto or none",
-                "tool_choice",
-            )
+        """The grammar of a call of one of the tools, or of the one of this name."""
         return call_grammar(tools, self.format, renderer.tokenizer, name=name, parallel=parallel)
 
 
 class Parts:
-    """The text of one answer, split as it comes. `names` of the tools that it may call; `plain`: nothing is split."""
+    """The text of one answer, split as it comes. `tools`: those that it may call; `plain`: it has no thoughts."""
 
     def __init__(
-        self, dialect: Dialect, renderer: Renderer, prompt: Sequence[int], names: Sequence[str], *, plain: bool
+        self, dialect: Dialect, renderer: Renderer, prompt: Sequence[int], tools: Tools, *, plain: bool
     ) -> None:
         self._thoughts: ReasoningStream | None = None
         self._calls: CallStream | None = None
@@ -69,8 +61,8 @@ class Parts:
         if dialect.tags is not None and not plain:
             tail = renderer.tokenizer.decode(prompt[-TAIL:], clean_up_tokenization_spaces=False)
             self._thoughts = ReasoningStream(dialect.tags, opened=dialect.tags.opened_by(tail))
-        if dialect.format is not None and names:
-            self._calls = CallStream(dialect.format, names)
+        if tools:
+            self._calls = CallStream(dialect.format, tools)
 
     def add(self, text: str) -> list[Part]:
         if self._thoughts is None:

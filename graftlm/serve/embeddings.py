@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from graftlm.errors import GraftError
-from graftlm.generation.engine import model_lock
-from graftlm.model.modes import by_row, deltas_still
-from graftlm.model.routes import Row
-from graftlm.passes.forward import require_decoder
+from graftlm.routing.embedding import embedding
 from graftlm.serve.completions import ids_of, inputs_of
-from graftlm.serve.errors import ApiError, invalid
+from graftlm.serve.errors import from_graft, invalid
 from graftlm.serve.http import ADAPTER
 from graftlm.serve.limits import read_object
 from graftlm.serve.protocol import EmbeddingRequest, read
@@ -52,7 +48,10 @@ def _embed(service: Service, body: EmbeddingRequest, inputs: Sequence[str | list
                 "input",
                 "context_length_exceeded",
             )
-        vectors = [embedding(catalog.model, ids, opened.lease.adapters) for ids in prompts]
+        try:
+            vectors = [embedding(catalog.model, ids, opened.lease.adapters).tolist() for ids in prompts]
+        except GraftError as error:
+            raise from_graft(error, "model") from None
         tag = opened.tag
     service.metrics.prompt_tokens.inc(sum(map(len, prompts)))
     data = [
@@ -66,17 +65,3 @@ def _embed(service: Service, body: EmbeddingRequest, inputs: Sequence[str | list
 
 def _written(vector: list[float], form: str | None) -> Any:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if form == "base64" else vector
-
-
-@torch.no_grad()
-def embedding(model: Any, ids: Sequence[int], row: Row) -> list[float]:
-    """The mean over tokens of the states before the head, divided by its Euclidean norm, with these deltas."""
-    with model_lock(model), deltas_still(model), by_row(model, [row]):
-        try:
-            decoder = require_decoder(model)
-        except GraftError as error:
-            raise ApiError(400, str(error), code=error.code, param="model") from None
-        states = decoder(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).last_hidden_state
-    mean = states[0].float().mean(0)
-    found: list[float] = (mean / mean.norm().clamp_min(1e-12)).tolist()
-    return found

@@ -112,7 +112,7 @@ class Run:
         """Take the adapters, render the prompts, submit. Raises ApiError; then everything is released."""
         submitted = 0
         try:
-            opened = self.service.catalog.open(self.wanted.model, self.deadline - time.monotonic())
+            opened = self.service.catalog.open_for(self.wanted.model, self.deadline - time.monotonic(), render)
             self._opened = opened
             self.prompts = [list(map(int, ids)) for ids in render(opened)]
             lengths = [self._length(len(ids)) for ids in self.prompts]

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import uvicorn
 
-from graftlm.adapters.folder import adapters_in
+from graftlm.adapters.folder import named_adapters
+from graftlm.errors import AdapterError
 from graftlm.generation.adapter_pool import AdapterPool
 from graftlm.generation.engine import Engine
 from graftlm.recipe import Recipe
+from graftlm.routing.base import RouterConfig
+from graftlm.routing.routing import Routing
 from graftlm.serve.app import make_app
-from graftlm.serve.catalog import Catalog
+from graftlm.serve.catalog import AUTO, Catalog
 from graftlm.serve.limits import Limits
 from graftlm.serve.metrics import Metrics
 from graftlm.serve.runs import Service
@@ -48,27 +51,29 @@ class Options:
     """Folder of the runs that the page shows."""
     data: Recipe | None = None
     """Recipe of the rows that the page shows."""
+    router: RouterConfig | None = None
+    """Who answers requests with the model `auto`."""
 
 
 def make_service(model: Any, tokenizer: Any, adapters: Path | None, options: Options, limits: Limits) -> Service:
     """The service of a base and of the adapters in a folder. Raises what `AdapterPool.register` does for the first
-    adapter that cannot be served."""
+    adapter that cannot be served, and `Routing` for one that cannot be routed to."""
     # The products of a bfloat16 base round as much as factors in bfloat16 do, and these are half as much to read.
     pool = AdapterPool(model, slots=options.slots, dtype=torch.bfloat16 if model.dtype == torch.bfloat16 else None)
-    for name, folder in named_adapters(adapters).items():
+    named = named_adapters(adapters) if adapters is not None else {}
+    if options.router is not None and AUTO in named:
+        raise AdapterError(
+            f"an adapter {AUTO!r} cannot be served beside a router: requests with this model are those that it routes. "
+            "Rename the folder",
+            code="name-registered",
+        )
+    for name, folder in named.items():
         pool.register(name, folder)
     metrics = Metrics()
     engine = Engine(model, max_requests=options.max_requests, prefix_tokens=PREFIX_TOKENS)
-    catalog = Catalog(model, tokenizer, pool, alias=options.base, folder=adapters)
+    routing = None if options.router is None else Routing(pool, tokenizer, options.router)
+    catalog = Catalog(model, tokenizer, pool, alias=options.base, folder=adapters, routing=routing)
     return Service(catalog, Worker(engine, metrics), limits, metrics)
-
-
-def named_adapters(folder: Path | None) -> dict[str, Path]:
-    """The adapters in a folder by the names of their folders; an adapter's own folder is one."""
-    if folder is None:
-        return {}
-    found = adapters_in(folder)
-    return {path.resolve().name: path for path in found.values()}
 
 
 class DrainingServer(uvicorn.Server):

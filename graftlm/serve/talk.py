@@ -15,6 +15,7 @@ from graftlm.serve.dialect import Part, Parts
 from graftlm.serve.errors import invalid, object_of
 from graftlm.serve.limits import unknown_field
 from graftlm.serve.runs import Run, Service, Wanted
+from graftlm.tool_calls.plain import said_plainly
 
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
 
@@ -32,19 +33,20 @@ class Talk:
     """Those that are set where the template reads them."""
 
     @property
-    def names(self) -> list[str]:
-        """Of the tools."""
-        return [tool["function"]["name"] for tool in self.tools]
+    def schemas(self) -> dict[str, Any]:
+        """Name of a tool -> the schema of its arguments."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
 
     def render(self, opened: Opened) -> list[Ids]:
         """The prompt. ApiError for variables that the chat template does not read."""
         if unread := opened.renderer.unread(self.variables):
             raise invalid(f"the chat template of this model does not read {unread[0]!r}", unread[0], "unknown_variable")
-        if self.tools and opened.renderer.unread({"tools": None}):
-            raise invalid("the chat template of this model has no place for tools", "tools", "no_tools")
         unread = opened.renderer.unread(self.optional_variables)
         read = {name: value for name, value in self.optional_variables.items() if name not in unread}
-        return [opened.renderer.prompt_of_strangers(self.messages, self.tools, {**self.variables, **read})]
+        messages, tools = self.messages, self.tools
+        if tools and opened.renderer.unread({"tools": None}):
+            messages, tools = said_plainly(messages, tools), ()
+        return [opened.renderer.prompt_of_strangers(messages, tools, {**self.variables, **read})]
 
 
 class Piece(NamedTuple):
@@ -214,7 +216,7 @@ async def pieces(run: Run, talk: Talk | None = None) -> AsyncIterator[Piece]:
 def _parts(run: Run, talk: Talk, number: int) -> Parts:
     rendering, prompt = run.opened.rendering, run.prompts[number // run.wanted.n]
     # what must be JSON has no thoughts before it
-    return Parts(rendering.dialect, rendering.renderer, prompt, talk.names, plain=run.wanted.grammar is not None)
+    return Parts(rendering.dialect, rendering.renderer, prompt, talk.schemas, plain=run.wanted.grammar is not None)
 
 
 async def collect(run: Run, talk: Talk | None = None) -> list[Answer]:

@@ -52,12 +52,12 @@ class Drawn(Callback):
 def test_only_what_was_drawn_learns(frozen: bool) -> None:
     callback, seen = DyLoraCallback(DyLoraCallbackConfig(least=2, frozen=frozen)), Drawn()
     state = training(perturbed("dylora", tiny_model()), [])
-    drawn = []
+    rank_of_step = []
     for number in range(12):
-        drawn.append(callback.drawn(state))
+        rank_of_step.append(callback.rank_of_step(state))
         run(state, [callback, seen], [[collate(examples(seed=number))]])
-    assert set(drawn) == {2, 3, 4}
-    for number, (b, (rows, columns)) in enumerate(zip(drawn, seen.found, strict=True)):
+    assert set(rank_of_step) == {2, 3, 4}
+    for number, (b, (rows, columns)) in enumerate(zip(rank_of_step, seen.found, strict=True)):
         assert rows == columns == ({b - 1} if frozen and number >= 2 else set(range(b)))
     assert all(delta.rank == 4 for _, _, delta in state.sites())
 
@@ -66,7 +66,7 @@ def test_a_step_is_adamw_on_lora_of_the_rank_drawn() -> None:
     """The same batch through a LoRA of rank b with the scale alpha / b, by torch's own AdamW."""
     callback = DyLoraCallback(DyLoraCallbackConfig())
     state = training(perturbed("dylora", tiny_model()), [])
-    b = callback.drawn(state)
+    b = callback.rank_of_step(state)
     assert b < 4
     lora = perturbed("lora", tiny_model(), r=b, alpha=6.0)
     for ours, theirs in zip(state.sites(), hosts(lora).values(), strict=True):

@@ -28,7 +28,7 @@ from graftlm.data.sources.messages import Message
 from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.prompt_templates import PromptTemplate, ask
 from graftlm.data.sources.records import Problem
-from graftlm.data.sources.row_cache import read_kept
+from graftlm.data.sources.row_cache import read_cached
 from graftlm.data.sources.source import Row, SourceConfig
 from graftlm.data.sources.streaming import Stream
 from graftlm.errors import numbered
@@ -274,7 +274,7 @@ def test_kept_rows_know_what_was_not_read(tmp_path: Path, monkeypatch: pytest.Mo
     path = written(tmp_path, *({"prompt": f"q{n}", "completion": "a", "id": n} for n in range(5)))
     data = DataConfig(train=path)
     for _ in range(2):
-        rows = read_kept(data, seed=0, folder=tmp_path / "kept").train
+        rows = read_cached(data, seed=0, folder=tmp_path / "kept").train
         _, report = prepare(rows, renderer, data, cache=tmp_path / "kept")
         assert report.notes[0] == f"fields of rows that are not used: 'id' (5, first in {path}:1)"
         assert rows[1].unread == (("rows", "id"),)
@@ -500,12 +500,12 @@ def test_a_new_file_in_a_folder_is_seen_by_what_was_kept(files: Path, monkeypatc
     monkeypatch.setattr("graftlm.data.chat.parallel.MANY", 0)
     data = DataConfig(train=str(files / "folder"))
     for _ in range(2):
-        assert len(read_kept(data, seed=0, folder=files / "kept").train) == 1
+        assert len(read_cached(data, seed=0, folder=files / "kept").train) == 1
     before = content_hash(str(files / "folder"))
     assert before is not None
     (files / "folder" / "d.jsonl").write_text(LINE)
     assert content_hash(str(files / "folder")) != before
-    assert len(read_kept(data, seed=0, folder=files / "kept").train) == 2
+    assert len(read_cached(data, seed=0, folder=files / "kept").train) == 2
 
 
 # JSON text in a column ----------------------------------------------------------------------------------------------
@@ -639,7 +639,7 @@ def test_the_template_of_a_row_stays_known(tmp_path: Path, monkeypatch: pytest.M
     path = written(tmp_path, *({"n": n} for n in range(30)))
     data = DataConfig(train=SourceConfig(path=path, templates=ways))
     for _ in range(2):
-        read = read_kept(data, seed=0, folder=tmp_path / "kept")
+        read = read_cached(data, seed=0, folder=tmp_path / "kept")
         words = [ways[row.template].prompt.split()[0] for row in read.train if row.template is not None]
         assert words == [row.messages[0].content.split()[0] for row in read.train]
         assert [row.messages[0].boilerplate for row in read.train][0][0] == (0, len(words[0]) + 1)

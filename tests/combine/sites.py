@@ -52,9 +52,9 @@ def composed(
     seed: int = 0,
     moments: list[Tensor] | None = None,
 ) -> Tensor:
-    """D of the composition of one site; rules that take moments take those of `moment` by default."""
+    """D of the composition of one site; rules that need moments take those of `moment` by default."""
     generator = torch.Generator().manual_seed(seed)
-    if moments is None and isinstance(rule, MomentRule):
+    if moments is None and isinstance(rule, MomentRule) and rule.needs_moments:
         moments = [moment(one) for one in given]
     (X, Y, _), _ = compose_changes(
         given, weights, rule, space or rule.spaces[0], rank=rank, generator=generator, moments=moments

@@ -40,7 +40,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 """Options with which nothing is pruned."""
 NOT_ITSELF = {"iso-c": "a flat spectrum", "negation": "the opposite"}
 """Rules that make another adapter of one."""
-OF_ROTATIONS = ("iso-c", "karcher", "lego", "linear", "model-stock", "negation", "slerp", "svd", "tsv", "wudi")
+OF_ROTATIONS = ("cat", "iso-c", "karcher", "lego", "linear", "model-stock", "negation", "slerp", "svd", "tsv", "wudi")
 """Rules to which every orthonormal basis is the same."""
 RULES = [name for name, row in COMPOSERS.items() if row.rule.spaces != ("factors",)]
 IN_SPACES = [(name, space) for name in RULES for space in OF_PRODUCTS]
@@ -599,6 +599,9 @@ def test_every_row_names_itself_its_source_and_where_it_acts(name: str) -> None:
         ("tsv", {"keep": 1.5}, "less than or equal to 1"),
         ("wudi", {"ridge": -1.0}, "greater than or equal to 0"),
         ("regmean", {"off_diagonal": -0.1}, "greater than or equal to 0"),
+        ("cat", {"learning_rate": 0.0}, "greater than 0"),
+        ("ziplora", {"steps": 0}, "greater than 0"),
+        ("ziplora", {"balance": -0.1}, "greater than or equal to 0"),
         ("regmean", {"off_diagonal": 1.1}, "less than or equal to 1"),
     ],
 )

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from graftlm.config.schema import config
 from graftlm.deltas import METHODS, Method
-from graftlm.deltas.base import AdditiveDelta, Base, Delta, DeltaConfig, Site, WeightDelta
+from graftlm.deltas.base import AdditiveDelta, AroundDelta, Base, Delta, DeltaConfig, Site, WeightDelta
 from graftlm.deltas.lora import LoraConfig
 from graftlm.model.attach import attach, detach
+from graftlm.model.hosts import LayerHost
 from graftlm.model.modes import activate, deltas_off
 from graftlm.model.registry import hosts, trainable
 from graftlm.model.state_dict import merged_state
 from graftlm.testing import tiny_model
 from graftlm.testing.contract import CONTRACT
-from graftlm.testing.deltas import ids, logits
+from graftlm.testing.deltas import close, ids, logits, perturbed
 from tests.errors import raises
 from tests.peers import relative_error
 
@@ -136,6 +137,32 @@ def with_deltas(
         for parameter in trainable(model).values():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@pytest.mark.parametrize("name", [n for n, method in METHODS.items() if issubclass(method.delta, AroundDelta)])
+def test_what_stands_around_the_base_is_the_equation(name: str) -> None:
+    """Outputs and all gradients of output(base(input(x))) against x W'^T + b', at every layer."""
+    model = perturbed(name, tiny_model(attention_bias=True))
+    found = [host for host in hosts(model).values() if isinstance(host, LayerHost) and host.view.kind == "linear"]
+    assert found
+    for host in found:
+        (delta,) = host.on()
+        assert isinstance(delta, AroundDelta)
+        x = torch.randn(5, host.view.d_in, generator=torch.Generator().manual_seed(9)).requires_grad_()
+        learnt = [x, *delta.parameters()]
+        inner, factors = delta.input(x), delta.inside()
+        assert inner is not None
+        assert factors is None or inner is x
+        z = host.view(inner) if factors is None else host.view.low_rank(x, *factors)
+        outputs = [
+            delta.output(z, x, host.view),
+            host.view.apply(x, *delta.effective(host.view.weight, host.view.bias)),
+        ]
+        assert relative_error(*outputs) <= 1e-6
+        numbers = torch.linspace(-1, 1, outputs[0].numel()).view_as(outputs[0])
+        gradients = [torch.autograd.grad((y * numbers).sum(), learnt) for y in outputs]
+        for one, other in zip(*gradients, strict=True):
+            close(one, other, f"gradient at {delta.site.name}")
 
 
 NOT_SAVED = {"save_load_save_is_stable"}  # these have no place in PEFT's layout, and so none on disk

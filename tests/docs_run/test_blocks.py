@@ -27,6 +27,7 @@ from graftlm.evaluation.task_file import TasksConfig
 from graftlm.hub import load, tokenizer
 from graftlm.hub.config import BaseConfig
 from graftlm.recipe import read_recipe
+from graftlm.routing.config import read_router
 from tests.docs_run.names import PAGES, ROOT, blocks, title
 from tests.errors import raises
 from tests.errors.messages import sites
@@ -94,6 +95,10 @@ def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Pa
         return
     if "\ntasks:" in block:
         assert build(TasksConfig, yaml.safe_load(block), source=page).tasks, "a file of tasks"
+        return
+    if block.startswith("name:"):
+        (tmp_path / "router.yaml").write_text(block)
+        assert read_router(str(tmp_path / "router.yaml")), "a router"
         return
     assert block.startswith("base:"), f"{page}:{line}: show whole recipes, so that they can be tried and tested"
     (tmp_path / "recipe.yaml").write_text(block)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.deltas import METHODS
-from graftlm.deltas.base import InputDelta
+from graftlm.deltas.base import AroundDelta, InputDelta
 from graftlm.generation import support
 from graftlm.generation.attention import Cache
 from graftlm.generation.engine import Engine, model_lock
@@ -27,6 +28,7 @@ from graftlm.model.bases import view
 from graftlm.model.factors import attach_factors, detach_factors
 from graftlm.model.modes import by_row
 from graftlm.model.registry import hosts
+from graftlm.model.routes import Route, Span, use_route
 from graftlm.testing.deltas import attach_tiny, close, move
 from tests.errors import raises
 from tests.generation.test_generate import by_hand, varied
@@ -241,6 +243,87 @@ def test_the_base_is_multiplied_once_a_layer_and_plans_are_made_once(monkeypatch
     layers = len(hosts(model))
     assert calls.count("product") == 10 * (layers + 1), "one for each layer and the head, ten passes"
     assert calls.count("plan") == layers
+
+
+AROUND = tuple(name for name, method in METHODS.items() if issubclass(method.delta, AroundDelta))
+
+
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each product with a weight of the base, from now on."""
+    rows: list[int] = []
+
+    def counted(name: str) -> None:
+        function = getattr(PrepackedProduct, name)
+
+        def call(self: PrepackedProduct, x: Tensor, *given: Any, **more: Any) -> Tensor:
+            rows.append(x.numel() // x.shape[-1])
+            found: Tensor = function(self, x, *given, **more)
+            return found
+
+        monkeypatch.setattr(PrepackedProduct, name, call)
+
+    for name in ("__call__", "plus", "low_rank"):
+        counted(name)
+    return rows
+
+
+def test_the_base_is_multiplied_once_a_layer_for_all_that_stands_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for what changes an output: Houlsby, Lin's adapter, prefix, SHiRA."""
+    model = with_factors(varied(head_dim=16))
+    names = [*AROUND, "houlsby", "lin-adapter", "prefix", "shira"]
+    for name in names:
+        attach_tiny(name, model, delta=f"the-{name}", seed=2)
+    move(model, scale=0.1)
+    engine, layers = Engine(model, max_requests=32), len([h for h in hosts(model).values() if is_linear(h)])
+    rows: list[Row] = [{f"the-{name}": 1.0} for name in names] + [{}, {"a": 1.0}, {"c": 1.0, "a": 0.5}]
+    asked = [(ids_of(2, n), row) for n, row in enumerate(rows)]
+    wanted = [by_itself(model, ids, row, 6) for ids, row in asked]
+    found = products(monkeypatch)
+    answers(engine, asked[:1], 1)  # it makes its copy of the model
+    found.clear()
+    assert answers(engine, asked, 6) == wanted
+    assert len(found) == 6 * (layers + 1), "one for each layer and the head, six passes"
+    more = METHODS["flora"].config(method="flora", r=4).r - 1  # type: ignore[call-arg,attr-defined]
+    assert max(found[layers + 1 :]) == len(rows) + more, "a token is a row; FLoRA has one for each rank"
+
+
+def is_linear(host: Any) -> bool:
+    return isinstance(host, hosts_module.LayerHost) and host.view.kind == "linear"
+
+
+def test_a_batch_of_all_methods_is_each_alone() -> None:
+    model = with_factors(varied(head_dim=16))
+    for name in METHODS:
+        attach_tiny(name, model, delta=f"the-{name}", seed=2)
+    move(model, scale=0.1)
+    rows: list[Row] = [{f"the-{name}": 1.0} for name in METHODS]
+    rows += [{}, {"a": 1.0}, {"the-oft": 0.5}, {"the-ia3": 1.0, "the-oft": 1.0}, {"the-road": 1.0, "the-reft": 1.0}]
+    random.Random(3).shuffle(rows)
+    asked = [(ids_of(3 + n % 5, n), row) for n, row in enumerate(rows)]
+    found = answers(Engine(model, max_requests=len(rows)), asked, 4)
+    assert found == [by_itself(model, ids, row, 4) for ids, row in asked]
+
+
+@pytest.mark.parametrize("method", AROUND)
+def test_in_bfloat16_a_layer_in_a_mixed_pass_is_the_equation(method: str) -> None:
+    """What goes into the base has the base's dtype, whatever the delta made of it; in float32 parameters."""
+    model = varied(head_dim=16).to(torch.bfloat16)
+    attach_tiny(method, model, delta="other", seed=3)
+    move(model, scale=0.2)
+    copied = dict(inference_copy(model, {}).model.named_modules())
+    deltas: list[Row] = [{"other": 1.0}, {}, {"other": 1.0}]
+    for rows in (deltas, deltas[:1]):  # beside the base, and alone
+        route = Route(tuple(Span(n, n + 1, row) for n, row in enumerate(rows)))
+        for name, host in hosts(model).items():
+            if not is_linear(host):
+                continue
+            x = torch.randn(len(rows), host.view.d_in, generator=torch.Generator().manual_seed(1)).bfloat16()
+            with torch.no_grad(), use_route(route):
+                found = copied[name](x[None])[0]
+            for row, one, y in zip(rows, x, found, strict=True):
+                W, b = host.effective(names=list(row))
+                wanted = F.linear(one.double(), W.double(), None if b is None else b.double())
+                close(y.double(), wanted, f"{name} with {dict(row)}", 2**-6)
 
 
 def test_what_the_kernel_reads_of_factors_is_made_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ from graftlm.adapters.load import load_adapter
 from graftlm.generation.engine import Engine
 from graftlm.generation.reasoning import Tags
 from graftlm.generation.requests import Request
-from graftlm.generation.tool_calls import HERMES, MISTRAL
 from graftlm.hub.load import load_base
 from graftlm.serve.dialect import Dialect, Parts
 from graftlm.serve.logprobs import TokenTexts
 from graftlm.testing import tiny_tokenizer
+from graftlm.tool_calls.formats import HERMES, MISTRAL, PLAIN
+from graftlm.tool_calls.plain import INSTRUCTION
 from tests.serve.conftest import Served, events_of
 
 USER = [{"role": "user", "content": "the user asks"}]
@@ -269,9 +270,39 @@ def test_a_call_in_the_other_protocols(served: Served) -> None:
     assert [item["arguments"] for item in last["response"]["output"]] == [i["arguments"] for i in whole["output"]]
 
 
+def test_a_template_without_a_place_for_tools_has_them_in_plain_text(served: Served) -> None:
+    """The prompt is that of a client who writes the list, the calls and the results into the messages."""
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"n": 1}'}}
+    asked: list[dict[str, Any]] = [
+        *USER,
+        {"role": "assistant", "content": "So:", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "found"},
+        {"role": "user", "content": "and now"},
+    ]
+    listed = INSTRUCTION.format(tools=json.dumps(FIND["function"]))
+    said = [
+        {"role": "user", "content": f"{listed}\n\n{USER[0]['content']}"},
+        {"role": "assistant", "content": 'So:\n{"name": "find", "arguments": {"n": 1}}'},
+        {"role": "user", "content": "find returned:\nfound\n\nand now"},
+    ]
+    body = {"model": "plain", "max_tokens": 4, "temperature": 0}
+    wanted = ok(served.client.post("/v1/chat/completions", json={**body, "messages": said}))
+    found = ok(served.client.post("/v1/chat/completions", json={**body, "messages": asked, "tools": [FIND]}))
+    assert (found["usage"], found["choices"]) == (wanted["usage"], wanted["choices"])
+    system = {"role": "system", "content": "Be brief."}
+    said = [{"role": "system", "content": f"Be brief.\n\n{listed}"}, *USER]
+    wanted = ok(served.client.post("/v1/chat/completions", json={**body, "messages": said}))
+    found = ok(served.client.post("/v1/chat/completions", json={**body, "messages": [system, *USER], "tools": [FIND]}))
+    assert (found["usage"], found["choices"]) == (wanted["usage"], wanted["choices"])
+    forced = ok(served.chat("plain", **FORCED, max_tokens=120, temperature=1, seed=3))["choices"][0]
+    assert forced["finish_reason"] == "tool_calls"
+    (called,) = forced["message"]["tool_calls"]
+    jsonschema.validate(json.loads(called["function"]["arguments"]), FIND["function"]["parameters"])
+    served.assert_idle()
+
+
 def test_tools_that_cannot_be_are_refused(served: Served) -> None:
     for model, fields in (
-        ("plain", {"tools": [FIND]}),  # its template has no place for them
         ("hermes", {"tools": [FIND, FIND]}),
         ("hermes", {"tools": [], "tool_choice": "required"}),
         ("hermes", {"tools": [FIND], "tool_choice": "always"}),
@@ -315,7 +346,7 @@ def test_parts_are_the_same_however_the_text_comes(cut: int) -> None:
     text = 'I think\nso</think>\nLook: <tool_call>\n{"name": "find", "arguments": {"n": 1}}\n</tool_call>'
     prompt = renderer.tokenizer("<think>\n")["input_ids"]
     for kind, length in ((HERMES, 29), (MISTRAL, None)):
-        parts = Parts(Dialect(Tags("<think>", "</think>"), kind), renderer, prompt, ["find"], plain=False)
+        parts = Parts(Dialect(Tags("<think>", "</think>"), kind), renderer, prompt, {"find": {}}, plain=False)
         found = [part for at in range(0, len(text), cut) for part in parts.add(text[at : at + cut])] + parts.close()
         assert "".join(part.thought for part in found) == "I think\nso"
         calls = [part.call for part in found if part.call is not None]
@@ -327,5 +358,5 @@ def test_parts_are_the_same_however_the_text_comes(cut: int) -> None:
         (call,) = calls
         assert (call["name"], json.loads(call["arguments"])) == ("find", {"n": 1})
         assert len(call["id"]) == length
-    whole = Parts(Dialect(Tags("<think>", "</think>"), None), renderer, prompt, [], plain=True)
+    whole = Parts(Dialect(Tags("<think>", "</think>"), PLAIN), renderer, prompt, {}, plain=True)
     assert "".join(part.text for part in [*whole.add(text), *whole.close()]) == text

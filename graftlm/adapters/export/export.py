@@ -38,26 +38,26 @@ from graftlm.model.state_dict import active_changes, base_state
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostChange:
     """How much of a layer's change a dtype cannot hold: ||round(W') - W'|| / ||W' - W||."""
 
     layer: str
     share: float
 
 
-def lost_by_rounding(model: nn.Module, dtype: torch.dtype) -> list[Lost]:
+def lost_by_rounding(model: nn.Module, dtype: torch.dtype) -> list[LostChange]:
     """For each layer with active deltas, the share of its change that rounding W' to `dtype` loses; worst first."""
     found = []
     with torch.no_grad():
         for name, host in hosts(model).items():
             if host.active and isinstance(host, LayerHost):
-                W, (changed, _) = host.view.weight, host.effective()
-                if bool((size := (changed - W).norm()) > 0):
-                    found.append(Lost(name, float((changed.to(dtype).float() - changed).norm() / size)))
-    return sorted(found, key=lambda lost: -lost.share)
+                W, (W_new, _) = host.view.weight, host.effective()
+                if bool((size := (W_new - W).norm()) > 0):
+                    found.append(LostChange(name, float((W_new.to(dtype).float() - W_new).norm() / size)))
+    return sorted(found, key=lambda item: -item.share)
 
 
-def lost_by_quantizing(model: nn.Module) -> list[Lost]:
+def lost_by_quantizing(model: nn.Module) -> list[LostChange]:
     """For each quantized layer with active deltas, how far W' is from what the deltas make of W as it was before
     quantizing, as a share of the change that they make; worst first. TargetError where W cannot be read again.
     """
@@ -65,11 +65,11 @@ def lost_by_quantizing(model: nn.Module) -> list[Lost]:
     with torch.no_grad():
         for name, host in hosts(model).items():
             if host.active and isinstance(host, LayerHost) and isinstance(host.base, QuantizedLinear):
-                W, (changed, _) = host.view.weight, host.effective()
-                wanted, _ = host.effective(host.view.original())
-                if bool((size := (changed - W).norm()) > 0):
-                    found.append(Lost(name, float((changed - wanted).norm() / size)))
-    return sorted(found, key=lambda lost: -lost.share)
+                W, (W_new, _) = host.view.weight, host.effective()
+                target, _ = host.effective(host.view.original())
+                if bool((size := (W_new - W).norm()) > 0):
+                    found.append(LostChange(name, float((W_new - target).norm() / size)))
+    return sorted(found, key=lambda item: -item.share)
 
 
 def merged_int4(model: nn.Module) -> dict[str, Tensor]:
@@ -101,10 +101,10 @@ def merged_int4(model: nn.Module) -> dict[str, Tensor]:
         with torch.no_grad():
             change, _ = host.effective(torch.zeros(host.base.shape, device=tensors["zero"].device))
         groups = change.split(GROUP, dim=1)
-        spread = max(float((part.amax(1) - part.amin(1)).max()) for part in groups)
-        if spread > CONSTANT * float(change.abs().max()):
+        largest_range = max(float((part.amax(1) - part.amin(1)).max()) for part in groups)
+        if largest_range > CONSTANT * float(change.abs().max()):
             raise TargetError(
-                f"{name}: dW differs by up to {spread:.3g} inside groups of {GROUP} inputs: {_INT4_ONLY}",
+                f"{name}: dW differs by up to {largest_range:.3g} inside groups of {GROUP} inputs: {_INT4_ONLY}",
                 code="not-mergeable-in-int4",
             )
         shift = torch.stack([part[:, 0] for part in groups], dim=1)
@@ -201,7 +201,7 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
         suffixes = ("lora_embedding_A", "lora_embedding_B") if at_embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{name}.{suffix}": t for suffix, t in zip(suffixes, (A, B), strict=True)}
     targets = target_modules(model, plain.factors)
-    stored = {
+    config_json = {
         "base_model_name_or_path": public_name(model),
         "bias": "none",
         "fan_in_fan_out": any(transposed(found[name]) for name in plain.factors),
@@ -219,7 +219,7 @@ def write_plain_lora(model: nn.Module, plain: PlainLora, folder: Path) -> None:
     }
     means = targets if isinstance(targets, str) else tuple(targets)
     config = LoraConfig(r=plain.rank, alpha=float(plain.rank), targets=means)
-    Adapter(tensors, as_json(stored), config, base_facts(model)).write_into(folder)
+    Adapter(tensors, as_json(config_json), config, base_facts(model)).write_into(folder)
 
 
 # Differences of weights ------------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ def write_gguf(model: Any, plain: PlainLora, file: Path) -> None:
             "`--to merged`",
             code="unsupported-by-gguf",
         )
-    known = architecture(settings)
-    assert isinstance(known, Architecture)
-    writer = gguf.GGUFWriter(str(file), known.name)
+    gguf_architecture = architecture(settings)
+    assert isinstance(gguf_architecture, Architecture)
+    writer = gguf.GGUFWriter(str(file), gguf_architecture.name)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(plain.rank))
@@ -307,10 +307,10 @@ def export(
     lacks the first of `stop_ids`, that is the fact `missing_end`. Raises TargetError with the reason where the deltas
     cannot be written so, and OutputError where the folder exists.
     """
-    made = _exported(model, folder, to=to, rank=rank, dtype=dtype, tokenizer=tokenizer, stop_ids=stop_ids)
+    result = _exported(model, folder, to=to, rank=rank, dtype=dtype, tokenizer=tokenizer, stop_ids=stop_ids)
     if to != "merged" and tokenizer is not None and (end := missing_end(model, tokenizer, stop_ids)):
-        made["missing_end"] = end._asdict() | {"why": str(end)}
-    return made
+        result["missing_end"] = end._asdict() | {"why": str(end)}
+    return result
 
 
 def _exported(
@@ -325,13 +325,13 @@ def _exported(
 ) -> dict[str, Any]:
     if to == "merged":
         merge_into(model, folder, dtype=dtype, tokenizer=tokenizer, stop_ids=stop_ids)
-        written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        untied = bool(model.config.tie_word_embeddings and not written["tie_word_embeddings"])
-        lost = [[item.layer, item.share] for item in lost_by_rounding(model, dtype)]
-        made = {"kind": to, "exact": dtype == torch.float32, "untied": untied, "lost": lost}
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        untied = bool(model.config.tie_word_embeddings and not config["tie_word_embeddings"])
+        changes_lost = [[item.layer, item.share] for item in lost_by_rounding(model, dtype)]
+        result = {"kind": to, "exact": dtype == torch.float32, "untied": untied, "lost": changes_lost}
         if (quantization := quantization_of(model)) != "none":
-            made |= {"base_quantization": quantization, "lost_by_quantizing": _quantizing(model)}
-        return made
+            result |= {"base_quantization": quantization, "lost_by_quantizing": _quantizing(model)}
+        return result
     names = _active(model)
     if to == "peft" and len(names) == 1 and not why_not_peft(model, names[0]):
         with new_folder(folder) as partial:

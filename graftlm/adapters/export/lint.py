@@ -121,9 +121,9 @@ def _not_lora(folder: Folder) -> str:
 def _peft(folder: Folder) -> str:
     parameters = not folder.config.get("lora_dropout") and not folder.config.get("use_dora")
     kind, form = str((folder.base or {}).get("model_type", "")), str(folder.config.get("peft_type"))
-    lost = why_not_read(kind, "LORA" if folder.own else form, folder.sites, parameters=parameters)
-    if lost:
-        return f"{lost}: export `--to merged`"
+    reason = why_not_read(kind, "LORA" if folder.own else form, folder.sites, parameters=parameters)
+    if reason:
+        return f"{reason}: export `--to merged`"
     return f"PEFT has no method {folder.method!r}: {PLAIN} or `--to merged`" if folder.own else ""
 
 
@@ -131,14 +131,14 @@ def _gguf(folder: Folder) -> str:
     if folder.base is None or not folder.lora:
         return ""
     if folder.config.get("task_type") != "CAUSAL_LM":
-        made = (folder.config.get("auto_mapping") or {}).get("base_model_class", folder.config.get("task_type"))
-        return f"llama.cpp runs causal language models, and the adapter is for a {made}: export `--to merged`"
+        model_class = (folder.config.get("auto_mapping") or {}).get("base_model_class", folder.config.get("task_type"))
+        return f"llama.cpp runs causal language models, and the adapter is for a {model_class}: export `--to merged`"
     return why_not_gguf(folder.base, folder.sites)
 
 
 def _unread_by_vllm(folder: Folder) -> str:
-    known = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-    return next((key for key in folder.keys if not key.endswith(known)), "")
+    ends = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    return next((key for key in folder.keys if not key.endswith(ends)), "")
 
 
 def _not_in_sglang(folder: Folder) -> str:

@@ -355,48 +355,48 @@ def architecture(settings: Settings) -> Architecture | str:
 
 def why_not_gguf(settings: Settings, sites: Iterable[str]) -> str:
     """Why llama.cpp cannot apply a LoRA on these layers of this base, with the layer; empty where it can."""
-    known = architecture(settings)
-    if isinstance(known, str):
-        return known
+    found = architecture(settings)
+    if isinstance(found, str):
+        return found
     for site in sites:
-        if (where := _where(known, settings, site)) and isinstance(where, str):
+        if (where := _where(found, settings, site)) and isinstance(where, str):
             return f"{site}: {where}. Export with `--to merged` and convert the merged model, or leave the layer out"
     return ""
 
 
 def gguf_factors(settings: Settings, site: str, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """GGUF tensor of the base -> its factors: A [r, d_in] and the rows of B [d_out, r] that belong to it."""
-    known = architecture(settings)
-    assert isinstance(known, Architecture), known
-    where = _where(known, settings, site)
+    found = architecture(settings)
+    assert isinstance(found, Architecture), found
+    where = _where(found, settings, site)
     assert not isinstance(where, str), where
     module = _module(site)
-    rows = known.rows[module](B, settings) if module in known.rows else (B,)
-    if module in known.columns:
-        (columns,) = known.columns[module](A.T, settings)
+    rows = found.rows[module](B, settings) if module in found.rows else (B,)
+    if module in found.columns:
+        (columns,) = found.columns[module](A.T, settings)
         A = columns.T
     return {tensor: (A, part) for tensor, part in zip(where, rows, strict=True)}
 
 
-def _where(known: Architecture, settings: Settings, site: str) -> tuple[str, ...] | str:
+def _where(gguf: Architecture, settings: Settings, site: str) -> tuple[str, ...] | str:
     """The tensors of a site, or why there are none."""
     last, module = site.rpartition(".")[2], _module(site)
     tied = settings.get("tie_word_embeddings", True)
     if not module and last in HEADS:
         if tied:
             return "the head is tied to the embeddings, so the base in GGUF has no output.weight"
-        return ("output.weight",) if known.head else f"llama.cpp takes no adapter on the head of {known.name}"
+        return ("output.weight",) if gguf.head else f"llama.cpp takes no adapter on the head of {gguf.name}"
     if not module and last in EMBEDDINGS:
         if tied:
             return "the embeddings are tied to the head, and llama.cpp would apply the delta there too"
         return ("token_embd.weight",)
-    if module in known.without_adapters:
-        return f"llama.cpp multiplies by this layer of {known.name} without adapters, so the delta would have no effect"
-    if module not in known.layers:
-        return f"llama.cpp has no layer of {known.name} for it that takes adapters"
+    if module in gguf.without_adapters:
+        return f"llama.cpp multiplies by this layer of {gguf.name} without adapters, so the delta would have no effect"
+    if module not in gguf.layers:
+        return f"llama.cpp has no layer of {gguf.name} for it that takes adapters"
     number = _NUMBER.search(site)
     assert number is not None
-    names = known.layers[module]
+    names = gguf.layers[module]
     return tuple(f"blk.{number[1]}.{name}.weight" for name in ((names,) if isinstance(names, str) else names))
 
 

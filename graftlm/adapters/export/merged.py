@@ -48,13 +48,13 @@ def merge_into(
     config.dtype = dtype
     with new_folder(folder) as partial:
         shards = Shards(partial)
-        written = MergedWeights(shards, _plain(model, config), dtype, _ends(model))
-        written.add(tensors)
-        _complete(model, config, written)
+        weights = MergedWeights(shards, _plain(model, config), dtype, _ends(model))
+        weights.add(tensors)
+        _complete(model, config, weights)
         if not config.tie_word_embeddings:
-            written.untie()
+            weights.untie()
         plain = _plain(model, config).to(dtype)
-        written.add((key, torch.zeros(t.shape, dtype=dtype)) for key, t in _lacking(plain, written).items())
+        weights.add((key, torch.zeros(t.shape, dtype=dtype)) for key, t in _missing(plain, weights).items())
         plain.generation_config = generation_settings(model, stop_ids)
         plain.save_pretrained(partial, state_dict={})  # all but the weights
         shards.close()
@@ -76,7 +76,7 @@ class MergedWeights:
         self.shards, self.plain, self.dtype, self.ends = shards, plain, dtype, ends
         self.names: set[str] = set()
         self.together = False
-        self._left_out: dict[str, Tensor] = {}
+        self._tied: dict[str, Tensor] = {}
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """All tensors of some layers, under the names that they have in the model; a tensor's names in a row."""
@@ -86,11 +86,11 @@ class MergedWeights:
             for tied in layer:
                 self.names.update(tied)
                 new |= self._without_tied(tied)
-            self._put(new)
+            self._store(new)
 
     def untie(self) -> None:
         """Add what was left out because transformers would tie it to another weight."""
-        self._put(self._left_out)
+        self._store(self._tied)
 
     def _without_tied(self, tied: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the names of one tensor those that transformers does not tie to another of them."""
@@ -98,10 +98,10 @@ class MergedWeights:
         if set(self.ends) <= tied.keys():
             self.together = True  # and so they remain: nothing will be untied
         else:
-            self._left_out |= {name: tied[name].clone() for name in tied if name not in stored}
+            self._tied |= {name: tied[name].clone() for name in tied if name not in stored}
         return {name: tied[name].clone() if number else tied[name] for number, name in enumerate(stored)}
 
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+    def _store(self, tensors: Mapping[str, Tensor]) -> None:
         ignored = self.plain._keys_to_ignore_on_save or ()
         new = {name: t.to("cpu", self.dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
         new = {name: t for name, t in new.items() if name not in ignored}
@@ -131,27 +131,27 @@ BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "bias", "add_bias_lin
 """The keys by which transformers' configs give their linear layers biases."""
 
 
-def _complete(model: Any, config: Any, written: MergedWeights) -> None:
+def _complete(model: Any, config: Any, weights: MergedWeights) -> None:
     """Say in the config what the written weights need said there; TargetError where it cannot be said."""
-    if config.tie_word_embeddings and len(written.ends) == 2 and not written.together:
+    if config.tie_word_embeddings and len(weights.ends) == 2 and not weights.together:
         config.tie_word_embeddings = False
-    if _without_a_place(model, config, written):
+    if _without_a_place(model, config, weights):
         for switch in BIAS_SWITCHES:
             if getattr(config, switch, None) is False:
                 setattr(config, switch, True)
-        if lacking := _without_a_place(model, config, written):
+        if missing := _without_a_place(model, config, weights):
             raise TargetError(
-                f"{type(model).__name__} has no place for {len(lacking)} biases that the delta gave its layers, so a "
-                f"merged model would drop them:\n{numbered(lacking)}\nExport with `--to delta`, or give the delta "
+                f"{type(model).__name__} has no place for {len(missing)} biases that the delta gave its layers, so a "
+                f"merged model would drop them:\n{numbered(missing)}\nExport with `--to delta`, or give the delta "
                 "targets that have a bias",
                 code="no-bias-in-model",
             )
 
 
-def _without_a_place(model: Any, config: Any, written: MergedWeights) -> list[str]:
-    return sorted(written.names - _plain(model, config).state_dict().keys())
+def _without_a_place(model: Any, config: Any, weights: MergedWeights) -> list[str]:
+    return sorted(weights.names - _plain(model, config).state_dict().keys())
 
 
-def _lacking(plain: Any, written: MergedWeights) -> dict[str, Tensor]:
+def _missing(plain: Any, weights: MergedWeights) -> dict[str, Tensor]:
     """Tensors of the model that were not yielded: biases that the config adds to a layer without a delta."""
-    return {key: tensor for key, tensor in plain.state_dict().items() if key not in written.names}
+    return {key: tensor for key, tensor in plain.state_dict().items() if key not in weights.names}

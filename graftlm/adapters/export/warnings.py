@@ -4,21 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def export_warnings(made: Mapping[str, Any], dtype: str) -> list[str]:
+def export_warnings(result: Mapping[str, Any], dtype: str) -> list[str]:
     """Sentences about what `export` returned: what is different from the model in memory, and by how much."""
     texts = []
-    if made.get("untied"):
+    if result.get("untied"):
         texts.append(
             "the output head was tied to the embeddings; a delta sits on one of them, so both are written, untied"
         )
-    if (end := made.get("missing_end")) is not None:
+    if (end := result.get("missing_end")) is not None:
         texts.append(
             f"{end['why']}: a server needs it as a stop token of each request (stop_token_ids in vLLM), or use "
             "`graft merge`, which writes it into the model"
         )
-    if (lost := made.get("lost_by_quantizing")) is not None:
-        texts.append(_quantization(made["base_quantization"], lost))
-    if dtype != "float32" and (layers := made.get("lost")):
+    if (shares := result.get("lost_by_quantizing")) is not None:
+        texts.append(_quantization(result["base_quantization"], shares))
+    if dtype != "float32" and (layers := result.get("lost")):
         (worst, share), (_, middle) = layers[0], layers[len(layers) // 2]
         texts.append(
             f"{dtype} loses {middle:.0%} of the change of the middle layer and {share:.0%} of {worst}, the worst; "
@@ -27,14 +27,14 @@ def export_warnings(made: Mapping[str, Any], dtype: str) -> list[str]:
     return texts
 
 
-def _quantization(quantization: str, lost: list[list[Any]] | str) -> str:
-    """`lost`: [layer, distance over the size of the change] from the worst layer on, or why that is not known."""
+def _quantization(quantization: str, shares: list[list[Any]] | str) -> str:
+    """`shares`: [layer, distance over the size of the change] from the worst layer on, or why that is not known."""
     weights = f"the merged weights are those of the base in {quantization}, plus the change, in float. "
-    if isinstance(lost, str):
-        return f"{weights}How far they are from the float base plus the change is not known: {lost}"
-    if not lost:
+    if isinstance(shares, str):
+        return f"{weights}How far they are from the float base plus the change is not known: {shares}"
+    if not shares:
         return f"{weights}No layer was changed"
-    (worst, share), (middle, middle_share) = lost[0], lost[len(lost) // 2]
+    (worst, share), (middle, middle_share) = shares[0], shares[len(shares) // 2]
     return (
         f"{weights}From the float base plus the change they are {share:.2g} times the change away at {worst}, the "
         f"worst layer, and {middle_share:.2g} times at {middle}, the middle one"

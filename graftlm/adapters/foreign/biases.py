@@ -15,18 +15,18 @@ from graftlm.model.sites import config_at
 
 
 def changed_biases(
-    reading: Reading, changed: Collection[str], shifts: Mapping[str, Tensor], held: Contents, config: DeltaConfig
+    reading: Reading, modules: Collection[str], shifts: Mapping[str, Tensor], contents: Contents, config: DeltaConfig
 ) -> Member | None:
-    """The delta `bitfit` of the shifts [d_out] of the `changed` modules and of the scaled biases of lora_B."""
-    deltas = {module: shifts[module] for module in changed}
-    for module in held.sites if reading.where.lora_bias else ():
-        base, one = reading.view(module), held.shifts.get(module)
+    """The delta `bitfit` of the shifts [d_out] of the `modules` and of the scaled biases of lora_B."""
+    deltas = {module: shifts[module] for module in modules}
+    for module in contents.sites if reading.where.lora_bias else ():
+        base, one = reading.view(module), contents.shifts.get(module)
         assert base is not None
         if one is None:
-            reading.problems.append(f"missing: {PREFIX}{held.sites[module]}.lora_B.bias, which lora_bias names")
+            reading.problems.append(f"missing: {PREFIX}{contents.sites[module]}.lora_B.bias, which lora_bias names")
         elif list(one.tensor.shape) != [base.d_out]:
             shape = f"has shape {list(one.tensor.shape)}, this model needs {[base.d_out]}"
-            reading.problems.append(f"{one.stored}: {shape}")
+            reading.problems.append(f"{one.file_key}: {shape}")
         else:
             at: Any = config_at(config, module)
             scale = at.alpha / (at.r**0.5 if at.rslora else at.r)

@@ -47,15 +47,15 @@ UNSET: tuple[Any, ...] = (None, False, [], {})
 """Values at which a key that is unknown here (of a later version) can change nothing."""
 
 
-def method_of(stored: Mapping[str, Any], file: Path) -> tuple[str, Method]:
+def method_of(config_json: Mapping[str, Any], file: Path) -> tuple[str, Method]:
     """The method whose layout has this type, and these values where several methods have it."""
-    kind = stored.get("peft_type")
+    kind = config_json.get("peft_type")
     of_kind = [(n, m, m.delta.peft) for n, m in METHODS.items() if m.delta.peft and m.delta.peft.type == kind]
     for name, method, layout in of_kind:
-        if not _other_constants(stored, layout):
+        if not _other_constants(config_json, layout):
             return name, method
     if of_kind:
-        says = ", ".join(f"{key}={value!r}" for key, value in _other_constants(stored, of_kind[-1][2]).items())
+        says = ", ".join(f"{key}={value!r}" for key, value in _other_constants(config_json, of_kind[-1][2]).items())
         raise AdapterError(
             f"{file}: {says} changes what the adapter computes, and is not supported here", code="unsupported-setting"
         )
@@ -65,33 +65,33 @@ def method_of(stored: Mapping[str, Any], file: Path) -> tuple[str, Method]:
             "one here",
             code="unsupported-setting",
         )
-    known = [m.delta.peft.type for m in METHODS.values() if m.delta.peft is not None]
+    peft_types = [m.delta.peft.type for m in METHODS.values() if m.delta.peft is not None]
     raise AdapterError(
-        f"{file}: peft_type {kind!r} is no method here. {nearest(str(kind), known)}", code="unknown-peft-type"
+        f"{file}: peft_type {kind!r} is no method here. {nearest(str(kind), peft_types)}", code="unknown-peft-type"
     )
 
 
-def _other_constants(stored: Mapping[str, Any], layout: PeftLayout) -> dict[str, Any]:
+def _other_constants(config_json: Mapping[str, Any], layout: PeftLayout) -> dict[str, Any]:
     """The keys at which a config is another method than the layout's, as it has them."""
     defaults = {**layout.constants, **layout.defaults}
-    found = {key: defaults[key] if stored.get(key) is None else stored[key] for key in layout.constants}
+    found = {key: defaults[key] if config_json.get(key) is None else config_json[key] for key in layout.constants}
     return {key: value for key, value in found.items() if value != layout.constants[key]}
 
 
-def check_keys(model: nn.Module, stored: Mapping[str, Any], method: Method, file: Path) -> None:
+def check_keys(model: nn.Module, config_json: Mapping[str, Any], method: Method, file: Path) -> None:
     """Raise AdapterError for a key that would have to be ignored."""
     layout = method.delta.peft
     assert layout is not None
     lora = layout.type == "LORA"
     neutral = NEUTRAL if lora else {}
-    known = {*HARMLESS, *NEUTRAL_ANYWHERE, *layout.fields.values(), *layout.patterns.values(), *layout.harmless}
-    known |= {*layout.constants, *(READ | STARTS if lora else ())}
+    known_keys = {*HARMLESS, *NEUTRAL_ANYWHERE, *layout.fields.values(), *layout.patterns.values(), *layout.harmless}
+    known_keys |= {*layout.constants, *(READ | STARTS if lora else ())}
     if layout.facts is not None:
         first = sites_of(model, method.config())  # type: ignore[call-arg]
-        known |= set(layout.facts(first[0], method.config()))  # type: ignore[call-arg]
-    for key, value in stored.items():
+        known_keys |= set(layout.facts(first[0], method.config()))  # type: ignore[call-arg]
+    for key, value in config_json.items():
         unset = any(type(value) is type(each) and value == each for each in UNSET)
-        if key in known or unset or value in neutral.get(key, ()):
+        if key in known_keys or unset or value in neutral.get(key, ()):
             continue
         if key == "target_parameters":
             raise AdapterError(
@@ -105,23 +105,23 @@ def check_keys(model: nn.Module, stored: Mapping[str, Any], method: Method, file
                 code="unsupported-setting",
             )
         raise AdapterError(
-            f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, {*known, *neutral})}",
+            f"{file}: {key!r} is unknown here, so what it means would be lost. {nearest(key, {*known_keys, *neutral})}",
             code="unknown-key",
         )
-    start = stored.get("init_lora_weights")
+    start = config_json.get("init_lora_weights")
     if start not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise AdapterError(
             f"{file}: init_lora_weights={start!r} means that the stored factors do not belong to "
             "the untouched base: save it with path_initial_model_for_weight_conversion in PEFT",
             code="changed-base-weights",
         )
-    if stored.get("lora_bias") and stored.get("use_dora"):
+    if config_json.get("lora_bias") and config_json.get("use_dora"):
         raise AdapterError(
             f"{file}: lora_bias=True with use_dora=True: PEFT itself does not have both", code="unsupported-setting"
         )
 
 
-def method_fields(stored: Mapping[str, Any], method: Method, file: Path) -> dict[str, Any]:
+def method_fields(config_json: Mapping[str, Any], method: Method, file: Path) -> dict[str, Any]:
     """Our fields, as the config and PEFT's defaults have them."""
     layout = method.delta.peft
     assert layout is not None
@@ -129,7 +129,7 @@ def method_fields(stored: Mapping[str, Any], method: Method, file: Path) -> dict
     tree = {}
     for ours, key in layout.fields.items():
         default = layout.defaults.get(key, defaults[ours])
-        value = stored.get(key, default)
+        value = config_json.get(key, default)
         if value is None and ours != "dropout" and type(default) in (int, float):
             raise AdapterError(
                 f"{file}: {key} is null, and without a number it cannot be said what the adapter adds",
@@ -137,11 +137,11 @@ def method_fields(stored: Mapping[str, Any], method: Method, file: Path) -> dict
             )
         if value is not None and value is not MISSING:
             tree[ours] = value
-    return tree | (dict(layout.translate(dict(stored))) if layout.translate is not None else {})
+    return tree | (dict(layout.translate(dict(config_json))) if layout.translate is not None else {})
 
 
 def site_patterns(
-    stored: Mapping[str, Any], layout: PeftLayout, sites: Mapping[str, str], file: Path
+    config_json: Mapping[str, Any], layout: PeftLayout, sites: Mapping[str, str], file: Path
 ) -> dict[str, dict[str, Any]]:
     """PEFT looks up each pattern key by itself, we look up all fields of a site at once: so, one entry a site.
 
@@ -149,7 +149,7 @@ def site_patterns(
     """
     found: dict[str, dict[str, Any]] = {}
     for ours, key in layout.patterns.items():
-        patterns = stored.get(key) or {}
+        patterns = config_json.get(key) or {}
         if not isinstance(patterns, dict):
             raise AdapterError(
                 f"{file}: {key} must be a mapping from patterns to numbers, this is {patterns!r}",
@@ -188,14 +188,14 @@ class Where:
         inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(name.endswith(end) for name in inside for end in self.modules_to_save or ())
 
-    def named(self, modules: Sequence[str], all_linear: Sequence[str]) -> dict[str, list[str]]:
+    def modules_by_entry(self, modules: Sequence[str], all_linear: Sequence[str]) -> dict[str, list[str]]:
         """Entry of `target_modules` -> those of the modules that it names."""
-        wanted = self.target_modules or ()
-        if isinstance(wanted, tuple):
-            return {end: [module for module in modules if matches((end,), module)] for end in wanted}
-        if wanted.lower() == "all-linear":
-            return {wanted: list(all_linear)}
-        return {wanted: [module for module in modules if re.fullmatch(wanted, module)]}
+        entries = self.target_modules or ()
+        if isinstance(entries, tuple):
+            return {end: [module for module in modules if matches((end,), module)] for end in entries}
+        if entries.lower() == "all-linear":
+            return {entries: list(all_linear)}
+        return {entries: [module for module in modules if re.fullmatch(entries, module)]}
 
     def takes(self, module: str) -> bool:
         """Whether PEFT puts an adapter on a module that `target_modules` names."""
@@ -214,10 +214,10 @@ class Where:
         return False
 
 
-def read_where(stored: Mapping[str, Any], file: Path) -> Where:
+def read_where(config_json: Mapping[str, Any], file: Path) -> Where:
     """The part of a config that says where an adapter sits; RecipeError for a value of a wrong type."""
-    known = {field.name for field in fields(Where)}
-    where = build(Where, {key: value for key, value in stored.items() if key in known}, source=str(file))
+    names = {field.name for field in fields(Where)}
+    where = build(Where, {key: value for key, value in config_json.items() if key in names}, source=str(file))
     for key in ("target_modules", "exclude_modules"):
         if isinstance(pattern := getattr(where, key), str):
             try:

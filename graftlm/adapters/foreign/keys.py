@@ -18,7 +18,7 @@ TOKENS = "trainable_tokens_delta"
 class Key:
     """A key of a file in parts."""
 
-    stored: str
+    file_key: str
     module: str
     """The module that it is about, by its name in the model that was trained; empty for what all sites share."""
     rest: str
@@ -32,26 +32,26 @@ class Key:
         return f"{PREFIX}{self.module}.{self.rest}" if self.module else self.rest
 
 
-def parse_key(stored: str, layout: PeftLayout) -> Key:
+def parse_key(file_key: str, layout: PeftLayout) -> Key:
     """Take a key apart: wrappers, the prefix and the adapter's name are left out."""
-    key = ".".join(part for part in stored.split(".") if part not in WRAPPERS).removeprefix("module.")
+    key = ".".join(part for part in file_key.split(".") if part not in WRAPPERS).removeprefix("module.")
     for shared in layout.shared.values():
         if found := re.fullmatch(rf"base_model\.{shared}(?:\.([^.]+))?", key):
-            return Key(stored, "", f"base_model.{shared}", found[1] or "")
+            return Key(file_key, "", f"base_model.{shared}", found[1] or "")
     key = key.removeprefix(PREFIX)
     for suffix in (*layout.tensors.values(), *layout.embedding.values(), "lora_B.bias", TOKENS):
         stem, _, rest = suffix.partition(".")
         # PEFT leaves `.weight` behind a magnitude out of its files, and has it in its modules.
         end = rf"\.{rest}" if rest else r"(?:\.weight)?"
         if found := re.fullmatch(rf"(.+?)(?:\.token_adapter)?\.{stem}(?:\.((?!weight$)[^.]+))?{end}", key):
-            return Key(stored, found[1], suffix, found[2] or "")
+            return Key(file_key, found[1], suffix, found[2] or "")
     if found := re.fullmatch(r"(.+?)(?:\.token_adapter)?\.(?:base_layer|original_module)\.([^.]+)", key):
-        return Key(stored, found[1], f"base_layer.{found[2]}")
+        return Key(file_key, found[1], f"base_layer.{found[2]}")
     if found := re.fullmatch(r"(.+)\.modules_to_save(?:\.([^.]+))?\.(.+)", key):
         module, _, rest = f"{found[1]}.{found[3]}".rpartition(".")
-        return Key(stored, module, rest, found[2] or "")
+        return Key(file_key, module, rest, found[2] or "")
     module, _, rest = key.rpartition(".")
-    return Key(stored, module, rest)
+    return Key(file_key, module, rest)
 
 
 Renaming = Sequence[tuple[str, str]]

@@ -21,44 +21,49 @@ from graftlm.errors import AdapterError, nearest, numbered
 
 
 def convert_adapter(
-    model: nn.Module, stored: dict[str, Any], tensors: Mapping[str, Tensor], file: Path
+    model: nn.Module, config_json: dict[str, Any], tensors: Mapping[str, Tensor], file: Path
 ) -> ConvertedAdapter:
     """The deltas that PEFT's (config, tensors) are on this model; AdapterError for what cannot be them.
 
     `file` holds the tensors and is named in messages; the config lies beside it. Nothing is attached.
     """
-    name, method = method_of(stored, file.with_name(CONFIG))
+    name, method = method_of(config_json, file.with_name(CONFIG))
     layout = method.delta.peft
     assert layout is not None
-    check_keys(model, stored, method, file.with_name(CONFIG))
+    check_keys(model, config_json, method, file.with_name(CONFIG))
     if "model" not in method.delta.kinds:
-        return _read(Reading(model, stored, name, method, layout, file), tensors)
+        return _read(Reading(model, config_json, name, method, layout, file), tensors)
     check_numbers(tensors, file)  # a prompt or a prefix: one tensor, and no layer
-    tree = {"method": name, **method_fields(stored, method, file.with_name(CONFIG))}
+    tree = {"method": name, **method_fields(config_json, method, file.with_name(CONFIG))}
     config = build(method.config, tree, source=str(file.with_name(CONFIG)))
     return ConvertedAdapter([Member("", config, layout, dict(tensors))], [])
 
 
 def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> ConvertedAdapter:
-    named = named_tensors(reading, tensors)
-    check_experts(reading, named)
-    held = sort_tensors(reading, named)
-    copies = {one.stored for one in held.copies.values()}
+    tensors_by_names = named_tensors(reading, tensors)
+    check_experts(reading, tensors_by_names)
+    contents = sort_tensors(reading, tensors_by_names)
+    copies = {one.file_key for one in contents.copies.values()}
     check_numbers({key: t for key, t in tensors.items() if key not in copies}, reading.file)
-    for one in (*held.weights.values(), *held.copies.values(), *held.rows.values(), *held.shifts.values()):
+    for one in (
+        *contents.weights.values(),
+        *contents.copies.values(),
+        *contents.rows.values(),
+        *contents.shifts.values(),
+    ):
         if not one.tensor.is_floating_point():
             raise AdapterError(
-                f"{reading.file}: {one.stored}: dtype {one.tensor.dtype}, which no weight has", code="not-weights"
+                f"{reading.file}: {one.file_key}: dtype {one.tensor.dtype}, which no weight has", code="not-weights"
             )
-    sites = _sites(reading, held)
+    sites = _sites(reading, contents)
     config = _main_config(reading, sites)
-    ids = token_ids(reading, held)
-    changes, shifts = changes_of_base(reading, held)
+    ids = token_ids(reading, contents)
+    changes, shifts = changes_of_base(reading, contents)
     members = [
         replaced_modules(reading, changes, shifts, ids),
-        token_rows(reading, held, ids),
-        Member("", config, reading.layout, {key: widened(tensor) for key, tensor in held.main.items()}),
-        changed_biases(reading, shifts.keys() - changes.keys(), shifts, held, config),
+        token_rows(reading, contents, ids),
+        Member("", config, reading.layout, {key: widened(tensor) for key, tensor in contents.main.items()}),
+        changed_biases(reading, shifts.keys() - changes.keys(), shifts, contents, config),
     ]
     if reading.problems:
         raise AdapterError(
@@ -67,7 +72,7 @@ def _read(reading: Reading, tensors: Mapping[str, Tensor]) -> ConvertedAdapter:
     return ConvertedAdapter([member for member in members if member is not None], reading.remarks)
 
 
-def _sites(reading: Reading, held: Contents) -> dict[str, str]:
+def _sites(reading: Reading, contents: Contents) -> dict[str, str]:
     """Where the method sits, in the model's order: where it has tensors, and where it lacks some by mistake.
 
     An entry of `target_modules` for which there is no tensor at all counts for nothing: lists of names are often
@@ -76,16 +81,16 @@ def _sites(reading: Reading, held: Contents) -> dict[str, str]:
     there = {name: reading.there(name) for name in reading.places if reading.kind(name) in reading.method.delta.kinds}
     trained = {name: there[name] for name in there if reading.was_there(name)}
     linear = [trained[name] for name in trained if reading.kind(name) == "linear" and name not in reading.ends]
-    having = set(held.sites.values())
-    sites, nowhere = set(held.sites), []
-    for entry, modules in reading.where.named(list(trained.values()), linear).items():
-        taken = {module for module in modules if reading.where.takes(module)}
-        if having & taken:
-            sites |= {name for name in trained if trained[name] in taken}
-        elif taken or not modules:
+    with_tensors = set(contents.sites.values())
+    sites, nowhere = set(contents.sites), []
+    for entry, modules in reading.where.modules_by_entry(list(trained.values()), linear).items():
+        targets = {module for module in modules if reading.where.takes(module)}
+        if with_tensors & targets:
+            sites |= {name for name in trained if trained[name] in targets}
+        elif targets or not modules:
             nowhere.append(entry)
     if not sites:
-        such = next(iter(held.main), "none")
+        such = next(iter(contents.main), "none")
         raise AdapterError(
             f"{reading.file}: does not fit this model: none of its tensors belongs to a layer of it that "
             f"{reading.method_name} can sit on; the first is {such}. {nearest(such.removeprefix(PREFIX), there)}",
@@ -97,11 +102,11 @@ def _sites(reading: Reading, held: Contents) -> dict[str, str]:
 
 
 def _main_config(reading: Reading, sites: Mapping[str, str]) -> DeltaConfig:
-    tree = method_fields(reading.stored, reading.method, reading.config_file)
+    tree = method_fields(reading.config_json, reading.method, reading.config_file)
     if all(reading.kind(site) == "embedding" for site in sites):
         tree.pop("dropout", None)  # ids have no elements that could be dropped
     kinds = reading.method.delta.kinds
     tree["method"] = reading.method_name
     tree["targets"] = reading.targets(list(sites), kinds, reading.where.target_modules)
     config = build(reading.method.config, tree, source=str(reading.config_file))
-    return replace(config, patterns=site_patterns(reading.stored, reading.layout, sites, reading.config_file))
+    return replace(config, patterns=site_patterns(reading.config_json, reading.layout, sites, reading.config_file))

@@ -42,12 +42,12 @@ class Reading:
     """One adapter while it is read: the model, the config, and what is to be said."""
 
     def __init__(
-        self, model: Any, stored: dict[str, Any], method_name: str, method: Method, layout: PeftLayout, file: Path
+        self, model: Any, config_json: dict[str, Any], method_name: str, method: Method, layout: PeftLayout, file: Path
     ) -> None:
-        self.model, self.stored, self.file = model, stored, file
+        self.model, self.config_json, self.file = model, config_json, file
         self.method_name, self.method, self.layout = method_name, method, layout
         self.config_file = file.with_name(CONFIG)
-        self.where = read_where(stored, self.config_file)
+        self.where = read_where(config_json, self.config_file)
         self.lora = layout.type == "LORA"
         self.places = places(model)
         self.modules = {name for name, _ in model.named_modules()}
@@ -79,9 +79,9 @@ class Reading:
         one, other = (self.places[end].module for end in self.ends)
         return one.weight is other.weight
 
-    def targets(self, sites: list[str], kinds: Sequence[str], given: Targets | None = None) -> Targets:
+    def targets(self, sites: list[str], kinds: Sequence[str], preferred: Targets | None = None) -> Targets:
         """Targets that mean these sites: the given ones, or the sites' names."""
-        for targets in (given, tuple(sites)):
+        for targets in (preferred, tuple(sites)):
             try:
                 if targets and find_sites(self.model, targets, kinds) == sites:
                     return targets

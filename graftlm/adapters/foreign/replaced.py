@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from graftlm.adapters.foreign.contents import Contents, Named
+from graftlm.adapters.foreign.contents import Contents, NamedTensor
 from graftlm.adapters.foreign.copies import copied_rows
 from graftlm.adapters.foreign.reading import Member, Reading
 from graftlm.adapters.tensors import PREFIX
@@ -13,14 +13,14 @@ from graftlm.deltas import METHODS
 from graftlm.deltas.full import FullConfig
 
 
-def changes_of_base(reading: Reading, held: Contents) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def changes_of_base(reading: Reading, contents: Contents) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Module -> W' - W, float32 [d_out, d_in], and b' - b [d_out], for what is not the base's own."""
     changes: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
     copied: set[str] = set()
     for (module, parameter), one, is_copy in [
-        *((place, one, False) for place, one in held.weights.items()),
-        *((place, one, True) for place, one in held.copies.items()),
+        *((place, one, False) for place, one in contents.weights.items()),
+        *((place, one, True) for place, one in contents.copies.items()),
     ]:
         own = _own(reading, module, parameter)
         if own is None or own.shape != one.tensor.shape:
@@ -34,12 +34,12 @@ def changes_of_base(reading: Reading, held: Contents) -> tuple[dict[str, Tensor]
             change[rows] = 0
             first = int(rows.long().argmin())  # of those that are not the same
             if parameter == "bias" or 2 * first < len(rows) or not change.isfinite().all():
-                reading.problems.append(f"{one.stored}: is another base's: this adapter does not belong to it")
+                reading.problems.append(f"{one.file_key}: is another base's: this adapter does not belong to it")
                 continue
-            if (module, parameter) in held.weights:
+            if (module, parameter) in contents.weights:
                 continue
-            said = f"from row {first} on, {module} is the adapter's: its vocabulary had been resized"
-            reading.remarks.append(said)
+            remark = f"from row {first} on, {module} is the adapter's: its vocabulary had been resized"
+            reading.remarks.append(remark)
             copied.add(module)
         base = reading.view(module)
         if not change.any():
@@ -47,13 +47,13 @@ def changes_of_base(reading: Reading, held: Contents) -> tuple[dict[str, Tensor]
         if base is None:
             what = type(reading.model.get_submodule(module)).__name__
             can = "weights can be replaced in linear layers, embeddings and norms"
-            reading.problems.append(f"{one.stored}: {module} is a {what}; {can}")
+            reading.problems.append(f"{one.file_key}: {module} is a {what}; {can}")
         elif parameter == "weight":
             changes[module] = change.T if base.transposed else change
         else:
             shifts[module] = change
     _tie(reading, changes, copied)
-    _check_complete(reading, held)
+    _check_complete(reading, contents)
     return changes, shifts
 
 
@@ -66,18 +66,18 @@ def _own(reading: Reading, module: str, parameter: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _does_not_fit(reading: Reading, one: Named, own: Tensor | None) -> str:
+def _does_not_fit(reading: Reading, one: NamedTensor, own: Tensor | None) -> str:
     if own is None:
-        return f"unexpected: {one.stored}. This model's {one.here} has no {one.rest}"
-    said = f"{one.stored}: has shape {list(one.tensor.shape)}, this model needs {list(own.shape)}"
+        return f"unexpected: {one.file_key}. This model's {one.here} has no {one.rest}"
+    problem = f"{one.file_key}: has shape {list(one.tensor.shape)}, this model needs {list(own.shape)}"
     if one.here in reading.ends and one.tensor.dim() == 2 and one.tensor.shape[1:] == own.shape[1:]:
         rows = one.tensor.shape[0]
-        said += (
+        problem += (
             f". The vocabulary was resized to {rows} when it was trained: resize the base's embeddings too "
             f"(model.resize_token_embeddings({rows}) in transformers), save it with the tokenizer of the adapter, "
             "and use that as the base"
         )
-    return said
+    return problem
 
 
 def _tie(reading: Reading, changes: dict[str, Tensor], copied: set[str]) -> None:
@@ -88,18 +88,18 @@ def _tie(reading: Reading, changes: dict[str, Tensor], copied: set[str]) -> None
                 changes[other] = changes[one].T
 
 
-def _check_complete(reading: Reading, held: Contents) -> None:
+def _check_complete(reading: Reading, contents: Contents) -> None:
     """Note what is missing of the modules to save, and of the biases where there are some."""
     for module in reading.places:
         base, there = reading.view(module), reading.there(module)
         if base is None or not reading.was_there(module):
             continue
         saved = reading.where.saves(there)
-        if saved and (module, "weight") not in held.weights:
+        if saved and (module, "weight") not in contents.weights:
             reading.problems.append(f"missing: {PREFIX}{there}.weight, which modules_to_save names")
-        has_bias = base.stored_bias is not None and (module, "bias") not in held.weights
-        some = any(parameter == "bias" for _, parameter in held.weights)
-        trained = reading.where.bias == "all" or (reading.where.bias == "lora_only" and module in held.sites)
+        has_bias = base.stored_bias is not None and (module, "bias") not in contents.weights
+        some = any(parameter == "bias" for _, parameter in contents.weights)
+        trained = reading.where.bias == "all" or (reading.where.bias == "lora_only" and module in contents.sites)
         if has_bias and (saved or (trained and some)):
             reading.problems.append(
                 f"missing: {PREFIX}{there}.bias, which {'modules_to_save' if saved else 'bias'} names"

@@ -15,24 +15,24 @@ from graftlm.deltas.trainable_tokens import TrainableTokensConfig
 from graftlm.errors import AdapterError
 
 
-def token_ids(reading: Reading, held: Contents) -> dict[str, Tensor]:
+def token_ids(reading: Reading, contents: Contents) -> dict[str, Tensor]:
     """Module -> the ids of its tokens [k]."""
-    given, found = reading.where.trainable_token_indices, dict[str, Tensor]()
-    if not given and not held.rows:
+    indices, found = reading.where.trainable_token_indices, dict[str, Tensor]()
+    if not indices and not contents.rows:
         return found
-    if not held.rows or not given:
-        what = f"trainable_token_indices={given!r}, and {len(held.rows)} modules with {TOKENS}"
+    if not contents.rows or not indices:
+        what = f"trainable_token_indices={indices!r}, and {len(contents.rows)} modules with {TOKENS}"
         raise AdapterError(f"{reading.file}: {what}: the one is nothing without the other", code="token-rows-mismatch")
-    for module, one in held.rows.items():
-        ids = given if isinstance(given, tuple) else _by_end(given, one.there)
+    for module, one in contents.rows.items():
+        ids = indices if isinstance(indices, tuple) else _by_end(indices, one.there)
         base = reading.view(module)
         if ids is None or base is None or base.kind == "norm":
-            reading.problems.append(f"{one.stored}: trainable_token_indices says nothing about {one.there}")
+            reading.problems.append(f"{one.file_key}: trainable_token_indices says nothing about {one.there}")
             continue
         count, width = (base.d_in, base.d_out) if base.kind == "embedding" else (base.d_out, base.d_in)
         if list(one.tensor.shape) != [len(ids), width]:
-            wanted = f"for {len(ids)} tokens this model needs {[len(ids), width]}"
-            reading.problems.append(f"{one.stored}: has shape {list(one.tensor.shape)}, {wanted}")
+            needs = f"for {len(ids)} tokens this model needs {[len(ids), width]}"
+            reading.problems.append(f"{one.file_key}: has shape {list(one.tensor.shape)}, {needs}")
         elif max(ids) >= count or len(set(ids)) < len(ids):
             reading.problems.append(f"trainable_token_indices: {ids} are not {len(ids)} of the {count} of {module}")
         else:
@@ -40,13 +40,13 @@ def token_ids(reading: Reading, held: Contents) -> dict[str, Tensor]:
     return found
 
 
-def _by_end(given: Mapping[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
-    return next((ids for end, ids in given.items() if module.endswith(end)), None)
+def _by_end(indices: Mapping[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
+    return next((ids for end, ids in indices.items() if module.endswith(end)), None)
 
 
-def token_rows(reading: Reading, held: Contents, ids: Mapping[str, Tensor]) -> Member | None:
+def token_rows(reading: Reading, contents: Contents, ids: Mapping[str, Tensor]) -> Member | None:
     """The delta `trainable-tokens` of the rows of these ids; a head that is tied to the embeddings has them too."""
-    rows = {module: held.rows[module].tensor for module in ids}
+    rows = {module: contents.rows[module].tensor for module in ids}
     ids = dict(ids)
     if len(reading.ends) == 2 and reading.tied() and reading.ends[0] in rows and reading.ends[1] not in rows:
         rows[reading.ends[1]], ids[reading.ends[1]] = rows[reading.ends[0]], ids[reading.ends[0]]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from graftlm.combine.rules.base import Rule, RuleConfig
 from graftlm.combine.rules.breadcrumbs import Breadcrumbs, BreadcrumbsConfig
+from graftlm.combine.rules.cat import Cat, CatConfig
 from graftlm.combine.rules.dare import Dare, DareConfig
 from graftlm.combine.rules.della import Della, DellaConfig
 from graftlm.combine.rules.iso_c import IsoC, IsoCConfig
@@ -22,6 +23,7 @@ from graftlm.combine.rules.svd import Svd, SvdConfig
 from graftlm.combine.rules.ties import Ties, TiesConfig
 from graftlm.combine.rules.tsv import Tsv, TsvConfig
 from graftlm.combine.rules.wudi import Wudi, WudiConfig
+from graftlm.combine.rules.ziplora import Ziplora, ZiploraConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Composer:
 
 COMPOSERS: dict[str, Composer] = {
     "breadcrumbs": Composer(BreadcrumbsConfig, Breadcrumbs),
+    "cat": Composer(CatConfig, Cat),
     "dare": Composer(DareConfig, Dare),
     "della": Composer(DellaConfig, Della),
     "iso-c": Composer(IsoCConfig, IsoC),
@@ -52,4 +55,5 @@ COMPOSERS: dict[str, Composer] = {
     "ties": Composer(TiesConfig, Ties),
     "tsv": Composer(TsvConfig, Tsv),
     "wudi": Composer(WudiConfig, Wudi),
+    "ziplora": Composer(ZiploraConfig, Ziplora),
 }

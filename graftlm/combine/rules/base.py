@@ -61,6 +61,9 @@ class Rule:
 class MomentRule(Rule):
     """A rule that also takes, for each matrix, the second moment of the adapter's inputs."""
 
+    needs_moments: ClassVar[bool] = True
+    """Whether there is no `merge` without them."""
+
     def prepared(self, moment: Tensor) -> Tensor:
         """What the rule makes of a second moment [d_in, d_in], before it is brought into a space."""
         return moment

@@ -42,11 +42,11 @@ def usable_by(loss: str, needs: str, data: DataConfig) -> Usable:
     def usable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
         if needs == "answers":
             return for_supervised(rows)
-        lacking = [f"{row.where}: {why}" for row in rows if (why := _lacks(row, needs, data))]
-        if lacking:
+        problems = [f"{row.where}: {why}" for row in rows if (why := _lacks(row, needs, data))]
+        if problems:
             raise DataError(
-                f"{len(lacking)} of {len(rows)} rows lack what loss {loss!r} needs:\n"
-                f"{numbered(lacking)}\n{REMEDIES[needs]}",
+                f"{len(problems)} of {len(rows)} rows lack what loss {loss!r} needs:\n"
+                f"{numbered(problems)}\n{REMEDIES[needs]}",
                 code="rows-unfit-for-loss",
             )
         return list(rows), []
@@ -126,23 +126,23 @@ def prepare_groups(
 ) -> tuple[list[Group], list[Row], Report]:
     """Groups ready to pack, the rows that they are of, and the report, as `prepare` makes them of single rows."""
     examples, report = prepare(answers_of(rows), renderer, data, **options)
-    made, kept, problems = groups(rows, examples, needs, in_part=report.rows_in_part)
+    found, group_rows, problems = groups(rows, examples, needs, in_part=report.rows_in_part)
     report.problems += problems
-    report.rows, report.compared = len(made), True
+    report.rows, report.compared = len(found), True
     if needs == "feedback":
-        scores = [score for group in made for score in group.scores]
+        scores = [score for group in found for score in group.scores]
         report.notes.append(f"{sum(scores):,.0f} answers were liked, {len(scores) - sum(scores):,.0f} were not")
-    if problems and (data.strict or not made):
+    if problems and (data.strict or not found):
         raise DataError(
             f"{len(problems)} of {len(rows)} rows cannot be trained on:\n" + numbered(problems), code="unusable-rows"
         )
-    if not made:
+    if not found:
         raise DataError(
             f"no row is left to train on: each of {len(rows)} has an answer longer than max_tokens={data.max_tokens}. "
             "Raise data.max_tokens, or set data.over_length: truncate",
             code="no-rows-left",
         )
-    return made, kept, report
+    return found, group_rows, report
 
 
 def groups(
@@ -157,8 +157,8 @@ def groups(
     found: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         found[example.where].append(example)
-    made: list[Group] = []
-    kept: list[Row] = []
+    made_groups: list[Group] = []
+    group_rows: list[Row] = []
     problems: dict[str, str] = {}
     for row in rows:
         answers = [found[place] for place in _places(row)]
@@ -168,9 +168,9 @@ def groups(
             if same:
                 problems[row.where] = f"rejected answer {same[0]} is rendered to the same tokens as the chosen one"
             else:
-                made.append(group)
-                kept.append(row)
-    return made, kept, [f"{where}: {why}" for where, why in problems.items()]
+                made_groups.append(group)
+                group_rows.append(row)
+    return made_groups, group_rows, [f"{where}: {why}" for where, why in problems.items()]
 
 
 def _group(row: Row, answers: Sequence[Sequence[Example]], needs: str) -> Group:
@@ -210,7 +210,7 @@ def mismatched_groups(step: Sequence[Group]) -> list[Group]:
         other = next((one for one in others if not np.array_equal(_prompt(one), _prompt(group))), None)
         if other is not None:
             pairs = zip(group.parts(), cycle(other.parts()), strict=False)
-            answers = [_exchanged(asked[0], answered) for asked, answered in pairs]
+            answers = [_exchanged(prompts[0], answer_parts) for prompts, answer_parts in pairs]
             examples, numbers = _in_order(answers)
             found.append(Group(examples, (0.0,) * len(answers), mismatched=True, numbers=numbers))
     return found
@@ -225,14 +225,14 @@ def _prompt(group: Group) -> np.ndarray:
     return group.answers[0].ids[: _begins(group.answers[0])]
 
 
-def _exchanged(asked: Example, answered: Sequence[Example]) -> list[Example]:
+def _exchanged(example: Example, answer_parts: Sequence[Example]) -> list[Example]:
     """The answer, in one example or several, behind another prompt."""
-    a, prompt = _begins(asked), answered[0].ids[: _begins(answered[0])]
+    a, prompt = _begins(example), answer_parts[0].ids[: _begins(answer_parts[0])]
     found = []
-    for part in answered:
+    for part in answer_parts:
         different = np.flatnonzero(part.ids[: len(prompt)] != prompt[: len(part)])
         b = int(different[0]) if len(different) else len(prompt)  # a later turn may follow a prompt that was rewritten
-        ids = np.concatenate([asked.ids[:a], part.ids[b:]])
+        ids = np.concatenate([example.ids[:a], part.ids[b:]])
         weights = np.concatenate([np.zeros(a, np.float32), part.weights[b:]])
-        found.append(Example(ids, weights, f"{asked.where}, with the answer of {part.where}"))
+        found.append(Example(ids, weights, f"{example.where}, with the answer of {part.where}"))
     return found

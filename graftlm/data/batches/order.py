@@ -29,11 +29,11 @@ class Curriculum:
         epoch = 0
         while len(indices) < steps * size:
             draw = np.random.default_rng((seed, epoch))
-            drawn = draw.permutation(len(self.keys))
-            ordered = drawn[np.argsort(sign * self.keys[drawn], kind="stable")]
+            permutation = draw.permutation(len(self.keys))
+            order = permutation[np.argsort(sign * self.keys[permutation], kind="stable")]
             if self.order.parts is not None:
-                ordered = np.concatenate([draw.permutation(p) for p in np.array_split(ordered, self.order.parts)])
-            indices.extend(ordered.tolist())
+                order = np.concatenate([draw.permutation(p) for p in np.array_split(order, self.order.parts)])
+            indices.extend(order.tolist())
             epoch += 1
         return [indices[i * size : (i + 1) * size] for i in range(steps)]
 

@@ -47,8 +47,8 @@ class Example:
     @property
     def needed(self) -> NDArray[np.int32]:
         """The tokens that a forward pass must see: up to the one that predicts the last target."""
-        trained = self.weights.nonzero()[0]
-        return self.ids[: max(1, trained[-1])] if len(trained) else self.ids[:1]
+        places = self.weights.nonzero()[0]
+        return self.ids[: max(1, places[-1])] if len(places) else self.ids[:1]
 
     def cost(self, *, share: bool = True) -> int:
         """Tokens that are computed for it alone."""
@@ -144,8 +144,8 @@ class Pack:
 
     def idle(self) -> "Pack":
         """The same forward pass, from which nothing is learnt."""
-        learnt = ("hidden_rows", "targets", "weights", "answers", "pairs", "scores", "prompt_ends")
-        nothing: dict[str, Any] = {name: getattr(self, name)[:0] for name in learnt}
+        fields = ("hidden_rows", "targets", "weights", "answers", "pairs", "scores", "prompt_ends")
+        nothing: dict[str, Any] = {name: getattr(self, name)[:0] for name in fields}
         old_log_probs = None if self.old_log_probs is None else self.old_log_probs[:0]
         return replace(self, **nothing, old_log_probs=old_log_probs, row_tokens=0)
 
@@ -230,10 +230,10 @@ class _Tree:
 
     def segments(self) -> list[_Segment]:
         """Every segment, each after its parent."""
-        found, waiting = [], list(reversed(self.root.children))
-        while waiting:
-            found.append(waiting.pop())
-            waiting.extend(reversed(found[-1].children))
+        found, stack = [], list(reversed(self.root.children))
+        while stack:
+            found.append(stack.pop())
+            stack.extend(reversed(found[-1].children))
         return found
 
     def pack(self) -> Pack:
@@ -249,18 +249,18 @@ class _Tree:
             places = np.concatenate([starts[place_of[id(s)]] + np.arange(len(s.ids)) for s in path])
             for row in last.rows:
                 example = self.examples[row]
-                trained = example.weights.nonzero()[0]
-                assert not len(trained) or trained[0] > 0, "nothing predicts the first token of a row"
-                hidden.append(places[trained - 1])
-                targets.append(example.ids[trained])
-                weights.append(example.weights[trained])
+                trained_places = example.weights.nonzero()[0]
+                assert not len(trained_places) or trained_places[0] > 0, "nothing predicts the first token of a row"
+                hidden.append(places[trained_places - 1])
+                targets.append(example.ids[trained_places])
+                weights.append(example.weights[trained_places])
                 if self.scores:
                     number = self.numbers[row]
-                    answers.append(np.full(len(trained), number))
-                    end = (row, int(places[trained[0] - 1])) if len(trained) else (row, 0)
+                    answers.append(np.full(len(trained_places), number))
+                    end = (row, int(places[trained_places[0] - 1])) if len(trained_places) else (row, 0)
                     prompt_ends[number] = min(end, prompt_ends.get(number, end))
                 if example.old_log_probs is not None:
-                    sampled.append(example.old_log_probs[trained])
+                    sampled.append(example.old_log_probs[trained_places])
                 for segment in path:
                     where[place_of[id(segment)]].append(example.where)
         triples = np.stack([np.concatenate(hidden), np.concatenate(targets).astype(np.int64)])
@@ -341,11 +341,11 @@ def _lone(items: Sequence[Example | Group], share: bool) -> _Tree:
 def _trees(items: Sequence[Example | Group], tokens: int, share: bool) -> list[_Tree]:
     """What `pack` lays out, the largest first."""
     if share:  # neighbours in this order have the longest beginnings in common
-        ordered = sorted(items, key=lambda item: item.answers[0].ids.tolist())
+        queue = sorted(items, key=lambda item: item.answers[0].ids.tolist())
     else:
-        ordered = sorted(items, key=lambda item: item.cost(share=share), reverse=True)
+        queue = sorted(items, key=lambda item: item.cost(share=share), reverse=True)
     trees: list[_Tree] = []
-    for item in ordered:
+    for item in queue:
         alone, best = item.cost(share=share), None
         for tree in trees:
             common = max(tree.shared(answer.needed) for answer in item.answers) if share else 0
@@ -362,10 +362,10 @@ def _trees(items: Sequence[Example | Group], tokens: int, share: bool) -> list[_
 
 def saved_by_sharing(steps: Sequence[Sequence[Example | Group]], tokens: int) -> float:
     """The share of the tokens of these steps that shared beginnings save."""
-    apart, shared = (
+    tokens_alone, tokens_with_sharing = (
         sum(tree.tokens for rows in steps for tree in _trees(rows, tokens, share)) for share in (False, True)
     )
-    return 1 - shared / apart
+    return 1 - tokens_with_sharing / tokens_alone
 
 
 def fill(steps: Sequence[Sequence[Example | Group]], tokens: int, *, share: bool) -> float:

@@ -49,8 +49,8 @@ def prepare_prompts(
     Raises DataError where none is left, and where `data` asks for it: `strict`, or over_length `error`.
     """
     report = Report(format, data.mask, data.max_tokens, template_hash=renderer.template_hash, prompts=True)
-    made: list[PromptExample] = []
-    kept: list[Row] = []
+    prompts: list[PromptExample] = []
+    prompt_rows: list[Row] = []
     problems: list[str] = []
     most = data.max_tokens - room
     for start in range(0, len(rows), AT_ONCE):
@@ -67,40 +67,40 @@ def prepare_prompts(
                 report.dropped_over_length.append(row.where)
             else:
                 messages, reference = asked_in(row)
-                made.append(
+                prompts.append(
                     PromptExample(ids, np.zeros(len(ids), np.float32), row.where, None, tuple(messages), reference)
                 )
-                kept.append(row)
-    if problems and (data.strict or data.over_length == "error" or not made):
+                prompt_rows.append(row)
+    if problems and (data.strict or data.over_length == "error" or not prompts):
         raise DataError(
             f"{len(problems)} of {len(rows)} rows cannot be asked:\n" + numbered(problems), code="unusable-rows"
         )
-    if not made:
+    if not prompts:
         raise DataError(
             f"no prompt is left: all {len(rows)} are longer than the {most} tokens that data.max_tokens="
             f"{data.max_tokens} leaves beside rl.max_new_tokens={room}",
             code="no-rows-left",
         )
-    lengths = np.array([len(prompt) for prompt in made], np.int64)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     longest = int(lengths.argmax())
     report.problems += problems
     report.notes += unread_keys(rows)
-    report.rows, report.tokens = len(made), int(lengths.sum())
-    report.longest_tokens, report.longest_row = int(lengths[longest]), made[longest].where
+    report.rows, report.tokens = len(prompts), int(lengths.sum())
+    report.longest_tokens, report.longest_row = int(lengths[longest]), prompts[longest].where
     report.prompt_tokens.add(lengths)
-    report.notes += _lost(kept, renderer)
-    if references := sum(prompt.reference is not None for prompt in made):
+    report.notes += _lost(prompt_rows, renderer)
+    if references := sum(prompt.reference is not None for prompt in prompts):
         report.notes.append(f"{references:,} rows have an answer: it is not trained, scorers may compare with it")
-    return made, kept, report
+    return prompts, prompt_rows, report
 
 
 def _lost(rows: Sequence[Row], renderer: Renderer) -> list[str]:
     """The notes on what the chat template does not write of these prompts. Thoughts of earlier answers are no loss."""
     whole = [(asked_in(row)[0], row.tools, row.variables) for row in rows]
     some = [one for one in whole if one[1] or any(message.tool_calls for message in one[0])]
-    found = [lost for lost in renderer.lost_of_all(some) if not isinstance(lost, DataError)]
-    notes = unwritten_notes(0, sum(lost.tools for lost in found))
-    if calls := sum(bool(lost.calls) for lost in found):
+    found = [parts for parts in renderer.lost_of_all(some) if not isinstance(parts, DataError)]
+    notes = unwritten_notes(0, sum(parts.tools for parts in found))
+    if calls := sum(bool(parts.calls) for parts in found):
         notes.append(f"{calls:,} rows have earlier calls of tools that the chat template does not write")
     return notes
 

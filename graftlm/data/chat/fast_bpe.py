@@ -43,14 +43,14 @@ class BpeWords:
         vocabulary: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
         self._lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
         self._lengths[list(vocabulary.values())] = list(map(len, vocabulary))  # each of its characters is a byte
-        added = {token.content: number for number, token in encoder.get_added_tokens_decoder().items()}
-        longest_first = sorted(added, key=len, reverse=True)
+        ids = {token.content: number for number, token in encoder.get_added_tokens_decoder().items()}
+        longest_first = sorted(ids, key=len, reverse=True)
         # Without added tokens a pattern that matches nowhere: an empty one would cut everywhere.
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self._added = {text: np.int32(number).tobytes() for text, number in added.items()}
+        self._added = {text: np.int32(number).tobytes() for text, number in ids.items()}
         self._known, self._older = dict[str, bytes](), dict[str, bytes]()
         """Bytes of ids, for bytes are joined quicker than lists, and are an array as they are."""
-        self._asked = 0
+        self._count = 0
 
     @classmethod
     def of(cls, encoder: Any) -> "BpeWords | None":
@@ -87,14 +87,14 @@ class BpeWords:
             if number % 2:
                 found.append(self._added[part])
             elif part:
-                known = self._known.get(part) or self._of_words(part)
-                if known is None:
+                part_ids = self._known.get(part) or self._of_words(part)
+                if part_ids is None:
                     return None
-                found.append(known)
+                found.append(part_ids)
         ids = b"".join(found)
-        if self._asked % CHECKED == 0:
+        if self._count % CHECKED == 0:
             assert ids == self._by_tokenizer(text), f"other ids for {text!r}"
-        self._asked += 1
+        self._count += 1
         return ids
 
     def _of_words(self, part: str) -> bytes | None:
@@ -133,8 +133,8 @@ def _ranges(text: str) -> str:
 
 def _state(part: Any) -> dict[str, Any]:
     """What tokenizer.json says of a part; nothing where there is none."""
-    said: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
-    return said
+    state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return state
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
@@ -147,7 +147,7 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
         return GPT2 if last["use_regex"] else None
     if len(before) > 1 or last["use_regex"] or before[0]["type"] != "Split":
         return None
-    (split,) = before
-    pattern = split["pattern"].get("Regex")
-    plain = split["behavior"] == "Isolated" and not split["invert"]
+    (splitter,) = before
+    pattern = splitter["pattern"].get("Regex")
+    plain = splitter["behavior"] == "Isolated" and not splitter["invert"]
     return pattern if plain and pattern in KNOWN else None

@@ -55,15 +55,15 @@ class Form:
         function = call["function"]
         return {**call, "function": {**function, "arguments": _json(function)}} if self.text_arguments else call
 
-    def check(self, message: Message, written: str) -> None:
+    def check(self, message: Message, text: str) -> None:
         """Raise DataError where what the template wrote of a message with calls shows that it takes another form."""
         functions = [call["function"] for call in message.tool_calls]
-        if self.text_arguments and not all(_json(function) in written for function in functions):
+        if self.text_arguments and not all(_json(function) in text for function in functions):
             raise DataError(
                 "the chat template does not write the JSON text of arguments as it is",
                 code="template-changes-arguments",
             )
-        if self.null_content and "None" in written and "None" not in f"{functions}{message.all_text}":
+        if self.null_content and "None" in text and "None" not in f"{functions}{message.all_text}":
             raise DataError("the chat template writes None for a message without content", code="template-writes-none")
 
 
@@ -90,12 +90,12 @@ def split_thoughts(message: Message) -> Message:
 def forms_of(messages: Sequence[Message], variables: Fields, *, knows_thoughts: bool) -> list[Form]:
     """Ways to hand over the messages, the usual one first. `knows_thoughts`: whether the template names thoughts."""
     splits = [False]
-    split = [message for message in messages if split_thoughts(message) is not message]
-    if split:
-        whole = any(OPEN in message.content for message in split)
+    with_thoughts = [message for message in messages if split_thoughts(message) is not message]
+    if with_thoughts:
+        whole = any(OPEN in message.content for message in with_thoughts)
         splits = [True, False] if knows_thoughts and whole else [False, True]
     calls = [message for message in messages if message.tool_calls]
     texts = [False, True] if calls else [False]
     nulls = [False, True] if any(not message.content.strip() for message in calls) else [False]
-    plain = [Form(variables, split, text, null) for null in nulls for text in texts for split in splits]
-    return [*plain, *(Form(variables, split, parts=True) for split in splits)]
+    plain = [Form(variables, with_thoughts, text, null) for null in nulls for text in texts for with_thoughts in splits]
+    return [*plain, *(Form(variables, with_thoughts, parts=True) for with_thoughts in splits)]

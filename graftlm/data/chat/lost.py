@@ -32,8 +32,8 @@ def find_lost(
     second = (yield from _lost_of(form, marked)) or marked.lost("")
     if first is None:
         return second
-    left = {i: missing for i, missing in first.calls.items() if i in first.unnamed or i in second.calls}
-    return replace(first, calls=left)
+    calls = {i: missing for i, missing in first.calls.items() if i in first.unnamed or i in second.calls}
+    return replace(first, calls=calls)
 
 
 def _lost_of(form: Form, marked: Probe) -> Work[LostPart | None]:
@@ -51,11 +51,11 @@ def check_prompt(
 ) -> Work[None]:
     """Raise DataError where the template does not write a message into a prompt. What it leaves out of earlier answers
     (their thoughts) is its own affair."""
-    asked = [i for i, message in enumerate(messages) if message.role != "assistant" and message.content.strip()]
-    marks = list(islice(free_characters(messages, tools), 2 * len(asked)))
+    prompt_turns = [i for i, message in enumerate(messages) if message.role != "assistant" and message.content.strip()]
+    marks = list(islice(free_characters(messages, tools), 2 * len(prompt_turns)))
     around = [
         (i, *core(messages[i].content), *pair)
-        for i, pair in zip(asked, zip(marks[::2], marks[1::2], strict=True), strict=True)
+        for i, pair in zip(prompt_turns, zip(marks[::2], marks[1::2], strict=True), strict=True)
     ]
     if not around:
         return

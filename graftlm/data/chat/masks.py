@@ -35,16 +35,16 @@ _TRAINED = {name: np.array([role in roles for role in Role]) for name, roles in 
 
 def weights(rendered: Rendered, mask: str, prompt_weight: float = 0.0) -> NDArray[np.float32]:
     """The weight of every token in the loss: float32 [n]. The first token of a row has no prediction: always 0."""
-    trained = _TRAINED[mask][rendered.roles]
+    is_trained = _TRAINED[mask][rendered.roles]
     if mask == "last-turn":
-        last = -1 if rendered.more else rendered.turns[trained].max(initial=-1)
-        trained &= rendered.turns == last
-    found = trained.astype(np.float32)
+        last = -1 if rendered.more else rendered.turns[is_trained].max(initial=-1)
+        is_trained &= rendered.turns == last
+    found = is_trained.astype(np.float32)
     if prompt_weight:
-        found[~trained] = prompt_weight
-    given = ~np.isnan(rendered.given)
-    if given.any():
-        found[given] = rendered.given[given]
+        found[~is_trained] = prompt_weight
+    has_weight = ~np.isnan(rendered.row_weights)
+    if has_weight.any():
+        found[has_weight] = rendered.row_weights[has_weight]
     if rendered.first:  # each answer is trained once
         found[rendered.turns < rendered.first] = 0
     found[:1] = 0

@@ -115,23 +115,23 @@ def _shared_out(chunks: Iterator[list[Row]], renderer: Renderer, data: DataConfi
         finally:
             free.put(child)
 
-    waiting: deque[tuple[list[Row], Future[Columns]]] = deque()
+    queue: deque[tuple[list[Row], Future[Columns]]] = deque()
     try:
         while True:
-            for chunk in islice(chunks, AHEAD * workers - len(waiting)):
-                waiting.append((chunk, threads.submit(ask, chunk)))
-            if not waiting:
+            for chunk in islice(chunks, AHEAD * workers - len(queue)):
+                queue.append((chunk, threads.submit(ask, chunk)))
+            if not queue:
                 return
-            chunk, future = waiting[0]
+            chunk, future = queue[0]
             if not future.done():
                 # A future that can be cancelled has not been begun: this process does it.
-                mine = next((i for i, (_, other) in enumerate(waiting) if other.cancel()), None)
+                mine = next((i for i, (_, other) in enumerate(queue) if other.cancel()), None)
                 if mine is not None:
-                    done: Future[Columns] = Future()
-                    done.set_result(render(waiting[mine][0], renderer, data))
-                    waiting[mine] = waiting[mine][0], done
+                    rendered_here: Future[Columns] = Future()
+                    rendered_here.set_result(render(queue[mine][0], renderer, data))
+                    queue[mine] = queue[mine][0], rendered_here
                     continue
-            waiting.popleft()
+            queue.popleft()
             yield chunk, future.result()
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
@@ -154,22 +154,22 @@ class _RenderingProcess:
     def ask(self, chunk: list[Row]) -> Columns:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        said: Any = None
+        answer: Any = None
         with contextlib.suppress(BrokenPipeError, EOFError, pickle.UnpicklingError):
             self._process.stdin.write(self._start)
             self._start = b""
             pickle.dump(chunk, self._process.stdin, protocol=5)
             self._process.stdin.flush()
-            said = pickle.load(self._process.stdout)  # noqa: S301 (from our own child)
-        if isinstance(said, Exception):
-            raise said
-        if said is None:
+            answer = pickle.load(self._process.stdout)  # noqa: S301 (from our own child)
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is None:
             raise DataError(
                 f"a process that renders rows ended (exit code {self._process.wait()}), perhaps for want of memory: "
                 "`train: {threads: 1}` renders in one process",
                 code="rendering-process-ended",
             )
-        columns: Columns = said
+        columns: Columns = answer
         return columns
 
     def end(self) -> None:
@@ -188,14 +188,14 @@ def work() -> None:
     os.dup2(2, 1)  # what a library prints must not get among the answers
     renderer, data = pickle.load(requests)  # noqa: S301 (from our own parent)
     while True:
-        said: Columns | Exception
+        answer: Columns | Exception
         try:
             chunk = pickle.load(requests)  # noqa: S301
         except EOFError:
             return
         try:
-            said = render(chunk, renderer, data)
+            answer = render(chunk, renderer, data)
         except Exception as error:
-            said = error
-        pickle.dump(said, answers, protocol=5)
+            answer = error
+        pickle.dump(answer, answers, protocol=5)
         answers.flush()

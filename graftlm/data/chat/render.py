@@ -262,17 +262,17 @@ class Renderer:
         marked = [i for i, m in enumerate(messages) if m.content.strip() and (m.role != "assistant" or i in answers)]
         marks = "".join(islice(free_characters(messages, tools), 2 * len(messages)))
         count = len(messages)
-        said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
-        wanted = [(0, count, False), (1, count, False), *((0, i, True) for i in said)]
-        wanted += [(0, i + 1, False) for i in answers]
+        assistant_turns = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
+        asks = [(0, count, False), (1, count, False), *((0, i, True) for i in assistant_turns)]
+        asks += [(0, i + 1, False) for i in answers]
         chat = form.fields(messages)
         around = [(i, 0, len(messages[i].content), marks[2 * i], marks[2 * i + 1]) for i in marked]
         if not around:  # nothing to look for
-            wanted[1] = wanted[0]
-        text, outside, *prefixes = yield from texts_of(form, chat, wanted, tools, around)
-        begins = dict(zip(said, prefixes, strict=False))
+            asks[1] = asks[0]
+        text, outside, *prefixes = yield from texts_of(form, chat, asks, tools, around)
+        begins = dict(zip(assistant_turns, prefixes, strict=False))
         spans = yield from find_spans(form, messages, tools, marked, marks, text, outside)
-        untils = zip(answers, prefixes[len(said) :], strict=True)
+        untils = zip(answers, prefixes[len(assistant_turns) :], strict=True)
         turns = {i: turn_end(text, i, until) for i, until in untils}
         other = [i for i in answers if not text.startswith(begins[i])]
         inserted: set[int] = set()
@@ -289,9 +289,11 @@ class Renderer:
         tokens = self.tokenization.encode(text, cuts=answer_starts(text, begins.values()))
         roles, turn_of = self._token_roles.of(messages, spans, bounds, tokens, len(text))
         set_boilerplate(messages, spans, roles, turn_of, tokens)
-        given = row_weights(messages, spans, roles, turn_of, tokens.starts)
+        own_weights = row_weights(messages, spans, roles, turn_of, tokens.starts)
         thoughts = {i for i in lost.thoughts - inserted if i in answers and messages[i].weight != 0}
-        row = Rendered(tokens.ids, roles, text, turn_of, given, lost_thoughts=bool(thoughts), lost_tools=lost.tools)
+        row = Rendered(
+            tokens.ids, roles, text, turn_of, own_weights, lost_thoughts=bool(thoughts), lost_tools=lost.tools
+        )
         return row, not lost.calls and not any(messages[i] is not own[i] for i in thoughts)
 
     def _prompt(
@@ -311,9 +313,11 @@ class Renderer:
     ) -> Work[tuple[NDArray[np.int32], bool]]:
         """The ids, and whether nothing is lost that another form may save. No token lies across a `mark`."""
         own, messages = messages, form.messages(messages)
-        said = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
+        assistant_turns = [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
         chat = form.fields(messages)
-        text, *begins = yield from texts_of(form, chat, [(0, i, True) for i in (len(messages), *said)], tools)
+        text, *begins = yield from texts_of(
+            form, chat, [(0, i, True) for i in (len(messages), *assistant_turns)], tools
+        )
         yield from check_prompt(form, chat, messages, tools)
         lost = yield from find_lost(messages, form=form)
         for message in messages:
@@ -352,14 +356,14 @@ class Renderer:
         begin, end = self.tokenization.begin_ids, self.tokenization.end_ids
         parts = ((begin, Role.SPECIAL), (ids, Role.ASSISTANT), (end, Role.END_OF_TURN))
         roles = np.concatenate([np.full(len(part), role, np.uint8) for part, role in parts])
-        given = np.full(len(roles), np.nan if message.weight is None else message.weight, np.float32)
+        own_weights = np.full(len(roles), np.nan if message.weight is None else message.weight, np.float32)
         for start, stop, weight in message.spans:
             at = np.flatnonzero((starts >= start) & (starts < stop))
-            given[len(begin) + at] = weight
+            own_weights[len(begin) + at] = weight
         return Rendered(
             np.concatenate([np.array(part, np.int32) for part, _ in parts]),
             roles,
             message.content,
             np.zeros(len(roles), np.int32),
-            given,
+            own_weights,
         )

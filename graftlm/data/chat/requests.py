@@ -64,18 +64,18 @@ def _advance(
 def texts_of(
     form: Form,
     chat: Sequence[Fields],
-    wanted: Sequence[tuple[int, int, bool]],
+    beginnings: Sequence[tuple[int, int, bool]],
     tools: Sequence[Fields],
     marks: Sequence[tuple[int, int, int, str, str]] = (),
 ) -> Work[list[str]]:
     """The texts of some beginnings of a chat: (1 with marks or 0 without, how many messages, whether an answer is to
     follow)."""
-    different = list(dict.fromkeys(wanted))  # up to the last answer is mostly the whole
+    distinct = list(dict.fromkeys(beginnings))  # up to the last answer is mostly the whole
     try:
-        texts = yield Ask([chat], different, tools, form.variables, marks)
+        texts = yield Ask([chat], distinct, tools, form.variables, marks)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in chat)
         raise DataError(
             f"the chat template refuses a conversation of {roles}: {error}", code="template-refuses-conversation"
         ) from None
-    return [texts[different.index(ask)] for ask in wanted]
+    return [texts[distinct.index(ask)] for ask in beginnings]

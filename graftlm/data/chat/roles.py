@@ -32,7 +32,7 @@ class Rendered(NamedTuple):
     text: str
     turns: NDArray[np.int32]
     """The index of the message that a token belongs to."""
-    given: NDArray[np.float32]
+    row_weights: NDArray[np.float32]
     """The weight that the row itself gives to a token; NaN where it leaves that to the mask."""
     first: int = 0
     """Messages before this one are trained in another row of the same conversation: here they are only read."""

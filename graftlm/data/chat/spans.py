@@ -141,10 +141,10 @@ def after_prompt(
     else:
         raise DataError(prompt_mismatch(index, begin), code="prompt-mismatch")
     shift = len(begin) + len(rest) - len(text)
-    moved = dict(spans)
+    new_spans = dict(spans)
     if span is not None:
-        moved[index] = replace(span, start=span.start + shift, end=span.end + shift, content=span.content + shift)
-    return begin + rest, moved, inserted
+        new_spans[index] = replace(span, start=span.start + shift, end=span.end + shift, content=span.content + shift)
+    return begin + rest, new_spans, inserted
 
 
 def _alike(a: str, b: str) -> int:
@@ -160,7 +160,7 @@ def core(text: str) -> tuple[int, int]:
 
 def free_characters(messages: Sequence[Message], tools: Sequence[Fields] = ()) -> Iterator[str]:
     """Characters for private use that occur nowhere in the conversation (icon fonts use some of them)."""
-    odd = [said for message in messages for said in (message.content, message.thinking) if not said.isascii()]
+    odd = [content for message in messages for content in (message.content, message.thinking) if not content.isascii()]
     others = [*(message.tool_calls for message in messages if message.tool_calls), *([tools] if tools else [])]
     odd += [json.dumps(other, ensure_ascii=False, default=str) for other in others]
     used = {character for text in odd for character in PRIVATE_CHARACTER.findall(text)}

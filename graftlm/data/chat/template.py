@@ -53,7 +53,7 @@ class Ask(NamedTuple):
     """What a row wants to have rendered: texts of chats, and the tools that all of them may call."""
 
     chats: Sequence[Sequence[Mapping[str, Any]]]
-    wanted: Sequence[tuple[int, int, bool]]
+    beginnings: Sequence[tuple[int, int, bool]]
     """Of each text: which of the chats, how many of its messages, whether an answer is to follow."""
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = {}
@@ -102,14 +102,14 @@ class ChatTemplate:
     def render(
         self,
         chats: Sequence[Sequence[Mapping[str, Any]]],
-        wanted: Sequence[tuple[int, int, bool]],
+        beginnings: Sequence[tuple[int, int, bool]],
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[str]:
-        """The texts of `wanted`: (which of `chats`, how many of its messages, whether an answer is to follow).
+        """The texts of `beginnings`: (which of `chats`, how many of its messages, whether an answer is to follow).
 
         Raises TemplateError with what the template says, or with the limit that stopped it.
         """
-        (found,) = self.render_all([Ask(chats, wanted, tools)])
+        (found,) = self.render_all([Ask(chats, beginnings, tools)])
         if isinstance(found, TemplateError):
             raise found
         return found
@@ -126,7 +126,7 @@ class ChatTemplate:
         requests = [
             {
                 "chats": ask.chats,
-                "wanted": ask.wanted,
+                "wanted": ask.beginnings,
                 "tools": list(ask.tools) or None,
                 "variables": dict(ask.variables),
                 "marks": ask.marks,
@@ -134,39 +134,39 @@ class ChatTemplate:
             for ask in asks
         ]
         with contextlib.ExitStack() as first:
-            begun = first.enter_context(self._asked(requests)) if requests else list
+            first_replies = first.enter_context(self._send(requests)) if requests else list
 
             def answers() -> list[list[str] | TemplateError]:
-                said, most = begun(), len(requests)
+                replies, most = first_replies(), len(requests)
                 first.close()
-                found = list(map(_read, said))
+                found = list(map(_read, replies))
                 while len(found) < len(requests):
-                    most = most if said else 1  # one of them does not let the child answer: which?
-                    with self._asked(requests[len(found) : len(found) + most]) as more:
-                        said = more()
-                    found += map(_read, said)
+                    most = most if replies else 1  # one of them does not let the child answer: which?
+                    with self._send(requests[len(found) : len(found) + most]) as more:
+                        replies = more()
+                    found += map(_read, replies)
                 return found
 
             yield answers
 
     @contextlib.contextmanager
-    def _asked(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    def _send(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
         """The child has these. What is given waits for its answers to the first of them, to one at least; to none where
         it was stopped at one of several."""
         child = self._running()
-        pipes, said = child.process, None
+        pipes, replies = child.process, None
         assert pipes.stdin is not None
         assert pipes.stdout is not None
 
         def answers() -> list[dict[str, Any]]:
-            nonlocal said
+            nonlocal replies
             assert pipes.stdout is not None
             line = pipes.stdout.readline()
-            said = json.loads(line) if line.endswith(b"\n") else None  # a part of one: it was stopped
+            replies = json.loads(line) if line.endswith(b"\n") else None  # a part of one: it was stopped
             child.expect(None)
-            if said is None:
+            if replies is None:
                 return [{"stopped": TOO_LONG if child.late else TOO_LARGE}] if len(requests) == 1 else []
-            return list(said)
+            return list(replies)
 
         with child.lock:
             try:
@@ -178,7 +178,7 @@ class ChatTemplate:
             finally:
                 # An answer that was not waited for (Ctrl-C) must not be taken for the next one, and a process that was
                 # stopped may hold much: both are not asked again.
-                if said is None or "stopped" in said[-1]:
+                if replies is None or "stopped" in replies[-1]:
                     self._child = None
                     _end(child)
 
@@ -310,7 +310,7 @@ def _environment(today: datetime.date) -> Any:
         raise_exception=raise_exception,
         strftime_now=datetime.datetime.combine(today, datetime.time()).strftime,
         namespace=PlainNamespace,
-        dict=lambda *pairs, **named: dict(*pairs, **named),
+        dict=lambda *pairs, **fields: dict(*pairs, **fields),
     )
     return environment
 
@@ -365,36 +365,36 @@ def _marked(chat: Sequence[dict[str, Any]], marks: Sequence[Any]) -> list[dict[s
 
 
 def _answers(template: Any, variables: Mapping[str, str], line: bytes) -> bytes:
-    requests, said = json.loads(line), list[dict[str, Any]]()
+    requests, answers = json.loads(line), list[dict[str, Any]]()
     until = time.process_time() + AT_ONCE_SECONDS
     _limit_memory(MEMORY_MIB, beside=4 * len(line))
     for request in requests:
         answer = _answer(template, variables, request)
-        if said and answer == {"stopped": TOO_LARGE}:
+        if answers and answer == {"stopped": TOO_LARGE}:
             break  # perhaps for what those before it hold: it is asked again, as the first
-        said.append(answer)
+        answers.append(answer)
         if "stopped" in answer or time.process_time() > until:
             break
     _limit_memory(None)
-    return json.dumps(said).encode()
+    return json.dumps(answers).encode()
 
 
 def _answer(template: Any, variables: Mapping[str, str], request: Mapping[str, Any]) -> dict[str, Any]:
-    said: dict[str, Any]
+    answer: dict[str, Any]
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-        said = {"texts": _texts(template, variables, request)}
+        answer = {"texts": _texts(template, variables, request)}
     except _Stopped:
-        said = {"stopped": TOO_LONG}
+        answer = {"stopped": TOO_LONG}
     except MemoryError:
-        said = {"stopped": TOO_LARGE}
+        answer = {"stopped": TOO_LARGE}
     except RecursionError:
-        said = {"error": "it calls itself without end"}
+        answer = {"error": "it calls itself without end"}
     except Exception as error:
-        said = {"error": f"{error}" or type(error).__name__}
+        answer = {"error": f"{error}" or type(error).__name__}
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    return said
+    return answer
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -406,12 +406,12 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         _limit_memory(MEMORY_MIB, beside=4 * len(first["template"]))
         template = environment.from_string(first["template"])
         template.globals = dict(template.globals)  # which is slow to go through, and goes into every render
-        said = b"{}"
+        reply = b"{}"
     except Exception as error:
-        said = json.dumps({"error": f"it is not a template: {error}"}).encode()
+        reply = json.dumps({"error": f"it is not a template: {error}"}).encode()
     finally:
         _limit_memory(None)  # the next request is read before its own limit is known
-    answers.write(said + b"\n")
+    answers.write(reply + b"\n")
     answers.flush()
     for line in requests:
         answers.write(_answers(template, first["variables"], line) + b"\n")

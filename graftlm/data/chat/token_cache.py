@@ -51,7 +51,7 @@ class DamagedCacheError(Exception):
 
 def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
     """64 hexadecimal digits: the SHA-256 of everything that ids, roles and weights follow from."""
-    tokenizer, kept = renderer.tokenizer, getattr(rows, "key", None)
+    tokenizer, row_key = renderer.tokenizer, getattr(rows, "key", None)
     template = renderer.template or ""
     digest = hashlib.sha256()
     for part in (
@@ -66,8 +66,8 @@ def key(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> str:
         repr(sorted((name, value) for name, value in asdict(data).items() if name not in BESIDE)),
     ):
         _add(digest, part)
-    if kept is not None:  # rows that are known by what they were read from
-        _add(digest, kept)
+    if row_key is not None:  # rows that are known by what they were read from
+        _add(digest, row_key)
         return digest.hexdigest()
     for start in range(0, len(rows), AT_ONCE):
         _add(digest, "".join(part for row in rows[start : start + AT_ONCE] for part in _parts(row)))

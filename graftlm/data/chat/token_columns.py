@@ -51,9 +51,9 @@ def render(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> Columns
         if isinstance(pieces, DataError):
             problems[number] = str(pieces)
             continue
-        given = [weights(piece, data.mask, data.prompt_weight) for piece in pieces]
-        some = any(values.any() for values in given)
-        for piece, values in zip(pieces, given, strict=True):
+        piece_weights = [weights(piece, data.mask, data.prompt_weight) for piece in pieces]
+        some = any(values.any() for values in piece_weights)
+        for piece, values in zip(pieces, piece_weights, strict=True):
             if some and not values.any():
                 continue  # another row of the same conversation has what is to be learnt
             lost[number] |= LOST_THOUGHTS * piece.lost_thoughts | LOST_TOOLS * piece.lost_tools

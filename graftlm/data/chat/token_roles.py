@@ -60,7 +60,7 @@ class TokenRoles:
             # A control token may swallow white space around it, of a text too: it is part of the text only if inside.
             inside = controls[bisect_left(controls, first) : bisect_left(controls, last)]
             across = [place for place in inside if starts[place] < start or ends[place] > end] if inside else []
-            kept = roles[across] if across else roles[:0]
+            roles_across = roles[across] if across else roles[:0]
             answer = index in turns
             roles[first:last] = Role.ASSISTANT if answer else spans[index].role
             if answer and messages[index].tool_calls:
@@ -70,7 +70,7 @@ class TokenRoles:
                     roles[stops[-1]] = Role.END_OF_TURN
                     roles[stops[-1] + 1 : last] = Role.BOILERPLATE
             if across:
-                roles[across] = kept
+                roles[across] = roles_across
             if answer and not messages[index].tool_calls:
                 until = turns[index][1]
                 for place in chain((p for p in across if p >= beyond), range(max(last, beyond), bounds[index])):
@@ -96,8 +96,8 @@ class TokenRoles:
         """Those of the control tokens of a turn with calls that may end it. Some templates open the next turn behind
         the end-of-text token; where the message itself says that token, all of them may."""
         ends = [place for place in controls if ids[place] in self._end_ids]
-        said = any(text in message.all_text for text in self._end_texts)
-        return controls if said or not ends else ends
+        in_text = any(text in message.all_text for text in self._end_texts)
+        return controls if in_text or not ends else ends
 
 
 def row_weights(
@@ -108,19 +108,19 @@ def row_weights(
     starts: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """The weights that the row itself gives its tokens; NaN where it gives none."""
-    given = np.empty(len(roles), np.float32)
-    given.fill(np.nan)
+    weights = np.empty(len(roles), np.float32)
+    weights.fill(np.nan)
     for index, message in enumerate(messages):
         if message.weight is None and not message.spans:
             continue
         own = (turns == index) & ~np.isin(roles, (Role.SPECIAL, Role.BOILERPLATE))
         if message.weight is not None:
-            given[own] = message.weight
+            weights[own] = message.weight
         for start, stop, weight in message.spans:
             if index in spans:
                 at = spans[index].content
-                given[own & (starts >= at + start) & (starts < at + stop)] = weight
-    return given
+                weights[own & (starts >= at + start) & (starts < at + stop)] = weight
+    return weights
 
 
 def set_boilerplate(

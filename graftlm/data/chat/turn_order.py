@@ -26,7 +26,7 @@ def in_order(messages: Sequence[Message], how: TurnOrder) -> tuple[list[Message]
 
 def _merged(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
     found: list[Message] = []
-    done: list[str] = []
+    notes: list[str] = []
     late: list[Message] = []
     for message in messages:
         before = found[-1] if found else None
@@ -36,31 +36,31 @@ def _merged(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
         if late and message.role == "user":
             for system in reversed(late):
                 message = _joined(replace(system, role="user", weight=message.weight), message)
-            done.append("a late system message was put before the next question (data.turn_order: merge)")
+            notes.append("a late system message was put before the next question (data.turn_order: merge)")
             late = []
         if before is not None and before.role == message.role and _can_be_one(before, message):
             found[-1] = _joined(before, message)
-            done.append(f"two {message.role} messages in a row were made one (data.turn_order: merge)")
+            notes.append(f"two {message.role} messages in a row were made one (data.turn_order: merge)")
         else:
             found.append(message)
-    return [*found, *late], list(dict.fromkeys(done))
+    return [*found, *late], list(dict.fromkeys(notes))
 
 
 def _dropped(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
     found: list[Message] = []
-    done: list[str] = []
+    notes: list[str] = []
     for message in messages:
         before = found[-1].role if found else ""
         if message.role == "system" and found:
-            done.append("a late system message was left out (data.turn_order: drop)")
+            notes.append("a late system message was left out (data.turn_order: drop)")
         elif message.role == "assistant" and before in ("", "assistant"):
-            done.append("an answer without a question was left out (data.turn_order: drop)")
+            notes.append("an answer without a question was left out (data.turn_order: drop)")
         elif message.role == "user" and before == "user":
             found[-1] = message
-            done.append("a question without an answer was left out (data.turn_order: drop)")
+            notes.append("a question without an answer was left out (data.turn_order: drop)")
         else:
             found.append(message)
-    return found, list(dict.fromkeys(done))
+    return found, list(dict.fromkeys(notes))
 
 
 def without_system(messages: Sequence[Message], how: TurnOrder) -> list[Message] | None:

@@ -70,10 +70,10 @@ class _Call:
         """What of the call is not in the text, in words; empty where all is."""
         if not all_in(self.name, text) or not (self.name or self.traceable):
             return f"the call of {self.function!r}"
-        lost = [key for key, marks in self.arguments.items() if not all_in(marks, text)]
-        if lost and len(lost) == len(self.arguments):
+        keys = [key for key, marks in self.arguments.items() if not all_in(marks, text)]
+        if keys and len(keys) == len(self.arguments):
             return f"the arguments of the call of {self.function!r}"
-        return f"the argument {lost[0]!r} of the call of {self.function!r}" if lost else ""
+        return f"the argument {keys[0]!r} of the call of {self.function!r}" if keys else ""
 
 
 def needs_probe(messages: Sequence[Message], tools: Sequence[Fields]) -> bool:
@@ -93,9 +93,9 @@ def probe(messages: Sequence[Message], tools: Sequence[Fields], marks: Iterator[
             before, after = thoughts[index] = [next(marks), next(marks)]
             message = replace(message, thinking=f"{before}{message.thinking}{after}")
         if message.tool_calls:
-            made = [_call(call, marks, numbers, names) for call in message.tool_calls]
-            calls[index] = [call for _, call in made]
-            message = replace(message, tool_calls=tuple(fields for fields, _ in made))
+            probe_calls = [_call(call, marks, numbers, names) for call in message.tool_calls]
+            calls[index] = [call for _, call in probe_calls]
+            message = replace(message, tool_calls=tuple(fields for fields, _ in probe_calls))
         found.append(message)
     if not names:
         return Probe(

@@ -191,15 +191,15 @@ def shared_phrases(trained: Iterable[Grams], held_out: Sequence[Grams]) -> list[
     """Which training texts contain phrases of held-out texts, as n-grams; what more than COMMON of them contain is
     left out. A pair for each training text, with the held-out text that it shares most with."""
     owners = np.repeat(np.arange(len(held_out)), [len(text) for text in held_out])
-    known, place = np.unique(np.concatenate([np.empty(0, np.uint64), *held_out]), return_index=True)
+    phrases, place = np.unique(np.concatenate([np.empty(0, np.uint64), *held_out]), return_index=True)
     owner = owners[place]
-    if not len(known):
+    if not len(phrases):
         return []
-    times = np.zeros(len(known), np.int64)
+    times = np.zeros(len(phrases), np.int64)
     hits: list[tuple[int, NDArray[np.int64]]] = []
     for number, text in enumerate(trained):
-        at = np.searchsorted(known, text[text <= known[-1]])
-        at = at[known[at] == text[: len(at)]]
+        at = np.searchsorted(phrases, text[text <= phrases[-1]])
+        at = at[phrases[at] == text[: len(at)]]
         if len(at):
             times[at] += 1
             hits.append((number, at))
@@ -208,6 +208,6 @@ def shared_phrases(trained: Iterable[Grams], held_out: Sequence[Grams]) -> list[
         rare = at[times[at] <= COMMON]
         if len(rare):
             most = np.bincount(owner[rare])
-            held = int(np.argmax(most))
-            found.append(SharedPhrases(number, held, float(most[held] / len(held_out[held]))))
+            twin = int(np.argmax(most))
+            found.append(SharedPhrases(number, twin, float(most[twin] / len(held_out[twin]))))
     return found

@@ -44,11 +44,11 @@ def _count_some(columns: Columns, pieces: slice, lengths: NDArray[np.int64], bos
     starts, ends = columns.starts[pieces], columns.ends[pieces]
     begin, end = (int(starts[0]), int(ends[-1])) if len(starts) else (0, 0)
     starts, ends = starts - begin, ends - begin
-    ids, roles, trained = columns.ids[begin:end], columns.roles[begin:end], columns.weights[begin:end] != 0
+    ids, roles, is_trained = columns.ids[begin:end], columns.roles[begin:end], columns.weights[begin:end] != 0
     answer, ending = roles == Role.ASSISTANT, roles == Role.END_OF_TURN
     # A trained answer is over where the next token is none of it; that one should be a trained end of turn. What
     # follows the last kept token belongs to another piece or is cut off: nothing follows it.
-    goes_on = answer | (ending & trained)
+    goes_on = answer | (ending & is_trained)
     followed = np.zeros(len(roles), np.bool_)
     followed[:-1] = goes_on[1:]
     followed[starts + lengths - 1] = False
@@ -57,19 +57,19 @@ def _count_some(columns: Columns, pieces: slice, lengths: NDArray[np.int64], bos
         return _sums(values, starts, lengths)
 
     whole = ends - starts
-    kept_ends = count(ending)
-    all_ends = kept_ends if np.array_equal(whole, lengths) else count(ending, whole)
+    ends_within = count(ending)
+    all_ends = ends_within if np.array_equal(whole, lengths) else count(ending, whole)
     begins = np.zeros(len(starts), np.int64)
     if bos is not None and len(starts):
         second = (ids[np.minimum(starts + 1, ends - 1)] == bos) & (whole > 1)
         begins = (ids[starts] == bos) * (1 + second)
     return PieceCounts(
-        supervised=count(trained),
+        supervised=count(is_trained),
         prompt=count(_PROMPT[roles]),
         answer=count(answer),
-        unterminated=count(answer & trained & ~followed),
+        unterminated=count(answer & is_trained & ~followed),
         ends=all_ends,
-        ends_beyond=all_ends - kept_ends,
+        ends_beyond=all_ends - ends_within,
         bos=begins.astype(np.int64),
     )
 

@@ -22,7 +22,7 @@ from graftlm.data.quality.piece_counts import PieceCounts, count_pieces
 from graftlm.data.quality.rendered_row import rendered_rows
 from graftlm.data.quality.report import Report, unwritten_notes
 from graftlm.data.sources.formats import TEXT
-from graftlm.data.sources.row_cache import KeptRows, places, unread_keys
+from graftlm.data.sources.row_cache import CachedRows, places, unread_keys
 from graftlm.data.sources.source import DataConfig, Row
 from graftlm.errors import DataError, numbered
 
@@ -48,13 +48,13 @@ def prepare(
     examples: list[Example] = []
     problems: list[str] = []
     parts: list[str] = []
-    done = 0
+    start = 0
     for some, columns in _chunks(rows, renderer, data, report, workers, cache):
         examples.extend(_examples(some, columns, renderer, data, report, problems, parts))
-        for number in range(done, done + len(some)):
+        for number in range(start, start + len(some)):
             if progress:
                 progress(number + 1)
-        done += len(some)
+        start += len(some)
     wrong = [*problems, *parts]
     if wrong and (data.strict or data.over_length == "error" or not examples):
         raise DataError(
@@ -117,7 +117,7 @@ def _chunks(
     cache: Path | None,
 ) -> Iterator[tuple[Sequence[Row], Columns]]:
     """The rows with their columns: from the cache, or rendered and then kept there where they are many."""
-    if cache is None or not (isinstance(rows, KeptRows) or many(rows)):
+    if cache is None or not (isinstance(rows, CachedRows) or many(rows)):
         yield from rendered(rows, renderer, data, workers)
         return
     file = cache / f"{token_cache.key(rows, renderer, data)}.safetensors"
@@ -149,13 +149,13 @@ def _examples(
     """The pieces within max_tokens that teach something; the others go to the report, to the problems or, where other
     pieces of their rows stay, to `parts`."""
     starts, lengths = columns.starts, columns.ends - columns.starts
-    kept_lengths = np.minimum(lengths, data.max_tokens)
-    counts = count_pieces(columns, kept_lengths, renderer.tokenizer.bos_token_id)
+    cut_lengths = np.minimum(lengths, data.max_tokens)
+    counts = count_pieces(columns, cut_lengths, renderer.tokenizer.bos_token_id)
     wrong = dict(columns.problems)
     taught: set[int] = set()
     keeps = np.ones(len(lengths), np.bool_)
     odd = (lengths > data.max_tokens) | (counts.supervised == 0) | (counts.bos > 1)
-    ends = (starts + kept_lengths).tolist()
+    ends = (starts + cut_lengths).tolist()
     pieces = zip(columns.rows.tolist(), starts.tolist(), ends, odd.tolist(), strict=True)
     stands = places(rows)
     for piece, (number, start, end, is_odd) in enumerate(pieces):
@@ -179,7 +179,7 @@ def _examples(
             )
         else:
             problems.append(f"{stands[number]}: {why}")
-    _count(report, stands, columns, kept_lengths, keeps, counts)
+    _count(report, stands, columns, cut_lengths, keeps, counts)
 
 
 def _why_not(piece: int, where: str, length: int, data: DataConfig, counts: PieceCounts, report: Report) -> str | None:
@@ -224,11 +224,11 @@ def _count(
     report.prompt_tokens.add(counts.prompt[keeps])
     report.answer_tokens.add(counts.answer[keeps])
     report.rows_with_special_text += _places(stands, columns.rows[keeps & columns.control[columns.rows]])
-    lost = columns.lost[columns.rows]
-    report.rows_without_thoughts += _places(stands, columns.rows[keeps & (lost & LOST_THOUGHTS > 0)])
-    report.rows_without_tools += _places(stands, columns.rows[keeps & (lost & LOST_TOOLS > 0)])
-    report.rows_with_moved_system += _places(stands, columns.rows[keeps & (lost & MOVED_SYSTEM > 0)])
-    report.rows_with_unread_variables += _places(stands, columns.rows[keeps & (lost & UNREAD_VARIABLES > 0)])
+    flags = columns.lost[columns.rows]
+    report.rows_without_thoughts += _places(stands, columns.rows[keeps & (flags & LOST_THOUGHTS > 0)])
+    report.rows_without_tools += _places(stands, columns.rows[keeps & (flags & LOST_TOOLS > 0)])
+    report.rows_with_moved_system += _places(stands, columns.rows[keeps & (flags & MOVED_SYSTEM > 0)])
+    report.rows_with_unread_variables += _places(stands, columns.rows[keeps & (flags & UNREAD_VARIABLES > 0)])
     report.unterminated += _places(stands, columns.rows[keeps & (counts.unterminated > 0)])
 
 
@@ -249,10 +249,10 @@ def _ending(report: Report, columns: Columns, piece: slice, renderer: Renderer) 
 
 def shown_rows(rows: Sequence[Row], renderer: Renderer, data: DataConfig, count: int) -> list[dict[str, Any]]:
     """The first rows token by token: {where, raw, tokens: [{id, text, role, weight}]}, one for each piece of a row."""
-    shown = []
+    token_rows = []
     for row in rows[:count]:
         for piece in rendered_rows(row, renderer, mask=data.mask, prompt_weight=data.prompt_weight):
             parts = zip(piece.ids, piece.tokens, piece.roles, piece.weights, strict=True)
             tokens = [{"id": int(i), "text": t, "role": r, "weight": float(w)} for i, t, r, w in parts]
-            shown.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
-    return shown
+            token_rows.append({"where": row.where, "raw": row.messages[0].role == TEXT, "tokens": tokens})
+    return token_rows

@@ -38,8 +38,8 @@ class RenderedRow(Example):
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """(start, end) of each run of trained tokens: no weight of `ids[start:end]` is 0, those beside it are."""
-        trained = [False, *(self.weights != 0).tolist(), False]
-        edges = [i for i in range(len(trained) - 1) if trained[i] != trained[i + 1]]
+        is_trained = [False, *(self.weights != 0).tolist(), False]
+        edges = [i for i in range(len(is_trained) - 1) if is_trained[i] != is_trained[i + 1]]
         return tuple(zip(edges[::2], edges[1::2], strict=True))
 
     @property
@@ -100,7 +100,7 @@ def _read(conversation: Sequence[Message | Mapping[str, Any]], tools: Sequence[F
     fields: dict[str, Any] = {"messages": list(conversation), **({"tools": list(tools)} if tools else {})}
     try:
         whole = bool(own) and len(own) == len(conversation)
-        read = Conversation(own, read_tools(fields)) if whole else read_messages(fields)
-        return read_row(read, PLACE, fields, None, turn_order)[0]
+        content = Conversation(own, read_tools(fields)) if whole else read_messages(fields)
+        return read_row(content, PLACE, fields, None, turn_order)[0]
     except RowError as error:
         raise DataError(f"{PLACE}: {error}", code="unusable-conversation") from None

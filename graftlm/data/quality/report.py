@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.data.quality.survey import Survey, shown_places
+from graftlm.data.quality.survey import Survey, format_places
 from graftlm.errors import numbered
 
 LONG_PROMPTS = 4.0
@@ -40,8 +40,8 @@ class Lengths:
 
     def quantile(self, share: float) -> int:
         """The least length that so great a share of the rows does not exceed; 0 without rows."""
-        wanted = share * self.counts.sum()
-        return int(np.searchsorted(np.cumsum(self.counts), wanted)) if wanted else 0
+        rank = share * self.counts.sum()
+        return int(np.searchsorted(np.cumsum(self.counts), rank)) if rank else 0
 
     def histogram(self, most: int = 24) -> tuple[list[int], list[int]]:
         """(edges, rows between each two of them): at most so many bins of equal width, up to the longest row."""
@@ -145,8 +145,8 @@ class Report:
         if self.dropped_over_length:
             over.append(f"{len(self.dropped_over_length):,} dropped")
         if self.truncated_over_length:
-            lost = f"{self.truncated_without_end:,} lost their ending"
-            over.append(f"{len(self.truncated_over_length):,} truncated, {lost}")
+            note = f"{self.truncated_without_end:,} lost their ending"
+            over.append(f"{len(self.truncated_over_length):,} truncated, {note}")
         end = repr(self.end_of_turn) if self.end_of_turn else "nothing: the template does not end an answer"
         pairs = [("format", self.format), ("rows", f"{self.rows:,}")]
         pairs.append(("tokens", f"{self.tokens:,}"))
@@ -166,18 +166,18 @@ class Report:
         if self.prompts:
             pairs = [pair for pair in pairs if pair[0] not in OF_ANSWERS]
         if self.unterminated:
-            pairs.append(("EOS not in loss", shown_places(self.unterminated)))
+            pairs.append(("EOS not in loss", format_places(self.unterminated)))
         pairs += [
             ("begin-of-text tokens", f"at most {self.most_bos} a row"),
             ("chat template", self.template_hash),
         ]
         if self.rows_with_special_text:
-            pairs.append(("special tokens in text", shown_places(self.rows_with_special_text)))
+            pairs.append(("special tokens in text", format_places(self.rows_with_special_text)))
         if self.from_cache:
             pairs.append(("rendered", "by an earlier run, from the same rows"))
         if self.problems:
-            said = numbered(self.problems, 5)
-            pairs.append(("left out", f"{len(self.problems):,} rows that can NOT be used:\n{said}"))
+            problem_lines = numbered(self.problems, 5)
+            pairs.append(("left out", f"{len(self.problems):,} rows that can NOT be used:\n{problem_lines}"))
         if self.notes:
             pairs.append(("noted", f"{len(self.notes):,}:\n{numbered(self.notes, 5)}"))
         return pairs

@@ -107,20 +107,20 @@ class Survey:
             pairs.append(("near-duplicates", f"looked for among {self.looked_for_near:,} of {self.rows:,} rows"))
         for finding in self.findings:
             if finding.entries:
-                shown = "; ".join(_shown(entry) for entry in finding.entries[:SHOWN])
+                examples = "; ".join(_format_entry(entry) for entry in finding.entries[:SHOWN])
                 more = " ..." if len(finding.entries) > SHOWN else ""
-                pairs.append((finding.kind, f"{finding.count:,}: {shown}{more}"))
+                pairs.append((finding.kind, f"{finding.count:,}: {examples}{more}"))
         if not any(finding.entries for finding in self.findings):
             pairs.append(("findings", "no issues found"))
         return pairs
 
 
-def shown_places(places: Sequence[str]) -> str:
+def format_places(places: Sequence[str]) -> str:
     """How many rows, and the first of them."""
     return f"{len(places):,} rows: {', '.join(places[:SHOWN])}{' ...' if len(places) > SHOWN else ''}"
 
 
-def _shown(entry: Entry) -> str:
+def _format_entry(entry: Entry) -> str:
     rows = " = ".join(entry.rows[:SHOWN]) + (f" = {len(entry.rows) - SHOWN} more" if len(entry.rows) > SHOWN else "")
     return f"{rows} ({entry.note})" if entry.note else rows
 
@@ -147,11 +147,11 @@ def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
     return Survey(len(rows), len(some), dict(guesses.most_common()), findings)
 
 
-def not_told(notes: Sequence[str], survey: Survey) -> list[str]:
+def notes_beyond_survey(notes: Sequence[str], survey: Survey) -> list[str]:
     """What reading noted, without the rows that are the same as others and that the survey tells of too."""
     same = next(finding for finding in survey.findings if finding.kind == "exact duplicates")
-    known = {row for entry in same.entries for row in entry.rows[1:]}
-    return [note for note in notes if note.partition(f": {SAME} ")[0] not in known]
+    duplicates = {row for entry in same.entries for row in entry.rows[1:]}
+    return [note for note in notes if note.partition(f": {SAME} ")[0] not in duplicates]
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -206,34 +206,36 @@ def _leaks(
 ) -> list[Entry]:
     """Training rows that are held out too: wholly, by their question, or by long phrases; each with one such row."""
     whole = {_digest(row.messages): row for row in reversed(held_out)}
-    asked = {_digest(question): row for row in reversed(held_out) if (question := _question(row))}
+    by_question = {_digest(question): row for row in reversed(held_out) if (question := _question(row))}
     found: dict[int, tuple[float, Entry]] = {}
     for row in rows:
         question = _question(row)
         if twin := whole.get(_digest(row.messages)):
             found[id(row)] = 2, Entry([row.where, twin.where], "the same row")
-        elif question and (twin := asked.get(_digest(question))):
+        elif question and (twin := by_question.get(_digest(question))):
             found[id(row)] = 1, Entry([row.where, twin.where], "the same question")
     phrases = minhash.shared_phrases(
         (minhash.grams(text, minhash.SHARED_WORDS) for text in texts),
         [minhash.grams(words.of(_text(row)), minhash.SHARED_WORDS) for row in held_out],
     )
-    for shared in phrases:
-        row, twin = some[shared.trained], held_out[shared.held_out]
-        note = f"{shared.share:.0%} of its phrases of {minhash.SHARED_WORDS} words"
-        found.setdefault(id(row), (shared.share, Entry([row.where, twin.where], note)))
+    for phrase in phrases:
+        row, twin = some[phrase.trained], held_out[phrase.held_out]
+        note = f"{phrase.share:.0%} of its phrases of {minhash.SHARED_WORDS} words"
+        found.setdefault(id(row), (phrase.share, Entry([row.where, twin.where], note)))
     return [entry for _, entry in sorted(found.values(), key=lambda each: -each[0])]
 
 
 def _repeated(rows: Sequence[Row]) -> list[Entry]:
     """Answers of a sentence or more that are given to many different questions, the most frequent first."""
-    given: dict[bytes, dict[bytes, Row]] = {}
+    rows_by_answer: dict[bytes, dict[bytes, Row]] = {}
     for row in rows:
         for message in row.messages:
             if message.role == "assistant" and len(minhash.words_of(message.content[:200])) >= REPEATED_ANSWER_WORDS:
                 answer = hashlib.blake2b(" ".join(message.content.lower().split()).encode(), digest_size=16).digest()
-                given.setdefault(answer, {}).setdefault(_digest(_question(row)), row)
-    often = sorted((list(g.values()) for g in given.values() if len(g) >= REPEATED_ANSWER_TIMES), key=lambda g: -len(g))
+                rows_by_answer.setdefault(answer, {}).setdefault(_digest(_question(row)), row)
+    often = sorted(
+        (list(g.values()) for g in rows_by_answer.values() if len(g) >= REPEATED_ANSWER_TIMES), key=lambda g: -len(g)
+    )
     return [Entry([row.where for row in group], _excerpt(_last_answer(group[0]))) for group in often]
 
 

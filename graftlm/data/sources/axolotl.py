@@ -129,9 +129,9 @@ def _entry(entry: Mapping[str, Any], where: str) -> tuple[str, Callable[[Fields]
         )
     for key in ("train_on_eos", "train_on_eot"):
         if entry.get(key, "turn") not in ("turn", None):
-            said = f"{key}: {entry[key]!r} cannot be honoured"
+            problem = f"{key}: {entry[key]!r} cannot be honoured"
             raise DataError(
-                f"{where}: {said}: what ends an answer is trained with the answer", code="unsupported-setting"
+                f"{where}: {problem}: what ends an answer is trained with the answer", code="unsupported-setting"
             )
     if kind in ("alpaca", "completion"):
         only(entry, ("path", "type", "name", "split", "ds_type", "data_files", "field", *_DATASET_CANNOT), {}, where)
@@ -163,14 +163,14 @@ def _turns(entry: Mapping[str, Any], kind: str, where: str) -> _Turns:
     training, detail = entry.get("message_field_training"), entry.get("message_field_training_detail")
     trained = None
     if "roles_to_train" in entry:
-        asked = entry["roles_to_train"] or []
-        if not asked and not training and not detail:
+        roles_to_train = entry["roles_to_train"] or []
+        if not roles_to_train and not training and not detail:
             raise DataError(
                 f"{where}: roles_to_train is empty, and no message_field_training says what is trained. For the last "
                 "answer alone remove it, and set `data.mask: last-turn`",
                 code="no-trained-roles",
             )
-        trained = frozenset(roles.get(role, role) for role in asked)
+        trained = frozenset(roles.get(role, role) for role in roles_to_train)
         for role in trained - set(ROLES):
             raise DataError(
                 f"{where}: roles_to_train: {role}: there is no such role. {nearest(role, roles)}", code="unknown-role"
@@ -248,10 +248,10 @@ def _begin(one: Any) -> int:
 
 def _files(entry: Mapping[str, Any], folder: Path, where: str) -> list[str]:
     """The files of an entry: as they are named, or beside the description; else it is a data set of the hub."""
-    path, named = entry.get("path"), entry.get("data_files")
+    path, data_files = entry.get("path"), entry.get("data_files")
     if not isinstance(path, str):
         raise DataError(f"{where}: path is needed", code="missing-key")
-    names = [named] if isinstance(named, str) else list(named or ())
+    names = [data_files] if isinstance(data_files, str) else list(data_files or ())
     split = entry.get("split") or "train"
     if names and not Path(path).suffix and not (Path(path).is_dir() or (folder / path).is_dir()):
         pass  # `path: json` names a reader, not a place

@@ -71,8 +71,8 @@ def _without_docstring(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef
     assert docstring.end_lineno is not None
     if len(node.body) == 1 or node.end_lineno - node.lineno not in LINES or docstring.lineno == node.lineno:
         return ""
-    kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
-    return "\n".join(_outdented(line, node.col_offset).rstrip() for line in kept if line.strip())
+    other_lines = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
+    return "\n".join(_outdented(line, node.col_offset).rstrip() for line in other_lines if line.strip())
 
 
 def _outdented(line: str, indent: int) -> str:

@@ -84,11 +84,11 @@ def unread_notes(unread: Iterable[tuple[str, Unread]], known: Iterable[str]) -> 
             first.setdefault((level, key), where)
     options, lines = list(known), []
     for level, found in counts.items():
-        named = []
+        unused_keys = []
         for key, count in found.items():
             near = get_close_matches(key, options, n=1, cutoff=0.8)
             hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else ""
-            named.append(f"{key!r} ({count:,}, first in {first[level, key]}{hint})")
-        if named:
-            lines.append(f"fields of {level} that are not used: {', '.join(named)}")
+            unused_keys.append(f"{key!r} ({count:,}, first in {first[level, key]}{hint})")
+        if unused_keys:
+            lines.append(f"fields of {level} that are not used: {', '.join(unused_keys)}")
     return lines

@@ -68,19 +68,19 @@ def sharegpt(row: Fields) -> Conversation:
 def alpaca(row: Fields) -> Conversation:
     """{instruction, input, output}, or Dolly's {instruction, context, response}: the input or context, where not empty,
     is a paragraph of its own below the instruction."""
-    return Conversation([*_asked(row, "instruction"), *_answer(row, *_answers(row))], read_tools(row))
+    return Conversation([*_prompt_messages(row, "instruction"), *_answer(row, *_answers(row))], read_tools(row))
 
 
 def prompt_completion(row: Fields) -> Conversation:
     """{prompt, completion}, strings or lists of messages; `system` and `history` if there are. {query, response},
     {question, answer} and {input, output} too; a `context` is a paragraph of its own below the question."""
-    return Conversation([*_asked(row, *QUESTIONS), *_answer(row, *_answers(row))], read_tools(row))
+    return Conversation([*_prompt_messages(row, *QUESTIONS), *_answer(row, *_answers(row))], read_tools(row))
 
 
 def inputs_targets(row: Fields) -> Conversation:
     """{inputs, targets}, as in Flan, or P3's {inputs_pretokenized, targets_pretokenized}."""
     end = "_pretokenized" if "inputs_pretokenized" in row else ""
-    return Conversation([*_asked(row, f"inputs{end}"), *_answer(row, f"targets{end}")])
+    return Conversation([*_prompt_messages(row, f"inputs{end}"), *_answer(row, f"targets{end}")])
 
 
 def natural_instructions(row: Fields) -> Conversation:
@@ -92,15 +92,15 @@ def natural_instructions(row: Fields) -> Conversation:
     without the space at its end, which its run_gpt3.py strips). Without examples the input follows the definition."""
     new = "Definition" in row
     definition, text, answer = ("Definition", "input", "output") if new else ("definition", "inputs", "targets")
-    task, asked = _one_text(row, definition), read_text(row, text)
+    task, prompt = _one_text(row, definition), read_text(row, text)
     examples = _examples(row)
     if examples:
         task = f"{_with_full_stop(f'Definition: {task.strip()}')}\n\n"
-        asked = f"Now complete the following example -\n{_with_full_stop(f'Input: {asked.strip()}')}\nOutput:"
-        asked = "".join([task, *examples, asked])
+        prompt = f"Now complete the following example -\n{_with_full_stop(f'Input: {prompt.strip()}')}\nOutput:"
+        prompt = "".join([task, *examples, prompt])
     else:
-        asked = "\n\n".join(part for part in (task, asked) if part)
-    return Conversation([Message("user", asked), Message("assistant", _one_text(row, answer))])
+        prompt = "\n\n".join(part for part in (task, prompt) if part)
+    return Conversation([Message("user", prompt), Message("assistant", _one_text(row, answer))])
 
 
 def _examples(row: Fields) -> list[str]:
@@ -109,11 +109,11 @@ def _examples(row: Fields) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise RowError(f"field 'Positive Examples' must be a list of {{input, output}}, this is {found!r:.60}")
     fields = [(one.get("input"), one.get("output")) for one in map(read_all, found)]
-    pairs = [(given, made) for given, made in fields if isinstance(given, str) and isinstance(made, str)]
+    pairs = [(question, answer) for question, answer in fields if isinstance(question, str) and isinstance(answer, str)]
     return [
-        f" Positive Example {number} -\n{_with_full_stop(f'Input: {given.strip()}')}\n"
-        f"{_with_full_stop(f' Output: {made.strip()}')}\n\n"
-        for number, (given, made) in enumerate(pairs[:EXAMPLES], start=1)
+        f" Positive Example {number} -\n{_with_full_stop(f'Input: {question.strip()}')}\n"
+        f"{_with_full_stop(f' Output: {answer.strip()}')}\n\n"
+        for number, (question, answer) in enumerate(pairs[:EXAMPLES], start=1)
     ]
 
 
@@ -148,8 +148,8 @@ def preference(row: Fields) -> Conversation:
         chosen, rejected = (_dialogue(row, key) or _answer(row, key) for key in ("chosen", "rejected"))
         whole = chosen[0].role != "assistant"
         if not whole:
-            asked = _question(row)
-            chosen, rejected = [*asked, *chosen], [*asked, *rejected]
+            prompt = _question(row)
+            chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
         elif chosen[0] != rejected[0]:
             raise RowError("chosen and rejected have no beginning in common: what was asked?")
         found = Conversation(chosen, read_tools(row))
@@ -195,8 +195,8 @@ def ranked(row: Fields) -> Conversation:
     worse = [i for i in rest if values[i] != values[best]]
     if not worse:
         raise RowError(f"all {order} are the same: nothing is preferred")
-    asked, tools = _question(row), read_tools(row)
-    whole = {i: [*asked, *_answer({key: answers[i]}, key)] for i in (best, *worse)}
+    prompt, tools = _question(row), read_tools(row)
+    whole = {i: [*prompt, *_answer({key: answers[i]}, key)] for i in (best, *worse)}
     return Conversation(whole[best], tools, tuple(whole[i] for i in worse))
 
 
@@ -257,9 +257,9 @@ def detect(row: Fields) -> str:
             return "feedback" if flagged and not (name == "messages" and "desirable" in keys) else name
     if keys & set(ALONE) and keys <= {*ALONE, *BESIDE_A_PROMPT}:
         return "prompt"
-    known = "; ".join(f"{name}: {', '.join(sorted(signs[0]))}" for name, signs in _SIGNS.items())
+    formats = "; ".join(f"{name}: {', '.join(sorted(signs[0]))}" for name, signs in _SIGNS.items())
     raise RowError(
-        f"fields {sorted(map(str, keys))} fit no known format. Known: {known}; feedback: one of these with a label "
+        f"fields {sorted(map(str, keys))} fit no known format. Known: {formats}; feedback: one of these with a label "
         f"that is true or false. {_template(row)}"
     )
 
@@ -273,8 +273,8 @@ def _template(row: Fields) -> str:
     if len(found) < 2:
         return "`templates` in the recipe make conversations of rows with two fields at least"
     answer = next((key for name in _LIKE_ANSWERS for key in found if str(key).lower() == name), found[-1])
-    asked = "\n\n".join(f"{{{key}}}" for key in found if key != answer)
-    prompt, completion = (json.dumps(text, ensure_ascii=False) for text in (asked, f"{{{answer}}}"))
+    fields_text = "\n\n".join(f"{{{key}}}" for key in found if key != answer)
+    prompt, completion = (json.dumps(text, ensure_ascii=False) for text in (fields_text, f"{{{answer}}}"))
     return (
         "To read these fields, write into the recipe `data: {train: {path: ..., templates: ...}}`, without the fields "
         f"that say nothing: templates: [{{prompt: {prompt}, completion: {completion}}}]"
@@ -298,19 +298,19 @@ def _question(row: Fields) -> list[Message]:
         if key in row:
             return _with_system(row, read_messages(row, key, roles))
     if "instruction" in row:
-        return _asked(row, "instruction")
-    return _asked(row, *QUESTIONS)
+        return _prompt_messages(row, "instruction")
+    return _prompt_messages(row, *QUESTIONS)
 
 
-def _asked(row: Fields, *keys: str) -> list[Message]:
+def _prompt_messages(row: Fields, *keys: str) -> list[Message]:
     """The system, the history and the question, which stands in the first of these fields that there is."""
     key = next((key for key in keys if key in row), keys[0])
     if isinstance(row.get(key), list):
         question = read_messages(row, key, ROLES)
     else:
         extra = [read_text(row, name, default="") for name in PARAGRAPHS.get(key, ())]
-        asked = read_text(row, key)
-        question = [Message("user", "\n\n".join([asked, *filter(None, extra)]))]
+        text = read_text(row, key)
+        question = [Message("user", "\n\n".join([text, *filter(None, extra)]))]
     return _with_system(row, [*_history(row), *question])
 
 

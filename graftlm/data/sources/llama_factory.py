@@ -64,8 +64,8 @@ def part(file: Path, name: str) -> Part:
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON: {error}", code="invalid-json") from None
     if not isinstance(tree, dict) or not isinstance(tree.get(name), dict):
-        known = tree if isinstance(tree, dict) else ()
-        raise DataError(f"{file}: describes no data set {name!r}. {nearest(name, known)}", code="no-such-data-set")
+        names = tree if isinstance(tree, dict) else ()
+        raise DataError(f"{file}: describes no data set {name!r}. {nearest(name, names)}", code="no-such-data-set")
     entry, where = tree[name], f"{file}: {name}"
     here = (*_ENTRY, *_ELSEWHERE) if entry.get("hf_hub_url") else _ENTRY
     only(entry, here, _ENTRY_CANNOT | _ELSEWHERE if here is _ENTRY else _ENTRY_CANNOT, where)
@@ -96,8 +96,8 @@ def part(file: Path, name: str) -> Part:
     else:
         path = str(file.parent / entry["file_name"])
     if entry.get("ranking"):
-        if lacking := {"chosen", "rejected"} - columns.keys():
-            raise DataError(f"{where}: ranking needs the column {sorted(lacking)[0]!r}", code="missing-key")
+        if missing := {"chosen", "rejected"} - columns.keys():
+            raise DataError(f"{where}: ranking needs the column {sorted(missing)[0]!r}", code="missing-key")
         return Part(path, "preference", reshape)
     if "kto_tag" in columns:
         return Part(path, "feedback", reshape)
@@ -117,8 +117,8 @@ def _from_alpaca(columns: Mapping[str, str], row: Fields) -> Fields:
     names = [columns[key] for key in ("prompt", "query") if key in columns]
     if columns is _ALPACA and "input" not in row:  # nobody said that there is one
         names.remove("input")
-    asked = [read_text({name: column(row, name)}, name, default="") for name in names]
-    question = "\n".join(part for part in asked if part)
+    texts = [read_text({name: column(row, name)}, name, default="") for name in names]
+    question = "\n".join(part for part in texts if part)
     if not {"response", "chosen"} & columns.keys():
         return {"text": question}
     found = _beside(columns, row) | {"instruction": question}

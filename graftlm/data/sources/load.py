@@ -96,7 +96,7 @@ def stream_rows(
         found = _instances(records(part.path, network=network))
         ahead = list(islice(found, AHEAD)) if name == "auto" else []
         name = _format_of(part, ahead) if name == "auto" else name
-        known: dict[Unread, Unread] = {}
+        unread_keys: dict[Unread, Unread] = {}
         for where, record in chain(ahead, found):
             if isinstance(record, Problem):
                 yield record
@@ -109,9 +109,9 @@ def stream_rows(
                     )
                 tracked = Tracked(record)
                 fields = part.reshape(tracked)
-                asked = None
+                template = None
                 if source.templates:
-                    fields, asked = ask(source.templates, fields, seed, epoch)
+                    fields, template = ask(source.templates, fields, seed, epoch)
                 name = detect({**fields}) if name == "auto" else name  # of a copy: to look is not to use
                 fields = fields if isinstance(fields, Tracked) else Tracked(fields)
                 if formats is not None and name not in formats:
@@ -120,8 +120,8 @@ def stream_rows(
                     refuse_media(fields)
                 row, notes = read_row(FORMATS[name](fields), where, tracked, score, turn_order)
                 ignored = unread(tracked, *([fields] if fields is not tracked else []))
-                if ignored or asked is not None:
-                    row = replace(row, unread=known.setdefault(ignored, ignored), template=asked)
+                if ignored or template is not None:
+                    row = replace(row, unread=unread_keys.setdefault(ignored, ignored), template=template)
             except RowError as error:
                 yield Problem(where, f"{error}{_otherwise(record, part, source, name)}")
                 continue

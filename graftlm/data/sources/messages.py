@@ -161,10 +161,10 @@ def read_messages(row: Fields, key: str, roles: Mapping[str, str]) -> list[Messa
                 raise RowError(f"a message must be a mapping with {names}, this is {turn!r:.60}")
             refuse_media(turn)
             found += _turn(turn, roles)
-            answered = turn.get("tool_call_id")
-            if found[-1].role == "tool" and calls and answered is not None and answered not in calls:
-                near = nearest(str(answered), calls)
-                raise RowError(f"tool_call_id {answered!r} is no call that was made before. {near}")
+            call_id = turn.get("tool_call_id")
+            if found[-1].role == "tool" and calls and call_id is not None and call_id not in calls:
+                near = nearest(str(call_id), calls)
+                raise RowError(f"tool_call_id {call_id!r} is no call that was made before. {near}")
             calls |= {str(call["id"]) for call in found[-1].tool_calls if "id" in call}
         except RowError as error:
             raise RowError(f"{key}[{index}]: {error}") from None
@@ -175,17 +175,17 @@ def refuse_media(fields: Fields) -> None:
     """Raise RowError where pictures, videos or sounds stand beside the text."""
     if MEDIA.isdisjoint(fields):
         return
-    if shown := [key for key in fields if key in MEDIA and fields.get(key)]:
-        kind = f"{shown[0].partition('_')[0].removesuffix('s')}s"
-        raise RowError(f"field {shown[0]!r} holds {kind}: only text can be trained on")
+    if media_keys := [key for key in fields if key in MEDIA and fields.get(key)]:
+        kind = f"{media_keys[0].partition('_')[0].removesuffix('s')}s"
+        raise RowError(f"field {media_keys[0]!r} holds {kind}: only text can be trained on")
 
 
 def _turn(turn: Fields, roles: Mapping[str, str]) -> Iterator[Message]:
     if roles is SHAREGPT_ROLES and "role" not in turn:
-        asked, answer = (next((key for key in keys if key in turn), None) for keys in PAIRS)
-        if "from" not in turn and asked and answer:
-            yield Message("tool" if asked == "tool" else "user", read_text(turn, asked))
-            yield Message("assistant", read_text(turn, answer))
+        question_key, answer_key = (next((key for key in keys if key in turn), None) for keys in PAIRS)
+        if "from" not in turn and question_key and answer_key:
+            yield Message("tool" if question_key == "tool" else "user", read_text(turn, question_key))
+            yield Message("assistant", read_text(turn, answer_key))
             return
         role_key, text_key = "from", "value"
     else:

@@ -74,8 +74,8 @@ def _templates(sources: Sequence[SourceConfig], parts: Sequence[Sequence[Row]]) 
     for source, rows in zip(sources, parts, strict=True):
         if len(source.templates) > 1:
             counts = Counter(row.template for row in rows)
-            counted = ", ".join(f"{number + 1}: {counts[number]:,} rows" for number in range(len(source.templates)))
-            lines.append(f"{source.path}: asked by template {counted}")
+            count_list = ", ".join(f"{number + 1}: {counts[number]:,} rows" for number in range(len(source.templates)))
+            lines.append(f"{source.path}: asked by template {count_list}")
     return lines
 
 
@@ -84,17 +84,17 @@ def mix(
 ) -> tuple[list[Row], list[str]]:
     """The rows of one epoch, source by source in the order of their files, and a line on each source for the report."""
     capped = [
-        _drawn(rows, source.cap, seed, f"cap {i}") for i, (rows, source) in enumerate(zip(parts, sources, strict=True))
+        _sample(rows, source.cap, seed, f"cap {i}") for i, (rows, source) in enumerate(zip(parts, sources, strict=True))
     ]
     sizes = [len(rows) for rows in capped]
-    owed = apportion(sum(sizes), masses(sizes, sources, temperature))
+    quotas = apportion(sum(sizes), masses(sizes, sources, temperature))
     mixed: list[Row] = []
     notes = []
-    for index, (rows, source, count) in enumerate(zip(capped, sources, owed, strict=True)):
+    for index, (rows, source, count) in enumerate(zip(capped, sources, quotas, strict=True)):
         again, times = _times(rows, count, seed, f"rest {index}")
         mixed += again
-        drawn = f", {len(rows):,} of which are drawn" if len(rows) < len(parts[index]) else ""
-        found = f"{len(parts[index]):,}{drawn}; each comes {times} times"
+        note = f", {len(rows):,} of which are drawn" if len(rows) < len(parts[index]) else ""
+        found = f"{len(parts[index]):,}{note}; each comes {times} times"
         notes.append(f"{source.path}: {count:,} rows of an epoch, from {found}")
     return mixed, notes
 
@@ -112,11 +112,11 @@ def balance(rows: Sequence[Row], share: float, *, seed: int) -> tuple[list[Row],
             "not liked: both kinds are needed, and a loss that learns from both",
             code="single-label",
         )
-    owed = apportion(len(kinds[True]) + len(kinds[False]), [share, 1 - share])
-    liked, times = _times(kinds[True], owed[0], seed, "liked")
-    other, times_other = _times(kinds[False], owed[1], seed, "not liked")
+    quotas = apportion(len(kinds[True]) + len(kinds[False]), [share, 1 - share])
+    liked, times = _times(kinds[True], quotas[0], seed, "liked")
+    other, times_other = _times(kinds[False], quotas[1], seed, "not liked")
     note = (
-        f"{owed[0]:,} liked and {owed[1]:,} disliked rows of an epoch, from {len(kinds[True]):,} and "
+        f"{quotas[0]:,} liked and {quotas[1]:,} disliked rows of an epoch, from {len(kinds[True]):,} and "
         f"{len(kinds[False]):,}; each comes {times} and {times_other} times"
     )
     return [*liked, *other, *kinds[None]], note
@@ -125,7 +125,7 @@ def balance(rows: Sequence[Row], share: float, *, seed: int) -> tuple[list[Row],
 def _times(rows: Sequence[Row], count: int, seed: int, purpose: str) -> tuple[list[Row], str]:
     """`count` rows, each equally often but for one time, in their order; and how often that is."""
     whole, rest = divmod(count, len(rows)) if rows else (0, 0)
-    again = {id(row) for row in _drawn(rows, rest, seed, purpose)}
+    again = {id(row) for row in _sample(rows, rest, seed, purpose)}
     times = f"{whole}" if not rest else f"{whole} or {whole + 1}"
     return [row for row in rows for _ in range(whole + (id(row) in again))], times
 
@@ -148,15 +148,15 @@ def apportion(total: int, mass: Sequence[float]) -> list[int]:
     return counts
 
 
-def _drawn(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> list[Row]:
+def _sample(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> list[Row]:
     """So many of the rows, drawn by where they stand, in their order; all of them where there is no limit."""
     if count is None or count >= len(rows):
         return list(rows)
-    order = sorted(range(len(rows)), key=lambda i: drawn_by(seed, purpose, rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: draw_key(seed, purpose, rows[i]))
     return [rows[i] for i in sorted(order[:count])]
 
 
-def drawn_by(seed: int, purpose: str, row: Row) -> bytes:
+def draw_key(seed: int, purpose: str, row: Row) -> bytes:
     """The number of a row in a draw: those with the lowest are drawn.
 
     It depends on the place of the row in its file and on the row's group, not on the name of the file; `purpose` holds

@@ -44,18 +44,18 @@ def ask(templates: Sequence[PromptTemplate], row: Fields, seed: int = 0, epoch: 
     fit = fit or [number for number, template in enumerate(templates) if template.unless is None]
     if not fit:
         raise RowError(f"no template is for this row: each has `unless`, of {[one.unless for one in templates]}")
-    number = _drawn(fit, row, seed, epoch) if len(fit) > 1 else fit[0]
+    number = _draw(fit, row, seed, epoch) if len(fit) > 1 else fit[0]
     template = templates[number]
-    asked, fixed = _filled(template, template.prompt, row)
+    prompt, fixed = _filled(template, template.prompt, row)
     answer, _ = _filled(template, template.completion, row)
     found: dict[str, Any] = {
-        "prompt": [{"role": "user", "content": asked, "boilerplate": fixed}],
+        "prompt": [{"role": "user", "content": prompt, "boilerplate": fixed}],
         "completion": answer,
     }
     return found | {key: row[key] for key in ("system",) if key in row}, number
 
 
-def _drawn(fit: Sequence[int], row: Fields, seed: int, epoch: int) -> int:
+def _draw(fit: Sequence[int], row: Fields, seed: int, epoch: int) -> int:
     """That of the numbers which comes in this epoch."""
     text = json.dumps(row, sort_keys=True, default=str)
 
@@ -93,8 +93,8 @@ def _filled(template: PromptTemplate, text: str, row: Fields) -> tuple[str, list
 def _word(template: PromptTemplate, name: str, row: Fields) -> str:
     value: Any = row.get(name)
     if value is None:
-        written = "" if re.fullmatch(r"\w+", name) else " (A brace that stands for itself is written twice: {{)"
-        raise RowError(f"{missing(row, name)}{written}")
+        hint = "" if re.fullmatch(r"\w+", name) else " (A brace that stands for itself is written twice: {{)"
+        raise RowError(f"{missing(row, name)}{hint}")
     words = template.words.get(name)
     if words is None:
         if not isinstance(value, str | int | float):

@@ -67,11 +67,11 @@ def _checked(messages: list[Message], *, asks: bool = False) -> list[str]:
 def _hint(messages: list[Message], asks: bool) -> str:
     """Which `turn_order` would read the row, and how; empty where none would."""
     for how in get_args(TurnOrder):
-        other, done = in_order(messages, how)
+        other, notes = in_order(messages, how)
         with suppress(RowError):
-            if done:
+            if notes:
                 check(other, asks=asks)
-                return f"`data: {{turn_order: {how}}}` would read it: {done[0]}"
+                return f"`data: {{turn_order: {how}}}` would read it: {notes[0]}"
     return ""
 
 

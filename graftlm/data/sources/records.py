@@ -189,8 +189,8 @@ def _json_reason(error: Exception, text: str) -> str:
         return "not valid JSON: it is nested too deeply"
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
-    cut = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
-    end = ": the line ends in the middle of a value, it is cut off" if cut else ""
+    is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+    end = ": the line ends in the middle of a value, it is cut off" if is_cut else ""
     return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{end}"
 
 
@@ -244,9 +244,9 @@ def _json(file: Path) -> Iterator[Record | Problem]:
         yield from _jsonl(file) if several else _json_object(file, text)
         return
     place = skip(text, place + 1).end()
-    line, counted, number = 1, 0, 0
+    line, position, number = 1, 0, 0
     while not text.startswith("]", place):
-        line, counted, number = line + text.count("\n", counted, place), place, number + 1
+        line, position, number = line + text.count("\n", position, place), place, number + 1
         where = f"{file}:{line}: row {number}"
         try:
             found: Record | Problem

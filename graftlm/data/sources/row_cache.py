@@ -29,7 +29,7 @@ BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack", "inner_rows"}
 """Keys of `data` that say nothing of which rows there are."""
 
 
-class KeptRows(Sequence[Row]):
+class CachedRows(Sequence[Row]):
     """Rows that are made when they are asked for."""
 
     def __init__(
@@ -42,7 +42,7 @@ class KeptRows(Sequence[Row]):
         self.unread = unread
         """Notes on their keys that no reader has used."""
         self._text, self._ends = text, ends
-        self._made: list[Row | None] = [None] * len(places)
+        self._rows: list[Row | None] = [None] * len(places)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -55,27 +55,27 @@ class KeptRows(Sequence[Row]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         number = range(len(self))[number]
-        made = self._made[number]
-        if made is None:
+        row = self._rows[number]
+        if row is None:
             begin = int(self._ends[number - 1]) if number else 0
             line = self._text[begin : self._ends[number]].tobytes()
-            made = self._made[number] = _row(self.places[number], json.loads(line.decode("utf-8", "surrogatepass")))
-        return made
+            row = self._rows[number] = _row(self.places[number], json.loads(line.decode("utf-8", "surrogatepass")))
+        return row
 
 
 def places(rows: Sequence[Row]) -> list[str]:
     """Where each row stands."""
-    return rows.places if isinstance(rows, KeptRows) else [row.where for row in rows]
+    return rows.places if isinstance(rows, CachedRows) else [row.where for row in rows]
 
 
 def unread_keys(rows: Sequence[Row]) -> list[str]:
     """Notes on keys that no reader has used, a line each; a row that comes several times counts once."""
-    if isinstance(rows, KeptRows):
+    if isinstance(rows, CachedRows):
         return rows.unread
     return unread_notes({row.where: row.unread for row in rows}.items(), MESSAGE_KEYS)
 
 
-def read_kept(
+def read_cached(
     data: DataConfig,
     *,
     seed: int,
@@ -101,11 +101,11 @@ def read_kept(
             return found
     except token_cache.DamagedCacheError as error:
         damaged = f"read anew: {file} was damaged ({error})"
-    read = read_data(data, seed=seed, network=network, usable=usable)
-    if many(read.train) and _save(file, read):
+    fresh = read_data(data, seed=seed, network=network, usable=usable)
+    if many(fresh.train) and _save(file, fresh):
         found = _load(file, key)
-        read = found if found is not None else read
-    return replace(read, notes=[damaged, *read.notes]) if damaged else read
+        fresh = found if found is not None else fresh
+    return replace(fresh, notes=[damaged, *fresh.notes]) if damaged else fresh
 
 
 def _sources(data: DataConfig) -> list[SourceConfig]:
@@ -128,10 +128,10 @@ def _key(data: DataConfig, seed: int, needs: str) -> str | None:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _save(file: Path, read: Data) -> bool:
+def _save(file: Path, data: Data) -> bool:
     """Whether the rows could be kept: some files hold what JSON has no word for."""
     arrays: dict[str, NDArray[Any]] = {}
-    for name, rows in (("train", read.train), ("held_out", read.held_out)):
+    for name, rows in (("train", data.train), ("held_out", data.held_out)):
         lines = []
         for row in rows:
             try:
@@ -146,8 +146,8 @@ def _save(file: Path, read: Data) -> bool:
         arrays[f"{name}_ends"] = np.cumsum([len(line) for line in lines], dtype=np.int64)
         where = json.dumps([row.where for row in rows]).encode()
         arrays[f"{name}_places"] = np.frombuffer(where, np.uint8)
-    unread = {"train": unread_keys(read.train), "held_out": unread_keys(read.held_out)}
-    token_cache.save_arrays(file, arrays, {"facts": json.dumps([read.format, read.problems, read.notes, unread])})
+    unread = {"train": unread_keys(data.train), "held_out": unread_keys(data.held_out)}
+    token_cache.save_arrays(file, arrays, {"facts": json.dumps([data.format, data.problems, data.notes, unread])})
     return True
 
 
@@ -159,7 +159,7 @@ def _load(file: Path, key: str) -> Data | None:
     try:
         name, problems, notes, unread = json.loads(facts["facts"])
         train, held_out = (
-            KeptRows(
+            CachedRows(
                 f"{key} {side}",
                 json.loads(arrays[f"{side}_places"].tobytes()),
                 arrays[f"{side}_text"],
@@ -235,5 +235,5 @@ def _plain(row: Row) -> bool:
     return (
         not row.tools
         and not row.variables
-        and not any(m.tool_calls for said in (row.messages, *row.rejected) for m in said)
+        and not any(m.tool_calls for messages in (row.messages, *row.rejected) for m in messages)
     )

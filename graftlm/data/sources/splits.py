@@ -43,24 +43,24 @@ def split(rows: Sequence[Row], held_out: int | float, seed: int) -> tuple[list[R
     neither side. Groups of more than a tenth of what is wanted come last, so that the held-out rows are not all of one
     kind.
     """
-    wanted = held_out if isinstance(held_out, int) else max(1, round(held_out * len(rows))) if held_out else 0
-    if wanted == 0:
+    needs = held_out if isinstance(held_out, int) else max(1, round(held_out * len(rows))) if held_out else 0
+    if needs == 0:
         return list(rows), []
     sizes = Counter(row.group for row in rows)
-    drawn = {group: hashlib.sha256(f"{seed}:{group}".encode()).digest() for group in sizes}
-    order = sorted(sizes, key=lambda group: (sizes[group] > max(1, wanted // 10), drawn[group]))
-    chosen: set[str] = set()
+    draws = {group: hashlib.sha256(f"{seed}:{group}".encode()).digest() for group in sizes}
+    order = sorted(sizes, key=lambda group: (sizes[group] > max(1, needs // 10), draws[group]))
+    held_out_groups: set[str] = set()
     count = 0
     for group in order:
-        if count >= wanted:
+        if count >= needs:
             break
-        chosen.add(group)
+        held_out_groups.add(group)
         count += sizes[group]
-    train = [row for row in rows if row.group not in chosen]
-    if count < wanted or not train:
+    train = [row for row in rows if row.group not in held_out_groups]
+    if count < needs or not train:
         raise DataError(
-            f"held_out: {wanted} of {len(rows)} rows in {len(sizes)} groups leave nothing to train on: hold out fewer, "
+            f"held_out: {needs} of {len(rows)} rows in {len(sizes)} groups leave nothing to train on: hold out fewer, "
             "or make smaller groups (a row's `group`, or else its first question, is never on both sides)",
             code="held-out-too-large",
         )
-    return train, [row for row in rows if row.group in chosen][:wanted]
+    return train, [row for row in rows if row.group in held_out_groups][:needs]

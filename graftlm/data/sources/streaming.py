@@ -3,10 +3,10 @@
     rows = Stream([SourceConfig(path="a.jsonl"), SourceConfig(path="b.jsonl", weight=2.0)], seed=0)
     examples = Examples(rows, renderer, data)
     for example in examples: ...                  # without end
-    kept = examples.cursor()                      # goes through JSON as it is
+    cursor = examples.cursor()                    # goes through JSON as it is
 
-    rows = Stream([...], seed=0, cursor=kept["rows"])
-    examples = Examples(rows, renderer, data, given=kept["given"])              # goes on from there
+    rows = Stream([...], seed=0, cursor=cursor["rows"])
+    examples = Examples(rows, renderer, data, given=cursor["given"])            # goes on from there
 
 Shares are those of `mixing.py`, and hold at every moment: of t rows a source has had its share, to within a row or so,
 and no row of a source has come twice more than another. The sources are read once to be counted, and then in the order
@@ -28,7 +28,7 @@ from graftlm.data.chat.render import Renderer
 from graftlm.data.chat.turn_order import TurnOrder
 from graftlm.data.quality.preflight import stream
 from graftlm.data.sources.load import stream_rows
-from graftlm.data.sources.mixing import apportion, drawn_by, masses
+from graftlm.data.sources.mixing import apportion, draw_key, masses
 from graftlm.data.sources.parts import content_hash
 from graftlm.data.sources.records import Problem
 from graftlm.data.sources.source import DataConfig, Row, SourceConfig
@@ -106,10 +106,10 @@ class Stream:
 
     def __iter__(self) -> Iterator[Row]:
         epochs, place = divmod(self.start, self.epoch)
-        taken = [0] * len(self.sources)
+        counts = [0] * len(self.sources)
         for source in islice(self._turns(), place):
-            taken[source] += 1
-        begins = (epochs * owed + done for owed, done in zip(self.owed, taken, strict=True))
+            counts[source] += 1
+        begins = (epochs * owed + rows_given for owed, rows_given in zip(self.owed, counts, strict=True))
         rows = [self._rows(number, begin) for number, begin in enumerate(begins)]
         for source in chain(islice(self._turns(), place, None), _endless(self._turns)):
             yield next(rows[source])
@@ -164,11 +164,11 @@ class Stream:
                 on_problem(found)
             elif self.supervised and found.desirable is False:
                 continue
-            elif last is None or self._drawn(number, found) <= last:
+            elif last is None or self._draw_key(number, found) <= last:
                 yield found
 
-    def _drawn(self, number: int, row: Row) -> str:
-        return drawn_by(self.seed, f"cap {number}", row).hex()
+    def _draw_key(self, number: int, row: Row) -> str:
+        return draw_key(self.seed, f"cap {number}", row).hex()
 
     def _count(self, number: int) -> Counted:
         source = self.sources[number]
@@ -176,7 +176,7 @@ class Stream:
         if source.cap is None:
             rows, last = sum(1 for _ in found), None
         else:
-            lowest = heapq.nsmallest(source.cap, map(partial(self._drawn, number), found))
+            lowest = heapq.nsmallest(source.cap, map(partial(self._draw_key, number), found))
             rows, last = len(lowest), max(lowest, default=None)
         if not rows:
             raise DataError(f"{source.path}: no row can be used\n{numbered(self.problems)}", code="unusable-rows")
@@ -229,22 +229,22 @@ class Examples:
         self.rows, self.renderer, self.data, self.workers = rows, renderer, data, workers
         self._skip = given
         self._rows_done = 0
-        self._given = given
+        self._examples_given = given
 
     def cursor(self) -> dict[str, Any]:
         """Where it stands, as plain numbers and strings: `rows` for a Stream, and `given` for the Examples over it."""
-        return {"rows": self.rows.cursor(self._rows_done), "given": self._given}
+        return {"rows": self.rows.cursor(self._rows_done), "given": self._examples_given}
 
     def __iter__(self) -> Iterator[Example]:
-        skip, self._rows_done, self._given = self._skip, 0, 0
-        for example in stream(self.rows, self.renderer, self.data, workers=self.workers, done=self._done):
-            self._given += 1
-            if self._rows_done or self._given > skip:
+        skip, self._rows_done, self._examples_given = self._skip, 0, 0
+        for example in stream(self.rows, self.renderer, self.data, workers=self.workers, done=self._on_rows_done):
+            self._examples_given += 1
+            if self._rows_done or self._examples_given > skip:
                 yield example
 
-    def _done(self, rows: int) -> None:
+    def _on_rows_done(self, rows: int) -> None:
         """All examples of so many rows have been given."""
-        self._rows_done, self._given = rows, 0
+        self._rows_done, self._examples_given = rows, 0
 
 
 def _endless(turns: Callable[[], Iterator[int]]) -> Iterator[int]:

@@ -40,12 +40,12 @@ class Draws:
 
     def of(self, plan: Sequence[Sequence[int]]) -> list[list[int]]:
         """The examples of each step of a plan of rows, whose epochs come one after the other."""
-        found, done = [], 0
+        found, rows_before = [], 0
         for step in plan:
             rows = np.array(step, np.int64)
-            epochs = (done + np.arange(len(rows))) // self.count
+            epochs = (rows_before + np.arange(len(rows))) // self.count
             found.append(self.examples[epochs % self.periods[rows], rows].tolist())
-            done += len(rows)
+            rows_before += len(rows)
         return found
 
 
@@ -70,16 +70,16 @@ def draw_again(
     if epochs < 2:
         return [], None, []
     first: dict[str, int | None] = {row.where: row.template for row in rows if row.template is not None}
-    asked, notes = _asked_in(data, sources, first, epochs=epochs, seed=seed, network=network)
-    drawn: list[dict[str, int | None]] = [
+    later_epochs, notes = _rows_of_later_epochs(data, sources, first, epochs=epochs, seed=seed, network=network)
+    templates_by_epoch: list[dict[str, int | None]] = [
         first,
-        *({where: row.template for where, row in epoch.items()} for epoch in asked),
+        *({where: row.template for where, row in epoch.items()} for epoch in later_epochs),
     ]
-    periods = {where: _period([epoch.get(where) for epoch in drawn]) for where in first}
+    periods = {where: _period([epoch.get(where) for epoch in templates_by_epoch]) for where in first}
 
-    made: list[Example | Group] = []
+    new_examples: list[Example | Group] = []
     places: dict[tuple[str, int | None], int] = {}
-    new = {(row.where, row.template): row for epoch in asked for row in epoch.values()}
+    new = {(row.where, row.template): row for epoch in later_epochs for row in epoch.values()}
     new = {(where, template): row for (where, template), row in new.items() if template != first[where]}
     for template in dict.fromkeys(template for _, template in new):  # a place has one rendering of each template
         some = [row for (_, own), row in new.items() if own == template]
@@ -91,16 +91,22 @@ def draw_again(
             found, report = [], Report(problems=[str(error)])
         notes += report.problems
         for example in found:
-            places[example.where, template] = len(examples) + len(made)
-            made.append(example)
+            places[example.where, template] = len(examples) + len(new_examples)
+            new_examples.append(example)
     if left_out := len(new) - len(places):
         notes.append(f"{left_out:,} renderings for later epochs cannot be used: these rows are asked as in the first")
-    notes.append(f"templates: {len(made):,} more rows are rendered, as later epochs ask in other ways than the first")
+    notes.append(
+        f"templates: {len(new_examples):,} more rows are rendered, as later epochs ask in other ways than the first"
+    )
     numbers = [
         [places.get((example.where, epoch.get(example.where)), own) for own, example in enumerate(examples)]
-        for epoch in drawn
+        for epoch in templates_by_epoch
     ]
-    return made, Draws(np.array(numbers, np.int64), np.array([periods.get(e.where, 1) for e in examples])), notes
+    return (
+        new_examples,
+        Draws(np.array(numbers, np.int64), np.array([periods.get(e.where, 1) for e in examples])),
+        notes,
+    )
 
 
 def _period(templates: Sequence[int | None]) -> int:
@@ -109,7 +115,7 @@ def _period(templates: Sequence[int | None]) -> int:
     return next(again, len(templates))
 
 
-def _asked_in(
+def _rows_of_later_epochs(
     data: DataConfig,
     sources: Sequence[SourceConfig],
     first: dict[str, int | None],

@@ -21,10 +21,10 @@ DAMPING = 1e-3
 
 
 def lq_lora(site: Site, part: Delta) -> dict[str, Tensor]:
-    lost = site.original() - site.W()
-    F = site.statistics["fisher"].to(lost)
+    error = site.original() - site.W()
+    F = site.statistics["fisher"].to(error)
     F = F / F.mean() + DAMPING
     R, C = F.mean(1).sqrt(), F.mean(0).sqrt()
-    U, S, Vh = top_singular(R[:, None] * lost * C, rank(part))
+    U, S, Vh = top_singular(R[:, None] * error * C, rank(part))
     root = (S / part.scale).sqrt()
     return {"A": root[:, None] * Vh / C, "B": U * root / R[:, None]}

@@ -23,14 +23,14 @@ ROUNDS = 20
 
 def quailora(site: Site, part: Delta) -> dict[str, Tensor]:
     W = site.original()
-    lost = (W - site.W()).double()
-    M = site.statistics["second_moment"].to(lost)
+    error = (W - site.W()).double()
+    M = site.statistics["second_moment"].to(error)
     M = M / M.diagonal().mean() + DAMPING * torch.eye(site.d_in).to(M)
-    A = top_singular(lost, rank(part))[2]
-    LM = lost @ M
+    A = top_singular(error, rank(part))[2]
+    LM = error @ M
     for _ in range(ROUNDS):
         B = torch.linalg.lstsq((A @ M @ A.T), A @ LM.T).solution.T
-        A = torch.linalg.lstsq(B, lost).solution
+        A = torch.linalg.lstsq(B, error).solution
     # B A = (Q_B R_B) (R_A Q_A)^T: its singular vectors from a product of r x r
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.T)

@@ -24,7 +24,7 @@ from graftlm.config.schema import config
 from graftlm.errors import DataError
 from graftlm.evaluation.metrics.base import Answer, Array, MetricConfig, MetricRow, field_of, scores
 from graftlm.evaluation.metrics.json_answers import NoJson, read
-from graftlm.generation.tool_calls import HERMES, LLAMA, MISTRAL, parse_calls
+from graftlm.tool_calls.formats import HERMES, LLAMA, MISTRAL, parse_calls
 
 LOOSE = re.compile(r"[ ,./\-_*^]")
 

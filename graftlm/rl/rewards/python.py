@@ -1,7 +1,7 @@
 """A function of the user's: `rewards.py:score`.
 
     def score(said) -> float | None:            # rewards.py
-        return -abs(len(said.answer.split()) - 10)
+        return -abs(len(completion.answer.split()) - 10)
 
 `said` is a `graftlm.rl.rewards.base.Completion`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
 file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as all
@@ -38,16 +38,16 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
     function = load_function(config.function, "rl.scorer.function")
 
     def score(answers: Sequence[Completion]) -> list[Reward]:
-        return [_one(said) for said in answers]
+        return [_one(completion) for completion in answers]
 
-    def _one(said: Completion) -> Reward:
+    def _one(completion: Completion) -> Reward:
         try:
-            found = function(said)
+            found = function(completion)
             return None if found is None else float(found)
         except Exception as error:
             raise TrainingError(
-                f"{config.function} failed on an answer to {said.where}: {failure(error, config.function)}\n"
-                f"The answer: {said.answer[:200]!r}. It must return a number, or None",
+                f"{config.function} failed on an answer to {completion.where}: {failure(error, config.function)}\n"
+                f"The answer: {completion.answer[:200]!r}. It must return a number, or None",
                 code="reward-function-failed",
             ) from error
 

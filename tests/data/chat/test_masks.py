@@ -34,7 +34,7 @@ def rendered(roles: list[Role]) -> Rendered:
         roles=np.array(roles, np.uint8),
         text="",
         turns=np.array([ROLES.index(role) for role in roles], np.int32) // 5,
-        given=np.full(len(roles), np.nan, np.float32),
+        row_weights=np.full(len(roles), np.nan, np.float32),
     )
 
 
@@ -60,7 +60,7 @@ TWO_TURNS = Rendered(
     roles=np.array([Role.SPECIAL, Role.USER, Role.ASSISTANT, Role.END_OF_TURN] * 2, np.uint8),
     text="",
     turns=np.array([0, 0, 1, 1, 2, 2, 3, 3], np.int32),
-    given=np.full(8, np.nan, np.float32),
+    row_weights=np.full(8, np.nan, np.float32),
 )
 
 
@@ -75,11 +75,20 @@ def test_what_the_mask_leaves_out_may_have_the_prompts_weight() -> None:
 
 
 def test_what_the_row_says_stands_before_mask_and_prompt_weight() -> None:
-    given = np.array([9, 2, 0, np.nan, np.nan, np.nan, 0.5, np.nan], np.float32)
-    assert weights(TWO_TURNS._replace(given=given), "response", 0.25).tolist() == [0, 2, 0, 1, 0.25, 0.25, 0.5, 1]
+    row_weights = np.array([9, 2, 0, np.nan, np.nan, np.nan, 0.5, np.nan], np.float32)
+    assert weights(TWO_TURNS._replace(row_weights=row_weights), "response", 0.25).tolist() == [
+        0,
+        2,
+        0,
+        1,
+        0.25,
+        0.25,
+        0.5,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_what_another_row_trains_is_only_read(mask: str) -> None:
-    found = weights(TWO_TURNS._replace(first=2, given=np.ones(8, np.float32)), mask, 1.0)
+    found = weights(TWO_TURNS._replace(first=2, row_weights=np.ones(8, np.float32)), mask, 1.0)
     assert found.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]

@@ -74,7 +74,7 @@ def check_row(renderer: Renderer, rendered: Rendered, messages: list[Message], a
     text = plainly(renderer, messages)
     assert text_of(renderer, rendered.ids) == rendered.text == text, "what is fed"
     assert (rendered.ids.dtype, rendered.roles.dtype) == (np.int32, np.uint8)
-    assert len(rendered.roles) == len(rendered.ids) == len(rendered.turns) == len(rendered.given)
+    assert len(rendered.roles) == len(rendered.ids) == len(rendered.turns) == len(rendered.row_weights)
 
     for role, kind in ((Role.SYSTEM, "system"), (Role.USER, "user")):
         wanted = [m.content.strip() for m in messages if m.role == kind and m.content.strip()]

@@ -6,7 +6,7 @@ import pytest
 
 from graftlm.data.quality import survey as module
 from graftlm.data.quality.languages import language
-from graftlm.data.quality.survey import Entry, not_told, survey
+from graftlm.data.quality.survey import Entry, notes_beyond_survey, survey
 from graftlm.data.sources.formats import TEXT, Message
 from graftlm.data.sources.source import Row
 from tests.data.shapes import chat
@@ -59,7 +59,7 @@ def test_rows_that_call_tools_otherwise_are_not_nearly_the_same() -> None:
 def test_what_reading_told_of_the_same_rows_is_not_told_twice() -> None:
     looked = survey([row(1, "a", "b"), row(2, "c", "d"), row(3, "a", "b")])
     notes = ["f:3: says the same as f:1", "f:9: says the same as f:8", "f:3: the line is blank"]
-    assert not_told(notes, looked) == notes[1:]
+    assert notes_beyond_survey(notes, looked) == notes[1:]
 
 
 def test_rows_that_are_nearly_the_same_are_named_with_how_much() -> None:

@@ -14,7 +14,7 @@ from graftlm.data.quality.preflight import prepare
 from graftlm.data.sources import docstrings, mixing, row_cache
 from graftlm.data.sources.mixing import Data, read_data
 from graftlm.data.sources.parts import content_hash
-from graftlm.data.sources.row_cache import KeptRows, read_kept
+from graftlm.data.sources.row_cache import CachedRows, read_cached
 from graftlm.data.sources.source import DataConfig, SourceConfig
 from graftlm.testing import tiny_tokenizer
 
@@ -93,10 +93,10 @@ def test_rows_of_every_kind_are_the_same_the_second_time(
     data = DataConfig(train=str(rows_file), held_out=3)
     plain = read_data(data, seed=1)
     folder = tmp_path / "kept"
-    assert same(read_kept(data, seed=1, folder=folder), plain)
+    assert same(read_cached(data, seed=1, folder=folder), plain)
     unread(monkeypatch)
-    again = read_kept(data, seed=1, folder=folder)
-    assert isinstance(again.train, KeptRows)
+    again = read_cached(data, seed=1, folder=folder)
+    assert isinstance(again.train, CachedRows)
     assert same(again, plain)
     assert [row.where for row in plain.train] == again.train.places
     assert again.train[-1] == plain.train[-1]
@@ -110,11 +110,11 @@ def test_only_rows_that_are_asked_for_are_made(
     rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, folder, renderer = DataConfig(train=str(rows_file)), tmp_path / "kept", Renderer(tiny_tokenizer())
-    first = prepare(read_kept(data, seed=1, folder=folder).train, renderer, data, cache=folder)
+    first = prepare(read_cached(data, seed=1, folder=folder).train, renderer, data, cache=folder)
     assert not first[1].from_cache
     monkeypatch.setattr(parallel, "render", None)
     monkeypatch.setattr(row_cache, "_row", None)
-    rows = read_kept(data, seed=1, folder=folder).train
+    rows = read_cached(data, seed=1, folder=folder).train
     examples, report = prepare(rows, renderer, data, cache=folder)
     assert report.from_cache
     assert [(e.where, e.ids.tolist(), e.weights.tolist()) for e in examples] == [
@@ -138,51 +138,51 @@ def test_whatever_decides_on_rows_is_in_the_key(
     what: str, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, folder = DataConfig(train=str(rows_file), held_out=3), tmp_path / "kept"
-    read_kept(data, seed=1, folder=folder)
+    read_cached(data, seed=1, folder=folder)
     changed, seed, _ = CHANGES[what](data, rows_file)
-    assert same(read_kept(changed, seed=seed, folder=folder), read_data(changed, seed=seed))
+    assert same(read_cached(changed, seed=seed, folder=folder), read_data(changed, seed=seed))
     monkeypatch.setattr(token_cache, "code", lambda: "another version")
     unread(monkeypatch)
     with pytest.raises(AssertionError, match="was read"):
-        read_kept(data, seed=1, folder=folder)
+        read_cached(data, seed=1, folder=folder)
 
 
 def test_neither_date_nor_mask_is_in_the_key_and_a_name_only_as_a_place(
     rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, folder = DataConfig(train=str(rows_file)), tmp_path / "kept"
-    first = read_kept(data, seed=1, folder=folder).train
+    first = read_cached(data, seed=1, folder=folder).train
     moved = rows_file.rename(tmp_path / "other.jsonl")
-    elsewhere = read_kept(DataConfig(train=str(moved)), seed=1, folder=folder).train
+    elsewhere = read_cached(DataConfig(train=str(moved)), seed=1, folder=folder).train
     assert elsewhere[0].where == f"{moved}:1"
-    assert isinstance(first, KeptRows)
-    assert isinstance(elsewhere, KeptRows)
+    assert isinstance(first, CachedRows)
+    assert isinstance(elsewhere, CachedRows)
     assert first.key == elsewhere.key, "what is rendered is the same"
     moved.rename(rows_file)
     os.utime(rows_file, (1, 1))
     unread(monkeypatch)
-    assert read_kept(replace(data, prompt_weight=0.5, max_tokens=5), seed=1, folder=folder).train[0] == first[0]
+    assert read_cached(replace(data, prompt_weight=0.5, max_tokens=5), seed=1, folder=folder).train[0] == first[0]
 
 
 def test_training_and_held_out_rows_have_keys_of_their_own(rows_file: Path, tmp_path: Path) -> None:
-    found = read_kept(DataConfig(train=str(rows_file), held_out=3), seed=1, folder=tmp_path / "kept")
-    assert isinstance(found.train, KeptRows)
-    assert isinstance(found.held_out, KeptRows)
+    found = read_cached(DataConfig(train=str(rows_file), held_out=3), seed=1, folder=tmp_path / "kept")
+    assert isinstance(found.train, CachedRows)
+    assert isinstance(found.held_out, CachedRows)
     assert found.train.key != found.held_out.key
 
 
 def test_a_damaged_file_is_made_again_and_said(rows_file: Path, tmp_path: Path) -> None:
     data, folder = DataConfig(train=str(rows_file)), tmp_path / "kept"
     plain = read_data(data, seed=1)
-    read_kept(data, seed=1, folder=folder)
+    read_cached(data, seed=1, folder=folder)
     (file,) = folder.iterdir()
     raw = bytearray(file.read_bytes())
     raw[-40] ^= 1
     file.write_bytes(raw)
-    again = read_kept(data, seed=1, folder=folder)
+    again = read_cached(data, seed=1, folder=folder)
     assert list(again.train) == list(plain.train)
     assert "was damaged" in again.notes[0]
-    assert same(read_kept(data, seed=1, folder=folder), plain), "and mended"
+    assert same(read_cached(data, seed=1, folder=folder), plain), "and mended"
 
 
 def test_the_built_in_rows_are_known_by_the_library_that_they_are_made_from(
@@ -195,22 +195,22 @@ def test_the_built_in_rows_are_known_by_the_library_that_they_are_made_from(
     code = 'def {}(a, b):\n    """Adds what is given to it, twice."""\n    x = a + b  # a long, long line\n'
     body = "    y = a + b  # and another one\n    return x + y\n\n\n"
     (library / "a.py").write_text((code + body).format("one") + (code + body).format("two"))
-    first = read_kept(data, seed=0, folder=folder)
-    assert isinstance(first.train, KeptRows)
+    first = read_cached(data, seed=0, folder=folder)
+    assert isinstance(first.train, CachedRows)
     assert list(first.train) == list(read_data(data, seed=0).train)
     (library / "test" / "c.py").write_text((code + body).format("four"))  # of which no row is made
     with monkeypatch.context() as now:
         unread(now)
-        assert same(read_kept(data, seed=0, folder=folder), first)
+        assert same(read_cached(data, seed=0, folder=folder), first)
     (library / "b.py").write_text((code + body).format("three"))
-    assert len(read_kept(data, seed=0, folder=folder).train) == 3
+    assert len(read_cached(data, seed=0, folder=folder).train) == 3
 
 
 def test_what_is_no_file_is_read_each_time_and_a_few_rows_too(rows_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     assert content_hash("hub:org/name") is None
-    read_kept(DataConfig(train=str(write(tmp_path / "one.jsonl", LINES[:1]))), seed=0, folder=folder)
-    read_kept(DataConfig(train=str(rows_file)), seed=0, folder=None)
+    read_cached(DataConfig(train=str(write(tmp_path / "one.jsonl", LINES[:1]))), seed=0, folder=folder)
+    read_cached(DataConfig(train=str(rows_file)), seed=0, folder=None)
     assert not folder.exists()
 
 
@@ -218,8 +218,8 @@ def test_rows_of_two_files_are_not_those_of_one(rows_file: Path, tmp_path: Path)
     """The same bytes in another partition."""
     folder = tmp_path / "kept"
     a, b = write(tmp_path / "a.jsonl", LINES[:5]), write(tmp_path / "b.jsonl", LINES[5:9])
-    both = read_kept(DataConfig(train=(str(a), str(b))), seed=0, folder=folder)
-    whole = read_kept(DataConfig(train=str(write(tmp_path / "c.jsonl", LINES[:9]))), seed=0, folder=folder)
-    assert isinstance(both.train, KeptRows)
-    assert isinstance(whole.train, KeptRows)
+    both = read_cached(DataConfig(train=(str(a), str(b))), seed=0, folder=folder)
+    whole = read_cached(DataConfig(train=str(write(tmp_path / "c.jsonl", LINES[:9]))), seed=0, folder=folder)
+    assert isinstance(both.train, CachedRows)
+    assert isinstance(whole.train, CachedRows)
     assert both.train.key != whole.train.key

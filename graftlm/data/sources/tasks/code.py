@@ -33,11 +33,11 @@ LISTS = words("prices names lines words rows scores items values orders dates pa
 def docstring(draw: Random) -> tuple[str, str]:
     if draw.random() < 0.5:
         (operator, meaning), (a, b) = draw.choice(list(OPERATORS.items())), draw.sample(NUMBERS, 2)
-        code, said = f"def f({a}, {b}):\n    return {a} {operator} {b}", meaning.format(a=a, b=b)
+        code, description = f"def f({a}, {b}):\n    return {a} {operator} {b}", meaning.format(a=a, b=b)
     else:
         (call, meaning), c = draw.choice(list(CALLS.items())), draw.choice(LISTS)
-        code, said = f"def f({c}):\n    return {call.format(c=c)}", meaning.format(c=c)
-    return code, f"Return {said}."
+        code, description = f"def f({c}):\n    return {call.format(c=c)}", meaning.format(c=c)
+    return code, f"Return {description}."
 
 
 TASKS = {

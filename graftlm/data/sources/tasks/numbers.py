@@ -32,10 +32,10 @@ def units(draw: Random) -> tuple[str, str]:
 
 def roman(draw: Random) -> tuple[str, str]:
     what, number = draw.choice(CHAPTERS), draw.randint(1, 99)
-    left, letters = number, ""
+    rest, letters = number, ""
     for value, sign in ROMAN:
-        letters += sign * (left // value)
-        left %= value
+        letters += sign * (rest // value)
+        rest %= value
     return f"{what} {number}", f"{what} {letters}"
 
 

@@ -34,21 +34,21 @@ def clock_24h(draw: Random) -> tuple[str, str]:
 
 def phone(draw: Random) -> tuple[str, str]:
     area, line = draw.randint(201, 989), draw.randint(0, 9999)
-    written = draw.choice((f"({area}) 555-{line:04}", f"{area}.555.{line:04}", f"{area} 555 {line:04}"))
-    return written, f"+1-{area}-555-{line:04}"
+    text = draw.choice((f"({area}) 555-{line:04}", f"{area}.555.{line:04}", f"{area} 555 {line:04}"))
+    return text, f"+1-{area}-555-{line:04}"
 
 
 def contact_json(draw: Random) -> tuple[str, str]:
     first, last, city = draw.choice(FIRST_NAMES), draw.choice(LAST_NAMES), draw.choice(CITIES)
     email = f"{first.lower()}@{last.lower()}.{draw.choice(('org', 'com', 'net'))}"
-    said = draw.choice(
+    sentence = draw.choice(
         (
             f"{first} {last} lives in {city}, mail to {email}",
             f"Write to {first} {last} ({email}) in {city}",
             f"In {city} ask {first} {last}, {email}",
         )
     )
-    return said, json.dumps({"name": f"{first} {last}", "email": email})
+    return sentence, json.dumps({"name": f"{first} {last}", "email": email})
 
 
 def pairs_json(draw: Random) -> tuple[str, str]:

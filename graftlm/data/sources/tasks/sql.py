@@ -35,20 +35,20 @@ def query(draw: Random) -> tuple[str, str]:
     limit = values[len(values) * draw.randint(2, 8) // 10]
     kind = draw.randrange(4)
     if kind == 0:
-        asked = f"names with {column} {word} {limit}"
+        question = f"names with {column} {word} {limit}"
         answer = f"SELECT name FROM {table} WHERE {column} {sign} {limit};"
     elif kind == 1:
-        asked = f"how many have {column} {word} {limit}"
+        question = f"how many have {column} {word} {limit}"
         answer = f"SELECT COUNT(*) FROM {table} WHERE {column} {sign} {limit};"
     elif kind == 2:
         name, function = draw.choice(list(AGGREGATES.items()))
-        asked = f"{name} {other} with {column} {word} {limit}"
+        question = f"{name} {other} with {column} {word} {limit}"
         answer = f"SELECT {function}({other}) FROM {table} WHERE {column} {sign} {limit};"
     else:
         count, (order, direction) = draw.randint(2, 9), draw.choice((("highest", " DESC"), ("lowest", "")))
-        asked = f"names of the {count} with the {order} {column}"
+        question = f"names of the {count} with the {order} {column}"
         answer = f"SELECT name FROM {table} ORDER BY {column}{direction} LIMIT {count};"
-    return f"{table}(name, {', '.join(columns)}): {asked}", answer
+    return f"{table}(name, {', '.join(columns)}): {question}", answer
 
 
 def database(number: int) -> list[str]:

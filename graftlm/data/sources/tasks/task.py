@@ -46,16 +46,16 @@ def rows_of(name: str, task: Task, seed: int = 0) -> list[dict[str, str]]:
     for _ in range(TRIES * count):
         if len(examples) == count:
             break
-        given, answer = task.example(draw)
-        examples.setdefault(given, answer)
+        question, answer = task.example(draw)
+        examples.setdefault(question, answer)
     assert len(examples) == count, f"{name}: only {len(examples)} inputs are distinct, {count} are needed"
     return [
         {
-            "prompt": templates[number % len(templates)].replace("{given}", given),
+            "prompt": templates[number % len(templates)].replace("{given}", question),
             "completion": answer,
             "group": f"{name}/{number % len(templates)}",
         }
-        for number, (given, answer) in enumerate(examples.items())
+        for number, (question, answer) in enumerate(examples.items())
     ]
 
 

@@ -1,0 +1,1 @@
+"""Which adapters answer a request, or each of its tokens, where nobody names them."""

@@ -1,0 +1,1 @@
+"""Calls of tools in answers: how families of models write them, and grammars that force them."""
