@@ -19,6 +19,7 @@ from graftlm.cli import (
     export,
     generate,
     init,
+    inspect,
     library,
     lr_range,
     merge,
@@ -64,6 +65,7 @@ app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("init")(init.init)
 app.command("env")(env.env)

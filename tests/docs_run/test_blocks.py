@@ -93,12 +93,12 @@ def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Pa
     if block.startswith("adapters:"):
         assert build(ComposeConfig, yaml.safe_load(block), source=page).adapters, "a recipe of graft compose"
         return
-    if "\ntasks:" in block:
-        assert build(TasksConfig, yaml.safe_load(block), source=page).tasks, "a file of tasks"
-        return
     if block.startswith("name:"):
         (tmp_path / "router.yaml").write_text(block)
         assert read_router(str(tmp_path / "router.yaml")), "a router"
+        return
+    if "\ntasks:" in block:
+        assert build(TasksConfig, yaml.safe_load(block), source=page).tasks, "a file of tasks"
         return
     assert block.startswith("base:"), f"{page}:{line}: show whole recipes, so that they can be tried and tested"
     (tmp_path / "recipe.yaml").write_text(block)
