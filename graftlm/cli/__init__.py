@@ -15,9 +15,11 @@ from graftlm.cli import (
     data,
     env,
     estimate,
+    evaluate,
     export,
     generate,
     init,
+    inspect,
     library,
     lr_range,
     merge,
@@ -64,6 +66,8 @@ app.command("transfer")(transfer.transfer)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("init")(init.init)
 app.command("env")(env.env)

@@ -104,4 +104,5 @@ def _read_prompt(model: Any, generation: Generation) -> None:
     ids = list(map(int, request.ids))
     with by_row(model, [generation.row]):
         logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-    prompt_reader(ids, request.prompt_logprobs, generation.prompt_logprobs)(0, logits)
+    begin, found = request.prompt_logprobs_from, generation.prompt_logprobs
+    prompt_reader(ids, request.prompt_logprobs, begin, found)(0, logits)

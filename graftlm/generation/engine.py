@@ -315,26 +315,30 @@ class Engine:
                 generation.fail(error)
                 continue
             one = _Running(generation, tokens, chooser_of(generation), cache)
-            if generation.request.prompt_logprobs is not None:
-                one.read = prompt_reader(tokens[:], generation.request.prompt_logprobs, generation.prompt_logprobs)
+            request = generation.request
+            if request.prompt_logprobs is not None:
+                begin, found = request.prompt_logprobs_from, generation.prompt_logprobs
+                one.read = prompt_reader(tokens[:], request.prompt_logprobs, begin, found)
             one.source, one.shared = self._same_beginning(one)
             self._running.append(one)
             if room is not None:
                 self._prefixes.shrink(max(0, room - cache.capacity))
 
     def _same_beginning(self, one: _Running) -> tuple[_Running | None, int]:
-        """A running request that has the same first tokens and deltas, and how many; at least one token is left.
+        """A running request that has the same first tokens and deltas, and how many; at least one token is left, and
+        all whose logits are wanted.
 
         Where one that ended has as many, they are copied at once.
         """
         found: tuple[_Running | None, int] = (None, SHARED_TOKENS - 1)
+        last = len(one.tokens) - 1
         if one.read is not None:
-            return None, 0
+            last = max(0, one.generation.request.prompt_logprobs_from - 1)
         for other in self._running:
             if other.generation.key == one.generation.key and other.source is None:
-                same = common(one.tokens[:-1], other.tokens)
+                same = common(one.tokens[:last], other.tokens)
                 found = (other, same) if same > found[1] else found
-        kept, same = self._prefixes.longest(one.generation.key, one.tokens[:-1])
+        kept, same = self._prefixes.longest(one.generation.key, one.tokens[:last])
         if kept is not None and same >= max(found[1], SHARED_TOKENS):
             one.cache.copy_from(kept, same)
             one.computed = same
@@ -368,6 +372,7 @@ class Engine:
                 one.generation.row,
                 count == one.left,
                 one.read if one.computed < len(one.generation.request.ids) else None,
+                max(0, one.generation.request.prompt_logprobs_from - 1),
             )
             for one, count in parts
         ]

@@ -36,7 +36,9 @@ class Piece:
     """Whether the token after these is wanted."""
     read: Callable[[int, Tensor], None] | None = None
     """Called with a number n of tokens and the logits after the tokens from n on [at most READ_TOKENS, vocabulary], for
-    all of them in order."""
+    all of them in order that are not before `read_from`."""
+    read_from: int = 0
+    """The number of the first token of the request after which the logits are read."""
 
 
 def pass_over(copy: Any, pieces: Sequence[Piece]) -> Tensor:
@@ -75,7 +77,7 @@ def _read(copy: Any, pieces: Sequence[Piece], hidden: Tensor) -> None:
         begin, end = end, end + len(piece.ids)
         if piece.read is None:
             continue
-        for start in range(begin, end, READ_TOKENS):
+        for start in range(begin + max(0, piece.read_from - piece.start), end, READ_TOKENS):
             some = hidden[start : min(end, start + READ_TOKENS)]
             with use_route(_route([(len(some), piece.row)])):
                 piece.read(piece.start + start - begin, logits(copy, some))

@@ -37,14 +37,18 @@ def of_tokens(logits: Tensor, tokens: Sequence[int], counts: Sequence[int | None
     return found
 
 
-def prompt_reader(prompt: Sequence[int], count: int, found: list[TokenLogprob | None]) -> Callable[[int, Tensor], None]:
+def prompt_reader(
+    prompt: Sequence[int], count: int, begin: int, found: list[TokenLogprob | None]
+) -> Callable[[int, Tensor], None]:
     """What is called with logits [n, V] after the tokens of a prompt from `start` on, part by part and in order: it
-    appends to `found` a log-probability for every token that they predict. The first one is None."""
+    appends to `found` a log-probability for every token that they predict, from token `begin` on. Tokens before that
+    one, and the first of all, have None."""
 
     def read(start: int, logits: Tensor) -> None:
-        if start == 0:
-            found.append(None)
-        tokens = list(map(int, prompt[start + 1 : start + 1 + len(logits)]))
+        if not found:
+            found.extend([None] * max(1, begin))
+        logits = logits[max(0, begin - 1 - start) :]
+        tokens = list(map(int, prompt[len(found) : len(found) + len(logits)]))
         found.extend(of_tokens(logits[: len(tokens)], tokens, [count] * len(tokens)))
 
     return read

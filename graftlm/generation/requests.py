@@ -49,7 +49,10 @@ class Request:
     logprobs: int | None = None
     """Whether to give the log-probabilities of new ids (0), and those of how many of the likeliest ids (1 and more)."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's own ids. Such a prompt is computed whole, whoever has the same beginning."""
+    """The same of the prompt's own ids, from `prompt_logprobs_from` on."""
+    prompt_logprobs_from: int = 0
+    """The number of the first id of the prompt whose log-probability is wanted. What stands before it is computed once
+    for all requests that begin with it."""
     grammar: CompiledGrammar | None = None
     """What the answer must be. It ends where the grammar allows nothing more, and ids in `stop_ids` end it only where
     the grammar allows an end."""
@@ -63,6 +66,8 @@ class Request:
         """Raise ValueError for a request that is none, RequestError for one that this model cannot answer."""
         if len(self.ids) == 0 or self.max_new_tokens < 1:
             raise ValueError("a request needs one id at least, and max_new_tokens one at least")
+        if not 0 <= self.prompt_logprobs_from < len(self.ids):
+            raise ValueError(f"prompt_logprobs_from is {self.prompt_logprobs_from}, and the ids are {len(self.ids)}")
         size = model.config.get_text_config().vocab_size
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None and not 0 <= count <= size:
@@ -109,7 +114,8 @@ class Generation:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each of `ids`, where the request wants them."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    """One for each id of the prompt as far as it is read, None for the first one, where the request wants them."""
+    """One for each id of the prompt as far as it is read, None for the first one and for those before
+    `prompt_logprobs_from`, where the request wants them."""
 
     @property
     def answer_ids(self) -> list[int]:

@@ -23,6 +23,7 @@ from graftlm.config.schema import build
 from graftlm.data.sources.formats import FORMATS
 from graftlm.data.sources.load import load_rows
 from graftlm.deltas import METHODS
+from graftlm.evaluation.task_file import TasksConfig
 from graftlm.hub import load, tokenizer
 from graftlm.hub.config import BaseConfig
 from graftlm.recipe import read_recipe
@@ -95,6 +96,9 @@ def test_a_yaml_block_is_a_recipe(page: str, line: int, block: str, tmp_path: Pa
     if block.startswith("name:"):
         (tmp_path / "router.yaml").write_text(block)
         assert read_router(str(tmp_path / "router.yaml")), "a router"
+        return
+    if "\ntasks:" in block:
+        assert build(TasksConfig, yaml.safe_load(block), source=page).tasks, "a file of tasks"
         return
     assert block.startswith("base:"), f"{page}:{line}: show whole recipes, so that they can be tried and tested"
     (tmp_path / "recipe.yaml").write_text(block)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.generation import engine as engine_module
 from graftlm.generation.engine import Engine
 from graftlm.generation.logprobs import TokenLogprob
 from graftlm.generation.requests import Generation, Request
@@ -77,6 +78,9 @@ def test_a_model_that_transformers_runs_gives_the_same() -> None:
     check_all(model, first, 2, 1)
     check_all(model, plain, None, None)
     assert first.ids == plain.ids
+    later = Request(SHARED[:20], 5, prompt_logprobs=1, prompt_logprobs_from=7)
+    ((_, found),) = engine.run([later])
+    assert found.prompt_logprobs == [None] * 7 + first.prompt_logprobs[7:]
 
 
 def test_each_request_has_those_of_its_own_deltas() -> None:
@@ -98,6 +102,38 @@ def test_they_are_there_when_a_token_is_given_to_its_listener() -> None:
     )
     engine.wait(answer)
     assert seen == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("step_tokens", [13, 512])
+@pytest.mark.parametrize("begin", [0, 1, 2, 60, 80, 83])
+def test_log_probabilities_of_continuations_share_what_stands_before(
+    begin: int, step_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tokens from `begin` on, for four continuations of one beginning: the numbers of a pass over each alone."""
+    model, computed = varied(head_dim=16), list[int]()
+    plain = engine_module.pass_over
+
+    def counted(copy: Any, pieces: Any) -> torch.Tensor:
+        computed.append(sum(len(piece.ids) for piece in pieces))
+        return plain(copy, pieces)
+
+    monkeypatch.setattr(engine_module, "pass_over", counted)
+    ends = [[7, 9, 11, 5], [7, 9, 12, 6], [200, 201, 202, 203], [7, 8, 7, 8, 7, 8]]
+    requests = [Request([*SHARED, *end], 1, prompt_logprobs=1, prompt_logprobs_from=begin) for end in ends]
+    for number, answer in Engine(model, step_tokens=step_tokens).run(requests):
+        ids = [*SHARED, *ends[number]]
+        wanted = forward(model, ids)
+        assert len(answer.prompt_logprobs) == len(ids)
+        assert answer.prompt_logprobs[: max(1, begin)] == [None] * max(1, begin)
+        for at in range(max(1, begin), len(ids)):
+            check(answer.prompt_logprobs[at], wanted[at - 1], ids[at], 1)
+    everything, shared = sum(len(SHARED) + len(end) for end in ends), max(0, begin - 1)
+    assert sum(computed) <= everything - 3 * (shared if shared >= engine_module.SHARED_TOKENS else 0) + 6
+
+
+def test_a_beginning_outside_of_the_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompt_logprobs_from is 3"):
+        Engine(tiny_model()).submit(Request([1, 2, 3], 1, prompt_logprobs=0, prompt_logprobs_from=3))
 
 
 @pytest.mark.parametrize("given", [{"logprobs": 301}, {"prompt_logprobs": -1}])

@@ -62,7 +62,9 @@ def metric_of(entry: str | Mapping[str, Any], source: str) -> MetricConfig:
 
 
 def shown_name(config: MetricConfig) -> str:
-    """What a metric is called in results: its name, or that of the user's function."""
+    """What a metric is called in results: its label, else its name, or that of the user's function."""
+    if config.label is not None:
+        return config.label
     return config.function.rpartition(":")[2] if isinstance(config, python.PythonMetricConfig) else config.name
 
 

@@ -84,6 +84,8 @@ class MetricConfig:
     """The base of all configs of metrics; each adds `name`, its key in METRICS, and its options."""
 
     name: str
+    label: str | None = None
+    """What it is called in results, where a task has the same metric twice."""
 
 
 def mean(sums: Array) -> Array:

@@ -6,9 +6,9 @@
     pearson    sum (x - mean x)(y - mean y) / sqrt(sum (x - mean x)^2 sum (y - mean y)^2)
     spearman   Pearson of the ranks (1904); equal values have the mean of their ranks
 
-A label is the whole answer, its case apart; an answer that is no label of the references is a label of its own, and
-wrong. In multiple choice labels are numbers of choices. For pearson and spearman an answer must be a number alone; what
-is none counts as `otherwise`. Where all values are equal they are not defined (NaN). An interval of spearman is by the
+A label is the whole answer, its case apart. Answers that no reference of the corpus has are one more label, and wrong.
+In multiple choice labels are numbers of choices. For pearson and spearman an answer must be a number alone; what is
+none counts as `otherwise`. Where all values are equal they are not defined (NaN). An interval of spearman is by the
 ranks of the whole sample.
 """
 
@@ -47,20 +47,27 @@ class SpearmanConfig(MetricConfig):
 
 
 def mcc_parts(config: MccConfig, items: Sequence[Answer | Choice]) -> Array:
-    """The confusion matrix of each item, flat [n, K K]: answers by references."""
+    """The confusion matrix of each item, flat [n, K K]: answers by references. K depends on what is right alone."""
     pairs = [_labels(item) for item in items]
-    number = {label: k for k, label in enumerate(sorted({label for pair in pairs for label in pair}))}
-    found = np.zeros((len(items), len(number), len(number)))
+    known = {label: k for k, label in enumerate(sorted({label for item in items for label in _right(item)}))}
+    found = np.zeros((len(items), len(known) + 1, len(known) + 1))
     for each, (said, wanted) in zip(found, pairs, strict=True):
-        each[number[said], number[wanted]] = 1
+        each[known.get(said, len(known)), known[wanted]] = 1
     return found.reshape(len(items), -1)
+
+
+def _right(item: Answer | Choice) -> list[str]:
+    """Labels that the item has, or could have."""
+    if isinstance(item, Choice):
+        return [str(number) for number in range(len(item.texts))]
+    return [each.strip().casefold() for each in references(item, "mcc")]
 
 
 def _labels(item: Answer | Choice) -> tuple[str, str]:
     """(the answer, what would be right)."""
     if isinstance(item, Choice):
         return str(item.best), str(item.best if item.best in item.gold else item.gold[0])
-    said, wanted = item.text.strip().casefold(), [each.strip().casefold() for each in references(item, "mcc")]
+    said, wanted = item.text.strip().casefold(), _right(item)
     return said, said if said in wanted else wanted[0]
 
 

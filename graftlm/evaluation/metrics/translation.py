@@ -7,7 +7,7 @@
     TER     100 edits / words of a reference (Snover et al. 2006): the lower the better
 
 The parts of an item are sacrebleu's own counts, so the value is that of its `corpus_score`, with its defaults, which
-lm-eval 0.4.13 takes too.
+lm-eval 0.4.13 takes too. What is made of the counts is written here for many sums at once, as a bootstrap has them.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,9 @@ import numpy as np
 from graftlm.config.schema import config
 from graftlm.errors import RecipeError
 from graftlm.evaluation.metrics.base import UNBOUNDED, Answer, Array, MetricConfig, MetricRow, references
+
+BETA = 2.0
+"""Of chrF: recall counts so much more than precision."""
 
 
 @config
@@ -59,22 +62,51 @@ def parts(config: MetricConfig, items: Sequence[Answer]) -> Array:
     wanted = [references(item, config.name) for item in items]
     most = max(map(len, wanted))
     streams = [[each[n] if n < len(each) else None for each in wanted] for n in range(most)]
-    # Not of the public interface: sacrebleu's own bootstrap is made of these two. A test compares with `corpus_score`.
+    # Not of the public interface: sacrebleu's own bootstrap is made of it. A test compares with `corpus_score`.
     return np.asarray(metric._extract_corpus_statistics([item.text for item in items], streams), dtype=float)
 
 
-def _value(name: str, sums: Array) -> Array:
-    metric = _metric(name)
-    found = [metric._compute_score_from_stats(list(each)).score for each in sums.reshape(-1, sums.shape[-1])]
-    return np.asarray(found, dtype=float).reshape(sums.shape[:-1])
+def bleu(sums: Array) -> Array:
+    """Of words of answers and references, n-grams in common and n-grams, for n from 1 to 4: [..., 2 + 4 + 4].
+
+    The m-th order without a common n-gram counts as one of 2^m (sacrebleu's `exp`, as mteval-v13a has it).
+    """
+    answers, wanted, correct, total = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:]
+    missing = correct == 0
+    smooth = np.where(missing, 0.5 ** np.cumsum(missing, axis=-1), correct)
+    precision = np.divide(smooth, total, out=np.zeros_like(smooth), where=total > 0)
+    defined = (total > 0).all(-1) & ~missing.all(-1)
+    mean = np.exp(np.log(np.where(defined[..., None], precision, 1)).mean(-1))
+    brevity = np.exp(np.minimum(0, 1 - np.divide(wanted, answers, out=np.ones_like(wanted), where=answers > 0)))
+    found: Array = np.where(defined, 100 * brevity * mean, 0.0)
+    return found
+
+
+def chrf(sums: Array) -> Array:
+    """Of n-grams of answers, of references, and in common, for each order [..., 3 orders]."""
+    answers, wanted, common = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+    there = (answers > 0) & (wanted > 0)
+    orders = np.maximum(there.sum(-1), 1)
+    precision = np.divide(common, answers, out=np.zeros_like(common), where=there).sum(-1) / orders
+    recall = np.divide(common, wanted, out=np.zeros_like(common), where=there).sum(-1) / orders
+    above, below = 100 * (1 + BETA**2) * precision * recall, BETA**2 * precision + recall
+    found: Array = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return found
+
+
+def ter(sums: Array) -> Array:
+    """Of edits and words of references [..., 2]."""
+    edits, words = sums[..., 0], sums[..., 1]
+    found: Array = 100 * np.divide(edits, words, out=np.asarray(edits > 0, dtype=float), where=words > 0)
+    return found
 
 
 ROWS = {
-    name: MetricRow(of, (Answer,), parts, partial(_value, name), high=high, higher_is_better=name != "ter")
-    for name, of, high in (
-        ("bleu", BleuConfig, 100.0),
-        ("chrf", ChrfConfig, 100.0),
-        ("chrf++", ChrfPlusPlusConfig, 100.0),
-        ("ter", TerConfig, UNBOUNDED),
+    name: MetricRow(of, (Answer,), parts, value, high=high, higher_is_better=name != "ter")
+    for name, of, value, high in (
+        ("bleu", BleuConfig, bleu, 100.0),
+        ("chrf", ChrfConfig, chrf, 100.0),
+        ("chrf++", ChrfPlusPlusConfig, chrf, 100.0),
+        ("ter", TerConfig, ter, UNBOUNDED),
     )
 }

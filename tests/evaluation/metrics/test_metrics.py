@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftlm.evaluation.metrics import METRICS, Answer, Choice, Likelihood, Outcome, metric_of, shown_name
+from graftlm.evaluation.metrics import METRICS, Answer, Choice, Likelihood, MetricRow, Outcome, metric_of, shown_name
 from graftlm.evaluation.metrics.choice import EceConfig, ece, ece_parts
 from graftlm.evaluation.metrics.gestalt import gestalt
 from graftlm.evaluation.metrics.instructions import INSTRUCTIONS, follows, sentences
 from graftlm.evaluation.metrics.tool_calls import Call, calls_in
 from graftlm.evaluation.metrics.words import squad_text, tokens
+from graftlm.evaluation.task import OUTCOMES
 from tests.errors import raises
 
 FILE = Path(__file__).with_name("own_metrics.py")
@@ -127,6 +129,20 @@ def test_configs_have_the_names_of_the_table() -> None:
         given = {"function": "metrics.py:f"} if name == "python" else {}
         assert row.config(**given).name == name  # type: ignore[call-arg]
         assert row.low < row.high
+
+
+def test_the_page_has_a_row_for_every_metric() -> None:
+    page = (FILE.parents[3] / "docs" / "how-to" / "evaluate.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| (\S+) to (\S+) \| (\w+) \| ([^|]+) \|", page, re.M)
+    kinds = {kind: name for name, kind in OUTCOMES.items()}
+
+    def said(row: MetricRow) -> tuple[str, ...]:
+        ends = (f"{end:g}" if np.isfinite(end) else "-" for end in (row.low, row.high))
+        better = "higher" if row.higher_is_better else "lower"
+        of = ", ".join(kinds[each] for each in row.outcomes)
+        return of, *ends, better, "mean of rows" if row.per_item else "of the corpus"
+
+    assert {name: tuple(cells) for name, *cells in shown} == {name: said(row) for name, row in METRICS.items()}
 
 
 # Single ones ---------------------------------------------------------------------------------------------------------
