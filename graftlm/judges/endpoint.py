@@ -196,8 +196,8 @@ def opener(url: str) -> OpenerDirector:
 class RefusedError(Exception):
     """A request that an endpoint does not answer as asked; `status` is the HTTP status of its reply."""
 
-    def __init__(self, status: int, said: str) -> None:
-        super().__init__(said)
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status
 
     @property
@@ -228,7 +228,7 @@ def json_reply(
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data, director = None if body is None else json.dumps(body).encode(), opener(url)
-    failed: RefusedError | UnreachableError | None = None
+    failure: RefusedError | UnreachableError | None = None
     for attempt in range(attempts):
         if attempt:
             time.sleep(2 ** (attempt - 1))
@@ -236,16 +236,16 @@ def json_reply(
             with director.open(Request(url, data, headers), timeout=timeout) as reply:  # noqa: S310
                 return json.load(reply)
         except HTTPError as error:
-            said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
-            failed = RefusedError(error.code, said)
-            if not failed.is_temporary:
+            message = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+            failure = RefusedError(error.code, message)
+            if not failure.is_temporary:
                 break
         except (URLError, TimeoutError, ConnectionError) as error:
-            failed = UnreachableError(str(error))
+            failure = UnreachableError(str(error))
             if "timed out" in str(error) and not retry_timeouts:
                 break
-    assert failed is not None, "there is one attempt at least"
-    raise failed
+    assert failure is not None, "there is one attempt at least"
+    raise failure
 
 
 def key_variable(url: str, key_from: str | None) -> str | None:

@@ -26,8 +26,8 @@ class ImitationConfig(LossConfig):
 
     @property
     def reads(self) -> tuple[Reading, ...]:
-        wanted: dict[Reading, float] = {"mean_log_probs": self.label_smoothing, "normalisers": self.z_loss}
-        return tuple(name for name, weight in wanted.items() if weight)
+        weights: dict[Reading, float] = {"mean_log_probs": self.label_smoothing, "normalisers": self.z_loss}
+        return tuple(name for name, weight in weights.items() if weight)
 
 
 @config

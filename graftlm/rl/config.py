@@ -130,13 +130,13 @@ def score(scorer: Scorer, answers: Sequence[Completion]) -> list[Reward]:
 
 def mean_reward(scorer: Scorer, rows: Sequence[Row], texts: Sequence[str]) -> float | None:
     """The mean reward of answers to these rows; None where none can be judged. Whether they were cut is not known."""
-    asked = [asked_in(row) for row in rows]
-    said = [
+    prompts = [asked_in(row) for row in rows]
+    completions = [
         Completion(messages, text, reference, cut=False, where=row.where)
-        for row, (messages, reference), text in zip(rows, asked, texts, strict=True)
+        for row, (messages, reference), text in zip(rows, prompts, texts, strict=True)
     ]
-    known = [reward for reward in score(scorer, said) if reward is not None]
-    return fmean(known) if known else None
+    rewards = [reward for reward in score(scorer, completions) if reward is not None]
+    return fmean(rewards) if rewards else None
 
 
 def training_group(loss: LossConfig, answers: Sequence[Example], rewards: Sequence[Reward]) -> Example | Group | None:
@@ -144,11 +144,11 @@ def training_group(loss: LossConfig, answers: Sequence[Example], rewards: Sequen
 
     An answer whose reward is None is left out.
     """
-    known = [(answer, reward) for answer, reward in zip(answers, rewards, strict=True) if reward is not None]
-    values = [reward for _, reward in known]
+    judged = [(answer, reward) for answer, reward in zip(answers, rewards, strict=True) if reward is not None]
+    values = [reward for _, reward in judged]
     if len(set(values)) < 2 and not (values and loss.name == "dro"):
         return None
-    best, worst = (known[values.index(extreme(values))][0] for extreme in (max, min))
+    best, worst = (judged[values.index(extreme(values))][0] for extreme in (max, min))
     needs = LOSSES[loss.name].rows
     if needs == "answers":
         return best
@@ -158,8 +158,8 @@ def training_group(loss: LossConfig, answers: Sequence[Example], rewards: Sequen
         scores: list[float | None] = [*_advantages(loss, values)]
     else:
         scores = FEEDBACK[loss.name](values)
-    kept = [(answer, score) for (answer, _), score in zip(known, scores, strict=True) if score is not None]
-    return Group(tuple(answer for answer, _ in kept), tuple(score for _, score in kept))
+    scored = [(answer, score) for (answer, _), score in zip(judged, scores, strict=True) if score is not None]
+    return Group(tuple(answer for answer, _ in scored), tuple(score for _, score in scored))
 
 
 def _advantages(loss: Any, rewards: Sequence[float]) -> list[float]:

@@ -62,16 +62,16 @@ class Sampler(Callback):
         """What batch `number` trains on; metrics and events go to `training`. `rows_of` has the prompts of any batch,
         and the phase ends before `last`."""
         length = self.rl.steps_per_round
-        kept = {key: made for key, made in self.facts.items() if int(key) >= number}
-        if str(number) not in kept:
+        rounds = {key: round_ for key, round_ in self.facts.items() if int(key) >= number}
+        if str(number) not in rounds:
             until = min(last, number - (number - training.first) % length + length)
-            kept = self._round(training, {n: rows_of(n) for n in range(number, until)})
-        self.facts = kept if length > 1 else {}
-        made = kept[str(number)]
-        training.metrics |= made["metrics"]
-        training.events += made["events"]
+            rounds = self._round(training, {n: rows_of(n) for n in range(number, until)})
+        self.facts = rounds if length > 1 else {}
+        round_ = rounds[str(number)]
+        training.metrics |= round_["metrics"]
+        training.events += round_["events"]
         prompts = rows_of(number)
-        return [_row(one, prompts[one["prompt"]]) for one in made["rows"]]
+        return [_row(one, prompts[one["prompt"]]) for one in round_["rows"]]
 
     def _round(self, training: TrainingState, steps: Mapping[int, Prompts]) -> dict[str, Any]:
         """{batch: {rows, metrics, events}}, as JSON can say it."""
@@ -80,25 +80,27 @@ class Sampler(Callback):
         prompts = [steps[number][place] for number, place in where]
         answers = self._answers(training, prompts, f"answers from batch {min(steps)}")
         ends = all_stop_ids(training.model, self.renderer.stop_ids)
-        said = [self._said(prompt, ids, ends) for prompt, some in zip(prompts, answers, strict=True) for ids in some]
-        rewards = score(self.scorer, said)
+        completions = [
+            self._completion(prompt, ids, ends) for prompt, some in zip(prompts, answers, strict=True) for ids in some
+        ]
+        rewards = score(self.scorer, completions)
         took, samples = time.perf_counter() - started, self.rl.samples
         parts = [slice(i * samples, (i + 1) * samples) for i in range(len(prompts))]
-        made = [
+        groups = [
             training_group(self.loss, [_example(prompt, ids) for ids in some], rewards[part])
             for prompt, some, part in zip(prompts, answers, parts, strict=True)
         ]
         if self.rl.steps_per_round > 1 and LOSSES[self.loss.name].rows == "rewards":
-            made = self._with_before(training, made)
+            groups = self._with_before(training, groups)
         found: dict[str, Any] = {}
         for number in steps:
             own = [i for i, (batch, _) in enumerate(where) if batch == number]
             of_step = [i for n in own for i in range(parts[n].start, parts[n].stop)]
-            silent = [prompts[i].where for i in own if made[i] is None]
+            silent = [prompts[i].where for i in own if groups[i] is None]
             found[str(number)] = {
-                "rows": [_fields(one, where[i][1]) for i in own if (one := made[i]) is not None],
+                "rows": [_fields(one, where[i][1]) for i in own if (one := groups[i]) is not None],
                 "metrics": {
-                    **_metrics([rewards[i] for i in of_step], [said[i] for i in of_step]),
+                    **_metrics([rewards[i] for i in of_step], [completions[i] for i in of_step]),
                     "no_signal": len(silent) / len(own),
                     "answer_tokens": fmean(len(ids) for i in own for ids in answers[i]),
                     "generate_s": round(took / len(steps), 4),
@@ -132,20 +134,20 @@ class Sampler(Callback):
         every = dict(mine if together else distributed.gathered(mine))
         return [[every[i * rl.samples + n] for n in range(rl.samples)] for i in range(len(prompts))]
 
-    def _said(self, prompt: Example | Group, ids: Sequence[int], ends: Sequence[int]) -> Completion:
+    def _completion(self, prompt: Example | Group, ids: Sequence[int], ends: Sequence[int]) -> Completion:
         assert isinstance(prompt, PromptExample)
         cut = ids[-1] not in ends
         answer = self.renderer.decode(ids if cut else ids[:-1]).strip()
         return Completion(prompt.messages, answer, prompt.reference, cut, prompt.where)
 
     @torch.no_grad()
-    def _with_before(self, training: TrainingState, made: Sequence[Any]) -> list[Any]:
+    def _with_before(self, training: TrainingState, groups: Sequence[Any]) -> list[Any]:
         """Groups whose answers know how likely they were when they were given; the ranks share the work."""
         model: Any = training.model
         together = distributed.is_sharded(model)
         mine: list[tuple[int, list[list[float]]]] = []
         with deltas_still(model), packed_attention(model) if self.packed else nullcontext():
-            for i, group in enumerate(made):
+            for i, group in enumerate(groups):
                 if group is None or not (together or i % distributed.count() == distributed.rank()):
                     continue
                 pack = collate([group], share=self.sharing).to(model.device)
@@ -153,14 +155,14 @@ class Sampler(Callback):
                 # Triples are in the order of their hidden rows, so those of an answer are in the order of its tokens.
                 of_answer = [values[pack.answers.cpu() == n].tolist() for n in range(len(group.answers))]
                 mine.append((i, of_answer))
-        known = dict(mine if together else distributed.gathered(mine))
-        return [None if group is None else _remember(group, known[i]) for i, group in enumerate(made)]
+        by_number = dict(mine if together else distributed.gathered(mine))
+        return [None if group is None else _remember(group, by_number[i]) for i, group in enumerate(groups)]
 
 
 def _example(prompt: Example | Group, ids: Sequence[int]) -> Example:
-    asked = prompt.answers[0].ids
-    weights = np.concatenate([np.zeros(len(asked), np.float32), np.ones(len(ids), np.float32)])
-    return Example(np.concatenate([asked, np.array(ids, np.int32)]), weights, prompt.where)
+    prompt_ids = prompt.answers[0].ids
+    weights = np.concatenate([np.zeros(len(prompt_ids), np.float32), np.ones(len(ids), np.float32)])
+    return Example(np.concatenate([prompt_ids, np.array(ids, np.int32)]), weights, prompt.where)
 
 
 def _remember(group: Group, log_probs: Sequence[Sequence[float]]) -> Group:
@@ -172,27 +174,27 @@ def _remember(group: Group, log_probs: Sequence[Sequence[float]]) -> Group:
     return replace(group, answers=tuple(answers))
 
 
-def _metrics(rewards: Sequence[float | None], said: Sequence[Completion]) -> dict[str, float]:
+def _metrics(rewards: Sequence[float | None], completions: Sequence[Completion]) -> dict[str, float]:
     """The mean reward and its spread, and which shares of the answers were cut, or could not be judged."""
-    known = [reward for reward in rewards if reward is not None]
-    found = {"reward": fmean(known), "reward_spread": pstdev(known)} if known else {}
-    found["cut"] = fmean(one.cut for one in said)
-    if len(known) < len(rewards):
-        found["not_judged"] = 1 - len(known) / len(rewards)
+    judged = [reward for reward in rewards if reward is not None]
+    found = {"reward": fmean(judged), "reward_spread": pstdev(judged)} if judged else {}
+    found["cut"] = fmean(one.cut for one in completions)
+    if len(judged) < len(rewards):
+        found["not_judged"] = 1 - len(judged) / len(rewards)
     return found
 
 
 # Rows as JSON, for checkpoints -----------------------------------------------------------------------------------
 
 
-def _fields(made: Example | Group, prompt: int) -> dict[str, Any]:
+def _fields(item: Example | Group, prompt: int) -> dict[str, Any]:
     """A row without its prompt, which is the number of one of the step's."""
     answers = []
-    for answer in made.answers:
+    for answer in item.answers:
         trained = answer.weights > 0
         before = None if answer.old_log_probs is None else answer.old_log_probs[trained].tolist()
         answers.append([answer.ids[trained].tolist(), before])
-    scores, pairs = (made.scores, made.pairs) if isinstance(made, Group) else (None, ())
+    scores, pairs = (item.scores, item.pairs) if isinstance(item, Group) else (None, ())
     return {"prompt": prompt, "answers": answers, "scores": scores, "pairs": pairs}
 
 

@@ -33,7 +33,7 @@ class Completion:
     def question(self) -> str:
         return self.messages[-1].content
 
-    def wanted(self, scorer: str) -> str:
+    def required_reference(self, scorer: str) -> str:
         """The row's own answer; DataError where there is none."""
         if self.reference is None:
             raise DataError(

@@ -27,20 +27,20 @@ class ExactConfig(ScorerConfig):
 def make(config: ExactConfig, network: bool, today: datetime.date) -> Scorer:
     def score(answers: Sequence[Completion]) -> list[Reward]:
         found: list[Reward] = []
-        for said in answers:
-            wanted = taken(config, said.wanted("exact"))
-            if wanted is None:
+        for completion in answers:
+            reference = extract(config, completion.required_reference("exact"))
+            if reference is None:
                 raise DataError(
-                    f"{said.where}: scorer 'exact': {config.take!r} matches nothing in the row's own answer",
+                    f"{completion.where}: scorer 'exact': {config.take!r} matches nothing in the row's own answer",
                     code="nothing-to-compare",
                 )
-            found.append(float(taken(config, said.answer) == wanted))
+            found.append(float(extract(config, completion.answer) == reference))
         return found
 
     return score
 
 
-def taken(config: ExactConfig, text: str) -> str | None:
+def extract(config: ExactConfig, text: str) -> str | None:
     """What is compared of a text; None where `take` has no match."""
     if config.take is not None:
         matches = list(re.finditer(config.take, text))

@@ -26,14 +26,14 @@ def make(config: JudgeScorerConfig, network: bool, today: datetime.date) -> Scor
     key = check(config, network=network)
 
     def score(answers: Sequence[Completion]) -> list[Reward]:
-        replies = list(ask(config, key, [_question(config, said) for said in answers]))
+        replies = list(ask(config, key, [_question(config, completion) for completion in answers]))
         return grades(replies)
 
     return score
 
 
-def _question(config: JudgeScorerConfig, said: Completion) -> str:
-    texts = {"question": "\n\n".join(message.content for message in said.messages), "answer": said.answer}
+def _question(config: JudgeScorerConfig, completion: Completion) -> str:
+    texts = {"question": "\n\n".join(message.content for message in completion.messages), "answer": completion.answer}
     if "{reference}" in config.prompt:
-        texts["reference"] = said.wanted("judge")
+        texts["reference"] = completion.required_reference("judge")
     return filled(config.prompt, texts)

@@ -20,6 +20,6 @@ def make(config: PatternConfig, network: bool, today: datetime.date) -> Scorer:
     found = re.compile(config.pattern)
 
     def score(answers: Sequence[Completion]) -> list[Reward]:
-        return [float(found.search(said.answer) is not None) for said in answers]
+        return [float(found.search(completion.answer) is not None) for completion in answers]
 
     return score

@@ -52,33 +52,33 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
         spec.loader.exec_module(module)
     except Exception as error:
         raise RecipeError(
-            f"rl.scorer.function: {file} does not run: {_told(error, file)}", code="broken-reward-file"
+            f"rl.scorer.function: {file} does not run: {_describe(error, file)}", code="broken-reward-file"
         ) from error
     function: Any = getattr(module, name, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise RecipeError(
-            f"rl.scorer.function: {file} has no function {name!r}. {nearest(name, known)}", code="no-such-function"
+            f"rl.scorer.function: {file} has no function {name!r}. {nearest(name, names)}", code="no-such-function"
         )
 
     def score(answers: Sequence[Completion]) -> list[Reward]:
-        return [_one(said) for said in answers]
+        return [_one(completion) for completion in answers]
 
-    def _one(said: Completion) -> Reward:
+    def _one(completion: Completion) -> Reward:
         try:
-            found = function(said)
+            found = function(completion)
             return None if found is None else float(found)
         except Exception as error:
             raise TrainingError(
-                f"{config.function} failed on an answer to {said.where}: {_told(error, file)}\nThe answer: "
-                f"{said.answer[:200]!r}. It must return a number, or None",
+                f"{config.function} failed on an answer to {completion.where}: {_describe(error, file)}\nThe answer: "
+                f"{completion.answer[:200]!r}. It must return a number, or None",
                 code="reward-function-failed",
             ) from error
 
     return score
 
 
-def _told(error: Exception, file: Path) -> str:
+def _describe(error: Exception, file: Path) -> str:
     """What went wrong, and in which line of the user's file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
     at = f"line {lines[-1]}: " if lines else ""

@@ -66,7 +66,7 @@ def make(config: RewardModelConfig, network: bool, today: datetime.date) -> Scor
 
     @torch.no_grad()
     def score(answers: Sequence[Completion]) -> list[Reward]:
-        rows = [_ids(renderer, said) for said in answers]
+        rows = [_ids(renderer, completion) for completion in answers]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Reward] = [None] * len(rows)
         for start in range(0, len(order), config.at_once):
@@ -78,10 +78,10 @@ def make(config: RewardModelConfig, network: bool, today: datetime.date) -> Scor
     return score
 
 
-def _ids(renderer: Renderer, said: Completion) -> list[int]:
-    if not said.answer:  # templates may refuse an answer that says nothing
-        return [int(i) for i in renderer.prompt(said.messages)]
-    return [int(i) for i in renderer.conversation([*said.messages, Message("assistant", said.answer)]).ids]
+def _ids(renderer: Renderer, completion: Completion) -> list[int]:
+    if not completion.answer:  # templates may refuse an answer that says nothing
+        return [int(i) for i in renderer.prompt(completion.messages)]
+    return [int(i) for i in renderer.conversation([*completion.messages, Message("assistant", completion.answer)]).ids]
 
 
 def _rewards(model: Any, rows: Sequence[list[int]]) -> list[float]:

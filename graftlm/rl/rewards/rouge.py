@@ -16,6 +16,6 @@ class RougeConfig(ScorerConfig):
 
 def make(config: RougeConfig, network: bool, today: datetime.date) -> Scorer:
     def score(answers: Sequence[Completion]) -> list[Reward]:
-        return [rouge_l(said.wanted("rouge-l"), said.answer) for said in answers]
+        return [rouge_l(completion.required_reference("rouge-l"), completion.answer) for completion in answers]
 
     return score
