@@ -239,14 +239,14 @@ def needs_matrices_over(rank: int, training: TrainingState) -> str:
     return f"it acts on matrices with both sides over its rank of {rank}, and none that learns is"
 
 
-def needs_method(training: TrainingState, wanted: str) -> str:
+def needs_method(training: TrainingState, method: str) -> str:
     """A reason to refuse where a delta that learns has another method, or an empty text."""
-    others = {config.method for config in training.deltas.values()} - {wanted}
+    others = {config.method for config in training.deltas.values()} - {method}
     if not others:
         return ""
     return (
-        f"it acts on what the method {wanted} has, and here {', '.join(sorted(others))} learns: take "
-        f"`method: {wanted}`, and train other methods in a run of their own"
+        f"it acts on what the method {method} has, and here {', '.join(sorted(others))} learns: take "
+        f"`method: {method}`, and train other methods in a run of their own"
     )
 
 
@@ -255,7 +255,7 @@ def needs_inner_split(training: TrainingState) -> str:
     return "" if training.inner_loss is not None else "it learns from an inner validation split, and there is none"
 
 
-def use_inner_gradient(training: TrainingState, chosen: Sequence[nn.Parameter]) -> None:
+def use_inner_gradient(training: TrainingState, parameters: Sequence[nn.Parameter]) -> None:
     """Let the gradient of these parameters be that of the inner validation split; all others keep theirs."""
     assert training.inner_loss is not None
     everything = [p for p in training.parameters().values() if p.requires_grad]
@@ -263,9 +263,9 @@ def use_inner_gradient(training: TrainingState, chosen: Sequence[nn.Parameter]) 
     for p in everything:
         p.grad = None
     training.inner_loss(True)
-    wanted = {id(p) for p in chosen}
+    chosen_ids = {id(p) for p in parameters}
     for p in everything:
-        p.grad = p.grad if id(p) in wanted else saved[id(p)]
+        p.grad = p.grad if id(p) in chosen_ids else saved[id(p)]
 
 
 def part_that_makes_passes(recipe: Any) -> str:

@@ -133,9 +133,9 @@ def read(path: Path) -> Snapshot:
         sums, _, own = (path / MANIFEST).read_text(encoding="utf-8").partition("\n")
         if own != _sum(sums):
             raise DamagedCheckpointError(f"{path / MANIFEST} is damaged: its last line is not its checksum")
-        wanted = json.loads(sums)
+        sums_by_name = json.loads(sums)
         for name in (STATE, FACTS):
-            if _about(path / name) != wanted[name]:
+            if _about(path / name) != sums_by_name[name]:
                 raise DamagedCheckpointError(
                     f"{path / name} is damaged: its size or checksum is not that of the manifest"
                 )
@@ -155,16 +155,16 @@ class Metrics:
     is not to be written is only remembered."""
 
     def __init__(self, file: Path, where: Mapping[str, Any] | None = None, *, writes: bool = True) -> None:
-        known = b""
+        before_bytes = b""
         if where:
             with open(file, "rb") as before:
-                known = before.read(where["bytes"])
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in known.splitlines()]
-        self._sum = hashlib.sha256(known)
+                before_bytes = before.read(where["bytes"])
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in before_bytes.splitlines()]
+        self._sum = hashlib.sha256(before_bytes)
         self._file = open(file if writes else os.devnull, "rb+" if where else "wb")  # noqa: SIM115
         if where and writes:
-            self._file.truncate(len(known))
-            self._file.seek(len(known))
+            self._file.truncate(len(before_bytes))
+            self._file.seek(len(before_bytes))
 
     def __enter__(self) -> "Metrics":
         return self
@@ -189,12 +189,12 @@ def _remove(path: Path) -> None:
     """Delete a folder so that no half of it keeps its name: what is being deleted is called otherwise first."""
     if not path.exists():
         return
-    gone = path
+    doomed = path
     if not path.name.startswith("."):
-        gone = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)
-    shutil.rmtree(gone)
+        doomed = path.with_name(f".{path.name}.gone")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _about(file: Path) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def inner_split(examples: Sequence[R], share: float, *, loss: LossConfig, seed: 
             code="too-few-rows",
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    learnt = [example for number, example in enumerate(examples) if number not in chosen]
-    return learnt, [examples[number] for number in sorted(chosen)]
+    inner_numbers = set(order[:count])
+    training_rows = [example for number, example in enumerate(examples) if number not in inner_numbers]
+    return training_rows, [examples[number] for number in sorted(inner_numbers)]
 
 
 def check_inner_loss(loss: LossConfig) -> None:

@@ -34,10 +34,10 @@ def choose_kernels(
     as `check_packing` proves torch's operations.
     """
     console = console or Console(quiet=True)
-    wanted = setup.train.kernels
+    kernels = setup.train.kernels
     if not setup.packed:
-        return KernelChoice(wanted, "the model's own code computes rows that are not packed"), TORCH
-    if saved is not None and saved["kernels"] == wanted:
+        return KernelChoice(kernels, "the model's own code computes rows that are not packed"), TORCH
+    if saved is not None and saved["kernels"] == kernels:
         choice = KernelChoice.from_json(saved)
         try:
             return choice, choice.backend(model.device, model.dtype)
@@ -53,8 +53,8 @@ def choose_kernels(
         packs = packs_like(setup, examples, batches)
         each = len(packs) / min(len(batches), STEPS_SEEN)
         with console.status("timing kernels"):
-            chosen = choose(model, [p.to(model.device) for p in packs], wanted, passes=round(each * len(batches)))
-        found = [chosen.to_json()]
+            choice_here = choose(model, [p.to(model.device) for p in packs], kernels, passes=round(each * len(batches)))
+        found = [choice_here.to_json()]
     (tree,) = distributed.gathered(found)
     choice = KernelChoice.from_json(tree)
     backend = choice.backend(model.device, model.dtype)
@@ -70,12 +70,12 @@ def packs_like(setup: Setup, examples: Sequence[Example | Group], batches: Seque
     for step in batches[:STEPS_SEEN]:
         rows = [examples[i] for i in step[:: distributed.count()]]
         if setup.answers is not None:
-            rows = [answered(row, setup.answers) for row in rows for _ in range(setup.answers.samples)]
+            rows = [with_answer(row, setup.answers) for row in rows for _ in range(setup.answers.samples)]
         found += setup.make_packs(rows)
     return found
 
 
-def answered(prompt: Example | Group, answers: Answers) -> Example:
+def with_answer(prompt: Example | Group, answers: Answers) -> Example:
     """A prompt with an answer of the length that is allowed."""
     assert isinstance(prompt, PromptExample)
     ids = np.resize(prompt.ids, len(prompt) + answers.max_tokens)

@@ -174,8 +174,8 @@ class TrainStep:
         norm = torch.tensor(training.norm) if self.fused is not None else self._clipped(parameters)
         if torch.isfinite(norm):
             return _Found(total / batch.count, float(norm), metrics)
-        named = distributed.gathered([row for pack in batch.packs for row in pack.rows])
-        return _Found(skipped=f"the gradient of step {number} is not finite", rows=tuple(dict.fromkeys(named)))
+        row_places = distributed.gathered([row for pack in batch.packs for row in pack.rows])
+        return _Found(skipped=f"the gradient of step {number} is not finite", rows=tuple(dict.fromkeys(row_places)))
 
     def _passes(self, batch: "_Batch") -> tuple[Sums, list[str]]:
         """The packs forward and backward: (loss and metrics, the rows whose loss is not finite)."""
@@ -206,11 +206,11 @@ class TrainStep:
 
     def _add_penalties(self) -> dict[str, float]:
         """The gradients of what is a function of the deltas alone: once, not once a rank. Its values, by name."""
-        added, own = terms(self.regularizers, self.model), penalty(self.model)
-        extras = [*weighted(added), *([] if own is None else [own])]
+        values, own = terms(self.regularizers, self.model), penalty(self.model)
+        extras = [*weighted(values), *([] if own is None else [own])]
         if distributed.first() and extras:
             torch.stack(extras).sum().backward()
-        return {name: float(value.detach()) for name, (_, value) in added.items()}
+        return {name: float(value.detach()) for name, (_, value) in values.items()}
 
     def _clipped(self, parameters: dict[str, nn.Parameter]) -> Tensor:
         """Let callbacks see the gradient, and clip it; its norm before that."""
@@ -284,14 +284,14 @@ def _memory_explained(model: nn.Module, packs: Sequence[Pack], step: int, checkp
             raise
         largest = max(packs, key=lambda pack: pack.ids.numel())
         rows, layers = len(largest.rows), len(transformer_layers(model))
-        kept = "its input" if checkpointing else "what it computed"
+        saved_text = "its input" if checkpointing else "what it computed"
         knobs = [] if checkpointing else ["set train.checkpointing: true"]
         knobs += ["lower train.pack_tokens" if rows > 1 else "lower data.max_tokens (the pack is a single row)"]
         knobs += ["load the base in bfloat16 (base.dtype)"] if next(model.parameters()).dtype == torch.float32 else []
         raise TrainingError(
             f"step {step} needs more memory than there is: {str(error).strip().splitlines()[0] if str(error) else ''}\n"
             f"Its largest pack has {largest.ids.numel():,} tokens in {rows} rows, {len(largest.targets):,} of them "
-            f"supervised; for each of them every one of {layers} layers keeps {kept} until the backward pass.\n"
+            f"supervised; for each of them every one of {layers} layers keeps {saved_text} until the backward pass.\n"
             f"To need less: {'; '.join(knobs)}. `graft estimate` says beforehand what a recipe needs",
             code="out-of-memory",
         ) from None

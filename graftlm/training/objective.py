@@ -90,20 +90,20 @@ class Objective:
             at = hidden.index_select(0, pack.hidden_rows)
             if more:
                 means = "mean_log_probs" in self.config.reads
-                read = head_read(model, at, pack.targets, comparisons, with_means=means)
-                policy, batch = read.log_probs, _with_readings(batch, read)
+                readings = head_read(model, at, pack.targets, comparisons, with_means=means)
+                policy, batch = readings.log_probs, _with_readings(batch, readings)
             else:
                 policy = head(model, at, pack.targets)
             if self.loss.values:
                 batch = replace(batch, values=_values(model, hidden.detach(), pack))
         else:
             policy = log_probs(model, pack)
-        made = self.loss.value(self.config, policy, reference, batch)
+        value = self.loss.value(self.config, policy, reference, batch)
         if self.kl_to_base is not None:
-            apart = (batch.weights * read.distances[-1]).sum()
-            metrics = {**made.metrics, KL_TO_BASE: (apart.detach(), batch.weights.sum())}
-            made = replace(made, metrics=metrics, penalty=self.kl_to_base.weight * apart)
-        return made, policy
+            apart = (batch.weights * readings.distances[-1]).sum()
+            metrics = {**value.metrics, KL_TO_BASE: (apart.detach(), batch.weights.sum())}
+            value = replace(value, metrics=metrics, penalty=self.kl_to_base.weight * apart)
+        return value, policy
 
     def comparisons(self, model: nn.Module, pack: Pack) -> list[Comparison]:
         """Whole distributions that the policy's are compared with: those of a teacher, and last those of the base."""
@@ -162,12 +162,12 @@ def _values(model: nn.Module, hidden: Tensor, pack: Pack) -> Tensor:
     return values[:, 0]
 
 
-def _with_readings(batch: Batch, read: Readings) -> Batch:
+def _with_readings(batch: Batch, readings: Readings) -> Batch:
     return replace(
         batch,
-        divergences=read.distances[0] if read.distances else None,
-        normalisers=read.normalisers,
-        mean_log_probs=None if read.means is None else read.means - read.normalisers,
+        divergences=readings.distances[0] if readings.distances else None,
+        normalisers=readings.normalisers,
+        mean_log_probs=None if readings.means is None else readings.means - readings.normalisers,
     )
 
 
@@ -194,13 +194,13 @@ class Sums:
     def __init__(self, objective: Objective) -> None:
         nothing = torch.empty(0)  # every rank must know what there is, one without packs too
         readings: Any = {"divergences": nothing, "normalisers": nothing, "mean_log_probs": nothing}
-        made = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing, **readings))
-        self.parts = {name: [0.0, 0.0] for name in (*made.metrics, *([KL_TO_BASE] if objective.kl_to_base else []))}
+        value = objective.loss.value(objective.config, nothing, nothing, Batch(nothing, values=nothing, **readings))
+        self.parts = {name: [0.0, 0.0] for name in (*value.metrics, *([KL_TO_BASE] if objective.kl_to_base else []))}
         self.loss = 0.0
 
-    def add(self, made: LossSum) -> None:
-        self.loss += float(made.sum.detach())
-        for name, (value, count) in made.metrics.items():
+    def add(self, value_of_pack: LossSum) -> None:
+        self.loss += float(value_of_pack.sum.detach())
+        for name, (value, count) in value_of_pack.metrics.items():
             self.parts[name][0] += float(value)
             self.parts[name][1] += float(count)
 

@@ -24,11 +24,11 @@ class Passes:
     @contextmanager
     def through(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model computes passes in this way; held over forward and backward pass."""
-        with ExitStack() as held:
+        with ExitStack() as stack:
             if self.packed:
-                held.enter_context(packed_attention(model, self.backend))
+                stack.enter_context(packed_attention(model, self.backend))
             if self.checkpointing:
-                held.enter_context(recomputed_layers(model))
+                stack.enter_context(recomputed_layers(model))
             if self.offload:
-                held.enter_context(offloaded(model))
+                stack.enter_context(offloaded(model))
             yield

@@ -90,10 +90,10 @@ def _statistics_packs(
 ) -> Iterator[Pack]:
     """The packs from which statistics are gathered: of rows that were named all, else the first of training."""
     size = setup.train.batch_rows
-    named = [statistics_rows[i : i + size] for i in range(0, len(statistics_rows), size)]
-    steps = named or ([examples[i] for i in batch] for batch in batches)
+    own_steps = [statistics_rows[i : i + size] for i in range(0, len(statistics_rows), size)]
+    steps = own_steps or ([examples[i] for i in batch] for batch in batches)
     packs = (pack for step in steps for pack in setup.make_packs(step, share=False))
-    return islice(packs, None if named else STATISTICS_PACKS)
+    return islice(packs, None if own_steps else STATISTICS_PACKS)
 
 
 def _losses(setup: Setup, model: Any, packs: Iterable[Pack]) -> Iterator[Callable[[], torch.Tensor]]:
@@ -101,8 +101,8 @@ def _losses(setup: Setup, model: Any, packs: Iterable[Pack]) -> Iterator[Callabl
     objective = setup.objective()
 
     def loss(pack: Pack) -> torch.Tensor:
-        made, _ = objective.part(model, pack)
-        return made.sum / objective.count(pack)
+        value, _ = objective.part(model, pack)
+        return value.sum / objective.count(pack)
 
     with packed_attention(model) if setup.packed else nullcontext():
         for each in packs:

@@ -30,16 +30,16 @@ def check_positions(
     if not longer:
         return found
     longest = max(longer, key=len)
-    answered = f" with the {room} tokens of an answer" if room else ""
-    said = (
-        f"{len(longer):,} {what} are longer{answered} than the {found.count:,} positions of the base; the longest has "
+    suffix = f" with the {room} tokens of an answer" if room else ""
+    message = (
+        f"{len(longer):,} {what} are longer{suffix} than the {found.count:,} positions of the base; the longest has "
         f"{len(longest) + room:,} tokens"
     )
     cure = f"data.max_tokens={found.count} drops such rows, and data.over_length=truncate cuts them"
     if found.are_a_table():
         rows = [f"{answer.where}: {len(answer) + room:,} tokens" for answer in longer]
         raise DataError(
-            f"{said}, and it has learned no others: {cure}\n{numbered(rows)}", code="beyond-learned-positions"
+            f"{message}, and it has learned no others: {cure}\n{numbered(rows)}", code="beyond-learned-positions"
         )
-    report.notes.append(f"{said} ({longest.where}), and it was not trained beyond them: {cure}")
+    report.notes.append(f"{message} ({longest.where}), and it was not trained beyond them: {cure}")
     return found

@@ -168,19 +168,20 @@ def check_regularizers(configs: Sequence[RegularizerConfig], model: nn.Module) -
     for each in configs:
         if not isinstance(each, OfTensorsConfig):
             continue
-        meant, where = _meant(each, tensors), f"regularisers: {each.name}"
-        if not meant:
+        own_tensors, where = _meant(each, tensors), f"regularisers: {each.name}"
+        if not own_tensors:
             kinds = list(dict.fromkeys(f"{t.delta}.{t.name}" for t in tensors))
             raise TrainingError(
                 f"{where}: {each.tensors!r} is the end of no tensor's name. There are:\n{numbered(kinds)}",
                 code="no-such-tensor",
             )
-        if isinstance(each, OrthogonalityConfig) and not any(_is_matrix(t.value) for t in meant):
+        if isinstance(each, OrthogonalityConfig) and not any(_is_matrix(t.value) for t in own_tensors):
             raise TrainingError(
-                f"{where}: no tensor that {each.tensors!r} means is a matrix, such as {meant[0]}", code="not-a-matrix"
+                f"{where}: no tensor that {each.tensors!r} means is a matrix, such as {own_tensors[0]}",
+                code="not-a-matrix",
             )
         if isinstance(each, GroupLassoConfig) and each.by == "component":
-            _check_components(meant, where)
+            _check_components(own_tensors, where)
 
 
 def _check_components(tensors: Sequence[DeltaTensor], where: str) -> None:
@@ -206,8 +207,8 @@ def terms(configs: Sequence[RegularizerConfig], model: nn.Module) -> dict[str, t
     tensors = [t for t in tensors_of(model) if t.value.requires_grad] if configs else []
     for each in configs:
         _, function = REGULARIZERS[each.name]
-        if function is not None and isinstance(each, OfTensorsConfig) and (meant := _meant(each, tensors)):
-            found[each.name.replace("-", "_")] = each.weight, function(each, meant)
+        if function is not None and isinstance(each, OfTensorsConfig) and (own_tensors := _meant(each, tensors)):
+            found[each.name.replace("-", "_")] = each.weight, function(each, own_tensors)
     return found
 
 

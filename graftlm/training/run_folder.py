@@ -179,8 +179,8 @@ class RunFolder:
             with whole(self.folder / UNFINISHED) as draft:
                 draft.write_text(json.dumps(self.tree, indent=1) + "\n", encoding="utf-8")
                 sync(draft)
-            for left in self.folder.glob(".*.*"):  # of a save that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for leftover in self.folder.glob(".*.*"):  # of a save that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             metrics = Metrics(self.folder / METRICS, _metrics_at(found))
         try:
             with metrics, writing(self.out):

@@ -51,7 +51,7 @@ class Session:
         self.facts, self.folder, self.run, self.stopping = facts, context.folder, context.run, context.stopping
         self.console, self.bars = context.console, context.bars
         self.guards = Guards(self.train_config.early_stopping, self.run.metrics.lines)
-        self.asked_to_stop = False
+        self.stop_requested = False
         self.tokens, self.seconds = 0, 0.0  # of the steps of this process
 
     @property
@@ -60,11 +60,11 @@ class Session:
 
     @property
     def stopped(self) -> bool:
-        return self.asked_to_stop and not self.trainer.finished
+        return self.stop_requested and not self.trainer.finished
 
     @property
     def ends(self) -> bool:
-        return self.asked_to_stop or self.guards.ended
+        return self.stop_requested or self.guards.ended
 
     def train(self, found: Snapshot | None) -> None:
         """All steps from where the checkpoint `found` stood, or from the first; until they are done or something ends
@@ -86,7 +86,7 @@ class Session:
                 if snapshot := self._spike(step):
                     return snapshot
                 self._look_at_held_out()
-                self.asked_to_stop = bool(distributed.totals(self.stopping.requested)[0])  # on any rank
+                self.stop_requested = bool(distributed.totals(self.stopping.requested)[0])  # on any rank
                 if self.ends or self.seen % self.train_config.save_every == 0 or self.trainer.finished:
                     self._save(step_name(self.seen))
                 if self.ends:
@@ -133,10 +133,10 @@ class Session:
         stopping = self.train_config.early_stopping
         if stopping is None or self.seen % stopping.every:
             return
-        with ExitStack() as held:
+        with ExitStack() as stack:
             for callback in self.trainer.callbacks:
-                held.enter_context(callback.evaluating(self.trainer.training))
-            held.enter_context(deltas_still(self.trainer.model))
+                stack.enter_context(callback.evaluating(self.trainer.training))
+            stack.enter_context(deltas_still(self.trainer.model))
             loss = self.held_out_loss()
             self.run.log({"step": self.seen, "event": "held out", "held_out_loss": loss})
             if self.guards.better(loss):

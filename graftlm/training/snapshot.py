@@ -48,13 +48,13 @@ def take(training: TrainingState, callbacks: Sequence[Callback], deltas: Sequenc
         tensors |= {f"delta/{name}/{key}": t for key, t in tensors_of_delta(training.model, name).items()}
     learns_too = extra_parameters(training.model)
     tensors |= {f"beside/{name}": parameter for name, parameter in learns_too.items()}
-    kept: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     for name, parameter in (training.parameters() | learns_too).items():
         for key, value in training.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
-                kept.setdefault(name, {})[key] = value
+                numbers.setdefault(name, {})[key] = value
     for callback in callbacks:
         tensors |= {f"callback/{callback.config.name}/{key}": tensor for key, tensor in callback.tensors.items()}
     groups = [
@@ -68,7 +68,7 @@ def take(training: TrainingState, callbacks: Sequence[Callback], deltas: Sequenc
         "phase": training.first,
         "failures": training.failures,
         "zero_gradients": None if still is None else sorted(still),
-        "optimizer": {"class": type(training.optimizer).__name__, "groups": groups, "kept": kept},
+        "optimizer": {"class": type(training.optimizer).__name__, "groups": groups, "kept": numbers},
         "callbacks": {callback.config.name: json.loads(json.dumps(callback.facts)) for callback in callbacks},
     }
     copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
@@ -77,10 +77,11 @@ def take(training: TrainingState, callbacks: Sequence[Callback], deltas: Sequenc
 
 def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Callback]) -> None:
     """What `take` copied, into an optimizer and callbacks that are made for the same parameters."""
-    kept = snapshot.facts["optimizer"]
-    if kept["class"] != type(training.optimizer).__name__:
+    saved_optimizer = snapshot.facts["optimizer"]
+    if saved_optimizer["class"] != type(training.optimizer).__name__:
         raise TrainingError(
-            f"the checkpoint is of optimizer {kept['class']}, the recipe makes {type(training.optimizer).__name__}",
+            f"the checkpoint is of optimizer {saved_optimizer['class']}, the recipe makes "
+            f"{type(training.optimizer).__name__}",
             code="checkpoint-mismatch",
         )
     facts = snapshot.facts
@@ -92,7 +93,7 @@ def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Ca
     for name, tensor in _under("beside", snapshot).items():
         learns_too[name].data.copy_(tensor)
     parameters = training.parameters() | learns_too
-    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in kept["kept"].items()}
+    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in saved_optimizer["kept"].items()}
     for name, tensor in _under("optimizer", snapshot).items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = tensor.clone()  # nobody changes a snapshot
@@ -104,7 +105,7 @@ def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Ca
     tree = training.optimizer.state_dict()
     number = {id(p): i for i, p in enumerate(p for group in training.optimizer.param_groups for p in group["params"])}
     tree["state"] = {number[id(parameters[name])]: values for name, values in state.items()}
-    for group, saved in zip(tree["param_groups"], kept["groups"], strict=True):
+    for group, saved in zip(tree["param_groups"], saved_optimizer["groups"], strict=True):
         group |= saved
     training.optimizer.load_state_dict(tree)  # it knows which of these belong on which device
     for callback in callbacks:

@@ -64,15 +64,17 @@ def add_teacher(
 
     `proved` raises where it cannot be run as the recipe runs models. TrainingError for another vocabulary.
     """
-    if (wanted := teacher_base(config)) is None or TEACHER in model.__dict__:
+    if (teacher_config := teacher_base(config)) is None or TEACHER in model.__dict__:
         return
-    check_vocabulary(load_tokenizer(base, network=network), load_tokenizer(wanted, network=network), wanted.name)
-    teacher: Any = load_base(wanted, network=network).model
+    check_vocabulary(
+        load_tokenizer(base, network=network), load_tokenizer(teacher_config, network=network), teacher_config.name
+    )
+    teacher: Any = load_base(teacher_config, network=network).model
     here, there = (m.config.get_text_config().vocab_size for m in (model, teacher))
     if here != there:
         raise TrainingError(
-            f"loss.teacher: {wanted.name} has {there:,} logits and this base {here:,}, though the tokens are the same: "
-            "one of the two is padded. Take a teacher of the same width",
+            f"loss.teacher: {teacher_config.name} has {there:,} logits and this base {here:,}, though the tokens are "
+            "the same: one of the two is padded. Take a teacher of the same width",
             code="teacher-width-differs",
         )
     proved(teacher)

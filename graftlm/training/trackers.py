@@ -48,7 +48,7 @@ class Tracker:
         """
         raise NotImplementedError
 
-    def log(self, step: int, numbers: Mapping[str, float], said: str) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], event_text: str) -> None:
         """The finite numbers of a line, and an event as text, if it is one."""
         raise NotImplementedError
 
@@ -71,12 +71,12 @@ class TensorBoard(Tracker):
             self.writer.add_text("recipe", f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```")
         return "tensorboard"
 
-    def log(self, step: int, numbers: Mapping[str, float], said: str) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], event_text: str) -> None:
         self.last = step
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
-        if said:
-            self.writer.add_text("events", said, step)
+        if event_text:
+            self.writer.add_text("events", event_text, step)
         self.writer.flush()  # else it keeps two minutes of them, which a process that is killed would lose
 
     def finish(self, numbers: Mapping[str, float] | None) -> None:
@@ -107,8 +107,8 @@ class Wandb(Tracker):
         )
         return run
 
-    def log(self, step: int, numbers: Mapping[str, float], said: str) -> None:
-        self.run.log({**numbers, **({"event": said} if said else {})}, step=step)
+    def log(self, step: int, numbers: Mapping[str, float], event_text: str) -> None:
+        self.run.log({**numbers, **({"event": event_text} if event_text else {})}, step=step)
 
     def finish(self, numbers: Mapping[str, float] | None) -> None:
         self.run.summary.update(dict(numbers or {}))
@@ -134,8 +134,8 @@ class MLflow(Tracker):
         self.last = 0
         if run is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            known = self.client.get_experiment_by_name(name)
-            experiment = known.experiment_id if known else self.client.create_experiment(name)
+            found = self.client.get_experiment_by_name(name)
+            experiment = found.experiment_id if found else self.client.create_experiment(name)
             run = str(self.client.create_run(experiment, run_name=folder.parent.name).info.run_id)
             params = [Param(key, str(value)) for key, value in _leaves(recipe, ".")]
             for first in range(0, len(params), 100):  # as many as it takes at once
@@ -145,14 +145,14 @@ class MLflow(Tracker):
         self.run = run
         return run
 
-    def log(self, step: int, numbers: Mapping[str, float], said: str) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], event_text: str) -> None:
         from mlflow.entities import Metric
 
         self.last = step
         now = int(1000 * time.time())
         self.client.log_batch(self.run, [Metric(name, value, now, step) for name, value in numbers.items()])
-        if said:
-            self.client.set_tag(self.run, f"event at step {step}", said[:5000])
+        if event_text:
+            self.client.set_tag(self.run, f"event at step {step}", event_text[:5000])
 
     def finish(self, numbers: Mapping[str, float] | None) -> None:
         for name, value in (numbers or {}).items():
@@ -181,8 +181,8 @@ class Trackio(Tracker):
         )
         return name
 
-    def log(self, step: int, numbers: Mapping[str, float], said: str) -> None:
-        self.run.log({**numbers, **({"event": said} if said else {})}, step=step)
+    def log(self, step: int, numbers: Mapping[str, float], event_text: str) -> None:
+        self.run.log({**numbers, **({"event": event_text} if event_text else {})}, step=step)
 
     def finish(self, numbers: Mapping[str, float] | None) -> None:
         if numbers:
@@ -220,7 +220,7 @@ class Trackers:
         self.names: Sequence[str] = recipe["report"]["trackers"]
         check_installed(self.names)
         self.recipe, self.folder = recipe, out / FOLDER
-        self._told: dict[str, dict[str, Any]] = {}
+        self._records: dict[str, dict[str, Any]] = {}
         self._before: dict[str, int] = {}
         self._running: dict[str, Tracker] = {}
         self._step = 0
@@ -240,16 +240,16 @@ class Trackers:
             self.folder.mkdir(parents=True, exist_ok=True)
         if (record := self.folder / RECORD).is_file():
             try:
-                self._told = json.loads(record.read_text(encoding="utf-8"))
+                self._records = json.loads(record.read_text(encoding="utf-8"))
             except ValueError:
                 raise TrainingError(
                     f"{record} is damaged, so what trackers were told is not known: delete {self.folder} to begin anew",
                     code="damaged-tracker-record",
                 ) from None
         for name in self.names:
-            tracker, told = TRACKERS[name](), self._told.setdefault(name, {"run": None, "step": 0})
+            tracker, tracker_record = TRACKERS[name](), self._records.setdefault(name, {"run": None, "step": 0})
             try:
-                told["run"] = tracker.start(self.recipe, self.folder, told["run"])
+                tracker_record["run"] = tracker.start(self.recipe, self.folder, tracker_record["run"])
             except TrainingError:
                 raise
             except Exception as error:
@@ -257,7 +257,7 @@ class Trackers:
                     f"report.trackers: {name} cannot begin: {_why(error)}", code="tracker-failed"
                 ) from error
             self._running[name] = tracker
-            self._before[name] = told["step"]
+            self._before[name] = tracker_record["step"]
         self._write()
         for line in lines:
             for event in self.log(line):
@@ -291,36 +291,36 @@ class Trackers:
         to_tell = [name for name in self._running if step > self._before[name]]
         if to_tell and step > self._step:
             for name in to_tell:
-                self._told[name]["step"] = step
+                self._records[name]["step"] = step
             self._write()
         self._step = max(step, self._step)
         event = line.get("event")
         prefix = f"{event}/" if event else ""
         numbers = {prefix + name: value for name, value in _numbers(line) if name != "step"}
-        said = json.dumps(dict(line)) if event else ""
-        return self._each(to_tell, lambda tracker: tracker.log(step, numbers, said))
+        event_text = json.dumps(dict(line)) if event else ""
+        return self._each(to_tell, lambda tracker: tracker.log(step, numbers, event_text))
 
     def finish(self, summary: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         """`summary` is that of summary.json, or None for a run that has not come to its end."""
         numbers = None if summary is None else dict(_numbers(summary))
-        failed = self._each(list(self._running), lambda tracker: tracker.finish(numbers))
+        failures = self._each(list(self._running), lambda tracker: tracker.finish(numbers))
         self._running = {}
-        return failed
+        return failures
 
     def _each(self, names: Sequence[str], tell: Callable[[Tracker], None]) -> list[dict[str, Any]]:
-        failed = []
+        failures = []
         for name in names:
             try:
                 tell(self._running[name])
             except Exception as error:
                 del self._running[name]
                 why = f"{_why(error)}. Training goes on, and it is told nothing more until the run resumes"
-                failed.append({"event": "tracker failed", "step": self._step, "tracker": name, "why": why})
-        return failed
+                failures.append({"event": "tracker failed", "step": self._step, "tracker": name, "why": why})
+        return failures
 
     def _write(self) -> None:
         """In place and in one call, so that a process that is killed leaves the old text or the new one."""
-        text = json.dumps(self._told).encode()
+        text = json.dumps(self._records).encode()
         with writing(self.folder):
             handle = os.open(self.folder / RECORD, os.O_WRONLY | os.O_CREAT)
             try:

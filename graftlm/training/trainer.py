@@ -78,8 +78,8 @@ class Trainer:
 
     def steps(self, count: int | None = None) -> Iterator[Step]:
         """The next `count` steps, or all to the end of the run; fewer where the run ends before."""
-        left = range(len(self.batches) - self.seen)
-        for _ in islice(left, count):
+        numbers = range(len(self.batches) - self.seen)
+        for _ in islice(numbers, count):
             yield self.step()
 
     def step(self) -> Step:
@@ -158,8 +158,8 @@ class Trainer:
 
     def _packs(self, number: int) -> Iterator[Pack]:
         """The packs of a batch on this rank: of its rows, or of those that a callback makes of them."""
-        made = (each.rows(self.training, number, self._rows_of, self.phase.last) for each in self.callbacks)
-        rows = next((rows for rows in made if rows is not None), None)
+        rows_by_callback = (each.rows(self.training, number, self._rows_of, self.phase.last) for each in self.callbacks)
+        rows = next((rows for rows in rows_by_callback if rows is not None), None)
         rows = self._rows_of(number) if rows is None else rows
         sharded = distributed.is_sharded(self.model)
         for some in (rows, self.setup.objective().mismatched(rows)):
