@@ -84,12 +84,12 @@ ALSO = {
 """Other words for the same. Small data is about what is forgotten: few rows are soon learnt by heart."""
 
 
-def suggest(wanted: str, *, count: int = 5) -> list[dict[str, Any]]:
-    """The best of the measured methods by the words in `wanted`: by the mean of their places under each rule.
+def suggest(need: str, *, count: int = 5) -> list[dict[str, Any]]:
+    """The best of the measured methods by the words in `need`: by the mean of their places under each rule.
 
     Raises RecipeError for a word that stands for no rule.
     """
-    words = [ALSO.get(word, word) for word in wanted.lower().replace(",", " ").split()]
+    words = [ALSO.get(word, word) for word in need.lower().replace(",", " ").split()]
     words = list(dict.fromkeys(word for word in words if word))
     for word in words:
         if word not in RULES and word not in CONDITIONS:

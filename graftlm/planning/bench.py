@@ -67,9 +67,9 @@ def bench(
     rates = matrix_rates(shapes, device)
     rate = max(rates[_name(dtype)].values())
 
-    choice, done, parts = _train_lora(model, examples, kernels)
-    tokens_per_s = statistics.median(step.tokens / step.wall_s for step in done[1:])
-    supervised = sum(step.supervised_tokens for step in done) / sum(step.tokens for step in done)
+    choice, steps, parts = _train_lora(model, examples, kernels)
+    tokens_per_s = statistics.median(step.tokens / step.wall_s for step in steps[1:])
+    supervised = sum(step.supervised_tokens for step in steps) / sum(step.tokens for step in steps)
     needed = flop + supervised * head_flop
     floor = rate * 1e9 / needed
     return {
@@ -99,18 +99,18 @@ def _train_lora(
     attach(model, LoraConfig(r=16, alpha=32))
     for host in hosts(model).values():
         host.deltas.train()
-    chosen = make_batches(TrainConfig(steps=STEPS, batch_rows=ROWS), examples)
-    made = [pack([examples[i] for i in rows], TOKENS) for rows in chosen]
-    choice = choose(model, [each.to(device) for packs in made for each in packs], kernels)
+    batches = make_batches(TrainConfig(steps=STEPS, batch_rows=ROWS), examples)
+    steps_packs = [pack([examples[i] for i in rows], TOKENS) for rows in batches]
+    choice = choose(model, [each.to(device) for packs in steps_packs for each in packs], kernels)
     backend = choice.backend(device, dtype)
     training = TrainingState(model, {}, adamw([(trainable(model).values(), 5e-4)], weight_decay=0.0))
     schedule, passes = warmup_cosine(steps=STEPS, warmup_steps=1), Passes(backend=backend)
     train_step = TrainStep(training, "supervised", schedule, clip=1.0, passes=passes)
-    done = list(train_step.over([each.to(device) for each in packs] for packs in made))
+    steps = list(train_step.over([each.to(device) for each in packs] for packs in steps_packs))
     with passes.through(model):
-        first = made[0][0].to(device)
+        first = steps_packs[0][0].to(device)
         one_pass(model, first)
-        return choice, done, parts_of_time(lambda: one_pass(model, first))
+        return choice, steps, parts_of_time(lambda: one_pass(model, first))
 
 
 def linear_shapes(model: Any) -> dict[tuple[int, int], int]:
@@ -118,9 +118,9 @@ def linear_shapes(model: Any) -> dict[tuple[int, int], int]:
     found: dict[tuple[int, int], int] = {}
     for layer in transformer_layers(model).values():
         for name, module in layer.named_modules():
-            made = view(module)
-            if made is not None and made.kind == "linear" and ".deltas." not in name:
-                found[made.d_in, made.d_out] = found.get((made.d_in, made.d_out), 0) + 1
+            base = view(module)
+            if base is not None and base.kind == "linear" and ".deltas." not in name:
+                found[base.d_in, base.d_out] = found.get((base.d_in, base.d_out), 0) + 1
     return found
 
 
@@ -183,12 +183,12 @@ def parts_of_time(work: Callable[[], Any]) -> dict[str, float]:
     Attention and head are whatever runs inside of operations with such names; products and element-wise work are
     what is left of torch's operations, the rest is Python's. Call `work` once before: first calls take longer.
     """
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         started = time.perf_counter()
         work()
         wall = time.perf_counter() - started
     seconds = dict.fromkeys(("matrix products", "attention", "head and loss", "element-wise", "rest"), 0.0)
-    for event in seen.events() or ():
+    for event in profiler.events() or ():
         if event.name.startswith("aten::") or _part_by_name(event) is not None:
             seconds[_part(event)] += event.self_cpu_time_total / 1e6
     seconds["rest"] = max(0.0, wall - sum(seconds.values()))

@@ -53,22 +53,22 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     recipe, examples = with_answers(recipe, data.examples)
     shape = shape_of(recipe, examples, data.draws)
     process = peak_rss_gib()
-    made, groups = with_deltas(recipe)
-    teacher = with_teacher(recipe, made)
-    choice = kernels_of(recipe, made, groups, shape)
-    device = made.model.device
-    backend = choice.backend(device, made.dtype)
-    parameters = sum(p.numel() for name in recipe.all_deltas() for p in parameters_of(made.model, name))
-    reached = coverage(made.model)
-    memory = {"process": process + LIBRARIES_GIB} | _memory_gib(recipe, made, groups, shape, choice, backend)
+    model_sketch, groups = with_deltas(recipe)
+    teacher = with_teacher(recipe, model_sketch)
+    choice = kernels_of(recipe, model_sketch, groups, shape)
+    device = model_sketch.model.device
+    backend = choice.backend(device, model_sketch.dtype)
+    parameters = sum(p.numel() for name in recipe.all_deltas() for p in parameters_of(model_sketch.model, name))
+    reached = coverage(model_sketch.model)
+    memory = {"process": process + LIBRARIES_GIB} | _memory_gib(recipe, model_sketch, groups, shape, choice, backend)
     # transformers reads the file through a mapping, whose pages count while it converts them
-    loading = process + (made.base_bytes + made.file_bytes) / GIB
+    loading = process + (model_sketch.base_bytes + model_sketch.file_bytes) / GIB
     if teacher:
         memory["teacher"] = teacher.sketch.base_bytes / GIB
-        more = made.base_bytes + teacher.sketch.base_bytes + teacher.sketch.file_bytes
+        more = model_sketch.base_bytes + teacher.sketch.base_bytes + teacher.sketch.file_bytes
         loading = max(loading, process + more / GIB)
-    answering, uncounted = _answering_gib(made, groups, loads, memory)
-    seconds, parts = time_of(recipe, made, groups, shape, teacher, backend)
+    answering, uncounted = _answering_gib(model_sketch, groups, loads, memory)
+    seconds, parts = time_of(recipe, model_sketch, groups, shape, teacher, backend)
     parts["optimizer"] = update_s(parameters, device)
     seconds += parts["optimizer"]
     found = {
@@ -92,7 +92,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         "packs_a_step": round(shape.packs_a_step, 2),
         "memory_free_gib": round(free_gib(device), 2),
     }
-    return found | {"reach": reached.lines(), "advice": advice(recipe, found, made, shape) + uncounted}
+    return found | {"reach": reached.lines(), "advice": advice(recipe, found, model_sketch, shape) + uncounted}
 
 
 def _loads(recipe: Recipe, data: Prepared) -> dict[str, Load]:
@@ -103,7 +103,7 @@ def _loads(recipe: Recipe, data: Prepared) -> dict[str, Load]:
 
 
 def _answering_gib(
-    made: Sketch, groups: list[list[int]], loads: Mapping[str, Load], memory: dict[str, float]
+    model_sketch: Sketch, groups: list[list[int]], loads: Mapping[str, Load], memory: dict[str, float]
 ) -> tuple[dict[str, float], list[str]]:
     """GiB of the process while it answers, and what is not counted. A second copy of weights that stays during
     training is added to `memory`.
@@ -113,9 +113,9 @@ def _answering_gib(
     """
     if not loads:
         return {}, []
-    if why := why_not_counted(made, groups):
+    if why := why_not_counted(model_sketch, groups):
         return {}, [f"memory of answers is not counted, since transformers' own generate gives them: {why}"]
-    needed = {name: generation_bytes(made, groups, load) for name, load in loads.items()}
+    needed = {name: generation_bytes(model_sketch, groups, load) for name, load in loads.items()}
     training_only = {"generating": ("activations",), "held_out_answers": ("activations", "gradients_and_optimizer")}
     answering = {
         name: sum(gib for part, gib in memory.items() if part not in training_only[name]) + each.total / GIB
@@ -127,22 +127,26 @@ def _answering_gib(
 
 
 def _memory_gib(
-    recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape, choice: KernelChoice, backend: Backend
+    recipe: Recipe, model_sketch: Sketch, groups: list[list[int]], shape: Shape, choice: KernelChoice, backend: Backend
 ) -> dict[str, float]:
     """GiB of the base, of what is trained, and of a step over the largest pack."""
-    device = made.model.device
-    trained = sum(4 * p.numel() for name in recipe.all_deltas() for p in parameters_of(made.model, name))
-    buffers = sum(p.numel() * p.element_size() for host in hosts(made.model).values() for p in host.deltas.buffers())
+    device = model_sketch.model.device
+    trainable_bytes = sum(
+        4 * p.numel() for name in recipe.all_deltas() for p in parameters_of(model_sketch.model, name)
+    )
+    buffers = sum(
+        p.numel() * p.element_size() for host in hosts(model_sketch.model).values() for p in host.deltas.buffers()
+    )
     largest = shape.largest.to(device)
     products: set[Product] = set()
-    live = over_layers(made, groups, lambda model: live_bytes(recipe, model, largest, products, backend))
+    live = over_layers(model_sketch, groups, lambda model: live_bytes(recipe, model, largest, products, backend))
     by_kernels = recipe.data.pack and (choice.kernels == "ours" or "ours" in choice.fastest.values())
     heap = HEAP_CHECKPOINTED if recipe.train.checkpointing else HEAP_WITH_KERNELS if by_kernels else HEAP
     on_cpu = device.type == "cpu"
     return {
-        "base": made.base_bytes / GIB,
-        "deltas": (trained + buffers) / GIB,
-        "gradients_and_optimizer": sum(update_bytes(recipe, made.model, shape.packs_a_step > 1)) / GIB,
+        "base": model_sketch.base_bytes / GIB,
+        "deltas": (trainable_bytes + buffers) / GIB,
+        "gradients_and_optimizer": sum(update_bytes(recipe, model_sketch.model, shape.packs_a_step > 1)) / GIB,
         "activations": live * (heap if on_cpu else 1.0) / GIB,
         "kernels": kernel_count(products, shape) * KERNEL_GIB if on_cpu else 0.0,
     }
@@ -152,13 +156,13 @@ FULL_PACK = 512
 """Below so many tokens a pack the weights are read too often for what they are multiplied with."""
 
 
-def advice(recipe: Recipe, found: dict[str, Any], made: Sketch, shape: Shape) -> list[str]:
+def advice(recipe: Recipe, found: dict[str, Any], model_sketch: Sketch, shape: Shape) -> list[str]:
     """Which knob to turn: where the recipe does not fit, and where it wastes what is there."""
     train, memory = recipe.train, found["parts"]["memory_gib"]
     texts = []
     free, peak = found["memory_free_gib"] + memory["process"], found["peak_gib"]
-    wide = made.dtype == torch.float32 and base_config(recipe.base).quantization == "none"
-    halves = wide and multiplies_bf16_fast(made.model.device.type)
+    wide = model_sketch.dtype == torch.float32 and base_config(recipe.base).quantization == "none"
+    halves = wide and multiplies_bf16_fast(model_sketch.model.device.type)
     if peak > free:
         texts.append(f"{peak:.1f} GiB are needed and {free:.1f} are there")
         if len(shape.largest.rows) > 1:

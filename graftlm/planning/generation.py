@@ -73,23 +73,23 @@ class GenerationBytes:
         return self.prepacked_weights + self.cache + self.prefixes + self.activations + self.logits
 
 
-def why_not_counted(made: Sketch, groups: list[list[int]]) -> str:
+def why_not_counted(model_sketch: Sketch, groups: list[list[int]]) -> str:
     """Why what answering needs is not known: transformers' own `generate` runs, with a cache of its own. Else empty."""
-    with _one_of_each(made, groups) as model, deltas_off(model):
+    with _one_of_each(model_sketch, groups) as model, deltas_off(model):
         return why_not_ours(model)
 
 
 @torch.no_grad()
-def generation_bytes(made: Sketch, groups: list[list[int]], load: Load) -> GenerationBytes:
-    """What an engine under this load holds. `made` has the deltas that act on every request."""
-    per_token = round(over_layers(made, groups, _cache_bytes))
-    with _one_of_each(made, groups) as model, deltas_still(model):
+def generation_bytes(model_sketch: Sketch, groups: list[list[int]], load: Load) -> GenerationBytes:
+    """What an engine under this load holds. `model_sketch` has the deltas that act on every request."""
+    per_token = round(over_layers(model_sketch, groups, _cache_bytes))
+    with _one_of_each(model_sketch, groups) as model, deltas_still(model):
         before = keys_before(model, active_row(model))
         activations, logits = _activation_bytes(model, load), _logits_bytes(model, load.sampling)
     always = 0 if before is None else before.shape[3]
-    prefixes = 0 if before is None else always * per_token * before.element_size() // made.dtype.itemsize
+    prefixes = 0 if before is None else always * per_token * before.element_size() // model_sketch.dtype.itemsize
     return GenerationBytes(
-        prepacked_weights=round(over_layers(made, groups, _prepacked_bytes)) if load.prepack else 0,
+        prepacked_weights=round(over_layers(model_sketch, groups, _prepacked_bytes)) if load.prepack else 0,
         cache=load.requests * (load.prompt_tokens + load.new_tokens - 1 + always) * per_token,
         prefixes=load.requests * prefixes,
         activations=activations,
@@ -98,9 +98,9 @@ def generation_bytes(made: Sketch, groups: list[list[int]], load: Load) -> Gener
     )
 
 
-def _one_of_each(made: Sketch, groups: list[list[int]]) -> Any:
+def _one_of_each(model_sketch: Sketch, groups: list[list[int]]) -> Any:
     """A context of the model with one layer of each kind."""
-    return only(made, sorted(numbers[0] for numbers in groups))
+    return only(model_sketch, sorted(numbers[0] for numbers in groups))
 
 
 def _cache_bytes(model: Any) -> int:
@@ -200,32 +200,32 @@ def estimate_generation(
     adapters = [Adapter.read(path) for folder in folders for path in adapters_in(Path(folder)).values()]
 
     def make(real: Sequence[int]) -> Sketch:
-        made = sketch(base, real, network=network)
+        model_sketch = sketch(base, real, network=network)
         for number, adapter in enumerate(adapters, 1):
-            attach_tensors(made.model, adapter, f"adapter-{number}")
-        return made
+            attach_tensors(model_sketch.model, adapter, f"adapter-{number}")
+        return model_sketch
 
     process = peak_rss_gib()
-    made, groups = some_layers(make)
-    if why := why_not_counted(made, groups):
+    model_sketch, groups = some_layers(make)
+    if why := why_not_counted(model_sketch, groups):
         raise BaseModelError(
             f"{base.name}: transformers' own generate answers for this base, and what its cache takes is not known "
             f"here: {why}",
             code="unknown-cache-size",
         )
-    needed = generation_bytes(made, groups, load)
-    memory = {"process": process + LIBRARIES_GIB, "base": made.base_bytes / GIB}
-    memory |= {"adapters": adapter_bytes(made.model) / GIB} if adapters else {}
+    needed = generation_bytes(model_sketch, groups, load)
+    memory = {"process": process + LIBRARIES_GIB, "base": model_sketch.base_bytes / GIB}
+    memory |= {"adapters": adapter_bytes(model_sketch.model) / GIB} if adapters else {}
     memory |= needed.parts_gib()
-    loading = process + (made.base_bytes + made.file_bytes) / GIB
-    free = free_gib(made.model.device)
+    loading = process + (model_sketch.base_bytes + model_sketch.file_bytes) / GIB
+    free = free_gib(model_sketch.model.device)
     peak = max(sum(memory.values()), loading)
     return {
         "peak_gib": round(peak, 3),
         "parts": {"memory_gib": {name: round(gib, 3) for name, gib in memory.items()} | {"loading": round(loading, 3)}},
         "cache_bytes_per_token": needed.cache_per_token,
         "memory_free_gib": round(free, 2),
-        "advice": _advice(peak, free + memory["process"], made, needed),
+        "advice": _advice(peak, free + memory["process"], model_sketch, needed),
     }
 
 
@@ -239,14 +239,14 @@ def _check_positions(base: BaseConfig, load: Load, network: bool) -> None:
         )
 
 
-def _advice(peak: float, free: float, made: Sketch, needed: GenerationBytes) -> list[str]:
+def _advice(peak: float, free: float, model_sketch: Sketch, needed: GenerationBytes) -> list[str]:
     """What to change where it does not fit."""
     if peak <= free:
         return []
     texts = [f"{peak:.1f} GiB are needed and {free:.1f} are there"]
-    if needed.cache > made.base_bytes:
+    if needed.cache > model_sketch.base_bytes:
         texts.append("fewer requests at a time, or shorter prompts and answers: the cache takes more than the base")
-    if made.dtype == torch.float32:
+    if model_sketch.dtype == torch.float32:
         texts.append("--dtype bfloat16 would halve the base and the cache")
     if needed.prepacked_weights:
         texts.append("Engine(model, prepack=False) does without the second copy of the weights, and is slower")

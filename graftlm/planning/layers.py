@@ -28,10 +28,10 @@ def with_deltas(recipe: Recipe) -> tuple[Sketch, list[list[int]]]:
 
 def some_layers(make: Callable[[Sequence[int]], Sketch]) -> tuple[Sketch, list[list[int]]]:
     """A sketch with a few layers of each kind real, and the kinds."""
-    made = make([0])
-    groups = kinds_of_layer(made)
+    first = make([0])
+    groups = kinds_of_layer(first)
     real = sorted(number for numbers in groups for number in numbers[: 1 + MORE_LAYERS])
-    return (made if real == [0] else make(real)), groups
+    return (first if real == [0] else make(real)), groups
 
 
 class Teacher(NamedTuple):
@@ -41,7 +41,7 @@ class Teacher(NamedTuple):
     groups: list[list[int]]
 
 
-def with_teacher(recipe: Recipe, made: Sketch) -> Teacher | None:
+def with_teacher(recipe: Recipe, model_sketch: Sketch) -> Teacher | None:
     """Put the sketch of a teacher that is another base beside that of the recipe's base.
 
     It has one layer of each kind there: it keeps nothing for a backward pass, so more of them need no more memory.
@@ -50,38 +50,38 @@ def with_teacher(recipe: Recipe, made: Sketch) -> Teacher | None:
         return None
     teacher = Teacher(*some_layers(lambda real: sketch(base, real, network=recipe.network)))
     shorten(teacher.sketch, sorted(numbers[0] for numbers in teacher.groups))
-    made.model.__dict__[TEACHER] = teacher.sketch.model
+    model_sketch.model.__dict__[TEACHER] = teacher.sketch.model
     return teacher
 
 
-def _attach_all(recipe: Recipe, made: Sketch) -> Sketch:
+def _attach_all(recipe: Recipe, model_sketch: Sketch) -> Sketch:
     for name, config in recipe.all_deltas().items():
-        attach(made.model, config, name=name, seed=recipe.train.seed, start=False)
-    for host in hosts(made.model).values():
+        attach(model_sketch.model, config, name=name, seed=recipe.train.seed, start=False)
+    for host in hosts(model_sketch.model).values():
         host.deltas.train()
-    return made
+    return model_sketch
 
 
-def kernels_of(recipe: Recipe, made: Sketch, groups: list[list[int]], shape: Shape) -> KernelChoice:
+def kernels_of(recipe: Recipe, model_sketch: Sketch, groups: list[list[int]], shape: Shape) -> KernelChoice:
     """What would compute a run, measured on one layer of each kind."""
-    device, wanted = made.model.device, recipe.train.kernels
-    if wanted != "auto":
-        pinned(wanted, device, made.dtype)
+    device, kernels = model_sketch.model.device, recipe.train.kernels
+    if kernels != "auto":
+        pinned(kernels, device, model_sketch.dtype)
     if not recipe.data.pack:
-        return KernelChoice(wanted)
+        return KernelChoice(kernels)
     packs = [pack.to(device) for pack in (*shape.step, shape.largest)]
-    with only(made, sorted(numbers[0] for numbers in groups)) as model:
-        return choose(model, packs, wanted)
+    with only(model_sketch, sorted(numbers[0] for numbers in groups)) as model:
+        return choose(model, packs, kernels)
 
 
-def over_layers(made: Sketch, groups: list[list[int]], measure: Callable[[Any], float]) -> float:
+def over_layers(model_sketch: Sketch, groups: list[list[int]], measure: Callable[[Any], float]) -> float:
     """What the whole model costs, from a model with one layer of each kind and others with more of one kind."""
     one_each = [numbers[0] for numbers in groups]
-    with only(made, sorted(one_each)) as model:
+    with only(model_sketch, sorted(one_each)) as model:
         total = once = measure(model)
     for numbers in groups:
         if more := numbers[1 : 1 + MORE_LAYERS]:
-            with only(made, sorted(one_each + more)) as model:
+            with only(model_sketch, sorted(one_each + more)) as model:
                 total += (len(numbers) - 1) * max(0.0, measure(model) - once) / len(more)
     return total
 

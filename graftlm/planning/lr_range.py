@@ -125,7 +125,7 @@ def _steps(recipe: Recipe, trainer: Trainer) -> Iterator[Trial]:
     tokens, packed = recipe.train.pack_tokens, recipe.data.pack
     rates = [LOWEST * (HIGHEST / LOWEST) ** (i / (len(batches) - 1)) for i in range(len(batches))]
     own = trainer.training.optimizer.param_groups[0]["lr"]
-    trainer.phase.schedule = lambda done: rates[done] / own
+    trainer.phase.schedule = lambda step_number: rates[step_number] / own
     start: float | None = None
     high = 0
     try:

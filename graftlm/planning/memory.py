@@ -98,8 +98,8 @@ def update_bytes(recipe: Recipe, model: Any, several_packs: bool) -> tuple[int, 
     parameters = [p for name in recipe.all_deltas() for p in parameters_of(model, name)]
     unmade = torch.optim.SGD([torch.zeros(1)], lr=0.0)
     training = TrainingState(model, recipe.all_deltas(), unmade, total=recipe.train.steps or 1, seed=recipe.train.seed)
-    waiting = {id(p) for callback in callbacks for p in callback.idle_parameters(training)}
-    learning = [p for p in parameters if id(p) not in waiting]
+    idle = {id(p) for callback in callbacks for p in callback.idle_parameters(training)}
+    learning = [p for p in parameters if id(p) not in idle]
     gradients = [4 * p.numel() for p in learning]
     (optimizer,) = (callback for callback in callbacks if isinstance(callback, Optimizer))
     one_alive = optimizer.fused and not several_packs

@@ -7,7 +7,7 @@ from graftlm.data.batches.pack import Example, Group, Pack
 from graftlm.data.sources.template_draws import Draws
 from graftlm.recipe import Recipe
 from graftlm.rl.config import training_group
-from graftlm.training.kernel_choice import answered
+from graftlm.training.kernel_choice import with_answer
 from graftlm.training.phases import make_batches
 from graftlm.training.setup import Answers
 
@@ -38,7 +38,8 @@ def with_answers(recipe: Recipe, prompts: Sequence[Example | Group]) -> tuple[Re
         return recipe, prompts
     answers = Answers(rl.samples, rl.max_new_tokens)
     groups = [
-        training_group(recipe.loss, [answered(prompt, answers)] * rl.samples, range(rl.samples)) for prompt in prompts
+        training_group(recipe.loss, [with_answer(prompt, answers)] * rl.samples, range(rl.samples))
+        for prompt in prompts
     ]
     return replace(recipe, rl=None), [group for group in groups if group is not None]
 
@@ -47,22 +48,23 @@ def shape_of(recipe: Recipe, examples: Sequence[Example | Group], draws: Draws |
     steps = make_batches(recipe.train, examples, draws=draws)
     sampled = steps[:: max(1, len(steps) // STEPS_SAMPLED)]
     share = recipe.train.prefix_sharing
-    made = sorted(
+    packs_of_steps = sorted(
         (recipe.setup().make_packs([examples[i] for i in step], share=share) for step in sampled), key=token_count
     )
     largest = max(
-        (pack for packs in made for pack in packs), key=lambda p: (p.ids.numel(), sum(n**2 for n in p.lengths))
+        (pack for packs in packs_of_steps for pack in packs),
+        key=lambda p: (p.ids.numel(), sum(n**2 for n in p.lengths)),
     )
-    packs = [pack for packs in made for pack in packs]
+    packs = [pack for packs in packs_of_steps for pack in packs]
     more = len(steps) / len(sampled)  # a guess for those that were not looked at; full caches make an end of it
     lengths = len({p.ids.numel() for p in packs}), len({n for p in packs for n in p.lengths})
-    count, tokens = sum(map(len, made)), sum(map(token_count, made))
-    middle = made[len(made) // 2]
+    count, tokens = sum(map(len, packs_of_steps)), sum(map(token_count, packs_of_steps))
+    middle = packs_of_steps[len(packs_of_steps) // 2]
     return Shape(
         middle,
         largest,
         (int(more * lengths[0]), int(more * lengths[1])),
-        count / len(made),
+        count / len(packs_of_steps),
         token_count(middle),
         sum(pack.row_tokens for pack in middle),
         tokens / count,

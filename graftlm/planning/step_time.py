@@ -22,17 +22,17 @@ PACKS_TIMED = 3
 
 def time_of(
     recipe: Recipe,
-    made: Sketch,
+    model_sketch: Sketch,
     groups: list[list[int]],
     shape: Shape,
     teacher: Teacher | None = None,
     backend: Backend = TORCH,
 ) -> tuple[float, dict[str, float]]:
     """Seconds of a step without its update, and which part of them is what."""
-    ordered = sorted(shape.step, key=lambda pack: pack.ids.numel())
-    chosen = ordered if len(ordered) <= PACKS_TIMED else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-    packs = [pack.to(made.model.device) for pack in chosen]
-    scale = token_count(ordered) / token_count(chosen)
+    by_size = sorted(shape.step, key=lambda pack: pack.ids.numel())
+    timed = by_size if len(by_size) <= PACKS_TIMED else [by_size[0], by_size[len(by_size) // 2], by_size[-1]]
+    packs = [pack.to(model_sketch.model.device) for pack in timed]
+    scale = token_count(by_size) / token_count(timed)
     shares: list[dict[str, float]] = []
 
     def seconds(model: Any) -> float:
@@ -45,7 +45,7 @@ def time_of(
             shares.append({name: share * found for name, share in parts_of_time(passes).items()})
         return found
 
-    total = over_layers(made, groups, seconds)
+    total = over_layers(model_sketch, groups, seconds)
     head = shares[0].pop("head and loss")  # as long whatever the number of layers
     layers = {name: sum(found[name] for found in shares) for name in shares[0]}
     rest = (total - head) / sum(layers.values())

@@ -51,19 +51,19 @@ def html(data: Prepared, config: DataConfig, *, title: str) -> str:
                 note = f"{entry.note} ({others})" if entry.note and others else entry.note or others
                 notes.setdefault(where, []).append((finding.kind, note))
     rows = _rows_to_show(data, notes)
-    shown = [
+    token_rows = [
         _row_json(piece, notes, config.max_tokens)
         for row in rows
         for piece in shown_rows([row], data.renderer, config, 1)
     ]
-    place = {piece["where"]: i for i, piece in reversed(list(enumerate(shown)))}
+    place = {piece["where"]: i for i, piece in reversed(list(enumerate(token_rows)))}
     findings = []
     for finding in survey.findings:
-        named = list(dict.fromkeys(where for entry in finding.entries for where in entry.rows))
-        listed = [(where, place[where]) for where in named if where in place][:LISTED]
-        if named:
+        places_of_finding = list(dict.fromkeys(where for entry in finding.entries for where in entry.rows))
+        listed = [(where, place[where]) for where in places_of_finding if where in place][:LISTED]
+        if places_of_finding:
             facts = {"kind": finding.kind, "why": finding.why, "count": finding.count}
-            findings.append(facts | {"places": listed, "more": len(named) - len(listed)})
+            findings.append(facts | {"places": listed, "more": len(places_of_finding) - len(listed)})
     left_out, total = len(notes.keys() - place.keys()), len(data.rows) + len(data.held_out_rows)
     return pages.page(
         "check.html.jinja",
@@ -76,7 +76,7 @@ def html(data: Prepared, config: DataConfig, *, title: str) -> str:
         if len(rows) < total
         else "All rows.",
         limit_text=f"{left_out:,} more of these are left out." if left_out else "",
-        rows=_json(shown),
+        rows=_json(token_rows),
     )
 
 

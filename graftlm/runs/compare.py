@@ -59,8 +59,8 @@ class Run:
 
     def last_loss(self) -> float | None:
         """The mean of the last twentieth of the steps, in nats."""
-        known = [step["loss"] for step in self.steps if math.isfinite(step["loss"])]
-        return pages.smoothed(known)[-1] if known else None
+        losses = [step["loss"] for step in self.steps if math.isfinite(step["loss"])]
+        return pages.smoothed(losses)[-1] if losses else None
 
     def tokens_per_s(self) -> float | None:
         seconds = sum(step.get("wall_s", 0.0) for step in self.steps)
@@ -95,9 +95,9 @@ class RunTable:
             raise RecipeError(
                 f"--sort {sort}: there is no such column. {nearest(sort, rows[0])}", code="unknown-column"
             )
-        known = [row for row in rows if row[column] is not None]
-        known.sort(key=lambda row: _sort_key(row[column]), reverse=reverse)
-        return known + [row for row in rows if row[column] is None]
+        rows_with_value = [row for row in rows if row[column] is not None]
+        rows_with_value.sort(key=lambda row: _sort_key(row[column]), reverse=reverse)
+        return rows_with_value + [row for row in rows if row[column] is None]
 
     def over_seeds(self) -> list[dict[str, Any]]:
         """Finished runs that differ in their seed alone, as one row each: how many, mean and standard deviation.
@@ -149,7 +149,7 @@ def compare(folders: Iterable[str | Path]) -> RunTable:
     """
     runs: list[Run] = []
     damaged: dict[str, str] = {}
-    for folder in dict.fromkeys(path for given in folders for path in _run_folders(Path(given))):
+    for folder in dict.fromkeys(path for path_or_glob in folders for path in _run_folders(Path(path_or_glob))):
         try:
             runs.append(read_run(folder))
         except (GraftError, OSError, ValueError, KeyError, TypeError) as error:
@@ -223,13 +223,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """The shortest ends of dotted keys that are unique among them and among the other columns."""
-    taken = {"run", "status", "seeds", *FIGURES, *SPREAD}
+    other_columns = {"run", "status", "seeds", *FIGURES, *SPREAD}
     names = {}
     for key in keys:
         parts = key.split(".")
         ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
         others = [other for other in keys if other != key]
-        free = (end for end in ends if end not in taken and not any(f".{o}".endswith(f".{end}") for o in others))
+        free = (
+            end for end in ends if end not in other_columns and not any(f".{o}".endswith(f".{end}") for o in others)
+        )
         names[key] = next(free, key)
     return names
 
@@ -306,10 +308,10 @@ def _curves(runs: Sequence[Run]) -> str:
 
     figure, axis = pages.figure(height=4.5)
     for number, (run, name) in enumerate(zip(runs, _labels([run.folder for run in runs]), strict=True)):
-        known = {step["step"]: step["loss"] for step in run.steps if math.isfinite(step["loss"])}
+        losses = {step["step"]: step["loss"] for step in run.steps if math.isfinite(step["loss"])}
         color = colormaps["turbo"]((number + 0.5) / len(runs))
         label = name if number < MAX_LEGEND_ENTRIES else None
-        axis.plot(list(known), pages.smoothed(list(known.values())), color=color, linewidth=1.5, label=label)
+        axis.plot(list(losses), pages.smoothed(list(losses.values())), color=color, linewidth=1.5, label=label)
     axis.set(xlabel="step", ylabel="loss, nats per supervised token (smoothed)")
     if runs:
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

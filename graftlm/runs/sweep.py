@@ -75,15 +75,15 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
         if full in axes:
             raise RecipeError(f"{setting!r}: {full} was already given", code="repeated-key")
         axes[full] = values_of(setting, text)
-    written, _ = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
-    kinds = {kind: value for key in axes for kind, value in _config_tags(key, tree, written) if kind not in axes}
+    recipe_tree, _ = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
+    kinds = {kind: value for key in axes for kind, value in _config_tags(key, tree, recipe_tree) if kind not in axes}
     varied = [key for key, values in axes.items() if len(values) > 1] or list(axes)
     names = short_names(varied)
     points, problems = [], []
     for values in product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        overrides = [f"{key}={value}" for key, value in (kinds | chosen).items()]
-        name = ",".join(f"{names[key]}={_file_name(chosen[key])}" for key in varied) or "run"
+        point_values = dict(zip(axes, values, strict=True))
+        overrides = [f"{key}={value}" for key, value in (kinds | point_values).items()]
+        name = ",".join(f"{names[key]}={_file_name(point_values[key])}" for key in varied) or "run"
         try:
             points.append(Point(name, read_recipe(path, overrides)))
         except RecipeError as error:
@@ -93,10 +93,10 @@ def grid(path: str | Path, settings: Sequence[str]) -> list[Point]:
     return points
 
 
-def _config_tags(key: str, tree: Any, written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _config_tags(key: str, tree: Any, recipe_tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, value) of defaults to write out, so that `delta.r=4` means something where the recipe has no `delta`."""
     parents: list[str] = []
-    own: Any = written
+    own: Any = recipe_tree
     for part in key.split(".")[:-1]:
         parents.append(part)
         tree, own = _child(tree, part), _child(own, part)
@@ -154,10 +154,10 @@ def _split(text: str) -> list[str]:
 
 def resolve(key: str, tree: Mapping[str, Any]) -> str:
     """The one dotted key of a recipe that is `key` or ends so. Raises RecipeError where there is none, or several."""
-    known = list(_spellings(tree))
-    if any(real == key for _, real in known):
+    spellings = list(_spellings(tree))
+    if any(real == key for _, real in spellings):
         return key
-    found = sorted({real for spelled, real in known if spelled == key or spelled.endswith(f".{key}")})
+    found = sorted({real for spelling, real in spellings if spelling == key or spelling.endswith(f".{key}")})
     if len(found) == 1:
         return found[0]
     if found:
@@ -168,11 +168,11 @@ def resolve(key: str, tree: Mapping[str, Any]) -> str:
         return key  # the recipe has no such section yet; reading it finds mistakes
     if (other := OTHER_NAMES.get(key.rpartition(".")[2])) is not None:
         raise RecipeError(f"{key}: no key of the recipe ends so. Here it is {other}", code="unknown-key")
-    ends = {".".join(spelled.split(".")[n:]) for spelled, _ in known for n in range(spelled.count(".") + 1)}
+    ends = {".".join(spelling.split(".")[n:]) for spelling, _ in spellings for n in range(spelling.count(".") + 1)}
     raise RecipeError(f"{key}: no key of the recipe ends so. {nearest(key, ends)}", code="unknown-key")
 
 
-def _spellings(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str = "") -> Iterator[tuple[str, str]]:
+def _spellings(tree: Mapping[str, Any], prefix: Sequence[str] = (), real: str = "") -> Iterator[tuple[str, str]]:
     """(how it may be written, what it is) for every key of a recipe and for what is inside."""
     for key, value in tree.items():
         if "." in key:  # a pattern for names, which no bare key can say
@@ -182,9 +182,9 @@ def _spellings(tree: Mapping[str, Any], spelled: Sequence[str] = (), real: str =
         here = f"{real}.{key}" if real else key
         tag = next((str(value[t]) for t in TAGS if t in value), None) if isinstance(value, Mapping) else None
         for word in {key, tag or key}:
-            yield ".".join((*spelled, word)), here
+            yield ".".join((*prefix, word)), here
             if isinstance(value, Mapping):
-                yield from _spellings(value, (*spelled, word), here)
+                yield from _spellings(value, (*prefix, word), here)
 
 
 def _file_name(text: str) -> str:
@@ -263,8 +263,8 @@ def _error_in(file: Path) -> str:
     """The last line that names an error, or the last line."""
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"error\[|[\w.]+(Error|Exception|Interrupt)\b", line)]
-    return (named or lines or [""])[-1]
+    error_lines = [line for line in lines if re.match(r"error\[|[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (error_lines or lines or [""])[-1]
 
 
 def _exit_text(code: int) -> str:

@@ -93,10 +93,10 @@ class Pool:
                 yield number, rendered
             self.progress("rendering", number + 1, len(self))
 
-    def part(self, chosen: Iterable[int]) -> "Pool":
+    def part(self, indices: Iterable[int]) -> "Pool":
         """The pool of some of its rows."""
-        chosen = list(chosen)
-        return replace(self, rows=[self.rows[i] for i in chosen], examples=[self.examples[i] for i in chosen])
+        indices = list(indices)
+        return replace(self, rows=[self.rows[i] for i in indices], examples=[self.examples[i] for i in indices])
 
     def other(self, source: str | SourceConfig) -> "Pool":
         """The rows of another source, seen in the same way; raises DataError as reading and rendering do."""
@@ -119,26 +119,26 @@ class Pool:
 
 def examples_of(rows: Sequence[Row], renderer: Renderer, data: DataConfig) -> list[list[Example]]:
     """The examples of each row; none for one that is longer than max_tokens where such rows are dropped."""
-    made, _ = prepare(rows, renderer, data)
-    waiting = made[::-1]
+    all_examples, _ = prepare(rows, renderer, data)
+    queue = all_examples[::-1]
     found: list[list[Example]] = []
     for where, same in groupby(rows, lambda row: row.where):  # examples come in the order of their rows
         copies, examples = len(list(same)), list[Example]()
-        while waiting and waiting[-1].where == where:
-            examples.append(waiting.pop())
+        while queue and queue[-1].where == where:
+            examples.append(queue.pop())
         each = len(examples) // copies  # a row of more weight comes several times
         found += [examples[i * each : (i + 1) * each] for i in range(copies)]
-    assert not waiting, "every example belongs to a row"
+    assert not queue, "every example belongs to a row"
     return found
 
 
 def last_answer(rendered: Rendered) -> tuple[int, int]:
     """Where the last answer's own tokens begin and end; at the row's end where it has none."""
-    answered = rendered.roles == Role.ASSISTANT
-    if not answered.any():
-        return len(answered), len(answered)
-    end = int(np.flatnonzero(answered)[-1]) + 1
-    others = np.flatnonzero(~answered[:end])
+    in_answer = rendered.roles == Role.ASSISTANT
+    if not in_answer.any():
+        return len(in_answer), len(in_answer)
+    end = int(np.flatnonzero(in_answer)[-1]) + 1
+    others = np.flatnonzero(~in_answer[:end])
     return int(others[-1]) + 1 if len(others) else 0, end
 
 

@@ -109,15 +109,15 @@ def choose(
         place = np.arange(len(pool))
         for config in selectors:
             pool.notes.clear()
-            kept, scores, choice = _choose_by(config, pool, _base_stamp(base, network=network))
+            indices, scores, choice = _choose_by(config, pool, _base_stamp(base, network=network))
             choices.append(choice)
-            place, pool = place[kept], pool.part(kept)
+            place, pool = place[indices], pool.part(indices)
     load.cache_clear()
     return_freed_memory()
-    chosen = [rows[i] for i in place.tolist()]
+    selected_rows = [rows[i] for i in place.tolist()]
     if data.order is not None and data.order.by == SELECTED:
-        chosen = [replace(row, score=score) for row, score in zip(chosen, scores.tolist(), strict=True)]
-    return chosen, choices
+        selected_rows = [replace(row, score=score) for row, score in zip(selected_rows, scores.tolist(), strict=True)]
+    return selected_rows, choices
 
 
 def _check_selectors(selectors: Sequence[SelectorConfig]) -> None:
@@ -143,19 +143,19 @@ def _choose_by(config: SelectorConfig, pool: Pool, base: str) -> tuple[list[int]
         assert scores.shape == (len(pool),)
         assert scores.dtype == np.float32
         write_scores(file, config, pool.rows, scores)
-    kept = best(scores, config.keep)
-    if not kept:
+    indices = best(scores, config.keep)
+    if not indices:
         raise DataError(f"select: {config.by} leaves out all {len(pool)} rows", code="no-rows-left")
-    wanted = count_of(config.keep, len(pool))
+    count = count_of(config.keep, len(pool))
     notes = list(pool.notes)
-    if len(kept) < wanted and config.keep is not None:
-        notes.append(f"{wanted} were wanted, and no more than {len(kept)} are not left out")
+    if len(indices) < count and config.keep is not None:
+        notes.append(f"{count} were wanted, and no more than {len(indices)} are not left out")
     left_out = int(np.isneginf(scores).sum())
-    lowest = float(scores[kept].min())
+    lowest = float(scores[indices].min())
     return (
-        kept,
-        scores[kept],
-        SelectorResult(config.by, len(pool), left_out, len(kept), lowest, reused, file, tuple(notes)),
+        indices,
+        scores[indices],
+        SelectorResult(config.by, len(pool), left_out, len(indices), lowest, reused, file, tuple(notes)),
     )
 
 

@@ -39,10 +39,10 @@ def score(config: ClusterConfig, pool: Pool) -> Scores:
 
 def _count_before(member: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many rows of the same cluster stand before each: [n]."""
-    found, seen = np.zeros(len(member), np.int64), np.zeros(member.max() + 1, np.int64)
+    found, counts = np.zeros(len(member), np.int64), np.zeros(member.max() + 1, np.int64)
     for place, cluster in enumerate(member):
-        found[place] = seen[cluster]
-        seen[cluster] += 1
+        found[place] = counts[cluster]
+        counts[cluster] += 1
     return found
 
 

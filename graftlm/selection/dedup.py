@@ -36,20 +36,20 @@ def score(config: DedupConfig, pool: Pool) -> Scores:
     stays, seen = pool.usable & (first == np.arange(len(pool))), set[tuple[str, ...]]()
     for number in np.flatnonzero(stays).tolist():
         row = pool.rows[number]
-        said = tuple(f"{m.role}: {' '.join(m.all_text.casefold().split())}" for m in row.messages)
-        stays[number] = said not in seen
-        seen.add(said)
+        row_text = tuple(f"{m.role}: {' '.join(m.all_text.casefold().split())}" for m in row.messages)
+        stays[number] = row_text not in seen
+        seen.add(row_text)
     if config.near is not None:
-        left = np.flatnonzero(stays)
-        texts = ["\n".join(m.all_text for m in pool.rows[number].messages) for number in left.tolist()]
-        stays[left[later_ones(texts, config.near)]] = False
+        remaining = np.flatnonzero(stays)
+        texts = ["\n".join(m.all_text for m in pool.rows[number].messages) for number in remaining.tolist()]
+        stays[remaining[later_ones(texts, config.near)]] = False
     if config.similar is not None:
-        points, kept = embeddings(pool), list[int]()
+        points, indices = embeddings(pool), list[int]()
         for number in np.flatnonzero(stays).tolist():
-            if kept and float((points[kept] @ points[number]).max()) >= config.similar:
+            if indices and float((points[indices] @ points[number]).max()) >= config.similar:
                 stays[number] = False
             else:
-                kept.append(number)
+                indices.append(number)
     return np.where(stays[first], 0, LEFT_OUT).astype(np.float32)
 
 

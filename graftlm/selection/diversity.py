@@ -40,11 +40,11 @@ def greedy_order(points: Scores, ridge: float, count: int) -> list[int]:
     factors = np.zeros((count, len(points)), np.float32)
     order: list[int] = []
     for step in range(count):
-        taken = int(gain.argmax())
-        similarity = points @ points[taken]
-        similarity[taken] += ridge
-        factors[step] = (similarity - factors[:step].T @ factors[:step, taken]) / np.sqrt(gain[taken])
+        best = int(gain.argmax())
+        similarity = points @ points[best]
+        similarity[best] += ridge
+        factors[step] = (similarity - factors[:step].T @ factors[:step, best]) / np.sqrt(gain[best])
         gain -= np.square(factors[step])
-        gain[[*order, taken]] = -np.inf
-        order.append(taken)
+        gain[[*order, best]] = -np.inf
+        order.append(best)
     return order

@@ -67,5 +67,5 @@ def with_and_without(pool: Pool, row: Row) -> tuple[Example, Example] | None:
 
 def _written_before(rendered: Rendered, start: int) -> int:
     """How many tokens right before `start` the template wrote by itself."""
-    written = np.isin(rendered.roles[:start][::-1], (int(Role.SPECIAL), int(Role.BOILERPLATE)))
-    return int(written.argmin()) if not written.all() else start
+    is_template = np.isin(rendered.roles[:start][::-1], (int(Role.SPECIAL), int(Role.BOILERPLATE)))
+    return int(is_template.argmin()) if not is_template.all() else start

@@ -40,8 +40,8 @@ class JudgeConfig(EndpointConfig, SelectorConfig):
 def score(config: JudgeConfig, pool: Pool) -> Scores:
     questions = [_question(config, row) for row in pool.rows]
     grades = _by_endpoint(config, pool, questions) if config.url else _by_base(pool, questions)
-    kept = pool.usable & (grades >= config.least)
-    return np.where(kept, grades, LEFT_OUT).astype(np.float32)
+    good = pool.usable & (grades >= config.least)
+    return np.where(good, grades, LEFT_OUT).astype(np.float32)
 
 
 def _question(config: JudgeConfig, row: Row) -> str:
@@ -61,12 +61,12 @@ def _by_base(pool: Pool, questions: list[str]) -> Scores:
             code="grades-not-single-tokens",
         )
     grades, found = torch.arange(1.0, 6.0), np.zeros(len(questions), np.float32)
-    asked = [
+    graded_examples = [
         _graded(pool.renderer.prompt([Message("user", question)]), digits, row.where)
         for row, question in zip(pool.rows, questions, strict=True)
     ]
-    pool.check_positions([examples[0] for examples in asked], "questions to the judge")
-    for number, examples in enumerate(asked):
+    pool.check_positions([examples[0] for examples in graded_examples], "questions to the judge")
+    for number, examples in enumerate(graded_examples):
         pack = collate(examples, share=True).to(pool.model.device)
         with pool.attention():
             chance = log_probs(pool.model, pack).float().cpu()

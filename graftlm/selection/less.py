@@ -65,15 +65,15 @@ class LessConfig(SelectorConfig):
 
 def score(config: LessConfig, pool: Pool) -> Scores:
     target = pool.other(config.target)
-    wanted = [examples for examples in target.examples if examples]
+    targets = [examples for examples in target.examples if examples]
     model, usable = pool.model, np.flatnonzero(pool.usable)
     attach(model, LoraConfig(r=config.r, alpha=config.alpha), name=NAME, seed=config.seed)
     try:
-        found, weight = torch.zeros(len(usable), len(wanted)), 0.0
+        found, weight = torch.zeros(len(usable), len(targets)), 0.0
         parameters = parameters_of(model, NAME)
         project = Projection([p.numel() for p in parameters], config.dimensions, config.seed)
         for epoch, (optimizer, rate) in enumerate(_warmup(config, pool, parameters, usable), start=1):
-            plain = [project(gradient(pool, parameters, examples)) for examples in wanted]
+            plain = [project(gradient(pool, parameters, examples)) for examples in targets]
             aims = nn.functional.normalize(torch.stack(plain))
             for place, number in enumerate(usable.tolist()):
                 step = adam_step(optimizer, parameters, gradient(pool, parameters, pool.examples[number]))
@@ -95,8 +95,8 @@ def _warmup(
 ) -> Iterator[tuple[torch.optim.Optimizer, float]]:
     """Train LoRA on some of the rows; after each epoch yield the optimizer and the epoch's mean learning rate."""
     count = min(len(usable), max(10 * config.batch_rows, round(config.warmup_share * len(usable))))
-    chosen = np.random.default_rng(config.seed).choice(usable, count, replace=False)
-    examples = [example for number in chosen for example in pool.examples[number]]
+    warmup_rows = np.random.default_rng(config.seed).choice(usable, count, replace=False)
+    examples = [example for number in warmup_rows for example in pool.examples[number]]
     per_epoch = max(1, round(len(examples) / config.batch_rows))
     plan = batches(len(examples), config.batch_rows, config.epochs * per_epoch, config.seed)
     optimizer = adamw([(parameters, config.learning_rate or Lora.learning_rate)], weight_decay=0.0)
@@ -130,14 +130,14 @@ def gradient(pool: Pool, parameters: Sequence[Tensor], examples: Sequence[Exampl
 def adam_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
     """Gamma: AdamW's next step for these gradients, over its learning rate and without weight decay."""
     (beta1, beta2), eps = optimizer.defaults["betas"], optimizer.defaults["eps"]
-    made = []
+    directions = []
     for parameter, g in zip(parameters, found, strict=True):
         state = optimizer.state[parameter]
         t = float(state["step"]) + 1
         m = (beta1 * state["exp_avg"] + (1 - beta1) * g) / (1 - beta1**t)
         v = (beta2 * state["exp_avg_sq"] + (1 - beta2) * g.square()) / (1 - beta2**t)
-        made.append(m / (v.sqrt() + eps))
-    return made
+        directions.append(m / (v.sqrt() + eps))
+    return directions
 
 
 class Projection:

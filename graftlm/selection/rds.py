@@ -30,21 +30,21 @@ class RdsConfig(SelectorConfig):
 def score(config: RdsConfig, pool: Pool) -> Scores:
     usable, target = np.flatnonzero(pool.usable), pool.other(config.target)
     points = hidden_means(pool, late=True)[usable]
-    wanted = hidden_means(target, late=True)[target.usable]
+    queries = hidden_means(target, late=True)[target.usable]
     centre = points.mean(0)
-    return from_order(usable[turns(directions(wanted, centre) @ directions(points, centre).T)], len(pool))
+    return from_order(usable[turns(directions(queries, centre) @ directions(points, centre).T)], len(pool))
 
 
 def turns(similarity: Scores) -> list[int]:
     """All rows of a pool in the order in which they are taken, by similarity [queries, n]: each query in turn has the
     nearest that is left; of equals the first."""
     near = np.argsort(-similarity, axis=1, kind="stable")
-    place, taken, order = np.zeros(len(near), np.int64), np.zeros(near.shape[1], bool), list[int]()
+    place, is_used, order = np.zeros(len(near), np.int64), np.zeros(near.shape[1], bool), list[int]()
     while len(order) < near.shape[1]:
         for query in range(len(near)):
-            while place[query] < near.shape[1] and taken[near[query, place[query]]]:
+            while place[query] < near.shape[1] and is_used[near[query, place[query]]]:
                 place[query] += 1
             if place[query] < near.shape[1]:
                 order.append(int(near[query, place[query]]))
-                taken[order[-1]] = True
+                is_used[order[-1]] = True
     return order
