@@ -135,8 +135,8 @@ def check_same(tensors: Mapping[str, "Tensor"]) -> None:
         return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     everyone = gathered([{name: mark(tensor) for name, tensor in tensors.items()}])
-    for name, wanted in everyone[0].items():
-        other = [number for number, marks in enumerate(everyone) if marks.get(name) != wanted]
+    for name, marks_of_first in everyone[0].items():
+        other = [number for number, marks in enumerate(everyone) if marks.get(name) != marks_of_first]
         if other:
             raise TrainingError(
                 f"{name} starts otherwise on rank {other[0]} than on rank 0, so they would train different deltas. "
@@ -184,13 +184,13 @@ def packs_of(
     """
     shares = deal([row.cost() for row in rows], count())
 
-    def made(share: Sequence[int]) -> "list[Pack]":
+    def packs_of_share(share: Sequence[int]) -> "list[Pack]":
         return make([rows[i] for i in share]) if share else []
 
-    mine = made(shares[rank()])
-    if sharded and (lacking := max(len(made(share)) for share in shares) - len(mine)):
+    mine = packs_of_share(shares[rank()])
+    if sharded and (missing := max(len(packs_of_share(share)) for share in shares) - len(mine)):
         (idle,) = make([min(rows, key=len)])
-        mine += [idle.idle()] * lacking
+        mine += [idle.idle()] * missing
     return mine
 
 

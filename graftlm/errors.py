@@ -95,8 +95,8 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     close = get_close_matches(word, options, n=count, cutoff=0.6)
     if close:
         return f"Did you mean {' or '.join(repr(c) for c in close)}?"
-    shown = ", ".join(options[:12]) + (f", and {len(options) - 12} more" if len(options) > 12 else "")
-    return f"There is: {shown}." if options else "There is nothing to choose from."
+    names = ", ".join(options[:12]) + (f", and {len(options) - 12} more" if len(options) > 12 else "")
+    return f"There is: {names}." if options else "There is nothing to choose from."
 
 
 def first_lines(error: Exception) -> str:
@@ -113,20 +113,22 @@ _PLACE = re.compile(r"(?P<place>.*?(?::\d+)?(?:: (?:row|instance) \d+)?): (?P<re
 def numbered(problems: list[str], limit: int = 20) -> str:
     """Many problems as one message: the first `limit` of them, a line each, and how many are left. Those with the same
     reason in different places (`FILE:3: reason`) are one line with their number."""
-    split = [match.group("place", "reason") if (match := _PLACE.fullmatch(p)) else ("", p) for p in problems]
-    counts = Counter(reason for place, reason in split if place)
+    places_and_reasons = [
+        match.group("place", "reason") if (match := _PLACE.fullmatch(p)) else ("", p) for p in problems
+    ]
+    counts = Counter(reason for place, reason in places_and_reasons if place)
     shared = {reason for reason, count in counts.items() if count >= SHARED}
     lines: list[str] = []
-    left, named = 0, set[str]()
-    for problem, (place, reason) in zip(problems, split, strict=True):
+    more, reasons = 0, set[str]()
+    for problem, (place, reason) in zip(problems, places_and_reasons, strict=True):
         together = bool(place) and reason in shared
-        if together and reason in named:
+        if together and reason in reasons:
             continue
         count = counts[reason] if together else 1
         if together:
-            named.add(reason)
+            reasons.add(reason)
         if len(lines) == limit:
-            left += count
+            more += count
         else:
             lines.append(f"  {place} and {count - 1:,} more places: {reason}" if together else f"  {problem}")
-    return "\n".join([*lines, *([f"  and {left:,} more"] if left else [])])
+    return "\n".join([*lines, *([f"  and {more:,} more"] if more else [])])

@@ -82,8 +82,8 @@ def sync(path: Path) -> None:
 def _no_room(out: Path, needs: int) -> str:
     there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    wanted = f"it takes {needs:,} bytes, and {free:,}" if needs else f"{free:,} bytes"
-    return f"{out}: no room on the disk ({wanted} are free). Nothing that was there is lost: make some room"
+    sizes = f"it takes {needs:,} bytes, and {free:,}" if needs else f"{free:,} bytes"
+    return f"{out}: no room on the disk ({sizes} are free). Nothing that was there is lost: make some room"
 
 
 def cache_folder() -> Path:

@@ -121,10 +121,10 @@ def _lives(owner: Owner, mine: Owner, path: Path, *, flock: bool, out: Path, say
     if (owner.host, owner.boot) == (mine.host, mine.boot):
         return started(owner.process) == owner.started
     say(f"{out}: process {owner.process} on {owner.host} wrote here: {WATCH:.0f} s to see whether it still runs")
-    seen, until = _touched(path), time.monotonic() + WATCH
+    first_touch, until = _touched(path), time.monotonic() + WATCH
     while time.monotonic() < until:
         time.sleep(min(1.0, WATCH / 10))
-        if (now := _touched(path)) != seen:
+        if (now := _touched(path)) != first_touch:
             return now is not None
     return False
 

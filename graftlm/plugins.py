@@ -72,20 +72,20 @@ def load_plugins(*groups: str) -> None:
     is logged as one warning, with the reason. Raises ImportError where a plugin, while it is imported, imports what
     needs the plugins: it would be missing there.
     """
-    wanted = [group for group in groups or GROUPS if group not in _loaded]
-    if not _loading.isdisjoint(wanted):
+    new_groups = [group for group in groups or GROUPS if group not in _loaded]
+    if not _loading.isdisjoint(new_groups):
         raise ImportError("plugins are being loaded", name=__name__)
-    if not wanted:
+    if not new_groups:
         return
     found = entry_points()
-    _loading.update(wanted)
+    _loading.update(new_groups)
     try:
-        for group in wanted:
+        for group in new_groups:
             loaded = [_load(group, entry) for entry in sorted(found.select(group=group), key=_place)]
             _loaded[group] = loaded
     finally:
-        _loading.difference_update(wanted)
-    for plugin in (plugin for group in wanted for plugin in _loaded[group] if plugin.error):
+        _loading.difference_update(new_groups)
+    for plugin in (plugin for group in new_groups for plugin in _loaded[group] if plugin.error):
         logger.warning("plugin %s is left out: %s", plugin, plugin.error)
 
 
@@ -103,26 +103,26 @@ def why_broken(group: str, name: str) -> str:
     return ""
 
 
-def refuse_broken(section: str, given: object) -> None:
+def refuse_broken(section: str, value: object) -> None:
     """Raise ValueError where a section of a recipe names a plugin that is broken, with the reason."""
     for group, about in GROUPS.items():
         if section in about.sections:
-            for name in _names(given, about.key):
+            for name in _names(value, about.key):
                 if why := why_broken(group, name):
                     raise ValueError(f"{name!r} cannot be used: {why}")
 
 
-def _names(given: object, key: str) -> Iterator[str]:
+def _names(value: object, key: str) -> Iterator[str]:
     """The names in a section: a name alone, {key: NAME}, or these in a list or under names of the user's."""
-    if isinstance(given, str):
-        yield given
-    elif isinstance(given, list | tuple):
-        for each in given:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
             yield from _names(each, key)
-    elif isinstance(given, Mapping):
-        if isinstance(name := given.get(key), str):
+    elif isinstance(value, Mapping):
+        if isinstance(name := value.get(key), str):
             yield name
-        for each in given.values():
+        for each in value.values():
             if isinstance(each, Mapping):
                 yield from _names(each, key)
 

@@ -91,7 +91,7 @@ def _name(value: object) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _named(value: object, table: Mapping[str, Any], kind: str) -> object:
+def _with_known_name(value: object, table: Mapping[str, Any], kind: str) -> object:
     """`NAME` as {name: NAME}. ValueError for a name that is not in the table."""
     tree = {"name": value} if isinstance(value, str) else value
     if not isinstance(tree, Mapping):
@@ -157,21 +157,23 @@ class Recipe:
     @field_validator("loss", mode="before")
     @classmethod
     def _loss(cls, value: object) -> object:
-        return _named(value, LOSSES, "loss")
+        return _with_known_name(value, LOSSES, "loss")
 
     @field_validator("optimizer", mode="before")
     @classmethod
     def _optimizer(cls, value: object) -> object:
         if (name := _name(value)) in CALLBACKS:
             raise ValueError(f"{name} is a callback: write `callbacks: [{name}]`")
-        return _named(value, OPTIMIZERS, "optimizer")
+        return _with_known_name(value, OPTIMIZERS, "optimizer")
 
     @field_validator("regularisers", mode="before")
     @classmethod
     def _regularizers(cls, value: object) -> object:
         value = _list(value)
         return (
-            [_named(each, REGULARIZERS, "regulariser") for each in value] if isinstance(value, list | tuple) else value
+            [_with_known_name(each, REGULARIZERS, "regulariser") for each in value]
+            if isinstance(value, list | tuple)
+            else value
         )
 
     @field_validator("callbacks", mode="before")
@@ -183,7 +185,7 @@ class Recipe:
         for each in value:
             if (name := _name(each)) in OPTIMIZERS:
                 raise ValueError(f"{name} is an optimizer, and a run has one: write `optimizer: {name}`")
-        return [_named(each, CALLBACKS, "callback") for each in value]
+        return [_with_known_name(each, CALLBACKS, "callback") for each in value]
 
     @field_validator("callbacks", "regularisers")
     @classmethod
@@ -195,9 +197,9 @@ class Recipe:
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_broken_plugin(cls, given: object, info: ValidationInfo) -> object:
-        refuse_broken(info.field_name or "", given)
-        return given
+    def _no_broken_plugin(cls, value: object, info: ValidationInfo) -> object:
+        refuse_broken(info.field_name or "", value)
+        return value
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "Recipe":
@@ -283,8 +285,8 @@ class Recipe:
             sampler |= {"packed": self.data.pack, "sharing": self.train.prefix_sharing}
 
         def make_callbacks() -> list[Callback]:
-            made = [_callback_class(each)(each) for each in self.all_callbacks()]
-            return made if rl is None else [*made, Sampler(rl, self.loss, **sampler)]
+            callbacks = [_callback_class(each)(each) for each in self.all_callbacks()]
+            return callbacks if rl is None else [*callbacks, Sampler(rl, self.loss, **sampler)]
 
         return Setup(
             base=self.base,

@@ -179,18 +179,18 @@ def _facts(
     recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, summary: dict[str, Any], choice: KernelChoice
 ) -> dict[str, str]:
     """What the report and the model card tell of a run: label -> text."""
-    done = summary["train"]
-    processes = f"{done['ranks']} processes, each of " if done["ranks"] > 1 else ""
+    train = summary["train"]
+    processes = f"{train['ranks']} processes, each of " if train["ranks"] > 1 else ""
     sources = ", ".join(dict.fromkeys(path_name(source.path) for source in recipe.data.sources()))
     facts = {
         "training data": f"{sources}: {data.report.rows:,} rows, {len(data.held_out_rows)} held out",
-        "steps": f"{done['steps']} of {recipe.train.batch_rows} rows, seed {recipe.train.seed}",
-        "supervised tokens": f"{done['supervised_tokens']:,}",
-        "speed": f"{done['tokens_per_s']:,.0f} tokens/s",
+        "steps": f"{train['steps']} of {recipe.train.batch_rows} rows, seed {recipe.train.seed}",
+        "supervised tokens": f"{train['supervised_tokens']:,}",
+        "speed": f"{train['tokens_per_s']:,.0f} tokens/s",
         "machine": f"{processes}{torch.get_num_threads()} threads, {model.device}, {model.dtype}",
         "kernels": "; ".join(choice.lines()),
-        "training time": f"{done['wall_s']:.0f} s",
-        "peak memory": f"{done['peak_rss_gib']:.2f} GiB",
+        "training time": f"{train['wall_s']:.0f} s",
+        "peak memory": f"{train['peak_rss_gib']:.2f} GiB",
     }
     if end := missing_end(model, tokenizer, data.renderer.stop_ids):
         facts["end of an answer"] = f"{end}: give it to servers as a stop token, or use `graft merge`"

@@ -94,8 +94,8 @@ def train(
     folder = RunFolder(out, tree, recipe.data, lambda path: to_tree(read_recipe(path)), keep=recipe.train.keep)
     with folder.lock(console.print):
         with distributed.one_first():
-            begun = folder.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, report=console.print)
-        if begun == "finished":
+            state = folder.open(overwrite=overwrite, resume=resume, accept_changes=accept_changes, report=console.print)
+        if state == "finished":
             console.print(f"{out} is a finished run of this recipe: there is nothing to resume", highlight=False)
             return Result(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), None, None)
         with Trackers(tree, out) as trackers:
@@ -157,8 +157,8 @@ def _run(recipe: Recipe, folder: RunFolder, trackers: Trackers, console: Console
 
 def _prepare(recipe: Recipe, tokenizer: Any, console: Console, today: datetime.date) -> Prepared:
     """The rows of the run, and what was found in them on the console."""
-    waiting = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
-    with waiting, distributed.one_first():  # the others find what it has rendered
+    status = nullcontext() if recipe.select else console.status("reading rows")  # selecting has bars of its own
+    with status, distributed.one_first():  # the others find what it has rendered
         data = prepare_data(recipe, tokenizer, console=console, today=today)
     for line in data.chosen:
         console.print(line, highlight=False)

@@ -181,9 +181,9 @@ def memory() -> Memory:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = total
     if sys.platform == "darwin":
-        said = output("/usr/bin/vm_stat")
-        pages = {key: int(count) for key, count in re.findall(r"Pages (free|inactive|speculative): +(\d+)", said)}
-        size = re.search(r"page size of (\d+) bytes", said)
+        text = output("/usr/bin/vm_stat")
+        pages = {key: int(count) for key, count in re.findall(r"Pages (free|inactive|speculative): +(\d+)", text)}
+        size = re.search(r"page size of (\d+) bytes", text)
         if pages and size:
             free = sum(pages.values()) * int(size[1])
     elif found := re.search(r"MemAvailable: +(\d+) kB", _read("/proc/meminfo")):
@@ -232,7 +232,7 @@ def _read(file: str) -> str:
 def output(*command: str) -> str:
     """What a command prints on standard output; nothing where it cannot be started."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (the caller's own)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (the caller's own)
     except OSError:
         return ""
-    return done.stdout.strip()
+    return process.stdout.strip()

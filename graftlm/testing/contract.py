@@ -97,10 +97,10 @@ def fast_path_is_the_equation(name: str) -> None:
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         outputs.append(out.detach())
     close(outputs[0], outputs[1], "logits of the fast path against the equation")
-    for (key, ours), wanted in zip(trainable(fast).items(), trainable(plain).values(), strict=True):
+    for (key, ours), reference in zip(trainable(fast).items(), trainable(plain).values(), strict=True):
         assert ours.grad is not None
-        assert wanted.grad is not None
-        close(ours.grad, wanted.grad, f"gradient of {key} on the fast path against the equation")
+        assert reference.grad is not None
+        close(ours.grad, reference.grad, f"gradient of {key} on the fast path against the equation")
 
 
 def _by_the_equation(host: Host) -> Callable[[Tensor], Tensor]:
@@ -122,9 +122,9 @@ def merged_is_the_model(name: str) -> None:
         return
     model = perturbed(name, tiny_model())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    wanted, state = logits(model), merged_state(model)
+    reference, state = logits(model), merged_state(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), "merging changed it"
-    close(logits(plain_with(state)), wanted, "the merged model against the model with its delta")
+    close(logits(plain_with(state)), reference, "the merged model against the model with its delta")
 
 
 def save_load_save_is_stable(name: str) -> None:
@@ -132,8 +132,8 @@ def save_load_save_is_stable(name: str) -> None:
         model = perturbed(name, tiny_model(tie_word_embeddings=False))
         layout = METHODS[name].delta.peft
         if layout is not None:
-            lost = why_not_peft(model)
-            assert not lost, f"the method has a PEFT layout, but {lost}"
+            reason = why_not_peft(model)
+            assert not reason, f"the method has a PEFT layout, but {reason}"
         save_adapter(model, f"{folder}/a")
         other = tiny_model(tie_word_embeddings=False)
         load_adapter(other, f"{folder}/a")
@@ -310,9 +310,9 @@ def packed_is_unpacked(name: str) -> None:
         with packed_attention(model):
             found, found_shared = log_probs(model, apart), log_probs(model, shared)
         alone = [model(row[None]).logits[0, :-1].log_softmax(-1).gather(1, row[1:, None])[:, 0] for row in rows]
-    wanted = torch.cat(alone)
-    close(found, wanted, "log-probabilities of packed rows against the rows alone")
-    loss = (wanted * torch.from_numpy(np.concatenate([w[1:] for w in weights]))).sum()
+    reference = torch.cat(alone)
+    close(found, reference, "log-probabilities of packed rows against the rows alone")
+    loss = (reference * torch.from_numpy(np.concatenate([w[1:] for w in weights]))).sum()
     close((found_shared * shared.weights).sum(), loss, "the loss of rows that share a beginning against the rows alone")
 
 
@@ -346,14 +346,14 @@ def other_kinds_of_layer(name: str) -> None:
 
 def bf16_base(name: str) -> None:
     """On a bf16 base trainable tensors stay float32, and outputs agree with float32 to bf16's precision."""
-    wanted = logits(perturbed(name, tiny_model()))
+    reference = logits(perturbed(name, tiny_model()))
     model = perturbed(name, tiny_model().bfloat16())
     assert all(p.dtype == torch.float32 for p in trainable(model).values()), "trainable tensors must be float32"
     out = model(ids()).logits
     assert out.dtype == torch.bfloat16, f"a bf16 base must compute in bf16, this is {out.dtype}"
     out.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainable(model).values())
-    close(out.detach().float(), wanted, "logits on a bf16 base against float32", tolerance=0.05)
+    close(out.detach().float(), reference, "logits on a bf16 base against float32", tolerance=0.05)
 
 
 def checkpointing_changes_nothing(name: str) -> None:
@@ -371,10 +371,10 @@ def checkpointing_changes_nothing(name: str) -> None:
             model(ids()).logits.square().sum().backward()
         gradients.append([p.grad for p in trainable(model).values()])
     for found in gradients[1:]:
-        for ours, wanted in zip(found, gradients[0], strict=True):
+        for ours, reference in zip(found, gradients[0], strict=True):
             assert ours is not None
-            assert wanted is not None
-            close(ours, wanted, "gradient under checkpointing")
+            assert reference is not None
+            close(ours, reference, "gradient under checkpointing")
 
 
 CONTRACT: dict[str, Callable[[str], None]] = {

@@ -44,9 +44,9 @@ def tiny_config(name: str, **changes: Any) -> DeltaConfig:
     """The config of a method with sizes that fit the tiny model."""
     load_plugins("graftlm.methods")
     config: Any = METHODS[name].config
-    known = {f.name for f in fields(config)}
-    made: DeltaConfig = config(**{key: value for key, value in SMALL.items() if key in known} | changes)
-    return made
+    names = {f.name for f in fields(config)}
+    small: DeltaConfig = config(**{key: value for key, value in SMALL.items() if key in names} | changes)
+    return small
 
 
 def attach_tiny(name: str, model: Any, *, seed: int = 0, delta: str = "default", **changes: Any) -> Any:
@@ -83,10 +83,10 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-def close(ours: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5) -> None:
+def close(ours: Tensor, reference: Tensor, what: str, tolerance: float = 1e-5) -> None:
     """Assert that the largest difference is at most `tolerance` of the largest value."""
-    ours, wanted = ours.detach(), wanted.detach()
-    error = float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+    ours, reference = ours.detach(), reference.detach()
+    error = float((ours - reference).abs().max() / reference.abs().max().clamp_min(1e-12))
     assert error <= tolerance, f"{what}: differs by {error:.3g} of the largest value, {tolerance:g} is allowed"
 
 
