@@ -25,7 +25,7 @@ from graftlm.model.registry import attachment, forget, known_hosts
 from graftlm.model.sites import sites_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What factors may be held in."""
+"""The dtypes that factors may have."""
 
 
 def attach_factors(

@@ -1,11 +1,11 @@
 """A function of the user's: `rewards.py:score`.
 
-    def score(said) -> float | None:            # rewards.py
-        return -abs(len(said.answer.split()) - 10)
+    def score(completion) -> float | None:      # rewards.py
+        return -abs(len(completion.answer.split()) - 10)
 
-`said` is a `graftlm.rl.rewards.base.Completion`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
-file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as all
-paths in a recipe are.
+`completion` is a `graftlm.rl.rewards.base.Completion`: `answer`, `question`, `messages`, `reference`, `cut`, `where`.
+The file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as
+all paths in a recipe are.
 """
 
 import datetime
@@ -79,7 +79,7 @@ def make(config: PythonConfig, network: bool, today: datetime.date) -> Scorer:
 
 
 def _describe(error: Exception, file: Path) -> str:
-    """What went wrong, and in which line of the user's file."""
+    """The error and its line in the user's file, as text."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
     at = f"line {lines[-1]}: " if lines else ""
     return f"{at}{type(error).__name__}: {error}"
