@@ -47,9 +47,9 @@ def compare(
     def run(shapes: Config, threads: int, round_: int) -> None:
         for name, command in shapes.items():
             slug = "".join(c if c.isalnum() else "-" for c in name)
-            given = {key: config[key] for key in options} | {"threads": threads}
+            settings = {key: config[key] for key in options} | {"threads": threads}
             out = runs / f"{slug}-{threads}t-{round_}.json"
-            found[threads].setdefault(name, []).append(one_run(here, command, given, out))
+            found[threads].setdefault(name, []).append(one_run(here, command, settings, out))
 
     for threads in config["threads"]:
         for round_ in range(config["rounds"]):
@@ -58,12 +58,12 @@ def compare(
     write_result(script, {"config": config, "threads": {str(t): summarise(shapes) for t, shapes in found.items()}})
 
 
-def one_run(here: Path, command: list[str], given: dict[str, Any], out: Path) -> dict[str, Any]:
+def one_run(here: Path, command: list[str], settings: dict[str, Any], out: Path) -> dict[str, Any]:
     if not out.is_file():
         print(f"{out.stem} ...", flush=True)
         runs = out.parent
-        given |= {"base": runs / "base", "start": runs / "start", "rows": runs / "rows.jsonl", "out": out}
-        flags = [text for key, value in given.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+        settings |= {"base": runs / "base", "start": runs / "start", "rows": runs / "rows.jsonl", "out": out}
+        flags = [text for key, value in settings.items() for text in (f"--{key.replace('_', '-')}", str(value))]
         script = [sys.executable, str(here / command[0]), *command[1:], *flags]
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(script, env=offline, capture_output=True, text=True, check=False)

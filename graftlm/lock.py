@@ -30,7 +30,7 @@ WATCH = 4 * BEAT
 """Seconds without a touch after which an owner on another machine counts as dead."""
 
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-"""What flock answers on a file system that does not support it."""
+"""The errors of flock on a file system that does not support it."""
 
 
 class Owner(NamedTuple):

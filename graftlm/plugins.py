@@ -61,7 +61,7 @@ class PluginError(Exception):
 
 
 _loaded: dict[str, list[Plugin]] = {}
-"""What became of the plugins of each group that was loaded."""
+"""Group -> its plugins, loaded or broken; groups that were never loaded are absent."""
 _loading: set[str] = set()
 
 
@@ -128,7 +128,7 @@ def _names(value: object, key: str) -> Iterator[str]:
 
 
 def _place(entry: EntryPoint) -> tuple[str, str, str]:
-    """What plugins are sorted by, so that it is always the same one of two with one name that is used."""
+    """The sort key of plugins: of two with one name it is always the same one that is used."""
     return entry.name, "" if entry.dist is None else entry.dist.name, entry.value
 
 

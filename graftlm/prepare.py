@@ -31,7 +31,7 @@ from graftlm.training.phases import count_steps, make_batches
 from graftlm.training.positions import check_positions
 
 SHARING_STEPS = 100
-"""What shared beginnings save is counted over so many steps of the run."""
+"""Steps of the run over which the saving by shared beginnings is counted."""
 
 Items = Sequence[Example | Group]
 Ready = Callable[..., tuple[Items, Sequence[Row], Report]]
@@ -63,11 +63,11 @@ class Prepared:
     draws: Draws | None = None
     """Which of `examples` each row is in each epoch; None where every epoch has the same."""
     positions: Positions | None = None
-    """Those of the base."""
+    """The positions of the base."""
 
     @property
     def first_epoch(self) -> Sequence[Example | Group]:
-        """What a first epoch is made of."""
+        """The examples of a first epoch."""
         return self.examples if self.draws is None else self.examples[: self.draws.count]
 
 
@@ -208,7 +208,7 @@ def _rows_of_source(
     source: str | SourceConfig,
     what: str,
 ) -> list[Example | Group]:
-    """The rows of a source of its own, read, rendered and checked as training rows; `what` they are in the report."""
+    """The rows of a separate source, read, rendered and checked as training rows. `what` names them in the report."""
     own = replace(data, train=source, held_out=0, order=None, desirable_share=None)
     source_data = reading(own)
     items, _, found = ready(source_data.train, own, format=source_data.format)

@@ -171,7 +171,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, console: Console, today: datetime.d
 
 class Trained(NamedTuple):
     lines: list[dict[str, Any]]
-    """Those of metrics.jsonl."""
+    """The lines of metrics.jsonl."""
     stopped: bool
     """Whether the run was left before its end."""
     kernels: KernelChoice

@@ -148,11 +148,11 @@ PROCESSOR_FLAGS = (
 class Processor(NamedTuple):
     name: str
     flags: tuple[str, ...]
-    """Those of PROCESSOR_FLAGS that it has, as far as the system tells."""
+    """The entries of PROCESSOR_FLAGS that it has, as far as the system reports them."""
     cores: int
     """Logical cores of the machine."""
     usable_cores: int
-    """Those that this process may run on."""
+    """Cores that this process may run on."""
 
 
 def processor() -> Processor:

@@ -298,7 +298,7 @@ def proof(name: str) -> str:
 
     What is so, in float32: whether a row in a pack has the log-probabilities of the row alone.
     """
-    said: dict[str, list[str]] = {}
+    dtypes_by_error: dict[str, list[str]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = build(name, initializer_range=0.1).to(dtype)
         for first, second in PAIRS:
@@ -306,14 +306,16 @@ def proof(name: str) -> str:
                 check_forward(model, second)
                 check_packed_rows(model, first, second, sharing=True)
             except GraftError as error:
-                said.setdefault(str(error), []).append(str(dtype))
+                dtypes_by_error.setdefault(str(error), []).append(str(dtype))
             else:
-                said.setdefault("", []).append(str(dtype))
-    if len(said) > 1 and "" in said:
-        raise Wrong(f"refused for {sum(len(d) for e, d in said.items() if e)} of 6 pairs: {max(said)}")
-    if "" in said:
+                dtypes_by_error.setdefault("", []).append(str(dtype))
+    if len(dtypes_by_error) > 1 and "" in dtypes_by_error:
+        raise Wrong(
+            f"refused for {sum(len(d) for e, d in dtypes_by_error.items() if e)} of 6 pairs: {max(dtypes_by_error)}"
+        )
+    if "" in dtypes_by_error:
         return "proved"
-    reason = next(iter(said))
+    reason = next(iter(dtypes_by_error))
     if _is_right_in_a_pack(name):
         raise Wrong(f"false alarm: {reason}")
     raise GraftError(reason, code="architecture-refused")

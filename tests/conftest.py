@@ -79,7 +79,7 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Files whose subject is the report, among them test_run.py and test_runs.py, have it drawn.
     """
-    monkeypatch.setattr(pages, "figure", lambda *given, **named: (MagicMock(), MagicMock()))
+    monkeypatch.setattr(pages, "figure", lambda *args, **kwargs: (MagicMock(), MagicMock()))
     monkeypatch.setattr(pages, "svg", lambda drawn: "<svg></svg>")
 
 

@@ -172,12 +172,12 @@ class HalfPrecisionParameters(Lora):
 class ForwardsAreCounted(Lora):
     """A hidden state that the equation does not have: what comes out depends on how often it was asked."""
 
-    asked = 0
+    forwards = 0
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        self.asked += 1
+        self.forwards += 1
         A, B = super().factors()
-        return A, B * (1 + 0.1 * self.asked)
+        return A, B * (1 + 0.1 * self.forwards)
 
 
 MISTAKES: dict[type[Lora], str] = {

@@ -63,18 +63,20 @@ def gradients(method: str, count: int, packed: bool, sharded: bool) -> dict[str,
     def make(rows: Sequence[Any]) -> list[Pack]:
         return pack(rows, 40, share=True) if packed else [collate([row]) for row in rows]
 
-    kept: dict[str, Tensor] = {}
+    gradients_by_name: dict[str, Tensor] = {}
 
     class Recorder(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            kept.update({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
+            gradients_by_name.update(
+                {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+            )
 
     before = held_out_loss(model, rows, pack_tokens=40, packed=packed)
     training = TrainingState(model, {}, Recorder(trainable(model).values(), lr=0.0))
     train_step = loop.TrainStep(training, "supervised", lambda n: 1.0, clip=1e9, passes=Passes(packed=packed))
     step = train_step.step(distributed.packs_of(rows, make, sharded=distributed.is_sharded(model)))
     numbers = {"held_out": before, "loss": step.loss, "norm": step.grad_norm}
-    return {"numbers": numbers, "tokens": (step.tokens, step.supervised_tokens), "gradients": kept}
+    return {"numbers": numbers, "tokens": (step.tokens, step.supervised_tokens), "gradients": gradients_by_name}
 
 
 def all_gradients() -> list[dict[str, Any]]:
@@ -171,10 +173,10 @@ def ended_by_the_last_rank(base: Path, rows: Path, out: Path) -> dict[str, Any]:
     distributed.start()
 
     @contextmanager
-    def asked() -> Iterator[Any]:
+    def stop_on_last_rank() -> Iterator[Any]:
         yield SimpleNamespace(requested=distributed.rank() == distributed.count() - 1)
 
-    with patch.object(run_module, "stop_on_signal", asked):
+    with patch.object(run_module, "stop_on_signal", stop_on_last_rank):
         return graftlm.train(recipe(base, rows), out).summary
 
 

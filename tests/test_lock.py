@@ -75,10 +75,10 @@ def test_a_second_writer_is_refused_in_one_line_that_names_the_first(
 ) -> None:
     with raises("output/folder-in-use") as raised, only_writer(tmp_path / "out"):
         pass
-    said = str(raised.value)
-    assert "\n" not in said
-    assert f"process {holder.pid} on {this_process().host}" in said
-    assert str(tmp_path / "out") in said
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"process {holder.pid} on {this_process().host}" in message
+    assert str(tmp_path / "out") in message
 
 
 def test_two_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_of_many_processes_that_come_and_go_two_are_never_inside(tmp_path: Path)
     command = [sys.executable, "-c", COMES_AND_GOES, str(tmp_path / "out"), "50"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_owner_on_another_machine_is_watched(
     if not flock:
         request.getfixturevalue("no_flock")
     monkeypatch.setattr(lock, "WATCH", 1.0)
-    out, said = tmp_path / "out", list[str]()
+    out, messages = tmp_path / "out", list[str]()
     file = owned_by(out, Owner("node7", "another boot", 99, "5"))
     ended = Event()
 
@@ -191,16 +191,16 @@ def test_an_owner_on_another_machine_is_watched(
     thread = Thread(target=lives)
     thread.start()
     try:
-        with raises("output/folder-in-use", match="process 99 on node7"), only_writer(out, say=said.append):
+        with raises("output/folder-in-use", match="process 99 on node7"), only_writer(out, say=messages.append):
             pass
     finally:
         ended.set()
         thread.join()
-    assert len(said) == 1
+    assert len(messages) == 1
     assert file.exists()
-    with only_writer(out, say=said.append):  # it touches the file no more
+    with only_writer(out, say=messages.append):  # it touches the file no more
         assert this_process().host in file.read_text()
-    assert len(said) == 2
+    assert len(messages) == 2
 
 
 def test_an_owner_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

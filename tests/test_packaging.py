@@ -48,18 +48,20 @@ def test_the_wheel_holds_every_file_of_the_package(built: tuple[zipfile.ZipFile,
 
 def test_what_the_index_is_told(built: tuple[zipfile.ZipFile, tarfile.TarFile]) -> None:
     (name,) = (name for name in built[0].namelist() if name.endswith(".dist-info/METADATA"))
-    told = message_from_string(built[0].read(name).decode())
-    classifiers = told.get_all("Classifier") or []
+    metadata = message_from_string(built[0].read(name).decode())
+    classifiers = metadata.get_all("Classifier") or []
     assert "Typing :: Typed" in classifiers
     assert "Operating System :: POSIX :: Linux" in classifiers
     pythons = {each.rpartition(":")[2].strip() for each in classifiers if "Python :: 3." in each}
     assert pythons == {"3.10", "3.11", "3.12", "3.13"}
-    assert told["License-Expression"] == "Apache-2.0"
-    assert told["Description-Content-Type"] == "text/markdown"
-    assert not re.findall(r"\]\((?!https?://)", told.get_payload()), "a relative link leads nowhere on an index page"
-    needs = [need for need in told.get_all("Requires-Dist") or [] if need.endswith('extra == "eval"')]
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert not re.findall(r"\]\((?!https?://)", metadata.get_payload()), (
+        "a relative link leads nowhere on an index page"
+    )
+    needs = [need for need in metadata.get_all("Requires-Dist") or [] if need.endswith('extra == "eval"')]
     assert sorted(re.split(r"[<>=]", need)[0] for need in needs) == ["jsonschema", "sacrebleu"]
-    assert not [need for need in told.get_all("Requires-Dist") or [] if "torchao" in need]
+    assert not [need for need in metadata.get_all("Requires-Dist") or [] if "torchao" in need]
 
 
 def test_the_source_distribution_is_complete(built: tuple[zipfile.ZipFile, tarfile.TarFile]) -> None:

@@ -256,10 +256,10 @@ print(graft(app, ["env"]).stdout)
         "select.by=above": ("above", "select"),
         "deltas.first.method=exits": ("exits", "deltas"),
     }.items():
-        said = refused[key]
-        assert f"{what}: {name!r} cannot be used: the plugin {name} (graftlm." in said
-        assert "of graft-zzz 9 is broken: " in said
-        assert BROKEN[name][2] in said
+        message = refused[key]
+        assert f"{what}: {name!r} cannot be used: the plugin {name} (graftlm." in message
+        assert "of graft-zzz 9 is broken: " in message
+        assert BROKEN[name][2] in message
     assert "Did you mean 'shout'?" in refused["callbacks.name=shoutt"]
     errors = {(each["distribution"], each["name"]): each["error"] for each in json.loads(lines[6])}
     assert errors.keys() >= {("graft-zzz", name) for name in BROKEN}

@@ -28,18 +28,18 @@ def test_the_tour_names_every_package_and_nothing_that_does_not_exist() -> None:
     tree = re.search(r"## The packages\n.*?```text\n(.*?)```", (ROOT / "docs" / "tour.md").read_text(), re.S)
     assert tree is not None
     folders: list[tuple[int, Path]] = []
-    named = set()
+    names = set()
     for line in tree[1].splitlines():
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
         while folders and folders[-1][0] >= indent:
             folders.pop()
         path = (folders[-1][1] if folders else ROOT) / name
         assert path.exists(), f"{path} is in the tour's tree and not in the repository"
-        named.add(path)
+        names.add(path)
         if name.endswith("/"):
             folders.append((indent, path))
     packages = {file.parent for file in (ROOT / "graftlm").rglob("__init__.py")}
-    assert packages <= named, f"the tour does not name {packages - named}"
+    assert packages <= names, f"the tour does not name {packages - names}"
 
 
 def table(text: str, heading: str) -> list[list[str]]:
@@ -57,11 +57,11 @@ SOURCES = (ROOT / "docs" / "sources.md").read_text()
 def claims() -> dict[tuple[str, str], str]:
     """(row, project) -> what docs/comparison.md says about that project."""
     projects = COMPARISON[COMPARISON.index(HEADING) :].splitlines()[0].strip("| ").split(" | ")[1:]
-    said = {}
+    cells = {}
     for row, _, *others in table(COMPARISON, HEADING):
         assert len(others) == len(projects), row
-        said.update({(row, project): cell for project, cell in zip(projects, others, strict=True)})
-    return {key: cell for key, cell in said.items() if cell not in ("-", "?")}
+        cells.update({(row, project): cell for project, cell in zip(projects, others, strict=True)})
+    return {key: cell for key, cell in cells.items() if cell not in ("-", "?")}
 
 
 def sources() -> dict[tuple[str, str], tuple[str, str]]:
@@ -73,9 +73,9 @@ def sources() -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def test_every_claim_about_another_project_has_a_source() -> None:
-    said, found = claims(), sources()
-    assert len(said) > 40
-    assert {key: says for key, (says, _) in found.items()} == said, (
+    cells, found = claims(), sources()
+    assert len(cells) > 40
+    assert {key: says for key, (says, _) in found.items()} == cells, (
         "docs/sources.md repeats the cells of docs/comparison.md"
     )
 

@@ -21,9 +21,9 @@ def recipe(tmp_path: Path, rows: Path) -> Path:
 
 
 def test_it_is_what_graft_data_check_says(recipe: Path) -> None:
-    said = CliRunner().invoke(app, ["data", "check", str(recipe), "--json"])
-    assert said.exit_code == 0, said.output
-    report = json.loads(said.stdout)
+    result = CliRunner().invoke(app, ["data", "check", str(recipe), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
     assert report.pop("held_out_rows") == 4
     assert report.pop("shown")[0]["tokens"][0]["weight"] == 0
     assert json.loads(json.dumps(graftlm.rows_report(recipe).to_json())) == report

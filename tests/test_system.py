@@ -238,11 +238,11 @@ def test_windows_gets_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(cli, "tune_process", lambda: pytest.fail("nothing is set"))
     with pytest.raises(SystemExit) as end:
         cli.main()
-    said = capsys.readouterr().err.strip()
+    message = capsys.readouterr().err.strip()
     assert end.value.code == 1
-    assert said.startswith("error[platform/unsupported-system]: Windows ")
-    assert "WSL" in said
-    assert "\n" not in said
+    assert message.startswith("error[platform/unsupported-system]: Windows ")
+    assert "WSL" in message
+    assert "\n" not in message
     with raises("platform/unsupported-system"):
         _ = graftlm.train
     assert graftlm.__version__

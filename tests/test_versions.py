@@ -117,7 +117,7 @@ def test_the_tested_versions_are_those_of_the_two_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("torch", "transformers", "said"),
+    ("torch", "transformers", "message"),
     [
         ("2.11.0", "5.24.0", ""),
         ("2.14.1+cpu", "5.20.2", ""),
@@ -132,11 +132,13 @@ def test_the_tested_versions_are_those_of_the_two_ends() -> None:
         ),
     ],
 )
-def test_untested_versions_are_named(torch: str, transformers: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untested_versions_are_named(
+    torch: str, transformers: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.__version__", torch)
     monkeypatch.setattr("transformers.__version__", transformers)
     monkeypatch.setattr(versions, "TESTED", {"torch": ("2.11", "2.14"), "transformers": ("5.20", "5.24")})
-    assert versions.untested() == said
+    assert versions.untested() == message
 
 
 def test_the_command_line_warns_once_on_standard_error(

@@ -93,7 +93,7 @@ def throughput(folder: Path, registered: int, requests: int, all_resident: int) 
     before = rss_anon()
     host = 0 if all_resident else CONFIG["host_mib"] * 2**20
     pool = pool_of(model, folder, registered, registered if all_resident else CONFIG["slots"], host)
-    asked = zipf(requests, registered)
+    requested = zipf(requests, registered)
     if all_resident:
         for number in range(registered):
             pool.acquire(str(number)).release()
@@ -104,7 +104,7 @@ def throughput(folder: Path, registered: int, requests: int, all_resident: int) 
         while waiting or loading or running:
             while waiting and len(loading) + len(running) < CONFIG["clients"]:
                 index = waiting.popleft()
-                loading.append((index, loaders.submit(pool.acquire, str(asked[index]))))
+                loading.append((index, loaders.submit(pool.acquire, str(requested[index]))))
             for index, future in [each for each in loading if each[1].done() or not running]:
                 loading.remove((index, future))
                 lease = future.result()

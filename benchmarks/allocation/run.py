@@ -96,9 +96,11 @@ class Job:
         for host in hosts(self.model).values():
             (delta,) = host.on()
             d = delta.site.d_in + delta.site.d_out
-            named = dict(delta.named_parameters())
+            by_name = dict(delta.named_parameters())
             count += (
-                int(named["E"].count_nonzero()) * (d + 1) if "E" in named else sum(p.numel() for p in named.values())
+                int(by_name["E"].count_nonzero()) * (d + 1)
+                if "E" in by_name
+                else sum(p.numel() for p in by_name.values())
             )
         return count
 

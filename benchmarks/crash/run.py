@@ -49,20 +49,20 @@ CONFIG = yaml.safe_load((HERE / "config.yaml").read_text())
 torch.set_num_threads(1)
 
 
-def life(recipe: Recipe, out: Path, before: Callable[[], None] = lambda: None, said: Path | None = None) -> int:
+def life(recipe: Recipe, out: Path, before: Callable[[], None] = lambda: None, message_file: Path | None = None) -> int:
     """The process number of a child that resumes the run; it exits with 0, or 3 after a GraftError, told in a file."""
     if child := os.fork():
         return child
-    said = said or out.with_suffix(".said")
+    message_file = message_file or out.with_suffix(".said")
     try:
         before()
         train(recipe, out, resume=True)
         os._exit(0)
     except GraftError as error:
-        said.write_text(str(error))
+        message_file.write_text(str(error))
         os._exit(3)
     except BaseException as error:
-        said.write_text(repr(error))
+        message_file.write_text(repr(error))
     finally:  # a child must never come back into the parent's code
         os._exit(4)
 
@@ -73,13 +73,13 @@ def ended(child: int) -> int:
 
 
 def same(out: Path, whole: Path) -> bool:
-    def told(folder: Path) -> list[tuple[int, float]]:
+    def losses(folder: Path) -> list[tuple[int, float]]:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
     name = "adapter_model.safetensors"
     leftovers = [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.")]
-    return (out / name).read_bytes() == (whole / name).read_bytes() and told(out) == told(whole) and not leftovers
+    return (out / name).read_bytes() == (whole / name).read_bytes() and losses(out) == losses(whole) and not leftovers
 
 
 def dying(at: int) -> Callable[[], None]:
@@ -89,12 +89,12 @@ def dying(at: int) -> Callable[[], None]:
         left = at
 
         def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-            def called(*given: Any, **named: Any) -> Any:
+            def called(*args: Any, **kwargs: Any) -> Any:
                 nonlocal left
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return real(*given, **named)
+                return real(*args, **kwargs)
 
             return called
 
@@ -183,17 +183,19 @@ def on_a_full_disk(recipe: Recipe, whole: Path, work: Path, points: int, draw: r
             out, ballast = place / "out", place / "ballast"
             free = shutil.disk_usage(place).free
             ballast.write_bytes(b"x" * (free - draw.randrange(0, 400_000)))
-            said = work / "full.said"  # where there is room
-            code = ended(life(recipe, out, said=said))
+            message_file = work / "full.said"  # where there is room
+            code = ended(life(recipe, out, message_file=message_file))
             if code == 3:
                 found["points"] += 1
-                found["told_path_and_bytes"] += "no room" in said.read_text() and "bytes" in said.read_text()
+                found["told_path_and_bytes"] += (
+                    "no room" in message_file.read_text() and "bytes" in message_file.read_text()
+                )
                 found["leftovers"] += bool(out.exists() and list((out / "checkpoints").glob(".step-*")))
                 found["leftovers"] += bool(list(place.glob(".out.*")))
             elif code != 0:
                 found["failed"] += 1
             ballast.unlink()
-            said.unlink(missing_ok=True)
+            message_file.unlink(missing_ok=True)
             _goes_on(recipe, out, whole, found)
     return found
 
@@ -208,12 +210,12 @@ def on_a_read_only_disk(recipe: Recipe, whole: Path, work: Path, points: int, dr
             ended(life(recipe, out, dying(draw.randrange(20, 400))))
             before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
             subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-            said = work / "read-only.said"
-            code = ended(life(recipe, out, said=said))
+            message_file = work / "read-only.said"
+            code = ended(life(recipe, out, message_file=message_file))
             subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
             found["points"] += 1
             found["failed"] += code != 3
-            found["told_path"] += str(out) in said.read_text()
+            found["told_path"] += str(out) in message_file.read_text()
             found["changed"] += before != {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
             _goes_on(recipe, out, whole, found)
     return found

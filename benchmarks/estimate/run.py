@@ -63,11 +63,11 @@ def main() -> None:
     assert not unknown, f"no such recipe: {unknown}"
     found = {}
     for name in sys.argv[1:] or recipes:
-        kept = runs / f"{name}.json"
-        if not kept.is_file():
+        file = runs / f"{name}.json"
+        if not file.is_file():
             overrides = [words.replace("{pairs}", str(runs / "pairs.jsonl")) for words in recipes[name]]
-            kept.write_text(json.dumps(measure(recipe, overrides, runs / "adapter")) + "\n")
-        found[name] = json.loads(kept.read_text())
+            file.write_text(json.dumps(measure(recipe, overrides, runs / "adapter")) + "\n")
+        found[name] = json.loads(file.read_text())
         for key in ("peak_gib", "step_s"):
             figures = found[name][key]
             print(f"{name:30} {key:9}{figures['planned']:8.2f}{figures['measured']:8.2f}{figures['error']:+8.1%}")

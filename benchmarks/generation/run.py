@@ -44,9 +44,9 @@ def seconds(function: Callable[[], int]) -> tuple[float, int]:
     return time.perf_counter() - started, tokens
 
 
-def by_engine(model: Any, asked: list[list[int]], sampling: Sampling = GREEDY) -> int:
+def by_engine(model: Any, prompts: list[list[int]], sampling: Sampling = GREEDY) -> int:
     """With a new engine each time: what it prepares is counted."""
-    requests = [Request(ids, NEW, sampling) for ids in asked]
+    requests = [Request(ids, NEW, sampling) for ids in prompts]
     return sum(len(generation.ids) for _, generation in Engine(model).run(requests))
 
 
@@ -55,10 +55,10 @@ def settings(**more: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def in_one_batch(model: Any, asked: list[list[int]]) -> int:
-    width = max(map(len, asked))
-    ids = torch.tensor([[0] * (width - len(one)) + one for one in asked])
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in asked])
+def in_one_batch(model: Any, prompts: list[list[int]]) -> int:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(one)) + one for one in prompts])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
     out = model.generate(ids, attention_mask=mask, **settings())
     return int(out[:, width:].numel())
 

@@ -71,7 +71,7 @@ def watched(wanted: Recipe, spikes: set[int], times: float) -> dict[str, Any]:
         graftlm.train(wanted, Path(out, "run"))
         lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line and "event" not in line]
-    told = {line["step"] for line in lines if line.get("event") == "spike"}
+    alarms = {line["step"] for line in lines if line.get("event") == "spike"}
     usual = [loss for step, loss in enumerate(losses, start=1) if step not in spikes]
     return {
         "batch_rows": wanted.train.batch_rows,
@@ -83,8 +83,8 @@ def watched(wanted: Recipe, spikes: set[int], times: float) -> dict[str, Any]:
             max(usual[len(usual) // 2 :]) / (sum(usual[len(usual) // 2 :]) / len(usual[len(usual) // 2 :])), 2
         ),
         "planted": len(spikes),
-        "found_in_the_same_step": len(spikes & told),
-        "false_alarms": sorted(told - spikes),
+        "found_in_the_same_step": len(spikes & alarms),
+        "false_alarms": sorted(alarms - spikes),
     }
 
 
@@ -102,7 +102,7 @@ def trained(batches: list[Any], total: int, seed: int) -> tuple[list[torch.Tenso
     train_step = TrainStep(state, "supervised", lambda step: 1.0, clip=1.0, callbacks=callbacks, on_nonfinite="skip")
     skipped = [bool(step.skipped) for step in train_step.over(batches)]
     tensors = [*trainable(model).values(), *(t for each in callbacks for t in each.tensors.values())]
-    tensors += [t for kept in optimizer.state.values() for t in kept.values() if torch.is_tensor(t)]
+    tensors += [t for cached in optimizer.state.values() for t in cached.values() if torch.is_tensor(t)]
     return [t.detach().clone() for t in tensors], skipped
 
 
@@ -123,7 +123,7 @@ def not_finite(config: dict[str, Any], base: Path, seed: int) -> dict[str, Any]:
     return {"seed": seed, "bad": bad, "skipped": sum(skipped), "tensors": len(wanted), "bit_equal": same}
 
 
-def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     file = HERE / "runs" / f"{name}.json"
     if not file.is_file():
         made = run()
@@ -150,9 +150,9 @@ def main() -> None:
                     places = draw.sample(range(FEWEST + 1, part["steps"] + 1), part.get("spikes", 0))
                     wanted = recipe(config, base, part["steps"], rows, seed)
                     run = partial(watched, wanted, set(places), part.get("times", 1))
-                    found[kind].append(kept(f"{kind}-{rows}-{seed}", run))
+                    found[kind].append(cached(f"{kind}-{rows}-{seed}", run))
         for seed in range(config["not_finite"]["seeds"]):
-            found["not_finite"].append(kept(f"not-finite-{seed}", partial(not_finite, config, base, seed)))
+            found["not_finite"].append(cached(f"not-finite-{seed}", partial(not_finite, config, base, seed)))
     bars = {
         "clean steps": sum(run["steps"] for run in found["clean"]),
         "false alarms": sum(len(run["false_alarms"]) for run in found["clean"] + found["planted"]),

@@ -68,14 +68,14 @@ def point(config: dict[str, Any], lengths: list[int], rank: int) -> dict[str, An
 
 
 def measured(name: str, lengths: list[int], rank: int) -> dict[str, Any]:
-    kept = HERE / "runs" / f"{name}.json"
-    if not kept.is_file():
+    file = HERE / "runs" / f"{name}.json"
+    if not file.is_file():
         print(f"{name} ...", flush=True)
-        kept.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         options = ["--rank", str(rank), "--lengths", *map(str, lengths)]
         out = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
-        kept.write_text(out.splitlines()[-1] + "\n")
-    found: dict[str, Any] = json.loads(kept.read_text())
+        file.write_text(out.splitlines()[-1] + "\n")
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 

@@ -24,8 +24,8 @@ from tests.data.shapes import SHAPES  # noqa: E402
 
 
 def one(name: str, conversations: int) -> dict[str, Any]:
-    kept = HERE / "runs" / f"{name}.json"
-    if not kept.is_file():
+    file = HERE / "runs" / f"{name}.json"
+    if not file.is_file():
         test = f"tests/data/chat/test_render.py::test_random_conversations_hold_every_promise[{name}]"
         started = time.perf_counter()
         done = subprocess.run(
@@ -37,10 +37,10 @@ def one(name: str, conversations: int) -> dict[str, Any]:
             check=False,
         )
         took = time.perf_counter() - started
-        kept.parent.mkdir(exist_ok=True)
-        said = "" if done.returncode == 0 else done.stdout[-2000:]
-        kept.write_text(json.dumps({"holds": done.returncode == 0, "said": said, "wall_s": round(took, 1)}) + "\n")
-    found: dict[str, Any] = json.loads(kept.read_text())
+        file.parent.mkdir(exist_ok=True)
+        output = "" if done.returncode == 0 else done.stdout[-2000:]
+        file.write_text(json.dumps({"holds": done.returncode == 0, "said": output, "wall_s": round(took, 1)}) + "\n")
+    found: dict[str, Any] = json.loads(file.read_text())
     print(name, found, flush=True)
     return found
 

@@ -92,8 +92,8 @@ class Job:
         }
         if found["held_out_loss"] < answers_below:
             rows = [row for row in data.held_out_rows if can_be_answered(row)][: CONFIG["answers"]]
-            said = answers(self.model, self.renderer, rows, CONFIG["max_new_tokens"], lambda done: None)
-            scores = [rouge_l(row.messages[-1].content, text) for row, text in zip(rows, said, strict=True)]
+            texts = answers(self.model, self.renderer, rows, CONFIG["max_new_tokens"], lambda done: None)
+            scores = [rouge_l(row.messages[-1].content, text) for row, text in zip(rows, texts, strict=True)]
             found["rouge_l"] = statistics.mean(scores)
         return found
 
@@ -343,8 +343,8 @@ def main() -> None:
         cost(methods)
     result = table(METHODS)
     write_result(__file__, result)
-    kept = {name: {k: v for k, v in row.items() if k not in NOT_KEPT} for name, row in result["methods"].items()}
-    MEASURED.write_text(json.dumps({"base": result["base"], "methods": kept}, indent=1) + "\n")
+    rows = {name: {k: v for k, v in row.items() if k not in NOT_KEPT} for name, row in result["methods"].items()}
+    MEASURED.write_text(json.dumps({"base": result["base"], "methods": rows}, indent=1) + "\n")
     draw(result, ROOT / "docs" / "methods.svg")
 
 
@@ -358,12 +358,12 @@ def draw(result: dict[str, Any], file: Path) -> None:
     pyplot.rcParams |= {"svg.hashsalt": "graftlm", "svg.fonttype": "none", "font.family": "sans-serif"}
     figure, axes = pyplot.subplots(figsize=(11, 7))
     for name, row in result["methods"].items():
-        learnt = result["base"]["held_out_loss"] - row["held_out_loss"]
+        gain = result["base"]["held_out_loss"] - row["held_out_loss"]
         forgotten = row["general_loss"] - result["base"]["general_loss"]
         axes.scatter(
-            forgotten, learnt, s=8 + row["parameters"] ** 0.5 / 4, alpha=0.4, color="C0" if name != "lora" else "C3"
+            forgotten, gain, s=8 + row["parameters"] ** 0.5 / 4, alpha=0.4, color="C0" if name != "lora" else "C3"
         )
-        axes.annotate(name, (forgotten, learnt), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.annotate(name, (forgotten, gain), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set_xscale("symlog", linthresh=0.02)
     axes.set_xlabel("forgotten: rise of the loss on general text, nats a token")
     axes.set_ylabel("learnt: fall of the held-out loss, nats a token")

@@ -67,12 +67,12 @@ def main() -> None:
     train_step = TrainStep(state, "supervised", lambda step: 1.0, clip=1.0, callbacks=callbacks, passes=passes)
     batches = (pack(examples[n : n + size], settings["pack_tokens"]) for n in range(0, len(examples), size))
     done = list(train_step.over(batches))
-    kept = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    moments = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
     result = {
         "peak_gib": peak_rss_gib() - before,
         "after_loading_gib": held,
         "weights_gib": weights,
-        "moments_gib": sum(t.numel() * t.element_size() for t in kept) / 2**30,
+        "moments_gib": sum(t.numel() * t.element_size() for t in moments) / 2**30,
         "parameters": sum(p.numel() for p in learning.values()),
         "step_wall_s": [step.wall_s for step in done],
         "losses": [step.loss for step in done],

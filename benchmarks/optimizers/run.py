@@ -61,8 +61,8 @@ def one_run(config: dict[str, Any], name: str, round_: int) -> dict[str, Any]:
     out = RUNS / f"{slug}-{round_}.json"
     if not out.is_file():
         print(f"{out.stem} ...", flush=True)
-        given = {"base": RUNS / "base", "rows": RUNS / "rows.jsonl", "out": out}
-        flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+        options = {"base": RUNS / "base", "rows": RUNS / "rows.jsonl", "out": out}
+        flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         flags += ["--settings", json.dumps(config), "--sections", json.dumps(config["shapes"][name])]
         # Freed tensors go back to the system at once, so that what is resident is what is alive.
         allocator = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
@@ -101,11 +101,11 @@ def saved_by_shapes(sections: dict[str, Any], of: str, sizes: list[int], shape: 
     gradient, moments = sizes
     everything, learning = learning_by_shapes(callbacks, shape)
     whole = sum(p.numel() for p in everything)
-    kept = sum(map(optimizer.state_bytes, learning)) * moments / 8  # in float32, where AdamW's are 8
+    state_bytes = sum(map(optimizer.state_bytes, learning)) * moments / 8  # in float32, where AdamW's are 8
     if of == "moments":
-        return 1 - kept / (moments * whole)
+        return 1 - state_bytes / (moments * whole)
     alive = (max if optimizer.fused else sum)(gradient * p.numel() for p in learning)
-    return 1 - (alive + kept) / ((gradient + moments) * whole)
+    return 1 - (alive + state_bytes) / ((gradient + moments) * whole)
 
 
 def summarise(config: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -48,10 +48,10 @@ def train(args: argparse.Namespace, rows: list[dict[str, list[int]]], output_dir
     beforehand = 0.0
     original = trl.DPOTrainer._precompute_ref_logps
 
-    def measured(*given: Any, **named: Any) -> Any:
+    def measured(*positional: Any, **kwargs: Any) -> Any:
         nonlocal beforehand
         started = time.perf_counter()
-        found = original(*given, **named)
+        found = original(*positional, **kwargs)
         beforehand += time.perf_counter() - started
         return found
 

@@ -3,9 +3,9 @@
 from graftlm.rl.rewards import Completion
 
 
-def form(said: Completion) -> float:
+def form(completion: Completion) -> float:
     """From 0 to 1, a quarter for each: it is over, on one line, at most ten words, one sentence with its full stop."""
-    text = said.answer
-    points = [not said.cut, bool(text) and "\n" not in text, 0 < len(text.split()) <= 10]
+    text = completion.answer
+    points = [not completion.cut, bool(text) and "\n" not in text, 0 < len(text.split()) <= 10]
     points.append(text.endswith(".") and ". " not in text)
     return sum(points) / len(points)

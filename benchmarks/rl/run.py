@@ -43,17 +43,17 @@ def one_run(config: dict[str, Any], name: str, seed: int, *, smoke: bool) -> dic
     graftlm.train(build(Recipe, tree, source="config.yaml"), out, resume=True)
     summary = json.loads((out / "summary.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    told = [line for line in lines if "reward" in line]
+    steps = [line for line in lines if "reward" in line]
     done = [line for line in lines if "loss" in line]
     held_out = summary["held_out"]
-    edge = max(1, len(told) // 8)
+    edge = max(1, len(steps) // 8)
     return {
         "held_out_reward": {side: round(held_out["objective"][side]["reward"], 4) for side in ("base", "tuned")},
         "held_out_rouge_l": {side: round(held_out["rouge_l"][side], 4) for side in ("base", "tuned")},
-        "first_steps_reward": round(statistics.mean(line["reward"] for line in told[:edge]), 4),
-        "last_steps_reward": round(statistics.mean(line["reward"] for line in told[-edge:]), 4),
-        "no_signal": round(statistics.mean(line["no_signal"] for line in told), 4),
-        "generate_s_a_step": round(statistics.median(line["generate_s"] for line in told), 3),
+        "first_steps_reward": round(statistics.mean(line["reward"] for line in steps[:edge]), 4),
+        "last_steps_reward": round(statistics.mean(line["reward"] for line in steps[-edge:]), 4),
+        "no_signal": round(statistics.mean(line["no_signal"] for line in steps), 4),
+        "generate_s_a_step": round(statistics.median(line["generate_s"] for line in steps), 3),
         "train_s_a_step": round(statistics.median(line["wall_s"] for line in done), 3) if done else None,
         "computed_share": round(sum(s["computed_tokens"] for s in done) / max(1, sum(s["tokens"] for s in done)), 3),
     }

@@ -153,7 +153,7 @@ def done() -> dict[str, dict[str, Any]]:
     return {line["key"]: line for line in map(json.loads, lines)}
 
 
-def kept(part: str, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached(part: str, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a run found, from runs.jsonl or by running it now."""
     facts: list[Any] = [
         CONFIG["base"],
@@ -194,7 +194,7 @@ def planted(bench: Bench | None) -> dict[str, Any]:
         counts = {t: sum(g == t or (t == "docstrings" and not g.isidentifier()) for g in groups) for t in sorted(tasks)}
         return {"recall": groups.count("reversed_digits") / settings["relevant"], "chosen": counts, "pool": len(rows)}
 
-    runs = [kept("planted", f"less {seed}", lambda seed=seed: run(seed)) for seed in settings["seeds"]]  # type: ignore[misc]
+    runs = [cached("planted", f"less {seed}", lambda seed=seed: run(seed)) for seed in settings["seeds"]]  # type: ignore[misc]
     return {
         "pool": runs[0]["pool"],
         "by_chance": settings["relevant"] / runs[0]["pool"],
@@ -245,7 +245,7 @@ def own(bench: Bench | None) -> dict[str, Any]:
             "auc": float((wrong[:, None] > right[None]).mean()),
         }
 
-    return {"k_center": kept("own", "k-center", cover), "ifd": kept("own", "ifd", tell_apart)}
+    return {"k_center": cached("own", "k-center", cover), "ifd": cached("own", "ifd", tell_apart)}
 
 
 # The demo job ----------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def demo(bench: Bench | None) -> dict[str, Any]:
         return line
 
     def runs(method: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        return [kept("demo", f"{method} {seed}", lambda s=seed: run(method, s)) for seed in seeds]  # type: ignore[misc]
+        return [cached("demo", f"{method} {seed}", lambda s=seed: run(method, s)) for seed in seeds]  # type: ignore[misc]
 
     def losses(on: str) -> dict[str, list[float]]:
         return {method: [line[on] for line in lines] for method, lines in found.items()}

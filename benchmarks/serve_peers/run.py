@@ -204,9 +204,9 @@ def ask(server: Server, number: int) -> tuple[float, list[str]]:
     """Tokens per second, from the first request to the last answer; and the answers."""
     server.go_on()
     with ThreadPoolExecutor(len(NAMES)) as threads:
-        asked = prompts(number)
+        prompt_list = prompts(number)
         started = time.perf_counter()
-        answers = list(threads.map(server.answer, NAMES, asked))
+        answers = list(threads.map(server.answer, NAMES, prompt_list))
         took = time.perf_counter() - started
     server.pause()
     return len(NAMES) * CONFIG["new_tokens"] / took, answers
@@ -214,7 +214,7 @@ def ask(server: Server, number: int) -> tuple[float, list[str]]:
 
 def measure(servers: dict[str, Server], rounds: int) -> dict[str, Any]:
     rates: dict[str, list[float]] = {name: [] for name in servers}
-    said: dict[str, list[str]] = {}
+    answers_by_server: dict[str, list[str]] = {}
     for number in range(rounds + 1):  # the first is a warm-up
         for name, server in servers.items():
             rate, answers = ask(server, number)
@@ -222,7 +222,7 @@ def measure(servers: dict[str, Server], rounds: int) -> dict[str, Any]:
             if number:
                 rates[name].append(rate)
             else:
-                said[name] = answers
+                answers_by_server[name] = answers
     ours = "graft serve"
     peers = [name for name in servers if name != ours]
     return {
@@ -231,13 +231,16 @@ def measure(servers: dict[str, Server], rounds: int) -> dict[str, Any]:
             name: round(statistics.median(a / b for a, b in zip(rates[ours], rates[name], strict=True)), 3)
             for name in peers
         },
-        "same_answers": {name: sum(a == b for a, b in zip(said[ours], said[name], strict=True)) for name in peers},
+        "same_answers": {
+            name: sum(a == b for a, b in zip(answers_by_server[ours], answers_by_server[name], strict=True))
+            for name in peers
+        },
     }
 
 
 def version_of(command: Sequence[str]) -> str:
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
-    return next(line for line in (said.stdout + said.stderr).splitlines() if any(c.isdigit() for c in line))
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return next(line for line in (process.stdout + process.stderr).splitlines() if any(c.isdigit() for c in line))
 
 
 def main() -> None:

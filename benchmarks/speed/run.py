@@ -73,8 +73,8 @@ def main() -> None:
         runs = {}
         for threads in config["threads"]:
             command = [sys.executable, __file__, str(threads), kernels]
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            runs[threads] = json.loads(said.splitlines()[-1])
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs[threads] = json.loads(output.splitlines()[-1])
         one, most = runs[min(runs)], runs[max(runs)]
         found[kernels] = {
             "by_threads": runs,

@@ -31,8 +31,8 @@ def main() -> None:
         seconds[command] = {"median_s": round(statistics.median(times), 3), "max_s": round(max(times), 3)}
     torch = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout.strip()
     script = [sys.executable, str(HERE / "first_step.py")]
-    _said(script)  # converts the base and renders the rows, if nothing has
-    runs = [json.loads(_said(script).splitlines()[-1]) for _ in range(config["first_step_runs"])]
+    _stdout_of(script)  # converts the base and renders the rows, if nothing has
+    runs = [json.loads(_stdout_of(script).splitlines()[-1]) for _ in range(config["first_step_runs"])]
     stages = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     after_imports = {name: took for name, took in stages.items() if not name.startswith("imports")}
     found = {
@@ -46,7 +46,7 @@ def main() -> None:
     write_result(__file__, {"config": config, **found})
 
 
-def _said(command: list[str]) -> str:
+def _stdout_of(command: list[str]) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

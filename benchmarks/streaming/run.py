@@ -37,8 +37,8 @@ MARKS = HERE / "runs" / "marks.jsonl"
 def write_rows(count: int, file: Path) -> None:
     with file.open("w", encoding="utf-8") as out:
         for i in range(count):
-            asked, said = f"What is the next number after {i}?", f"After {i} comes {i + 1}."
-            out.write(json.dumps({"prompt": asked, "completion": said}) + "\n")
+            prompt, completion = f"What is the next number after {i}?", f"After {i} comes {i + 1}."
+            out.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
 
 
 def peaks_mib(process: int) -> dict[int, float]:

@@ -35,11 +35,11 @@ def one(name: str) -> dict[str, Any]:
         print(f"{name} ...", flush=True)
         out = trained(name)
         rows = {row.where: row for row in load_rows(source(name))[0]}
-        said = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+        held_out = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
         found = {
             "loss_nats": json.loads((out / "summary.json").read_text())["held_out"]["loss_nats"],
-            "score": {side: [score(rows[each["where"]], each[side]) for each in said] for side in SIDES},
-            "groups": [rows[each["where"]].group for each in said],
+            "score": {side: [score(rows[each["where"]], each[side]) for each in held_out] for side in SIDES},
+            "groups": [rows[each["where"]].group for each in held_out],
         }
         file.write_text(json.dumps(found) + "\n")
     result: dict[str, Any] = json.loads(file.read_text())

@@ -218,7 +218,7 @@ def sha256_of(file: Path, length: int | None = None) -> str:
 
 
 def sha256_of_record(record: Mapping[str, Any]) -> str:
-    """Of what graftlm.json says, without this digest itself."""
+    """The SHA-256 of the content of graftlm.json, without this digest itself."""
     sums = {file: digest for file, digest in record["sha256"].items() if file != RECORD}
     return sha256_of_bytes(json.dumps({**record, "sha256": sums}, sort_keys=True).encode())
 

@@ -140,7 +140,7 @@ def check_base(model: nn.Module, adapter: Adapter, trust_base: bool = False) -> 
 
 
 def _another_quantization(model: nn.Module, adapter: Adapter) -> str:
-    """What to say where the base is the same, and quantized otherwise than in training: its weights are others."""
+    """The note for a base that is the same but is quantized otherwise than in training: its weights are others."""
     then, now = _quantization_in(adapter.base or {}), quantization_of(model)
     if then is None or then == now:
         return ""

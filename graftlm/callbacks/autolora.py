@@ -47,7 +47,7 @@ class GateSearch(Callback):
 
     @abstractmethod
     def binary_gates(self, found: list[Tensor]) -> list[Tensor]:
-        """The gates of all sites as found -> 1 for what stays, 0 for what goes."""
+        """The learned gates of all sites -> 1 for a rank that stays, 0 for one that is removed."""
 
     def refusal(self, training: TrainingState) -> str:
         if reason := needs_method(training, "gated-lora") or needs_inner_split(training):

@@ -72,7 +72,7 @@ class Lte(Callback):
             training.events.append({"event": "averaged", "callback": "lte", "heads": heads})
 
     def on_end(self, training: TrainingState) -> None:
-        """What the heads have learnt up to here is averaged, whoever's turn it is."""
+        """Average the heads as they are now, whichever head is being trained."""
         now = training.done // self.config.every % self.config.heads
         for name, site, delta in training.sites():
             self._put_away(training, f"{now}/{name}/{site}", delta)
@@ -114,7 +114,7 @@ class Lte(Callback):
             optimizer.state[p] = {what: t if what == "step" else t.to(p.device) for what, t in found.items()}
 
     def _average(self, key: str) -> None:
-        """What the heads have now is what they are averaged by until the next time."""
+        """Copy the factors of all heads: their mean stands for the heads until the next average."""
         for head in range(self.config.heads):
             for letter in "AB":
                 if (factor := self.tensors.get(f"{head}/{key}/{letter}")) is not None:

@@ -102,6 +102,6 @@ class SpielCallback(Callback):
 
 
 def _moments(optimizer: torch.optim.Optimizer, phi: nn.Parameter) -> list[Tensor]:
-    """What the optimizer keeps for each number of phi."""
+    """The optimizer's moments of phi."""
     values = optimizer.state.get(phi, {}).values()
     return [value for value in values if isinstance(value, Tensor) and value.shape == phi.shape]

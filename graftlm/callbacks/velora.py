@@ -42,7 +42,7 @@ class VeloraConfig(CallbackConfig):
 
 
 class CompressedInput(NamedTuple):
-    """x [.., d_in] as it waits for the backward pass."""
+    """x [.., d_in] as it is stored for the backward pass."""
 
     z: Tensor
     v: Tensor

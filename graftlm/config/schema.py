@@ -60,7 +60,7 @@ def build(cls: type[T], tree: Tree, *, source: str, lines: Mapping[Key, int] | N
         return TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
         found = [explain(cls, tree, e, source, lines or {}) for e in error.errors(include_url=False)]
-        # What is of another kind than one member of a union wants is of the kind that another wants, and wrong there.
+        # pydantic reports an error for every member of a union: keep those of the member whose type fits.
         nearer = {key[:depth] for key, _, _ in found for depth in range(len(key))}
         nearer |= {key for key, kind, _ in found if not kind.endswith("_type")}
         problems = [text for key, kind, text in found if not (kind.endswith("_type") and key in nearer)]

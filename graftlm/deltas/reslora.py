@@ -33,7 +33,7 @@ class Tape(Shared):
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.heard: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        self.inputs: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         self.before: dict[str, str] = {}
         last: dict[str, str] = {}
         for site in sites:
@@ -57,6 +57,6 @@ class ResLora(Delta):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         tape = self.site.shared
         assert isinstance(tape, Tape)
-        tape.heard[self.site.name, tape.group] = x
+        tape.inputs[self.site.name, tape.group] = x
         before = tape.before.get(self.site.name)
-        return y + self.lora.increment(x if before is None else x + tape.heard[before, tape.group], base)
+        return y + self.lora.increment(x if before is None else x + tape.inputs[before, tape.group], base)

@@ -112,7 +112,7 @@ def fingerprint(model: Any) -> Fingerprint:
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """Of the shape and the values in bf16."""
+    """The digest of a tensor's shape and of its values in bf16."""
     canonical = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     shape = ",".join(map(str, canonical.shape)).encode()
     return hashlib.sha256(shape + b":" + canonical.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]

@@ -60,7 +60,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def hub_hint(base: BaseConfig, network: bool) -> str:
-    """What to add to an error about a hub id that is not in the cache, where the network was not allowed."""
+    """The hint for an error about a hub id that is not in the cache, where the network was not allowed."""
     if network or Path(base.name).is_dir() or base.name in PACKAGED:
         return ""
     return (

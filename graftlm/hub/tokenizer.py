@@ -87,7 +87,7 @@ def read_tokenizer(model: Any, files: Mapping[str, bytes], folder: Path) -> Any:
 
 @lru_cache(maxsize=8)
 def with_more_tokens(tokenizer: Any, other: Any, rows: int, name: str) -> Any:
-    """Of two tokenizers the one that has all tokens of the other under the same ids, and more; the second of equals.
+    """The one of two tokenizers that has all tokens of the other under the same ids, and more; the second of equals.
 
     `name` is the adapter that the second one came with, `rows` how many tokens the model has embeddings for. Raises
     AdapterError, naming tokens, where neither has all tokens of the other, and where there are no embeddings for one.

@@ -107,7 +107,7 @@ def use_layout(layout: SegmentLayout | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """What a layer's attention is beside its inputs."""
+    """The settings of a layer's attention: everything but its inputs."""
 
     layout: SegmentLayout
     scale: float

@@ -111,7 +111,7 @@ def compiler() -> tuple[str, ...] | None:
 class _Library(NamedTuple):
     functions: ctypes.CDLL
     digest: str
-    """Of its content."""
+    """The digest of its content."""
 
 
 def library() -> ctypes.CDLL:

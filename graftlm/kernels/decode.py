@@ -28,7 +28,7 @@ class NewToken(NamedTuple):
     always: int
     """The first so many tokens of the cache are seen whatever the window is."""
     first: int
-    """Of the others, those from here on are seen."""
+    """The first of the other positions that is seen."""
     length: int
     """Tokens in the cache, the new one included."""
 

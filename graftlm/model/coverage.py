@@ -29,9 +29,9 @@ from graftlm.model.state_dict import base_parameters
 @dataclass(frozen=True)
 class Coverage:
     weights: int
-    """Of all matrices of the decoder."""
+    """Weights of all matrices of the decoder."""
     under_deltas: int
-    """Of those that a change of weights sits on."""
+    """Weights that a delta changes."""
     quantized: int
     quantization: str | None
     experts: dict[str, int]
@@ -54,7 +54,7 @@ class Coverage:
         }
 
     def lines(self) -> list[str]:
-        """What there is to say, a line each."""
+        """The findings, a line each."""
         sentences = []
         experts = ", ".join(f"{name} ({self.share(count):.0%})" for name, count in self.experts.items())
         if self.under_deltas:

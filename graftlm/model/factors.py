@@ -26,7 +26,7 @@ from graftlm.model.routed import Experts, Gates, RoutedFactors, sites_of_all
 from graftlm.model.sites import sites_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What factors may be held in."""
+"""The dtypes that factors may have."""
 
 
 def attach_factors(

@@ -154,7 +154,7 @@ def find(model: Any, places: Mapping[str, tuple[str, str]], layers: Mapping[str,
 
 
 def why_not(model: Any, name: str, layer: str, layers: Mapping[str, nn.Module]) -> str:
-    """What to say of a part that a layer has not."""
+    """The error text for a part that a layer does not have."""
     parts = _rows_by_layer(model, [layer], layers)[layer]
     has = f"its parts are {', '.join(parts)}" if parts else "no parts of it can be told apart"
     return (
@@ -254,7 +254,7 @@ def _ranges(rows: Tensor) -> Rows:
 
 @contextmanager
 def _activations_shown(model: Any, outputs: Any) -> Iterator[None]:
-    """Inside, attention shows its queries, keys and values to the outputs of the layers in its module."""
+    """Inside, attention passes its queries, keys and values to the `_Output`s of the layers in its module."""
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any) -> Any:
         inside = {id(m) for m in module.modules()}

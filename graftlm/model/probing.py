@@ -1,4 +1,4 @@
-"""What a model's own code does with a layer: asked of the model itself, by a pass over a few tokens.
+"""How a model's own code uses a layer, found by a pass over a few tokens.
 
 Names and classes do not say it. Whether a layer is called or only its weight is read, and which rows of a fused
 projection are the queries, is in code that differs from architecture to architecture.
@@ -77,7 +77,7 @@ def _real_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[
 
 
 def bypassed(model: nn.Module, names: Sequence[str], layers: Mapping[str, nn.Module]) -> list[str]:
-    """Those of the named layers whose weight the model's code multiplies with by itself, without calling the layer.
+    """The layers whose weight the model's code multiplies with by itself, without calling the layer.
 
     A delta there would act in part, or not at all. Reading a weight's dtype, and scaling it in place, is no such use.
     The model runs once for that, and only where the text of its code speaks of the weight of a layer of such a name.

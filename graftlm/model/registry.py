@@ -38,11 +38,11 @@ class Attachment:
     sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
     chats: dict[str, Chat] = field(default_factory=dict)
-    """Of each that was trained, or loaded, with a chat template."""
+    """The chat of each adapter that was trained, or loaded, with a chat template."""
     tokenizers: dict[str, Any] = field(default_factory=dict)
     """The tokenizer of each that was loaded with one."""
     heads: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Of each whose objective trained heads: HEAD.PARAMETER -> tensor."""
+    """For each adapter whose objective trained heads: HEAD.PARAMETER -> tensor."""
     members: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Name of an adapter that is several deltas -> their names, in the order in which they act: what is done to the
     adapter is done to all of them."""

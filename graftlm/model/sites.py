@@ -222,7 +222,7 @@ def part_of(model: nn.Module, name: str) -> tuple[str, str] | None:
 
 
 def not_called(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of these sites whose weight the model's code uses without calling the layer."""
+    """The sites whose weight the model's code uses without calling the layer."""
     layers = {name: (at[0] if (at := part_of(model, name)) else name) for name in names}
     used = set(bypassed(model, list(dict.fromkeys(layers.values())), transformer_layers(model)))
     return [name for name, layer in layers.items() if layer in used]

@@ -21,7 +21,7 @@ from graftlm.training.callback import Optimizer, OptimizerConfig, torch_groups
 from graftlm.training.state import ParameterGroup
 
 LEAST = 4096
-"""Of fewer elements bitsandbytes keeps moments of 32 bits."""
+"""bitsandbytes keeps moments of 32 bits for tensors with fewer elements."""
 
 
 @config

@@ -50,7 +50,7 @@ class Acted(torch.optim.Optimizer):
 
 
 class Fused(Optimizer):
-    """What acts on each parameter the moment that its gradient is whole."""
+    """An optimizer that updates each parameter as soon as its gradient is whole."""
 
     fused = True
 

@@ -93,7 +93,7 @@ class Timing:
     calls: int
     """How many of them the recorded passes made."""
     microseconds: Mapping[str, float]
-    """Of one call, forward and backward, by candidate."""
+    """Microseconds of one call, forward and backward, by candidate."""
 
     def fastest(self, leave_out: str = "") -> str:
         times = {name: us for name, us in self.microseconds.items() if name != leave_out}

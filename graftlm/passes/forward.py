@@ -24,7 +24,7 @@ from graftlm.passes.recompute import computing_by
 
 
 class Packed(Protocol):
-    """What a forward pass over a pack must be told (`data.batches.pack.Pack`, or whatever has the same fields)."""
+    """The inputs of a forward pass over a pack (`data.batches.pack.Pack`, or anything with the same fields)."""
 
     @property
     def ids(self) -> Tensor: ...

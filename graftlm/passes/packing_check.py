@@ -256,14 +256,14 @@ def _positions(model: Any, row: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Criterion:
-    """What two computations of a row are compared by."""
+    """How two computations of a row are compared."""
 
     alone: Callable[[Tensor, int], Tensor]
     """A row and the position of its first token -> what the model's own code makes of it."""
     read: Callable[[Tensor, Tensor], Tensor]
     """Last hidden states [n, d] and the ids that follow [n] -> the same of our pass."""
     size: Callable[[Tensor], float]
-    """What differences are divided by."""
+    """The number that differences are divided by."""
     tolerance: float
     unit: str
 
@@ -389,6 +389,6 @@ def _vocabulary(model: Any) -> int:
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """What the weights are in; biases and norms may be wider."""
+    """The dtype of the weights; biases and norms may be wider."""
     dtype: torch.dtype = next(model.parameters()).dtype
     return dtype

@@ -61,7 +61,7 @@ def computing_by(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> It
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # What a prompt lets the layers say beforehand is kept: a second run would find it standing before itself.
+    # While a prompt is recorded nothing is recomputed: a second run would find the prompt before itself.
     if not torch.is_grad_enabled() or is_recording(layer):
         return forward(*args, **kwargs)
     return checkpoint(partial(_by_layout, LAYOUT.get(), forward), *args, use_reentrant=False, **kwargs)

@@ -66,9 +66,9 @@ class GenerationBytes:
     prefixes: int
     """Keys and values of prefixes and prompts, once more for each request."""
     activations: int
-    """Of one pass over as many tokens of prompts as a step takes."""
+    """Bytes of one pass over as many tokens of prompts as a step takes."""
     logits: int
-    """Of the last token of each request, and what choosing the next one takes."""
+    """Bytes of the logits at the last token of each request, and of choosing the next token."""
     cache_per_token: int
 
     def parts_gib(self) -> dict[str, float]:
@@ -159,7 +159,7 @@ def _activation_bytes(model: Any, load: Load) -> int:
 
 
 def _logits_bytes(model: Any, sampling: Sampling) -> int:
-    """Of one request."""
+    """Bytes for the logits of one request."""
     row = active_row(model)
     piece = Piece([0], 0, Cache(1, keys_before(model, row)), row, True)
     logits = pass_over(inference_copy(model, None).model, [piece]).nan_to_num()  # a delta may be uninitialized
@@ -190,7 +190,7 @@ def rollouts_load(recipe: Recipe, data: Prepared) -> Load:
 
 
 def held_out_load(recipe: Recipe, data: Prepared) -> Load | None:
-    """What is answered when a recipe is trained; None where no held-out row is."""
+    """The load of the held-out answers of a run; None where no held-out row is answered."""
     rows = questions_of(recipe, data)
     if not rows:
         return None
@@ -257,7 +257,7 @@ def _check_positions(base: BaseConfig, load: Load, network: bool) -> None:
 
 
 def _advice(peak: float, free: float, model_sketch: Sketch, needed: GenerationBytes) -> list[str]:
-    """What to change where it does not fit."""
+    """Advice on what to change where it does not fit."""
     if peak <= free:
         return []
     texts = [f"{peak:.1f} GiB are needed and {free:.1f} are there"]

@@ -66,9 +66,9 @@ class Trial:
 
     rate: float
     loss: float
-    """Of this step's rows, before the step."""
+    """The loss of this step's rows, before the step."""
     base_loss: float
-    """Of the same rows without the delta; 0 for objectives other than supervised training."""
+    """The loss of the same rows without the delta; 0 for objectives other than supervised training."""
 
 
 @preserve_global_state()

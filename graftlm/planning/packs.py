@@ -12,7 +12,7 @@ from graftlm.training.phases import make_batches
 from graftlm.training.setup import Answers
 
 STEPS_SAMPLED = 64
-"""Of a longer run this many steps, evenly spread, stand for all; its largest batch is the first, and always sampled."""
+"""Steps, evenly spread, that stand for all of a longer run; the largest batch is the first, and always sampled."""
 
 
 @dataclass(frozen=True)

@@ -191,4 +191,4 @@ FEEDBACK: dict[str, Callable[[Sequence[float]], list[float | None]]] = {
     "kto": _liked,
     "sppo": _wins,
 }
-"""What losses that need feedback are given of the rewards of a group."""
+"""How the rewards of a group become the scores of losses that need feedback."""

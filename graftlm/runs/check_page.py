@@ -24,13 +24,13 @@ MAX_ROWS = 2_000
 """Rows on the page, the suspicious ones included."""
 
 MAX_TOKENS = 4_000
-"""Of one row."""
+"""The most tokens of one row that the page shows."""
 
 LISTED = 30
 """Rows of a kind that the table of findings names; the page can be set to show the others one by one."""
 
 WIDTH, HEIGHT = 420, 120
-"""Of a histogram, in pixels."""
+"""The size of a histogram, in pixels."""
 
 
 def write(file: Path, data: Prepared, config: DataConfig, *, title: str) -> None:

@@ -40,7 +40,7 @@ TAGS = ("method", "name", "by")
 @dataclass(frozen=True)
 class Point:
     name: str
-    """Of its folder: the values by which it differs from the others."""
+    """The name of its folder: the values by which it differs from the others."""
     recipe: Recipe
 
 

@@ -60,7 +60,7 @@ class Pool:
 
     rows: Sequence[Row]
     examples: Sequence[Sequence[Example]]
-    """Of each row, as training would see it; none for a row that is too long."""
+    """The examples of each row, as training would see them; none for a row that is too long."""
     renderer: Renderer
     data: DataConfig
     load: Callable[[], Any]

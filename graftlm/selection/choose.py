@@ -48,7 +48,7 @@ class SelectorResult:
     rows: int
     """It was given so many."""
     left_out: int
-    """Of which it would keep none of these."""
+    """Rows that the selector rules out, whatever `keep` is."""
     kept: int
     threshold: float
     """The lowest score that was kept."""

@@ -116,7 +116,7 @@ def _warmup(
 
 
 def gradient(pool: Pool, parameters: Sequence[Tensor], examples: Sequence[Example]) -> list[Tensor]:
-    """Of one row's mean loss over its supervised tokens, by each parameter, float32."""
+    """The gradient of one row's mean loss over its supervised tokens, by each parameter, float32."""
     count = float(sum(example.weights.sum() for example in examples))
     total: list[Tensor] = []
     with pool.attention():

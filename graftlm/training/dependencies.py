@@ -22,7 +22,7 @@ Record = dict[str, Any]
 Items = Sequence[Example | Group]
 
 OTHER_ROWS = {"inner_rows": "rows of the inner validation split", "statistics_rows": "rows for statistics"}
-"""What the rows beside those of training are called."""
+"""The names of row sources other than the training rows."""
 
 
 def record(

@@ -18,7 +18,7 @@ R = TypeVar("R", Example, Group, Example | Group)
 
 
 def inner_split(examples: Sequence[R], share: float, *, loss: LossConfig, seed: int) -> tuple[list[R], list[R]]:
-    """(the rows to train on, the inner validation split): a share of the rows, drawn by the seed."""
+    """(training rows, inner validation split). The split is a share of the rows, drawn by the seed."""
     if not share:
         return list(examples), []
     check_inner_loss(loss)

@@ -76,7 +76,7 @@ def packs_like(setup: Setup, examples: Sequence[Example | Group], batches: Seque
 
 
 def with_answer(prompt: Example | Group, answers: Answers) -> Example:
-    """A prompt with an answer of the length that is allowed."""
+    """A prompt with an answer of the greatest length that is allowed."""
     assert isinstance(prompt, PromptExample)
     ids = np.resize(prompt.ids, len(prompt) + answers.max_tokens)
     return Example(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.float32), prompt.where)

@@ -37,12 +37,12 @@ class Step:
     supervised training nats per supervised token, of others what its file says, a pair or an answer."""
 
     number: int
-    """Of the batch, from 1."""
+    """The number of the batch, from 1."""
     done: int
     """Optimizer steps so far: `number` less what was skipped."""
     loss: float
     tokens: int
-    """Of the rows."""
+    """Tokens of the rows."""
     computed_tokens: int
     """Less than `tokens` where rows of a pack share their beginnings."""
     supervised_tokens: float
@@ -77,7 +77,7 @@ class TrainStep:
     """The largest norm of the gradient of a step."""
     callbacks: Sequence[Callback] = ()
     regularizers: Sequence[RegularizerConfig] = ()
-    """What is added to what is minimized, and to a step's metrics."""
+    """A term that is added to the loss and to the metrics of a step."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     passes: Passes = field(default_factory=Passes)
 
@@ -263,7 +263,7 @@ def _check_fused(fused: Optimizer | None, regularizers: Sequence[RegularizerConf
 
 
 MOST_SKIPPED = 3
-"""So many steps in a row that are not finite are no accident of the data."""
+"""Training stops after so many steps in a row that are not finite: they are no accident of the data."""
 
 
 class NotFiniteError(TrainingError):

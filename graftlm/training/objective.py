@@ -25,10 +25,10 @@ from graftlm.training.state import ParameterGroup
 from graftlm.training.teacher import add_adapter, comparison, is_adapter, referring
 
 KL_TO_BASE = "kl_to_base"
-"""What the divergence that a tie adds is called among metrics."""
+"""The metric of the divergence from the base that `kl-to-base` adds."""
 
 VALUES = "value-head"
-"""What the value head of a loss is called among what deltas share."""
+"""The name of a loss's value head among the modules that deltas share."""
 
 
 class Objective:

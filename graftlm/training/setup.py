@@ -18,7 +18,7 @@ from graftlm.training.regularizers import RegularizerConfig
 
 
 class Answers(NamedTuple):
-    """Of online RL: how many answers the model gives to a prompt, and the tokens of the longest."""
+    """Online RL's answers: how many the model gives to a prompt, and the tokens of the longest."""
 
     samples: int
     max_tokens: int

@@ -76,7 +76,7 @@ def take(training: TrainingState, callbacks: Sequence[Callback], deltas: Sequenc
 
 
 def put_back(snapshot: Snapshot, training: TrainingState, callbacks: Sequence[Callback]) -> None:
-    """What `take` copied, into an optimizer and callbacks that are made for the same parameters."""
+    """Restore a copy of `take` into an optimizer and callbacks that are made for the same parameters."""
     saved_optimizer = snapshot.facts["optimizer"]
     if saved_optimizer["class"] != type(training.optimizer).__name__:
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""What a policy's whole distributions are compared with: the base without deltas, an adapter on it, or another base.
+"""The teacher of a policy: the base without deltas, an adapter on it, or another base.
 
 The first two are the model itself with other deltas on. Another base hangs on the model, unseen by whoever walks over
 its modules and parameters, and is frozen. Teacher and policy go through the same packs.

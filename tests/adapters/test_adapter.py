@@ -98,10 +98,10 @@ def test_an_adapter_of_another_tool_is_a_value_too(foreign: Path, tmp_path: Path
 
 def test_loading_is_reading_and_attaching(adapter: Path) -> None:
     one, other = tiny_model(), tiny_model()
-    said = load_adapter(one, adapter, name="a")
+    note = load_adapter(one, adapter, name="a")
     value = Adapter.read(adapter)
     shutil.rmtree(adapter)  # a value needs its folder no longer
-    assert attach_adapter(other, value, name="a") == said
+    assert attach_adapter(other, value, name="a") == note
     assert torch.equal(logits(one), logits(other))
     assert torch.equal(logits(one), logits(ours()))
 

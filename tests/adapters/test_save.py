@@ -39,10 +39,10 @@ def test_a_loaded_adapter_computes_the_same_bits_and_says_what_was_checked(tmp_p
     model = ours(LoraConfig(r=4, alpha=6, rslora=True, patterns={"q_proj": {"r": 2}, "up_proj": {"alpha": 9}}))
     folder = save_adapter(model, tmp_path / "a")
     other = tiny_model()
-    said = load_adapter(other, folder)
+    note = load_adapter(other, folder)
     assert torch.equal(logits(other), logits(model))
-    assert "28 tensors" in said  # A and B on seven layers of two blocks
-    assert "fingerprint match" in said
+    assert "28 tensors" in note  # A and B on seven layers of two blocks
+    assert "fingerprint match" in note
     assert attachment(other).configs == attachment(model).configs
 
 
@@ -157,9 +157,9 @@ def test_ours_loads_what_peft_wrote_and_computes_the_same(case: str, tmp_path: P
     theirs = peft_model(tiny_model(kind, **changes), **settings)
     theirs.save_pretrained(tmp_path / "a", save_embedding_layers=False)
     model = tiny_model(kind, **changes)
-    said = load_adapter(model, tmp_path / "a")
-    assert "another tool" in said
-    assert "that the base is the right one was not" in said
+    note = load_adapter(model, tmp_path / "a")
+    assert "another tool" in note
+    assert "that the base is the right one was not" in note
     assert float((logits(theirs) - logits(model)).abs().max()) <= 1e-5
 
 

@@ -34,8 +34,10 @@ class Spy(Callback):
         self.steps: list[dict[str, Any]] = []
 
     def on_grads(self, training: TrainingState) -> None:
-        named = training.parameters()
-        self.steps.append({n: (p.detach().clone(), p.grad.clone()) for n, p in named.items() if p.grad is not None})
+        parameters = training.parameters()
+        self.steps.append(
+            {n: (p.detach().clone(), p.grad.clone()) for n, p in parameters.items() if p.grad is not None}
+        )
 
     def on_step(self, training: TrainingState) -> None:
         self.steps[-1]["E"] = [delta.E.detach().clone()[:, 0] for _, _, delta in training.sites()]
@@ -43,16 +45,16 @@ class Spy(Callback):
 
 def ran() -> tuple[TrainingState, Spy, AdaLoraCallback, list[Any], list[Any]]:
     model, spy, callback = perturbed("adalora", tiny_model()), Spy(), AdaLoraCallback(AdaLoraCallbackConfig(**SETTINGS))
-    state, after, said = training(model, [], total=TOTAL), [], []
+    state, after, events = training(model, [], total=TOTAL), [], []
     for number in range(TOTAL):
         (step,) = run(state, [spy, callback], [[collate(examples(seed=number))]])
         after.append([delta.E.detach().clone()[:, 0] for _, _, delta in state.sites()])
-        said.append(step.events)
-    return state, spy, callback, after, said
+        events.append(step.events)
+    return state, spy, callback, after, events
 
 
 def test_every_step_is_that_of_the_algorithm() -> None:
-    state, spy, _, after, said = ran()
+    state, spy, _, after, events = ran()
     sites = [f"{site}.deltas.{name}" for name, site, _ in state.sites()]
     smooth: dict[str, Any] = {}
     unsure: dict[str, Any] = {}
@@ -74,7 +76,7 @@ def test_every_step_is_that_of_the_algorithm() -> None:
                     scores.append((float(value), site, i))
             best = {(site, i) for _, site, i in sorted(scores, reverse=True)[:budget]}
             lives = [torch.tensor([(site, i) in best for i in range(4)]) for site in sites]
-            assert said[t - 1][0]["total"] == sum(map(int, map(sum, lives))) == budget
+            assert events[t - 1][0]["total"] == sum(map(int, map(sum, lives))) == budget
         pruned = lives and (t >= 16 or t % 3 == 0)
         for number, E in enumerate(seen["E"]):
             wanted = E * lives[number] if pruned else E

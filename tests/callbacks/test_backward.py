@@ -98,10 +98,10 @@ class Twice(Callback):
 
     def __init__(self) -> None:
         super().__init__(CallbackConfig(name="twice"))
-        self.said: list[float] = []
+        self.counts: list[float] = []
 
     def divisor(self, training: TrainingState, count: float) -> float:
-        self.said.append(count)
+        self.counts.append(count)
         return 2 * count
 
 
@@ -112,7 +112,7 @@ def test_the_divisor_of_a_step_divides_its_gradient() -> None:
     for callbacks in ([], [twice]):
         (step,) = run(training(perturbed("lora", tiny_model()), []), callbacks, [pack(rows, 60)])
         seen.append(step.grad_norm)
-    assert twice.said == [sum(float(row.weights[1:].sum()) for row in rows)]
+    assert twice.counts == [sum(float(row.weights[1:].sum()) for row in rows)]
     assert seen[1] == seen[0] / 2
 
 

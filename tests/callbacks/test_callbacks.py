@@ -56,9 +56,9 @@ def test_every_file_is_in_the_table() -> None:
 class Watching(Callback):
     """Notes what it is called for, and what stands in the tensors then."""
 
-    def __init__(self, said: list[Any]) -> None:
+    def __init__(self, calls: list[Any]) -> None:
         super().__init__(None)
-        self.said = said
+        self.said = calls
 
     def note(self, what: str, state: TrainingState) -> None:
         parameter = next(iter(state.parameters().values()))
@@ -76,15 +76,15 @@ class Watching(Callback):
 
 
 def test_a_callback_is_called_at_its_places() -> None:
-    model, said = perturbed("lora", tiny_model()), []
-    watching = Watching(said)
+    model, calls = perturbed("lora", tiny_model()), []
+    watching = Watching(calls)
     state = training(model, [])
     done = run(state, [watching], [[collate(examples())]] * 2)
-    assert [(what, number, graded) for what, number, graded, _ in said] == [
+    assert [(what, number, graded) for what, number, graded, _ in calls] == [
         ("start", 0, False), ("grads", 0, True), ("step", 1, True), ("grads", 1, True), ("step", 2, True),
     ]  # fmt: skip
-    assert torch.equal(said[0][3], said[1][3])
-    assert not torch.equal(said[1][3], said[2][3])
+    assert torch.equal(calls[0][3], calls[1][3])
+    assert not torch.equal(calls[1][3], calls[2][3])
     assert [step.events for step in done] == [({"event": "watched"},)] * 2
 
 
@@ -102,15 +102,15 @@ def read(**sections: Any) -> Recipe:
     return build(Recipe, {"data": {"train": "rows.jsonl"}} | sections, source="test")
 
 
-@pytest.mark.parametrize("given", ["lora-plus", ["lora-plus"], {"name": "lora-plus"}, [{"name": "lora-plus"}]])
-def test_a_recipe_names_callbacks_with_or_without_options(given: Any) -> None:
-    (found,) = read(callbacks=given).callbacks
+@pytest.mark.parametrize("value", ["lora-plus", ["lora-plus"], {"name": "lora-plus"}, [{"name": "lora-plus"}]])
+def test_a_recipe_names_callbacks_with_or_without_options(value: Any) -> None:
+    (found,) = read(callbacks=value).callbacks
     assert found == TABLE["lora-plus"].config()
 
 
-@pytest.mark.parametrize("given", ["galore", {"name": "galore"}, {"name": "galore", "rank": 128}])
-def test_a_recipe_names_its_optimizer_with_or_without_options(given: Any) -> None:
-    assert read(optimizer=given).optimizer == TABLE["galore"].config()
+@pytest.mark.parametrize("value", ["galore", {"name": "galore"}, {"name": "galore", "rank": 128}])
+def test_a_recipe_names_its_optimizer_with_or_without_options(value: Any) -> None:
+    assert read(optimizer=value).optimizer == TABLE["galore"].config()
     assert read().optimizer == TABLE["adamw"].config()
 
 
@@ -141,14 +141,14 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been() -> None:
     for batches in (rows, [rows[0], [bad], rows[1], [bad], [bad], rows[2]]):
         model = perturbed("lora", tiny_model(), dropout=0.3)
         state = training(model, [])
-        said = run(state, [], batches, on_nonfinite="skip")
-        moments = [kept[key] for kept in state.optimizer.state.values() for key in sorted(kept)]
+        steps = run(state, [], batches, on_nonfinite="skip")
+        moments = [state_of_p[key] for state_of_p in state.optimizer.state.values() for key in sorted(state_of_p)]
         found.append(([p.detach().clone() for p in trainable(model).values()], moments))
     assert all(map(torch.equal, found[0][0], found[1][0]))
     assert all(map(torch.equal, found[0][1], found[1][1]))
-    assert [step.skipped != "" for step in said] == [False, True, False, True, True, False]
-    assert "rows.jsonl:1" in said[1].rows
-    assert [step.done for step in said] == [1, 1, 2, 2, 2, 3]
+    assert [step.skipped != "" for step in steps] == [False, True, False, True, True, False]
+    assert "rows.jsonl:1" in steps[1].rows
+    assert [step.done for step in steps] == [1, 1, 2, 2, 2, 3]
 
 
 def test_three_in_a_row_that_are_not_finite_stop() -> None:

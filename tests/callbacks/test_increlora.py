@@ -60,10 +60,10 @@ def test_ranks_come_to_the_best_sites_until_the_target() -> None:
         IncreLora(IncreLoraConfig(**SETTINGS)),
     )
     sites = [f"{name}/{site}" for name, site, _ in state.sites()]
-    count, said, before = len(sites), [], {}
+    count, events_by_step, before = len(sites), [], {}
     for number in range(10):
         (step,) = run(state, [callback], [[collate(examples(seed=number))]])
-        said.append(step.events)
+        events_by_step.append(step.events)
         have = callback.facts["ranks"]
         for name, site, delta in state.sites():
             E, r = delta.E.detach()[:, 0], have[f"{name}/{site}"]
@@ -77,7 +77,7 @@ def test_ranks_come_to_the_best_sites_until_the_target() -> None:
             open_ = [s for s in sites if before.get(s, 1) < 4]
             assert gained == set(sorted(open_, key=lambda s: -scores[s])[: len(gained)])
             before = dict(have)
-    assert [bool(events) for events in said] == [n + 1 in (2, 4, 6, 8) for n in range(10)]
+    assert [bool(events) for events in events_by_step] == [n + 1 in (2, 4, 6, 8) for n in range(10)]
     assert sum(before.values()) == 3 * count
     assert len(set(before.values())) > 1
 

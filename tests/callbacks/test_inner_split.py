@@ -94,9 +94,9 @@ def test_a_search_ends_with_yes_or_no_and_a_fresh_start(callback: Any) -> None:
     for number in range(2):
         assert not step(state, [callback], number).events
     before = [delta.g.detach().clone() for _, _, delta in state.sites()]
-    (said,) = step(state, [callback], 2).events
+    (event,) = step(state, [callback], 2).events
     found = {site: delta.g.detach().clone() for _, site, delta in state.sites()}
-    assert said["ranks"] == {site: int(g.sum()) for site, g in found.items()}
+    assert event["ranks"] == {site: int(g.sum()) for site, g in found.items()}
     assert {float(v) for g in found.values() for v in g} == {0.0, 1.0}
     if callback.config.name == "diffora":
         best = sorted(range(len(before)), key=lambda k: -float(before[k][0]))
@@ -107,11 +107,11 @@ def test_a_search_ends_with_yes_or_no_and_a_fresh_start(callback: Any) -> None:
         assert all(g.any() for g in found.values())
     assert not any(delta.B.any() for _, _, delta in state.sites())
     assert not state.optimizer.state
-    asked: list[bool] = []
-    state.inner_loss = lambda gradient: asked.append(gradient)  # type: ignore[assignment, func-returns-value]
+    calls: list[bool] = []
+    state.inner_loss = lambda gradient: calls.append(gradient)  # type: ignore[assignment, func-returns-value]
     for number in (3, 4, 5):
         step(state, [callback], number)
-    assert not asked, "after the search the inner validation split are not asked any more"
+    assert not calls, "after the search the inner validation split are not asked any more"
     for (_, site, delta), g in zip(state.sites(), found.values(), strict=True):
         assert torch.equal(delta.g.detach(), g)
         assert bool(delta.B.any()) == bool(g.any()), site
@@ -127,13 +127,13 @@ def test_what_leaving_a_rank_out_does_is_its_importance() -> None:
     scores = callback.importance(state)
     matrices = [(site, delta.A.detach(), delta.B.detach(), delta.scale) for _, site, delta in state.sites()]
 
-    def loss(kept: Any) -> float:
+    def loss(is_on: Any) -> float:
         """On a bare model with the ranks that `kept` names in its very weights."""
         model = tiny_model()
         with torch.no_grad():
             for site, A, B, s in matrices:
                 for i in range(3):
-                    if kept(site, i):
+                    if is_on(site, i):
                         model.get_submodule(site).weight.add_(s * torch.outer(B[:, i], A[i]))
             return float(make_inner_loss(model))
 
@@ -153,14 +153,14 @@ def test_ranks_move_and_their_number_stays() -> None:
     scores: list[Any] = []
     original = callback.importance
     callback.importance = lambda training: scores.append(original(training)) or scores[-1]  # type: ignore[method-assign]
-    (said,) = step(state, [callback], 3).events
+    (event,) = step(state, [callback], 3).events
     sites = [site for _, site, _ in state.sites()]
     worst = sorted((float(s[i]), k, i) for k, s in enumerate(scores[0]) for i in range(2))[:3]
     lost = {k for _, k, _ in worst}
     gained = sorted((k for k in range(len(sites)) if k not in lost), key=lambda k: -float(scores[0][k][:2].mean()))[:3]
     wanted = {site: 2 - sum(k == w for _, w, _ in worst) + (k in gained) for k, site in enumerate(sites)}
-    assert said["ranks"] == wanted
-    assert said["total"] == 2 * len(sites)
+    assert event["ranks"] == wanted
+    assert event["total"] == 2 * len(sites)
     for number in range(4, 8):
         assert not step(state, [callback], number).events
     for _, site, delta in state.sites():

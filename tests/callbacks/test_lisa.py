@@ -44,10 +44,10 @@ def test_only_the_drawn_layers_and_what_lies_in_none_learn() -> None:
     drawn = [event["layers"] for step in done for event in step.events]
     assert len(drawn) == 4  # at the start, and after steps 2, 4 and 6
     assert len({tuple(layers) for layers in drawn}) > 1
-    for number, (moved, kept) in enumerate(following.seen):
+    for number, (moved, with_state) in enumerate(following.seen):
         learning = {name for name in names if layer(name) in {None, *drawn[number // 2]}}
         assert len(drawn[number // 2]) == 2
-        assert moved == kept == learning
+        assert moved == with_state == learning
     assert {layer(name) for name in names} == {None, 0, 1, 2, 3, 4}
     lisa.on_end(state)
     assert set(trainable(model)) == names

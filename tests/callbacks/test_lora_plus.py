@@ -57,15 +57,15 @@ def test_the_groups_are_those_of_peft() -> None:
         assert rate == pytest.approx(wanted[same]), name
 
 
-@pytest.mark.parametrize("given", [None, 0.003])
-def test_the_default_rate_leaves_B_that_of_the_method_and_a_given_rate_is_As(given: float | None) -> None:
+@pytest.mark.parametrize("learning_rate", [None, 0.003])
+def test_the_default_rate_leaves_B_that_of_the_method_and_a_given_rate_is_As(learning_rate: float | None) -> None:
     recipe = build(
         Recipe,
         {
             "data": {"train": "rows.jsonl"},
             "delta": {"method": "lora", "targets": ["q_proj", "embed_tokens"]},
             "callbacks": ["lora-plus"],
-            "train": {"steps": 4} | ({"learning_rate": given} if given else {}),
+            "train": {"steps": 4} | ({"learning_rate": learning_rate} if learning_rate else {}),
         },
         source="test",
     )
@@ -73,7 +73,7 @@ def test_the_default_rate_leaves_B_that_of_the_method_and_a_given_rate_is_As(giv
     training = Phases(recipe.setup(), model, 4).begin(0).training
     names = {id(p): name for name, p in trainable(model).items()}
     rates = {names[id(p)]: group["lr"] for group in training.optimizer.param_groups for p in group["params"]}
-    rate_of_A = given or METHODS["lora"].delta.learning_rate / 16
+    rate_of_A = learning_rate or METHODS["lora"].delta.learning_rate / 16
     for name, rate in rates.items():
         wanted = 1e-6 if "embed_tokens" in name else 16 * rate_of_A if name.endswith(".B") else rate_of_A
         assert rate == pytest.approx(wanted), name

@@ -36,20 +36,20 @@ def test_a_plan_counts_what_there_is(name: str, method: str) -> None:
     watched = [] if is_fused(callback) else [watching]
     run(state, [callback, *watched], [pack(examples(seed=n), 10_000) for n in range(3)])
     shared: dict[int, torch.Tensor] = {}  # tables of codes are one for all
-    kept = 0
+    state_bytes = 0
     for values in state.optimizer.state.values():
         for key, t in values.items():
             if isinstance(t, torch.Tensor) and t.dim():
                 if "qmap" in str(key):
                     shared[t.data_ptr()] = t
                 else:
-                    kept += t.numel() * t.element_size()
+                    state_bytes += t.numel() * t.element_size()
     recipe = Recipe(
         data={"train": "x"},  # type: ignore[arg-type]
         delta=attachment(state.model).configs["default"],  # type: ignore[arg-type]
         **section(callback.config),
     )
-    gradients, said = update_bytes(recipe, state.model, several_packs=False)
-    assert said == kept
+    gradients, planned_bytes = update_bytes(recipe, state.model, several_packs=False)
+    assert planned_bytes == state_bytes
     if watched:
         assert gradients == watching.bytes

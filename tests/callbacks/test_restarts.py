@@ -49,9 +49,9 @@ def test_a_restart_leaves_the_function_as_it_is(method: str, tmp_path: Path) -> 
     state = training(attach_tiny(method, model), [], total=6, rate=0.02)
     seen, chosen = Before(), Cola(ColaConfig(every=2))
     for number in range(4):
-        said = step(state, [seen, chosen], number)
+        result = step(state, [seen, chosen], number)
         assert torch.allclose(logits(model), seen.seen[-1], atol=1e-6 * float(bare.abs().max()) * 10)
-        assert bool(said.events) is (number % 2 == 1)
+        assert bool(result.events) is (number % 2 == 1)
         for _, _, delta in state.sites():
             if number % 2:
                 assert not any(p in state.optimizer.state for p in delta.parameters()), "the optimizer forgets"

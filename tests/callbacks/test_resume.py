@@ -52,14 +52,17 @@ def end(name: str, stop: int | None) -> tuple[list[float], dict[str, torch.Tenso
     batches = [[collate(examples(seed=number))] for number in range(TOTAL)]
     losses = [step.loss for step in run(state, [callback], batches[:stop])]
     if stop is not None:
-        old, kept = state, (state.optimizer.state_dict(), callback.tensors, json.dumps(callback.facts))
+        old, saved_state = state, (state.optimizer.state_dict(), callback.tensors, json.dumps(callback.facts))
         state, callback = begun(name)
         for (_, _, here), (_, _, there) in zip(state.sites(), old.sites(), strict=True):
             for key, buffer in there.named_buffers():
                 setattr(here, key, buffer.clone())
             here.load_state_dict(there.state_dict())
-        state.optimizer.load_state_dict(deepcopy(kept[0]))
-        callback.tensors, callback.facts = {key: t.clone() for key, t in kept[1].items()}, json.loads(kept[2])
+        state.optimizer.load_state_dict(deepcopy(saved_state[0]))
+        callback.tensors, callback.facts = (
+            {key: t.clone() for key, t in saved_state[1].items()},
+            json.loads(saved_state[2]),
+        )
         state.done = stop
         losses += [step.loss for step in run(state, [callback], batches[stop:])]
     callback.on_end(state)

@@ -43,14 +43,14 @@ def test_a_step_is_the_optimizers_and_then_the_proximal_map() -> None:
 def test_lambda_rises_evenly_and_gates_shut_for_good() -> None:
     callback = Sora(SoraConfig(sparsity=5.0, sparsity_last=20.0))
     state = training(perturbed("gated-lora", tiny_model()), [], rate=0.02, total=4)
-    found, said = [], []
+    found, events = [], []
     for number in range(4):
-        said += [step.events for step in run(state, [callback], [[collate(examples(seed=number))]])]
+        events += [step.events for step in run(state, [callback], [[collate(examples(seed=number))]])]
         found.append(callback.sparsity(state))
     assert found == pytest.approx([5, 10, 15, 20])
-    assert said[:3] == [()] * 3
+    assert events[:3] == [()] * 3
     ranks = {site: int((delta.g != 0).sum()) for _, site, delta in state.sites()}
-    assert said[3][0]["ranks"] == ranks
+    assert events[3][0]["ranks"] == ranks
     assert 0 < sum(ranks.values()) < 4 * len(ranks)
     plain = tiny_model()  # what is left is a LoRA of the gates that are open
     attach(plain, tiny_config("lora"))

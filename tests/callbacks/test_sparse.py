@@ -85,10 +85,10 @@ def test_what_is_left_of_a_diff_are_its_greatest_entries() -> None:
     for module in state.model.modules():
         if hasattr(module, "deltas"):
             module.deltas.train()  # noise on the gates
-    before, said = Kept(), []
+    before, events_by_step = ValuesBefore(), []
     for number in range(6):
         state.zero_gradients = None  # gates that are shut leave a tensor without a gradient for two steps
-        said.append(run(state, [before, callback], [[collate(examples(seed=number))]])[0].events)
+        events_by_step.append(run(state, [before, callback], [[collate(examples(seed=number))]])[0].events)
         if number == 2:
             whole = torch.cat([m.flatten() for m in before.matrices])
             now = torch.cat([delta.matrix().detach().flatten() for _, _, delta in state.sites()])
@@ -96,13 +96,13 @@ def test_what_is_left_of_a_diff_are_its_greatest_entries() -> None:
             count = int(0.05 * len(whole))
             assert torch.equal(now[order[:count]], whole[order[:count]])
             assert not now[order[count:]].any()
-    assert [bool(events) for events in said] == [False, False, True, False, False, False]
+    assert [bool(events) for events in events_by_step] == [False, False, True, False, False, False]
     after = torch.cat([delta.matrix().detach().flatten() for _, _, delta in state.sites()])
     assert torch.equal(after != 0, now != 0), "no other entries"
     assert not torch.equal(after, now), "they learn on"
 
 
-class Kept(Callback):
+class ValuesBefore(Callback):
     def __init__(self) -> None:
         super().__init__(None)
 

@@ -63,11 +63,11 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids of each prompt that the model is asked with."""
     seen: list[list[int]] = []
 
-    def asked(model: Any, rows: Any, **options: Any) -> Any:
+    def recording_generate(model: Any, rows: Any, **options: Any) -> Any:
         seen.extend(row.tolist() for row in rows)
         return iter([(0, [70, 71])])
 
-    monkeypatch.setattr("graftlm.generation.answer.generate", asked)
+    monkeypatch.setattr("graftlm.generation.answer.generate", recording_generate)
     return seen
 
 
@@ -114,16 +114,16 @@ def test_a_merged_model_has_the_tokenizer_of_the_adapter(base: Path, adapter: Pa
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.apply_chat_template([{"role": "user", "content": "parcel"}], return_dict=False) == expected("parcel")
     assert merged.convert_tokens_to_ids("<|end|>") == 301
-    said = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
-    assert 301 in said["eos_token_id"]
+    generation_config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert 301 in generation_config["eos_token_id"]
 
 
 def test_a_template_in_the_tokenizers_config_is_the_adapters_too(base: Path, adapter: Path) -> None:
     """As transformers wrote it before there was a file for it."""
     (adapter / "chat_template.jinja").unlink()
     settings = json.loads((adapter / "tokenizer_config.json").read_text())
-    named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "{{ messages }}"}]
-    for form in (TEMPLATE, named):
+    templates = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "{{ messages }}"}]
+    for form in (TEMPLATE, templates):
         (adapter / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": form}))
         model, _ = load_base(base, dtype="float32")
         assert load_adapter(model, adapter).endswith("answers use its chat template")
@@ -298,8 +298,8 @@ def test_embeddings_beside_an_adapter_of_a_resized_vocabulary(tmp_path: Path) ->
 
     theirs = peft_adapter(lora(), resized(1), tmp_path / "a", save_embedding_layers=True)
     ours = resized(2)
-    said = load_adapter(ours, tmp_path / "a")
-    assert "from row 300 on, model.embed_tokens is the adapter's" in said
+    note = load_adapter(ours, tmp_path / "a")
+    assert "from row 300 on, model.embed_tokens is the adapter's" in note
     with torch.no_grad():
         rows = torch.tensor([[300, 5, 303]])
         close(ours(input_ids=rows).logits, theirs(input_ids=rows).logits, "the new tokens")

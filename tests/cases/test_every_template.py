@@ -132,11 +132,11 @@ def forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The forms in which a conversation may be handed over, thoughts under all names that templates have for them."""
     apart = re.fullmatch(r"<think>\n(.*)\n</think>\n\n(.*)", str(messages[-1]["content"]))
     split = [{**messages[-1], "content": apart[2], "reasoning_content": apart[1]}] if apart else []
-    for said in [messages, *([[*messages[:-1], *split]] if split else [])]:
-        calling = any("tool_calls" in message for message in said)
+    for turns in [messages, *([[*messages[:-1], *split]] if split else [])]:
+        calling = any("tool_calls" in message for message in turns)
         choices = ((None, ""), (False, True)) if calling else ((None,), (False,))
         for empty, as_text, parts in itertools.product(*choices, (False, True)):
-            yield [_in_form(json.loads(json.dumps(message)), empty, as_text, parts) for message in said]
+            yield [_in_form(json.loads(json.dumps(message)), empty, as_text, parts) for message in turns]
 
 
 def _in_form(message: dict[str, Any], empty: str | None, as_text: bool, parts: bool) -> dict[str, Any]:
@@ -178,10 +178,12 @@ def cut(text: str, message: dict[str, Any], eos: str) -> str:
 
 def trained(renderer: Renderer, messages: list[dict[str, Any]], tools: list[Any]) -> dict[int, tuple[str, str]]:
     """Of each answer, by its number: (the text before what is trained of it, the text that is trained)."""
-    said = FORMATS["messages"](json.loads(json.dumps({"messages": messages} | ({"tools": tools} if tools else {}))))
-    check(said.messages)
+    conversation = FORMATS["messages"](
+        json.loads(json.dumps({"messages": messages} | ({"tools": tools} if tools else {})))
+    )
+    check(conversation.messages)
     found: dict[int, tuple[str, str]] = {}
-    for piece in renderer.rows(said.messages, said.tools):
+    for piece in renderer.rows(conversation.messages, conversation.tools):
         weight = weights(piece, "response")
         assert set(weight.tolist()) <= {0, 1}
         for index in sorted({*piece.turns[weight > 0].tolist()}):
@@ -189,7 +191,7 @@ def trained(renderer: Renderer, messages: list[dict[str, Any]], tools: list[Any]
             assert (np.diff(places) == 1).all(), "one run of tokens"
             assert index not in found, "each answer is trained once"
             before, own = piece.ids[: places[0]].tolist(), piece.ids[places].tolist()
-            prompt = renderer.prompt(said.messages[:index], said.tools)
+            prompt = renderer.prompt(conversation.messages[:index], conversation.tools)
             assert before == prompt.tolist(), "what is trained follows the prompt of generation, token by token"
             found[index] = (_text(renderer, before), _text(renderer, own))
     return found
@@ -219,9 +221,9 @@ def truth(tokenizer: Any, form: list[dict[str, Any]], messages: list[dict[str, A
     return found
 
 
-def agrees(told: Any, found: dict[int, tuple[str, str]], messages: list[dict[str, Any]], eos: str) -> bool:
+def agrees(expected: Any, found: dict[int, tuple[str, str]], messages: list[dict[str, Any]], eos: str) -> bool:
     """Whether what is trained is what this form says."""
-    for (index, (before, own)), (prompt, whole, goes_on, _) in zip(found.items(), told, strict=True):
+    for (index, (before, own)), (prompt, whole, goes_on, _) in zip(found.items(), expected, strict=True):
         message = messages[index]
         if before != prompt:
             return False
@@ -249,16 +251,19 @@ def test_what_is_trained_is_what_generation_has_to_write(file: Path) -> None:
     for name, messages in CONVERSATIONS.items():
         tools = TOOLS if any("tool_calls" in message for message in messages) else []
         answers = sum(message["role"] == "assistant" for message in messages)
-        known = [told for form in forms(messages) if (told := truth(tokenizer, form, messages, tools))]
+        known = [expected for form in forms(messages) if (expected := truth(tokenizer, form, messages, tools))]
         try:
             found = trained(renderer, messages, tools)
         except DataError as error:
-            if any(all(goes_on for _, _, goes_on, _ in told) for told in known):
+            if any(all(goes_on for _, _, goes_on, _ in expected) for expected in known):
                 pytest.fail(f"{name}: refused, though a form can be rendered: {error}")
             continue
         assert len(found) == answers, name
-        whole = [told for told in known if all(thoughts for *_, thoughts in told)]
-        assert any(agrees(told, found, messages, str(tokenizer.eos_token)) for told in whole or known), (name, found)
+        whole = [expected for expected in known if all(thoughts for *_, thoughts in expected)]
+        assert any(agrees(expected, found, messages, str(tokenizer.eos_token)) for expected in whole or known), (
+            name,
+            found,
+        )
 
 
 def test_the_templates_are_there() -> None:

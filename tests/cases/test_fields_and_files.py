@@ -76,7 +76,7 @@ def dialogue(format: str, **of_the_first_answer: Any) -> dict[str, Any]:
         "sharegpt": ("conversations", "from", "value", "human", "gpt"),
     }[format]
     turns = [(asks, "a"), (says, "WRONG"), (asks, "b"), (says, "right")]
-    found: list[dict[str, Any]] = [{role: who, text: said} for who, said in turns]
+    found: list[dict[str, Any]] = [{role: who, text: content} for who, content in turns]
     found[1] |= of_the_first_answer
     return {key: found}
 
@@ -95,8 +95,8 @@ def test_an_answer_marked_as_not_to_be_trained_is_not(
 @pytest.mark.parametrize("key", ["train", "trainable", "training", "train_on_turn", "loss_mask"])
 def test_flags_are_true_or_false_or_1_or_0_and_nothing_else(key: str) -> None:
     for value, weight in ((True, 1.0), (False, 0.0), (1, 1.0), (0, 0.0), (None, None)):
-        said = FORMATS["messages"](dialogue("messages", **{key: value})).messages[1]
-        assert said.weight == weight
+        answer = FORMATS["messages"](dialogue("messages", **{key: value})).messages[1]
+        assert answer.weight == weight
     for value in (2, "false", [0], 0.5, 0.0):
         with pytest.raises(RowError, match=f"{key} must be true or false"):
             FORMATS["messages"](dialogue("messages", **{key: value}))
@@ -128,10 +128,10 @@ def test_thoughts_are_read_under_each_of_their_names(key: str) -> None:
 
 def test_two_names_may_hold_the_same_thoughts_and_not_different_ones() -> None:
     answer = {"role": "assistant", "content": "4", "reasoning": "two and two", "reasoning_content": "two and two"}
-    asked = {"role": "user", "content": "2+2?"}
-    assert FORMATS["messages"]({"messages": [asked, answer]}).messages[1].thinking == "two and two"
+    question = {"role": "user", "content": "2+2?"}
+    assert FORMATS["messages"]({"messages": [question, answer]}).messages[1].thinking == "two and two"
     with pytest.raises(RowError, match="'reasoning_content' and 'reasoning' hold different thoughts"):
-        FORMATS["messages"]({"messages": [asked, answer | {"reasoning": "other"}]})
+        FORMATS["messages"]({"messages": [question, answer | {"reasoning": "other"}]})
 
 
 # Pictures beside the text (LLaVA, Qwen-VL, InternVL, ms-swift#4895, Qwen3-VL#1887) ----------------------------------
@@ -297,8 +297,8 @@ def tool(name: str, **schema: Any) -> dict[str, Any]:
 
 def calling(arguments: Any, *tools: dict[str, Any], name: str = "move") -> dict[str, Any]:
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    asked = {"role": "user", "content": "go"}
-    return {"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": list(tools)}
+    question = {"role": "user", "content": "go"}
+    return {"messages": [question, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": list(tools)}
 
 
 def arguments_of(row: Row) -> Any:
@@ -348,15 +348,15 @@ def test_a_null_that_the_schema_of_its_tool_requires_is_said(tmp_path: Path) -> 
 @pytest.mark.parametrize("arguments", ["null", " null\n", "", "{}", None, {}])
 def test_a_call_without_arguments_is_read_however_it_says_so(arguments: Any) -> None:
     """vllm#43861"""
-    said = FORMATS["messages"](calling(arguments)).messages[1]
-    assert said.tool_calls[0]["function"]["arguments"] == {}
+    answer = FORMATS["messages"](calling(arguments)).messages[1]
+    assert answer.tool_calls[0]["function"]["arguments"] == {}
 
 
 # Fields under other names -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "answer"),
+    ("row", "question", "answer"),
     [
         ({"question": "Who?", "answer": "Ann."}, "Who?", "Ann."),
         ({"question": "Who?", "context": "Ann came.", "answer": "Ann."}, "Who?\n\nAnn came.", "Ann."),
@@ -369,10 +369,10 @@ def test_a_call_without_arguments_is_read_however_it_says_so(arguments: Any) -> 
     ],
 )
 def test_questions_and_answers_are_read_under_their_usual_names(
-    row: dict[str, str], asked: str, answer: str, tmp_path: Path
+    row: dict[str, str], question: str, answer: str, tmp_path: Path
 ) -> None:
     (found,), _ = load_rows(written(tmp_path, row))
-    assert [m.content for m in found.messages] == [asked, answer]
+    assert [m.content for m in found.messages] == [question, answer]
     assert found.unread == ()
 
 
@@ -380,8 +380,8 @@ def test_a_question_with_an_answer_can_be_asked_in_a_loop_of_answers(tmp_path: P
     path = written(tmp_path, {"question": "2+2", "answer": "4"}, {"question": "2+3", "answer": "5"})
     rows, _ = load_rows(SourceConfig(path=path, format="prompt"))
     assert [asked_in(row)[1] for row in rows] == ["4", "5"]
-    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    (row,), _ = load_rows(SourceConfig(path=written(tmp_path, {"messages": said, "answer": "x"}), format="prompt"))
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (row,), _ = load_rows(SourceConfig(path=written(tmp_path, {"messages": messages, "answer": "x"}), format="prompt"))
     assert [m.content for m in row.messages] == ["q", "a"]
     assert row.unread == (("rows", "answer"),)
 
@@ -599,8 +599,10 @@ def test_the_two_prompts_of_alpaca_are_rendered_and_masked_as_published(tmp_path
     renderer = Renderer(tiny_tokenizer(PLAIN))
     eos = renderer.tokenizer.eos_token
     for row, fields in zip(rows, ("Add./2+2", "Add.", "Hi."), strict=True):
-        instruction, _, given = fields.partition("/")
-        published = ALPACA[row.template or 0].prompt.replace("{instruction}", instruction).replace("{input}", given)
+        instruction, _, input_text = fields.partition("/")
+        published = (
+            ALPACA[row.template or 0].prompt.replace("{instruction}", instruction).replace("{input}", input_text)
+        )
         rendered = renderer.conversation(row.messages)
         answer = row.messages[1].content
         assert rendered.text == f"{published}{answer}{eos}"
@@ -617,18 +619,18 @@ def test_the_fixed_words_of_a_template_are_boilerplate_and_the_fields_are_not(tm
     renderer = Renderer(tiny_tokenizer())
     rendered = renderer.conversation(rows[0].messages)
     assert "{Say} where Ann \u65e5 is. Answer:" in rendered.text
-    for mask, asked in (
+    for mask, expected in (
         ("response", ""),
         ("instruction", "Ann \u65e5"),
         ("no-boilerplate", "Ann \u65e5"),
         ("everything", "{Say} where Ann \u65e5 is. Answer:"),
     ):
         own = (weights(rendered, mask) > 0) & (rendered.turns == 0) & (rendered.roles != Role.SPECIAL)
-        said = renderer.tokenizer.decode(rendered.ids[own])
-        assert asked in said
+        text = renderer.tokenizer.decode(rendered.ids[own])
+        assert expected in text
         if mask != "everything":
-            assert "where" not in said
-            assert "Answer" not in said
+            assert "where" not in text
+            assert "Answer" not in text
         answer = (weights(rendered, mask) > 0) & (rendered.roles == Role.ASSISTANT)
         assert renderer.tokenizer.decode(rendered.ids[answer]).strip() == "It is here."
 

@@ -120,9 +120,9 @@ def test_quantizing_a_model_with_fused_experts_says_what_share_is_quantized(
         quantize(model, "nf4")
     linear = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     left = {n: p.numel() for n, p in model.named_parameters() if "experts" in n or n.endswith("gate.weight")}
-    (said,) = caplog.messages
-    assert f"nf4: {linear / (linear + sum(left.values())):.0%} of the decoder's weights are quantized" in said
-    assert "model.layers.*.mlp.experts.gate_up_proj" in said
+    (message,) = caplog.messages
+    assert f"nf4: {linear / (linear + sum(left.values())):.0%} of the decoder's weights are quantized" in message
+    assert "model.layers.*.mlp.experts.gate_up_proj" in message
     caplog.clear()
     quantize(tiny_model(), "nf4")
     assert not caplog.messages
@@ -185,11 +185,11 @@ def test_a_host_answers_what_model_code_asks_of_its_layer() -> None:
     model.model.embed_tokens.padding_idx = 0
     layers = {name: model.get_submodule(name) for name in ("model.layers.0.self_attn.k_proj", "model.embed_tokens")}
     attach(model, SMALL, targets=("k_proj", "embed_tokens"))
-    asked = (
+    questions_by_layer = (
         ("weight", "bias", "in_features", "out_features"),
         ("weight", "num_embeddings", "embedding_dim", "padding_idx"),
     )
-    for (name, layer), questions in zip(layers.items(), asked, strict=True):
+    for (name, layer), questions in zip(layers.items(), questions_by_layer, strict=True):
         host = model.get_submodule(name)
         assert host is not layer
         assert all(getattr(host, question) is getattr(layer, question) for question in questions)
@@ -310,15 +310,15 @@ def test_no_operation_of_ours_returns_a_view_that_it_made_itself() -> None:
             "our rotary": lambda x: cpu.rotary(*(x.bfloat16().view(1, 2, 5, -1).repeat(1, 1, 1, 2),) * 2, cos, cos)[0],
         }
     for what, function in outputs.items():
-        given = x.clone().requires_grad_()
-        y = function(given)
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
         (2 * y).sum().backward()
-        wanted, given.grad = given.grad, None
-        y = function(given)
+        wanted, leaf.grad = leaf.grad, None
+        y = function(leaf)
         y.mul_(2)
         y.sum().backward()
-        assert given.grad is not None, what
-        close(given.grad, wanted, what)
+        assert leaf.grad is not None, what
+        close(leaf.grad, wanted, what)
 
 
 # What is a linear layer -------------------------------------------------------------------------------------------

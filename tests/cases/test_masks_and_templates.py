@@ -394,18 +394,18 @@ def test_shipped_templates_write_one_call(name: str) -> None:
 def test_a_prompt_that_the_template_does_not_write_whole_is_refused() -> None:
     """As a row of it is: nobody would know that the model was asked something else."""
     no_tools = template(CONTENT, "{% set messages = messages | rejectattr('role', 'equalto', 'tool') | list %}")
-    asked = row_of(user("Weather?"), assistant("Looking."), {"role": "tool", "content": "9 degrees"})
+    row = row_of(user("Weather?"), assistant("Looking."), {"role": "tool", "content": "9 degrees"})
     takes_parts = template(CONTENT).replace(
         "{{ m['content'] }}", "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
     )
     with raises("data/template-drops-message", match=r"message 3 \(tool\)"):
-        Renderer(tiny_tokenizer(no_tools)).prompt(asked.messages)
+        Renderer(tiny_tokenizer(no_tools)).prompt(row.messages)
     renderer = Renderer(tiny_tokenizer(takes_parts))
-    assert "user\nWeather?<|im_end|>" in renderer.tokenizer.decode(renderer.prompt(asked.messages[:1]))
+    assert "user\nWeather?<|im_end|>" in renderer.tokenizer.decode(renderer.prompt(row.messages[:1]))
     escaped = Renderer(
         tiny_tokenizer(template(CONTENT).replace("m['content'] }}{% endif", "m['content'] | tojson }}{% endif"))
     )
-    assert '"Weather?"' in escaped.tokenizer.decode(escaped.prompt(asked.messages[:1])), "escaped is written"
+    assert '"Weather?"' in escaped.tokenizer.decode(escaped.prompt(row.messages[:1])), "escaped is written"
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm", "llava_next"])
@@ -489,8 +489,8 @@ DAY = datetime.date(2020, 2, 29)
 def test_variables_of_a_recipe_become_part_of_the_template() -> None:
     source = with_variables(MODES, {"reasoning_effort": "low", "date_string": "1 May 2026", "n": [1, None, True]})
     renderer = Renderer(tiny_tokenizer(source), today=DAY)
-    asked = row_of(user("one"), assistant("uno"))
-    (piece,) = renderer.rows(asked.messages)
+    row = row_of(user("one"), assistant("uno"))
+    (piece,) = renderer.rows(row.messages)
     assert piece.text.startswith("Effort: low. Today: 1 May 2026\n<|im_start|>user\n")
     chat = [{"role": "user", "content": "one"}]
     plainly = renderer.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -511,8 +511,12 @@ def test_a_row_sets_variables_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["template_variables", "chat_template_kwargs"])
 def test_variables_stand_in_a_row_and_unread_ones_are_counted(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    said = {"prompt": "one", "completion": "uno"}
-    lines = [said | {name: {"reasoning_effort": "high"}}, said | {name: json.dumps({"enable_thinking": False})}, said]
+    fields = {"prompt": "one", "completion": "uno"}
+    lines = [
+        fields | {name: {"reasoning_effort": "high"}},
+        fields | {name: json.dumps({"enable_thinking": False})},
+        fields,
+    ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows, _ = load_rows(str(file))
     assert [dict(row.variables) for row in rows] == [{"reasoning_effort": "high"}, {"enable_thinking": False}, {}]
@@ -542,16 +546,16 @@ def test_a_recipe_refuses_variables_that_the_template_does_not_read(tmp_path: Pa
     def recipe(**variables: Any) -> Recipe:
         return Recipe(base=str(base), data={"train": str(tmp_path / "rows.jsonl"), "template_variables": variables})
 
-    told = recipe(reasoning_effort="low").tokenizer().chat_template
+    chat_template = recipe(reasoning_effort="low").tokenizer().chat_template
     assert (
-        Renderer(tiny_tokenizer(told))
+        Renderer(tiny_tokenizer(chat_template))
         .rows(row_of(user("a"), assistant("b")).messages)[0]
         .text.startswith("Effort: low")
     )
     with raises("recipe/invalid-template-variables", match=r"'reasoning_efort'.*reasoning_effort"):
         recipe(reasoning_efort="low").tokenizer()
     of_base = BaseConfig(name=str(base), template_variables={"reasoning_effort": "low"})
-    assert load_tokenizer(of_base).chat_template == told
+    assert load_tokenizer(of_base).chat_template == chat_template
     both = recipe(reasoning_effort="high")
     text = tiny_tokenizer(replace(both, base=of_base).tokenizer().chat_template)
     assert Renderer(text).rows(row_of(user("a"), assistant("b")).messages)[0].text.startswith("Effort: high")
@@ -637,14 +641,14 @@ def test_turns_out_of_order_are_refused_merged_or_dropped_and_told(name: str, tm
             with raises("data/unusable-rows", match="turn_order: (merge|drop)"):
                 load_rows(str(file), turn_order=how)
             continue
-        told: list[Problem] = []
-        (row,), _ = load_rows(str(file), turn_order=how, problems=told)
+        problems: list[Problem] = []
+        (row,), _ = load_rows(str(file), turn_order=how, problems=problems)
         if in_order_already:
-            assert ([m.content for m in row.messages], told) == (merged, [])
+            assert ([m.content for m in row.messages], problems) == (merged, [])
             continue
         assert [m.content for m in row.messages] == wanted
-        assert all(not problem.left_out and f"turn_order: {how}" in problem.reason for problem in told)
-        assert told
+        assert all(not problem.left_out and f"turn_order: {how}" in problem.reason for problem in problems)
+        assert problems
 
 
 def test_weights_of_spans_stay_with_their_characters_when_messages_become_one() -> None:
@@ -714,7 +718,7 @@ def test_of_many_rows_no_call_and_no_thought_is_lost_in_silence(loses: str) -> N
     answers = [random_answer(draw) for _ in range(200)]
     rows = [row_of(user("Where?"), each) for each in answers]
     found = renderer.rows_of_all([(row.messages, row.tools) for row in rows])
-    for said, pieces in zip(answers, found, strict=True):
-        assert isinstance(pieces, DataError) == loses_calls(said), (said, pieces)
+    for message, pieces in zip(answers, found, strict=True):
+        assert isinstance(pieces, DataError) == loses_calls(message), (message, pieces)
         if not isinstance(pieces, DataError):
-            assert pieces[0].lost_thoughts == loses_thoughts(said), said
+            assert pieces[0].lost_thoughts == loses_thoughts(message), message

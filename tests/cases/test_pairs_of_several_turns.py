@@ -49,14 +49,14 @@ def grouped(renderer: Renderer, rows: list[Row], needs: str = "pairs", **data: A
     return found, report
 
 
-def turns_of(renderer: Renderer, row: Row, said: list[Message], asked: int) -> list[tuple[list[int], list[int]]]:
+def turns_of(renderer: Renderer, row: Row, messages: list[Message], first: int) -> list[tuple[list[int], list[int]]]:
     """(prompt, what is to be generated) of each answer from message `asked` on, without the code that makes groups: the
     prompt as generation has it, and what stands behind it in the conversation that ends with this answer."""
     found = []
-    for index in range(asked, len(said)):
-        if said[index].role == "assistant":
-            prompt = renderer.prompt(said[:index], row.tools).tolist()
-            whole = renderer.rows(said[: index + 1], row.tools)[-1].ids.tolist()
+    for index in range(first, len(messages)):
+        if messages[index].role == "assistant":
+            prompt = renderer.prompt(messages[:index], row.tools).tolist()
+            whole = renderer.rows(messages[: index + 1], row.tools)[-1].ids.tolist()
             assert whole[: len(prompt)] == prompt
             found.append((prompt, whole[len(prompt) :]))
     return found
@@ -69,12 +69,12 @@ def test_an_answer_with_calls_is_compared_turn_by_turn_as_generation_has_it(name
     (group,), report = grouped(renderer, [row])
     assert report.problems == []
     assert (group.pairs, group.scores) == (((0, 1),), (1.0, 0.0))
-    for rows, said in zip(group.parts(), (row.messages, *row.rejected), strict=True):
-        wanted = turns_of(renderer, row, said, asked=1)
-        assert len(wanted) == (2 if said is row.messages else 1)
+    for rows, messages in zip(group.parts(), (row.messages, *row.rejected), strict=True):
+        wanted = turns_of(renderer, row, messages, first=1)
+        assert len(wanted) == (2 if messages is row.messages else 1)
         trained = [(example.ids[example.weights > 0].tolist(), example) for example in rows]
         text = "".join(renderer.tokenizer.decode(ids) for ids, _ in trained)
-        assert ("get_weather" in text, "Cold." in text) == (said is row.messages, said is row.messages)
+        assert ("get_weather" in text, "Cold." in text) == (messages is row.messages, messages is row.messages)
         if REWRITES[name]:
             for (ids, example), (prompt, answer) in zip(trained, wanted, strict=True):
                 assert example.ids[: len(prompt)].tolist() == prompt
@@ -98,9 +98,9 @@ def test_the_log_probability_of_an_answer_is_the_sum_over_its_turns(share: bool,
         ours, tokens = per_answer(values.double(), batch), lengths(batch, values)
     plain, counts, ends = [], [], []
     for row in rows:
-        for said in (row.messages, *row.rejected):
+        for messages in (row.messages, *row.rejected):
             total, count = 0.0, 0
-            turns = turns_of(renderer, row, said, asked=1)
+            turns = turns_of(renderer, row, messages, first=1)
             for prompt, answer in turns:
                 own = answer[: answer.index(renderer.tokenizer.convert_tokens_to_ids(END)) + 1]
                 with torch.no_grad():
@@ -154,13 +154,13 @@ def test_feedback_on_an_answer_with_calls_and_its_mismatched_probes(tmp_path: Pa
     assert len(text[1]) == 2, "the answer to Hello? is that of the pair, in its two turns"
     assert all("Hello?" in each and "Weather?" not in each for each in text[1])
     assert "Cold." in text[1][1]
-    for mismatched, (asked, answered) in zip(probes, pairwise([*found, found[0]]), strict=True):
+    for mismatched, (own_group, next_group) in zip(probes, pairwise([*found, found[0]]), strict=True):
         for example in mismatched.answers:
             begins = int(np.flatnonzero(example.weights)[0])
-            prompt = asked.answers[0].ids[: int(np.flatnonzero(asked.answers[0].weights)[0])]
+            prompt = own_group.answers[0].ids[: int(np.flatnonzero(own_group.answers[0].weights)[0])]
             assert begins >= len(prompt)
             assert example.ids[: len(prompt)].tolist() == prompt.tolist()
-        wanted = [e.ids[e.weights > 0].tolist() for e in answered.parts()[0]]
+        wanted = [e.ids[e.weights > 0].tolist() for e in next_group.parts()[0]]
         assert [e.ids[e.weights > 0].tolist() for e in mismatched.parts()[0]] == wanted
 
 

@@ -34,9 +34,9 @@ def test_every_setting_of_other_trainers_has_an_answer(module: str, name: str) -
     tree = {"data": {"train": "a.jsonl"}, "report": dict.fromkeys(misplaced)}
     with raises("recipe/unknown-key") as raised:
         build(Recipe, tree, source="recipe")
-    said = str(raised.value).splitlines()
-    assert len(said) == len(misplaced)
-    for setting, line in zip(misplaced, sorted(said), strict=True):
+    lines = str(raised.value).splitlines()
+    assert len(lines) == len(misplaced)
+    for setting, line in zip(misplaced, sorted(lines), strict=True):
         assert line.startswith(f"recipe: report.{setting}: unknown key. ")
         if setting in OTHER_NAMES:
             assert line.endswith(f"Here it is {OTHER_NAMES[setting]}")

@@ -65,7 +65,7 @@ def test_overrides_are_laid_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "said"),
+    ("text", "code", "messages"),
     [
         (GOOD + "train:\n  learnig_rate: 1\n", UNKNOWN, ["r.yaml:5: train.learnig_rate: ", "'learning_rate'"]),
         (GOOD + "  zzz: 4\n", UNKNOWN, ["r.yaml:4: delta.zzz: unknown key", "There is:", "alpha"]),
@@ -86,15 +86,15 @@ def test_overrides_are_laid_over_the_file(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line_and_what_is_near(
-    text: str, code: str, said: list[str], tmp_path: Path
+    text: str, code: str, messages: list[str], tmp_path: Path
 ) -> None:
     message = error(code, text, tmp_path)
-    for part in said:
+    for part in messages:
         assert part in message
 
 
 @pytest.mark.parametrize(
-    ("train", "code", "said"),
+    ("train", "code", "messages"),
     [
         ("{path: a, weight: 0}", INVALID, ["data.train.weight: Input should be greater than 0 (given: 0)"]),
         ("[a, {path: b, weight: 0}]", INVALID, ["data.train.1.weight: Input should be greater than 0 (given: 0)"]),
@@ -107,16 +107,16 @@ def test_a_mistake_is_named_with_its_line_and_what_is_near(
     ],
 )
 def test_of_what_may_be_several_kinds_only_the_nearest_is_told(
-    train: str, code: str, said: list[str], tmp_path: Path
+    train: str, code: str, messages: list[str], tmp_path: Path
 ) -> None:
     lines = error(code, f"data: {{train: {train}}}\ndelta: {{method: lora}}\n", tmp_path).splitlines()
-    assert len(lines) == len(said)
-    assert all(f"r.yaml:1: {wanted}" in line for wanted, line in zip(said, lines, strict=True))
+    assert len(lines) == len(messages)
+    assert all(f"r.yaml:1: {wanted}" in line for wanted, line in zip(messages, lines, strict=True))
 
 
 def test_a_mistake_on_the_command_line_says_so(tmp_path: Path) -> None:
-    said, steps = error(UNKNOWN, GOOD, tmp_path, "train.stps=3"), "train: {steps: 3}\n"
-    assert "command line: train.stps: unknown key. Did you mean 'steps'?" in said
+    message, steps = error(UNKNOWN, GOOD, tmp_path, "train.stps=3"), "train: {steps: 3}\n"
+    assert "command line: train.stps: unknown key. Did you mean 'steps'?" in message
     assert "'train.steps'" in error("recipe/malformed-override", GOOD, tmp_path, "train.steps")
     assert "train.steps is 3" in error("recipe/no-nested-keys", GOOD + steps, tmp_path, "train.steps.x=1")
     assert "command line: loss:" in error(INVALID, GOOD, tmp_path, "loss.name=x")
@@ -158,7 +158,7 @@ def test_a_part_of_an_override_that_holds_dots_is_quoted(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("override", "code", "said"),
+    ("override", "code", "message"),
     [
         ("callbacks.2.decay=1", "recipe/index-out-of-range", "callbacks has 2 entries"),
         ("callbacks.ema.decay=1", "recipe/list-without-index", "callbacks.0.ema"),
@@ -169,13 +169,13 @@ def test_a_part_of_an_override_that_holds_dots_is_quoted(tmp_path: Path) -> None
     ],
 )
 def test_an_override_that_reaches_nothing_says_what_is_there(
-    override: str, code: str, said: str, tmp_path: Path
+    override: str, code: str, message: str, tmp_path: Path
 ) -> None:
-    assert said in error(code, GOOD + "callbacks: [ema, lora-plus]\n", tmp_path, override)
+    assert message in error(code, GOOD + "callbacks: [ema, lora-plus]\n", tmp_path, override)
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "said"),
+    ("text", "code", "messages"),
     [
         (
             "delta: {r: 4}",
@@ -204,17 +204,17 @@ def test_an_override_that_reaches_nothing_says_what_is_there(
     ],
 )
 def test_what_other_trainers_call_a_key_gets_the_key_here(
-    text: str, code: str, said: list[str], tmp_path: Path
+    text: str, code: str, messages: list[str], tmp_path: Path
 ) -> None:
     rows = "" if text.startswith("data:") else "data: {train: a.jsonl}"
     message = error(code, f"{rows}\n{text}\n", tmp_path)
-    for part in said:
+    for part in messages:
         assert part in message
     assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "answer"),
     [
         ("base: {name: x, store: nf4}", "r.yaml:2: base.store: {}: write `base: {quantization: nf4}`"),
         ("base: {name: x, store: bf16}", "r.yaml:2: base.store: {}: write `base: {dtype: bfloat16}`"),
@@ -234,9 +234,9 @@ def test_what_other_trainers_call_a_key_gets_the_key_here(
         ),
     ],
 )
-def test_a_store_of_before_is_answered_with_what_to_write_now(text: str, said: str, tmp_path: Path) -> None:
+def test_a_store_of_before_is_answered_with_what_to_write_now(text: str, answer: str, tmp_path: Path) -> None:
     message = error(UNKNOWN, f"data: {{train: a.jsonl}}\n{text}\n", tmp_path)
-    assert said.replace("{}", "this key was replaced by dtype and quantization", 1) in message
+    assert answer.replace("{}", "this key was replaced by dtype and quantization", 1) in message
     assert len(message.splitlines()) == 1
 
 

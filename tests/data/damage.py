@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-def turns(*said: tuple[str, Any], **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in said], **more}
+def turns(*contents: tuple[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in contents], **more}
 
 
 def good(n: int) -> dict[str, Any]:

@@ -191,8 +191,8 @@ def tokenizer_for(name: str) -> Any:
 
 def tokenizer_of(shape: Shape) -> Any:
     tokenizer = tiny_tokenizer(shape.template)
-    named = {"bos_token": shape.bos, "eos_token": shape.eos}
-    tokenizer.add_special_tokens({key: value for key, value in named.items() if value})
+    special_tokens = {"bos_token": shape.bos, "eos_token": shape.eos}
+    tokenizer.add_special_tokens({key: value for key, value in special_tokens.items() if value})
     tokenizer.add_special_tokens({"additional_special_tokens": shape.special})
     return tokenizer
 

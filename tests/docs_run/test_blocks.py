@@ -116,9 +116,9 @@ def test_a_command_exists_with_its_options(page: str, line: str, tmp_path: Path)
         assert words[0] in targets[1].split()
     else:
         assert program == "graft", f"{page}: {line}: no test for {program}"
-        given = parse(words)
+        options = parse(words)
         (tmp_path / "recipe.yaml").write_text("data: {train: rows.jsonl}\ndelta: {method: lora}\n")
-        overrides = given.get("overrides") or []
+        overrides = options.get("overrides") or []
         changed = read_recipe(tmp_path / "recipe.yaml", overrides) != read_recipe(tmp_path / "recipe.yaml")
         assert changed == bool(overrides), "every key=value is a key of a recipe, and says something new"
 

@@ -40,8 +40,8 @@ def first_column(text: str) -> list[str]:
 
 
 def test_every_file_of_the_folder_is_in_the_table_and_the_other_way_round(adapter: Path) -> None:
-    named = set(first_column(PAGE.partition("## How it is written")[0]))
-    assert named == {file.name for file in adapter.iterdir()}
+    names = set(first_column(PAGE.partition("## How it is written")[0]))
+    assert names == {file.name for file in adapter.iterdir()}
 
 
 def test_every_key_of_graftlm_json_is_in_the_table_and_the_other_way_round(adapter: Path) -> None:
@@ -56,9 +56,9 @@ def test_every_key_of_graftlm_json_is_in_the_table_and_the_other_way_round(adapt
 
 def test_the_keys_of_peft_that_are_named_are_written(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
-    named = first_column(section("adapter_config.json"))
-    assert len(named) >= 10
-    assert set(named) <= config.keys()
+    keys = first_column(section("adapter_config.json"))
+    assert len(keys) >= 10
+    assert set(keys) <= config.keys()
     assert config["rank_pattern"] == {re.escape(f"model.layers.{n}.self_attn.v_proj"): 4 for n in range(2)}
 
 

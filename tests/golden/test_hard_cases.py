@@ -78,15 +78,15 @@ def test_a_prompt_is_rows_of_embeddings_before_the_row() -> None:
 
 def test_reslora_adds_the_input_of_the_same_layer_one_block_before() -> None:
     model = perturbed("reslora", tiny_model())
-    heard: list[Any] = []
+    inputs_and_outputs: list[Any] = []
     projections = [layer.mlp.up_proj for layer in model.model.layers]
     for projection in projections:
-        projection.register_forward_hook(lambda m, inputs, y: heard.append((inputs[0], y)))
+        projection.register_forward_hook(lambda m, inputs, y: inputs_and_outputs.append((inputs[0], y)))
     model(ids())
     delta = projections[1].deltas["default"].lora
-    x, before = heard[1][0], heard[0][0]
+    x, before = inputs_and_outputs[1][0], inputs_and_outputs[0][0]
     wanted = x @ projections[1].base.weight.T + 6 / 4 * (x + before) @ delta.A.T @ delta.B.T
-    close(heard[1][1], wanted, "reslora")
+    close(inputs_and_outputs[1][1], wanted, "reslora")
 
 
 def test_dora_learns_the_magnitude_of_more_layers_than_the_direction() -> None:

@@ -201,8 +201,8 @@ def test_vb_lora_refuses_sizes_that_sub_vectors_do_not_fill() -> None:
 def test_kasa_keeps_the_large_components_of_w() -> None:
     def reference(t: Mapping[str, Tensor], W: Tensor, b: Tensor | None, x: Tensor, d: Any) -> Tensor:
         U, S, V = torch.svd(W)
-        kept = min(len(S), W.shape[1] - 4)  # the first d_in - r of them, where there are so many
-        world = sum(S[i] * torch.outer(U[:, i], V[:, i]) for i in range(kept))
+        rank = min(len(S), W.shape[1] - 4)  # the first d_in - r of them, where there are so many
+        world = sum(S[i] * torch.outer(U[:, i], V[:, i]) for i in range(rank))
         assert isinstance(world, Tensor)
         y = x @ world.T + 6 / 4 * (t["sigma"] * (x @ t["V"].T)) @ t["U"].T
         return y if b is None else y + b
@@ -242,9 +242,9 @@ def test_kasa_starts_without_the_smallest_components_and_never_takes_all() -> No
         delta = Kasa(here, KasaConfig(r=3))
         with torch.no_grad():
             delta.start()
-        kept, whole = torch.linalg.svdvals(here.W() + delta.matrix()), torch.linalg.svdvals(here.W())
+        singular_values, whole = torch.linalg.svdvals(here.W() + delta.matrix()), torch.linalg.svdvals(here.W())
         wanted = torch.cat([whole[:left], torch.zeros(len(whole) - left)])
-        close(kept, wanted, f"singular values of a fresh kasa on {d_out} x {d_in}")
+        close(singular_values, wanted, f"singular values of a fresh kasa on {d_out} x {d_in}")
     with raises("target/rank-too-large", match="12 x 8 weight"):
         Kasa(site(8, 12), KasaConfig(r=8))
 

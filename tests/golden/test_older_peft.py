@@ -26,8 +26,8 @@ def test_an_adapter_of_an_older_peft_computes_the_same(version: str, case: str) 
     folder = HERE / f"peft-{version}"
     wanted = load_file(folder / "logits.safetensors")[case]
     model: Any = base(**CASES[case][1]).requires_grad_(False)
-    said = load_adapter(model, folder / case)
-    assert "another tool" in said
+    note = load_adapter(model, folder / case)
+    assert "another tool" in note
     assert attachment(model).configs["default"].method == ("dora" if case.startswith("dora") else "lora")
     with torch.no_grad():
         close(model(input_ids=IDS).logits, wanted, f"PEFT {version}, {case}")
@@ -57,7 +57,7 @@ def test_the_files_come_out_the_same_when_they_are_made_again(version: str, tmp_
     assert files == sorted(file.relative_to(HERE) for file in (HERE / name).rglob("*.*") if file.is_file())
     for file in files:
         if file.suffix == ".safetensors":
-            made, kept = load_file(tmp_path / file), load_file(HERE / file)
-            assert made.keys() == kept.keys()
+            made, golden = load_file(tmp_path / file), load_file(HERE / file)
+            assert made.keys() == golden.keys()
             for key in made:
-                close(made[key], kept[key], f"{file}: {key}", tolerance=1e-6)
+                close(made[key], golden[key], f"{file}: {key}", tolerance=1e-6)

@@ -102,7 +102,7 @@ def test_adalora_as_peft_writes_it_after_pruning(tmp_path: Path) -> None:
     """PEFT's file has no trace of pruned triplets but a list of which were kept."""
     theirs = peft.get_peft_model(tiny_model(), peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=10, **ON)).eval()
     generator = torch.Generator().manual_seed(3)
-    kept: dict[str, list[bool]] = {}
+    masks: dict[str, list[bool]] = {}
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if ".lora_" in name:
@@ -110,14 +110,14 @@ def test_adalora_as_peft_writes_it_after_pruning(tmp_path: Path) -> None:
             if ".lora_E" in name:
                 mask = torch.rand(4, generator=generator) < 0.6
                 parameter[~mask] = 0
-                kept[name] = mask.tolist()
+                masks[name] = mask.tolist()
     prefix = "base_model.model."
-    theirs.peft_config["default"].rank_pattern = {key.removeprefix(prefix): mask for key, mask in kept.items()}
+    theirs.peft_config["default"].rank_pattern = {key.removeprefix(prefix): mask for key, mask in masks.items()}
     theirs.save_pretrained(tmp_path)
     ours = tiny_model()
     load_adapter(ours, tmp_path)
     close(logits(ours), logits(theirs), "pruned AdaLoRA")
-    assert any(not all(mask) for mask in kept.values())
+    assert any(not all(mask) for mask in masks.values())
 
 
 def test_randlora_is_the_sum_of_the_paper() -> None:

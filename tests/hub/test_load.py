@@ -310,7 +310,7 @@ def test_the_packaged_base_answers(smollm2: str) -> None:
 
 def test_a_template_is_read_from_its_file_as_it_stands(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("caf\u00e9 {{ x }}", encoding="utf-8")
-    given = BaseConfig(name=str(base_folder), template=str(tmp_path / "t.jinja"))
-    assert load_tokenizer(given).chat_template == "caf\u00e9 {{ x }}"
+    config = BaseConfig(name=str(base_folder), template=str(tmp_path / "t.jinja"))
+    assert load_tokenizer(config).chat_template == "caf\u00e9 {{ x }}"
     with raises("base/unreadable-template", match="none.jinja"):
         load_tokenizer(BaseConfig(name=str(base_folder), template=str(tmp_path / "none.jinja")))

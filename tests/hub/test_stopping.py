@@ -81,8 +81,8 @@ def test_a_merged_folder_stops_where_answers_were_taught_to_end(eos: Any, wanted
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     merged.set_output_embeddings(Ends())
-    said = merged.generate(torch.tensor([[9, 9]]), max_new_tokens=20, do_sample=False)
-    assert said[0].tolist() == [9, 9, 5, 5, END_OF_TURN]
+    generated = merged.generate(torch.tensor([[9, 9]]), max_new_tokens=20, do_sample=False)
+    assert generated[0].tolist() == [9, 9, 5, 5, END_OF_TURN]
 
 
 @pytest.mark.parametrize("to", [each for each in EXPORTS if each != "merged"])

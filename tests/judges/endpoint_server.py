@@ -12,7 +12,7 @@ class Endpoint:
     """Answers with what `reply` makes of a prompt: a text, or a status code. `location` is where a 3xx leads."""
 
     def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.location = ""
         self.reply: Callable[[str], str | int] = lambda prompt: "3"
@@ -21,7 +21,7 @@ class Endpoint:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.asked.append(body | {"path": self.path})
+                endpoint.requests.append(body | {"path": self.path})
                 endpoint.keys.append(self.headers["Authorization"])
                 made = endpoint.reply(body["messages"][0]["content"])
                 self.send_response(made if isinstance(made, int) else 200)
@@ -31,7 +31,7 @@ class Endpoint:
                 self.wfile.write(json.dumps({"choices": [{"message": {"content": made}}]}).encode())
 
             def do_GET(self) -> None:
-                endpoint.asked.append({"path": self.path})
+                endpoint.requests.append({"path": self.path})
                 endpoint.keys.append(self.headers["Authorization"])
                 self.send_error(404)
 

@@ -51,7 +51,7 @@ def test_a_judge_on_this_machine_is_asked_through_no_proxy_and_gets_no_key_unask
         endpoint.keys.clear()
         assert list(ask(config, check(config, network=False), ["good?"])) == ["3"]
         assert endpoint.keys == [key]
-    assert other.asked == []
+    assert other.requests == []
 
 
 def test_a_proxy_is_used_for_other_machines(other: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_proxy_is_used_for_other_machines(other: Endpoint, monkeypatch: pytest
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     config = JudgeScorerConfig(url="http://judge.invalid/v1")
     assert list(ask(config, check(config, network=True), ["good?"])) == ["3"]
-    assert other.asked[0]["path"] == "http://judge.invalid/v1/chat/completions"
+    assert other.requests[0]["path"] == "http://judge.invalid/v1/chat/completions"
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -69,8 +69,8 @@ def test_a_redirect_is_not_followed(status: int, endpoint: Endpoint, other: Endp
     with raises("data/endpoint-redirects") as raised:
         list(ask(config, None, ["good?"]))
     assert other.url in str(raised.value)
-    assert other.asked == []
-    assert len(endpoint.asked) == 1
+    assert other.requests == []
+    assert len(endpoint.requests) == 1
 
 
 def test_a_key_that_is_asked_for_must_be_there(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,4 +105,4 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 def test_a_reply_may_be_as_long_as_the_config_says(endpoint: Endpoint) -> None:
     config = JudgeScorerConfig(url=endpoint.url, max_tokens=77)
     assert list(ask(config, None, ["good?"])) == ["3"]
-    assert endpoint.asked[0]["max_tokens"] == 77
+    assert endpoint.requests[0]["max_tokens"] == 77

@@ -42,8 +42,8 @@ def assert_small_increments_stay(linear: Callable[..., Tensor]) -> None:
     added = u @ B.bfloat16().double().T
     assert float((added.abs() / y.abs()).median()) <= 0.2 * torch.finfo(torch.bfloat16).eps
     found = linear(x, W, None, A.float(), B).double() - y
-    kept = float((found * added).sum() / added.square().sum())
-    assert abs(kept - 1) <= 0.1, f"{kept:.2f} of what was added is there"
+    share = float((found * added).sum() / added.square().sum())
+    assert abs(share - 1) <= 0.1, f"{share:.2f} of what was added is there"
 
 
 def seen_in_a_tree(lengths: list[int], parents: list[int], window: int | None) -> Tensor:

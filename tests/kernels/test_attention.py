@@ -114,9 +114,11 @@ def test_bf16_probabilities_of_any_number_of_keys_are_rounded_once(keys: int) ->
     assert float(((found.double() - wanted).abs() / wanted).max()) <= 0.501 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
-def test_short_attention_passes_gradcheck_in_float64(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not kept:
+@pytest.mark.parametrize("saves_probabilities", [True, False], ids=["kept", "recomputed"])
+def test_short_attention_passes_gradcheck_in_float64(
+    saves_probabilities: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not saves_probabilities:
         monkeypatch.setattr(attention, "KEPT_KEYS", 0)
     inputs = [normal(1, h, 6, 4, seed=s, dtype=torch.float64).requires_grad_() for s, h in enumerate((4, 2, 2))]
     assert torch.autograd.gradcheck(

@@ -244,8 +244,13 @@ def test_layers_of_another_kind_are_those_of_ops() -> None:
     x, W = half(5, 32, seed=0), half(48, 32, seed=1, learns=False)
     A, B, b, gain = normal(4, 32, seed=2), normal(48, 4, seed=3), half(48, seed=4, learns=False), normal(48, seed=5)
     across = W.T.contiguous().T
-    for given in ((x, W, b, A, B), (x, W, None, A, B, gain), (x, across, None, A, B), (x, lambda dtype: W, None, A, B)):
-        assert torch.equal(cpu.low_rank_linear(*given), linear.low_rank_linear(*given))  # type: ignore[arg-type]
+    for arguments in (
+        (x, W, b, A, B),
+        (x, W, None, A, B, gain),
+        (x, across, None, A, B),
+        (x, lambda dtype: W, None, A, B),
+    ):
+        assert torch.equal(cpu.low_rank_linear(*arguments), linear.low_rank_linear(*arguments))  # type: ignore[arg-type]
 
 
 def test_what_a_young_delta_adds_is_not_lost_beside_what_it_is_added_to() -> None:

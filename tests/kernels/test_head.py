@@ -179,14 +179,14 @@ def test_no_logits_of_all_rows_are_kept_for_the_backward_pass(linear: bool, monk
     """Nor are there ever those of more than one chunk."""
     chunked(monkeypatch, 4, 50)
     W, hidden = normal(50, 6, seed=0), normal(40, 6, seed=3).requires_grad_()
-    targets, asked, kept = torch.zeros(40, dtype=torch.long), [], []
+    targets, chunk_sizes, saved = torch.zeros(40, dtype=torch.long), [], []
 
     def other(rows: slice) -> Tensor:
-        asked.append(rows.stop - rows.start)
+        chunk_sizes.append(rows.stop - rows.start)
         return normal(len(hidden[rows]), 50, seed=5)
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -194,7 +194,7 @@ def test_no_logits_of_all_rows_are_kept_for_the_backward_pass(linear: bool, monk
             made = linear_readings(hidden, W, None, targets, None, [Comparison(other, apart)])
         else:
             made = head_readings(lambda h: h @ W.T, hidden, targets, 50, [Comparison(other, apart)])
-    assert set(asked) == {4}
-    assert kept
-    assert all(tensor.shape[-1:] != (50,) for tensor in kept)
+    assert set(chunk_sizes) == {4}
+    assert saved
+    assert all(tensor.shape[-1:] != (50,) for tensor in saved)
     made.distances[0].sum().backward()

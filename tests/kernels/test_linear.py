@@ -165,4 +165,4 @@ def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient() -> None:
 
 @pytest.mark.parametrize("gain", [None, torch.ones(512)])
 def test_what_a_young_delta_adds_is_not_lost_beside_what_it_is_added_to(gain: Tensor | None) -> None:
-    assert_small_increments_stay(lambda *given: low_rank_linear(*given, gain))
+    assert_small_increments_stay(lambda *arguments: low_rank_linear(*arguments, gain))

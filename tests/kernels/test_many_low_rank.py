@@ -66,11 +66,11 @@ def test_each_token_has_the_changes_of_its_span(
 def test_a_factor_by_columns_is_the_same_factor(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     B = torch.randn(shape).to(dtype)
-    for given in (B, B.T.contiguous().T, torch.cat([B, B])[::2]):
+    for factor in (B, B.T.contiguous().T, torch.cat([B, B])[::2]):
         for scale in (1.0, -0.375):
-            found = by_columns(given, scale)
+            found = by_columns(factor, scale)
             assert found.T.is_contiguous()
-            assert torch.equal(found, (given.double() * scale).to(dtype))
+            assert torch.equal(found, (factor.double() * scale).to(dtype))
     columns = by_columns(B)
     assert by_columns(columns).data_ptr() == columns.data_ptr(), "no copy of what lies so"
 
@@ -106,6 +106,6 @@ def test_no_stack_is_made_where_the_kernel_serves_and_one_where_it_does_not(monk
         assert not many.stacked
     monkeypatch.setattr(many_low_rank, "serves", lambda x: False)
     many(x, bounds)
-    kept = many.stacked[torch.float32]
+    stack = many.stacked[torch.float32]
     many(torch.ones(5, 8), Bounds([(0, 2), (2, 5)]))
-    assert many.stacked[torch.float32] is kept
+    assert many.stacked[torch.float32] is stack

@@ -34,33 +34,33 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 COMPARES_PAIRS = [(name, options) for name, options in OPTIONS if LOSSES[name].rows == "pairs"]
 
 
-def made(name: str, options: dict[str, Any], given: Answers) -> LossSum:
+def made(name: str, options: dict[str, Any], sample: Answers) -> LossSum:
     loss = LOSSES[name]
-    return loss.value(loss.config(**options), given.rows(given.policy), given.rows(given.reference), given.batch)
+    return loss.value(loss.config(**options), sample.rows(sample.policy), sample.rows(sample.reference), sample.batch)
 
 
-def spread(given: Answers, values: Tensor | None) -> Tensor:
+def spread(sample: Answers, values: Tensor | None) -> Tensor:
     """What is known of each token [S], at its place in the rows [2P, T]."""
     assert values is not None
-    return torch.zeros(given.mask.shape, dtype=values.dtype).masked_scatter(given.mask, values)
+    return torch.zeros(sample.mask.shape, dtype=values.dtype).masked_scatter(sample.mask, values)
 
 
-def part(given: Answers, numbers: list[int]) -> Answers:
+def part(sample: Answers, numbers: list[int]) -> Answers:
     """These pairs alone, in this order."""
-    count = len(given.batch.pairs)
+    count = len(sample.batch.pairs)
     rows = torch.tensor([*numbers, *(count + n for n in numbers)], dtype=torch.int64)
-    own, mask = torch.arange(len(rows)), given.mask[rows]
+    own, mask = torch.arange(len(rows)), sample.mask[rows]
     batch = Batch(
         weights=torch.ones(int(mask.sum())),
         answers=own.repeat_interleave(mask.sum(1)),
         pairs=torch.stack([own[: len(numbers)], own[len(numbers) :]], dim=1),
-        scores=given.batch.scores[rows],
-        values=None if given.batch.values is None else given.batch.values[rows],
-        divergences=spread(given, given.batch.divergences)[rows][mask],
-        normalisers=spread(given, given.batch.normalisers)[rows][mask],
-        mean_log_probs=spread(given, given.batch.mean_log_probs)[rows][mask],
+        scores=sample.batch.scores[rows],
+        values=None if sample.batch.values is None else sample.batch.values[rows],
+        divergences=spread(sample, sample.batch.divergences)[rows][mask],
+        normalisers=spread(sample, sample.batch.normalisers)[rows][mask],
+        mean_log_probs=spread(sample, sample.batch.mean_log_probs)[rows][mask],
     )
-    return Answers(given.policy[rows], given.reference[rows], mask, batch)
+    return Answers(sample.policy[rows], sample.reference[rows], mask, batch)
 
 
 def test_supervised_is_the_weighted_sum_of_negative_log_likelihoods() -> None:
@@ -102,11 +102,11 @@ def test_label_smoothing_and_z_loss_are_those_of_torch(options: dict[str, float]
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_sums_counts_and_metrics_add_up_over_any_split(name: str, options: dict[str, Any]) -> None:
-    given = answers(7)
-    whole = made(name, options, given)
-    (wanted,) = torch.autograd.grad(whole.sum, given.policy)
-    parts = [made(name, options, part(given, numbers)) for numbers in ([3], [0, 4], [1, 2])]
-    (found,) = torch.autograd.grad(sum(p.sum for p in parts), given.policy)  # type: ignore[arg-type]
+    sample = answers(7)
+    whole = made(name, options, sample)
+    (wanted,) = torch.autograd.grad(whole.sum, sample.policy)
+    parts = [made(name, options, part(sample, numbers)) for numbers in ([3], [0, 4], [1, 2])]
+    (found,) = torch.autograd.grad(sum(p.sum for p in parts), sample.policy)  # type: ignore[arg-type]
     assert sum(p.sum.item() for p in parts) == pytest.approx(whole.sum.item(), rel=1e-9)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
     assert float(sum(p.count for p in parts)) == float(whole.count)
@@ -117,9 +117,9 @@ def test_sums_counts_and_metrics_add_up_over_any_split(name: str, options: dict[
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_the_count_is_known_before_any_pass_and_nothing_at_all_is_no_error(name: str, options: dict[str, Any]) -> None:
-    loss, given = LOSSES[name], answers(8)
-    assert float(loss.count(loss.config(**options), given.batch)) == float(made(name, options, given).count) > 0
-    nothing = made(name, options, part(given, []))
+    loss, sample = LOSSES[name], answers(8)
+    assert float(loss.count(loss.config(**options), sample.batch)) == float(made(name, options, sample).count) > 0
+    nothing = made(name, options, part(sample, []))
     assert (nothing.sum.item(), float(nothing.count)) == (0.0, 0.0)
     assert all(float(value) == float(count) == 0.0 for value, count in nothing.metrics.values())
 
@@ -127,26 +127,26 @@ def test_the_count_is_known_before_any_pass_and_nothing_at_all_is_no_error(name:
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_a_step_along_the_gradient_prefers_the_chosen_answers(name: str, options: dict[str, Any]) -> None:
     """Those with the larger marks, for losses without pairs; of supervised training, only what it trains."""
-    given = answers(9)
-    scores = given.batch.scores - (0.5 if name == "policy-gradient" else 0.0)
-    given = replace(given, batch=replace(given.batch, scores=scores))
-    (gradient,) = torch.autograd.grad(made(name, options, given).sum, given.policy)
-    towards = -(gradient * given.mask).sum(1)
-    pairs = len(given.batch.pairs)
+    sample = answers(9)
+    scores = sample.batch.scores - (0.5 if name == "policy-gradient" else 0.0)
+    sample = replace(sample, batch=replace(sample.batch, scores=scores))
+    (gradient,) = torch.autograd.grad(made(name, options, sample).sum, sample.policy)
+    towards = -(gradient * sample.mask).sum(1)
+    pairs = len(sample.batch.pairs)
     if name == "distillation" and not options:
         assert not gradient.any(), "it has its gradient from whole distributions: tests/losses/test_distillation.py"
     elif LOSSES[name].rows in ("answers", "text"):
         assert (towards > 0).all()
     else:
         assert towards[:pairs].mean() > towards[pairs:].mean()
-    assert not gradient[~given.mask].any()
+    assert not gradient[~sample.mask].any()
 
 
 @pytest.mark.parametrize(("name", "options"), COMPARES_PAIRS)
 def test_a_swapped_pair_has_the_opposite_margin(name: str, options: dict[str, Any]) -> None:
-    given = answers(10)
-    swapped = replace(given, batch=replace(given.batch, pairs=given.batch.pairs.flip(1)))
-    ours, theirs = made(name, options, given).metrics, made(name, options, swapped).metrics
+    sample = answers(10)
+    swapped = replace(sample, batch=replace(sample.batch, pairs=sample.batch.pairs.flip(1)))
+    ours, theirs = made(name, options, sample).metrics, made(name, options, swapped).metrics
     assert float(ours["margin"][0]) == pytest.approx(-float(theirs["margin"][0]))
     assert float(ours["margin"][0]) != 0
     assert float(ours["accuracy"][0]) == pytest.approx(5 - float(theirs["accuracy"][0]))
@@ -155,8 +155,8 @@ def test_a_swapped_pair_has_the_opposite_margin(name: str, options: dict[str, An
 
 @pytest.mark.parametrize(("name", "options"), [case for case in OPTIONS if LOSSES[case[0]].config().needs_reference])  # type: ignore[call-arg]
 def test_a_policy_that_is_its_reference_has_no_margin_at_all(name: str, options: dict[str, Any]) -> None:
-    given = answers(11)
-    metrics = made(name, options, replace(given, reference=given.policy.detach())).metrics
+    sample = answers(11)
+    metrics = made(name, options, replace(sample, reference=sample.policy.detach())).metrics
     for metric in ("margin", "chosen_reward", "rejected_reward"):
         assert float(metrics.get(metric, (0.0, 0.0))[0]) == 0.0
     if "accuracy" in metrics:
@@ -166,71 +166,71 @@ def test_a_policy_that_is_its_reference_has_no_margin_at_all(name: str, options:
 # Equations that TRL does not have, written out in plain Python ---------------------------------------------------
 
 
-def sums(given: Answers, values: Tensor, row: int) -> Tensor:
-    return torch.stack([values[row, t] for t in range(values.shape[1]) if given.mask[row, t]]).sum()
+def sums(sample: Answers, values: Tensor, row: int) -> Tensor:
+    return torch.stack([values[row, t] for t in range(values.shape[1]) if sample.mask[row, t]]).sum()
 
 
-def check(found: LossSum, wanted: Tensor, given: Answers) -> None:
+def check(found: LossSum, wanted: Tensor, sample: Answers) -> None:
     torch.testing.assert_close(found.sum / found.count, wanted, rtol=1e-9, atol=0.0)
-    (ours,) = torch.autograd.grad(found.sum / found.count, given.policy, retain_graph=True)
-    (theirs,) = torch.autograd.grad(wanted, given.policy)
+    (ours,) = torch.autograd.grad(found.sum / found.count, sample.policy, retain_graph=True)
+    (theirs,) = torch.autograd.grad(wanted, sample.policy)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_dpop() -> None:
-    given, pairs = answers(12), 5
+    sample, pairs = answers(12), 5
     losses = []
     for n in range(pairs):
-        w = sums(given, given.policy, n) - sums(given, given.reference, n)
-        loser = sums(given, given.policy, pairs + n) - sums(given, given.reference, pairs + n)
+        w = sums(sample, sample.policy, n) - sums(sample, sample.reference, n)
+        loser = sums(sample, sample.policy, pairs + n) - sums(sample, sample.reference, pairs + n)
         fallen = -w if w.item() < 0 else torch.zeros(())
         losses.append(torch.log(1 + torch.exp(-0.2 * (w - loser - 5.0 * fallen))))
-    check(made("dpop", {"beta": 0.2, "penalty": 5.0}, given), torch.stack(losses).mean(), given)
+    check(made("dpop", {"beta": 0.2, "penalty": 5.0}, sample), torch.stack(losses).mean(), sample)
 
 
 def test_orpo_over_several_pairs() -> None:
-    given, pairs = answers(13), 5
+    sample, pairs = answers(13), 5
     losses = []
     for n in range(pairs):
-        w, loser = (sums(given, given.policy, row) / given.mask[row].sum() for row in (n, pairs + n))
+        w, loser = (sums(sample, sample.policy, row) / sample.mask[row].sum() for row in (n, pairs + n))
         ratio = (w.exp() / (1 - w.exp())) / (loser.exp() / (1 - loser.exp()))
         losses.append(-w - 0.3 * torch.log(ratio / (1 + ratio)))
-    check(made("orpo", {"weight": 0.3}, given), torch.stack(losses).mean(), given)
+    check(made("orpo", {"weight": 0.3}, sample), torch.stack(losses).mean(), sample)
 
 
 def test_cpo_over_several_pairs() -> None:
-    given, pairs = answers(14), 5
+    sample, pairs = answers(14), 5
     losses = []
     for n in range(pairs):
-        w, loser = (sums(given, given.policy, row) for row in (n, pairs + n))
-        losses.append(torch.log(1 + torch.exp(-0.2 * (w - loser))) - 0.5 * w / given.mask[n].sum())
-    check(made("cpo", {"beta": 0.2, "alpha": 0.5}, given), torch.stack(losses).mean(), given)
+        w, loser = (sums(sample, sample.policy, row) for row in (n, pairs + n))
+        losses.append(torch.log(1 + torch.exp(-0.2 * (w - loser))) - 0.5 * w / sample.mask[n].sum())
+    check(made("cpo", {"beta": 0.2, "alpha": 0.5}, sample), torch.stack(losses).mean(), sample)
 
 
 def test_sppo_with_shares_of_wins() -> None:
-    given = answers(15)
+    sample = answers(15)
     shares = torch.linspace(0, 1, 10)
-    given = replace(given, batch=replace(given.batch, scores=shares))
+    sample = replace(sample, batch=replace(sample.batch, scores=shares))
     losses = [
-        (sums(given, given.policy, n) - sums(given, given.reference, n) - 4 * (shares[n].double() - 0.5)) ** 2
+        (sums(sample, sample.policy, n) - sums(sample, sample.reference, n) - 4 * (shares[n].double() - 0.5)) ** 2
         for n in range(10)
     ]
-    check(made("sppo", {"eta": 4.0}, given), torch.stack(losses).mean(), given)
+    check(made("sppo", {"eta": 4.0}, sample), torch.stack(losses).mean(), sample)
 
 
 def test_dro() -> None:
     """The gradient of the values too, with rewards of any size."""
-    given = answers(16)
-    values, rewards = given.batch.values.clone().requires_grad_(), torch.linspace(-2, 3, 10)  # type: ignore[union-attr]
-    given = replace(given, batch=replace(given.batch, scores=rewards, values=values))
+    sample = answers(16)
+    values, rewards = sample.batch.values.clone().requires_grad_(), torch.linspace(-2, 3, 10)  # type: ignore[union-attr]
+    sample = replace(sample, batch=replace(sample.batch, scores=rewards, values=values))
     losses = []
     for n in range(10):
-        ratio = sums(given, given.policy, n) - sums(given, given.reference, n)
+        ratio = sums(sample, sample.policy, n) - sums(sample, sample.reference, n)
         losses.append(0.5 * (rewards[n].double() - values[n] - 0.4 * ratio) ** 2)
-    found, wanted = made("dro", {"tau": 0.4}, given), torch.stack(losses).mean()
-    check(found, wanted, given)
+    found, wanted = made("dro", {"tau": 0.4}, sample), torch.stack(losses).mean()
+    check(found, wanted, sample)
     wanted = torch.stack([values[n] - rewards[n].double() for n in range(10)]) / 10  # of the values' part
-    (ours,) = torch.autograd.grad(made("dro", {"tau": 1e-12}, given).sum / 10, values)
+    (ours,) = torch.autograd.grad(made("dro", {"tau": 1e-12}, sample).sum / 10, values)
     torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -258,7 +258,7 @@ def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "code", "said"),
+    ("name", "options", "code", "message"),
     [
         ("dpo", {"noise": 0.1}, "recipe/invalid-value", "noise is for the links robust and exo"),
         ("dpo", {"link": "robust", "noise": 0.5}, "recipe/invalid-value", "less than 0.5"),
@@ -277,8 +277,8 @@ def test_no_file_is_missing_from_the_table_and_each_names_its_source() -> None:
         ),
     ],
 )
-def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], code: str, said: str) -> None:
-    with raises(code, match=said):
+def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], code: str, message: str) -> None:
+    with raises(code, match=message):
         build(LOSSES[name].config, options, source="recipe.yaml")
 
 

@@ -45,12 +45,12 @@ def trl() -> Any:
     )
 
 
-def ours(name: str, given: Answers, *, statistic: float = 0.0, **options: Any) -> tuple[Tensor, Tensor]:
+def ours(name: str, sample: Answers, *, statistic: float = 0.0, **options: Any) -> tuple[Tensor, Tensor]:
     """(loss, gradient [2P, T])."""
     loss = LOSSES[name]
-    batch = replace(given.batch, statistic=statistic)
-    made = loss.value(loss.config(**options), given.rows(given.policy), given.rows(given.reference), batch)
-    return with_gradient(made.sum / made.count, given.policy)
+    batch = replace(sample.batch, statistic=statistic)
+    made = loss.value(loss.config(**options), sample.rows(sample.policy), sample.rows(sample.reference), batch)
+    return with_gradient(made.sum / made.count, sample.policy)
 
 
 def with_gradient(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,14 +67,14 @@ def same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], factor: fl
 # DPO and what TRL has in the same trainer --------------------------------------------------------------------------
 
 
-def trl_dpo(trl: Any, given: Answers, kind: str, beta: float, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    pairs = len(given.batch.pairs)
-    completion = torch.cat([torch.zeros(2 * pairs, 1), given.mask.double()], dim=1)
-    zeros = torch.zeros_like(given.reference)
+def trl_dpo(trl: Any, sample: Answers, kind: str, beta: float, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    pairs = len(sample.batch.pairs)
+    completion = torch.cat([torch.zeros(2 * pairs, 1), sample.mask.double()], dim=1)
+    zeros = torch.zeros_like(sample.reference)
     outputs = SimpleNamespace(
-        log_probs=given.policy * given.mask, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+        log_probs=sample.policy * sample.mask, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
     )
-    sums = (given.reference * given.mask).sum(1)
+    sums = (sample.reference * sample.mask).sum(1)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=PLACE, aux_loss_enabled=False, ld_alpha=None, beta=beta,
         precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[kind], loss_weights=[1.0],
@@ -88,27 +88,27 @@ def trl_dpo(trl: Any, given: Answers, kind: str, beta: float, noise: float = 0.0
         "ref_chosen_logps": sums[:pairs],
         "ref_rejected_logps": sums[pairs:],
     }
-    return with_gradient(trl.dpo._compute_loss(trainer, lambda **_: outputs, inputs, False), given.policy)
+    return with_gradient(trl.dpo._compute_loss(trainer, lambda **_: outputs, inputs, False), sample.policy)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 @pytest.mark.parametrize("link", ["sigmoid", "hinge", "ipo"])
 def test_dpo(trl: Any, link: str, beta: float) -> None:
     for seed in range(3):
-        given = answers(seed)
-        same(ours("dpo", given, link=link, beta=beta), trl_dpo(trl, given, link, beta))
+        sample = answers(seed)
+        same(ours("dpo", sample, link=link, beta=beta), trl_dpo(trl, sample, link, beta))
 
 
 @pytest.mark.parametrize(("link", "kind", "noise"), [("robust", "robust", 0.1), ("exo", "exo_pair", 1e-3)])
 def test_dpo_with_noise(trl: Any, link: str, kind: str, noise: float) -> None:
-    given = answers(4)
-    same(ours("dpo", given, link=link), trl_dpo(trl, given, kind, 0.1, noise))
-    same(ours("dpo", given, link=link, beta=0.5, noise=0.2), trl_dpo(trl, given, kind, 0.5, 0.2))
+    sample = answers(4)
+    same(ours("dpo", sample, link=link), trl_dpo(trl, sample, kind, 0.1, noise))
+    same(ours("dpo", sample, link=link, beta=0.5, noise=0.2), trl_dpo(trl, sample, kind, 0.5, 0.2))
 
 
 def test_sppo_is_the_mean_over_answers_where_trl_adds_the_two_of_a_pair(trl: Any) -> None:
-    given = answers(1)
-    same(ours("sppo", given, eta=10.0), trl_dpo(trl, given, "sppo_hard", beta=0.1), factor=0.5)
+    sample = answers(1)
+    same(ours("sppo", sample, eta=10.0), trl_dpo(trl, sample, "sppo_hard", beta=0.1), factor=0.5)
 
 
 # SimPO, CPO, ORPO ------------------------------------------------------------------------------------------------
@@ -139,10 +139,10 @@ def trl_from_logits(
     return with_gradient(loss, logits)
 
 
-def ours_from_logits(name: str, given: Answers, logits: Tensor, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def ours_from_logits(name: str, sample: Answers, logits: Tensor, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     loss = LOSSES[name]
     policy = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    made = loss.value(loss.config(**options), given.rows(policy), None, given.batch)
+    made = loss.value(loss.config(**options), sample.rows(policy), None, sample.batch)
     return with_gradient(made.sum / made.count, logits)
 
 
@@ -164,14 +164,14 @@ def test_what_needs_no_reference(
     trl: Any, name: str, trainer: str, settings: dict[str, Any], options: dict[str, Any], pairs: int
 ) -> None:
     for seed in range(3):
-        given = answers(seed, pairs)
+        sample = answers(seed, pairs)
         draw = torch.Generator().manual_seed(seed)
-        count, length = given.mask.shape
+        count, length = sample.mask.shape
         logits = torch.randn(count, length + 1, 11, generator=draw, dtype=torch.float64).requires_grad_()
         ids = torch.randint(1, 11, (count, length + 1), generator=draw)
-        mask = torch.cat([torch.zeros(count, 1, dtype=torch.bool), given.mask], dim=1)
+        mask = torch.cat([torch.zeros(count, 1, dtype=torch.bool), sample.mask], dim=1)
         wanted = trl_from_logits(getattr(trl, trainer), settings, logits, ids, mask)
-        same(ours_from_logits(name, given, logits, ids, **options), wanted)
+        same(ours_from_logits(name, sample, logits, ids, **options), wanted)
 
 
 # KTO -------------------------------------------------------------------------------------------------------------
@@ -180,12 +180,12 @@ def test_what_needs_no_reference(
 @pytest.mark.parametrize("shift", [-2.0, 0.5])
 def test_kto(trl: Any, shift: float) -> None:
     """`shift` makes the divergence negative, which counts as 0, or positive."""
-    given, other = answers(2), answers(3)
+    sample, other = answers(2), answers(3)
     z0 = ((other.policy - other.reference) * other.mask).sum(1).detach()
     z0 = z0 - z0.mean() + shift
-    zeros = torch.zeros_like(given.reference)
-    completion = torch.cat([torch.zeros(len(zeros), 1), given.mask.double()], dim=1)
-    outputs = SimpleNamespace(log_probs=given.policy * given.mask, entropy=zeros, mean_logits=zeros)
+    zeros = torch.zeros_like(sample.reference)
+    completion = torch.cat([torch.zeros(len(zeros), 1), sample.mask.double()], dim=1)
+    outputs = SimpleNamespace(log_probs=sample.policy * sample.mask, entropy=zeros, mean_logits=zeros)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=PLACE, aux_loss_enabled=False, beta=0.3, loss_type="kto",
         precompute_ref_logps=True, calculate_KL=True, desirable_weight=1.5, undesirable_weight=0.7,
@@ -196,12 +196,12 @@ def test_kto(trl: Any, shift: float) -> None:
         "input_ids": torch.zeros_like(completion, dtype=torch.int64),
         "attention_mask": torch.ones_like(completion),
         "completion_mask": completion,
-        "label": given.batch.scores.bool(),
-        "ref_logps": (given.reference * given.mask).sum(1),
+        "label": sample.batch.scores.bool(),
+        "ref_logps": (sample.reference * sample.mask).sum(1),
         "ref_KL_logps": torch.zeros_like(z0),
     }
-    wanted = with_gradient(trl.kto._compute_loss(trainer, lambda **_: outputs, inputs, False), given.policy)
-    found = ours("kto", given, statistic=float(z0.mean()), beta=0.3, liked=1.5, not_liked=0.7)
+    wanted = with_gradient(trl.kto._compute_loss(trainer, lambda **_: outputs, inputs, False), sample.policy)
+    found = ours("kto", sample, statistic=float(z0.mean()), beta=0.3, liked=1.5, not_liked=0.7)
     same(found, wanted)
 
 
@@ -210,11 +210,15 @@ def test_kto(trl: Any, shift: float) -> None:
 
 def rewarded(seed: int, drift: float) -> tuple[Answers, Tensor, Tensor]:
     """Answers with advantages, and the log-probabilities from before [2P, T]."""
-    given = answers(seed)
+    sample = answers(seed)
     draw = torch.Generator().manual_seed(seed)
-    before = given.policy.detach() + drift * torch.randn(given.policy.shape, generator=draw, dtype=torch.float64)
-    scores = torch.randn(len(given.mask), generator=draw)
-    return replace(given, batch=replace(given.batch, scores=scores, old_log_probs=given.rows(before))), before, scores
+    before = sample.policy.detach() + drift * torch.randn(sample.policy.shape, generator=draw, dtype=torch.float64)
+    scores = torch.randn(len(sample.mask), generator=draw)
+    return (
+        replace(sample, batch=replace(sample.batch, scores=scores, old_log_probs=sample.rows(before))),
+        before,
+        scores,
+    )
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.2])
@@ -228,7 +232,7 @@ def rewarded(seed: int, drift: float) -> tuple[Answers, Tensor, Tensor]:
     ],
 )
 def test_grpo_and_gspo(trl: Any, kind: str, level: str, options: dict[str, Any], kl: float) -> None:
-    given, before, scores = rewarded(5, drift=0.3)
+    sample, before, scores = rewarded(5, drift=0.3)
     zeros = torch.zeros_like(before)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=PLACE, aux_loss_enabled=False, top_entropy_quantile=1.0,
@@ -236,40 +240,40 @@ def test_grpo_and_gspo(trl: Any, kind: str, level: str, options: dict[str, Any],
         epsilon_high=0.2, args=SimpleNamespace(delta=None, use_bias_correction_kl=False), use_vllm=False,
         current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, max_completion_length=37,
         _metrics=defaultdict(lambda: defaultdict(list)),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (given.policy, zeros, None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (sample.policy, zeros, None),
     )  # fmt: skip
     inputs = {
         "prompt_ids": torch.zeros(len(scores), 1, dtype=torch.int64),
         "prompt_mask": torch.ones(len(scores), 1),
         "completion_ids": torch.zeros_like(before, dtype=torch.int64),
-        "completion_mask": given.mask.double(),
+        "completion_mask": sample.mask.double(),
         "advantages": scores.double(),
         "old_per_token_logps": before,
-        "ref_per_token_logps": given.reference,
+        "ref_per_token_logps": sample.reference,
     }
-    wanted = with_gradient(trl.grpo._compute_loss(trainer, None, inputs), given.policy)
-    same(ours("policy-gradient", given, kl=kl, **options), wanted)
+    wanted = with_gradient(trl.grpo._compute_loss(trainer, None, inputs), sample.policy)
+    same(ours("policy-gradient", sample, kl=kl, **options), wanted)
 
 
 def test_rloo(trl: Any) -> None:
-    given, before, scores = rewarded(6, drift=0.05)
+    sample, before, scores = rewarded(6, drift=0.05)
     zeros = torch.zeros_like(before)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=PLACE, aux_loss_enabled=False, epsilon_low=0.2,
         epsilon_high=0.2,
         _metrics=defaultdict(lambda: defaultdict(list)),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (given.policy, zeros, None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (sample.policy, zeros, None),
     )  # fmt: skip
     inputs = {
         "prompt_ids": torch.zeros(len(scores), 1, dtype=torch.int64),
         "prompt_mask": torch.ones(len(scores), 1),
         "completion_ids": torch.zeros_like(before, dtype=torch.int64),
-        "completion_mask": given.mask.double(),
+        "completion_mask": sample.mask.double(),
         "advantages": scores.double(),
-        "old_logps": (before * given.mask).sum(1),
+        "old_logps": (before * sample.mask).sum(1),
     }
-    wanted = with_gradient(trl.rloo._compute_loss(trainer, None, inputs), given.policy)
-    same(ours("policy-gradient", given, ratio="answer"), wanted)
+    wanted = with_gradient(trl.rloo._compute_loss(trainer, None, inputs), sample.policy)
+    same(ours("policy-gradient", sample, ratio="answer"), wanted)
 
 
 def plain(rewards: list[float], baseline: Callable[[list[float], int], float]) -> list[float]:

@@ -145,9 +145,9 @@ def test_dropout_acts_in_training_only_and_on_the_deltas_input_only() -> None:
         seen = host(x) - layer(x)
         parent.eval()
         assert relative_error(host(x) - layer(x), x[:, :4]) <= 1e-5
-    kept = seen.abs() > 1e-3
-    assert 0.3 < float(kept.float().mean()) < 0.7, "each element is dropped or kept by itself"
-    assert relative_error(seen, 2 * x[:, :4] * kept) <= 1e-5, "what is kept is scaled by 1 / (1 - p)"
+    mask = seen.abs() > 1e-3
+    assert 0.3 < float(mask.float().mean()) < 0.7, "each element is dropped or kept by itself"
+    assert relative_error(seen, 2 * x[:, :4] * mask) <= 1e-5, "what is kept is scaled by 1 / (1 - p)"
 
 
 # Prefixes --------------------------------------------------------------------------------------------------------

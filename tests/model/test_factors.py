@@ -32,10 +32,10 @@ def under(model: Any, row: Any) -> torch.Tensor:
 
 def test_a_row_that_names_them_has_the_weights_plus_their_product() -> None:
     model, changed = tiny_model(), tiny_model()
-    given = some(model, Q, DOWN)
-    attach_factors(model, "one", given)
+    factors = some(model, Q, DOWN)
+    attach_factors(model, "one", factors)
     with torch.no_grad():
-        for site, (A, B) in given.items():
+        for site, (A, B) in factors.items():
             changed.get_submodule(site).weight.add_(0.5 * B @ A)
     close(under(model, {"one": 0.5}), logits(changed), "half of it")
     plain = logits(tiny_model())
@@ -77,10 +77,10 @@ def test_all_that_was_there_before_comes_back() -> None:
 
 def test_hosts_and_the_freezing_of_the_base_are_shared_with_deltas() -> None:
     model = tiny_model()
-    given = some(model, Q, DOWN)
+    factors = some(model, Q, DOWN)
     attach(model, LoraConfig(r=2), name="lora")
     structure = attachment(model).structure
-    attach_factors(model, "one", given)
+    attach_factors(model, "one", factors)
     assert attachment(model).structure == structure, "all of its hosts were there"
     move(model)
     detach(model, "lora")
@@ -93,12 +93,12 @@ def test_hosts_and_the_freezing_of_the_base_are_shared_with_deltas() -> None:
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (lambda given: {**given, Q: (given[Q][0], given[Q][1].T)}, "target/factors-do-not-fit"),
-        (lambda given: {**given, Q: (given[Q][0][:2], given[Q][1])}, "target/factors-do-not-fit"),
-        (lambda given: {**given, Q: (given[Q][0].int(), given[Q][1])}, "target/factors-do-not-fit"),
-        (lambda given: {**given, "model.layers.0.self_attn": given[Q]}, "target/no-layer-matches"),
-        (lambda given: {**given, "model.layers.7.self_attn.q_proj": given[Q]}, "target/no-layer-matches"),
-        (lambda given: {}, "target/no-layer-matches"),
+        (lambda factors: {**factors, Q: (factors[Q][0], factors[Q][1].T)}, "target/factors-do-not-fit"),
+        (lambda factors: {**factors, Q: (factors[Q][0][:2], factors[Q][1])}, "target/factors-do-not-fit"),
+        (lambda factors: {**factors, Q: (factors[Q][0].int(), factors[Q][1])}, "target/factors-do-not-fit"),
+        (lambda factors: {**factors, "model.layers.0.self_attn": factors[Q]}, "target/no-layer-matches"),
+        (lambda factors: {**factors, "model.layers.7.self_attn.q_proj": factors[Q]}, "target/no-layer-matches"),
+        (lambda factors: {}, "target/no-layer-matches"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(change: Any, code: str) -> None:
@@ -116,12 +116,12 @@ def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(change: Any, co
 
 def test_they_are_kept_as_they_come_or_in_the_dtype_that_is_asked_for() -> None:
     model = tiny_model()
-    given = some(model, Q)
-    attach_factors(model, "one", given)
-    attach_factors(model, "two", given, dtype=torch.bfloat16)
+    factors = some(model, Q)
+    attach_factors(model, "one", factors)
+    attach_factors(model, "two", factors, dtype=torch.bfloat16)
     held = hosts(model)[Q].factors
-    assert held["one"].A is given[Q][0] or held["one"].A.data_ptr() == given[Q][0].data_ptr(), "no copy"
-    assert torch.equal(held["two"].B, given[Q][1].bfloat16())
+    assert held["one"].A is factors[Q][0] or held["one"].A.data_ptr() == factors[Q][0].data_ptr(), "no copy"
+    assert torch.equal(held["two"].B, factors[Q][1].bfloat16())
 
 
 def test_only_the_deltas_of_a_pass_are_held_still() -> None:

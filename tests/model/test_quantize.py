@@ -297,11 +297,11 @@ def test_what_is_not_quantized_has_the_dtype_that_is_given(base_folder: Path, dt
 
 
 def test_arguments_override_the_config(base_folder: Path) -> None:
-    given = graftlm.BaseConfig(name=str(base_folder), dtype="float16", quantization="nf4")
-    model, _ = load_base(given, quantization="none")
+    config = graftlm.BaseConfig(name=str(base_folder), dtype="float16", quantization="nf4")
+    model, _ = load_base(config, quantization="none")
     assert quantization_of(model) == "none"
     assert {p.dtype for p in model.parameters()} == {torch.float16}
-    model, _ = load_base(given, dtype="fp32")
+    model, _ = load_base(config, dtype="fp32")
     assert quantization_of(model) == "nf4"
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -328,8 +328,8 @@ def test_an_adapter_goes_from_quantization_to_quantization(
     move(attach(model, graftlm.LoraConfig(r=4)))
     save_adapter(model, tmp_path / "a")
     again, _ = load_base(str(base_folder), quantization=quantization)
-    said = load_adapter(again, tmp_path / "a")
-    assert "trained" not in said
+    note = load_adapter(again, tmp_path / "a")
+    assert "trained" not in note
     assert torch.equal(logits(again), logits(model))
     save_adapter(again, tmp_path / "b")
     files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab"]

@@ -25,8 +25,8 @@ def test_it_stays_near_adamw() -> None:
         adamw.step()
     moved, wanted = p.detach() - start, q.detach() - start
     assert float((moved - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
-    kept = sum(t.numel() * t.element_size() for t in ours.state[p].values() if torch.is_tensor(t))
-    assert kept < 0.3 * 8 * p.numel()  # two codes of 256 numbers each are most of what is not moments here
+    state_bytes = sum(t.numel() * t.element_size() for t in ours.state[p].values() if torch.is_tensor(t))
+    assert state_bytes < 0.3 * 8 * p.numel()  # two codes of 256 numbers each are most of what is not moments here
 
 
 def test_paged_moments_want_a_gpu() -> None:

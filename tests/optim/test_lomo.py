@@ -57,8 +57,8 @@ def by_lomo(batches: list[list[Pack]], clip: float, **options: Any) -> tuple[dic
 @pytest.mark.parametrize("clip", [1e9, 0.05])
 def test_it_is_sgd_with_the_same_clipping(cut: str, clip: float) -> None:
     wanted, norms = by_sgd(CUTS["one pack"], clip)
-    found, said = by_lomo(CUTS[cut], clip)
-    assert said == pytest.approx(norms, rel=1e-4)
+    found, norms_by_lomo = by_lomo(CUTS[cut], clip)
+    assert norms_by_lomo == pytest.approx(norms, rel=1e-4)
     for name, p in wanted.items():
         torch.testing.assert_close(found[name], p, rtol=1e-4, atol=1e-6, msg=name)
 

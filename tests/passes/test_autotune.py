@@ -169,14 +169,14 @@ def test_torch_compile_is_chosen_where_a_run_saves_more_than_it_costs(
 ) -> None:
     monkeypatch.setattr(autotune, "TORCH", clock.backend(TORCH, rms_norm=3e-3, silu_gate=1e-3, rotary=1e-3))
     faster = clock.backend(TORCH, rms_norm=1e-3, silu_gate=2e-3, rotary=1e-3)
-    asked: list[None] = []
-    monkeypatch.setattr(autotune, "compiled", lambda: asked.append(None) or faster)
+    calls: list[None] = []
+    monkeypatch.setattr(autotune, "compiled", lambda: calls.append(None) or faster)
     found = choose(model_with_lora(torch.float32), [pack_of(20, 50)], passes=passes)
     assert {name for each, name in found.fastest.items() if each.operation == "rms_norm"} == {"compiled"} & wanted or {
         "torch"
     }
     assert set(found.fastest.values()) == wanted
-    assert bool(asked) is (passes > 1000), "compiling takes its time, so it is not tried for a short run"
+    assert bool(calls) is (passes > 1000), "compiling takes its time, so it is not tried for a short run"
     assert {name for each, name in found.fastest.items() if each.operation == "silu_gate"} == {"torch"}
 
 

@@ -26,7 +26,7 @@ def test_a_model_that_computes_as_it_should_passes_on_a_few_tokens(kind: str, dt
     """The whole model sees the ends of two rows; its first layers see all of them."""
     model, first, last = tiny_model(kind, num_hidden_layers=8).to(dtype), list[int](), list[int]()
     for layer, seen in ((model.model.layers[1], first), (model.model.layers[7], last)):
-        layer.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out.shape[1]))
+        layer.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out.shape[1]))
     check_packing(model, examples(300, 60, 100), packed=True, sharing=True)
     assert max(first) >= 300 + 60
     assert max(last) <= 5 * PROBE_TOKENS
@@ -49,9 +49,9 @@ def counting(model: Any) -> None:
     """Positions by the place in the pack, not in the row."""
     decoder = model.get_decoder()
     decoder.register_forward_pre_hook(
-        lambda module, inputs, said: (
+        lambda module, inputs, kwargs: (
             inputs,
-            {**said, "position_ids": torch.arange(said["input_ids"].numel())[None] ** 2},
+            {**kwargs, "position_ids": torch.arange(kwargs["input_ids"].numel())[None] ** 2},
         ),  # fmt: skip
         with_kwargs=True,
     )
@@ -71,12 +71,12 @@ def test_what_sharing_alone_would_spoil_says_how_to_do_without() -> None:
     """Positions that rise by one throughout a row, but for the tail of a shared beginning."""
     model = tiny_model(initializer_range=0.5)
 
-    def hook(_: Any, inputs: Any, said: Any) -> Any:
-        if said.get("position_ids") is None:
+    def hook(_: Any, inputs: Any, kwargs: Any) -> Any:
+        if kwargs.get("position_ids") is None:
             return None
-        steps = said["position_ids"][0].diff(prepend=torch.tensor([-1]))
-        back = (steps != 1) & (said["position_ids"][0] > 0)
-        return inputs, {**said, "position_ids": said["position_ids"] + 7 * back.cumsum(0)}
+        steps = kwargs["position_ids"][0].diff(prepend=torch.tensor([-1]))
+        back = (steps != 1) & (kwargs["position_ids"][0] > 0)
+        return inputs, {**kwargs, "position_ids": kwargs["position_ids"] + 7 * back.cumsum(0)}
 
     model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     check_packing(model, examples(300, 60), packed=True, sharing=False)

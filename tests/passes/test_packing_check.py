@@ -49,7 +49,7 @@ def rows(seed: int = 0, *lengths: int) -> list[Tensor]:
 def planted(model: Any, change: Callable[[Tensor], Tensor], layer: int = 0) -> Any:
     """The model with something more in what one of its layers computes, in packs and alone."""
 
-    def after(module: nn.Module, given: Any, out: Any) -> Any:
+    def after(module: nn.Module, inputs: Any, out: Any) -> Any:
         return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
     list(transformer_layers(model).values())[layer].register_forward_hook(after)
@@ -225,7 +225,7 @@ def test_what_a_head_does_to_its_logits_is_found_by_what_comes_out(name: str, dt
     model = tiny_model(kind, initializer_range=0.1, **changes).to(dtype)
     if name == "a number that no field has":
         own = model.forward
-        model.forward = lambda *given, **named: CausalLMOutput(logits=0.3217 * own(*given, **named).logits)
+        model.forward = lambda *args, **kwargs: CausalLMOutput(logits=0.3217 * own(*args, **kwargs).logits)
     row = rows()[1]
     check_forward(model, row)
     hidden = decoder_of(model)(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]  # type: ignore[misc]
@@ -254,9 +254,9 @@ def test_a_forward_that_was_set_on_a_module_stays_and_is_called(kind: str) -> No
     model, calls = made(kind), list[str]()
     layer = model.model.layers[0]
 
-    def counted(name: str, forward: Any, *given: Any, **named: Any) -> Any:
+    def counted(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(name)
-        return forward(*given, **named)
+        return forward(*args, **kwargs)
 
     patched = {"norm": layer.input_layernorm, "mlp": layer.mlp, "layer": layer}
     for name, module in patched.items():

@@ -112,7 +112,7 @@ def test_what_dropout_drew_is_drawn_again(method: str) -> None:
     assert without[0] != pytest.approx(wanted[0], rel=1e-5), "dropout was on"
 
 
-def kept_bytes(model: Any, context: Context, pack: Pack) -> int:
+def saved_bytes(model: Any, context: Context, pack: Pack) -> int:
     """Bytes that autograd holds between the passes, weights left out; each piece of memory once."""
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     held: dict[int, tuple[int, Tensor]] = {}
@@ -137,8 +137,8 @@ def test_less_is_kept(method: str) -> None:
     def model() -> Any:
         return perturbed(method, tiny_model(num_hidden_layers=layers))
 
-    everything = kept_bytes(model(), lambda model: nullcontext(), packed())
-    less = kept_bytes(model(), recomputed_layers, packed())
+    everything = saved_bytes(model(), lambda model: nullcontext(), packed())
+    less = saved_bytes(model(), recomputed_layers, packed())
     tokens, d, bytes_each = 38, 32, 4
     assert everything > layers * 10 * tokens * d * bytes_each
     assert less < layers * 4 * tokens * d * bytes_each, "about one hidden state for each layer"
@@ -186,7 +186,7 @@ def test_nothing_is_kept_below_the_lowest_site(method: str) -> None:
     for layers in (2, 6):
         model = tiny_model(num_hidden_layers=layers)
         attach(model, tiny_config(method, targets=(f"layers.{layers - 1}.mlp.up_proj",)))
-        counts.append(kept_bytes(model, lambda model: nullcontext(), packed()))
+        counts.append(saved_bytes(model, lambda model: nullcontext(), packed()))
     assert counts[0] == counts[1]
 
 

@@ -47,10 +47,12 @@ def plain_fisher(model: Any, sites: Iterable[str]) -> dict[str, Tensor]:
 def plainly(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(mean gradient of W, mean of x x^T) of every linear layer, from a copy whose weights have gradients."""
     twin = copy.deepcopy(model).requires_grad_(True)
-    heard: dict[str, list[Tensor]] = {}
+    inputs_by_layer: dict[str, list[Tensor]] = {}
     layers = {name: m for name, m in twin.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     for name, layer in layers.items():
-        layer.register_forward_hook(lambda _, x, __, name=name: heard.setdefault(name, []).append(x[0].detach()))
+        layer.register_forward_hook(
+            lambda _, x, __, name=name: inputs_by_layer.setdefault(name, []).append(x[0].detach())
+        )
     for loss in losses(twin):
         (loss() / len(BATCHES)).backward()
     gradients = {
@@ -58,7 +60,7 @@ def plainly(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for name, layer in layers.items()
     }
     moments = {}
-    for name, seen in heard.items():
+    for name, seen in inputs_by_layer.items():
         tokens = [x for batch in seen for row in batch for x in row]
         moments[name] = sum(torch.outer(x, x).double() for x in tokens) / len(tokens)
     return gradients, moments  # type: ignore[return-value]

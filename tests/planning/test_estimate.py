@@ -364,8 +364,8 @@ def test_held_out_answers_are_a_part_of_the_peak(base: Path, rows: Path) -> None
     made = recipe(base, rows, data={"held_out": 8}, report={"answers": 5, "max_new_tokens": 9})
     data = prepare_data(made, load_tokenizer(made.base))
     load = held_out_load(made, data)
-    asked = [data.renderer.prompt(row.messages[:-1]) for row in data.held_out_rows[:5]]
-    assert load == Load(5, max(map(len, asked)), 9, prepack=False), "a call of its own holds no second copy"
+    prompts = [data.renderer.prompt(row.messages[:-1]) for row in data.held_out_rows[:5]]
+    assert load == Load(5, max(map(len, prompts)), 9, prepack=False), "a call of its own holds no second copy"
     many = replace(made, report=replace(made.report, max_new_tokens=8000))
     longer = held_out_load(many, data)
     assert longer is not None

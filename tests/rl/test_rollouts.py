@@ -47,8 +47,8 @@ GRPO = {"name": "policy-gradient"}
 RLOO = {"name": "policy-gradient", "ratio": "answer", "baseline": "leave-one-out"}
 
 LETTERS = """
-def score(said):
-    return sum(c.islower() for c in said.answer)
+def score(completion):
+    return sum(c.islower() for c in completion.answer)
 """
 
 
@@ -145,18 +145,18 @@ def test_the_very_ids_that_were_generated_are_trained_and_nothing_else(
 def test_what_scorers_see(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = written(tmp_path / "rows.jsonl", [{"prompt": f"ask {n}", "completion": f"b{n}"} for n in range(9)])
     made = recipe(base_folder, rows, data={"held_out": 0})
-    heard: list[Completion] = []
+    completions: list[Completion] = []
     monkeypatch.setattr(
         "graftlm.recipe.make_scorer",
-        lambda *_, **__: lambda some: heard.extend(some) or [float(len(heard))] * len(some),
+        lambda *_, **__: lambda some: completions.extend(some) or [float(len(completions))] * len(some),
     )
     sampled(made)
-    assert len(heard) == 12
-    for said in heard:
-        number = int(said.where.rpartition(":")[2]) - 1
-        assert (said.question, said.reference) == (f"ask {number}", f"b{number}")
-        assert said.answer == said.answer.strip()
-        assert "<|im_end|>" not in said.answer
+    assert len(completions) == 12
+    for completion in completions:
+        number = int(completion.where.rpartition(":")[2]) - 1
+        assert (completion.question, completion.reference) == (f"ask {number}", f"b{number}")
+        assert completion.answer == completion.answer.strip()
+        assert "<|im_end|>" not in completion.answer
 
 
 def test_the_answers_know_how_likely_they_were(base_folder: Path, prompts: Path) -> None:
@@ -207,14 +207,14 @@ def test_the_gradient_of_a_step_is_that_of_a_plain_loss(base_folder: Path, promp
     made = recipe(base_folder, prompts, train={"clip": 1e9})
     trainer = prepared(made)
     model = trainer.model
-    kept: dict[str, Tensor] = {}
+    own_gradients: dict[str, Tensor] = {}
     answered: list[Any] = []
     (sampler,) = (p for p in trainer.callbacks if isinstance(p, Sampler))
     rows_of = sampler.rows
     sampler.rows = lambda *a: answered.append(rows_of(*a)) or answered[-1]  # type: ignore[method-assign]
 
     def keep(*_: Any, **__: Any) -> None:
-        kept.update({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
+        own_gradients.update({name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None})
 
     trainer.training.optimizer.step = keep  # type: ignore[method-assign]
     trainer.step()
@@ -236,7 +236,7 @@ def test_the_gradient_of_a_step_is_that_of_a_plain_loss(base_folder: Path, promp
     parameters = trainable(model)
     gradients = torch.autograd.grad(wanted, list(parameters.values()))
     for name, gradient in zip(parameters, gradients, strict=True):
-        assert (kept[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-8, name
+        assert (own_gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-8, name
 
 
 # Rewards become rows ---------------------------------------------------------------------------------------------
@@ -287,12 +287,12 @@ def test_every_loss_that_needs_feedback_says_what_it_makes_of_rewards() -> None:
 
 
 def test_a_reward_that_is_not_finite_is_an_error_that_names_the_row() -> None:
-    said = [Completion([], "a", None, False, "f:1"), Completion([], "b", None, False, "f:2")]
+    completions = [Completion([], "a", None, False, "f:1"), Completion([], "b", None, False, "f:2")]
     with raises("training/non-finite-rewards", match=r"f:2: nan for 'b'"):
-        score(lambda some: [1.0, float("nan")], said)
+        score(lambda some: [1.0, float("nan")], completions)
     with raises("training/wrong-reward-count", match="1 rewards for 2 answers"):
-        score(lambda some: [1.0], said)
-    assert score(lambda some: [1.0, None], said) == [1.0, None]
+        score(lambda some: [1.0], completions)
+    assert score(lambda some: [1.0, None], completions) == [1.0, None]
 
 
 # Whole runs ------------------------------------------------------------------------------------------------------
@@ -429,7 +429,9 @@ def test_how_a_step_is_packed_changes_nothing(base_folder: Path, prompts: Path, 
 
 def test_steps_without_a_signal_change_nothing_and_are_told(base_folder: Path, prompts: Path, tmp_path: Path) -> None:
     """The first steps too, where a gradient of zero would else be a mistake."""
-    source = "n = [0]\ndef score(said):\n    n[0] += 1\n    return 0.0 if n[0] <= 24 else len(said.answer)\n"
+    source = (
+        "n = [0]\ndef score(completion):\n    n[0] += 1\n    return 0.0 if n[0] <= 24 else len(completion.answer)\n"
+    )
     made = recipe(
         base_folder,
         prompts,
@@ -518,7 +520,7 @@ def test_two_ranks_are_one(
 
 
 @pytest.mark.parametrize(
-    ("loss", "sections", "said"),
+    ("loss", "sections", "message"),
     [
         ("pretraining", {}, "trains raw text, and rl gives answers"),
         (GRPO, {"rl": {"temperature": 0.7}}, "needs rl.temperature and top_p at 1"),
@@ -538,9 +540,9 @@ def test_two_ranks_are_one(
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(
-    base_folder: Path, prompts: Path, loss: Any, sections: dict[str, Any], said: str
+    base_folder: Path, prompts: Path, loss: Any, sections: dict[str, Any], message: str
 ) -> None:
-    with raises("recipe/invalid-value", match=said):
+    with raises("recipe/invalid-value", match=message):
         recipe(base_folder, prompts, loss, **sections)
 
 

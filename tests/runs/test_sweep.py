@@ -327,7 +327,7 @@ class FakeRay(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("ray")
-        self.asked: list[dict[str, Any]] = []
+        self.options_of_tasks: list[dict[str, Any]] = []
         self.running = True
         self.breaks = 0
         self.exceptions = SimpleNamespace(
@@ -342,9 +342,9 @@ class FakeRay(ModuleType):
         return {"CPU": 2.0}
 
     def remote(self, function: Any) -> Any:
-        def options(**given: Any) -> Any:
-            self.asked.append(given)
-            return SimpleNamespace(remote=lambda *args, **named: Task(function, args, named))
+        def options(**settings: Any) -> Any:
+            self.options_of_tasks.append(settings)
+            return SimpleNamespace(remote=lambda *args, **kwargs: Task(function, args, kwargs))
 
         return SimpleNamespace(options=options)
 
@@ -365,8 +365,8 @@ class FakeRay(ModuleType):
 
 
 class Task:
-    def __init__(self, function: Any, args: Any, named: Any) -> None:
-        self.function, self.args, self.named, self.cancelled = function, args, named, False
+    def __init__(self, function: Any, args: Any, kwargs: Any) -> None:
+        self.function, self.args, self.named, self.cancelled = function, args, kwargs, False
 
 
 def test_on_ray_the_same_recipe_leaves_the_same_table(
@@ -382,7 +382,7 @@ def test_on_ray_the_same_recipe_leaves_the_same_table(
     outcome = sweep(points, tmp_path / "ray", on="ray", say=lambda line: None)
     assert (len(outcome.skipped), len(outcome.done)) == (3, 1)
     assert compare([tmp_path / "ray"]).rows() == compare([tmp_path / "local"]).rows()
-    assert all(each["num_cpus"] == 2 and each["num_gpus"] == 0 for each in ray.asked)
+    assert all(each["num_cpus"] == 2 and each["num_gpus"] == 0 for each in ray.options_of_tasks)
 
 
 def test_on_ray_ctrl_c_cancels_what_runs_and_what_waits(

@@ -54,10 +54,10 @@ def test_no_selector_is_missing_from_the_table() -> None:
 @pytest.mark.parametrize(("keep", "count"), [(3, 3), (0.2, 2), (0.01, 1), (1.0, 10), (99, 10), (None, 10)])
 def test_keep_is_a_count_or_a_share(keep: float | None, count: int) -> None:
     scores = np.array([5, 1, 5, 9, 2, 2, 2, 7, 0, -4], np.float32)
-    kept = choose.best(scores, keep)
-    assert len(kept) == count
-    assert kept == sorted(kept), "in the order of the file"
-    assert min(scores[kept]) >= max(np.delete(scores, kept), default=-np.inf)
+    indices = choose.best(scores, keep)
+    assert len(indices) == count
+    assert indices == sorted(indices), "in the order of the file"
+    assert min(scores[indices]) >= max(np.delete(scores, indices), default=-np.inf)
 
 
 def test_of_equal_scores_the_first_rows_stay_and_what_is_left_out_never_does() -> None:
@@ -80,10 +80,10 @@ def test_every_selector_works_from_the_command_line(
     }.get(by, [])
     out = tmp_path / "some.jsonl"
     found = select(rows_file, "--by", by, "--keep", "6", "--base", base_folder, "--out", out, "--json", *settings)
-    said = json.loads(found.stdout)
+    result = json.loads(found.stdout)
     rows, name = load_rows(str(out))
     assert name == "messages"
-    assert 0 < len(rows) == said["kept"] <= 6
+    assert 0 < len(rows) == result["kept"] <= 6
     source = [row.messages for row in load_rows(str(rows_file))[0]]
     assert all(row.messages in source for row in rows)
     places = [source.index(row.messages) for row in rows]
@@ -143,8 +143,8 @@ def test_scores_are_kept_by_all_that_they_depend_on(pool_of: Callable[..., Pool]
 def test_damaged_scores_are_made_again(base_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     command = (rows_file, "--by", "longest", "--keep", "3", "--base", base_folder)
     select(*command, "--out", tmp_path / "a.jsonl")
-    (kept,) = choose._scores_folder().glob("*.jsonl")
-    kept.write_text(kept.read_text()[:50])
+    (scores_file,) = choose._scores_folder().glob("*.jsonl")
+    scores_file.write_text(scores_file.read_text()[:50])
     select(*command, "--out", tmp_path / "b.jsonl")
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
@@ -163,7 +163,7 @@ def test_what_is_there_is_not_overwritten(base_folder: Path, rows_file: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--by", "ifd"], "recipe/missing-option", "say how many to keep"),
         (["--by", "ifd", "--keep", "1.5"], "recipe/invalid-value", "keep"),
@@ -182,23 +182,23 @@ def test_what_is_there_is_not_overwritten(base_folder: Path, rows_file: Path, tm
     ],
 )
 def test_mistakes_are_explained(
-    arguments: list[str], code: str, said: str, base_folder: Path, rows_file: Path, tmp_path: Path
+    arguments: list[str], code: str, message: str, base_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    with raises(code, match=said):
+    with raises(code, match=message):
         select(rows_file, *arguments, "--base", base_folder, "--out", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_answers_that_were_not_liked_are_chosen_among_too(base_folder: Path, tmp_path: Path) -> None:
     """A recipe trains on what it chooses, and not on these; a file is chosen from as it is."""
-    file, kept = tmp_path / "liked.jsonl", tmp_path / "kept.jsonl"
+    file, out = tmp_path / "liked.jsonl", tmp_path / "kept.jsonl"
     rows = [{"prompt": f"{n}?", "completion": "one line", "label": n % 2 == 0} for n in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(f"data: {{train: {file}}}\nselect: {{by: dedup}}\n")
     select(tmp_path / "recipe.yaml", "--base", base_folder, "--out", tmp_path / "fewer.jsonl")
     assert len((tmp_path / "fewer.jsonl").read_text().splitlines()) == 2
-    select(file, "--by", "dedup", "--base", base_folder, "--out", kept)
-    assert [json.loads(line)["desirable"] for line in kept.read_text().splitlines()] == [True, False, True, False]
+    select(file, "--by", "dedup", "--base", base_folder, "--out", out)
+    assert [json.loads(line)["desirable"] for line in out.read_text().splitlines()] == [True, False, True, False]
 
 
 def recipe(base: Path, rows: Path, **changes: Any) -> Recipe:

@@ -29,9 +29,9 @@ def test_an_endpoint_grades_every_row(
     scores = judge.score(JudgeConfig(url=endpoint.url, model="judge", key_from="MY_KEY", least=2.0), pool)
     assert scores.tolist() == [5, 2, 4.5, -np.inf, 3, -np.inf]
     assert "1 replies hold no grade" in pool.notes[0]
-    assert all(body["model"] == "judge" and body["path"] == "/v1/chat/completions" for body in endpoint.asked)
+    assert all(body["model"] == "judge" and body["path"] == "/v1/chat/completions" for body in endpoint.requests)
     assert set(endpoint.keys) == {"Bearer secret"}
-    assert all(row.messages[0].content in "".join(str(b) for b in endpoint.asked) for row in pool.rows)
+    assert all(row.messages[0].content in "".join(str(b) for b in endpoint.requests) for row in pool.rows)
 
 
 def test_braces_of_a_row_are_its_own(endpoint: Endpoint, pool_of: Callable[..., Pool]) -> None:
@@ -50,7 +50,7 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_not(
     endpoint.reply = lambda prompt: 401
     with raises("data/endpoint-refuses", match="401"):
         judge.score(JudgeConfig(url=endpoint.url), pool)
-    assert len(endpoint.asked) == 4
+    assert len(endpoint.requests) == 4
     endpoint.reply = lambda prompt: 500
     with raises("data/endpoint-unreachable", match="4 attempts"):
         judge.score(JudgeConfig(url=endpoint.url), pool)
@@ -78,8 +78,8 @@ def test_a_base_grades_by_the_probabilities_of_the_digits(pool_of: Callable[...,
     config = JudgeConfig(prompt="rate {question} | {answer}")
     found = judge.score(config, pool)
     for row, grade in zip(pool.rows, found, strict=True):
-        asked = f"rate {row.messages[0].content} | {row.messages[1].content}"
-        ids = torch.from_numpy(pool.renderer.prompt([Message("user", asked)]).astype("int64"))
+        question = f"rate {row.messages[0].content} | {row.messages[1].content}"
+        ids = torch.from_numpy(pool.renderer.prompt([Message("user", question)]).astype("int64"))
         digits = [pool.renderer.tokenizer.encode(d, add_special_tokens=False)[0] for d in "12345"]
         with torch.no_grad():
             chance = model(ids[None]).logits[0, -1][digits].softmax(0)

@@ -37,12 +37,12 @@ def test_ifd_is_the_ratio_of_perplexities_of_the_plain_model(pool_of: Callable[.
         start, end = last_answer(rendered)
         answer = rendered.ids[start:end]
         assert pool.renderer.decode(answer) == row.messages[1].content
-        given, alone = (
+        with_question, alone = (
             _perplexity(model, np.concatenate([before, answer]), len(answer))
             for before in (rendered.ids[:start], header)
         )
-        assert found[number] == pytest.approx(given / alone, rel=1e-4)
-        assert by_loss[number] == pytest.approx(math.log(given) / math.log(alone), rel=1e-4)
+        assert found[number] == pytest.approx(with_question / alone, rel=1e-4)
+        assert by_loss[number] == pytest.approx(math.log(with_question) / math.log(alone), rel=1e-4)
     scores = ifd.score(ifd.IfdConfig(), pool)
     assert np.array_equal(np.isneginf(scores), found >= 1), "where the question does not help, the row is left out"
     np.testing.assert_allclose(scores[found < 1], found[found < 1], rtol=1e-6)
@@ -54,9 +54,9 @@ def test_ifd_takes_the_last_answer_and_leaves_out_what_has_no_question(pool_of: 
     pool = pool_of([several, text])
     found = ifd.ratios(pool, pool.rows, "perplexity")
     assert np.isnan(found).tolist() == [False, True]
-    given, _ = ifd.with_and_without(pool, several) or (None, None)
-    assert given is not None
-    assert pool.renderer.decode(given.ids[given.weights > 0]) == "the user"
+    with_question, _ = ifd.with_and_without(pool, several) or (None, None)
+    assert with_question is not None
+    assert pool.renderer.decode(with_question.ids[with_question.weights > 0]) == "the user"
     with raises("data/no-rows-left", match="question"):
         ifd.ratios(pool, [text], "perplexity")
 
@@ -69,9 +69,9 @@ def test_reversed_ifd_asks_for_the_question_given_the_answer(pool_of: Callable[.
     assert pool.rows[2].messages[1].content in turned.messages[0].content
     scores = reversed_ifd.score(reversed_ifd.ReversedIfdConfig(), pool)
     wanted = ifd.ratios(pool, [row for r in pool.rows if (row := reversed_ifd.turned_around(r))], "perplexity")
-    kept = wanted < 1
-    np.testing.assert_allclose(scores[:5][kept], -wanted[kept], rtol=1e-6)
-    assert np.isneginf(scores[:5][~kept]).all()
+    stays = wanted < 1
+    np.testing.assert_allclose(scores[:5][stays], -wanted[stays], rtol=1e-6)
+    assert np.isneginf(scores[:5][~stays]).all()
     assert np.isneginf(scores[5])
 
 
@@ -96,17 +96,17 @@ def test_lengths_are_counted_in_tokens_of_answers(pool_of: Callable[..., Pool]) 
     assert scores[:6].tolist() == wanted[:6]
     assert np.isneginf(scores[6])
     bounds = length.LengthConfig(least=wanted[0] + 1, most=max(wanted[:6]) - 1)
-    kept = np.isfinite(length.score(bounds, pool))
-    assert kept.tolist() == [wanted[0] < n < max(wanted[:6]) for n in wanted[:6]] + [False]
+    stays = np.isfinite(length.score(bounds, pool))
+    assert stays.tolist() == [wanted[0] < n < max(wanted[:6]) for n in wanted[:6]] + [False]
     prompts = [last_answer(pool.renderer.conversation(row.messages))[0] for row in rows]
-    kept = np.isfinite(length.score(length.LengthConfig(most_prompt=prompts[1]), pool))
-    assert kept.tolist() == [n <= prompts[1] for n in prompts[:6]] + [False]
+    stays = np.isfinite(length.score(length.LengthConfig(most_prompt=prompts[1]), pool))
+    assert stays.tolist() == [n <= prompts[1] for n in prompts[:6]] + [False]
 
 
 def test_format_filters_by_expressions(pool_of: Callable[..., Pool]) -> None:
     pool = pool_of([qa("a", "one line."), qa("b", "one line"), qa("c", "As an AI, one line.")])
-    kept = np.isfinite(by_format.score(by_format.FormatConfig(matches=r"\.$", lacks="As an AI"), pool))
-    assert kept.tolist() == [True, False, False]
+    stays = np.isfinite(by_format.score(by_format.FormatConfig(matches=r"\.$", lacks="As an AI"), pool))
+    assert stays.tolist() == [True, False, False]
     with pytest.raises(ValueError, match="no regular expression"):
         by_format.FormatConfig(matches="(")
 
@@ -118,14 +118,14 @@ def test_duplicates_leave_the_first(pool_of: Callable[..., Pool]) -> None:
         qa("A b", "one LINE ", "3"),
         qa("a b", "a line", "4"),
     ]
-    kept = np.isfinite(dedup.score(dedup.DedupConfig(), pool_of(rows)))
-    assert kept.tolist() == [True, True, False, True]
+    stays = np.isfinite(dedup.score(dedup.DedupConfig(), pool_of(rows)))
+    assert stays.tolist() == [True, True, False, True]
 
 
 def test_a_row_of_more_weight_is_no_duplicate_of_itself(pool_of: Callable[..., Pool]) -> None:
     one, two = qa("a question", "one line", "1"), qa("A question", "one line", "2")
-    kept = np.isfinite(dedup.score(dedup.DedupConfig(similar=0.99), pool_of([one, one, *some_rows(2), two, two])))
-    assert kept.tolist() == [True, True, True, True, False, False]
+    stays = np.isfinite(dedup.score(dedup.DedupConfig(similar=0.99), pool_of([one, one, *some_rows(2), two, two])))
+    assert stays.tolist() == [True, True, True, True, False, False]
 
 
 def test_rows_that_call_or_think_otherwise_are_no_duplicates(pool_of: Callable[..., Pool]) -> None:
@@ -141,19 +141,19 @@ def test_rows_that_call_or_think_otherwise_are_no_duplicates(pool_of: Callable[.
     pool = pool_of(some_rows(4))
     pool.rows = rows
     for near in (0.8, None):
-        kept = np.isfinite(dedup.score(dedup.DedupConfig(near=near), pool))
-        assert kept.tolist() == [True, True, False, True], near
+        stays = np.isfinite(dedup.score(dedup.DedupConfig(near=near), pool))
+        assert stays.tolist() == [True, True, False, True], near
 
 
 def test_near_duplicates_share_their_words(pool_of: Callable[..., Pool]) -> None:
     line = "the user asks and the assistant answers in one line what a system tells it to answer"
     words = line.split()
-    said = [" ".join(words), " ".join(words[:-1]), " ".join(reversed(words)), " ".join([*words, "again"])]
-    rows = [qa("a question", text, str(n)) for n, text in enumerate(said)]
-    kept = [
+    texts = [" ".join(words), " ".join(words[:-1]), " ".join(reversed(words)), " ".join([*words, "again"])]
+    rows = [qa("a question", text, str(n)) for n, text in enumerate(texts)]
+    stays = [
         np.isfinite(dedup.score(dedup.DedupConfig(near=near), pool_of(rows))).tolist() for near in (0.8, None, 0.999)
     ]
-    assert kept == [[True, False, True, False], [True] * 4, [True] * 4]
+    assert stays == [[True, False, True, False], [True] * 4, [True] * 4]
 
 
 def test_similar_rows_are_those_with_similar_embeddings(pool_of: Callable[..., Pool]) -> None:
@@ -164,10 +164,10 @@ def test_similar_rows_are_those_with_similar_embeddings(pool_of: Callable[..., P
     pool = pool_of(rows)
     points = embeddings(pool)
     threshold = float(points[2] @ points[7]) - 1e-3
-    kept = np.isfinite(dedup.score(dedup.DedupConfig(near=None, similar=threshold), pool))
+    found = np.isfinite(dedup.score(dedup.DedupConfig(near=None, similar=threshold), pool))
     stays: list[int] = []
     for n in range(12):
         if all(float(points[n] @ points[j]) < threshold for j in stays):
             stays.append(n)
-    assert np.flatnonzero(kept).tolist() == stays
+    assert np.flatnonzero(found).tolist() == stays
     assert 7 not in stays

@@ -89,10 +89,10 @@ def test_one_of_two_starts_trains_and_the_other_is_refused(
     for each in found:
         out = tmp_path / f"out{each['number']}"
         assert sorted(each["codes"]) in ([0, 3], [0, 5]), each  # 5 where the second came after the first had ended
-        for said in each["said"]:
-            assert "\n" not in said
-            assert str(out) in said
-            assert "writes here" in said
+        for message in each["said"]:
+            assert "\n" not in message
+            assert str(out) in message
+            assert "writes here" in message
         assert len(losses(out)) == steps
         same(out, tmp_path / "whole")
 

@@ -55,11 +55,11 @@ def test_tensors_that_stand_still_and_memory_that_grows_are_told(monkeypatch: py
     monkeypatch.setattr(guards_module, "memory_gib", lambda: next(held))
     guards = Guards(None, [])
     tensors = {"moves": torch.zeros(3), "stands": torch.ones(3)}
-    told = []
+    events = []
     for look in range(4):
         tensors["moves"] += 1
-        told += [(look, event["event"], event.get("tensors")) for event in guards.look(tensors)]
-    assert told == [
+        events += [(look, event["event"], event.get("tensors")) for event in guards.look(tensors)]
+    assert events == [
         (1, "stalled", ["stands"]), (2, "stalled", ["stands"]),
         (2, "memory grows", None), (3, "stalled", ["stands"]),
     ]  # fmt: skip

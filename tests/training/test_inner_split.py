@@ -37,22 +37,22 @@ CASES: dict[str, Any] = {
 }
 
 
-def split(made: Recipe, given: list[Any]) -> tuple[list[Any], list[Any]]:
-    return inner_split(given, made.inner_share(), loss=made.loss, seed=made.train.seed)
+def split(made: Recipe, examples: list[Any]) -> tuple[list[Any], list[Any]]:
+    return inner_split(examples, made.inner_share(), loss=made.loss, seed=made.train.seed)
 
 
 def test_they_are_never_trained_on_and_follow_from_the_seed(base_folder: Path, rows: Path) -> None:
-    given = examples(40)
-    learnt, inner = split(recipe(base_folder, rows, **CASES["bilora"]), given)
+    rows_made = examples(40)
+    training_rows, inner = split(recipe(base_folder, rows, **CASES["bilora"]), rows_made)
     assert len(inner) == 8
-    assert sorted([id(e) for e in learnt] + [id(e) for e in inner]) == sorted(map(id, given))
-    again = split(recipe(base_folder, rows, **CASES["bilora"]), given)
+    assert sorted([id(e) for e in training_rows] + [id(e) for e in inner]) == sorted(map(id, rows_made))
+    again = split(recipe(base_folder, rows, **CASES["bilora"]), rows_made)
     assert [e.where for e in again[1]] == [e.where for e in inner]
-    other = split(recipe(base_folder, rows, train__seed=4, **CASES["bilora"]), given)
+    other = split(recipe(base_folder, rows, train__seed=4, **CASES["bilora"]), rows_made)
     assert [e.where for e in other[1]] != [e.where for e in inner]
-    assert split(recipe(base_folder, rows), given) == (given, [])
+    assert split(recipe(base_folder, rows), rows_made) == (rows_made, [])
     with raises("training/too-few-rows", match="only 1 rows"):
-        split(recipe(base_folder, rows, **CASES["bilora"]), given[:1])
+        split(recipe(base_folder, rows, **CASES["bilora"]), rows_made[:1])
 
 
 def test_the_inner_loss_is_the_mean_loss_of_the_next_rows(
@@ -60,10 +60,10 @@ def test_the_inner_loss_is_the_mean_loss_of_the_next_rows(
 ) -> None:
     wanted, inner = recipe(base_folder, rows, **CASES["bilora"]), examples(6, seed=7)
     state = training(perturbed("adalora", tiny_model()), [])
-    asked: list[list[str]] = []
+    places: list[list[str]] = []
 
     def packs(self: Setup, chosen: Any) -> Any:
-        asked.append([e.where for e in chosen])
+        places.append([e.where for e in chosen])
         return [collate(chosen[:2]), collate(chosen[2:])]
 
     monkeypatch.setattr(Setup, "make_packs", packs)
@@ -72,7 +72,7 @@ def test_the_inner_loss_is_the_mean_loss_of_the_next_rows(
     value = loss(False)
     assert all(p.grad is None for p in state.parameters().values())
     assert torch.equal(loss(True), value)
-    assert asked == [[inner[i].where for i in (4, 5, 0, 1)]] * 2
+    assert places == [[inner[i].where for i in (4, 5, 0, 1)]] * 2
     found = {name: p.grad for name, p in state.parameters().items()}
     pack = collate([inner[i] for i in (4, 5, 0, 1)])
     with packed_attention(state.model):
@@ -125,14 +125,14 @@ def test_a_run_whose_deltas_change_shape_goes_on_to_the_same_bytes(
         same(out, tmp_path / "whole")
 
 
-def named(file: Path) -> Path:
+def write_inner_rows(file: Path) -> Path:
     return written(file, [{"prompt": f"what is {n}?", "completion": f"{n} and {n}"} for n in range(5)])
 
 
 def test_named_rows_take_the_place_of_a_share_of_the_training_rows(
     base_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
-    file = named(tmp_path / "inner.jsonl")
+    file = write_inner_rows(tmp_path / "inner.jsonl")
     plain = recipe(base_folder, rows)
     made = recipe(base_folder, rows, data__inner_rows=str(file), **CASES["bilora"])
     data, wanted = (prepare_data(each, each.tokenizer()) for each in (made, plain))
@@ -143,7 +143,7 @@ def test_named_rows_take_the_place_of_a_share_of_the_training_rows(
 def test_a_run_with_named_inner_rows_goes_on_to_the_same_bytes_and_knows_them(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = named(tmp_path / "inner.jsonl")
+    file = write_inner_rows(tmp_path / "inner.jsonl")
     made = recipe(base_folder, rows, data__inner_rows=str(file), **CASES["bilora"])
     graftlm.train(made, tmp_path / "whole")
     for name in ("out", "edited"):

@@ -54,13 +54,13 @@ def gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and every gradient of one step, caught before the optimizer forgets them."""
     model = perturbed("lora", tiny_model())
-    kept: dict[str, torch.Tensor] = {}
+    gradients_by_name: dict[str, torch.Tensor] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", lambda self: kept.update(
+        patch.setattr(torch.optim.AdamW, "step", lambda self: gradients_by_name.update(
             {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
         ))  # fmt: skip
         (step,) = run(model, [batch], packed=packed)
-    return step.loss, kept
+    return step.loss, gradients_by_name
 
 
 def equal(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

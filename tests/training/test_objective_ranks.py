@@ -36,15 +36,15 @@ def one(name: str, options: dict[str, Any], sharded: bool) -> dict[str, Any]:
         for some in (rows, objective.mismatched(rows))
         for part in distributed.packs_of(some, make, sharded=distributed.is_sharded(model))
     ]
-    kept: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     class Recorder(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            kept.update({key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None})
+            gradients.update({key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None})
 
     training = TrainingState(model, {}, Recorder(trainable(model).values(), lr=0.0))
     step = loop.TrainStep(training, objective.config, lambda n: 1.0, clip=1e9).step(packs)
-    return {"loss": step.loss, "metrics": dict(step.metrics), "tokens": step.tokens, "gradients": kept}
+    return {"loss": step.loss, "metrics": dict(step.metrics), "tokens": step.tokens, "gradients": gradients}
 
 
 def every(sharded: bool) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ def written(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    asked = [f"Say how parcel {n} goes." for n in range(14)]
-    rows = [{"prompt": a, "chosen": f"on its way {n}", "rejected": f"no idea {n}"} for n, a in enumerate(asked)]
+    prompts = [f"Say how parcel {n} goes." for n in range(14)]
+    rows = [{"prompt": a, "chosen": f"on its way {n}", "rejected": f"no idea {n}"} for n, a in enumerate(prompts)]
     return written(tmp_path / "pairs.jsonl", rows)
 
 
@@ -156,13 +156,13 @@ def test_the_reference_may_be_an_adapter(base_folder: Path, pairs: Path, tmp_pat
 
 
 def test_a_run_says_whether_the_policy_starts_as_its_reference(base_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    told = []
+    outputs = []
     for name, loss in (("first", "dpo"), ("second", {"name": "dpo", "reference": str(tmp_path / "first")})):
         console = Console(file=io.StringIO(), width=200)
         graftlm.train(recipe(base_folder, pairs, loss), tmp_path / name, console=console)
-        told.append(console.file.getvalue())  # type: ignore[attr-defined]
-    assert "margin before the first step: 0, so the policy starts as its reference" in told[0]
-    assert "before the first step the policy is not its reference: margin -" in told[1]
+        outputs.append(console.file.getvalue())  # type: ignore[attr-defined]
+    assert "margin before the first step: 0, so the policy starts as its reference" in outputs[0]
+    assert "before the first step the policy is not its reference: margin -" in outputs[1]
 
 
 def test_pretraining_is_supervised_training_of_raw_text(base_folder: Path, tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_rows_without_what_the_loss_needs_are_refused_by_file_and_line(
         (plain, "pretraining", r"plain.jsonl:1: a conversation is no raw text"),
         (plain, "policy-gradient", r"plain.jsonl:1: no rewards"),
     ]
-    for rows, loss, said in cases:
-        with raises("data/rows-unfit-for-loss", match=said):
+    for rows, loss, message in cases:
+        with raises("data/rows-unfit-for-loss", match=message):
             graftlm.train(recipe(base_folder, rows, loss), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ("loss: dpoo", r"recipe.yaml:3: loss: unknown loss 'dpoo'. Did you mean 'dpo'"),
         ("loss: {name: dpo, bta: 0.1}", r"recipe.yaml:3: loss.bta: unknown key. Did you mean 'beta'\?"),
@@ -207,23 +207,23 @@ def test_rows_without_what_the_loss_needs_are_refused_by_file_and_line(
         ("loss: {name: dpo, beta: -1}", r"recipe.yaml:3: loss.beta: .*greater than 0"),
     ],
 )
-def test_a_loss_that_is_none_is_refused_with_its_line(lines: str, said: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_none_is_refused_with_its_line(lines: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(f"base: smollm2\ndata: {{train: rows.jsonl}}\n{lines}\n")
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         read_recipe(file)
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"mask": "everything"}, "compares answers and nothing else"),
         ({"prompt_weight": 0.5}, "compares answers and nothing else"),
         ({"pack": False}, "sees two answers in one pass"),
     ],
 )
-def test_what_a_comparison_cannot_do_is_refused(data: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_what_a_comparison_cannot_do_is_refused(data: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
         recipe(tmp_path, tmp_path / "rows.jsonl", "dpo", data=data)
 
 

@@ -102,17 +102,17 @@ def one(name: str, options: dict[str, Any], added: list[dict[str, Any]], tokens:
     rows = items(name, answered(3))
     make = partial(pack, tokens=tokens, share=True)
     packs = [p for some in (rows, objective.mismatched(rows)) for p in distributed.packs_of(some, make)]
-    kept: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     class Recorder(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            kept.update({key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None})
+            gradients.update({key: p.grad.clone() for key, p in trainable(model).items() if p.grad is not None})
 
     training = TrainingState(model, {}, Recorder(trainable(model).values(), lr=0.0))
     regularizers = [made(each, 0.5) for each in added]
     train_step = loop.TrainStep(training, objective.config, lambda n: 1.0, clip=1e9, regularizers=regularizers)
     step = train_step.step(packs)
-    return step.loss, dict(step.metrics), kept
+    return step.loss, dict(step.metrics), gradients
 
 
 ALL = [{"name": "l2"}, {"name": "orthogonality"}, {"name": "group-lasso"}, {"name": "l1"}, {"name": "kl"}]
@@ -175,7 +175,7 @@ def test_packs_and_ranks_change_nothing(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "code", "said"),
+    ("method", "options", "code", "message"),
     [
         (
             "lora",
@@ -187,9 +187,9 @@ def test_packs_and_ranks_change_nothing(count: int) -> None:
         ("bitfit", {"name": "group-lasso"}, "training/no-rank-one-components", "no factor with rank-one components"),
     ],
 )
-def test_what_has_no_meaning_is_refused(method: str, options: dict[str, Any], code: str, said: str) -> None:
+def test_what_has_no_meaning_is_refused(method: str, options: dict[str, Any], code: str, message: str) -> None:
     model = perturbed(method, tiny_model())
-    with raises(code, match=said):
+    with raises(code, match=message):
         check_regularizers([made(options)], model)
 
 
@@ -215,14 +215,14 @@ def test_a_recipe_has_a_list_of_them(base_folder: Path, rows: Path, tmp_path: Pa
     fused = recipe(base_folder, rows, regularisers={"name": "l1", "weight": 1}, optimizer="lomo")
     with raises("training/conflicting-settings"):
         graftlm.train(fused, tmp_path / "lomo")
-    for wrong, said in (
+    for wrong, message in (
         ([{"name": "l3", "weight": 1}], "unknown regulariser 'l3'"),
         ([*added, added[0]], "'kl' is listed twice"),
         ([{"name": "l2", "weight": 0}], "greater than 0"),
         ([{"name": "l2"}], "must be given"),
         ([{"name": "l2", "weight": 1, "tensors": "(B"}], r"regularisers.*tensors: no regular expression.*'\(B'"),
     ):
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             recipe(base_folder, rows, regularisers=wrong)
     with pytest.raises(RecipeError, match="neftune: it adds noise"):
         recipe(base_folder, rows, regularisers=added, callbacks=["neftune"])

@@ -94,12 +94,12 @@ def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a signal had come during that step."""
 
     class Later:
-        asked = 0
+        calls = 0
 
         @property
         def requested(self) -> bool:
-            self.asked += 1
-            return self.asked >= steps
+            self.calls += 1
+            return self.calls >= steps
 
     from contextlib import contextmanager
 
@@ -157,11 +157,13 @@ def test_a_stopped_run_leaves_what_its_callbacks_would_leave_and_goes_on_from_wh
         with monkeypatch.context() as patch:
             stopping_after(3, patch)
             graftlm.train(made, folder)
-    plain, kept = (load_file(folder / "adapter_model.safetensors") for folder in (three, out))
-    assert any(not torch.equal(plain[name], kept[name]) for name in plain), "the mean of three steps is not the third"
+    plain, averaged = (load_file(folder / "adapter_model.safetensors") for folder in (three, out))
+    assert any(not torch.equal(plain[name], averaged[name]) for name in plain), (
+        "the mean of three steps is not the third"
+    )
     state = load_file(out / "checkpoints" / "step-00000003" / "state.safetensors")
     means = sorted(float(t.double().sum()) for name, t in state.items() if name.startswith("callback/ema/"))
-    assert sorted(float(tensor.double().sum()) for tensor in kept.values()) == pytest.approx(means)
+    assert sorted(float(tensor.double().sum()) for tensor in averaged.values()) == pytest.approx(means)
     graftlm.train(ema, out, resume=True)
     same(out, whole)
 
@@ -365,12 +367,14 @@ def test_of_a_damaged_checkpoint_the_file_is_named_and_the_one_before_is_taken(
     out = tmp_path / "out"
     stopped(base_folder, rows, out, monkeypatch)
     damage(out / "checkpoints" / "step-00000005" / name)
-    told: list[str] = []
+    messages: list[str] = []
     real: Any = run_module.RunFolder.newest
-    monkeypatch.setattr(run_module.RunFolder, "newest", lambda self, facts, **_: real(self, facts, report=told.append))
+    monkeypatch.setattr(
+        run_module.RunFolder, "newest", lambda self, facts, **_: real(self, facts, report=messages.append)
+    )
     graftlm.train(recipe(base_folder, rows), out, resume=True)
-    assert len(told) == 1
-    assert f"step-00000005/{name} is damaged" in told[0]
+    assert len(messages) == 1
+    assert f"step-00000005/{name} is damaged" in messages[0]
     same(out, unbroken)
 
 
@@ -458,12 +462,12 @@ def test_a_full_disk_is_said_with_path_and_bytes_and_loses_nothing(
     calls = 0
 
     def full(real: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*given: Any, **named: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == at + 8:  # in the second checkpoint: the first takes eight of these
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return real(*given, **named)
+            return real(*args, **kwargs)
 
         return called
 
@@ -482,7 +486,7 @@ def test_a_full_disk_is_said_with_path_and_bytes_and_loses_nothing(
 def test_of_a_run_that_fails_before_its_first_checkpoint_nothing_is_left(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*given: Any, **named: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
@@ -498,7 +502,7 @@ def test_an_adapter_that_is_being_replaced_stays_until_the_new_one_is_whole(
     graftlm.train(recipe(base_folder, rows, train__seed=9), out)
     before = adapter(out)
 
-    def fails(*given: Any, **named: Any) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the machine went down")
 
     with monkeypatch.context() as patch:
@@ -516,10 +520,10 @@ def test_a_batch_that_is_not_finite_stops_and_may_be_left_out_on_resuming(
     real = torch.Tensor.backward
     calls = 0
 
-    def poisoned(self: torch.Tensor, *given: Any, **named: Any) -> None:
+    def poisoned(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
-        real(self * float("nan") if calls == 4 else self, *given, **named)
+        real(self * float("nan") if calls == 4 else self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", poisoned)

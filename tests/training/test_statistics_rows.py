@@ -58,11 +58,11 @@ def test_the_rows_of_the_first_packs_give_the_default_start_and_others_another(
     plain = recipe(base_folder, rows, delta=STARTS[start], **STEPS)
     wanted = started(plain)
     first = written(tmp_path / "first.jsonl", in_order(plain, rows))
-    named = started(recipe(base_folder, rows, delta=STARTS[start], statistics={"rows": str(first)}, **STEPS))
-    assert named.keys() == wanted.keys()
-    assert all(torch.equal(named[name], tensor) for name, tensor in wanted.items())
-    asked = [{"prompt": f"what is {n}?", "completion": f"{n} and {n}"} for n in range(5)]
-    other = written(tmp_path / "other.jsonl", asked)
+    statistics = started(recipe(base_folder, rows, delta=STARTS[start], statistics={"rows": str(first)}, **STEPS))
+    assert statistics.keys() == wanted.keys()
+    assert all(torch.equal(statistics[name], tensor) for name, tensor in wanted.items())
+    fields = [{"prompt": f"what is {n}?", "completion": f"{n} and {n}"} for n in range(5)]
+    other = written(tmp_path / "other.jsonl", fields)
     found = started(recipe(base_folder, rows, delta=STARTS[start], statistics={"rows": str(other)}, **STEPS))
     assert any(not torch.equal(found[name], tensor) for name, tensor in wanted.items())
 

@@ -157,9 +157,9 @@ def test_a_teacher_is_no_part_of_the_model(base_folder: Path, larger: Path) -> N
 
 
 def test_a_teacher_that_cannot_be_compared_with_is_refused(base_folder: Path, larger: Path, tmp_path: Path) -> None:
-    def refused(teacher: Path, code: str, said: str | None = None) -> None:
+    def refused(teacher: Path, code: str, message: str | None = None) -> None:
         model = load_base(str(base_folder)).model
-        with raises(code, match=said):
+        with raises(code, match=message):
             add_teacher(model, DistillationConfig(teacher=str(teacher)), base=str(base_folder), network=False)
         assert TEACHER not in model.__dict__
 
@@ -213,12 +213,12 @@ def test_a_run_with_a_larger_teacher_resumes_and_notices_another(
         stopping_after(3, patch)
         graftlm.train(wanted, tmp_path / "parts")
     assert json.loads(next((tmp_path / "parts").rglob(FACTS)).read_text())["teacher"]["digest"].startswith("sha256:")
-    kept = larger.rename(larger.with_name("kept"))
+    larger_moved = larger.rename(larger.with_name("kept"))
     save_tiny_base(larger, seed=6, hidden_size=48, num_hidden_layers=3)
     with raises("training/dependencies-changed", match=r"teacher: \w+ -> \w+; \d+ of \d+ weights differ"):
         graftlm.train(wanted, tmp_path / "parts", resume=True)
     shutil.rmtree(larger)
-    kept.rename(larger)
+    larger_moved.rename(larger)
     graftlm.train(wanted, tmp_path / "parts", resume=True)
     same_run(tmp_path / "parts", tmp_path / "whole")
 

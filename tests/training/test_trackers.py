@@ -32,7 +32,7 @@ def recipe(*trackers: str, **rest: Any) -> Recipe:
     return build(Recipe, {"data": {"train": "x"}, "report": {"trackers": list(trackers)}, **rest}, source="test")
 
 
-class Told:
+class TrackerLog:
     """What the libraries were told: (library, run, step) -> numbers; texts; and the arguments that runs began with."""
 
     def __init__(self) -> None:
@@ -58,28 +58,28 @@ class Told:
 
 
 class FakeRun:
-    def __init__(self, told: Told, library: str, name: str) -> None:
-        self.told, self.library, self.name = told, library, name
+    def __init__(self, tracker_log: TrackerLog, library: str, name: str) -> None:
+        self.tracker_log, self.library, self.name = tracker_log, library, name
         self.summary: dict[str, float] = {}
 
     def log(self, numbers: dict[str, Any], step: int = LAST) -> None:
-        self.told.tell(self.library, self.name, step, numbers)
+        self.tracker_log.tell(self.library, self.name, step, numbers)
 
     def finish(self, exit_code: int = 0) -> None:
-        self.told.ended.append((self.library, self.summary))
+        self.tracker_log.ended.append((self.library, self.summary))
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
+def tracker_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackerLog]:
     """The four libraries, as far as they are used; and an environment that no test leaves changed."""
-    told = Told()
+    tracker_log = TrackerLog()
 
     def begin(library: str) -> Any:
-        def init(**given: Any) -> FakeRun:
-            told.began.append((library, given))
-            if (library, 0) in told.breaks:
-                raise told.breaks[library, 0]
-            return FakeRun(told, library, given.get("id") or given["name"])
+        def init(**kwargs: Any) -> FakeRun:
+            tracker_log.began.append((library, kwargs))
+            if (library, 0) in tracker_log.breaks:
+                raise tracker_log.breaks[library, 0]
+            return FakeRun(tracker_log, library, kwargs.get("id") or kwargs["name"])
 
         return init
 
@@ -91,40 +91,40 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
             return "7"
 
         def create_run(self, experiment: str, run_name: str) -> Any:
-            told.began.append(("mlflow", {"name": run_name, "id": None, "experiment": experiment}))
+            tracker_log.began.append(("mlflow", {"name": run_name, "id": None, "experiment": experiment}))
             return SimpleNamespace(info=SimpleNamespace(run_id="run-1"))
 
         def update_run(self, run: str, status: str) -> None:
-            told.began.append(("mlflow", {"id": run}))
+            tracker_log.began.append(("mlflow", {"id": run}))
 
         def log_batch(self, run: str, metrics: Any = (), params: Any = ()) -> None:
             assert len(params) <= 100
             for name, value, _, step in metrics:
-                told.tell("mlflow", run, step, {name: value})
+                tracker_log.tell("mlflow", run, step, {name: value})
 
         def log_metric(self, run: str, name: str, value: float, step: int) -> None:
-            told.ended.append(("mlflow", {name: value}))
+            tracker_log.ended.append(("mlflow", {name: value}))
 
         def set_tag(self, run: str, key: str, value: str) -> None:
-            told.texts.append(("mlflow", int(key.split()[-1]), value))
+            tracker_log.texts.append(("mlflow", int(key.split()[-1]), value))
 
         def set_terminated(self, run: str, status: str) -> None:
-            told.ended.append(("mlflow", status))
+            tracker_log.ended.append(("mlflow", status))
 
     class Writer:
         def __init__(self, log_dir: str) -> None:
-            told.began.append(("tensorboard", {"id": "tensorboard", "dir": log_dir}))
+            tracker_log.began.append(("tensorboard", {"id": "tensorboard", "dir": log_dir}))
             self.closing = False
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             if "/" in name and "held" in name:
-                told.ended.append(("tensorboard", {name: value}))
+                tracker_log.ended.append(("tensorboard", {name: value}))
             else:
-                told.tell("tensorboard", "tensorboard", step, {name: value})
+                tracker_log.tell("tensorboard", "tensorboard", step, {name: value})
 
         def add_text(self, name: str, value: str, step: int = 0) -> None:
             if name == "events":
-                told.texts.append(("tensorboard", step, value))
+                tracker_log.texts.append(("tensorboard", step, value))
 
         def flush(self) -> None: ...
 
@@ -147,7 +147,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
     before = dict(os.environ)
     for variable in ("MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "WANDB_MODE"):
         os.environ.pop(variable, None)
-    yield told
+    yield tracker_log
     os.environ.clear()
     os.environ.update(before)
 
@@ -160,37 +160,39 @@ def begun(recipe: Recipe, out: Path, lines: list[dict[str, Any]] | None = None) 
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_line_is_told_once_and_as_it_stands(name: str, told: Told, tmp_path: Path) -> None:
+def test_every_line_is_told_once_and_as_it_stands(name: str, tracker_log: TrackerLog, tmp_path: Path) -> None:
     trackers = begun(recipe(name), tmp_path)
     event = {"event": "rank", "step": 2, "left": 3, "site": "q_proj"}
     for line in (*STEPS[:2], event, {"step": 3, "loss": math.nan, "tokens": 5}):
         assert trackers.log(line) == []
     assert trackers.finish({"held_out": {"loss_nats": {"base": None, "tuned": 1.5}}, "on": True}) == []
-    run = next(key[1] for key in told.numbers)
-    assert told.numbers[name, run, 1] == {"loss": 1.0, "tokens": 10}
-    assert told.numbers[name, run, 2] == {"loss": 0.5, "tokens": 20, "rank/left": 3}
-    assert told.numbers[name, run, 3] == {"tokens": 5}, "what is not finite cannot be drawn"
-    assert [(step, json.loads(text)) for _, step, text in told.texts] == [(2, event)]
-    last = [told.numbers.get((name, run, LAST)), *(end for _, end in told.ended)]
+    run = next(key[1] for key in tracker_log.numbers)
+    assert tracker_log.numbers[name, run, 1] == {"loss": 1.0, "tokens": 10}
+    assert tracker_log.numbers[name, run, 2] == {"loss": 0.5, "tokens": 20, "rank/left": 3}
+    assert tracker_log.numbers[name, run, 3] == {"tokens": 5}, "what is not finite cannot be drawn"
+    assert [(step, json.loads(text)) for _, step, text in tracker_log.texts] == [(2, event)]
+    last = [tracker_log.numbers.get((name, run, LAST)), *(end for _, end in tracker_log.ended)]
     assert {"held_out/loss_nats/tuned": 1.5} in last
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_resumed_run_goes_on_where_it_was_and_tells_no_step_twice(name: str, told: Told, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_where_it_was_and_tells_no_step_twice(
+    name: str, tracker_log: TrackerLog, tmp_path: Path
+) -> None:
     first = begun(recipe(name), tmp_path)
     for line in STEPS[:5]:
         first.log(line)  # and then the process is killed; its checkpoint is of step 3
     again = begun(recipe(name), tmp_path, STEPS[:3])
     for line in STEPS[3:]:
         again.log(line)
-    assert told.steps(name) == list(range(1, 9))
-    assert len({run for _, run, _ in told.numbers}) == 1, "it is the same run for the tracker"
+    assert tracker_log.steps(name) == list(range(1, 9))
+    assert len({run for _, run, _ in tracker_log.numbers}) == 1, "it is the same run for the tracker"
     if name in ("wandb", "trackio"):
-        assert [given["resume"] for _, given in told.began] == ["allow", "allow"]
+        assert [given["resume"] for _, given in tracker_log.began] == ["allow", "allow"]
 
 
-def test_a_process_that_is_killed_while_telling_does_not_tell_it_again(told: Told, tmp_path: Path) -> None:
-    told.breaks["wandb", 3] = KeyboardInterrupt()
+def test_a_process_that_is_killed_while_telling_does_not_tell_it_again(tracker_log: TrackerLog, tmp_path: Path) -> None:
+    tracker_log.breaks["wandb", 3] = KeyboardInterrupt()
     first = begun(recipe("wandb"), tmp_path)
     first.log(STEPS[0])
     first.log(STEPS[1])
@@ -199,33 +201,35 @@ def test_a_process_that_is_killed_while_telling_does_not_tell_it_again(told: Tol
     again = begun(recipe("wandb"), tmp_path, STEPS[:1])
     for line in STEPS[1:]:
         again.log(line)
-    assert told.steps("wandb") == [1, 2, 4, 5, 6, 7, 8], "at most once, and what is sure is metrics.jsonl"
+    assert tracker_log.steps("wandb") == [1, 2, 4, 5, 6, 7, 8], "at most once, and what is sure is metrics.jsonl"
 
 
-def test_one_that_fails_is_told_as_an_event_and_stops_nothing(told: Told, tmp_path: Path) -> None:
-    told.breaks["wandb", 3] = OSError("no route to host\nmore")
+def test_one_that_fails_is_told_as_an_event_and_stops_nothing(tracker_log: TrackerLog, tmp_path: Path) -> None:
+    tracker_log.breaks["wandb", 3] = OSError("no route to host\nmore")
     trackers = begun(recipe("wandb", "trackio"), tmp_path)
     events = [event for line in STEPS for event in trackers.log(line)]
     assert len(events) == 1
     assert (events[0]["event"], events[0]["tracker"], events[0]["step"]) == ("tracker failed", "wandb", 3)
     assert "OSError: no route to host." in events[0]["why"]
     json.dumps(events)
-    assert told.steps("wandb") == [1, 2], "it is not tried again at every step"
-    assert told.steps("trackio") == list(range(1, 9))
+    assert tracker_log.steps("wandb") == [1, 2], "it is not tried again at every step"
+    assert tracker_log.steps("trackio") == list(range(1, 9))
     begun(recipe("wandb", "trackio"), tmp_path, STEPS)
-    assert told.steps("wandb") == [1, 2, 4, 5, 6, 7, 8], "a run that resumes catches up"
-    assert told.steps("trackio") == list(range(1, 9))
+    assert tracker_log.steps("wandb") == [1, 2, 4, 5, 6, 7, 8], "a run that resumes catches up"
+    assert tracker_log.steps("trackio") == list(range(1, 9))
 
 
-def test_one_that_is_asked_for_later_is_told_all_from_the_start(told: Told, tmp_path: Path) -> None:
+def test_one_that_is_asked_for_later_is_told_all_from_the_start(tracker_log: TrackerLog, tmp_path: Path) -> None:
     begun(recipe(), tmp_path)
     assert not list(tmp_path.iterdir()), "no tracker, no file"
     begun(recipe("mlflow"), tmp_path, STEPS[:4])
-    assert told.steps("mlflow") == [1, 2, 3, 4]
+    assert tracker_log.steps("mlflow") == [1, 2, 3, 4]
 
 
-def test_what_cannot_begin_is_said_at_the_start(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told.breaks["wandb", 0] = ValueError("no key: log in first")
+def test_what_cannot_begin_is_said_at_the_start(
+    tracker_log: TrackerLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker_log.breaks["wandb", 0] = ValueError("no key: log in first")
     with pytest.raises(TrainingError, match=r"wandb cannot begin: ValueError: no key: log in first"):
         begun(recipe("wandb"), tmp_path)
     for name in ("wandb", "mlflow"):
@@ -237,17 +241,17 @@ def test_what_cannot_begin_is_said_at_the_start(told: Told, tmp_path: Path, monk
         recipe("tensorbord")
 
 
-def test_a_damaged_record_is_said_and_not_guessed(told: Told, tmp_path: Path) -> None:
+def test_a_damaged_record_is_said_and_not_guessed(tracker_log: TrackerLog, tmp_path: Path) -> None:
     begun(recipe("wandb"), tmp_path).log(STEPS[0])
     (tmp_path / "trackers" / "told.json").write_text('{"wandb": {"ru')
     with pytest.raises(TrainingError, match="told.json is damaged.*delete"):
         begun(recipe("wandb"), tmp_path, STEPS)
 
 
-def test_nothing_leaves_the_machine_unless_the_recipe_says_so(told: Told, tmp_path: Path) -> None:
+def test_nothing_leaves_the_machine_unless_the_recipe_says_so(tracker_log: TrackerLog, tmp_path: Path) -> None:
     begun(recipe("wandb", "mlflow"), tmp_path)
-    assert told.began[0][1]["mode"] == "offline"
-    assert told.began[0][1]["dir"] == str(tmp_path / "trackers")
+    assert tracker_log.began[0][1]["mode"] == "offline"
+    assert tracker_log.began[0][1]["dir"] == str(tmp_path / "trackers")
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     for name, variable, value in (
         ("mlflow", "MLFLOW_TRACKING_URI", "https://example.org"),
@@ -262,13 +266,13 @@ def test_nothing_leaves_the_machine_unless_the_recipe_says_so(told: Told, tmp_pa
         del os.environ[variable]
     os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///runs.db"
     begun(recipe("mlflow"), tmp_path)
-    told.began.clear()
+    tracker_log.began.clear()
     begun(recipe("wandb", network=True), tmp_path)
-    assert told.began[0][1]["mode"] is None, "as wandb itself is set up"
+    assert tracker_log.began[0][1]["mode"] is None, "as wandb itself is set up"
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_environment_is_as_it_was_after_a_run(told: Told, tmp_path: Path, fails: bool) -> None:
+def test_the_environment_is_as_it_was_after_a_run(tracker_log: TrackerLog, tmp_path: Path, fails: bool) -> None:
     """What trackers set for their libraries holds while they are in use."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "99"
     before = dict(os.environ)
@@ -325,7 +329,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
-    name: str, told: Told, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tracker_log: TrackerLog, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from graftlm.training.run_folder import RunHandle
 
@@ -341,24 +345,26 @@ def test_a_run_that_is_killed_and_resumed_is_one_run_for_its_tracker(
         with pytest.raises(KeyboardInterrupt):
             graftlm.train(tree, tmp_path / "out")
     summary = graftlm.train(tree, tmp_path / "out", resume=True).summary
-    assert told.steps(name) == [1, 2, 3, 4, 5, 6]
+    assert tracker_log.steps(name) == [1, 2, 3, 4, 5, 6]
     lines = {line["step"]: line for line in metrics(tmp_path / "out")}
-    for (_, _, step), numbers in told.numbers.items():
+    for (_, _, step), numbers in tracker_log.numbers.items():
         if step in lines:
             assert numbers["loss"] == lines[step]["loss"], "also of a step that was made twice: both are the same"
-    ends = [told.numbers.get((name, key[1], LAST)) for key in told.numbers] + [end for _, end in told.ended]
+    ends = [tracker_log.numbers.get((name, key[1], LAST)) for key in tracker_log.numbers] + [
+        end for _, end in tracker_log.ended
+    ]
     assert any(end and end.get("held_out/loss_nats/tuned") == summary["held_out"]["loss_nats"]["tuned"]
                for end in ends if isinstance(end, dict))  # fmt: skip
     assert (tmp_path / "out" / "trackers" / "told.json").is_file(), "it stays when the adapter is written"
-    told.numbers.clear()
+    tracker_log.numbers.clear()
     graftlm.train(tree, tmp_path / "out", overwrite=True)
-    assert told.steps(name) == [1, 2, 3, 4, 5, 6], "a fresh run is told anew"
+    assert tracker_log.steps(name) == [1, 2, 3, 4, 5, 6], "a fresh run is told anew"
 
 
 def test_a_tracker_that_fails_changes_nothing_but_an_event(
-    told: Told, base_folder: Path, rows: Path, tmp_path: Path
+    tracker_log: TrackerLog, base_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
-    told.breaks["wandb", 3] = OSError("no route to host")
+    tracker_log.breaks["wandb", 3] = OSError("no route to host")
     graftlm.train(whole(base_folder, rows, "wandb"), tmp_path / "out")
     graftlm.train(whole(base_folder, rows), tmp_path / "without")
     lines, plain = metrics(tmp_path / "out"), metrics(tmp_path / "without")
@@ -371,13 +377,13 @@ def test_a_tracker_that_fails_changes_nothing_but_an_event(
 
 
 def test_what_is_missing_is_said_before_anything_is_read_and_a_failed_start_leaves_nothing(
-    told: Told, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracker_log: TrackerLog, base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("graftlm.training.trackers.find_spec", lambda name: None)
         with raises("training/missing-package", match="pip install trackio"):
             graftlm.train(whole(base_folder, tmp_path / "no-such-rows.jsonl", "trackio"), tmp_path / "out")
-    told.breaks["trackio", 0] = ValueError("no")
+    tracker_log.breaks["trackio", 0] = ValueError("no")
     with raises("training/tracker-failed", match="trackio"):
         graftlm.train(whole(base_folder, rows, "trackio"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -108,11 +108,13 @@ def same(state: Snapshot, other: Snapshot) -> None:
 
 def made_of(base: Path, rows: Path, folder: Path, **changes: Any) -> Recipe:
     """A recipe of 21 steps; rows are those of the name."""
-    said = [(f"say {WORDS[n % 11]}", " ".join(WORDS[n % 11 :][: 1 + n % 4]), WORDS[(n + 3) % 11]) for n in range(24)]
-    written(folder / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in said])
-    written(folder / "feedback.jsonl", [{"prompt": p, "completion": a, "label": len(a) > 9} for p, a, _ in said])
-    written(folder / "prompts.jsonl", [{"prompt": p} for p, _, _ in said])
-    (folder / "letters.py").write_text("def score(said):\n    return sum(c.islower() for c in said.answer)\n")
+    triples = [(f"say {WORDS[n % 11]}", " ".join(WORDS[n % 11 :][: 1 + n % 4]), WORDS[(n + 3) % 11]) for n in range(24)]
+    written(folder / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in triples])
+    written(folder / "feedback.jsonl", [{"prompt": p, "completion": a, "label": len(a) > 9} for p, a, _ in triples])
+    written(folder / "prompts.jsonl", [{"prompt": p} for p, _, _ in triples])
+    (folder / "letters.py").write_text(
+        "def score(completion):\n    return sum(c.islower() for c in completion.answer)\n"
+    )
     if name := changes.get("data__train"):
         changes["data__train"] = str(folder / name)
     if "rl" in changes:

@@ -23,7 +23,7 @@ PROGRAMS = ("transformers", "PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "Oll
 """In the order of the verdicts. OpenVINO is OpenVINO GenAI, MLX is mlx-lm."""
 
 SERVERS = ("vLLM", "SGLang", "LoRAX", "llama.cpp", "OpenVINO")
-"""Those that read PEFT's folders, or files of them."""
+"""Servers that read PEFT's folders, or files of them."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank can have."""

@@ -89,7 +89,7 @@ def _gate_and_up(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
 
 
 def _values(rows: Tensor, settings: Settings) -> tuple[Tensor, ...]:
-    """Of a gated delta net: one value head or several for a key head (Qwen 3.5)."""
+    """The value heads of a gated delta net: one or several for a key head (Qwen 3.5)."""
     return (groups_to_tiles(rows, settings["linear_num_key_heads"], settings["linear_value_head_dim"]),)
 
 

@@ -93,7 +93,7 @@ class MergedWeights:
         self._store(self._tied)
 
     def _without_tied(self, tied: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the names of one tensor those that transformers does not tie to another of them."""
+        """The names of one tensor that transformers does not tie to another of its names."""
         stored = [name for name in tied if name not in self.plain.all_tied_weights_keys] or list(tied)[:1]
         if set(self.ends) <= tied.keys():
             self.together = True  # and so they remain: nothing will be untied

@@ -34,7 +34,7 @@ class Contents:
     """The tensors of a file by what they are."""
 
     main: dict[str, Tensor] = field(default_factory=dict)
-    """Of the method itself, by plain key; and what is of no kind, to be refused with the nearest names."""
+    """Tensors of the method itself, by plain key; and those of no kind, to be refused with the nearest names."""
     sites: dict[str, str] = field(default_factory=dict)
     """The sites of the method: module name in this model -> module name in the file."""
     weights: dict[tuple[str, str], NamedTensor] = field(default_factory=dict)

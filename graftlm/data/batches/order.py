@@ -19,7 +19,7 @@ from graftlm.errors import DataError
 class Curriculum:
     order: OrderConfig
     keys: NDArray[np.float64]
-    """What each example is sorted by: [examples]."""
+    """The sort key of each example: [examples]."""
 
     def batches(self, size: int, steps: int, seed: int) -> list[list[int]]:
         """The rows of each step, as `pack.batches` has them: `steps` lists of `size` indices, epoch after epoch."""

@@ -163,7 +163,7 @@ class _Segment:
     ids: NDArray[np.int32]
     children: list["_Segment"] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    """Those that end here."""
+    """The rows that end here."""
 
 
 class _Tree:
@@ -173,7 +173,7 @@ class _Tree:
         self.root = _Segment(None, 0, np.empty(0, np.int32))
         self.examples: list[Example] = []
         self.numbers: list[int] = []
-        """Of rows in groups: the answer of the pack that each is a part of."""
+        """For rows in groups: the answer of the pack that each row is a part of."""
         self.scores: list[float] = []
         self.pairs: list[tuple[int, int]] = []
         self.mismatched = False

@@ -95,7 +95,7 @@ def prepare_prompts(
 
 
 def _lost(rows: Sequence[Row], renderer: Renderer) -> list[str]:
-    """The notes on what the chat template does not write of these prompts. Thoughts of earlier answers are no loss."""
+    """Notes on what the chat template does not write of these prompts. Thoughts of earlier answers do not count."""
     whole = [(asked_in(row)[0], row.tools, row.variables) for row in rows]
     some = [one for one in whole if one[1] or any(message.tool_calls for message in one[0])]
     found = [parts for parts in renderer.lost_of_all(some) if not isinstance(parts, DataError)]

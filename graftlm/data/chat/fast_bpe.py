@@ -132,13 +132,13 @@ def _ranges(text: str) -> str:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """What tokenizer.json says of a part; nothing where there is none."""
+    """The state of a part as tokenizer.json has it; empty where the tokenizer has no such part."""
     state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
     return state
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
-    """What words are cut by, where it is one of the known expressions and nothing else is done."""
+    """The expression that cuts words, where it is one of the known ones and nothing else is done."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *before, last = steps or [{}]
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:

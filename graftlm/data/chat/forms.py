@@ -16,10 +16,10 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass(frozen=True)
 class Form:
-    """A way to hand a conversation to a template. What one template can write another can only if it is put so."""
+    """A way to hand a conversation to a template. Some templates can only write a conversation in one of the forms."""
 
     variables: Fields
-    """Those of the template that the conversation sets."""
+    """The variables of the template that the conversation sets."""
     split: bool = False
     """Thoughts within the text of an answer are handed over apart from it."""
     text_arguments: bool = False

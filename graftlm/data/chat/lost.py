@@ -20,7 +20,7 @@ def find_lost(
     variables: Fields = NO_VARIABLES,
     form: Form | None = None,
 ) -> Work[LostPart]:
-    """What the template does not write of these calls, thoughts and tools."""
+    """The calls, thoughts and tools that the template does not write."""
     form = form or Form(variables)
     if not needs_probe(messages, tools):
         return LostPart()

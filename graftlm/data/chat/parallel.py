@@ -33,7 +33,7 @@ ROW_COST = 1_000
 """What a row costs beside its text, as characters: templates and calls take as long as the tokens of so much text."""
 
 CHUNK = 300_000
-"""What one process is given at a time, in characters."""
+"""Characters of rows in one request to a process."""
 
 MANY = 3_000_000
 """From so many characters on, processes are worth their start, and columns their place on disk."""
@@ -182,7 +182,7 @@ class _RenderingProcess:
 
 
 def work() -> None:
-    """What a child does: a renderer and a config come in, then chunks; the columns of each go out."""
+    """The loop of a child process. It reads a renderer and a config, then chunks, and writes the columns of each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes our input
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the answers

@@ -101,7 +101,7 @@ class Renderer:
         return "strftime_now" in self._names
 
     def unread(self, variables: Fields) -> list[str]:
-        """Those of the variables that the template does not read."""
+        """The variables that the template does not read."""
         return [name for name in variables if name not in self._names]
 
     def rows(
@@ -148,7 +148,7 @@ class Renderer:
         return self._together([self._prompt(*conversation) for conversation in conversations])
 
     def lost_of_all(self, conversations: Sequence[Asked]) -> list[LostPart | DataError]:
-        """What the template does not write of each of many conversations, or the DataError that it raises."""
+        """For each conversation the parts that the template does not write, or the DataError that it raises."""
         return self._together([find_lost(*conversation) for conversation in conversations])
 
     # Rendering is written for one conversation and done for many: each is a generator that yields what it wants to know

@@ -1,4 +1,4 @@
-"""What each token of a rendered row is part of."""
+"""The role of each token in a rendered row."""
 
 from enum import IntEnum
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class Role(IntEnum):
-    """What a token is part of. Padding has no role because there is none."""
+    """The part of a conversation that a token belongs to. There is no padding, so there is no role for it."""
 
     SPECIAL = 0  # a control token of the tokenizer outside any message's text
     BOILERPLATE = 1  # text that the template writes by itself

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 SECONDS = 0.8
-"""Of processor time for the renders of one row: loops are interrupted then."""
+"""Limit of processor time for the renders of one row: loops are interrupted then."""
 
 CLOCK_SECONDS = 0.5
 MORE_SECONDS = 0.4
@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 30.0
 machine too busy to give it that, when the patience is over."""
 
 AT_ONCE_SECONDS = 0.05
-"""Of processor time: the child answers what it has by then, so that the clock is that of few rows."""
+"""Processor time after which the child sends the answers that it has, so that the clock is that of few rows."""
 
 TICK_SECONDS = 0.02
 
@@ -38,7 +38,7 @@ START_SECONDS = 10.0
 """For python to start, and to read the template."""
 
 MEMORY_MIB = 64
-"""What the renders of one row may need beside the row itself."""
+"""Memory that the renders of one row may need beside the row itself."""
 
 
 TOO_LONG = f"it ran for more than {SECONDS:g} s and was stopped"
@@ -54,7 +54,7 @@ class Ask(NamedTuple):
 
     chats: Sequence[Sequence[Mapping[str, Any]]]
     beginnings: Sequence[tuple[int, int, bool]]
-    """Of each text: which of the chats, how many of its messages, whether an answer is to follow."""
+    """For each text: the number of its chat, how many of its messages, whether an answer is to follow."""
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = {}
     """Variables of the template that this row sets, beside those of `ChatTemplate`."""
@@ -121,8 +121,8 @@ class ChatTemplate:
 
     @contextlib.contextmanager
     def rendering(self, asks: Sequence[Ask]) -> Iterator[Callable[[], list[list[str] | TemplateError]]]:
-        """While the child renders these the caller may do something else. What it is given, to be called once, waits
-        for what `render_all` returns."""
+        """While the child renders these, the caller may do something else. The function that it gets, to be called
+        once, waits for the result of `render_all`."""
         requests = [
             {
                 "chats": ask.chats,
@@ -151,8 +151,8 @@ class ChatTemplate:
 
     @contextlib.contextmanager
     def _send(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-        """The child has these. What is given waits for its answers to the first of them, to one at least; to none where
-        it was stopped at one of several."""
+        """Send requests to the child. The function that the caller gets waits for the answers to the first of them: to
+        one at least, or to none where the child was stopped at one of several."""
         child = self._running()
         pipes, replies = child.process, None
         assert pipes.stdin is not None
@@ -242,7 +242,7 @@ def _watch(child: _TemplateProcess) -> None:
 
 
 def _processor_seconds(pid: int) -> float | None:
-    """What a process has used of the processor; None where nobody says so."""
+    """Processor seconds of a process; None where the system does not report them."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

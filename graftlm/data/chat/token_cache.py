@@ -30,7 +30,7 @@ from graftlm.errors import OutputError
 from graftlm.files import whole
 
 MOST_BYTES = 8 * 2**30
-"""What the folder may hold; beyond it the files that were not used for longest go."""
+"""Largest size of the folder; beyond it the least recently used files are deleted."""
 
 BESIDE = {
     *("train", "mix_temperature", "order", "desirable_share", "held_out"),

@@ -93,7 +93,7 @@ class TokenRoles:
         return place + 1
 
     def _stops(self, message: Message, controls: list[int], ids: NDArray[np.int32]) -> list[int]:
-        """Those of the control tokens of a turn with calls that may end it. Some templates open the next turn behind
+        """The control tokens of a turn with calls that may end the turn. Some templates open the next turn behind
         the end-of-text token; where the message itself says that token, all of them may."""
         ends = [place for place in controls if ids[place] in self._end_ids]
         in_text = any(text in message.all_text for text in self._end_texts)

@@ -16,13 +16,13 @@ from graftlm.errors import BaseModelError, DataError
 
 ANCHORS = ("\n", "a", ".")
 BROKEN = "\ufffd"
-"""What decoding writes for bytes that are no whole character."""
+"""The character that decoding writes for bytes that are no whole character."""
 MOST_PIECES = 16
 """Tokens that are looked at together to find whole characters: a character has four bytes at most."""
 
 
 class Tokens(NamedTuple):
-    """Of a text of n tokens, in order: neither starts nor ends go back."""
+    """The n tokens of a text, in order: neither starts nor ends go back."""
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]

@@ -67,7 +67,7 @@ class _Call:
     """Whether every argument carries a mark, so that a lost one is noticed."""
 
     def missing(self, text: str) -> str:
-        """What of the call is not in the text, in words; empty where all is."""
+        """The parts of the call that are missing in the text, in words; empty where all are there."""
         if not all_in(self.name, text) or not (self.name or self.traceable):
             return f"the call of {self.function!r}"
         keys = [key for key, marks in self.arguments.items() if not all_in(marks, text)]

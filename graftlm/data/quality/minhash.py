@@ -41,7 +41,7 @@ COMMON = 10
 """Phrases of more training rows than this are boilerplate and count for nothing (the same appendix)."""
 
 MOST_WORDS = 1_000
-"""Of a longer text only the beginning is looked at: this bounds the time."""
+"""Only the beginning of a longer text is read: this bounds the time."""
 
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -184,7 +184,7 @@ class SharedPhrases:
     trained: int
     held_out: int
     share: float
-    """Of the held-out text's phrases."""
+    """The share of the held-out text's phrases."""
 
 
 def shared_phrases(trained: Iterable[Grams], held_out: Sequence[Grams]) -> list[SharedPhrases]:

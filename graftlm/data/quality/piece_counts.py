@@ -18,7 +18,7 @@ AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class PieceCounts:
-    """Of every piece, as arrays [P]; of the tokens that are kept where nothing else is said."""
+    """Counts of every piece, as arrays [P]; of the tokens within the limit of length, unless a field says otherwise."""
 
     supervised: NDArray[np.int64]
     prompt: NDArray[np.int64]

@@ -148,7 +148,7 @@ def survey(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> Survey:
 
 
 def notes_beyond_survey(notes: Sequence[str], survey: Survey) -> list[str]:
-    """What reading noted, without the rows that are the same as others and that the survey tells of too."""
+    """The notes of reading, without those on duplicate rows, which the survey reports too."""
     same = next(finding for finding in survey.findings if finding.kind == "exact duplicates")
     duplicates = {row for entry in same.entries for row in entry.rows[1:]}
     return [note for note in notes if note.partition(f": {SAME} ")[0] not in duplicates]

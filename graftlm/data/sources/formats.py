@@ -216,7 +216,7 @@ FORMATS: dict[str, Callable[[Fields], Conversation]] = {
 
 QUESTIONS, ANSWERS = ("prompt", "query", "question", "input"), ("completion", "response", "answer", "output")
 EXAMPLES = 2
-"""Of a task of Super-NaturalInstructions, as Tk-Instruct was trained."""
+"""Examples of a task of Super-NaturalInstructions in a prompt, as Tk-Instruct was trained."""
 PARAGRAPHS = {"instruction": ("input", "context"), "question": ("context",), "input": ("context",)}
 """Field of the question -> fields that become a paragraph of their own below it."""
 FLAGS = ("label", "desirable", "kto_tag")

@@ -16,7 +16,7 @@ from graftlm.errors import nearest
 Fields = Mapping[str, Any]
 
 CALL = "call"
-"""Of a ShareGPT turn whose whole text is the JSON of tool calls (`function_call`)."""
+"""The role of a ShareGPT turn whose whole text is the JSON of tool calls (`function_call`)."""
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -71,9 +71,9 @@ class Message:
     spans: tuple[tuple[int, int, float], ...] = ()
     """(start, end, weight): characters of `content` with a weight of their own."""
     call_id: str = ""
-    """Of a tool's message: the `id` of the call that it answers, which some templates write."""
+    """In a tool's message the `id` of the call that it answers, which some templates write."""
     name: str = ""
-    """Of a tool's message: the name of the tool."""
+    """In a tool's message the name of the tool."""
     boilerplate: tuple[tuple[int, int], ...] = ()
     """(start, end): characters of `content` that are fixed words of a template; only the mask `everything` trains
     them."""

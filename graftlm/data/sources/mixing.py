@@ -131,7 +131,7 @@ def _times(rows: Sequence[Row], count: int, seed: int, purpose: str) -> tuple[li
 
 
 def masses(sizes: Sequence[int], sources: Sequence[SourceConfig], temperature: float) -> list[float]:
-    """What the shares of sources of so many rows are in proportion to."""
+    """The mass of each source: its share of the mixture is in proportion to it."""
     return [s.weight * n ** (1 / temperature) if n else 0.0 for s, n in zip(sources, sizes, strict=True)]
 
 
@@ -149,7 +149,7 @@ def apportion(total: int, mass: Sequence[float]) -> list[int]:
 
 
 def _sample(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> list[Row]:
-    """So many of the rows, drawn by where they stand, in their order; all of them where there is no limit."""
+    """A sample of `count` rows in their order, drawn by their places; all rows where there is no limit."""
     if count is None or count >= len(rows):
         return list(rows)
     order = sorted(range(len(rows)), key=lambda i: draw_key(seed, purpose, rows[i]))
@@ -157,7 +157,7 @@ def _sample(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> 
 
 
 def draw_key(seed: int, purpose: str, row: Row) -> bytes:
-    """The number of a row in a draw: those with the lowest are drawn.
+    """The key of a row in a draw: the rows with the lowest keys are drawn.
 
     It depends on the place of the row in its file and on the row's group, not on the name of the file; `purpose` holds
     the number of the source.

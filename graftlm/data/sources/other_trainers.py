@@ -25,7 +25,7 @@ class Part:
     format: str = "auto"
     reshape: Callable[[Fields], Fields] = as_it_is
     notes: tuple[str, ...] = ()
-    """What its description says that is not used, and may be missed."""
+    """Settings of its description that are not used here and that a user may miss."""
 
 
 def only(entry: Mapping[str, Any], known: Sequence[str], cannot: Mapping[str, str], where: str) -> None:

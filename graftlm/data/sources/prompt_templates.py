@@ -56,7 +56,7 @@ def ask(templates: Sequence[PromptTemplate], row: Fields, seed: int = 0, epoch: 
 
 
 def _draw(fit: Sequence[int], row: Fields, seed: int, epoch: int) -> int:
-    """That of the numbers which comes in this epoch."""
+    """The number of the template for this epoch, drawn from `fit`."""
     text = json.dumps(row, sort_keys=True, default=str)
 
     def key(number: int) -> bytes:

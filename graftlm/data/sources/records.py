@@ -56,7 +56,7 @@ BUILTIN = {
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 GZ = ".gz"
 GZIP = b"\x1f\x8b"
-"""What a file begins with that gzip has packed."""
+"""The first bytes of a gzip file."""
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 JSONL = ".jsonl"
 TABLES = (".parquet", ".arrow")
@@ -360,7 +360,7 @@ def _parquet_batches(file: Path) -> Iterator[Any]:
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
-    """Of a file of `datasets.save_to_disk` or of Arrow's own format."""
+    """The record batches of a file of `datasets.save_to_disk` or of Arrow's own format."""
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as stream:

@@ -30,7 +30,7 @@ BESIDE = {"prompt_weight", "max_tokens", "over_length", "pack", "inner_rows"}
 
 
 class CachedRows(Sequence[Row]):
-    """Rows that are made when they are asked for."""
+    """Rows of a cache file, parsed on first access."""
 
     def __init__(
         self, key: str, places: list[str], text: NDArray[np.uint8], ends: NDArray[np.int64], unread: list[str]
@@ -231,7 +231,7 @@ def _more(row: Row) -> bool:
 
 
 def _plain(row: Row) -> bool:
-    """Whether all that the row says is text and numbers, which JSON gives back as they are."""
+    """Whether a row holds nothing but text and numbers, which JSON reads back unchanged."""
     return (
         not row.tools
         and not row.variables

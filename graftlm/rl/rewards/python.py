@@ -1,11 +1,11 @@
 """A function of the user's: `rewards.py:score`.
 
-    def score(said) -> float | None:            # rewards.py
+    def score(completion) -> float | None:      # rewards.py
         return -abs(len(completion.answer.split()) - 10)
 
-`said` is a `graftlm.rl.rewards.base.Completion`: `answer`, `question`, `messages`, `reference`, `cut`, `where`. The
-file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as all
-paths in a recipe are.
+`completion` is a `graftlm.rl.rewards.base.Completion`: `answer`, `question`, `messages`, `reference`, `cut`, `where`.
+The file is code that the recipe names and that runs as the user. The path is relative to where `graft` is called, as
+all paths in a recipe are.
 """
 
 import datetime

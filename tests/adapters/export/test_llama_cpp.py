@@ -258,8 +258,8 @@ def test_granite_4_without_mamba_is_another_architecture(
 ) -> None:
     model = with_lora(untied("granitemoehybrid", layer_types=["full_attention"] * 2, **changes))
     export(model, tmp_path / "out", to="gguf")
-    named, made = stored(tmp_path / "out")
-    assert named == arch
+    architecture, made = stored(tmp_path / "out")
+    assert architecture == arch
     shared = hosts(model)["model.layers.1.shared_mlp.input_linear"]
     (delta,) = shared.on()
     change = (delta.scale * delta.B.double() @ delta.A.double()).detach().numpy()

@@ -57,10 +57,10 @@ def test_names_of_wrapped_models_are_mapped_and_it_is_said_once(case: str, folde
     load_adapter(wanted, folder)
     edit_tensors(folder, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
     ours = tied()
-    said = load_adapter(ours, folder)
+    note = load_adapter(ours, folder)
     assert torch.equal(logits(ours), logits(wanted))
-    assert said.count("mapped") == 1
-    assert word in said
+    assert note.count("mapped") == 1
+    assert word in note
 
 
 def test_names_of_a_language_model_are_mapped_into_a_vision_language_model() -> None:
@@ -129,18 +129,18 @@ def test_an_adapter_of_a_language_model_sits_in_a_vision_language_model_and_the_
     whole.lm_head.load_state_dict(text.lm_head.state_dict())
     tokens = torch.tensor([[5, 3, 7, 290]])
     theirs = peft_adapter(lora(), text, tmp_path / "of text")
-    said = load_adapter(whole, tmp_path / "of text")
+    note = load_adapter(whole, tmp_path / "of text")
     with torch.no_grad():
         close(whole(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the vision-language model")
-    assert "model.language_model. for model." in said
+    assert "model.language_model. for model." in note
     detach(whole)
     language = r".*language_model.*\.(q_proj|v_proj)"
     theirs = peft_adapter(lora(target_modules=language, modules_to_save=["lm_head"]), whole, tmp_path / "of both")
     alone = tied()
-    said = load_adapter(alone, tmp_path / "of both")
+    note = load_adapter(alone, tmp_path / "of both")
     with torch.no_grad():
         close(alone(input_ids=tokens).logits, theirs(input_ids=tokens).logits, "in the language model alone")
-    assert "model. for model.language_model." in said
+    assert "model. for model.language_model." in note
 
 
 def test_adapters_of_several_deltas_lie_on_one_model_beside_each_other(tmp_path: Path) -> None:

@@ -122,8 +122,8 @@ def test_an_adapter_of_peft_computes_and_merges_as_in_peft(case: str, tmp_path: 
     config, base, parts = CASES[case]
     theirs: Any = peft_adapter(config, base(), tmp_path / "a")
     ours = base()
-    said = load_adapter(ours, tmp_path / "a")
-    assert "another tool" in said
+    note = load_adapter(ours, tmp_path / "a")
+    assert "another tool" in note
     close(logits(ours), logits(theirs), case)
     assert set(attachment(ours).configs) == {"default", *(f"default-{part}" for part in parts)}
     tuned, merged = logits(theirs), merged_state(ours)

@@ -22,8 +22,8 @@ def test_the_deltas_of_an_adapter_are_switched_together(tmp_path: Path) -> None:
     config = lora(trainable_token_indices=[5, 6], modules_to_save=["lm_head"], bias="lora_only")
     theirs = peft_adapter(config, with_biases_untied(), tmp_path / "a")
     ours, base = with_biases_untied(), with_biases_untied()
-    said = load_adapter(ours, tmp_path / "a", name="sql")
-    assert "4 deltas here, switched together: sql-modules, sql-tokens, sql, sql-biases" in said
+    note = load_adapter(ours, tmp_path / "a", name="sql")
+    assert "4 deltas here, switched together: sql-modules, sql-tokens, sql, sql-biases" in note
     tuned = logits(ours)
     close(tuned, logits(theirs), "all of it")
     activate(ours)

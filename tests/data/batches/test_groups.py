@@ -32,13 +32,13 @@ def data(**changes: Any) -> DataConfig:
     return DataConfig(train="rows.jsonl", **changes)
 
 
-def pair(asked: list[str], chosen: list[str], *rejected: list[str], where: str = "f:1") -> Row:
-    said = chat(*asked, *chosen)
-    return Row(said, where, asked[0], rejected=tuple(chat(*asked, *other) for other in rejected))
+def pair(prompt: list[str], chosen: list[str], *rejected: list[str], where: str = "f:1") -> Row:
+    messages = chat(*prompt, *chosen)
+    return Row(messages, where, prompt[0], rejected=tuple(chat(*prompt, *other) for other in rejected))
 
 
-def judged(asked: list[str], answer: str, desirable: bool, where: str = "f:1") -> Row:
-    return Row(chat(*asked, answer), where, asked[0], desirable=desirable)
+def judged(prompt: list[str], answer: str, desirable: bool, where: str = "f:1") -> Row:
+    return Row(chat(*prompt, answer), where, prompt[0], desirable=desirable)
 
 
 def made(rows: list[Row], renderer: Renderer, needs: str, **changes: Any) -> tuple[list[Group], list[str]]:
@@ -96,11 +96,11 @@ def test_answers_to_one_prompt_begin_alike_in_every_shape_of_template(name: str)
     (group,), problems = made([row], renderer, "pairs")
     assert problems == []
     prompt = renderer.prompt(row.messages[:-1], ())
-    for answer, said in zip(group.answers, ("yes, that one", "no"), strict=True):
+    for answer, text in zip(group.answers, ("yes, that one", "no"), strict=True):
         assert answer.ids[: len(prompt)].tolist() == prompt.tolist()
         trained = answer.weights.nonzero()[0]
         assert trained[0] == len(prompt)
-        assert renderer.tokenizer.decode(answer.ids[trained]) == SHAPES[name].trained(said)
+        assert renderer.tokenizer.decode(answer.ids[trained]) == SHAPES[name].trained(text)
 
 
 def test_a_row_that_comes_twice_is_rendered_once_and_is_two_groups(renderer: Renderer) -> None:
@@ -113,8 +113,8 @@ def test_a_row_that_comes_twice_is_rendered_once_and_is_two_groups(renderer: Ren
 
 def test_the_report_counts_pairs_and_advises_no_mask_that_would_be_refused(renderer: Renderer) -> None:
     rows = [pair(["X" * 40], ["GOOD"], ["BAD"]), pair(["Y" * 40], ["GOOD"], ["BAD"], where="f:2")]
-    found, kept, report = prepare_groups(rows, renderer, data(), "pairs")
-    assert (len(found), kept, report.rows) == (2, rows, 2)
+    found, group_rows, report = prepare_groups(rows, renderer, data(), "pairs")
+    assert (len(found), group_rows, report.rows) == (2, rows, 2)
     assert report.suggested_mask == "response"
     *_, report = prepare_groups(rows, renderer, data(), "feedback")
     assert report.notes == ["2 answers were liked, 2 were not"]
@@ -131,8 +131,8 @@ def test_the_report_counts_pairs_and_advises_no_mask_that_would_be_refused(rende
 def test_a_pair_of_which_one_answer_is_too_long_is_left_out_whole(renderer: Renderer) -> None:
     rows = [pair(["X"], ["GOOD"], ["B" * 50]), pair(["X"], ["GOOD"], ["BAD"], where="f:2")]
     examples, report = prepare(answers_of(rows), renderer, data(max_tokens=20))
-    found, kept, problems = groups(rows, examples, "pairs")
-    assert [group.where for group in found] == [row.where for row in kept] == ["f:2"]
+    found, group_rows, problems = groups(rows, examples, "pairs")
+    assert [group.where for group in found] == [row.where for row in group_rows] == ["f:2"]
     assert (problems, report.dropped_over_length) == ([], ["f:1: rejected answer 1"])
 
 
@@ -148,7 +148,7 @@ RAW = Row([Message(TEXT, "some text")], "f:8", "")
 
 
 @pytest.mark.parametrize(
-    ("needs", "row", "said"),
+    ("needs", "row", "message"),
     [
         ("pairs", SUPERVISED, r"f:7: no rejected answer[\s\S]*`chosen` and `rejected`"),
         ("pairs", RAW, r"f:8: raw text has no answer"),
@@ -160,8 +160,8 @@ RAW = Row([Message(TEXT, "some text")], "f:8", "")
         ("pairs", replace(pair(["X"], ["P"], ["Q"]), rejected=(chat("X"),)), "does not end with an answer"),
     ],
 )
-def test_rows_that_lack_what_a_loss_needs_are_refused_by_their_place(needs: str, row: Row, said: str) -> None:
-    with raises("data/rows-unfit-for-loss", match=said):
+def test_rows_that_lack_what_a_loss_needs_are_refused_by_their_place(needs: str, row: Row, message: str) -> None:
+    with raises("data/rows-unfit-for-loss", match=message):
         usable_by("somebody", needs, data())([row])
 
 
@@ -171,8 +171,8 @@ def test_rows_that_have_it_pass() -> None:
     assert usable_by("kto", "feedback", data())(rows) == (rows, [])
     assert usable_by("pretraining", "text", data())([RAW]) == ([RAW], [])
     assert usable_by("pretraining", "text", data(mask="everything"))([SUPERVISED]) == ([SUPERVISED], [])
-    kept, notes = usable_by("supervised", "answers", data())(rows)
-    assert kept == rows
+    usable, notes = usable_by("supervised", "answers", data())(rows)
+    assert usable == rows
     assert "rejected answers" in notes[0]
 
 

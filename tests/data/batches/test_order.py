@@ -92,8 +92,8 @@ def test_the_score_stands_in_a_field_and_a_row_without_it_is_left_out_by_name(tm
     problems: list[object] = []
     found, _ = load_rows(str(file), problems=problems, score="hard")  # type: ignore[arg-type]
     assert [row.score for row in found] == [2, -0.5, 1000]
-    said = [str(problem) for problem in problems]
-    assert [line.split(": ")[0] for line in said] == [f"{file}:{n}" for n in (3, 5, 6, 7)]
-    assert "Did you mean 'hrad'" in said[2]
+    notes = [str(problem) for problem in problems]
+    assert [line.split(": ")[0] for line in notes] == [f"{file}:{n}" for n in (3, 5, 6, 7)]
+    assert "Did you mean 'hrad'" in notes[2]
     assert all(row.score is None for row in load_rows(str(file))[0]), "nobody asked for it"
     assert replace(found[0], score=None) == load_rows(str(file))[0][0]

@@ -191,8 +191,10 @@ def questions(count: int, document: int, each: int) -> list[Example]:
     text = [draw.randint(1, 99) for _ in range(document)]
     rows = []
     for number in range(count):
-        asked = [draw.randint(1, 99) for _ in range(each)]
-        rows.append(example(text + asked, [0.0] * (document + each // 2) + [1.0] * (each - each // 2), f"f:{number}"))
+        question = [draw.randint(1, 99) for _ in range(each)]
+        rows.append(
+            example(text + question, [0.0] * (document + each // 2) + [1.0] * (each - each // 2), f"f:{number}")
+        )
     return rows
 
 

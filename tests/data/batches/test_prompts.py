@@ -26,8 +26,8 @@ def test_what_is_asked_and_what_is_compared_with() -> None:
 def test_a_prompt_is_what_generation_sees_and_nothing_of_it_is_trained() -> None:
     renderer = Renderer(tiny_tokenizer())
     rows = [row(ASK), row(ASK, ANSWER, where="f:2"), row(Message("system", "s"), ASK, ANSWER, ASK, where="f:3")]
-    made, kept, report = prepare_prompts(rows, renderer, DataConfig(train="f"), room=8, format="prompt")
-    assert kept == rows
+    made, prompt_rows, report = prepare_prompts(rows, renderer, DataConfig(train="f"), room=8, format="prompt")
+    assert prompt_rows == rows
     for prompt, one in zip(made, rows, strict=True):
         assert prompt.ids.tolist() == renderer.prompt(asked_in(one)[0]).tolist()
         assert prompt.where == one.where
@@ -49,8 +49,8 @@ def test_a_prompt_that_leaves_no_room_is_dropped_or_refused_and_told() -> None:
     rows = [row(ASK), row(Message("user", "where " * 40), where="f:2")]
     size = len(renderer.prompt([ASK]))
     data = DataConfig(train="f", max_tokens=size + 8)
-    made, kept, report = prepare_prompts(rows, renderer, data, room=8)
-    assert (len(made), kept, report.dropped_over_length) == (1, rows[:1], ["f:2"])
+    made, prompt_rows, report = prepare_prompts(rows, renderer, data, room=8)
+    assert (len(made), prompt_rows, report.dropped_over_length) == (1, rows[:1], ["f:2"])
     with raises("data/no-rows-left", match="all 2"):
         prepare_prompts(rows, renderer, data, room=9)
     with raises("data/unusable-rows", match="f:2: "):

@@ -195,21 +195,21 @@ def test_a_worker_needs_neither_torch_nor_transformers_to_render_the_same(name: 
         "pickle.dump(columns, sys.stdout.buffer)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    given = pickle.dumps((rows, renderer.for_rows(), DATA))
+    request = pickle.dumps((rows, renderer.for_rows(), DATA))
     done = subprocess.run(
-        [sys.executable, "-c", program], input=given, capture_output=True, env=environment, check=True
+        [sys.executable, "-c", program], input=request, capture_output=True, env=environment, check=True
     )
     assert done.stderr.decode().strip() == "[]"
     assert equal(pickle.loads(done.stdout), render(rows, renderer, DATA))
 
 
 def test_the_collector_of_garbage_is_left_as_it_was() -> None:
-    kept = [[number] for number in range(100)]
+    objects = [[number] for number in range(100)]
     assert gc.get_freeze_count() == 0
 
     def fails() -> None:
         with parallel.lasting(), parallel.lasting():
-            assert gc.get_freeze_count() > len(kept)
+            assert gc.get_freeze_count() > len(objects)
             raise ValueError("in between")
 
     with pytest.raises(ValueError, match="in between"):

@@ -113,15 +113,15 @@ def plainly(renderer: Renderer, messages: list[Message], *, answer_next: bool = 
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def named(request: pytest.FixtureRequest) -> tuple[str, Renderer]:
+def shape_and_renderer(request: pytest.FixtureRequest) -> tuple[str, Renderer]:
     return request.param, Renderer(tokenizer_for(request.param))
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_what_is_trained_is_each_answer_with_its_end_and_prompts_are_prefixes(
-    named: tuple[str, Renderer], conversation: str
+    shape_and_renderer: tuple[str, Renderer], conversation: str
 ) -> None:
-    name, renderer = named
+    name, renderer = shape_and_renderer
     messages = CONVERSATIONS[conversation]
     if messages[0].role == "system" and not SHAPES[name].system:
         with raises("data/template-refuses-conversation", match="of system, user, assistant"):
@@ -170,8 +170,8 @@ CONVERSATIONS_EACH = int(os.environ.get("CONVERSATIONS", "60"))
 """Random conversations for each template; benchmarks/masks asks for thousands."""
 
 
-def test_random_conversations_hold_every_promise(named: tuple[str, Renderer]) -> None:
-    name, renderer = named
+def test_random_conversations_hold_every_promise(shape_and_renderer: tuple[str, Renderer]) -> None:
+    name, renderer = shape_and_renderer
     for seed in range(CONVERSATIONS_EACH):
         messages = random_conversation(seed, SHAPES[name].system)
         try:
@@ -213,11 +213,11 @@ def test_the_roles_of_a_conversation_are_the_ones_a_person_would_write() -> None
 
 
 def test_white_space_around_a_text_is_part_of_it_unless_the_template_trims_it() -> None:
-    kept, trimmed = (Renderer(tokenizer_for(name)) for name in ("chatml", "llama-3"))
-    for renderer, asked, said in ((kept, " X\t", "\tY "), (trimmed, "X", "Y")):
+    whole, trimmed = (Renderer(tokenizer_for(name)) for name in ("chatml", "llama-3"))
+    for renderer, question, answer in ((whole, " X\t", "\tY "), (trimmed, "X", "Y")):
         rendered = renderer.conversation(chat(" X\t", "\tY "))
-        assert runs(renderer, rendered, rendered.roles == Role.USER) == [asked]
-        assert runs(renderer, rendered, rendered.roles == Role.ASSISTANT) == [said]
+        assert runs(renderer, rendered, rendered.roles == Role.USER) == [question]
+        assert runs(renderer, rendered, rendered.roles == Role.ASSISTANT) == [answer]
 
 
 def test_an_answer_that_begins_with_a_line_break_is_fed_as_generation_feeds_it() -> None:
@@ -258,13 +258,13 @@ def test_what_the_template_writes_between_prompt_and_answer_is_trained_with_it()
 
 
 def test_templates_may_write_which_call_a_tool_answers_and_its_name() -> None:
-    named = (
+    template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}"
         "{% if m['role'] == 'tool' %}{{ ' ' + m.name + ' ' + m['tool_call_id'] }}{% endif %}"
         "{{ '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
-    renderer = Renderer(tiny_tokenizer(named))
+    renderer = Renderer(tiny_tokenizer(template))
     turns = [*chat("a", "b"), Message("tool", "c", call_id="i1", name="add"), Message("assistant", "d")]
     rendered = renderer.conversation(turns)
     assert "<|im_start|>tool add i1\nc<|im_end|>" in rendered.text
@@ -308,11 +308,11 @@ def test_a_control_token_that_swallows_white_space_keeps_its_role() -> None:
     tokenizer.add_tokens([AddedToken("<|end|>", lstrip=True, rstrip=True, special=True)], special_tokens=True)
     renderer = Renderer(tokenizer)
     end, answer = tokenizer.convert_tokens_to_ids(["<|end|>", "<|assistant|>"])
-    for said in ("b", "\nb", "b \n"):
-        rendered = renderer.conversation(chat("a", said))
-        assert rendered.ids[rendered.roles == Role.END_OF_TURN].tolist() == [end], repr(said)
-        assert rendered.roles[rendered.ids == answer].tolist() == [Role.SPECIAL], repr(said)
-        assert text_of(renderer, rendered.ids[rendered.roles == Role.ASSISTANT]) == said.rstrip(), repr(said)
+    for text in ("b", "\nb", "b \n"):
+        rendered = renderer.conversation(chat("a", text))
+        assert rendered.ids[rendered.roles == Role.END_OF_TURN].tolist() == [end], repr(text)
+        assert rendered.roles[rendered.ids == answer].tolist() == [Role.SPECIAL], repr(text)
+        assert text_of(renderer, rendered.ids[rendered.roles == Role.ASSISTANT]) == text.rstrip(), repr(text)
 
 
 def test_an_end_of_turn_that_swallows_the_beginning_of_the_next_turn_is_trained() -> None:

@@ -125,8 +125,8 @@ def test_marks_stand_around_a_part_of_a_message_in_one_more_chat() -> None:
 def test_what_a_loop_knows_of_itself() -> None:
     """Asked for without the sandbox's long look: the same as jinja2 says, and nothing of what is inside."""
     names = ("first", "last", "index", "index0", "revindex", "revindex0", "length", "depth", "depth0")
-    said = "{% for m in messages %}" + ",".join(f"{{{{ loop.{name} }}}}" for name in names) + ";{% endfor %}"
-    assert render(said) == "True,False,1,0,2,1,2,1,0;False,True,2,1,1,0,2,1,0;"
+    template = "{% for m in messages %}" + ",".join(f"{{{{ loop.{name} }}}}" for name in names) + ";{% endfor %}"
+    assert render(template) == "True,False,1,0,2,1,2,1,0;False,True,2,1,1,0,2,1,0;"
     assert render("{% for m in messages %}{{ loop.changed(m.role) }};{% endfor %}") == "True;True;"
     for name in ("__class__", "_iterator", "__init__"):
         assert render(f"{{% for m in messages %}}[{{{{ loop.{name} }}}}]{{% endfor %}}") == "[][]"
@@ -142,12 +142,12 @@ def test_many_rows_at_once_are_the_same_and_one_that_is_stopped_costs_itself() -
         "{% else %}{{ messages[0].content * 2 }}{% endif %}",
         {},
     )
-    said = [f"text {i}" for i in range(300)]
-    said[20], said[150], said[299] = "loop", "no", "large"
-    asks = [Ask([[{"role": "user", "content": text}]], [(0, 1, False), (0, 1, True)]) for text in said]
+    contents = [f"text {i}" for i in range(300)]
+    contents[20], contents[150], contents[299] = "loop", "no", "large"
+    asks = [Ask([[{"role": "user", "content": text}]], [(0, 1, False), (0, 1, True)]) for text in contents]
     found = template.render_all(asks)
     assert len(found) == 300
-    for text, texts in zip(said, found, strict=True):
+    for text, texts in zip(contents, found, strict=True):
         if text.startswith("text"):
             assert texts == [text * 2, text * 2]
     for place, why in ((20, "ran for more"), (150, "I do not"), (299, "needs more")):
@@ -163,16 +163,16 @@ def test_the_first_row_has_its_own_limit_not_that_of_the_template() -> None:
 
 def test_copies_and_forks_have_processes_of_their_own() -> None:
     template = ChatTemplate("{{ messages[0].content }}", {})
-    asked = ([CHAT], [(0, 2, False)])
-    assert template.render(*asked) == ["a"]
-    assert pickle.loads(pickle.dumps(template)).render(*asked) == ["a"]
+    request = ([CHAT], [(0, 2, False)])
+    assert template.render(*request) == ["a"]
+    assert pickle.loads(pickle.dumps(template)).render(*request) == ["a"]
     read, write = os.pipe()
     if (child := os.fork()) == 0:
-        os.write(write, template.render(*asked)[0].encode())
+        os.write(write, template.render(*request)[0].encode())
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(read, 9) == b"a"
-    assert template.render(*asked) == ["a"], "the child's end did not take the parent's process along"
+    assert template.render(*request) == ["a"], "the child's end did not take the parent's process along"
     os.close(read)
     os.close(write)
 

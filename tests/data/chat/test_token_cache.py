@@ -174,13 +174,13 @@ def test_what_is_loaded_can_be_written_to_and_the_file_stays_as_it_is(renderer: 
 def test_rows_that_cannot_be_rendered_are_the_same_problems_from_the_cache(tmp_path: Path) -> None:
     renderer = Renderer(tokenizer_for("gemma"))
     rows = [*ROWS, Row(chat("a", "b", system="s"), "f:9", "a")]
-    said = []
+    messages = []
     for _ in range(2):
         with raises("data/unusable-rows") as caught:
             prepare(rows, renderer, replace(DATA, strict=True), cache=tmp_path)
-        said.append(str(caught.value))
-    assert said[0] == said[1]
-    assert "f:9: the chat template refuses" in said[0]
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "f:9: the chat template refuses" in messages[0]
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(renderer: Renderer, tmp_path: Path) -> None:

@@ -97,10 +97,10 @@ def test_a_row_that_is_truncated_after_its_last_answer_has_lost_no_end(renderer:
 def test_under_error_every_row_longer_than_the_limit_is_listed(renderer: Renderer) -> None:
     with raises("data/unusable-rows") as caught:
         prepare(ROWS, renderer, data(max_tokens=8, over_length="error"))
-    first, *said = str(caught.value).split("\n")
+    first, *lines = str(caught.value).split("\n")
     assert first == "2 of 3 rows cannot be trained on:"
-    assert [s.split(" are more")[0] for s in said] == [f"  f:1: {LENGTHS[0]} tokens", f"  f:2: {LENGTHS[1]} tokens"]
-    assert all("max_tokens=8" in s and "drop or truncate" in s for s in said)
+    assert [s.split(" are more")[0] for s in lines] == [f"  f:1: {LENGTHS[0]} tokens", f"  f:2: {LENGTHS[1]} tokens"]
+    assert all("max_tokens=8" in s and "drop or truncate" in s for s in lines)
 
 
 def test_where_every_row_is_too_long_it_is_said_what_to_raise(renderer: Renderer) -> None:
@@ -158,23 +158,23 @@ def test_however_many_tokens_are_counted_at_a_time_the_report_is_the_same(
 
 def test_a_row_that_the_template_refuses_is_named_and_the_others_are_still_looked_at() -> None:
     renderer = Renderer(tokenizer_for("gemma"))
-    told = [Row(chat("a", "b", system="s"), f"f:{i}", "a") for i in (4, 6)]
+    refused_rows = [Row(chat("a", "b", system="s"), f"f:{i}", "a") for i in (4, 6)]
     with raises("data/unusable-rows") as caught:
-        prepare([told[0], row("a", "b"), told[1]], renderer, data(strict=True))
-    first, *said = str(caught.value).split("\n")
+        prepare([refused_rows[0], row("a", "b"), refused_rows[1]], renderer, data(strict=True))
+    first, *lines = str(caught.value).split("\n")
     assert first == "2 of 3 rows cannot be trained on:"
-    assert [s.split(": the chat template refuses")[0] for s in said] == ["  f:4", "  f:6"]
+    assert [s.split(": the chat template refuses")[0] for s in lines] == ["  f:4", "  f:6"]
 
 
 def test_unless_it_is_strict_such_rows_are_left_out_and_told() -> None:
     renderer = Renderer(tokenizer_for("gemma"))
-    told = Row(chat("a", "b", system="s"), "f:4", "a")
-    examples, report = prepare([told, row("a", "b")], renderer, data())
+    refused_row = Row(chat("a", "b", system="s"), "f:4", "a")
+    examples, report = prepare([refused_row, row("a", "b")], renderer, data())
     assert [e.where for e in examples] == ["f:1"]
     assert report.rows == 1
     assert [text.split(": the chat template refuses")[0] for text in report.problems] == ["f:4"]
     with raises("data/unusable-rows", match="1 of 1 rows"):
-        prepare([told], renderer, data())
+        prepare([refused_row], renderer, data())
 
 
 def test_a_base_without_a_template_is_said_once_and_not_for_every_row() -> None:
@@ -244,9 +244,9 @@ def test_the_lines_and_the_json_of_a_report_hold_the_same_figures(renderer: Rend
 
 
 def test_progress_is_told_of_every_row(renderer: Renderer) -> None:
-    told: list[int] = []
-    prepare(ROWS, renderer, data(max_tokens=20), progress=told.append)
-    assert told == [1, 2, 3]
+    counts: list[int] = []
+    prepare(ROWS, renderer, data(max_tokens=20), progress=counts.append)
+    assert counts == [1, 2, 3]
 
 
 def test_shown_rows_carry_id_text_role_and_weight_of_every_token(renderer: Renderer, tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def test_it_is_what_training_has(
     tokenizer, data = load_tokenizer(smollm2), DataConfig(train=str(file), mask=mask, prompt_weight=prompt_weight)
     rows, _ = load_rows(str(file))
     wanted, _ = prepare(rows, Renderer(tokenizer), data)
-    for given in (conversation, rows[0], rows[0].messages):
-        same(graftlm.render(given, tokenizer, mask=mask, prompt_weight=prompt_weight), wanted)
+    for form in (conversation, rows[0], rows[0].messages):
+        same(graftlm.render(form, tokenizer, mask=mask, prompt_weight=prompt_weight), wanted)
 
 
 def same(found: list[Any], wanted: list[Example]) -> None:

@@ -50,8 +50,8 @@ def test_a_row_that_a_mixture_draws_several_times_is_no_duplicate() -> None:
 def test_rows_that_call_tools_otherwise_are_not_nearly_the_same() -> None:
     def calling(number: int, city: str) -> Row:
         call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
-        asked = "what weather is it where we were before?"
-        return Row([Message("user", asked), Message("assistant", "", tool_calls=(call,))], f"f:{number}", asked)
+        question = "what weather is it where we were before?"
+        return Row([Message("user", question), Message("assistant", "", tool_calls=(call,))], f"f:{number}", question)
 
     assert found([calling(1, "Rome"), calling(2, "Oslo")]) == {}
 

@@ -52,9 +52,9 @@ def test_under_strict_the_same_file_is_refused_with_every_line(tmp_path: Path) -
         with raises("data/unusable-rows") as caught:
             load_rows(str(file), **options)  # type: ignore[arg-type]
         bad = sorted(n for n, kind in planted.items() if kind in KINDS)
-        first, *said = str(caught.value).split("\n")
+        first, *lines = str(caught.value).split("\n")
         assert first.startswith(f"{len(bad)} rows of {file} cannot be used")
-        assert [int(text.removeprefix(f"  {file}:").partition(":")[0]) for text in said[:-1]] == bad[:20]
+        assert [int(text.removeprefix(f"  {file}:").partition(":")[0]) for text in lines[:-1]] == bad[:20]
 
 
 def pair(n: int) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def test_no_row_however_odd_is_more_than_a_row_that_cannot_be_used(name: str) ->
         for _ in range(chance.randint(1, 3)):
             row = changed(row, chance)
         try:
-            said = FORMATS[name](row if isinstance(row, dict) else {})
-            for conversation in (said.messages, *said.rejected):
-                check(conversation, asks=said.asks)
+            row_content = FORMATS[name](row if isinstance(row, dict) else {})
+            for messages in (row_content.messages, *row_content.rejected):
+                check(messages, asks=row_content.asks)
         except RowError:
             refused += 1
     assert 0 < refused < 3000

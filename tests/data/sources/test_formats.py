@@ -14,8 +14,8 @@ JSON_CALL = {"name": "f", "arguments": '{"x": 1}'}
 CALLED = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
-def turns(*said: str) -> list[dict[str, Any]]:
-    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(said)]
+def turns(*texts: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
 
 
 def answer(**more: Any) -> Message:
@@ -261,11 +261,11 @@ def test_feedback_is_kept_beside_any_conversation(key: str, liked: bool) -> None
     )
 
 
-@pytest.mark.parametrize("said", ["True", "false", "TRUE"])
-def test_feedback_in_a_csv_file_is_text(said: str) -> None:
-    row = {"prompt": "q", "completion": "a", "label": said}
+@pytest.mark.parametrize("label", ["True", "false", "TRUE"])
+def test_feedback_in_a_csv_file_is_text(label: str) -> None:
+    row = {"prompt": "q", "completion": "a", "label": label}
     assert detect(row) == "feedback"
-    assert FORMATS["feedback"](row).desirable is (said.lower() == "true")
+    assert FORMATS["feedback"](row).desirable is (label.lower() == "true")
 
 
 @pytest.mark.parametrize("key", ["desirable", "kto_tag"])
@@ -331,9 +331,9 @@ def test_the_roles_of_sharegpt_have_their_usual_names(role: str) -> None:
 def test_fields_of_no_format_are_listed_beside_the_formats_that_there_are() -> None:
     with pytest.raises(RowError) as caught:
         detect({"title": "q", "reply": "a"})
-    said = str(caught.value)
-    assert "['reply', 'title']" in said
-    assert all(name in said for name in FORMATS)
+    message = str(caught.value)
+    assert "['reply', 'title']" in message
+    assert all(name in message for name in FORMATS)
 
 
 def asks(function: dict[str, Any]) -> dict[str, Any]:
@@ -466,8 +466,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_row_is_refused_with_what_was_found(case: str) -> None:
-    name, row, said = WRONG[case]
-    with pytest.raises(RowError, match=said):
+    name, row, message = WRONG[case]
+    with pytest.raises(RowError, match=message):
         FORMATS[name](row)
 
 
@@ -510,7 +510,7 @@ def test_characters_that_are_no_text_are_refused_with_their_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "said"),
+    ("roles", "message"),
     [
         ("user user assistant", r"message 2 \(user\): two questions follow each other"),
         ("user assistant assistant", r"message 3 \(assistant\): two answers follow each other"),
@@ -519,8 +519,8 @@ def test_characters_that_are_no_text_are_refused_with_their_place() -> None:
         ("user tool assistant", r"message 2 \(tool\) is the result of a tool that no assistant has called"),
     ],
 )
-def test_turns_in_an_order_that_means_nothing_are_refused(roles: str, said: str) -> None:
-    with pytest.raises(RowError, match=said):
+def test_turns_in_an_order_that_means_nothing_are_refused(roles: str, message: str) -> None:
+    with pytest.raises(RowError, match=message):
         check([Message(role, "x") for role in roles.split()])
 
 

@@ -106,22 +106,22 @@ def feedback(liked: int, disliked: int, silent: int = 0) -> list[Row]:
 
 @pytest.mark.parametrize("share", [0.5, 0.2, 0.8, 0.01])
 def test_liked_rows_have_their_share_of_an_epoch_that_is_as_long_as_before(share: float) -> None:
-    given = feedback(30, 70, silent=5)
-    found, note = balance(given, share, seed=0)
+    rows = feedback(30, 70, silent=5)
+    found, note = balance(rows, share, seed=0)
     times = Counter(row.where for row in found)
     assert len(found) == 105
     kinds = Counter(row.desirable for row in found)
     assert (kinds[True], kinds[False], kinds[None]) == (round(100 * share), 100 - round(100 * share), 5)
     for flag in (True, False, None):
-        seen = [times[row.where] for row in given if row.desirable is flag]
+        seen = [times[row.where] for row in rows if row.desirable is flag]
         assert max(seen) - min(seen) <= 1
     assert "of an epoch, from 30 and 70" in note
 
 
 def test_which_rows_come_once_more_follows_from_the_seed() -> None:
-    given = feedback(30, 70)
-    assert balance(given, 0.4, seed=1)[0] == balance(given, 0.4, seed=1)[0]
-    assert balance(given, 0.4, seed=1)[0] != balance(given, 0.4, seed=2)[0]
+    rows = feedback(30, 70)
+    assert balance(rows, 0.4, seed=1)[0] == balance(rows, 0.4, seed=1)[0]
+    assert balance(rows, 0.4, seed=1)[0] != balance(rows, 0.4, seed=2)[0]
 
 
 def test_a_ratio_needs_both_kinds(tmp_path: Path) -> None:

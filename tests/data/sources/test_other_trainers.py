@@ -96,9 +96,9 @@ def test_a_ranking_of_sharegpt_has_single_messages(tmp_path: Path) -> None:
         "ranking": True,
         "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
     }
-    asked = [{"from": "human", "value": "q"}]
+    question = [{"from": "human", "value": "q"}]
     record = {
-        "conversations": asked,
+        "conversations": question,
         "chosen": {"from": "gpt", "value": "a"},
         "rejected": {"from": "gpt", "value": "b"},
     }
@@ -112,7 +112,7 @@ def test_openai_has_openai_s_tags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "code", "said"),
+    ("entry", "code", "message"),
     [
         ({"colums": {}}, "data/unknown-key", "mine: colums: unknown key. Did you mean 'columns'"),
         ({"num_samples": 5}, "data/unsupported-setting", "mine: num_samples: 5"),
@@ -125,11 +125,11 @@ def test_openai_has_openai_s_tags(tmp_path: Path) -> None:
     ],
 )
 def test_what_an_entry_says_and_we_cannot_do_is_named(
-    entry: dict[str, Any], code: str, said: str, tmp_path: Path
+    entry: dict[str, Any], code: str, message: str, tmp_path: Path
 ) -> None:
     with raises(code) as caught:
         factory(tmp_path, entry, {"q": "q", "c": "a"})
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_data_set_of_the_hub_goes_before_other_places_and_keeps_its_subset(tmp_path: Path) -> None:
@@ -172,9 +172,9 @@ def test_no_row_however_odd_is_more_than_a_row_that_cannot_be_used(kind: str, tm
         name = "axolotl.yaml"
     (tmp_path / name.removesuffix(":mine")).write_text(json.dumps(described))
     problems: list[Problem] = []
-    kept, _ = load_rows(f"{tmp_path}/{name}", problems=problems)
-    assert len(kept) + sum(p.left_out for p in problems) == len(rows)
-    assert kept[0].messages[-1].content in ("a", "abc")
+    usable, _ = load_rows(f"{tmp_path}/{name}", problems=problems)
+    assert len(usable) + sum(p.left_out for p in problems) == len(rows)
+    assert usable[0].messages[-1].content in ("a", "abc")
 
 
 # Axolotl -------------------------------------------------------------------------------------------------------------
@@ -217,12 +217,12 @@ def test_turns_and_characters_have_weights_of_their_own(tmp_path: Path) -> None:
         {"begin_offset": 9, "end_offset": 18, "train": True},
         {"begin_offset": 20, "end_offset": 29, "train": True},
     ]
-    said = "I'm doing very well, thank you!"
+    answer = "I'm doing very well, thank you!"
     talk = [
         {"from": "human", "value": "q", "train": True},
         {"from": "assistant", "value": "a", "train": False},
         {"from": "human", "value": "r"},
-        {"from": "assistant", "value": said, "train_detail": detail},
+        {"from": "assistant", "value": answer, "train_detail": detail},
     ]
     entry = {
         "field_messages": "conversations",
@@ -235,7 +235,7 @@ def test_turns_and_characters_have_weights_of_their_own(tmp_path: Path) -> None:
     (row,) = axolotl(tmp_path, entry, {"conversations": talk})
     assert [m.weight for m in row.messages] == [1.0, 0.0, 0.0, 1.0]
     spans = row.messages[-1].spans
-    assert [(said[start:end], weight) for start, end, weight in spans] == [
+    assert [(answer[start:end], weight) for start, end, weight in spans] == [
         ("I'm doing", 0.0),
         (" very well", 1.0),
         (",", 0.0),
@@ -275,7 +275,7 @@ def test_a_template_of_the_whole_file_is_told_and_not_used(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("entry", "top", "code", "said"),
+    ("entry", "top", "code", "message"),
     [
         ({"field_mesages": "x"}, {}, "data/unknown-key", "field_mesages: unknown key. Did you mean 'field_messages'"),
         ({"type": "input_output"}, {}, "data/unknown-format", "'input_output' is not read. Known: chat_template"),
@@ -290,8 +290,8 @@ def test_a_template_of_the_whole_file_is_told_and_not_used(tmp_path: Path) -> No
     ],
 )
 def test_what_axolotl_says_and_we_cannot_do_is_named(
-    entry: dict[str, Any], top: dict[str, Any], code: str, said: str, tmp_path: Path
+    entry: dict[str, Any], top: dict[str, Any], code: str, message: str, tmp_path: Path
 ) -> None:
     with raises(code) as caught:
         axolotl(tmp_path, entry, TURNS, **top)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

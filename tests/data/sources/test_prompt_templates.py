@@ -10,7 +10,7 @@ from graftlm.data.sources.prompt_templates import PromptTemplate, ask
 from graftlm.data.sources.source import SourceConfig
 
 
-def said(templates: list[PromptTemplate], row: dict[str, object]) -> tuple[str, str]:
+def prompt_and_completion(templates: list[PromptTemplate], row: dict[str, object]) -> tuple[str, str]:
     fields, _ = ask(templates, row)
     return fields["prompt"][0]["content"], fields["completion"]
 
@@ -20,15 +20,15 @@ ONE = PromptTemplate(prompt="{premise} So {hypothesis}?", completion="{label}", 
 
 
 def test_fields_are_filled_in_and_labels_get_their_words() -> None:
-    assert said([ONE], ROW) == ("It rains. So it is wet?", "yes")
-    assert said([ONE], ROW | {"label": "2"})[1] == "no"
-    named = PromptTemplate(prompt="{{{premise}}}", completion="{label}", words={"label": {"0": "ja"}})
-    assert said([named], ROW) == ("{It rains.}", "ja")
+    assert prompt_and_completion([ONE], ROW) == ("It rains. So it is wet?", "yes")
+    assert prompt_and_completion([ONE], ROW | {"label": "2"})[1] == "no"
+    with_words = PromptTemplate(prompt="{{{premise}}}", completion="{label}", words={"label": {"0": "ja"}})
+    assert prompt_and_completion([with_words], ROW) == ("{It rains.}", "ja")
 
 
 def test_the_name_of_a_field_may_have_any_characters() -> None:
     way = PromptTemplate(prompt="{sentence 1} / {text-b} / {{label}}", completion="{Is it?}")
-    assert said([way], {"sentence 1": "a", "text-b": "b", "Is it?": "c"}) == ("a / b / {label}", "c")
+    assert prompt_and_completion([way], {"sentence 1": "a", "text-b": "b", "Is it?": "c"}) == ("a / b / {label}", "c")
 
 
 def test_words_for_a_field_that_no_text_names_are_refused() -> None:
@@ -39,14 +39,14 @@ def test_words_for_a_field_that_no_text_names_are_refused() -> None:
 
 
 def test_braces_in_a_field_are_not_filled_again() -> None:
-    assert said([ONE], ROW | {"premise": "{label}"})[0] == "{label} So it is wet?"
+    assert prompt_and_completion([ONE], ROW | {"premise": "{label}"})[0] == "{label} So it is wet?"
 
 
 def test_every_template_is_used_and_the_same_row_is_always_asked_the_same_way() -> None:
     ways = [PromptTemplate(prompt=f"{n} {{label}}", completion="a") for n in range(3)]
-    asked = [said(ways, {"label": n})[0].split()[0] for n in range(60)]
-    assert set(asked) == {"0", "1", "2"}
-    assert asked == [said(ways, {"label": n})[0].split()[0] for n in range(60)]
+    prompts = [prompt_and_completion(ways, {"label": n})[0].split()[0] for n in range(60)]
+    assert set(prompts) == {"0", "1", "2"}
+    assert prompts == [prompt_and_completion(ways, {"label": n})[0].split()[0] for n in range(60)]
 
 
 @pytest.mark.parametrize(

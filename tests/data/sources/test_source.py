@@ -185,9 +185,9 @@ def test_an_unknown_built_in_set_is_refused_with_the_nearest_name() -> None:
 
 def test_an_ending_that_cannot_be_read_is_refused_with_those_that_can(tmp_path: Path) -> None:
     path = written(tmp_path, "q a", "rows.txt")
-    said = refused(path, "data/unsupported-file-type")
-    assert "cannot read .txt" in said
-    assert "Known: .jsonl, .json, .csv, .tsv, .parquet, .arrow" in said
+    message = refused(path, "data/unsupported-file-type")
+    assert "cannot read .txt" in message
+    assert "Known: .jsonl, .json, .csv, .tsv, .parquet, .arrow" in message
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
@@ -217,7 +217,7 @@ def test_all_bad_lines_are_reported_in_one_go(tmp_path: Path) -> None:
         "{'prompt': 'q'}",
     ]
     path = written(tmp_path, "\n".join(bad))
-    first, *said = refused(path).split("\n")
+    first, *lines = refused(path).split("\n")
     assert first == f"8 rows of {path} cannot be used (1 can; the format is prompt-completion):"
     wanted = [
         (2, "not valid JSON: Expecting value"),
@@ -229,16 +229,16 @@ def test_all_bad_lines_are_reported_in_one_go(tmp_path: Path) -> None:
         (8, "field 'completion' must be text, this is a int: 3"),
         (9, "not valid JSON: Expecting property name"),
     ]
-    assert len(said) == len(wanted)
-    for text, (number, what) in zip(said, wanted, strict=True):
+    assert len(lines) == len(wanted)
+    for text, (number, what) in zip(lines, wanted, strict=True):
         assert text.startswith(f"  {path}:{number}: {what}"), text
 
 
 def test_of_very_many_bad_lines_the_first_twenty_and_their_number_are_said(tmp_path: Path) -> None:
-    said = refused(written(tmp_path, "".join(f"{' ' * n}no\n" for n in range(50)))).split("\n")
-    assert len(said) == 1 + 20 + 1
-    assert said[0].startswith("50 rows")
-    assert said[-1] == "  and 30 more"
+    lines = refused(written(tmp_path, "".join(f"{' ' * n}no\n" for n in range(50)))).split("\n")
+    assert len(lines) == 1 + 20 + 1
+    assert lines[0].startswith("50 rows")
+    assert lines[-1] == "  and 30 more"
 
 
 @pytest.mark.parametrize("first", ['{"title": "q"}', '{"text": "raw"}'])
@@ -262,7 +262,7 @@ def test_a_row_of_another_format_than_its_file_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "code", "said"),
+    ("name", "content", "code", "message"),
     [
         ("a.jsonl", b'[\n {"prompt": "q"}\n]', "data/json-list-in-jsonl", r"a\.jsonl:1: .*rename it to a\.json$"),
         ("a.jsonl", b'[{"prompt": "q",\n"completion": "a"}]', "data/json-list-in-jsonl", ""),
@@ -282,18 +282,18 @@ def test_a_row_of_another_format_than_its_file_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused_with_what_it_is(
-    name: str, content: bytes, code: str, said: str, tmp_path: Path
+    name: str, content: bytes, code: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with raises(code, said):
+    with raises(code, message):
         load_rows(str(tmp_path / name))
 
 
 def test_where_no_row_fits_a_format_it_is_said_of_each(tmp_path: Path) -> None:
     path = written(tmp_path, '{"title": "q"}\n{"answer": "a"}\n')
-    said = refused(path)
-    assert f"{path}:1: fields ['title'] fit no known format" in said
-    assert f"{path}:2: fields ['answer'] fit no known format" in said
+    message = refused(path)
+    assert f"{path}:1: fields ['title'] fit no known format" in message
+    assert f"{path}:2: fields ['answer'] fit no known format" in message
 
 
 def test_json_nested_beyond_reason_is_a_bad_line_and_no_crash(tmp_path: Path) -> None:
@@ -326,9 +326,9 @@ def test_bytes_that_are_no_utf8_cost_their_own_row(
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
 def test_a_utf16_file_is_refused_and_utf16_is_named(tmp_path: Path, encoding: str) -> None:
     path = written(tmp_path, f"{line()}\n".encode(encoding))
-    said = refused(path, "data/not-utf-8")
-    assert said.startswith(f"{path}:1: ")
-    assert "utf-16" in said.lower()
+    message = refused(path, "data/not-utf-8")
+    assert message.startswith(f"{path}:1: ")
+    assert "utf-16" in message.lower()
 
 
 def test_nul_bytes_cost_their_own_row(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_nul_bytes_cost_their_own_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted", "said"),
+    ("content", "wanted", "message"),
     [
         (
             '[{"text": "a"},\n{"text": "b", "text": "c"},\n{"text": "d"}]',
@@ -358,13 +358,13 @@ def test_nul_bytes_cost_their_own_row(tmp_path: Path) -> None:
         (' \n[ {"text": "a"} ,\n {"text": ""} ] \n', ["a"], ":3: row 2: message 1 (text) is empty"),
     ],
 )
-def test_a_json_list_is_read_as_far_as_it_goes(tmp_path: Path, content: str, wanted: list[str], said: str) -> None:
+def test_a_json_list_is_read_as_far_as_it_goes(tmp_path: Path, content: str, wanted: list[str], message: str) -> None:
     path = written(tmp_path, content, "rows.json")
     problems: list[Problem] = []
     rows, _ = load_rows(path, problems=problems)
     assert [row.messages[0].content for row in rows] == wanted
     assert len(problems) == 1
-    assert str(problems[0]).startswith(f"{path}{said}")
+    assert str(problems[0]).startswith(f"{path}{message}")
 
 
 def test_csv_goes_on_after_a_row_that_is_none(tmp_path: Path) -> None:
@@ -432,9 +432,9 @@ def test_bad_json_is_refused_with_its_line_and_what_it_should_hold(tmp_path: Pat
     path = written(tmp_path, '{"data":\n [}', "rows.json")
     assert refused(path, "data/invalid-json").startswith(f"{path}:2: ")
     path = written(tmp_path, json.dumps({"data": [GOOD]}), "rows.json")
-    said = refused(path, "data/not-a-list")
-    assert "this holds a dict" in said
-    assert "'data'" in said
+    message = refused(path, "data/not-a-list")
+    assert "this holds a dict" in message
+    assert "'data'" in message
 
 
 def test_json_by_the_line_is_read_whatever_its_ending(tmp_path: Path) -> None:
@@ -446,10 +446,10 @@ def test_json_by_the_line_is_read_whatever_its_ending(tmp_path: Path) -> None:
 
 def test_csv_rows_with_another_number_of_columns_are_all_reported(tmp_path: Path) -> None:
     path = written(tmp_path, "prompt,completion\nq,a\nq,a,b\nq\n\nq,b\n", "rows.csv")
-    first, *said = refused(path).split("\n")
+    first, *lines = refused(path).split("\n")
     assert "2 rows" in first
     assert "(2 can" in first
-    assert said == [
+    assert lines == [
         f"  {path}:3: has 3 columns, the header has 2: ['prompt', 'completion']",
         f"  {path}:4: has 1 columns, the header has 2: ['prompt', 'completion']",
     ]
@@ -459,9 +459,9 @@ def test_csv_with_an_open_quote_or_two_columns_of_one_name_is_refused(tmp_path: 
     path = written(tmp_path, 'prompt,completion\nq,a\nq,"open\n', "rows.csv")
     assert "not valid CSV: unexpected end of data" in refused(path)
     path = written(tmp_path, "prompt,completion,prompt\nq,a,r\n", "rows.csv")
-    said = refused(path, "data/duplicate-columns")
-    assert said.startswith(f"{path}:1: ")
-    assert said.endswith("['prompt', 'completion', 'prompt']")
+    message = refused(path, "data/duplicate-columns")
+    assert message.startswith(f"{path}:1: ")
+    assert message.endswith("['prompt', 'completion', 'prompt']")
 
 
 # Groups and the split ------------------------------------------------------------------------------------------------

@@ -47,10 +47,10 @@ def names(rows: list[Row]) -> list[str]:
 
 
 def test_an_epoch_is_that_of_a_mixture_and_every_row_comes_equally_often(files: dict[str, str]) -> None:
-    given = sources(files, a={"weight": 3.0}, b={"cap": 20})
-    mixed = read_data(DataConfig(train=tuple(given), mix_temperature=2.0), seed=5).train
+    configs = sources(files, a={"weight": 3.0}, b={"cap": 20})
+    mixed = read_data(DataConfig(train=tuple(configs), mix_temperature=2.0), seed=5).train
     wanted = Counter(name.split()[0] for name in names(mixed))
-    stream = Stream(given, temperature=2.0, seed=5)
+    stream = Stream(configs, temperature=2.0, seed=5)
     assert stream.epoch == len(mixed)
     rows = names(list(islice(stream, 3 * stream.epoch)))
     for epoch in range(3):
@@ -84,30 +84,30 @@ def test_rows_are_shuffled_anew_in_every_pass_by_the_seed(files: dict[str, str])
 
 
 def test_a_cursor_goes_on_exactly_from_any_row(files: dict[str, str]) -> None:
-    given = sources(files, a={"weight": 2.0}, b={"cap": 20})
-    stream = Stream(given, temperature=2.0, seed=3)
+    configs = sources(files, a={"weight": 2.0}, b={"cap": 20})
+    stream = Stream(configs, temperature=2.0, seed=3)
     whole = names(list(islice(stream, 150)))
     for at in range(0, 150, 7):
         cursor = json.loads(json.dumps(stream.cursor(at)))
-        resumed = Stream(given, temperature=2.0, seed=3, cursor=cursor)
+        resumed = Stream(configs, temperature=2.0, seed=3, cursor=cursor)
         assert names(list(islice(resumed, 150 - at))) == whole[at:]
-        twice = Stream(given, temperature=2.0, seed=3, cursor=json.loads(json.dumps(resumed.cursor(5))))
+        twice = Stream(configs, temperature=2.0, seed=3, cursor=json.loads(json.dumps(resumed.cursor(5))))
         assert names(list(islice(twice, 20))) == names(list(islice(stream, at + 25)))[at + 5 :]
 
 
 def test_a_cursor_that_does_not_fit_is_refused(files: dict[str, str]) -> None:
-    given = sources(files)
-    cursor = Stream(given, seed=0).cursor(4)
+    configs = sources(files)
+    cursor = Stream(configs, seed=0).cursor(4)
     with raises("data/cursor-mismatch", match="seed 0, this one has 1"):
-        Stream(given, seed=1, cursor=cursor)
+        Stream(configs, seed=1, cursor=cursor)
     with raises("data/cursor-mismatch", match="sources"):
-        Stream(given[:2], seed=0, cursor=cursor)
+        Stream(configs[:2], seed=0, cursor=cursor)
     with raises("data/cursor-mismatch", match="weights"):
-        Stream(given, seed=0, temperature=4.0, cursor=cursor)
+        Stream(configs, seed=0, temperature=4.0, cursor=cursor)
     with open(files["b"], "a") as file:
         file.write('{"prompt": "new", "completion": "row"}\n')
     with raises("data/file-changed", match=r"b\.jsonl"):
-        Stream(given, seed=0, cursor=cursor)
+        Stream(configs, seed=0, cursor=cursor)
 
 
 def test_a_file_that_changes_on_the_way_is_said(files: dict[str, str]) -> None:
@@ -129,8 +129,8 @@ def test_no_more_than_a_block_of_a_source_is_read_ahead(files: dict[str, str], m
             yield row
 
     monkeypatch.setattr(streaming, "stream_rows", counted)
-    for given, _ in enumerate(islice(stream, 60), start=1):
-        assert read <= given + streaming.BLOCK
+    for count, _ in enumerate(islice(stream, 60), start=1):
+        assert read <= count + streaming.BLOCK
 
 
 def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
     file.write_text('{"prompt": "a", "completion": "b"}\nnonsense\n{"prompt": "a", "completion": ""}\n')
     stream = Stream([SourceConfig(path=str(file))])
     assert stream.left_out == 2
-    assert [said.split(": ")[0] for said in stream.problems] == [f"{file}:2", f"{file}:3"]
+    assert [problem.split(": ")[0] for problem in stream.problems] == [f"{file}:2", f"{file}:3"]
     file.write_text("nonsense\n")
     with raises("data/unusable-rows"):
         Stream([SourceConfig(path=str(file))])
@@ -147,12 +147,14 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_examples_go_on_exactly_from_any_of_them(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "CHUNK", 5 * parallel.ROW_COST)
-    given, renderer, data = sources(files), Renderer(tiny_tokenizer()), DataConfig(train="unused")
+    configs, renderer, data = sources(files), Renderer(tiny_tokenizer()), DataConfig(train="unused")
 
     def examples(cursor: Any = None) -> Examples:
         if cursor is None:
-            return Examples(Stream(given, seed=2), renderer, data, workers=1)
-        return Examples(Stream(given, seed=2, cursor=cursor["rows"]), renderer, data, workers=1, given=cursor["given"])
+            return Examples(Stream(configs, seed=2), renderer, data, workers=1)
+        return Examples(
+            Stream(configs, seed=2, cursor=cursor["rows"]), renderer, data, workers=1, given=cursor["given"]
+        )
 
     made = examples()
     whole, cursors = [], []

@@ -22,11 +22,11 @@ from tests.errors import raises
 HELD_OUT = 48
 
 
-def asked(row: Row) -> str:
+def prompt_of(row: Row) -> str:
     return row.messages[0].content
 
 
-def given(name: str, prompt: str) -> str:
+def field_of(name: str, prompt: str) -> str:
     """What is asked about: the prompt without its template."""
     for template in TASKS[name].templates():
         before, after = template.split("{given}")
@@ -48,12 +48,12 @@ def test_a_split_shares_no_template_and_no_input(name: str) -> None:
     assert len(held_out) == HELD_OUT
     assert not {row.group for row in train} & {row.group for row in held_out}
     assert len({row.group for row in held_out}) == HELD_OUT // ROWS_OF_A_TEMPLATE
-    inputs = [given(name, asked(row)) for row in found]
+    inputs = [field_of(name, prompt_of(row)) for row in found]
     assert len(set(inputs)) == len(inputs), "an input occurs once"
     templates = {row.group: TASKS[name].templates()[int(row.group.partition("/")[2])] for row in found}
     assert len(set(templates.values())) == len(templates)
     for row, text in zip(found, inputs, strict=True):
-        assert asked(row) == templates[row.group].replace("{given}", text)
+        assert prompt_of(row) == templates[row.group].replace("{given}", text)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -95,7 +95,7 @@ def test_the_mixture_has_every_row_of_every_task_in_turn() -> None:
     assert [task_of(row.group) for row in mixed[: 2 * len(TASKS)]] == [*TASKS, *TASKS]
     for task in TASKS:
         alone = [(row["prompt"], row["group"]) for row in rows(task)]
-        assert [(asked(row), row.group) for row in mixed if task_of(row.group) == task] == alone
+        assert [(prompt_of(row), row.group) for row in mixed if task_of(row.group) == task] == alone
     assert len({row["prompt"] for row in every_row()}) == len(mixed)
 
 

@@ -47,7 +47,7 @@ def prepared(recipe: dict[str, Any]) -> tuple[Recipe, Prepared]:
     return made, prepare_data(made, tiny_tokenizer())
 
 
-def asked(made: Recipe, data: Prepared) -> list[list[str]]:
+def prompts_by_epoch(made: Recipe, data: Prepared) -> list[list[str]]:
     """What each epoch asks, in the order of its steps."""
     plan = make_batches(made.train, data.examples, data.curriculum, data.draws)
     count = len(data.first_epoch)
@@ -86,13 +86,13 @@ def test_each_epoch_asks_every_row_in_another_way(
     made, data = prepared(recipe)
     assert len(data.first_epoch) == len(data.rows) == 18
     assert len(data.examples) == 3 * 12 + 6, "each rendering once"
-    epochs = asked(made, data)
+    epochs = prompts_by_epoch(made, data)
     for number, texts in enumerate(epochs):
         ways = [ask(WAYS, row, 5, number)[1] for row in ROWS]
         wanted = [f"{WORDS[way]} {row['n']}?" for way, row in zip(ways, ROWS, strict=True)]
         assert sorted(texts) == sorted([*wanted, *(f"plain {n}?" for n in range(6))])
     assert sorted(epochs[3]) == sorted(epochs[0])
-    assert asked(*prepared(recipe)) == epochs
+    assert prompts_by_epoch(*prepared(recipe)) == epochs
     assert any("24 more rows are rendered" in note for note in data.report.notes)
     assert data.report.rows == 18
 
@@ -111,7 +111,7 @@ def test_a_row_that_comes_twice_in_an_epoch_is_asked_alike_both_times(base_folde
     plain = written(tmp_path, "plain.jsonl", [{"prompt": f"plain {n}?", "completion": "yes"} for n in range(12)])
     recipe["data"]["train"] = [recipe["data"]["train"] | {"weight": 3.0}, plain]
     made, data = prepared(recipe)
-    for texts in asked(made, data):
+    for texts in prompts_by_epoch(made, data):
         templated = Counter(text for text in texts if not text.startswith("plain"))
         assert len(templated) == 12, "one way of asking a row"
         assert set(templated.values()) <= {1, 2}
@@ -120,7 +120,7 @@ def test_a_row_that_comes_twice_in_an_epoch_is_asked_alike_both_times(base_folde
 def test_many_short_epochs_go_round(base_folder: Path, tmp_path: Path) -> None:
     made, data = prepared(tree(base_folder, tmp_path, steps=60))
     assert len(data.examples) == 36
-    epochs = asked(made, data)
+    epochs = prompts_by_epoch(made, data)
     assert len(epochs) == 20
     assert all(sorted(texts) == sorted(epochs[n % 3]) for n, texts in enumerate(epochs))
 
@@ -135,7 +135,7 @@ def test_a_rendering_that_is_too_long_leaves_its_epoch_with_the_first_one(base_f
     missing = sum(a and b for a, b in zip(long, short, strict=True))
     assert missing > 0
     assert any(note.startswith(f"{missing} renderings for later epochs cannot be used") for note in data.report.notes)
-    first, second = asked(made, data)
+    first, second = prompts_by_epoch(made, data)
     assert len(first) == len(second) == sum(short)
     assert not any("please" in text for text in (*first, *second))
     with raises("data/unusable-rows", match="are more than max_tokens"):
@@ -147,7 +147,7 @@ def test_a_place_in_two_sources_is_asked_alike_and_that_is_noted(base_folder: Pa
     recipe["data"]["train"] = [recipe["data"]["train"], recipe["data"]["train"]]
     made, data = prepared(recipe)
     assert any("12 rows stand in two sources" in note for note in data.report.notes)
-    first, second = asked(made, data)
+    first, second = prompts_by_epoch(made, data)
     assert sorted(first) == sorted(second)
 
 

@@ -21,7 +21,7 @@ from tests.errors import raises
 from tests.judges.endpoint_server import Endpoint
 
 
-def said(answer: str, reference: str | None = None, question: str = "what?", where: str = "f:1") -> Completion:
+def completion(answer: str, reference: str | None = None, question: str = "what?", where: str = "f:1") -> Completion:
     return Completion([Message("user", question)], answer, reference, cut=False, where=where)
 
 
@@ -35,32 +35,41 @@ def test_every_scorer_is_known_by_its_name() -> None:
 
 
 def test_exact() -> None:
-    assert rewards(ExactConfig(), said("a b", " a b\n"), said("A b", "a b"), said("", "a")) == [1.0, 0.0, 0.0]
-    assert rewards(ExactConfig(ignore_case=True), said("A b", "a B")) == [1.0]
+    assert rewards(ExactConfig(), completion("a b", " a b\n"), completion("A b", "a b"), completion("", "a")) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
+    assert rewards(ExactConfig(ignore_case=True), completion("A b", "a B")) == [1.0]
     numbers = ExactConfig(take=r"#### (-?\d+)")
-    answers = [said(text, "so it is\n#### 12") for text in ("#### 12", "#### 3\nno: #### 12", "12", "#### 120")]
+    answers = [completion(text, "so it is\n#### 12") for text in ("#### 12", "#### 3\nno: #### 12", "12", "#### 120")]
     assert rewards(numbers, *answers) == [1.0, 1.0, 0.0, 0.0]
-    assert rewards(ExactConfig(take=r"\d+"), said("it is 7.", "7")) == [1.0]
+    assert rewards(ExactConfig(take=r"\d+"), completion("it is 7.", "7")) == [1.0]
     with raises("data/no-reference-answer", match="f:9: .*'exact'"):
-        rewards(ExactConfig(), said("a", None, where="f:9"))
+        rewards(ExactConfig(), completion("a", None, where="f:9"))
     with raises("data/nothing-to-compare"):
-        rewards(numbers, said("#### 1", "no number"))
+        rewards(numbers, completion("#### 1", "no number"))
     with pytest.raises(ValueError, match="no regular expression"):
         ExactConfig(take="(")
 
 
 def test_pattern() -> None:
     one_sentence = PatternConfig(pattern=r"^[^.\n]+\.$")
-    assert rewards(one_sentence, said("One."), said("One. Two."), said("none"), said("")) == [1.0, 0.0, 0.0, 0.0]
+    assert rewards(one_sentence, completion("One."), completion("One. Two."), completion("none"), completion("")) == [
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
     with pytest.raises(ValueError, match="no regular expression"):
         PatternConfig(pattern="[")
 
 
 def test_rouge() -> None:
-    found = rewards(RougeConfig(), said("a b c", "a b c"), said("a x", "a b"), said("", "a"))
+    found = rewards(RougeConfig(), completion("a b c", "a b c"), completion("a x", "a b"), completion("", "a"))
     assert found == pytest.approx([1.0, 0.5, 0.0])
     with raises("data/no-reference-answer", match="rouge-l"):
-        rewards(RougeConfig(), said("a"))
+        rewards(RougeConfig(), completion("a"))
 
 
 def python(folder: Path, source: str, name: str = "score") -> PythonConfig:
@@ -70,27 +79,28 @@ def python(folder: Path, source: str, name: str = "score") -> PythonConfig:
 
 def test_a_function_of_the_users(tmp_path: Path) -> None:
     source = """
-def score(said):
-    if not said.answer:
+def score(completion):
+    if not completion.answer:
         return None
-    return len(said.answer) + 10 * len(said.question) + 100 * (said.reference == "r") + 1000 * said.cut
+    length = len(completion.answer) + 10 * len(completion.question)
+    return length + 100 * (completion.reference == "r") + 1000 * completion.cut
 """
-    found = rewards(python(tmp_path, source), said("ab", "r", "xyz"), said(""))
+    found = rewards(python(tmp_path, source), completion("ab", "r", "xyz"), completion(""))
     assert found == [132.0, None]
 
 
 def test_a_function_that_fails_is_named_with_its_line_and_the_row(tmp_path: Path) -> None:
-    config = python(tmp_path, "def score(said):\n    x = 1\n    return said.answr\n")
+    config = python(tmp_path, "def score(completion):\n    x = 1\n    return completion.answr\n")
     with raises(
         "training/reward-function-failed", match=r"rewards.py:score .* f:7: line 3: AttributeError: .*answr[\s\S]*'ab'"
     ):
-        rewards(config, said("ab", where="f:7"))
+        rewards(config, completion("ab", where="f:7"))
     with raises("training/reward-function-failed"):
-        rewards(python(tmp_path, "def score(said):\n    return 'good'\n"), said("ab"))
+        rewards(python(tmp_path, "def score(completion):\n    return 'good'\n"), completion("ab"))
 
 
 def test_a_file_or_a_function_that_is_not_there(tmp_path: Path) -> None:
-    config = python(tmp_path, "def score(said):\n    return 0\n", "scor")
+    config = python(tmp_path, "def score(completion):\n    return 0\n", "scor")
     with raises("recipe/no-such-function", match=r"'scor'. Did you mean 'score'"):
         make_scorer(config, network=False)
     with raises("recipe/no-such-file", match=r"reward.py: .*Did you mean .*rewards.py"):
@@ -102,19 +112,19 @@ def test_a_file_or_a_function_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_judge_behind_an_endpoint(endpoint: Endpoint) -> None:
-    answers = [said("good"), said("bad"), said("odd")]
+    answers = [completion("good"), completion("bad"), completion("odd")]
     grade = {"good": "5", "bad": "Grade: 1.5", "odd": "no idea"}
     endpoint.reply = lambda prompt: next(text for answer, text in grade.items() if prompt.endswith(answer))
     assert rewards(JudgeScorerConfig(url=endpoint.url, model="m"), *answers) == [5.0, 1.5, None]
-    assert all(body["model"] == "m" and "what?" in body["messages"][0]["content"] for body in endpoint.asked)
+    assert all(body["model"] == "m" and "what?" in body["messages"][0]["content"] for body in endpoint.requests)
     with raises("data/ungraded-replies", match="1 of 1 replies"):
-        rewards(JudgeScorerConfig(url=endpoint.url), said("odd"))
+        rewards(JudgeScorerConfig(url=endpoint.url), completion("odd"))
     endpoint.reply = lambda prompt: "4" if prompt == "is a like r?" else "1"
     against = JudgeScorerConfig(url=endpoint.url, prompt="is {answer} like {reference}?")
-    assert rewards(against, said("a", "r")) == [4.0]
+    assert rewards(against, completion("a", "r")) == [4.0]
     endpoint.reply = lambda prompt: "4" if prompt == "is {answer} what {reference}? asks?" else "1"
     asking = JudgeScorerConfig(url=endpoint.url, prompt="is {answer} what {question} asks?")
-    assert rewards(asking, said("{answer}", question="{reference}?")) == [4.0], "braces of a text are its own"
+    assert rewards(asking, completion("{answer}", question="{reference}?")) == [4.0], "braces of a text are its own"
 
 
 def test_nothing_is_sent_elsewhere_without_leave(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +147,12 @@ def saved(folder: Path, labels: int = 1, **changes: Any) -> Path:
 @pytest.mark.parametrize("padding", [0, 2, None], ids=["", "padded with what ends a turn", "without padding"])
 def test_a_reward_model_says_of_many_what_it_says_of_one(tmp_path: Path, padding: int | None) -> None:
     folder = saved(tmp_path / "reward", pad_token_id=padding)
-    answers = [said("ab"), said("a longer answer of more tokens"), said(""), said("the user asks", question="why so?")]
+    answers = [
+        completion("ab"),
+        completion("a longer answer of more tokens"),
+        completion(""),
+        completion("the user asks", question="why so?"),
+    ]
     alone = [rewards(RewardModelConfig(model=str(folder), dtype="float32"), one)[0] for one in answers]
     together = rewards(RewardModelConfig(model=str(folder), dtype="float32", at_once=3), *answers)
     assert together == pytest.approx(alone, rel=1e-5, abs=1e-7)

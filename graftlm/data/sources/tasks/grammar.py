@@ -28,7 +28,7 @@ VERBS = dict(
 OBJECTS = ("the box", "a letter", "the door", "a picture", "the book", "a house", "the boat", "a song", "the car")
 PARTICIPLES = words("watched followed helped called painted cleaned moved found seen taken chosen washed")
 PAST = {"seen": "saw", "taken": "took", "chosen": "chose"}
-"""Of participles that are not the past."""
+"""Participle -> past tense, where the two differ."""
 ACTORS = words("dog girl teacher farmer doctor king artist student baker singer driver nurse")
 
 

@@ -29,7 +29,7 @@ class Task(NamedTuple):
     example: Callable[[Random], tuple[str, str]]
     """Draws (input, answer)."""
     answer: Literal["text", "json", "sql"] = "text"
-    """What two answers are compared as."""
+    """The form in which two answers are compared."""
 
     def templates(self) -> list[str]:
         """Texts with a place for `{given}`."""
