@@ -1,6 +1,6 @@
 """What a recipe needs, before a weight is loaded: `graft estimate`.
 
-The base is known by its config alone (`model/hub/sketch.py`). Of each kind of layer a few are filled with random
+The base is known by its config alone (`hub/sketch.py`). Of each kind of layer a few are filled with random
 numbers, get the recipe's deltas, and run the recipe's own packs here and now, first one of them, then all: what one
 more layer costs, in bytes and in seconds, times the layers of that kind, is what the model costs. So no method and no
 architecture needs a formula, and what is predicted is what this machine does.

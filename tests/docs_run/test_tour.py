@@ -9,7 +9,7 @@ from tests.docs_run.names import NAMED, PAGES, ROOT, resolve, title
 TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 STAGES = [
     "data/sources/formats", "data/sources/load", "data/chat/render", "data/chat/masks", "data/quality/preflight",
-    "data/batches/pack", "model/hub/load", "model/layers/attach", "model/passes/forward", "kernels/linear",
+    "data/batches/pack", "hub/load", "model/attach", "passes/forward", "kernels/linear",
     "losses/__init__", "training/loop", "run", "adapters/save", "generation/generate",
 ]  # fmt: skip
 NAMES = sorted({(title(page), *named) for page in PAGES for named in NAMED.findall(page.read_text(encoding="utf-8"))})
@@ -30,7 +30,7 @@ def test_the_tour_passes_every_part() -> None:
 def test_the_tour_goes_in_the_direction_of_the_data() -> None:
     first = {path.removeprefix("graftlm/"): n for n, (path, _) in reversed(list(enumerate(NAMED.findall(TOUR))))}
     way = ["data/sources/load", "data/sources/formats", "data/chat/render", "data/chat/masks",
-           "data/quality/preflight", "data/batches/pack", "model/layers/attach", "training/loop", "kernels/linear",
+           "data/quality/preflight", "data/batches/pack", "model/attach", "training/loop", "kernels/linear",
            "losses/__init__", "adapters/save", "generation/generate"]  # fmt: skip
     assert [first[stage] for stage in way] == sorted(first[stage] for stage in way)
 

@@ -14,11 +14,12 @@ adapter 1.
 Spaces. In `knots` and `product` columns are inputs, as in the paper. In `core` they are the common input directions of
 the adapters, which is another rule, and much cheaper for wide layers.
 
-Departures. The paper compares outputs of the whole model, an image generator, on prompts of two adapters, and so needs
-both. Here each layer is compared by itself, and relative to the adapter's own output, so that a large adapter does not
-rule. The paper's last term is |m_1 . m_2| (public code: the mean of the |m_1j m_2j|, as here, which does not grow with
-the width; another one takes the cosine). The paper has two adapters. The rate and the
-balance of 0.01 are those of public code, the 100 steps are ours; none is compared with the text. The paper has no weights; here one scales its adapter.
+Departures. The paper compares outputs of the whole model, an image generator, on prompts of two adapters, and so
+needs both. Here each layer is compared by itself, and relative to the adapter's own output, so that a large adapter
+does not rule. The paper's last term is |m_1 . m_2| (public code: the mean of the |m_1j m_2j|, as here, which does not
+grow with the width; another one takes the cosine). The paper has two adapters. The rate and the balance of 0.01 are
+those of public code, the 100 steps are ours; none is compared with the text. The paper has no weights; here one
+scales its adapter.
 """
 
 from collections.abc import Sequence
