@@ -88,6 +88,7 @@ def alone() -> list[dict[str, Any]]:
     return all_gradients()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_loss_and_every_gradient_are_those_of_one_process(count: int, alone: list[dict[str, Any]]) -> None:
     for number, results in enumerate(together(count, all_gradients)):

@@ -294,6 +294,7 @@ print(graftlm.plugins.plugins()[0].error)
     assert done.stderr.count("is left out") == 1
 
 
+@pytest.mark.slow
 def test_two_plugins_with_one_name(good: Path) -> None:
     distribution(good, "graft-aaa", "1", "[graftlm.methods]\noutput-gain = graft_gain:METHOD\n")
     script = """

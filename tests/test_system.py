@@ -327,7 +327,7 @@ print("sockets", len(seen), seen)
 """
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", [False, True])
 def test_a_run_opens_no_connection(plant: bool, base_folder: Path, tmp_path: Path) -> None:
     """Train and answer, with the hub's offline switch not set; a planted connection would be seen."""

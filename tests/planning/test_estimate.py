@@ -267,6 +267,7 @@ def test_what_is_not_quantized_is_counted_in_its_dtype(base: Path, rows: Path, d
     assert sketch(made, [0]).base_bytes == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_quantized_base_in_float32_is_not_told_to_take_half(base: Path, rows: Path) -> None:
     found = estimate(recipe(base, rows, base={"dtype": "float32", "quantization": "nf4"}))
     assert not [text for text in found["advice"] if "base.dtype" in text]

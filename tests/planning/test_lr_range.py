@@ -156,6 +156,7 @@ def test_several_processes_are_refused(base_folder: Path, rows: Path, monkeypatc
         lr_range_test(recipe(base_folder, rows))
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_draws(
     base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,6 +253,7 @@ def test_the_reference_may_be_an_adapter_that_is_on_the_model_too() -> None:
         assert not torch.equal(found, policy)
 
 
+@pytest.mark.slow
 def test_the_value_of_a_prompt_is_read_where_it_ends_and_is_learnt_beside_the_deltas() -> None:
     model, found = moved(), [Group(g.answers, (0.8, 0.2)) for g in answered(4)]
     objective = Objective(LOSSES["dro"].config(tau=1e-6))  # type: ignore[call-arg]  # so the values alone matter
