@@ -20,6 +20,7 @@ from graftlm.generation.engine import Engine, model_lock
 from graftlm.generation.forward_pass import Piece, keys_before, pass_over
 from graftlm.generation.inference_copy import inference_copy
 from graftlm.generation.requests import Request
+from graftlm.hub.quantize_base import quantize
 from graftlm.kernels import many_low_rank
 from graftlm.kernels.prepacked import PrepackedProduct
 from graftlm.model import hosts as hosts_module
@@ -30,6 +31,7 @@ from graftlm.model.modes import by_row
 from graftlm.model.registry import hosts
 from graftlm.model.routes import Route, Span, use_route
 from graftlm.testing.deltas import attach_tiny, close, move
+from graftlm.testing.tiny import tiny_gpt2
 from tests.errors import raises
 from tests.generation.test_generate import by_hand, varied
 
@@ -285,6 +287,22 @@ def test_the_base_is_multiplied_once_a_layer_for_all_that_stands_around_it(monke
     assert len(found) == 6 * (layers + 1), "one for each layer and the head, six passes"
     more = METHODS["flora"].config(method="flora", r=4).r - 1  # type: ignore[call-arg,attr-defined]
     assert max(found[layers + 1 :]) == len(rows) + more, "a token is a row; FLoRA has one for each rank"
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "nf4"])
+def test_what_stands_around_other_layers_than_linear_ones_is_each_alone(kind: str) -> None:
+    """GPT-2's layers keep W transposed and have biases; quantized ones make W anew for each product."""
+    model = tiny_gpt2() if kind == "conv1d" else quantize(varied(head_dim=16), kind)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(key)))
+    names = [name for name in AROUND if kind != "conv1d" or name != "beft"]  # GPT-2 has no layer for values alone
+    for name in names:
+        attach_tiny(name, model, delta=f"the-{name}", seed=2)
+    move(model, scale=0.1)
+    rows: list[Row] = [{f"the-{name}": 1.0} for name in names] + [{}]
+    check(model, rows, [ids_of(5 + n % 3, n) for n in range(len(rows))], [4], 5e-5)
 
 
 def is_linear(host: Any) -> bool:
