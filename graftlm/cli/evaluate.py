@@ -51,15 +51,13 @@ def evaluate(
     from graftlm.evaluation.evaluate import evaluate as measure
     from graftlm.files import check_new, whole
     from graftlm.hub.fingerprint import base_record
-    from graftlm.hub.load import load_base
     from graftlm.lock import only_writer
 
     prepare_libraries()
     check_new(out, overwrite=overwrite)
     folders = _named(adapter or [])
     tasks_of, named = _source(source, network)
-    loaded = base or named or _base_of(folders)
-    model, tokenizer = load_base(loaded, dtype=dtype, quantization=quantization, network=network)
+    model, tokenizer = _load(base or named, folders, dtype=dtype, quantization=quantization, network=network)
     for each, folder in folders.items():
         typer.secho(load_adapter(model, folder, name=each), dim=True, err=True)
     tasks = _limited(tasks_of(tokenizer), limit)
@@ -109,15 +107,19 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     return {name if unique[n] else f"{n + 1}-{name}": found[n][1] for n, name in enumerate(names)}
 
 
-def _base_of(folders: dict[str, Path]) -> str:
+def _load(base: Any, folders: dict[str, Path], **how: Any) -> Any:
+    """The base that is named, or else the one that the first adapter names."""
     from graftlm.adapters.adapter import Adapter
+    from graftlm.adapters.load import load_named_base
+    from graftlm.hub.load import load_base
 
-    for folder in folders.values():
-        record = Adapter.read(folder)
-        named = record.base["name"] if record.base else record.peft_config.get("base_model_name_or_path")
-        if named:
-            return str(named)
-    raise typer.BadParameter("name the base: nothing else says which it is", param_hint="--base")
+    if base is not None:
+        return load_base(base, **how)
+    if not folders:
+        raise typer.BadParameter("name the base: nothing else says which it is", param_hint="--base")
+    first = Adapter.read(next(iter(folders.values())))
+    named = (first.base or {}).get("name") or first.peft_config.get("base_model_name_or_path") or "smollm2"
+    return load_named_base(str(named), str(first.where), **how)
 
 
 def _source(source: str, network: bool) -> tuple[Any, Any]:
@@ -188,7 +190,7 @@ def _show(found: "Evaluation") -> None:
         rows = [
             [model, *(_cell(tree["tasks"][task.name][model][metric]) for metric in metrics)] for model in found.models
         ]
-        print_table(["model", *metrics], rows, title=f"{task.name}: {len(task.items)} rows, 95 % intervals")
+        print_table(["model", *metrics], rows, title=f"{task.name}: {len(task.items)} rows")
     for each in found.comparisons:
         if each.p_holm is not None:
             print(_sentence(each))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from graftlm.data.chat.render import Renderer
 from graftlm.errors import DataError
 from graftlm.evaluation.metrics import Choice, Likelihood, Outcome
@@ -21,8 +23,9 @@ from graftlm.hub.tokenizer import embedding_rows, with_more_tokens
 from graftlm.model.registry import Chat, attachment
 from graftlm.model.routes import Row
 
-TIE = 1e-4
-"""Nats: of tokens or choices that are as near as this, rounding may decide, so another batch may choose another."""
+TIES = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}
+"""Dtype of a model -> nats: of tokens or choices that are as near as this, rounding may decide, so another batch may
+choose another. About the rounding of a logit of 16."""
 
 Found = dict[str, Any]
 """An outcome as it stands in a journal."""
@@ -36,6 +39,12 @@ class Asked:
     row: Row
     renderer: Renderer
     stop_ids: tuple[int, ...]
+    tie: float
+    """What counts as a near tie, in nats."""
+
+
+def tie_of(model: Any) -> float:
+    return TIES.get(model.dtype, max(TIES.values()))
 
 
 def asked_models(model: Any, tokenizer: Any, rows: Mapping[str, Row]) -> list[Asked]:
@@ -49,7 +58,7 @@ def asked_models(model: Any, tokenizer: Any, rows: Mapping[str, Row]) -> list[As
                 own = with_more_tokens(own, record.tokenizers[adapter], embedding_rows(model), adapter)
             chat = record.chats.get(adapter, chat)
         renderer = renderers.setdefault((id(own), chat), renderers.get((id(own), chat)) or _renderer(own, chat))
-        found.append(Asked(name, row, renderer, all_stop_ids(model, renderer.stop_ids)))
+        found.append(Asked(name, row, renderer, all_stop_ids(model, renderer.stop_ids), tie_of(model)))
     return found
 
 
@@ -154,7 +163,7 @@ def _generate(task: Task, model: Asked, number: int, template: int) -> Question:
             "text": text.close().strip(),
             "tokens": len(generation.ids),
             "cut": generation.finish == "length",
-            "near_tie": min(margins, default=math.inf) < TIE,
+            "near_tie": min(margins, default=math.inf) < model.tie,
         }
 
     return Question(number, model.name, template, [request], read)
@@ -176,7 +185,7 @@ def _choose(task: Task, model: Asked, number: int, template: int) -> Question:
         best, second = sorted(found, reverse=True)[:2]
         return {
             "log_probs": found,
-            "near_tie": best - second < TIE,
+            "near_tie": best - second < model.tie,
             **({"unconditional": unconditional} if beside else {}),
         }
 
@@ -201,7 +210,7 @@ def _likelihood(task: Task, model: Asked, number: int, template: int) -> Questio
             "log_prob": _log_prob(generation),
             "tokens": len(wanted),
             "greedy": not gaps,
-            "near_tie": min(gaps, default=math.inf) < TIE,
+            "near_tie": min(gaps, default=math.inf) < model.tie,
         }
 
     return Question(number, model.name, template, [_scored(model, ids, start, likeliest=1)], read)

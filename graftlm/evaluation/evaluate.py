@@ -18,7 +18,7 @@ import torch
 
 from graftlm.config.schema import to_tree
 from graftlm.errors import TargetError
-from graftlm.evaluation.asking import Question, answers, asked_models, questions
+from graftlm.evaluation.asking import Question, answers, asked_models, questions, tie_of
 from graftlm.evaluation.journal import Entry, Journal
 from graftlm.evaluation.results import Evaluation
 from graftlm.evaluation.task import Task
@@ -63,7 +63,7 @@ def evaluate(
                 asked = list(questions(task, models, numbers))
                 kept.write(_entries(task.name, asked, answers(model, asked)))
             progress(task.name, numbers.stop, len(task.items))
-    return Evaluation(tasks, list(rows), kept.entries, BASE if base else None)
+    return Evaluation(tasks, list(rows), kept.entries, BASE if base else None, tie_of(model))
 
 
 def _rows(model: Any, adapters: Sequence[str] | Mapping[str, Sequence[str] | Row], base: bool) -> dict[str, Row]:

@@ -140,6 +140,8 @@ class Evaluation:
     entries: Mapping[tuple[str, int], Entry]
     base: str | None
     """The model that the others are compared with."""
+    tie: float
+    """Nats within which rounding may decide."""
 
     @cached_property
     def measured(self) -> dict[tuple[str, str, str], Measured]:
@@ -199,6 +201,7 @@ class Evaluation:
             "tasks": tasks,
             "comparisons": [each.to_json() for each in self.comparisons],
             "metrics": self._metrics(),
+            "tie": self.tie,
             "answers": {task.name: {model: self._answers(task, model) for model in self.models} for task in self.tasks},
         }
 

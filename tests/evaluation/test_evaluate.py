@@ -162,7 +162,9 @@ def test_a_text_by_itself_is_read_after_the_token_that_begins_texts(
         assert found["tokens"] == len(ids)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize(
+    "chunk", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)]
+)
 def test_the_size_of_a_batch_changes_nothing(
     chunk: int, model: Any, tokenizer: Any, tasks: list[Task], together: Evaluation
 ) -> None:
@@ -209,7 +211,13 @@ class _Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    "after", [0, 4, pytest.param(1, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)]
+    "after",
+    [
+        4,
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(6, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_json(
     after: int, model: Any, tokenizer: Any, tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -318,6 +326,18 @@ def test_rows_that_rounding_may_decide_are_named(model: Any, tokenizer: Any, tas
     log_probs = evaluate(model, tokenizer, [replace(task, items=[same])]).entries["chosen", 0]["base"][0]["log_probs"]
     assert (same.where in near) == (max(log_probs) == pytest.approx(log_probs[0], abs=1e-4))
     assert log_probs[0] == pytest.approx(log_probs[1], abs=1e-6)
+
+
+def test_what_rounding_may_decide_depends_on_the_dtype(tokenizer: Any, tasks: list[Task]) -> None:
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        flat = tiny_model()
+        flat.get_output_embeddings().weight.data.mul_(0.1)  # margins of about 0.03 nats
+        made = evaluate(flat.to(dtype), tokenizer, tasks[:1]).to_json()
+        found[dtype] = made["tie"], len(made["answers"]["said"]["base"]["near_ties"])
+    assert found[torch.float32][0] == 1e-4
+    assert found[torch.bfloat16][0] == 0.1
+    assert found[torch.bfloat16][1] > found[torch.float32][1]
 
 
 def test_rows_of_adapters_may_have_weights(model: Any, tokenizer: Any, tasks: list[Task]) -> None:
