@@ -539,6 +539,15 @@ def _streaming(result: dict[str, Any]) -> str:
     return _rows({what: f"{result['most_above_start_mib']:.0f} MiB above the start"}, _where("streaming", result))
 
 
+def _task_library(result: dict[str, Any]) -> str:
+    exact = [row["exact"] for row in result["table"].values()]
+    base, tuned, rows = (sum(row[side] for row in exact) for side in ("base", "tuned", "rows"))
+    what = f"{len(exact)} small tasks, an adapter of {result['config']['train']['steps']} steps for each"
+    return _rows(
+        {f"{what}: held-out rows answered exactly": f"{base} -> {tuned} of {rows}"}, _where("task_library", result)
+    )
+
+
 def _merge_memory(result: dict[str, Any]) -> str:
     what = f"memory of merging {result['config']['adapters']} adapters, above what is resident before"
     figure = f"{result['most_share']:.2f} of one float32 model, the pages of the base that are read for it included"
@@ -714,6 +723,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "dpo_task": _dpo_task,
     "crash": _crash,
     "merge_memory": _merge_memory,
+    "task_library": _task_library,
     "core_space": _core_space,
     "prepacked": _prepacked,
     "plain_lora": _plain_lora,
