@@ -44,6 +44,10 @@ FILES = (CONFIG, WEIGHTS, HEADS, RECORD, TEMPLATE, *TOKENIZER)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A name that may stand in a URL and in the field `model` of a request."""
 
+WAITS = (0.01, 0.1, 0.5, 0.0)
+"""Seconds to wait after each attempt to read a folder that is being replaced. Between two renames its name may be gone
+for as long as a busy machine keeps the program that renames from going on."""
+
 SETTLED_NS = 50_000_000
 """A file that was written less than this before it was looked at may be written again under the same time stamp."""
 
@@ -112,7 +116,7 @@ class AdapterChecker:
     def check(self, folder: Path) -> tuple[CheckedAdapter, Adapter]:
         """Look for everything that can be wrong with an adapter. Returns it without and with its tensors, which are
         those of the mapped file. Raises AdapterError, BaseModelError or RecipeError."""
-        for left in (2, 1, 0):
+        for seconds in WAITS:
             now, before = time.time_ns(), None
             try:
                 before = stamp_of(folder)
@@ -122,16 +126,16 @@ class AdapterChecker:
                     settled = now - max(at for one in before for at in one[2:4]) > SETTLED_NS
                     return replace(found, stamp=before, settled=settled), adapter
             except GraftError as error:
-                if not left or not _is_being_replaced(folder, before, error):
+                if not _is_being_replaced(folder, before, error) or (before is None and not seconds):
                     raise
             except Exception as error:  # an adapter may hold anything, and whoever serves others goes on
-                if not left or not _is_being_replaced(folder, before, error):
+                if not _is_being_replaced(folder, before, error):
                     raise AdapterError(
                         f"{folder}: cannot be read as an adapter: {type(error).__name__}: {first_lines(error)}. "
                         "Restore its files",
                         code="unusable-adapter",
                     ) from error
-            time.sleep(0.01)
+            time.sleep(seconds)
         raise AdapterError(
             f"{folder}: its files changed while they were read. Write the new adapter to another folder, then rename "
             "that folder",
@@ -209,8 +213,10 @@ def stamp_of(folder: Path) -> Stamp:
 
 def _is_being_replaced(folder: Path, before: Stamp | None, error: Exception) -> bool:
     """Whether an error may come of a folder that takes the place of another one just now, as a new version does."""
-    if before is None:
-        return isinstance(error, GraftError) and error.slug == "no-such-folder"
+    if before is None:  # gone while its files were listed, or before that
+        return isinstance(error, FileNotFoundError) or (
+            isinstance(error, GraftError) and error.slug == "no-such-folder"
+        )
     try:
         return stamp_of(folder) != before
     except (AdapterError, OSError):

@@ -131,7 +131,7 @@ def save_load_save_is_stable(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = perturbed(name, tiny_model(tie_word_embeddings=False))
         layout = METHODS[name].delta.peft
-        if layout is not None:
+        if layout is not None and layout.mark is None:  # with a mark, the layout is that of some configs alone
             reason = why_not_peft(model)
             assert not reason, f"the method has a PEFT layout, but {reason}"
         save_adapter(model, f"{folder}/a")
