@@ -53,7 +53,7 @@ def factors_of(model: nn.Module, adapter: Adapter, *, trust_base: bool = False) 
 
 
 def lora_plan(model: nn.Module, member: Member, *, bare: bool = False) -> LoraPlan | None:
-    """Where the tensors of a LoRA belong; None where they are not all (parts of layers, embeddings, layers without a
+    """The names of the tensors of a LoRA; None where some have none (parts of layers, embeddings, layers without a
     host, missing tensors, others beside A and B). `bare`: layers without a host count too."""
     config, plan = member.config, LoraPlan()
     if config.method != "lora" or member.layout is None:

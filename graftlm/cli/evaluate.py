@@ -171,7 +171,7 @@ def _limited(tasks: "Sequence[Task]", limit: int | None) -> "list[Task]":
 
 
 def _shown_progress() -> Any:
-    """What says on standard error how far each task is."""
+    """A callback that shows the progress of each task on standard error."""
 
     def show(task: str, done: int, total: int) -> None:
         if done == total:

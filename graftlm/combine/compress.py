@@ -69,7 +69,7 @@ class Compressed(NamedTuple):
 
 
 class SiteCompression(NamedTuple):
-    """What was compressed at one site."""
+    """The compressed adapters at one site."""
 
     errors: dict[int, float]
     """Number of the adapter -> its error."""

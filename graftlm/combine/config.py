@@ -64,9 +64,9 @@ class ComposeConfig:
     search: SearchConfig | None = None
     """Find the weights, in place of `weights`; for linear, lorahub and, a weight for each layer, cat."""
     space: Space | None = None
-    """What the rule acts on: by default the first space of the rule, `core` for most."""
+    """The space in which the rule acts: by default the first one of the rule, `core` for most."""
     convention: Convention | None = None
-    """Where sources of the rule differ: by default the first, `paper` for all but peft-linear."""
+    """The source to follow where sources of the rule differ: by default the first, `paper` for all but peft-linear."""
     rank: PositiveCount | None = None
     """The largest rank of the result at a layer; without it, the smallest rank that holds the result exactly."""
     seed: Count = 0

@@ -2,7 +2,7 @@
 
     W' = W + sum of share B A        then x W'^T + b in place of x W^T + b + sum of share (x A^T) B^T
 
-An engine that is told so (`merge_after`) makes one merged copy at a time, when that many passes in a row had the same
+With `merge_after`, an engine makes one merged copy at a time, when that many passes in a row had the same
 adapters with factors. It stays until another row takes its place, and serves whenever its row comes again. In float32
 alone: in half precision a merged weight loses most of a young delta (docs/decisions/042).
 """
